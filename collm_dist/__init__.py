@@ -1,0 +1,1 @@
+"""collm-dist: from raw interaction logs to a tuned CoLLM recommender."""

@@ -1,0 +1,1 @@
+"""Collaborative-filtering models, their training and export, and what the slots read from them."""

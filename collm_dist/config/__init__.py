@@ -1,0 +1,76 @@
+"""The configuration: one YAML = one experiment through all steps. Sections stand in the order of the data."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from collm_dist.config.base import Section
+from collm_dist.config.data_sections import (
+    ColumnsConfig,
+    DatasetConfig,
+    ExpectConfig,
+    ItemColumnsConfig,
+    PreprocessingConfig,
+    RunConfig,
+    SplitConfig,
+)
+from collm_dist.config.model_sections import CfConfig, LlmConfig, LoraConfig, MappingConfig, PromptConfig
+from collm_dist.config.tuning_sections import (
+    ClusterConfig,
+    EvaluationConfig,
+    MonitoringConfig,
+    Stage1Config,
+    Stage2Config,
+    StageConfig,
+)
+
+
+class Config(Section):
+    """One experiment."""
+
+    run: RunConfig = Field(..., description="Where results go, and the seed.")
+    dataset: DatasetConfig = Field(..., description="The raw logs.")
+    preprocessing: PreprocessingConfig = Field(default_factory=PreprocessingConfig, description="Samples and shards.")
+    cf: CfConfig = Field(default_factory=CfConfig, description="The collaborative-filtering model.")
+    prompt: PromptConfig = Field(default_factory=PromptConfig, description="What the language model reads.")
+    llm: LlmConfig = Field(default_factory=LlmConfig, description="The language model.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter of stage 1.")
+    mapping: MappingConfig = Field(default_factory=MappingConfig, description="The mapping of stage 2.")
+    stage1: Stage1Config = Field(default_factory=Stage1Config, description="LoRA on text-only prompts.")
+    stage2: Stage2Config = Field(default_factory=Stage2Config, description="The mapping on prompts with slots.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="The report.")
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig, description="Logs and progress.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and processes.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        stored, shown = self.preprocessing.max_history_length, self.prompt.history_length
+        if shown > stored:
+            raise ValueError(
+                f"prompt.history_length {shown} exceeds preprocessing.max_history_length {stored}, which is all "
+                "that the shards hold: raise the latter"
+            )
+        return self
+
+
+__all__ = [
+    "CfConfig",
+    "ClusterConfig",
+    "ColumnsConfig",
+    "Config",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "ExpectConfig",
+    "ItemColumnsConfig",
+    "LlmConfig",
+    "LoraConfig",
+    "MappingConfig",
+    "MonitoringConfig",
+    "PreprocessingConfig",
+    "PromptConfig",
+    "RunConfig",
+    "SplitConfig",
+    "Stage1Config",
+    "Stage2Config",
+    "StageConfig",
+]

@@ -1,0 +1,157 @@
+"""Settings of the run and of its data: from raw logs to shards."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from collm_dist.config.base import Section, operational
+
+
+class RunConfig(Section):
+    """Where results go, and the seed everything is drawn from."""
+
+    dir: str = operational(..., "Run directory: every step writes below it. Local or on a shared POSIX file system.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice: sampling, initialisation, order, bootstrap.")
+    reuse: tuple[str, ...] = operational(
+        (), "Other run directories whose finished steps are linked in when their fingerprint equals this run's."
+    )
+
+
+class ColumnsConfig(Section):
+    """Names of the columns in the interaction files. Formats with a fixed layout ignore them."""
+
+    user_id: str = Field("user_id", description="Column of the user's id (number or string).")
+    item_id: str = Field("item_id", description="Column of the item's id (number or string).")
+    timestamp: str = Field("timestamp", description="Column of the time of the event.")
+    rating: str | None = Field(None, description="Column of the rating; like = rating >= dataset.like_threshold.")
+    label: str | None = Field(None, description="Column of a ready 0/1 label, instead of a rating.")
+    split: str | None = Field(None, description="Column naming train, valid or test; needed by split.method: column.")
+
+
+class ItemColumnsConfig(Section):
+    """Names of the columns in the item file."""
+
+    item_id: str = Field("item_id", description="Column of the item's id, as in the interactions.")
+    title: str = Field("title", description="Column of the item's title.")
+
+
+class SplitConfig(Section):
+    """How interactions are divided into train, valid and test."""
+
+    method: Literal["ratio", "calendar", "amazon_book", "column"] = Field(
+        "ratio",
+        description="ratio: by time, the earliest share trains. calendar: windows of whole calendar months counted "
+        "from the data's first month. amazon_book: CoLLM's rule for the year 2017. column: a ready column.",
+    )
+    train_ratio: float = Field(0.8, gt=0, lt=1, description="ratio: share of rows, earliest first, for training.")
+    valid_ratio: float = Field(0.1, gt=0, lt=1, description="ratio: share of rows that follow, for validation.")
+    train_months: tuple[int, int] = Field(
+        (14, 23), description="calendar: first and last month for training, both included; the first month is 0."
+    )
+    valid_months: tuple[int, int] = Field((24, 28), description="calendar: the same for validation.")
+    test_months: tuple[int, int] = Field((29, 33), description="calendar: the same for the test.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
+        if self.train_ratio + self.valid_ratio >= 1:
+            raise ValueError("train_ratio + valid_ratio must be below 1, the rest is the test")
+        windows = (self.train_months, self.valid_months, self.test_months)
+        if any(first > last or first < 0 for first, last in windows):
+            raise ValueError("a window of months is [first, last] with 0 <= first <= last")
+        if not windows[0][1] < windows[1][0] <= windows[1][1] < windows[2][0]:
+            raise ValueError("the windows of months must not overlap and must follow each other: train, valid, test")
+        return self
+
+
+class ExpectConfig(Section):
+    """What the input must look like; otherwise the run stops before it works on bad data."""
+
+    min_rows: int = Field(0, ge=0, description="Fewest interactions the input must have.")
+    max_age_hours: float | None = Field(None, gt=0, description="The newest interaction is at most this old.")
+    max_row_change_share: float | None = Field(
+        None, gt=0, description="Against dataset.extend_from: largest relative change in the number of rows."
+    )
+
+
+class DatasetConfig(Section):
+    """The raw logs: where they are, what their columns mean, which rows count."""
+
+    format: Literal[
+        "table", "movielens_100k", "movielens_1m", "movielens_32m", "recbole", "amazon_2018", "amazon_2023", "collm"
+    ] = Field(
+        "table",
+        description="table: CSV, TSV or Parquet with the columns named below. recbole: atomic files. collm: the "
+        "authors' released pickles. The others: the publishers' own layouts.",
+    )
+    path: str | None = Field(
+        None, description="URI of the interactions: file, folder, glob, s3://, gs://. Fixed layouts: their folder."
+    )
+    asset: str | None = Field(None, description="Name of a known dataset to fetch instead of path: movielens-100k.")
+    items_path: str | None = Field(None, description="URI of the item file (table format).")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Columns of the interactions.")
+    item_columns: ItemColumnsConfig = Field(default_factory=ItemColumnsConfig, description="Columns of the items.")
+    row_filter: str | None = Field(
+        None, description="Keep rows for which this holds, for example: event_type == 'click' and price > 0."
+    )
+    feedback: Literal["explicit", "implicit"] = Field(
+        "explicit",
+        description="explicit: ratings or labels say like and dislike. implicit: every row is a like (clicks, "
+        "purchases) and dislikes are sampled.",
+    )
+    like_threshold: float = Field(4.0, description="explicit with ratings: a rating of at least this is a like.")
+    timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
+        "auto", description="Unit of numeric timestamps; auto decides by magnitude. Dates are read as they are."
+    )
+    item_text: str = Field("{title}", description="Text of an item in a prompt; any item column in braces.")
+    duplicates: Literal["keep", "first", "collapse"] = Field(
+        "keep",
+        description="Several rows of one user and item. keep: all. first: the earliest. collapse: one row at the "
+        "earliest time, a like if any was.",
+    )
+    min_user_interactions: int = Field(0, ge=0, description="Drop users with fewer rows (one pass, with the items).")
+    max_user_interactions: int | None = Field(None, ge=1, description="Drop users with more rows.")
+    min_item_interactions: int = Field(0, ge=0, description="Drop items with fewer rows.")
+    max_item_interactions: int | None = Field(None, ge=1, description="Drop items with more rows.")
+    max_bad_row_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Stop when more than this share of rows cannot be used; they are counted by cause.",
+    )
+    split: SplitConfig = Field(default_factory=SplitConfig, description="Division into train, valid and test.")
+    negatives_per_positive: int = Field(3, ge=1, description="implicit: sampled dislikes for each training like.")
+    negative_sampling: Literal["uniform", "popularity"] = Field(
+        "uniform", description="implicit: how they are drawn; popularity: by earlier real events of the item."
+    )
+    expect: ExpectConfig = Field(default_factory=ExpectConfig, description="Checks of the input before work.")
+    extend_from: str | None = Field(
+        None, description="Run directory whose user and item indices are kept; new ids are appended."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        if (self.path is None) == (self.asset is None):
+            raise ValueError("give exactly one of dataset.path and dataset.asset")
+        has_one = (self.columns.rating is None) != (self.columns.label is None)
+        if self.format == "table" and self.feedback == "explicit" and not has_one:
+            raise ValueError("feedback: explicit needs exactly one of columns.rating and columns.label")
+        if self.split.method == "column" and self.format == "table" and self.columns.split is None:
+            raise ValueError("split.method: column needs columns.split")
+        return self
+
+
+class PreprocessingConfig(Section):
+    """How samples are built and packed. Bytes depend on the counts given here, never on workers."""
+
+    ties: Literal["strict", "order"] = Field(
+        "strict",
+        description="Rows of one user with one timestamp. strict: none is earlier than the other. order: earlier in "
+        "the file is earlier (the paper's way).",
+    )
+    max_history_length: int = Field(50, ge=1, description="Liked items kept with a context: the most any model reads.")
+    max_dislikes: int = Field(10, ge=0, description="Disliked items kept with a row: the last ones before it.")
+    num_user_buckets: int = Field(256, ge=1, description="Partitions by user; a bucket is the unit of memory.")
+    num_shards: int = Field(16, ge=1, description="WebDataset shards of each split.")
+    contexts_per_record: int = Field(256, ge=1, description="Contexts packed into one member of a shard.")

@@ -1,0 +1,102 @@
+"""Settings of both tuning stages, of evaluation, monitoring and the machines."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from collm_dist.config.base import Section, operational
+
+
+class StageConfig(Section):
+    """What both tuning stages share."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    final_learning_rate_share: float = Field(
+        0.08, ge=0, le=1, description="Cosine decay ends at this share of the peak."
+    )
+    warmup_steps: int = Field(200, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(1e-3, ge=0, description="Weight decay of AdamW.")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Coefficients of AdamW's running averages.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm at this; 0 switches it off.")
+    global_batch_size: int = Field(32, ge=1, description="Rows per optimizer step, over all processes.")
+    max_tokens_per_micro_batch: int = operational(
+        8192, "Most padded tokens in one forward pass of one process: the memory knob.", ge=16
+    )
+    num_epochs: int = Field(10, ge=1, description="Most passes over the training contexts.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps; also the length of the cosine.")
+    max_train_contexts: int | None = Field(
+        None, ge=1, description="Train on this many contexts, chosen by hash; default all."
+    )
+    max_valid_contexts: int | None = Field(
+        None, ge=1, description="Validate during training on this many contexts, chosen by hash; default all."
+    )
+    eval_every_steps: int = Field(100, ge=1, description="Steps between validations.")
+    early_stop_patience: int = Field(10, ge=1, description="Validations without a better metric before stopping.")
+    select_metric: Literal["auc", "uauc", "logloss"] = Field(
+        "auc", description="Validation metric that picks the best checkpoint."
+    )
+    checkpoint_every_steps: int = operational(100, "Steps between checkpoints to resume from.", ge=1)
+
+
+class Stage1Config(StageConfig):
+    """Stage 1: LoRA on text-only prompts (what TALLRec does)."""
+
+    enabled: bool = Field(True, description="Off: stage 2 trains the mapping on the untouched backbone.")
+
+
+class Stage2Config(StageConfig):
+    """Stage 2: the mapping alone, on prompts with slots; language model and adapter frozen."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    train_cf: bool = Field(False, description="Also train the collaborative model (the paper's variant T1).")
+
+
+class EvaluationConfig(Section):
+    """What is reported."""
+
+    splits: tuple[Literal["valid", "test"], ...] = Field(("valid", "test"), description="Splits in the report.")
+    max_users: int | None = Field(None, ge=1, description="Evaluate this many users, chosen by hash; default all.")
+    bootstrap_samples: int = Field(1000, ge=0, description="Resamples of users behind each interval; 0: none.")
+    confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
+    num_candidates: int = Field(
+        100, ge=2, description="implicit feedback: candidates that each positive is ranked among, itself included."
+    )
+    cutoffs: tuple[int, ...] = Field((5, 10, 20), description="k of NDCG@k and HR@k.")
+    slots_ablation: bool = Field(
+        True, description="Also report stage 2 with slots shuffled between rows, and the slots without the LLM."
+    )
+    max_tokens_per_micro_batch: int = operational(16384, "Most padded tokens in one forward pass.", ge=16)
+
+
+class MonitoringConfig(Section):
+    """What is shown while work goes on."""
+
+    log_every_steps: int = operational(10, "Steps between logged points.", ge=1)
+    tensorboard: bool = operational(True, "Write TensorBoard files.")
+    progress_bar: bool = operational(True, "Show progress bars on the first process.")
+
+
+class ClusterConfig(Section):
+    """Machines and processes. Nothing here changes results, beyond floating-point rounding."""
+
+    ray_address: str | None = operational(
+        None, "Ray cluster to join (auto, ray://..., host:port); default: the job's own cluster, else a local one."
+    )
+    ray_num_cpus: int | None = operational(None, "CPUs of a local Ray; default: all.", ge=1)
+    object_store_gb: float = operational(0.5, "Object store of a local Ray, in GB.", gt=0.08)
+    preprocess_parallelism: int = operational(64, "Most preprocessing tasks in flight.", ge=1)
+    tuning: Literal["launcher"] = operational(
+        "launcher", "How the pipeline starts the tuning stages: launcher = the deepspeed launcher."
+    )
+    num_processes: int | None = operational(
+        None, "Tuning processes on this machine; default: one per GPU, one without.", ge=1
+    )
+    zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights.")
+    collective_timeout_minutes: float = operational(30.0, "A collective that waits longer ends the job.", gt=0)
+    deepspeed_extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Merged last into the DeepSpeed configuration; keys that this project owns are refused.",
+        json_schema_extra={"operational": True},
+    )

@@ -1,0 +1,1 @@
+"""From raw logs to micro-batches: readers, splits, samples, shards, prompts, loader."""

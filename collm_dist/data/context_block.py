@@ -1,0 +1,142 @@
+"""Contexts with their targets, as flat arrays: what shards hold and what the loader passes on.
+
+A context is a user at a number of likes so far; it owns a history and all rows (targets) met in that state.
+
+Shapes: C contexts, N targets, L history items in all, K dislikes in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+def _select_ragged(offsets: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the new offsets and the element indices of the chosen rows of a ragged array."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=new_offsets[1:])
+    elements = np.arange(new_offsets[-1]) + np.repeat(offsets[rows] - new_offsets[:-1], lengths)
+    return new_offsets, elements
+
+
+@dataclass(frozen=True)
+class ContextBlock:
+    """C contexts with N targets; everything is dense indices, so a block serves any backbone and any prompt.
+
+    Attributes:
+        user_idx: (C,) dense user.
+        num_likes: (C,) likes of the user so far, over all splits; with user_idx it names the context.
+        history_offsets, history_items: (C + 1,), (L,) liked items so far, oldest first, the last
+            ``preprocessing.max_history_length`` of them.
+        target_offsets: (C + 1,) the targets of context c are ``target_offsets[c]:target_offsets[c + 1]``.
+        item_idx: (N,) dense item.
+        label: (N,) 1 = like, 0 = dislike or sampled negative.
+        timestamp: (N,) seconds since 1970.
+        row_id: (N,) unique id of the row; sampled rows have ids of their own.
+        group_id: (N,) row id of the positive that the row is a candidate with; its own row id otherwise.
+        sampled: (N,) 1 = sampled negative, 0 = real event.
+        user_likes, user_rows, item_likes, item_rows: (N,) real events strictly before the row's timestamp.
+        user_in_train, item_in_train: (N,) 1 = occurs in a training row. Warm = both.
+        dislike_offsets, dislike_items: (N + 1,), (K,) the last items that the user disliked strictly before, oldest
+            first.
+    """
+
+    user_idx: IntArray
+    num_likes: IntArray
+    history_offsets: IntArray
+    history_items: IntArray
+    target_offsets: IntArray
+    item_idx: IntArray
+    label: IntArray
+    timestamp: IntArray
+    row_id: IntArray
+    group_id: IntArray
+    sampled: IntArray
+    user_likes: IntArray
+    user_rows: IntArray
+    item_likes: IntArray
+    item_rows: IntArray
+    user_in_train: IntArray
+    item_in_train: IntArray
+    dislike_offsets: IntArray
+    dislike_items: IntArray
+
+    @property
+    def num_contexts(self) -> int:
+        """C."""
+        return len(self.user_idx)
+
+    @property
+    def num_targets(self) -> int:
+        """N."""
+        return len(self.item_idx)
+
+    @property
+    def target_contexts(self) -> IntArray:
+        """(N,) context of each target."""
+        return np.repeat(np.arange(self.num_contexts), np.diff(self.target_offsets))
+
+    def take_targets(self, targets: IntArray) -> ContextBlock:
+        """Return the block of these targets only, in this order; a context comes once for each run of its targets.
+
+        Args:
+            targets: (M,) positions of targets. Neighbours of one context stay together and share it.
+        """
+        owner = self.target_contexts[targets]
+        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        contexts = owner[starts]
+        history_offsets, history = _select_ragged(self.history_offsets, contexts)
+        dislike_offsets, dislikes = _select_ragged(self.dislike_offsets, targets)
+        ragged = {
+            "history_offsets": history_offsets,
+            "history_items": self.history_items[history],
+            "dislike_offsets": dislike_offsets,
+            "dislike_items": self.dislike_items[dislikes],
+            "target_offsets": np.append(starts, len(targets)),
+            "user_idx": self.user_idx[contexts],
+            "num_likes": self.num_likes[contexts],
+        }
+        flat = {name: getattr(self, name)[targets] for name in TARGET_FIELDS}
+        return ContextBlock(**ragged, **flat)
+
+    def take_contexts(self, contexts: IntArray) -> ContextBlock:
+        """Return the block of these contexts with all their targets, in this order. Neighbours must differ."""
+        _, targets = _select_ragged(self.target_offsets, contexts)
+        return self.take_targets(targets)
+
+
+TARGET_FIELDS: tuple[str, ...] = (
+    "item_idx",
+    "label",
+    "timestamp",
+    "row_id",
+    "group_id",
+    "sampled",
+    "user_likes",
+    "user_rows",
+    "item_likes",
+    "item_rows",
+    "user_in_train",
+    "item_in_train",
+)
+OFFSET_FIELDS: tuple[str, ...] = ("history_offsets", "target_offsets", "dislike_offsets")
+
+
+def concatenate_blocks(blocks: list[ContextBlock]) -> ContextBlock:
+    """Lay blocks end to end. At least one block is needed."""
+    arrays: dict[str, IntArray] = {}
+    for field in fields(ContextBlock):
+        parts = [getattr(block, field.name) for block in blocks]
+        if field.name in OFFSET_FIELDS:
+            ends = np.cumsum([0] + [part[-1] for part in parts[:-1]])
+            arrays[field.name] = np.concatenate(
+                [parts[0][:1]] + [part[1:] + end for part, end in zip(parts, ends, strict=True)]
+            )
+        else:
+            arrays[field.name] = np.concatenate(parts)
+    return ContextBlock(**arrays)

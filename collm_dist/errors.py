@@ -1,0 +1,42 @@
+"""Errors named by who must act. Each carries the exit code of the command that ends with it.
+
+A message says what is wrong, where (file, row, field), and what to do about it. Commands print it without a
+traceback; a traceback is kept for our own bugs.
+"""
+
+from __future__ import annotations
+
+
+class CollmError(Exception):
+    """Base of all errors that a user can act on.
+
+    Attributes:
+        exit_code: exit status of a command that ends with this error.
+        retryable: whether running the same command again can succeed without a change.
+    """
+
+    exit_code: int = 2
+    retryable: bool = False
+
+
+class ConfigError(CollmError):
+    """The configuration is wrong: whoever wrote the YAML or the overrides must act."""
+
+
+class DataError(CollmError):
+    """The input data is wrong, missing or not what was promised."""
+
+
+class ArtifactError(CollmError):
+    """Something that an earlier step made is missing, damaged or does not belong to this run."""
+
+
+class CheckpointError(CollmError):
+    """A checkpoint cannot be read or belongs to another run."""
+
+
+class LaunchError(CollmError):
+    """The surroundings are wrong: devices, processes, cluster, disk."""
+
+    exit_code = 3
+    retryable = True

@@ -1,0 +1,1 @@
+"""The language model: backbone, LoRA, mapping, and the shared-context forward pass."""

@@ -1,0 +1,1 @@
+"""Everything that runs on Ray, and the pipeline. No other package imports ray."""

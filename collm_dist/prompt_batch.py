@@ -1,0 +1,96 @@
+"""The tensors of one micro-batch: what data/ renders and llm/ reads, so that neither imports the other.
+
+A context is computed once and shared by all its targets. Its tokens come in up to three regions: the *constant
+prefix* (before the first slot; in stage 2 nothing in it trains), the *context tail* and one *branch* for each target.
+Prefix and tree are two padded matrices with one row a context; a tree row holds the tail, then the branches one after
+the other. A token sees its row's prefix, the tail before it, and its own branch before it; never another branch.
+Position ids say where a token would stand in the plain prompt of its own target.
+
+Shapes: C contexts (rows), P prefix tokens, T tree tokens, N targets, Q user queries, H history items, F pair features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where soft tokens go in the tree, and where their vectors come from.
+
+    Attributes:
+        rows, cols: (S,) int64, row and first column in the tree; a slot covers ``tokens_per_slot`` columns.
+        sources: (S,) int64, what the vector is made of: a user query q, a dense item index (-1 = unknown), or a
+            target n for pair slots.
+        masked: (S,) bool, the vector is replaced by that of an unknown user or item.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    sources: Tensor
+    masked: Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """One micro-batch of C contexts with N targets in all. Integers are int64 unless said otherwise.
+
+    Attributes:
+        prefix_ids: (C, P) token ids, right-padded; P is 0 where no prefix is split off (stage 1).
+        prefix_lengths: (C,) valid tokens of each prefix row.
+        tree_ids: (C, T) token ids, right-padded; a slot's columns hold any valid id.
+        tree_branches: (C, T) 0 = context tail, 1.. = target of the row, -1 = padding.
+        tree_positions: (C, T) position ids (prefix included), 0 at padding.
+        last_rows, last_cols: (N,) where each target's last token stands in the tree.
+        user_slots, item_slots, pair_slots: the slots by kind.
+        user_idx: (Q,) dense user of each query, -1 = unknown.
+        user_history: (Q, H) dense liked items, oldest first, right-aligned, -1 = padding.
+        user_target: (Q,) dense target item, or -1 where the user vector does not depend on it.
+        pair_features: (N, F) float32 statistics for pair slots.
+        labels: (N,) float32.
+        weights: (N,) float32, 1 for real targets, 0 for the filler of an empty micro-batch.
+        row_ids: (N,) row ids of the targets.
+    """
+
+    prefix_ids: Tensor
+    prefix_lengths: Tensor
+    tree_ids: Tensor
+    tree_branches: Tensor
+    tree_positions: Tensor
+    last_rows: Tensor
+    last_cols: Tensor
+    user_slots: Slots
+    item_slots: Slots
+    pair_slots: Slots
+    user_idx: Tensor
+    user_history: Tensor
+    user_target: Tensor
+    pair_features: Tensor
+    labels: Tensor
+    weights: Tensor
+    row_ids: Tensor
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """Return the same batch on another device; copies from pinned memory do not block."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PromptBatch:
+        """Return the same batch in page-locked host memory, from where copies to a GPU are asynchronous."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+BatchT = TypeVar("BatchT", Slots, PromptBatch)
+
+
+def _map_tensors(batch: BatchT, function: Callable[[Tensor], Tensor]) -> BatchT:
+    """Return the same (nested) dataclass with ``function`` applied to every tensor."""
+    mapped: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        mapped[field.name] = function(value) if isinstance(value, Tensor) else _map_tensors(value, function)
+    return type(batch)(**mapped)

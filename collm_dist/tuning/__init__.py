@@ -1,0 +1,1 @@
+"""The two tuning stages: DeepSpeed engine, training loop, checkpoints."""
