@@ -16,9 +16,9 @@ def hash_integers(seed: int, *keys: ArrayLike) -> NDArray[np.uint64]:
     Returns:
         uint64 array of the broadcast shape.
     """
-    state = np.full((), seed, dtype=np.uint64)
+    state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for key in keys:
+        for key in (seed, *keys):  # the seed is mixed on its own, so that seed + 1 is no shift of the keys by one
             state = state + np.asarray(key).astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
