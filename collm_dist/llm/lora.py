@@ -1,0 +1,79 @@
+"""LoRA through peft: adding, saving, loading and merging the adapter of stage 1. No other file imports peft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from collm_dist.errors import ConfigError
+
+
+def add_lora(
+    backbone: Any, *, rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...], seed: int
+) -> PeftModel:
+    """Put a fresh adapter into the backbone's layers, in place; only the adapter is left trainable.
+
+    Args:
+        backbone: a transformers causal language model.
+        rank, alpha, dropout, target_modules: as in ``LoraConfig``.
+        seed: of the adapter's initial weights.
+
+    Returns:
+        peft's wrapper around the same backbone; it is needed to save the adapter.
+
+    Raises:
+        ConfigError: no layer bears one of the names.
+    """
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(backbone, config)
+        except ValueError as error:
+            names = sorted(
+                {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}
+            )
+            raise ConfigError(
+                f"lora.target_modules: no layer of this backbone is called {' or '.join(target_modules)}; its linear "
+                f"layers are {', '.join(names)}"
+            ) from error
+
+
+def save_adapter(
+    wrapper: PeftModel, folder: Path, weights: Mapping[str, Tensor], base_model: str, revision: str | None
+) -> None:
+    """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it.
+
+    Args:
+        wrapper: what ``add_lora`` returned.
+        folder: where to write.
+        weights: full (unpartitioned) adapter weights by their names in the backbone.
+        base_model, revision: what the adapter belongs to; a hub id or a backbone's name, never a path of this machine.
+    """
+    config = wrapper.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base_model, revision
+    state = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    # Without save_embedding_layers=False peft asks the hub whether the vocabulary has grown.
+    wrapper.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+
+
+def load_adapter(backbone: Any, folder: Path) -> PeftModel:
+    """Load an adapter into a backbone, in place, frozen."""
+    return PeftModel.from_pretrained(backbone, str(folder))
+
+
+def merge_adapter(backbone: Any, folder: Path) -> Any:
+    """Return the backbone with an adapter's update added to its weights, once, in float32, and no adapter left.
+
+    The sum is rounded to the backbone's own precision only when it is complete.
+    """
+    dtype = backbone.dtype
+    merged = load_adapter(backbone.float(), folder).merge_and_unload(safe_merge=True)
+    return merged.to(dtype)
