@@ -1,0 +1,230 @@
+"""Finding and streaming files behind a URI: local paths, folders, globs, hive partitions, s3://, gs://, memory://."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.fs as pa_fs
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+
+from collm_dist.errors import DataError
+
+BLOCK_BYTES = 8 << 20
+NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the bytes of a file become a table.
+
+    Attributes:
+        kind: file type; auto goes by the name's suffix.
+        delimiter: of text tables; two characters are folded into one tab while reading.
+        encoding: of text tables.
+        names: column names of text tables without a header.
+        schema: of JSON lines, the columns that are read.
+        typed_header: header cells look like ``name:type`` (RecBole atomic files).
+    """
+
+    kind: Literal["auto", "text", "parquet", "json"] = "auto"
+    delimiter: str | None = None
+    encoding: str = "utf8"
+    names: tuple[str, ...] = ()
+    schema: tuple[tuple[str, str], ...] = ()
+    typed_header: bool = False
+
+
+@dataclass
+class Losses:
+    """Rows that cannot be used, by cause, with the first examples."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, cause: str, count: int, example: str) -> None:
+        """Count rows of one cause; keep at most five examples in all."""
+        if count:
+            self.counts[cause] += count
+            if len(self.examples) < 5:
+                self.examples.append(f"{example}: {cause}")
+
+    def merge(self, other: Losses) -> None:
+        """Add another's counts and examples."""
+        self.counts.update(other.counts)
+        self.examples = (self.examples + other.examples)[:5]
+
+
+def open_filesystem(uri: str) -> tuple[Any, str]:
+    """Return the file system and the path in it.
+
+    Raises:
+        DataError: the scheme is not known here.
+    """
+    if "://" not in uri:
+        return pa_fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        return pa_fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"dataset.path: '{uri}' cannot be opened: {error}") from error
+        return pa_fs.PyFileSystem(pa_fs.FSSpecHandler(filesystem)), path
+
+
+def list_files(uri: str, key: str) -> list[str]:
+    """Return the files behind a URI (file, folder or glob) in sorted order; hidden files are left out.
+
+    Raises:
+        DataError: there are none; the message names the config key.
+    """
+    filesystem, path = open_filesystem(uri)
+    magic = re.search(r"[*?\[]", path)
+    base = path[: magic.start()].rpartition("/")[0] if magic else path
+    info = filesystem.get_file_info(base)
+    if info.type == pa_fs.FileType.NotFound:
+        raise DataError(f"{key}: there is no file or folder '{uri}'")
+    if info.type == pa_fs.FileType.File:
+        return [uri]
+    prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else ""
+    entries = filesystem.get_file_info(pa_fs.FileSelector(base, recursive=True))
+    found = [entry.path for entry in entries if entry.type == pa_fs.FileType.File]
+    found = [one for one in found if not any(part[0] in "._" for part in PurePosixPath(one[len(base) :]).parts[1:])]
+    if magic:
+        found = [one for one in found if fnmatch.fnmatch(one, path)]
+    if not found:
+        raise DataError(f"{key}: '{uri}' holds no files")
+    return [prefix + one for one in sorted(found)]
+
+
+def describe_files(uris: list[str]) -> dict[str, Any]:
+    """Return size and modification time of each file, for fingerprints."""
+    described = {}
+    for uri in uris:
+        filesystem, path = open_filesystem(uri)
+        info = filesystem.get_file_info(path)
+        described[uri] = {"size": info.size, "mtime_ns": info.mtime_ns}
+    return described
+
+
+def find_kind(uri: str, layout: Layout) -> str:
+    """Return text, parquet or json."""
+    if layout.kind != "auto":
+        return layout.kind
+    name = uri.lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
+    if name.endswith((".parquet", ".pq")):
+        return "parquet"
+    return "json" if name.endswith((".json", ".jsonl", ".ndjson")) else "text"
+
+
+def count_row_groups(uri: str) -> int:
+    """Number of row groups of a Parquet file."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        return int(pq.read_metadata(path, filesystem=filesystem).num_row_groups)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{uri}: not a Parquet file, or a damaged one ({error})") from error
+
+
+def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int, int] | None = None) -> Iterator[Any]:
+    """Stream a file as tables, in order, with the values of hive partitions (``key=value`` folders) as columns.
+
+    Args:
+        uri: one file.
+        layout: how to read it.
+        losses: counts lines that do not parse.
+        row_groups: of a Parquet file, first and one past the last.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    filesystem, path = open_filesystem(uri)
+    partition = dict(part.split("=", 1) for part in PurePosixPath(path).parts[:-1] if part.count("=") == 1)
+    try:
+        for table in _stream(uri, filesystem, path, layout, losses, row_groups):
+            for name, value in partition.items():
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
+            yield table
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{uri}: cannot be read as {find_kind(uri, layout)}: {error}") from error
+
+
+def _stream(
+    uri: str, filesystem: Any, path: str, layout: Layout, losses: Losses, row_groups: tuple[int, int] | None
+) -> Iterator[Any]:
+    kind = find_kind(uri, layout)
+    if kind == "parquet":
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            groups = range(*(row_groups or (0, file.num_row_groups)))
+            for batch in file.iter_batches(batch_size=1 << 17, row_groups=list(groups)):
+                yield pa.Table.from_batches([batch])
+        return
+    stream = filesystem.open_input_stream(path, compression="detect")
+    if kind == "json":
+        schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in layout.schema]) or None
+        behaviour = "ignore" if layout.schema else "infer"
+        parse = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behaviour)
+        with pa_json.open_json(stream, pa_json.ReadOptions(block_size=BLOCK_BYTES), parse) as reader:
+            for batch in reader:
+                yield pa.Table.from_batches([batch])
+        return
+    yield from _stream_text(uri, stream, layout, losses)
+
+
+def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses) -> Iterator[Any]:
+    """Stream a text table with every column as bytes: a value that does not parse is one bad row, not a dead file."""
+    delimiter = layout.delimiter or ("\t" if re.search(r"\.(tsv|inter|item)(\.|$)", uri.lower()) else ",")
+    if len(delimiter) == 2:
+        stream, delimiter = pa.PythonFile(_FoldedDelimiter(stream, delimiter.encode()), mode="r"), "\t"
+
+    def skip(row: Any) -> str:
+        losses.add("wrong number of columns", 1, f"{uri}:{row.number or '?'}")
+        return "skip"
+
+    quoting = False if layout.delimiter == "::" or layout.typed_header else '"'
+    with pa_csv.open_csv(
+        stream,
+        pa_csv.ReadOptions(
+            use_threads=False, block_size=BLOCK_BYTES, encoding=layout.encoding, column_names=list(layout.names) or None
+        ),
+        pa_csv.ParseOptions(
+            delimiter=delimiter, quote_char=quoting, newlines_in_values=bool(quoting), invalid_row_handler=skip
+        ),
+        pa_csv.ConvertOptions(default_column_type=pa.binary(), null_values=NULLS, strings_can_be_null=True),
+    ) as reader:
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            if layout.typed_header:
+                table = table.rename_columns([name.partition(":")[0] for name in table.column_names])
+            yield table
+
+
+class _FoldedDelimiter(io.RawIOBase):
+    """A stream in which a delimiter of two characters is one tab; the text parser knows single characters only."""
+
+    def __init__(self, stream: Any, delimiter: bytes) -> None:
+        super().__init__()
+        self._stream, self._delimiter, self._held = stream, delimiter, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._held + self._stream.read(size if size >= 0 else None)
+        # Half a delimiter at the end of a piece may be completed by the next one.
+        cut = len(data) - (1 if size >= 0 and len(data) > len(self._held) and data.endswith(self._delimiter[:1]) else 0)
+        data, self._held = data[:cut], data[cut:]
+        return data.replace(b"\t", b" ").replace(self._delimiter, b"\t")

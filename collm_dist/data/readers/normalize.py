@@ -1,0 +1,147 @@
+"""One batch of raw rows -> uniform rows: ids as text, time in seconds, a 0/1 label, a split name; bad rows counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from collm_dist.config import ColumnsConfig
+from collm_dist.data.readers.files import NULLS, Losses
+
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "test": "test",
+}
+
+ROW_COLUMN = "__row"
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("timestamp", pa.int64()),
+        ("label", pa.int8()),
+        ("split", pa.string()),
+    ]
+)
+
+
+def to_text(column: Any) -> Any:
+    """Return a column as text: bytes decoded (undecodable ones become U+FFFD), whole numbers without a fraction."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        try:
+            return column.cast(pa.string())
+        except pa.ArrowInvalid:
+            values = [None if one is None else one.decode("utf-8", errors="replace") for one in column.to_pylist()]
+            return pa.array(values, pa.string())
+    if pa.types.is_floating(kind):
+        values = column.to_numpy(zero_copy_only=False)
+        whole = np.isfinite(values) & (np.floor(values) == values) & (np.abs(values) < 2.0**53)
+        if np.all(whole | ~np.isfinite(values)):
+            return pc.if_else(pa.array(whole), pa.array(np.where(whole, values, 0).astype(np.int64)), None).cast(
+                "string"
+            )
+    return column.cast(pa.string())
+
+
+def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a column as float64, NaN where it is no number."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+    values: np.ndarray[Any, np.dtype[np.float64]] = pd.to_numeric(
+        to_text(column).to_pandas(), errors="coerce"
+    ).to_numpy(dtype=np.float64)
+    return values
+
+
+def guess_unit(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    """Guess the unit of numeric timestamps by magnitude: seconds of this age have ten digits."""
+    finite = np.abs(values[np.isfinite(values)])
+    typical = float(np.median(finite)) if len(finite) else 0.0
+    return next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if typical < limit), "ns")
+
+
+def to_seconds(
+    column: Any, unit: str
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Return seconds since 1970 and which values are valid. Numbers count ``unit``; anything else is read as a date."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        dates = column.cast(pa.timestamp("s", tz=getattr(column.type, "tz", None)), safe=False)
+        valid = np.asarray(dates.is_valid().to_numpy(zero_copy_only=False))
+        return np.asarray(dates.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)), valid
+    numbers = to_numbers(column)
+    valid = np.isfinite(numbers) & (np.abs(numbers) < 2.0**62)
+    seconds = np.floor_divide(np.where(valid, numbers, 0), UNITS[unit]).astype(np.int64)
+    if not valid.all() and not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
+        rest = to_text(column).filter(pa.array(~valid)).to_pandas()
+        dates = pd.to_datetime(rest, format="ISO8601", utc=True, errors="coerce")
+        parsed = dates.notna().to_numpy()
+        where = np.flatnonzero(~valid)[parsed]
+        seconds[where] = dates[parsed].to_numpy().astype("datetime64[s]").astype(np.int64)
+        valid[where] = True
+    return seconds, valid
+
+
+def normalize_batch(
+    table: Any, columns: ColumnsConfig, *, like_threshold: float, unit: str, place: str, first_row: int, losses: Losses
+) -> Any:
+    """Return the usable rows of a raw table in ``SCHEMA``; the others are counted by cause.
+
+    Args:
+        table: raw rows; the mapped columns are there.
+        columns: which column is what.
+        like_threshold: a rating of at least this is a like.
+        unit: of numeric timestamps.
+        place: file name for examples.
+        first_row: position in the file of the table's first row.
+        losses: where bad rows are counted.
+    """
+    rows = np.arange(first_row, first_row + table.num_rows)
+    if ROW_COLUMN in table.column_names:  # a filter has run: the rows know where they stood
+        rows = table.column(ROW_COLUMN).to_numpy()
+    usable = np.ones(table.num_rows, dtype=bool)
+
+    def drop(bad: np.ndarray[Any, Any], cause: str) -> None:
+        fresh = bad & usable
+        if fresh.any():
+            losses.add(cause, int(fresh.sum()), f"{place}:{rows[fresh.argmax()] + 1}")
+            usable[fresh] = False
+
+    ids = {}
+    for name in ("user_id", "item_id"):
+        ids[name] = pc.utf8_trim_whitespace(to_text(table.column(getattr(columns, name))))
+        missing = pc.or_kleene(pc.is_null(ids[name]), pc.is_in(ids[name], pa.array(NULLS))).fill_null(True)
+        drop(missing.to_numpy(zero_copy_only=False), f"missing {getattr(columns, name)}")
+    seconds, valid = to_seconds(table.column(columns.timestamp), unit)
+    drop(~valid, f"{columns.timestamp} is no time")
+    labels = np.ones(table.num_rows, dtype=np.int8)
+    if columns.rating is not None:
+        ratings = to_numbers(table.column(columns.rating))
+        drop(~np.isfinite(ratings), f"{columns.rating} is no number")
+        labels = (ratings >= like_threshold).astype(np.int8)
+    elif columns.label is not None:
+        values = to_numbers(table.column(columns.label))
+        drop((values != 0) & (values != 1), f"{columns.label} is neither 0 nor 1")
+        labels = np.where(values == 1, 1, 0).astype(np.int8)
+    split = pa.nulls(table.num_rows, pa.string())
+    if columns.split is not None:
+        found = to_text(table.column(columns.split)).to_pandas().str.strip().str.lower().map(SPLIT_NAMES)
+        drop(found.isna().to_numpy(), f"{columns.split} is none of train, valid, test")
+        split = pa.Array.from_pandas(found, type=pa.string())
+    arrays = [pa.array(rows), ids["user_id"], ids["item_id"], pa.array(seconds), pa.array(labels), split]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA).filter(pa.array(usable))

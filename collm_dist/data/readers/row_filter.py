@@ -1,0 +1,101 @@
+"""Row filters: a small, safe part of Python's expressions, turned into an Arrow expression."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import pyarrow.compute as pc
+
+from collm_dist.errors import ConfigError
+
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+def parse_row_filter(text: str) -> tuple[Any, tuple[str, ...]]:
+    """Parse ``event_type == 'click' and price > 0`` and the like.
+
+    Known are column names, numbers, strings, comparisons, ``in [..]``, ``is None``, ``and``, ``or``, ``not`` and
+    parentheses; nothing is ever evaluated as Python.
+
+    Returns:
+        The Arrow expression and the names of the columns that it reads.
+
+    Raises:
+        ConfigError: anything else; the message names the place.
+    """
+    names: list[str] = []
+
+    def refuse(node: ast.AST | None, reason: str) -> ConfigError:
+        column = getattr(node, "col_offset", 0) + 1
+        return ConfigError(
+            f"dataset.row_filter: {reason} at character {column} of {text!r}. Allowed: column names, numbers, strings, "
+            "== != < <= > >=, in [...], is None, and, or, not, parentheses"
+        )
+
+    def literal(node: ast.expr) -> Any:
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -literal(node.operand)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | bool):
+            return node.value
+        raise refuse(node, "expected a number or a string")
+
+    def operand(node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            names.append(node.id)
+            return pc.field(node.id)
+        return pc.scalar(literal(node))
+
+    def compare(node: ast.Compare) -> Any:
+        parts, left = [], node.left
+        for op, right in zip(node.ops, node.comparators, strict=True):
+            if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple):
+                found = operand(left).isin([literal(element) for element in right.elts])
+                parts.append(~found if isinstance(op, ast.NotIn) else found)
+            elif isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
+                null = operand(left).is_null()
+                parts.append(~null if isinstance(op, ast.IsNot) else null)
+            elif type(op) in _COMPARE:
+                parts.append(_COMPARE[type(op)](operand(left), operand(right)))
+            else:
+                raise refuse(right, "this comparison is not known")
+            left = right
+        return reduce(operator.and_, parts)
+
+    def condition(node: ast.expr) -> Any:
+        if isinstance(node, ast.BoolOp):
+            join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+            return reduce(join, [condition(value) for value in node.values])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return ~condition(node.operand)
+        if isinstance(node, ast.Compare):
+            return compare(node)
+        raise refuse(node, "expected a condition")
+
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"dataset.row_filter: {text!r} does not parse: {error}") from None
+    expression = condition(tree.body)
+    return expression, tuple(dict.fromkeys(names))
+
+
+def infer_types(table: Any, columns: Sequence[str]) -> Any:
+    """Turn text columns that a filter reads into numbers where every value is one."""
+    for name in columns:
+        index = table.column_names.index(name)
+        try:
+            table = table.set_column(index, name, table.column(name).cast("string").cast("float64"))
+        except Exception:  # noqa: S112 - Arrow raises several kinds; a column that is no number stays text
+            continue
+    return table
