@@ -1,0 +1,108 @@
+"""The data step's record: what the shards and tables hold, with checksums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collm_dist.errors import ArtifactError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard. ``path`` is relative to the data folder; rows and contexts count what it holds."""
+
+    path: str
+    split: str
+    rows: int
+    contexts: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split. ``rows`` are samples, of which ``real_rows`` are events; times are seconds since 1970."""
+
+    rows: int
+    contexts: int
+    real_rows: int
+    first_timestamp: int
+    last_timestamp: int
+
+
+@dataclass(frozen=True)
+class BucketInfo:
+    """One table of interactions. ``user_ranges`` are (first user, number of users) slices, one for each extension."""
+
+    path: str
+    rows: int
+    user_ranges: tuple[tuple[int, int], ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See ``manifest.json``. ``users_hash`` and ``items_hash`` cover the raw ids in the order of their indices."""
+
+    num_users: int
+    num_items: int
+    users_hash: str
+    items_hash: str
+    ties: str
+    feedback: str
+    max_history_length: int
+    splits: Mapping[str, SplitInfo]
+    shards: tuple[ShardInfo, ...]
+    buckets: tuple[BucketInfo, ...]
+    dropped: Mapping[str, int]
+    content_hash: str
+
+    def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """Return a split's shards in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+
+def load_manifest(data_dir: Path) -> Manifest:
+    """Load the manifest of a data folder.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of another version.
+    """
+    path = data_dir / "manifest.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: run launch/preprocess_data.py first") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): redo the data step with --force data") from None
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {record.get('format_version')}, this release reads "
+                            f"{FORMAT_VERSION}: redo the data step with --force data")  # fmt: skip
+    return Manifest(
+        splits={name: SplitInfo(**info) for name, info in record["splits"].items()},
+        shards=tuple(ShardInfo(**info) for info in record["shards"]),
+        buckets=tuple(
+            BucketInfo(**{**info, "user_ranges": tuple((first, count) for first, count in info["user_ranges"])})
+            for info in record["buckets"]
+        ),
+        **{name: record[name] for name in _PLAIN_FIELDS},
+    )
+
+
+_PLAIN_FIELDS = (
+    "num_users",
+    "num_items",
+    "users_hash",
+    "items_hash",
+    "ties",
+    "feedback",
+    "max_history_length",
+    "dropped",
+    "content_hash",
+)

@@ -1,0 +1,118 @@
+"""Joining or starting a Ray cluster, and running many small tasks on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tqdm import tqdm
+
+from collm_dist.artifacts import open_atomic
+from collm_dist.config import ClusterConfig
+from collm_dist.errors import CollmError, LaunchError
+
+
+@contextmanager
+def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
+    """Use the cluster that is there, else a local one for as long as the block lasts.
+
+    Inside a Ray job that is the job's own cluster. A connection that somebody else made is used and left alone.
+
+    Raises:
+        LaunchError: no cluster answers, or a local one does not start.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = cluster.ray_address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {
+            "num_cpus": cluster.ray_num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": int(cluster.object_store_gb * 1e9),
+        }
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"Ray at '{address}'" if address else "a local Ray"
+        raise LaunchError(f"cluster.ray_address: {where} cannot be reached or started: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_shared_folder(folder: Path) -> None:
+    """Check that every node of the cluster sees the run directory.
+
+    Raises:
+        LaunchError: one does not; the message names it.
+    """
+    sentinel = folder / ".sentinel"
+    with open_atomic(sentinel) as file:
+        file.write("collm-dist\n")
+    look = ray.remote(num_cpus=0)(_find_sentinel)
+    for node in ray.nodes():
+        if node["Alive"]:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            found, host = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
+            if not found:
+                raise LaunchError(
+                    f"run.dir: node {node['NodeManagerAddress']} ({host}) does not see {folder}; the run directory "
+                    "must be on a file system that all nodes share, at the same path"
+                )
+    sentinel.unlink(missing_ok=True)
+
+
+def _find_sentinel(path: str) -> tuple[bool, str]:
+    return Path(path).exists(), socket.gethostname()
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    description: str,
+    parallelism: int,
+    progress_bar: bool = True,
+) -> list[Any]:
+    """Run a function over many arguments as Ray tasks and return the results in the order of the arguments.
+
+    Args:
+        function: runs on any node; it is retried where a worker dies.
+        arguments: of each task; object references are resolved.
+        description: shown with the progress.
+        parallelism: most tasks in flight.
+        progress_bar: whether to show it.
+
+    Raises:
+        CollmError: as a task raised it.
+    """
+    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    results: list[Any] = [None] * len(arguments)
+    waiting = list(enumerate(arguments))[::-1]
+    running: dict[Any, int] = {}
+    with tqdm(total=len(arguments), desc=description, disable=not progress_bar, leave=False) as bar:
+        while waiting or running:
+            while waiting and len(running) < parallelism:
+                index, values = waiting.pop()
+                running[remote.remote(*values)] = index
+            done, _ = ray.wait(list(running), num_returns=1)
+            try:
+                results[running.pop(done[0])] = ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                for reference in running:
+                    ray.cancel(reference)
+                raise (error.cause if isinstance(error.cause, CollmError) else error) from None
+            bar.update()
+    return results
