@@ -1,0 +1,231 @@
+"""Everything that knows DeepSpeed: process groups, the wrapped model, and its state as plain full tensors."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def init_distributed(timeout_minutes: float) -> torch.device:
+    """Join the process group and return this process's device.
+
+    Works under the deepspeed launcher, torchrun, Ray Train (all set the environment) and plain ``python`` (one process).
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs on first use: a minute, for nothing here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+        )
+    return device
+
+
+def get_rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@dataclass
+class TrainingState:
+    """What training has to remember of its tensors, whole and on the CPU, whatever ZeRO stage made it.
+
+    Attributes:
+        weights: float32 trainable weights by parameter name.
+        moments: Adam's running averages, by ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; empty before the first step.
+        adam_steps: updates made.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    adam_steps: int = 0
+
+
+class TuningEngine:
+    """A model under DeepSpeed, with AdamW over its trainable parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        deepspeed_config: Mapping[str, Any],
+        device: torch.device,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        state: TrainingState | None = None,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: only parameters that require gradients train.
+            deepspeed_config: see ``build_deepspeed_config``.
+            device: of this process.
+            learning_rate, weight_decay, betas: of AdamW.
+            state: to go on from.
+        """
+        self._named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+        if state is not None:
+            with torch.no_grad():
+                for name, parameter in self._named:
+                    parameter.copy_(state.weights[name])
+        self.device = device
+        self._clip = float(deepspeed_config["gradient_clipping"])
+        self._zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
+        optimizer = torch.optim.AdamW(
+            [one for _, one in self._named],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            fused=device.type == "cuda",
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model.to(device), optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
+        )
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        for _, parameter in self._named:
+            parameter.register_hook(self._note_finite)
+        if state is not None and state.adam_steps:
+            self._load_optimizer(state)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped model."""
+        return self._engine  # type: ignore[no-any-return]
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout on or off."""
+        self._engine.train(training)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the model's forward pass."""
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add a micro-batch's gradients. ``is_last`` closes the step's accumulation."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss)
+
+    def take_finite(self) -> Tensor:
+        """Return whether all gradients since the last call were finite on this process, as a bool tensor; no sync."""
+        finite = self._finite.clone()
+        self._finite.fill_(True)
+        return finite
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients, and return the norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._compute_plain_norm() if self._zero_stage == 0 else None
+        self._engine.step()
+        measured = self._engine.get_global_grad_norm()
+        if norm is None:
+            norm = measured
+        return float(norm) if norm is not None else float("nan")
+
+    def export_state(self, *, with_moments: bool = True) -> TrainingState:
+        """Gather the state. Collective: every process must call it; every process gets it."""
+        state = TrainingState(weights={})
+        for name, parameter in self._named:
+            state.weights[name] = self._get_weight(parameter).detach().float().cpu().clone()
+        if with_moments:
+            state.adam_steps = self._count_adam_steps()
+            for key in MOMENTS if state.adam_steps else ():
+                for name, parameter in self._named:
+                    state.moments[f"{key}.{name}"] = self._get_moment(parameter, key).detach().float().cpu().clone()
+        return state
+
+    def _note_finite(self, gradient: Tensor) -> None:
+        self._finite.logical_and_(torch.isfinite(gradient).all())
+
+    def _compute_plain_norm(self) -> Tensor:
+        """DeepSpeed reports no norm at stage 0 in float32; gradients are whole and reduced there."""
+        gradients = [one.grad for _, one in self._named if one.grad is not None]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one.float()) for one in gradients]))
+
+    def _get_weight(self, parameter: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(parameter)
+        return parameter if full is None else full
+
+    def _get_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        full = safe_get_full_optimizer_state(parameter, key)
+        return self._inner_optimizer.state[parameter][key] if full is None else full
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer behind ZeRO's wrapper."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)  # type: ignore[no-any-return]
+
+    def _count_adam_steps(self) -> int:
+        steps = [int(entry["step"]) for entry in self._inner_optimizer.state.values() if "step" in entry]
+        return max(steps, default=0)
+
+    def _load_optimizer(self, state: TrainingState) -> None:
+        """Fill the optimizer's state, which DeepSpeed leaves empty before the first step."""
+        inner = self._inner_optimizer
+        flats = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps them out of the groups
+        for flat in flats or [one for group in inner.param_groups for one in group["params"]]:
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            inner.state[flat] = {"step": torch.tensor(float(state.adam_steps), device=_step_device(flat)), **zeros}
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._named:
+            self._set_full(parameter, state.weights[name].to(self.device), None)
+            for key in MOMENTS:
+                self._set_full(parameter, state.moments[f"{key}.{name}"].to(self.device), key)
+
+    def _set_full(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Set a parameter's float32 weight (key None) or one of its moments from the whole tensor."""
+        if self._zero_stage == 3:
+            # DeepSpeed's own setter fails where a parameter's size is not divisible by the number of processes.
+            partition, _ = self._optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+            size = partition.numel()
+            padded = torch.nn.functional.pad(value.flatten(), (0, size * get_world_size() - value.numel()))
+            partition.data.copy_(padded[size * get_rank() : size * (get_rank() + 1)])
+        elif safe_get_full_fp32_param(parameter) is not None:
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+        elif key is not None:  # the weight itself was set before the model was wrapped
+            self._inner_optimizer.state[parameter][key].copy_(value)
+
+
+def _step_device(parameter: Tensor) -> torch.device:
+    """Fused AdamW keeps its step count beside the parameter, the plain one on the CPU."""
+    return parameter.device if parameter.is_cuda else torch.device("cpu")
