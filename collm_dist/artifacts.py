@@ -101,7 +101,12 @@ def flatten_config(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def compute_fingerprint(
-    config: Config, step: Step, run_dir: RunDir, inputs: Mapping[str, Any] | None = None
+    config: Config,
+    step: Step,
+    run_dir: RunDir,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    skip_missing: bool = False,
 ) -> dict[str, Any]:
     """Return what a step depends on, today.
 
@@ -110,6 +115,7 @@ def compute_fingerprint(
         step: the step in question.
         run_dir: where the steps before it have their records.
         inputs: further dependencies, such as input files with size and modification time, or prompt texts.
+        skip_missing: leave out steps that are not done instead of raising; evaluation reports what there is.
 
     Raises:
         ArtifactError: a step that this one builds on is not done.
@@ -126,6 +132,8 @@ def compute_fingerprint(
     }
     for upstream in UPSTREAM[step]:
         if upstream == "stage1" and not config.stage1.enabled:
+            continue
+        if skip_missing and not run_dir.is_done(upstream):
             continue
         fingerprint[f"upstream.{upstream}"] = run_dir.read_record(upstream)["content_hash"]
     for key, value in (inputs or {}).items():

@@ -1,0 +1,131 @@
+"""The report's figures, as PNG files. Drawn without a display."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from collm_dist.evaluation.metrics import FloatArray
+
+_DPI = 110
+_CALIBRATION_BINS = 10
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+def plot_forest(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], metric: str, title: str) -> Figure | None:
+    """Draw one dot a model with its interval, in the order of the table. None when no row has the metric.
+
+    Args:
+        rows: rows of the table, of one split and slice.
+        names: what to call each model.
+        metric: auc, uauc or ndcg@k.
+        title: above the plot.
+    """
+    rows = [row for row in rows if row.get(metric) is not None]
+    if not rows:
+        return None
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    values = np.array([row[metric] for row in rows])
+    lows = np.array([row[f"{metric}_low"] if row[f"{metric}_low"] is not None else row[metric] for row in rows])
+    highs = np.array([row[f"{metric}_high"] if row[f"{metric}_high"] is not None else row[metric] for row in rows])
+    places = np.arange(len(rows))
+    axes.hlines(places, lows, highs, color="tab:blue", linewidth=2)
+    axes.plot(values, places, "o", color="tab:blue")
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.3f}", (value, place), xytext=(0, 6), textcoords="offset points", ha="center", size=8)
+    if metric in ("auc", "uauc"):
+        axes.axvline(0.5, color="0.6", linestyle=":")
+    axes.set_yticks(places, [names.get(row["model"], row["model"]) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_xlabel(metric.upper())
+    axes.set_title(title)
+    return figure
+
+
+def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the mean predicted and the observed share of likes in bins of (almost) equally many rows."""
+    predicted = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+    order = np.argsort(predicted, kind="stable")
+    bins = [rows for rows in np.array_split(order, _CALIBRATION_BINS) if len(rows)]
+    return (
+        np.array([predicted[rows].mean() for rows in bins]),
+        np.array([labels[rows].mean() for rows in bins], dtype=np.float64),
+    )
+
+
+def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], title: str) -> Figure:
+    """Draw the observed against the predicted share of likes, one line a model.
+
+    Args:
+        labels: (N,) 0 or 1.
+        logits: (N,) by the models' displayed names.
+        title: above the plot.
+    """
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
+    for name, scores in logits.items():
+        axes.plot(*compute_calibration(labels, scores), marker="o", markersize=3, label=name)
+    axes.set_xlabel("predicted share of likes")
+    axes.set_ylabel("observed share of likes")
+    axes.set_title(title)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def read_metrics_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Read a stage's metrics.jsonl: (steps, values) of every number that it logs, by name.
+
+    A line that a crash left unfinished is skipped.
+    """
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        step = point.pop("step", None)
+        for name, value in point.items():
+            if isinstance(step, int) and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value))
+    return curves
+
+
+def plot_training(logs: Mapping[str, Path]) -> Figure | None:
+    """Draw loss (left) and validation AUC and UAUC (right) over steps, a row of plots a stage.
+
+    Args:
+        logs: each stage's metrics.jsonl, by the stage's name; those that do not exist are left out.
+
+    Returns:
+        None without any log.
+    """
+    curves = {stage: read_metrics_log(path) for stage, path in logs.items() if path.exists()}
+    if not curves:
+        return None
+    figure = Figure(figsize=(10, 3.2 * len(curves)), layout="constrained")
+    grid = figure.subplots(len(curves), 2, squeeze=False)
+    for (stage, by_name), panels in zip(curves.items(), grid, strict=True):
+        for axes, kind in zip(panels, ("loss", "auc"), strict=True):
+            for name, (steps, values) in by_name.items():
+                if kind in name.lower():
+                    axes.plot(steps, values, label=name, linewidth=1)
+            axes.set_xlabel("step")
+            axes.set_title(f"{stage}: {'loss' if kind == 'loss' else 'AUC'}")
+            if axes.lines:
+                axes.legend(fontsize=8)
+    return figure

@@ -1,0 +1,162 @@
+"""The report as Markdown, and its main table for the terminal. Everything shown comes out of report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MODEL_NAMES: dict[str, str] = {
+    "item_mean": "item mean",
+    "item_user_mean": "item + user mean",
+    "bias_logistic": "bias logistic",
+    "as_of_logistic": "as-of logistic",
+    "popularity": "popularity",
+    "last_item_cooccurrence": "last-item co-occurrence",
+    "cf": "collaborative model",
+    "stage1": "stage 1 (text)",
+    "stage2": "stage 2 (text + slots)",
+    "slots_without_llm": "slots without LLM",
+    "slots_shuffled": "stage 2, slots shuffled",
+}
+_SLICE_NAMES = {"all": "all", "warm": "warm", "cold_user": "cold user", "cold_item": "cold item"}
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned Markdown table: the first column left, the others right."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+
+    def render(row: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *others]) + " |"
+
+    rule = "|" + "|".join([":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([render(cells[0]), rule, *(render(row) for row in cells[1:])])
+
+
+def _format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
+    """Return ``value [low, high]``, without the interval where there is none, a dash where there is no number."""
+    if row.get(metric) is None:
+        return "-"
+    sign = "+" if signed else ""
+    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    interval = f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None and high is not None else ""
+    return f"{row[metric]:{sign}.4f}{interval}"
+
+
+def list_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the metrics of the table in order: ranking ones, where there are some, then AUC and UAUC."""
+    ranking = sorted({key for row in rows for key in row if "@" in key and not key.endswith(("_low", "_high"))})
+    ranking.sort(key=lambda key: (not key.startswith("ndcg"), int(key.split("@")[1])))
+    return [*ranking, "auc", "uauc"]
+
+
+def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the models on one split and slice, with what each may see."""
+    metrics = list_metrics(rows)
+    header = ["model", *(metric.upper() for metric in metrics), "log-loss", "training labels", "inputs"]
+    cells = [
+        [
+            MODEL_NAMES.get(row["model"], row["model"]),
+            *(_format_number(row, metric) for metric in metrics),
+            "-" if row["logloss"] is None else f"{row['logloss']:.4f}",
+            row["training_labels"],
+            row["inputs"],
+        ]
+        for row in rows
+    ]
+    return render_table(header, cells)
+
+
+def _render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return AUC / UAUC by slice, one line a model."""
+    slices = list(dict.fromkeys(row["slice"] for row in rows))
+    by_key = {(row["model"], row["slice"]): row for row in rows}
+    counts = {name: next(row["rows"] for row in rows if row["slice"] == name) for name in slices}
+
+    def show(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    cells = [
+        [MODEL_NAMES.get(model, model)]
+        + [f"{show(by_key[model, name]['auc'])} / {show(by_key[model, name]['uauc'])}" for name in slices]
+        for model in dict.fromkeys(row["model"] for row in rows)
+    ]
+    return render_table(["AUC / UAUC", *(f"{_SLICE_NAMES[name]} ({counts[name]:,} rows)" for name in slices)], cells)
+
+
+def _render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
+    metrics = list_metrics(differences)
+    cells = [
+        [
+            f"{MODEL_NAMES.get(row['model'], row['model'])} vs {MODEL_NAMES.get(row['versus'], row['versus'])}",
+            *(_format_number(row, metric, signed=True) for metric in metrics),
+        ]
+        for row in differences
+    ]
+    return render_table(["difference", *(metric.upper() for metric in metrics)], cells)
+
+
+def _render_header(report: Mapping[str, Any]) -> list[str]:
+    data, lines = report["data"], ["# Evaluation report", ""]
+    lines += [f"**{warning}**\n" for warning in report["warnings"]]
+    lines += [
+        f"Data: {data['name']} (format {data['format']}, {data['feedback']} feedback, ties: {data['ties']}), "
+        f"{data['num_users']:,} users, {data['num_items']:,} items.",
+        "",
+        render_table(
+            ["split", "rows", "of these real events", "evaluated rows", "evaluated users", "share of likes"],
+            [
+                [
+                    split,
+                    f"{info['rows']:,}",
+                    f"{info['real_rows']:,}",
+                    *(
+                        [f"{found['rows']:,}", f"{found['users']:,}", f"{found['like_share']:.3f}"]
+                        if (found := data["evaluated"].get(split))
+                        else ["-", "-", "-"]
+                    ),
+                ]
+                for split, info in data["splits"].items()
+            ],
+        ),
+        "",
+    ]
+    lines += [f"- {note}" for note in report["notes"]]
+    return [*lines, ""]
+
+
+def _render_deviations(report: Mapping[str, Any]) -> list[str]:
+    recipe, deviations = report["recipe"], report["deviations"]
+    lines = [f"## Settings that deviate from the paper's recipe for {recipe}", ""]
+    if not deviations:
+        return [*lines, "None.", ""]
+    cells = [[found["setting"], found["ours"], found["paper"]] for found in deviations]
+    return [*lines, render_table(["setting", "here", "paper"], cells), ""]
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """Return report.md for the contents of report.json."""
+    lines = _render_header(report) + _render_deviations(report)
+    for split in dict.fromkeys(row["split"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["split"] == split]
+        of_all = [row for row in rows if row["slice"] == "all"]
+        users = max(row["users_counted"] for row in of_all)
+        lines += [f"## {split}: {of_all[0]['rows']:,} rows, UAUC over {users:,} users with both labels", ""]
+        lines += [render_results(of_all), ""]
+        if len(rows) > len(of_all):
+            lines += [_render_slices(rows), ""]
+        differences = [row for row in report["differences"] if (row["split"], row["slice"]) == (split, "all")]
+        if differences:
+            lines += ["Paired differences on the same resamples of users:", "", _render_differences(differences), ""]
+        lines += [line for name in report["plots"] if name.endswith(f"-{split}.png") for line in _link(name)]
+    lines += [line for name in report["plots"] if name == "training.png" for line in ["## Training", "", *_link(name)]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _link(name: str) -> list[str]:
+    return [f"![{Path(name).stem.replace('-', ' ')}]({name})", ""]

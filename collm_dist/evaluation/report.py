@@ -1,0 +1,208 @@
+"""The evaluation step: scores of every model, the table, report.json, report.md, plots and score files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from collm_dist import monitoring
+from collm_dist.artifacts import (
+    RunDir,
+    compute_fingerprint,
+    compute_json_hash,
+    find_changes,
+    is_step_current,
+    open_atomic,
+    write_json,
+)
+from collm_dist.config import Config
+from collm_dist.data.manifest import Manifest, load_manifest
+from collm_dist.data.prompts import load_prompt_text
+from collm_dist.evaluation.deviations import choose_recipe, list_deviations
+from collm_dist.evaluation.metrics import compute_auc, compute_ndcg
+from collm_dist.evaluation.models import EvaluatedSplit, ModelScores, collect_models, load_splits, score_stages
+from collm_dist.evaluation.notes import describe_data, list_notes, list_warnings
+from collm_dist.evaluation.plots import plot_calibration, plot_forest, plot_training, save_figure
+from collm_dist.evaluation.render import MODEL_NAMES, list_metrics, render_markdown, render_results
+from collm_dist.evaluation.score_files import write_scores
+from collm_dist.evaluation.slots_mlp import find_slots
+from collm_dist.evaluation.table import TableSettings, compute_table
+
+TRIVIAL = frozenset(
+    {"item_mean", "item_user_mean", "bias_logistic", "as_of_logistic", "popularity", "last_item_cooccurrence"}
+)
+# Which trivial baseline models are compared with when valid is not in the report: named here, never chosen on test.
+_FALLBACK_TRIVIAL = {"explicit": "as_of_logistic", "implicit": "popularity"}
+
+
+def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict[str, Any]:
+    """Evaluate what the run has made so far and write the report.
+
+    Under a launcher every process calls this: all of them score, the first one reports. Steps that have not run are
+    left out of the table, and the report says so.
+
+    Args:
+        config: the experiment.
+        run_dir: where its data step, and any of the later steps, are done.
+        force: evaluate again though the report is up to date.
+
+    Returns:
+        The contents of report.json; empty on all processes but the first.
+
+    Raises:
+        ArtifactError: the data step is not done, something is damaged, or the report was made from something else.
+    """
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    fingerprint = compute_fingerprint(config, "eval", run_dir, skip_missing=True)
+    if not force and _is_current(run_dir, fingerprint):
+        report = run_dir.read_record("eval")
+        if is_first:
+            print(f"eval: up to date ({run_dir.record_path('eval')})", flush=True)
+        return report if is_first else {}
+    manifest = load_manifest(run_dir.step_dir("data"))
+    splits = load_splits(config, run_dir.step_dir("data"), manifest)
+    if is_first:
+        counts = ", ".join(f"{name} {split.order.num_rows:,} rows" for name, split in splits.items())
+        print(f"eval: scoring {counts}", flush=True)
+    stage_scores = score_stages(config, run_dir, splits)
+    if not is_first:
+        return {}
+    scores = collect_models(config, run_dir, manifest, splits, stage_scores)
+    report = build_report(config, manifest, splits, scores)
+    report["fingerprint"] = fingerprint
+    figures = build_figures(config, run_dir, splits, scores, report)
+    write_report(config, run_dir, splits, scores, report, figures)
+    return report
+
+
+def _is_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the report is up to date; one made before a later step had run is simply made again."""
+    if run_dir.is_done("eval"):
+        recorded = run_dir.read_record("eval").get("fingerprint", {})
+        added = {key for key in fingerprint if key not in recorded and key.startswith("upstream.")}
+        if added and not find_changes(recorded, {key: fingerprint[key] for key in fingerprint if key not in added}):
+            return False
+    return is_step_current(run_dir, "eval", fingerprint)
+
+
+def choose_best_trivial(
+    splits: Mapping[str, EvaluatedSplit], scores: ModelScores, feedback: str, cutoffs: Sequence[int]
+) -> str:
+    """Return the trivial baseline that is best on valid, by NDCG where there are candidate lists, else by AUC."""
+    if "valid" not in splits:
+        return _FALLBACK_TRIVIAL[feedback]
+    rows, found = splits["valid"].rows, {}
+    for model in scores.models["valid"]:
+        if model.name in TRIVIAL:
+            if cutoffs:
+                value = compute_ndcg(rows.label, model.scores, rows.group_id, cutoffs[len(cutoffs) // 2])
+            else:
+                value = compute_auc(rows.label, model.scores)
+            if value is not None:
+                found[model.name] = value
+    return max(found, key=lambda name: found[name]) if found else _FALLBACK_TRIVIAL[feedback]
+
+
+def list_pairs(best_trivial: str) -> list[tuple[str, str]]:
+    """Return the pairs (model, versus) that the report compares, the most telling first."""
+    return [
+        ("stage2", "slots_without_llm"),
+        ("stage2", "slots_shuffled"),
+        ("stage2", "stage1"),
+        ("stage2", "cf"),
+        ("stage2", best_trivial),
+        ("stage1", "cf"),
+        ("stage1", best_trivial),
+        ("cf", best_trivial),
+    ]
+
+
+def build_report(
+    config: Config, manifest: Manifest, splits: Mapping[str, EvaluatedSplit], scores: ModelScores
+) -> dict[str, Any]:
+    """Return the contents of report.json without plots and fingerprint."""
+    evaluation = config.evaluation
+    cutoffs = evaluation.cutoffs if manifest.feedback == "implicit" else ()
+    settings = TableSettings(evaluation.bootstrap_samples, evaluation.confidence, config.run.seed, cutoffs)
+    best_trivial = choose_best_trivial(splits, scores, manifest.feedback, cutoffs)
+    table: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    for name, split in splits.items():
+        rows, compared = compute_table(split.rows, scores.models[name], list_pairs(best_trivial), settings)
+        table += [row for row in rows if name != "train" or row["slice"] == "all"]
+        differences += compared
+    slots = find_slots(load_prompt_text(config.prompt.stage2))
+    report: dict[str, Any] = {
+        "format_version": 1,
+        "data": describe_data(config, manifest, {name: split.rows for name, split in splits.items()}),
+        "recipe": choose_recipe(config),
+        "deviations": [asdict(deviation) for deviation in list_deviations(config, slots)],
+        "rows": table,
+        "differences": differences,
+        "best_trivial": best_trivial,
+        "left_out": scores.left_out,
+    }
+    report["warnings"] = list_warnings(report, evaluation.confidence)
+    report["notes"] = list_notes(config, report)
+    report["content_hash"] = compute_json_hash(report)
+    return report
+
+
+def build_figures(
+    config: Config,
+    run_dir: RunDir,
+    splits: Mapping[str, EvaluatedSplit],
+    scores: ModelScores,
+    report: Mapping[str, Any],
+) -> dict[str, Figure]:
+    """Return the figures by file name."""
+    figures: dict[str, Figure | None] = {}
+    for split in config.evaluation.splits:
+        rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split, "all")]
+        percent = f"{config.evaluation.confidence:.0%} intervals"
+        for metric in list_metrics(rows):
+            if metric == "auc" or metric.startswith("ndcg"):
+                title = f"{metric.upper()} on {split}, {rows[0]['rows']:,} rows, {percent}"
+                file_name = f"{metric.replace('@', '-at-')}-{split}.png"
+                figures[file_name] = plot_forest(rows, MODEL_NAMES, metric, title)
+        logits = {MODEL_NAMES[model.name]: model.scores for model in scores.models[split] if model.has_logits}
+        if logits:
+            title = f"Calibration on {split}"
+            figures[f"calibration-{split}.png"] = plot_calibration(splits[split].rows.label, logits, title)
+    logs = {stage: run_dir.path / stage / "metrics.jsonl" for stage in ("stage1", "stage2")}
+    figures["training.png"] = plot_training(logs)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def write_report(
+    config: Config,
+    run_dir: RunDir,
+    splits: Mapping[str, EvaluatedSplit],
+    scores: ModelScores,
+    report: dict[str, Any],
+    figures: Mapping[str, Figure],
+) -> None:
+    """Write score files, plots, report.md and, last, report.json; print the table and where things are."""
+    folder = run_dir.step_dir("eval")
+    for name, split in splits.items():
+        for model in scores.models[name]:
+            write_scores(folder / "scores", split.rows, model)
+    for file_name, figure in figures.items():
+        save_figure(figure, folder / file_name)
+    report["plots"] = list(figures)
+    markdown = render_markdown(report)
+    with open_atomic(folder / "report.md") as file:
+        file.write(markdown)
+    if config.monitoring.tensorboard:
+        monitoring.log_report(folder / "tensorboard", markdown, {name: folder / name for name in figures})
+    write_json(run_dir.record_path("eval"), report)
+    for shown in config.evaluation.splits:
+        rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (shown, "all")]
+        print(f"\n{shown}, {rows[0]['rows']:,} rows\n{render_results(rows)}")
+    for warning in report["warnings"]:
+        print(f"\n{warning}")
+    print(f"\nreport: {folder / 'report.md'}\ntensorboard --logdir {run_dir.path}", flush=True)

@@ -1,0 +1,56 @@
+"""Score files: one Parquet a model and split, so that anybody can compute other numbers from the same scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from collm_dist.artifacts import open_atomic
+from collm_dist.errors import ArtifactError
+from collm_dist.evaluation.metrics import FloatArray, IntArray
+from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
+
+
+def align_scores(wanted: IntArray, row_ids: IntArray, scores: FloatArray, what: str) -> FloatArray:
+    """Return the scores in the order of the wanted row ids.
+
+    Raises:
+        ArtifactError: a row has no score, two, or one that is not finite; ``what`` names whose scores they are.
+    """
+    order = np.argsort(row_ids, kind="stable")
+    if not np.array_equal(row_ids[order], np.sort(wanted)):
+        missing, extra = np.setdiff1d(wanted, row_ids), np.setdiff1d(row_ids, wanted)
+        raise ArtifactError(
+            f"{what}: {len(row_ids):,} scores for {len(wanted):,} rows; {len(missing):,} rows have none"
+            f"{f' (the first: row {missing[0]})' if len(missing) else ''}, {len(extra):,} scores belong to no row. "
+            "The shards and the stage come from different data: redo the stage"
+        )
+    aligned = np.asarray(scores, dtype=np.float64)[order[np.searchsorted(row_ids[order], wanted)]]
+    broken = np.flatnonzero(~np.isfinite(aligned))
+    if len(broken):
+        raise ArtifactError(
+            f"{what}: {len(broken):,} scores are not finite, the first for row {wanted[broken[0]]}; the weights or "
+            "the precision are at fault: try llm.dtype: float32, or train again with a lower learning rate"
+        )
+    return aligned
+
+
+def write_scores(folder: Path, rows: EvaluatedRows, model: ScoredModel) -> Path:
+    """Write ``<model>-<split>.parquet``: row_id, user_idx, item_idx, label, score, sorted by row_id."""
+    order = np.argsort(rows.row_id)
+    table = pa.table(
+        {
+            "row_id": rows.row_id[order],
+            "user_idx": rows.user_idx[order],
+            "item_idx": rows.item_idx[order],
+            "label": rows.label[order].astype(np.int8),
+            "score": model.scores[order],
+        }
+    )
+    path = folder / f"{model.name}-{rows.split}.parquet"
+    with open_atomic(path, "wb") as file:
+        pq.write_table(table, file)
+    return path

@@ -1,0 +1,153 @@
+"""Slots without the language model: a small network on exactly the numbers that stage 2's slots carry.
+
+What stage 2 gains over it is what the language model and the text add. It sees the same training rows as stage 2 and
+stops early on the same validation rows.
+
+Shapes: C contexts, N targets, H history items, E width of a collaborative vector, X inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from collm_dist.data.context_block import ContextBlock, IntArray
+from collm_dist.data.prompts import FIELDS
+from collm_dist.data.statistics import compute_pair_features
+from collm_dist.evaluation.metrics import FloatArray, compute_auc, compute_logloss
+
+
+def find_slots(prompt_text: str) -> frozenset[str]:
+    """Return the names of the slots in a prompt, without brackets: UserID, TargetItemID, MatchID, ItemIDList."""
+    return frozenset(name.strip("<>") for name, (_, is_slot) in FIELDS.items() if is_slot and name in prompt_text)
+
+
+def pad_histories(block: ContextBlock, length: int) -> IntArray:
+    """Return (C, H) the last ``length`` liked items of each context, right-aligned, -1 = padding."""
+    lengths = np.minimum(np.diff(block.history_offsets), length)
+    padded = np.full((block.num_contexts, length), -1, dtype=np.int64)
+    is_item = np.arange(length) >= length - lengths[:, None]
+    ends = block.history_offsets[1:, None] - length + np.arange(length)
+    padded[is_item] = block.history_items[ends[is_item]]
+    return padded
+
+
+@torch.no_grad()
+def build_slot_inputs(
+    block: ContextBlock, slots: frozenset[str], cf_model: Any, history_length: int, shown_length: int
+) -> NDArray[np.float32]:
+    """Return (N, X) what the slots of each target carry, and where both are there, user times item vector.
+
+    Args:
+        block: the rows.
+        slots: as of find_slots.
+        cf_model: gives user and item vectors; not read for pair slots.
+        history_length: liked items that the collaborative model may read.
+        shown_length: liked items behind ItemIDList, whose vectors are averaged.
+    """
+    contexts, parts = block.target_contexts, []
+    if slots & {"UserID", "TargetItemID", "ItemIDList"}:
+        items = torch.from_numpy(block.item_idx)
+        vectors = {}
+        if "UserID" in slots:
+            history = torch.from_numpy(pad_histories(block, history_length)[contexts])
+            vectors["user"] = cf_model.user_vectors(torch.from_numpy(block.user_idx[contexts]), history, items)
+        if "TargetItemID" in slots:
+            vectors["item"] = cf_model.item_vectors(items)
+        if len(vectors) == 2:
+            vectors["product"] = vectors["user"] * vectors["item"]
+        if "ItemIDList" in slots and shown_length:
+            shown = torch.from_numpy(pad_histories(block, shown_length)[contexts])
+            flat = cf_model.item_vectors(shown.reshape(-1)).view(*shown.shape, -1)
+            vectors["list"] = flat.sum(dim=1) / (shown >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+        parts = [vector.float().numpy() for vector in vectors.values()]
+    if "MatchID" in slots:
+        parts.append(compute_pair_features(block))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+class SlotsMlp(nn.Module):
+    """Standardize, then ``Linear -> ReLU -> Dropout -> Linear`` to one logit."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean_X: Tensor, scale_X: Tensor, hidden_dim: int, dropout: float) -> None:
+        """Build it with the training rows' mean and standard deviation of each input."""
+        super().__init__()
+        self.register_buffer("mean", mean_X)
+        self.register_buffer("scale", scale_X)
+        self.layers = nn.Sequential(
+            nn.Linear(len(mean_X), hidden_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, 1)
+        )
+
+    def forward(self, inputs_NX: Tensor) -> Tensor:
+        """Map (N, X) inputs to (N,) logits."""
+        logits: Tensor = self.layers((inputs_NX - self.mean) / self.scale).squeeze(1)
+        return logits
+
+    @torch.no_grad()
+    def score(self, inputs: NDArray[np.float32]) -> FloatArray:
+        """Return (N,) logits of (N, X) inputs, without dropout."""
+        self.eval()
+        return np.asarray(self(torch.from_numpy(inputs)).double().numpy())
+
+
+def fit_slots_mlp(
+    train: tuple[NDArray[np.float32], IntArray],
+    valid: tuple[NDArray[np.float32], IntArray],
+    seed: int,
+    *,
+    hidden_dim: int = 64,
+    dropout: float = 0.1,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-2,
+    batch_size: int = 256,
+    num_epochs: int = 50,
+    patience: int = 5,
+) -> SlotsMlp:
+    """Fit by BCE with AdamW; the epoch with the best validation AUC is kept (log-loss where AUC is not defined).
+
+    Args:
+        train, valid: (N, X) inputs and (N,) labels.
+        seed: of initial weights, order and dropout.
+        hidden_dim, dropout, learning_rate, weight_decay, batch_size: as usual.
+        num_epochs: most passes.
+        patience: passes without a better validation before stopping.
+    """
+    inputs, labels = torch.from_numpy(train[0]), torch.from_numpy(train[1]).float()
+    scale = inputs.std(dim=0, correction=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SlotsMlp(inputs.mean(dim=0), torch.where(scale > 1e-6, scale, 1.0), hidden_dim, dropout)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        best, best_state, best_epoch = -np.inf, copy.deepcopy(model.state_dict()), 0
+        for epoch in range(num_epochs):
+            model.train()
+            order = torch.randperm(len(labels))
+            for first in range(0, len(order), batch_size):
+                rows = order[first : first + batch_size]
+                loss = nn.functional.binary_cross_entropy_with_logits(model(inputs[rows]), labels[rows])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            quality = _compute_quality(valid[1], model.score(valid[0]))
+            if quality > best:
+                best, best_state, best_epoch = quality, copy.deepcopy(model.state_dict()), epoch
+            elif epoch - best_epoch >= patience:
+                break
+    model.load_state_dict(best_state)
+    return model
+
+
+def _compute_quality(labels: IntArray, scores: FloatArray) -> float:
+    """Return AUC, or minus the log-loss where only one label occurs: higher is better."""
+    auc = compute_auc(labels, scores)
+    if auc is not None:
+        return auc
+    return -(compute_logloss(labels, scores) or 0.0)

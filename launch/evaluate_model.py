@@ -1,0 +1,30 @@
+"""Evaluate a run: ``deepspeed launch/evaluate_model.py --config C``, or plain ``python``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from collm_dist.artifacts import RunDir
+from collm_dist.cli import run_command
+from collm_dist.config import Config
+from collm_dist.evaluation.report import run_evaluation
+
+EXAMPLES = """examples:
+  python launch/evaluate_model.py --config configs/ml100k_demo.yaml
+  deepspeed launch/evaluate_model.py --config configs/ml1m_official.yaml evaluation.splits='[test]' --force eval
+"""
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    run_evaluation(config, RunDir(Path(config.run.dir)), force="eval" in arguments.force)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    return run_command("Evaluate every model of a run and write its report.", _run, EXAMPLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""A small finished data step, written by hand in the run directory's format."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from evaluation_data import build_block, count_strictly_before
+
+from collm_dist.artifacts import RunDir, write_json
+from collm_dist.config import Config
+from collm_dist.data.context_block import TARGET_FIELDS
+from collm_dist.data.interactions import COLUMNS
+from collm_dist.data.shard_writer import write_shard
+
+NUM_USERS, NUM_ITEMS = 24, 30
+STAGE1_PROMPT = "Liked: <ItemTitleList>. Would they like <TargetItemTitle>? Answer:"
+STAGE2_PROMPT = "Liked: <ItemTitleList>. User <UserID>, item <TargetItemTitle> <TargetItemID> <MatchID>. Answer:"
+
+
+def build_config(path, *overrides, feedback="explicit", **evaluation) -> Config:
+    columns = {"rating": None, "label": "label"} if feedback == "explicit" else {}
+    return Config.model_validate(
+        {
+            "run": {"dir": str(path)},
+            "dataset": {"path": "logs/ratings.csv", "columns": columns, "feedback": feedback},
+            "prompt": {"stage1": STAGE1_PROMPT, "stage2": STAGE2_PROMPT},
+            "evaluation": {"bootstrap_samples": 30, "cutoffs": [1, 2], "num_candidates": 4, **evaluation},
+            "monitoring": {"progress_bar": False},
+        }
+    )
+
+
+def _build_rows(feedback):
+    """Rows of all splits in time order; users and items have tastes, the last four users are in test only."""
+    random = np.random.default_rng(0)
+    quality = random.normal(size=NUM_ITEMS)
+    mood = random.normal(size=NUM_USERS)
+    rows = []
+    for second in range(600):
+        split = "train" if second < 400 else "valid" if second < 500 else "test"
+        user = random.integers(0, NUM_USERS if split == "test" else NUM_USERS - 4)
+        item = random.integers(0, NUM_ITEMS - (3 if split == "train" else 0))
+        liked = int(quality[item] + mood[user] + random.normal() > 0)
+        if feedback == "explicit":
+            rows.append((user, item, second, liked, split, 0, len(rows), len(rows)))
+        elif liked:
+            group = len(rows)
+            rows.append((user, item, second, 1, split, 0, group, group))
+            for _ in range(3):
+                rows.append((user, random.integers(0, NUM_ITEMS), second, 0, split, 1, len(rows), group))
+    names = ("user_idx", "item_idx", "timestamp", "label", "split", "sampled", "row_id", "group_id")
+    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def _add_state(rows):
+    """Likes so far, histories, as-of counts and train flags."""
+    real = rows["sampled"] == 0
+    for kind in ("user", "item"):
+        ids = rows[f"{kind}_idx"]
+        order = np.argsort(rows["timestamp"] * 2 + rows["sampled"], kind="stable")
+        likes, counts = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
+        counted = count_strictly_before(ids[real], rows["timestamp"][real], rows["label"][real])
+        likes[real], counts[real] = counted
+        for row in order[~real[order]]:
+            before = real & (ids == ids[row]) & (rows["timestamp"] < rows["timestamp"][row])
+            likes[row], counts[row] = rows["label"][before].sum(), before.sum()
+        rows[f"{kind}_likes"], rows[f"{kind}_rows"] = likes, counts
+        rows[f"{kind}_in_train"] = np.isin(ids, ids[(rows["split"] == "train") & real]).astype(np.int64)
+    rows["num_likes"] = rows["user_likes"]
+    liked = real & (rows["label"] == 1)
+    return [
+        rows["item_idx"][liked & (rows["user_idx"] == user) & (rows["timestamp"] < time)][-10:].tolist()
+        for user, time in zip(rows["user_idx"], rows["timestamp"], strict=True)
+    ]
+
+
+def write_data_step(path, feedback="explicit") -> RunDir:
+    """Write interactions, tables, shards and manifest below ``path``."""
+    run_dir = RunDir(path)
+    data_dir = run_dir.step_dir("data")
+    rows = _build_rows(feedback)
+    histories = _add_state(rows)
+    splits, shards = {}, []
+    for split in ("train", "valid", "test"):
+        chosen = np.flatnonzero(rows["split"] == split)
+        block = build_block(
+            rows["user_idx"][chosen],
+            histories=[histories[row] for row in chosen],
+            num_likes=rows["num_likes"][chosen],
+            **{name: rows[name][chosen] for name in TARGET_FIELDS},
+        )
+        shards.append(write_shard(data_dir, f"{split}-00000.tar", split, block, 64).__dict__)
+        splits[split] = {
+            "rows": len(chosen),
+            "contexts": len(chosen),
+            "real_rows": int((rows["sampled"][chosen] == 0).sum()),
+            "first_timestamp": int(rows["timestamp"][chosen].min()),
+            "last_timestamp": int(rows["timestamp"][chosen].max()),
+        }
+    (data_dir / "interactions").mkdir()
+    order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
+    table = pa.table({name: rows[name][order] for name in COLUMNS.names}).cast(COLUMNS)
+    pq.write_table(table, data_dir / "interactions" / "bucket-00000.parquet")
+    write_json(
+        run_dir.record_path("data"),
+        {
+            "format_version": 1,
+            "num_users": NUM_USERS,
+            "num_items": NUM_ITEMS,
+            "users_hash": "users",
+            "items_hash": "items",
+            "ties": "strict",
+            "feedback": feedback,
+            "max_history_length": 10,
+            "splits": splits,
+            "shards": shards,
+            "buckets": [],
+            "dropped": {},
+            "content_hash": f"data-{feedback}",
+        },
+    )
+    return run_dir

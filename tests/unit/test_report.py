@@ -1,0 +1,165 @@
+"""The evaluation step on a hand-made run in which only the data step is done: report, plots, score files."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from evaluation_run import build_config, write_data_step
+
+from collm_dist.data.interactions import load_interactions
+from collm_dist.errors import ArtifactError
+from collm_dist.evaluation.metrics import compute_auc, compute_ndcg, compute_uauc
+from collm_dist.evaluation.notes import estimate_standard_error
+from collm_dist.evaluation.plots import compute_calibration, plot_training, read_metrics_log
+from collm_dist.evaluation.render import render_table
+from collm_dist.evaluation.report import run_evaluation
+from collm_dist.evaluation.score_files import align_scores
+
+ROW_KEYS = {
+    *("model", "split", "slice", "rows", "users_counted", "logloss", "training_labels", "inputs"),
+    *("auc", "auc_low", "auc_high", "uauc", "uauc_low", "uauc_high"),
+}
+TRIVIAL = ["item_mean", "item_user_mean", "bias_logistic", "as_of_logistic"]
+
+
+@pytest.fixture(scope="module")
+def explicit(tmp_path_factory):
+    path = tmp_path_factory.mktemp("explicit")
+    run_dir = write_data_step(path)
+    config = build_config(path)
+    return config, run_dir, run_evaluation(config, run_dir)
+
+
+def test_report_has_the_promised_rows(explicit):
+    _, run_dir, report = explicit
+    assert json.loads(run_dir.record_path("eval").read_text()) == json.loads(json.dumps(report))
+    for row in report["rows"]:
+        assert set(row) == ROW_KEYS
+    of_test = [row for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")]
+    assert [row["model"] for row in of_test] == TRIVIAL
+    assert {row["slice"] for row in report["rows"]} == {"all", "warm", "cold_user", "cold_item"}
+    assert set(report["left_out"]) == {"cf", "stage1", "stage2", "slots_without_llm", "slots_shuffled"}
+    assert report["best_trivial"] in TRIVIAL
+    assert report["fingerprint"]["upstream.data"] == "data-explicit"
+    assert report["data"]["name"] == "ratings.csv"
+    assert report["data"]["evaluated"]["test"]["rows"] == 100
+
+
+def test_report_says_how_far_it_carries_and_what_deviates(explicit):
+    _, run_dir, report = explicit
+    assert any("proves operation, not quality" in warning for warning in report["warnings"])
+    settings = {found["setting"] for found in report["deviations"]}
+    assert {"preprocessing.ties", "llm.backbone", "prompt.stage2", "prompt.score"} <= settings
+    text = (run_dir.step_dir("eval") / "report.md").read_text()
+    for part in ("as-of logistic", "all earlier feedback", "cold item", "deviate from the paper's recipe", "not run"):
+        assert part in text
+    for name in report["plots"]:
+        assert (run_dir.step_dir("eval") / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in text
+    assert {"auc-test.png", "calibration-valid.png"} <= set(report["plots"])
+    assert str(run_dir.path) not in text
+    assert list((run_dir.step_dir("eval") / "tensorboard").iterdir())
+
+
+def test_score_files_give_the_numbers_of_the_table(explicit):
+    _, run_dir, report = explicit
+    wanted = load_interactions(run_dir.step_dir("data"), ["row_id", "user_idx", "item_idx", "label"], split="test")
+    for row in report["rows"]:
+        if (row["split"], row["slice"]) != ("test", "all"):
+            continue
+        path = run_dir.step_dir("eval") / "scores" / f"{row['model']}-test.parquet"
+        scores = pq.read_table(path).to_pydict()
+        assert sorted(wanted["row_id"].tolist()) == scores["row_id"]
+        by_id = np.argsort(wanted["row_id"])
+        for name in ("user_idx", "item_idx", "label"):
+            assert wanted[name][by_id].tolist() == scores[name]
+        assert row["auc"] == pytest.approx(compute_auc(scores["label"], scores["score"]), abs=1e-12)
+        value, counted = compute_uauc(scores["label"], scores["score"], scores["user_idx"])
+        assert (row["uauc"], row["users_counted"]) == (pytest.approx(value, abs=1e-12), counted)
+
+
+def test_done_is_done_changed_is_refused_and_force_repeats(explicit, capsys):
+    config, run_dir, report = explicit
+    before = run_dir.record_path("eval").stat().st_mtime_ns
+    assert run_evaluation(config, run_dir) == json.loads(json.dumps(report))
+    assert "up to date" in capsys.readouterr().out
+    assert run_dir.record_path("eval").stat().st_mtime_ns == before
+    changed = build_config(run_dir.path, confidence=0.5)
+    with pytest.raises(ArtifactError, match=r"evaluation\.confidence"):
+        run_evaluation(changed, run_dir)
+    again = run_evaluation(config, run_dir, force=True)
+    assert again["content_hash"] == report["content_hash"]
+    output = capsys.readouterr().out
+    assert "tensorboard --logdir" in output
+    assert "| bias logistic" in output
+
+
+def test_fewer_users_are_the_same_for_all_models(tmp_path):
+    run_dir = write_data_step(tmp_path)
+    report = run_evaluation(build_config(tmp_path, max_users=5, splits=("test",), bootstrap_samples=0), run_dir)
+    assert {row["rows"] for row in report["rows"] if row["slice"] == "all"} == {
+        report["data"]["evaluated"]["test"]["rows"]
+    }
+    assert report["data"]["evaluated"]["test"]["users"] == 5
+    assert report["rows"][0]["auc_low"] is None
+    assert any("5 users chosen by hash" in note for note in report["notes"])
+    assert any("named in advance" in note for note in report["notes"])
+
+
+def test_clicks_are_ranked(tmp_path):
+    run_dir = write_data_step(tmp_path, "implicit")
+    report = run_evaluation(build_config(tmp_path, feedback="implicit"), run_dir)
+    of_test = {row["model"]: row for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")}
+    assert list(of_test) == ["popularity", "last_item_cooccurrence"]
+    row = of_test["popularity"]
+    assert row["logloss"] is None
+    assert set(row) >= {"ndcg@1", "ndcg@2_low", "hr@2", "lists", *ROW_KEYS}
+    assert row["lists"] * 4 == row["rows"]
+    scores = pq.read_table(run_dir.step_dir("eval") / "scores" / "popularity-test.parquet").to_pydict()
+    rows = load_interactions(run_dir.step_dir("data"), ["row_id", "group_id", "item_likes"], split="test")
+    group = dict(zip(rows["row_id"].tolist(), rows["group_id"].tolist(), strict=True))
+    expected = compute_ndcg(scores["label"], scores["score"], [group[row] for row in scores["row_id"]], 2)
+    assert row["ndcg@2"] == pytest.approx(expected, abs=1e-12)
+    assert any("Dislikes are sampled" in note for note in report["notes"])
+    assert "NDCG@2" in (run_dir.step_dir("eval") / "report.md").read_text()
+
+
+def test_scores_must_be_complete_unique_and_finite():
+    wanted = np.array([5, 3, 9])
+    assert align_scores(wanted, np.array([3, 5, 9]), np.array([0.3, 0.5, 0.9]), "a").tolist() == [0.5, 0.3, 0.9]
+    for row_ids, scores in (([3, 5], [1, 2]), ([3, 5, 5, 9], [1, 2, 2, 3]), ([3, 5, 9], [1, np.nan, 2])):
+        with pytest.raises(ArtifactError, match="stage1 on test"):
+            align_scores(wanted, np.array(row_ids), np.array(scores, dtype=float), "stage1 on test")
+
+
+def test_standard_error_without_intervals():
+    row = {"auc": 0.7, "auc_low": None, "auc_high": None, "rows": 500}
+    assert estimate_standard_error(row, 250, 0.95) == pytest.approx(0.023, abs=0.001)
+    assert estimate_standard_error(row, 500, 0.95) is None
+    assert estimate_standard_error({**row, "auc_low": 0.65, "auc_high": 0.75}, 250, 0.95) == pytest.approx(
+        0.0255, abs=1e-4
+    )
+
+
+def test_calibration_of_true_probabilities():
+    random = np.random.default_rng(0)
+    probability = random.uniform(size=20000)
+    labels = (random.uniform(size=20000) < probability).astype(int)
+    predicted, observed = compute_calibration(labels, np.log(probability / (1 - probability)))
+    assert len(predicted) == 10
+    assert observed == pytest.approx(predicted, abs=0.04)
+
+
+def test_training_curves_survive_a_crash_in_the_last_line(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1, "train/loss": 0.7}\n{"step": 2, "train/loss": 0.6, "valid/auc": 0.5}\n{"step": 3, "tr')
+    assert read_metrics_log(log) == {"train/loss": ([1, 2], [0.7, 0.6]), "valid/auc": ([2], [0.5])}
+    assert plot_training({"stage1": log}) is not None
+    assert plot_training({"stage1": tmp_path / "none.jsonl"}) is None
+
+
+def test_tables_are_aligned():
+    lines = render_table(["model", "AUC"], [["a", "0.5"], ["longer name", "-"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1] == "|:------------|----:|"
