@@ -58,14 +58,19 @@ class ModelScores:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
+def _is_there(config: Config, run_dir: RunDir, stage: Stage) -> bool:
+    return run_dir.is_done(stage) and (stage == "stage2" or config.stage1.enabled)
+
+
 def load_split(order: GlobalOrder, split: str) -> EvaluatedSplit:
     """Load all rows of an order."""
     block = concatenate_blocks(list(order.iter_batches(0)))
     return EvaluatedSplit(order, block, EvaluatedRows.from_block(split, block))
 
 
-def load_splits(config: Config, data_dir: Path, manifest: Manifest) -> dict[str, EvaluatedSplit]:
-    """Load the splits of the report, and a sample of the training rows under the name train."""
+def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str, EvaluatedSplit]:
+    """Load the splits of the report, and if stage 1 is done, a sample of its training rows under the name train."""
+    data_dir = run_dir.step_dir("data")
     found: dict[str, EvaluatedSplit] = {}
     for split in dict.fromkeys(config.evaluation.splits):
         order = GlobalOrder(
@@ -78,6 +83,8 @@ def load_splits(config: Config, data_dir: Path, manifest: Manifest) -> dict[str,
             shuffle=False,
         )
         found[split] = load_split(order, split)
+    if not _is_there(config, run_dir, "stage1"):
+        return found
     most = min(TRAIN_SAMPLE_CONTEXTS, config.stage1.max_train_contexts or TRAIN_SAMPLE_CONTEXTS)
     order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_contexts=most, shuffle=False)
     found["train"] = load_split(order, "train")
@@ -95,7 +102,7 @@ def score_stages(
     scores: dict[tuple[str, str], FloatArray] = {}
     stages: tuple[Stage, ...] = ("stage1", "stage2")
     for stage in stages:
-        if not run_dir.is_done(stage) or (stage == "stage1" and not config.stage1.enabled):
+        if not _is_there(config, run_dir, stage):
             continue
         loaded = load_stage_model(config, run_dir, stage)
         for split, evaluated in splits.items():

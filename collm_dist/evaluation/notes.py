@@ -38,7 +38,8 @@ def describe_data(config: Config, manifest: Manifest, evaluated: Mapping[str, Ev
         "num_items": manifest.num_items,
         "splits": {
             name: {"rows": info.rows, "contexts": info.contexts, "real_rows": info.real_rows}
-            for name, info in manifest.splits.items()
+            for name in ("train", "valid", "test")
+            if (info := manifest.splits.get(name)) is not None
         },
         "evaluated": {
             name: {

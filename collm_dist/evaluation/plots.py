@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from collm_dist.evaluation.metrics import FloatArray
+from collm_dist.monitoring import read_metrics
 
 _DPI = 110
 _CALIBRATION_BINS = 10
@@ -85,17 +85,10 @@ def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], tit
     return figure
 
 
-def read_metrics_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Read a stage's metrics.jsonl: (steps, values) of every number that it logs, by name.
-
-    A line that a crash left unfinished is skipped.
-    """
+def read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Read a stage's metrics.jsonl: (steps, values) of every number that it logs, by name."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for point in read_metrics(path):
         step = point.pop("step", None)
         for name, value in point.items():
             if isinstance(step, int) and isinstance(value, int | float) and not isinstance(value, bool):
@@ -114,7 +107,7 @@ def plot_training(logs: Mapping[str, Path]) -> Figure | None:
     Returns:
         None without any log.
     """
-    curves = {stage: read_metrics_log(path) for stage, path in logs.items() if path.exists()}
+    curves = {stage: read_curves(path) for stage, path in logs.items() if path.exists()}
     if not curves:
         return None
     figure = Figure(figsize=(10, 3.2 * len(curves)), layout="constrained")

@@ -121,7 +121,8 @@ def _render_header(report: Mapping[str, Any]) -> list[str]:
                         else ["-", "-", "-"]
                     ),
                 ]
-                for split, info in data["splits"].items()
+                for split in ("train", "valid", "test")
+                if (info := data["splits"].get(split))
             ],
         ),
         "",

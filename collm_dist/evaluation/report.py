@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -64,7 +65,7 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
             print(f"eval: up to date ({run_dir.record_path('eval')})", flush=True)
         return report if is_first else {}
     manifest = load_manifest(run_dir.step_dir("data"))
-    splits = load_splits(config, run_dir.step_dir("data"), manifest)
+    splits = load_splits(config, run_dir, manifest)
     if is_first:
         counts = ", ".join(f"{name} {split.order.num_rows:,} rows" for name, split in splits.items())
         print(f"eval: scoring {counts}", flush=True)
@@ -178,6 +179,16 @@ def build_figures(
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
+def _remove_old(run_dir: RunDir) -> None:
+    """Remove an earlier report: its record first, so that it never stands over files of another one."""
+    run_dir.record_path("eval").unlink(missing_ok=True)
+    folder = run_dir.step_dir("eval")
+    for name in ("scores", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for plot in folder.glob("*.png"):
+        plot.unlink()
+
+
 def write_report(
     config: Config,
     run_dir: RunDir,
@@ -188,6 +199,7 @@ def write_report(
 ) -> None:
     """Write score files, plots, report.md and, last, report.json; print the table and where things are."""
     folder = run_dir.step_dir("eval")
+    _remove_old(run_dir)
     for name, split in splits.items():
         for model in scores.models[name]:
             write_scores(folder / "scores", split.rows, model)

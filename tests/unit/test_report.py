@@ -11,7 +11,7 @@ from collm_dist.data.interactions import load_interactions
 from collm_dist.errors import ArtifactError
 from collm_dist.evaluation.metrics import compute_auc, compute_ndcg, compute_uauc
 from collm_dist.evaluation.notes import estimate_standard_error
-from collm_dist.evaluation.plots import compute_calibration, plot_training, read_metrics_log
+from collm_dist.evaluation.plots import compute_calibration, plot_training, read_curves
 from collm_dist.evaluation.render import render_table
 from collm_dist.evaluation.report import run_evaluation
 from collm_dist.evaluation.score_files import align_scores
@@ -48,6 +48,7 @@ def test_report_has_the_promised_rows(explicit):
 
 def test_report_says_how_far_it_carries_and_what_deviates(explicit):
     _, run_dir, report = explicit
+    assert set(report["data"]["evaluated"]) == {"valid", "test"}
     assert any("proves operation, not quality" in warning for warning in report["warnings"])
     settings = {found["setting"] for found in report["deviations"]}
     assert {"preprocessing.ties", "llm.backbone", "prompt.stage2", "prompt.score"} <= settings
@@ -88,7 +89,11 @@ def test_done_is_done_changed_is_refused_and_force_repeats(explicit, capsys):
     changed = build_config(run_dir.path, confidence=0.5)
     with pytest.raises(ArtifactError, match=r"evaluation\.confidence"):
         run_evaluation(changed, run_dir)
+    stale = run_dir.step_dir("eval") / "scores" / "gone-test.parquet"
+    stale.write_bytes(b"")
     again = run_evaluation(config, run_dir, force=True)
+    assert not stale.exists()
+    assert len(list((run_dir.step_dir("eval") / "tensorboard").iterdir())) == 1
     assert again["content_hash"] == report["content_hash"]
     output = capsys.readouterr().out
     assert "tensorboard --logdir" in output
@@ -154,7 +159,7 @@ def test_calibration_of_true_probabilities():
 def test_training_curves_survive_a_crash_in_the_last_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1, "train/loss": 0.7}\n{"step": 2, "train/loss": 0.6, "valid/auc": 0.5}\n{"step": 3, "tr')
-    assert read_metrics_log(log) == {"train/loss": ([1, 2], [0.7, 0.6]), "valid/auc": ([2], [0.5])}
+    assert read_curves(log) == {"train/loss": ([1, 2], [0.7, 0.6]), "valid/auc": ([2], [0.5])}
     assert plot_training({"stage1": log}) is not None
     assert plot_training({"stage1": tmp_path / "none.jsonl"}) is None
 
