@@ -7,13 +7,16 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_run import build_config, write_data_step
 
+from collm_dist.artifacts import write_json
 from collm_dist.data.interactions import load_interactions
+from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.evaluation.metrics import compute_auc, compute_ndcg, compute_uauc
+from collm_dist.evaluation.models import collect_models, load_splits
 from collm_dist.evaluation.notes import estimate_standard_error
 from collm_dist.evaluation.plots import compute_calibration, plot_training, read_curves
-from collm_dist.evaluation.render import render_table
-from collm_dist.evaluation.report import run_evaluation
+from collm_dist.evaluation.render import render_markdown, render_table
+from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.score_files import align_scores
 
 ROW_KEYS = {
@@ -168,3 +171,45 @@ def test_tables_are_aligned():
     lines = render_table(["model", "AUC"], [["a", "0.5"], ["longer name", "-"]]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1] == "|:------------|----:|"
+
+
+def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_path):
+    """Scores as two finished stages would give them; the slots without the language model are fitted for real."""
+    run_dir = write_data_step(tmp_path)
+    config = build_config(tmp_path)
+    prompt = config.prompt.model_copy(update={"stage2": "<ItemTitleList> <TargetItemTitle> <MatchID> Answer:"})
+    config = config.model_copy(update={"prompt": prompt})
+    write_json(run_dir.record_path("stage1"), {"global_steps": 5, "content_hash": "one"})
+    write_json(run_dir.record_path("stage2"), {"global_steps": 9, "content_hash": "two"})
+    manifest = load_manifest(run_dir.step_dir("data"))
+    splits = load_splits(config, run_dir, manifest)
+    random = np.random.default_rng(0)
+    stage_scores = {
+        (name, split): splits[split].rows.label * strength + random.normal(size=len(splits[split].rows.label))
+        for name, strength in (("stage1", 0.2), ("stage2", 3.0), ("slots_shuffled", 0.1))
+        for split in splits
+        if (name, split) not in (("stage2", "train"), ("slots_shuffled", "train"))
+    }
+    scores = collect_models(config, run_dir, manifest, splits, stage_scores)
+    assert scores.left_out == {"cf": "the step 'cf' has not run"}
+    report = build_report(config, manifest, splits, scores)
+    of_all = {(row["split"], row["model"]): row for row in report["rows"] if row["slice"] == "all"}
+    assert [model for split, model in of_all if split == "test"] == [
+        *TRIVIAL,
+        "slots_without_llm",
+        "stage1",
+        "stage2",
+        "slots_shuffled",
+    ]
+    assert [key for key in of_all if key[0] == "train"] == [("train", "stage1")]
+    assert of_all["test", "slots_without_llm"]["auc"] > 0.6
+    assert of_all["test", "stage1"]["inputs"] == "earlier likes"
+    assert of_all["test", "stage2"]["inputs"] == "all earlier feedback"
+    of_test = [row for row in report["differences"] if (row["split"], row["slice"]) == ("test", "all")]
+    gain = {row["versus"]: row for row in of_test if row["model"] == "stage2"}
+    assert set(gain) == {"slots_without_llm", "slots_shuffled", "stage1", report["best_trivial"]}
+    assert gain["slots_shuffled"]["auc_low"] > 0
+    expected = of_all["test", "stage2"]["auc"] - of_all["test", "stage1"]["auc"]
+    assert gain["stage1"]["auc"] == pytest.approx(expected, abs=1e-12)
+    assert any("contexts of its own training rows" in note for note in report["notes"])
+    assert "stage 2 (text + slots) vs slots without LLM" in render_markdown({**report, "plots": []})
