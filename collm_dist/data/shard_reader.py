@@ -42,7 +42,8 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
     # A literal path, not a URL: WebDataset would run a name that starts with "pipe:" as a command.
     with path.open("rb") as stream:
         try:
-            for sample in webdataset.tariterators.tar_file_expander([{"url": str(path), "stream": stream}]):
+            source = {"url": str(path), "stream": stream}
+            for sample in webdataset.tariterators.tar_file_expander([source], eof_value=None):
                 if sample["fname"].endswith(_SUFFIX):
                     yield decode_block(sample["data"])
         except (ValueError, OSError, safetensors.SafetensorError) as error:
