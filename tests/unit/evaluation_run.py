@@ -3,13 +3,13 @@
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from evaluation_data import build_block, count_strictly_before
 
 from collm_dist.artifacts import RunDir, write_json
 from collm_dist.config import Config
 from collm_dist.data.context_block import TARGET_FIELDS
 from collm_dist.data.interactions import COLUMNS
 from collm_dist.data.shard_writer import write_shard
+from tests.unit.evaluation_data import build_block, count_strictly_before
 
 NUM_USERS, NUM_ITEMS = 24, 30
 STAGE1_PROMPT = "Liked: <ItemTitleList>. Would they like <TargetItemTitle>? Answer:"

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from evaluation_data import build_block
 
 from collm_dist.evaluation.metrics import compute_auc, compute_uauc
 from collm_dist.evaluation.table import EvaluatedRows, ScoredModel, TableSettings, compute_table
+from tests.unit.evaluation_data import build_block
 
 
 def _model(name, scores):

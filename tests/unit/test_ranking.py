@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from evaluation_data import build_block
 
 from collm_dist.evaluation.ranking import find_last_liked, fit_ranking_baselines, score_popularity
+from tests.unit.evaluation_data import build_block
 
 
 def _train(rows):

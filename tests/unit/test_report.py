@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from evaluation_run import build_config, write_data_step
 
 from collm_dist.artifacts import write_json
 from collm_dist.data.interactions import load_interactions
@@ -18,6 +17,7 @@ from collm_dist.evaluation.plots import compute_calibration, plot_training, read
 from collm_dist.evaluation.render import render_markdown, render_table
 from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.score_files import align_scores
+from tests.unit.evaluation_run import build_config, write_data_step
 
 ROW_KEYS = {
     *("model", "split", "slice", "rows", "users_counted", "logloss", "training_labels", "inputs"),
