@@ -26,7 +26,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def init_distributed(timeout_minutes: float) -> torch.device:
     """Join the process group and return this process's device.
 
-    Works under the deepspeed launcher, torchrun, Ray Train (all set the environment) and plain ``python`` (one process).
+    Works under the deepspeed launcher, torchrun and Ray Train, which set the environment, and under plain ``python``.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:

@@ -1,0 +1,330 @@
+"""From blocks of indices to the tensors that the model reads: prompts are laid out here, and nowhere else.
+
+While a prompt is laid out, slots are negative codes among the token ids; they end as positions, so nothing that a title
+contains can be taken for one.
+
+Shapes: C contexts, N targets, T tree tokens, P prefix tokens, H history items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from collm_dist.artifacts import RunDir
+from collm_dist.config import Config
+from collm_dist.data.context_block import ContextBlock, IntArray
+from collm_dist.data.hashing import hash_integers, to_unit_interval
+from collm_dist.data.interactions import load_item_table
+from collm_dist.data.item_tokens import ItemTokens, load_item_tokens
+from collm_dist.data.prompts import PromptTemplate, Segment, load_prompt_text
+from collm_dist.data.ragged import Ragged, join_columns, repeat_values, to_offsets
+from collm_dist.data.statistics import compute_pair_features
+from collm_dist.errors import ConfigError
+from collm_dist.prompt_batch import PromptBatch, Slots
+
+USER, ITEM, PAIR, HISTORY, CONTINUED = -1, -2, -3, -4, -5
+_SLOT_CODES = {"<UserID>": USER, "<TargetItemID>": ITEM, "<MatchID>": PAIR}
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a block: (C,) constant prefix, (C,) context tail, (N,) branches."""
+
+    prefix: IntArray
+    tail: IntArray
+    branch: IntArray
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which training slots lose their vector: a share, drawn by hash of seed and epoch."""
+
+    probability: float
+    seed: int
+    epoch: int
+
+
+class PromptCollator:
+    """Lays out the prompts of one stage.
+
+    Attributes:
+        template: the prompt.
+        num_dropped_history: history items left out so far because a prompt was too long.
+    """
+
+    def __init__(
+        self,
+        template: PromptTemplate,
+        item_tokens: ItemTokens,
+        tokenizer: Any,
+        *,
+        history_length: int,
+        cf_history_length: int,
+        max_prompt_tokens: int,
+        empty_history_text: str,
+        tokens_per_slot: int,
+        user_depends_on_target: bool,
+    ) -> None:
+        """Tokenize the template.
+
+        Args:
+            template: parsed prompt.
+            item_tokens: of every item.
+            tokenizer: of the backbone.
+            history_length: items shown at most.
+            cf_history_length: items that the user vector may read.
+            max_prompt_tokens: the oldest items are dropped to fit.
+            empty_history_text: stands for an empty history.
+            tokens_per_slot: columns of a slot.
+            user_depends_on_target: whether each target has a user vector of its own.
+
+        Raises:
+            ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
+        """
+        self.template = template
+        self.num_dropped_history = 0
+        self._titles = Ragged(np.asarray(item_tokens.offsets), np.asarray(item_tokens.ids))
+        self._history_length, self._cf_history_length = history_length, cf_history_length
+        self._tokens_per_slot = tokens_per_slot
+        self._user_depends_on_target = user_depends_on_target
+
+        def tokenize(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        self._separator, self._empty = tokenize(", "), tokenize(empty_history_text)
+        self._texts = {one.text: tokenize(one.text) for one in template.segments if not one.is_field}
+        bos = tokenizer.bos_token_id
+        begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._bos: list[int] = [bos] if begins else []
+        self._filler_id = bos if bos is not None else 0
+        self._budget = max_prompt_tokens - self._count_fixed_tokens()
+        if self._budget < len(self._empty):
+            raise ConfigError(
+                f"prompt.max_prompt_tokens={max_prompt_tokens}: the prompt needs "
+                f"{max_prompt_tokens - self._budget + len(self._empty)} tokens before any history is shown; raise "
+                "it, or lower prompt.max_title_tokens"
+            )
+
+    def _count_fixed_tokens(self) -> int:
+        """Tokens that every prompt has, with the longest target title: what a prompt shows is then no matter of which
+        targets share its context."""
+        total = len(self._bos)
+        for segment in self.template.segments:
+            if segment.text == "<TargetItemTitle>":
+                total += int(self._titles.lengths.max(initial=0))
+            elif segment.is_slot and segment.text != "<ItemIDList>":
+                total += self._tokens_per_slot
+            elif not segment.is_field:
+                total += len(self._texts[segment.text])
+        return total
+
+    def count_tokens(self, block: ContextBlock) -> TokenCounts:
+        """Return how many tokens the block's prompts have."""
+        prefix, tail, branch = self._lay_out(block, self._show_history(block)[0])
+        return TokenCounts(prefix.lengths, tail.lengths, branch.lengths)
+
+    def collate(self, block: ContextBlock | None, example: ContextBlock, masking: Masking | None = None) -> PromptBatch:
+        """Lay out a micro-batch.
+
+        Args:
+            block: contexts and targets; None = a filler that weighs nothing.
+            example: any non-empty block of the same batch, from which a filler is made.
+            masking: in training only.
+        """
+        weight = 0.0 if block is None else 1.0
+        if block is None:
+            block = example.take_targets(np.arange(1))
+        shown, dropped = self._show_history(block)
+        self.num_dropped_history += dropped
+        prefix, tail, branch = self._lay_out(block, shown)
+        branches = branch.merge(block.target_offsets)
+        tree = join_columns([tail, branches], block.num_contexts)
+        width = max(int(tree.lengths.max(initial=0)), 1)
+        codes = tree.to_matrix(width, self._filler_id)
+
+        # Where each branch token stands in the tree: its row, and a column after the tail.
+        owner = block.target_contexts
+        branch_rows = owner[branch.rows]
+        branch_cols = tail.lengths[branch_rows] + np.arange(len(branch.values)) - branches.offsets[branch_rows]
+        number = np.arange(block.num_targets) - block.target_offsets[owner] + 1
+        tree_branches = np.where(np.arange(width) < tail.lengths[:, None], 0, -1)
+        tree_branches[branch_rows, branch_cols] = number[branch.rows]
+        tree_positions = np.where(tree_branches == 0, prefix.lengths[:, None] + np.arange(width), 0)
+        start = prefix.lengths + tail.lengths
+        tree_positions[branch_rows, branch_cols] = start[branch_rows] + branch.columns
+        last = branch.offsets[1:] - 1
+
+        slots = self._find_slots(block, codes, tree_branches, shown, masking)
+        users = self._list_user_queries(block)
+        return PromptBatch(
+            **{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in {
+                "prefix_ids": prefix.to_matrix(int(prefix.lengths.max(initial=0)), self._filler_id),
+                "prefix_lengths": prefix.lengths,
+                "tree_ids": np.where(codes < 0, self._filler_id, codes),
+                "tree_branches": tree_branches,
+                "tree_positions": tree_positions,
+                "last_rows": branch_rows[last],
+                "last_cols": branch_cols[last],
+                "pair_features": compute_pair_features(block),
+                "labels": block.label.astype(np.float32),
+                "weights": np.full(block.num_targets, weight, dtype=np.float32),
+                "row_ids": block.row_id,
+                **users,
+            }.items()},
+            **slots,
+        )  # fmt: skip
+
+    def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
+        """Return the items shown in each context, and how many were dropped because the prompt was too long."""
+        history = Ragged(block.history_offsets, block.history_items)
+        shown = history.take_last(np.full(block.num_contexts, self._history_length))
+        cost = self._titles.lengths[shown.values] + len(self._separator)
+        if self.template.has("<ItemIDList>"):
+            cost = cost + self._tokens_per_slot
+        # An item stays if it and all newer ones of its context fit.
+        totals = to_offsets(cost)
+        newer = totals[shown.offsets[1:]][shown.rows] - totals[:-1]
+        kept = np.bincount(shown.rows[newer <= self._budget], minlength=block.num_contexts)
+        return shown.take_last(kept), len(shown.values) - int(kept.sum())
+
+    def _lay_out(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, Ragged, Ragged]:
+        """Return prefix (C rows), tail (C rows) and branches (N rows) as token ids and slot codes."""
+        contexts, targets = block.num_contexts, block.num_targets
+        prefix, tail = list(self.template.prefix), list(self.template.tail)
+        first = prefix or tail
+        start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and first else []
+        head = [self._lay_out_context(one, shown) for one in prefix]
+        rest = [self._lay_out_context(one, shown) for one in tail]
+        if prefix:
+            head = start + head
+        else:
+            rest = start + rest
+        branch = [self._lay_out_target(one, block) for one in self.template.branch]
+        if self._bos and not first:
+            branch.insert(0, repeat_values(self._bos, np.ones(targets, dtype=bool)))
+        return join_columns(head, contexts), join_columns(rest, contexts), join_columns(branch, targets)
+
+    def _lay_out_context(self, segment: Segment, shown: Ragged) -> Ragged:
+        contexts = len(shown.offsets) - 1
+        everywhere = np.ones(contexts, dtype=bool)
+        if segment.text == "<ItemTitleList>":
+            is_last = np.zeros(len(shown.values), dtype=bool)
+            is_last[shown.offsets[1:][shown.lengths > 0] - 1] = True
+            items = [self._titles.take(shown.values), repeat_values(self._separator, ~is_last)]
+            listed = join_columns(items, len(shown.values)).merge(shown.offsets)
+            return join_columns([listed, repeat_values(self._empty, shown.lengths == 0)], contexts)
+        if segment.text == "<ItemIDList>":
+            codes = [HISTORY] + [CONTINUED] * (self._tokens_per_slot - 1)
+            return repeat_values(codes, np.ones(len(shown.values), dtype=bool)).merge(shown.offsets)
+        return repeat_values(self._get_constant(segment), everywhere)
+
+    def _lay_out_target(self, segment: Segment, block: ContextBlock) -> Ragged:
+        if segment.text == "<TargetItemTitle>":
+            return self._titles.take(block.item_idx)
+        return repeat_values(self._get_constant(segment), np.ones(block.num_targets, dtype=bool))
+
+    def _get_constant(self, segment: Segment) -> list[int]:
+        if segment.is_slot:
+            return [_SLOT_CODES[segment.text]] + [CONTINUED] * (self._tokens_per_slot - 1)
+        return self._texts[segment.text]
+
+    def _find_slots(
+        self, block: ContextBlock, codes: IntArray, branches: IntArray, shown: Ragged, masking: Masking | None
+    ) -> dict[str, Slots]:
+        """Return the positions and sources of all slots, read off the codes."""
+
+        def find(code: int) -> tuple[IntArray, IntArray, IntArray]:
+            rows, cols = np.nonzero(codes == code)
+            return rows, cols, block.target_offsets[rows] + branches[rows, cols] - 1  # the target, in a branch
+
+        user_rows, user_cols, user_targets = find(USER)
+        item_rows, item_cols, item_targets = find(ITEM)
+        list_rows, list_cols, _ = find(HISTORY)
+        pair_rows, pair_cols, pair_targets = find(PAIR)
+        item_sources = np.concatenate([block.item_idx[item_targets], shown.values[: len(list_rows)]])
+        query = user_targets if self._user_depends_on_target else user_rows
+        # A context's user slot is drawn by the context, so that a cut context is masked alike in both batches.
+        user_keys = hash_integers(0, block.user_idx[user_rows], block.num_likes[user_rows])
+        list_keys = hash_integers(
+            0, block.user_idx[list_rows], block.num_likes[list_rows], shown.values[: len(list_rows)]
+        )
+        keys = {
+            "user": block.row_id[user_targets] if self._user_depends_on_target else user_keys.view(np.int64),
+            "item": np.concatenate([block.row_id[item_targets], list_keys.view(np.int64)]),
+            "pair": block.row_id[pair_targets],
+        }
+        return {
+            "user_slots": _to_slots(user_rows, user_cols, query, keys["user"], masking, USER),
+            "item_slots": _to_slots(
+                np.concatenate([item_rows, list_rows]), np.concatenate([item_cols, list_cols]), item_sources,
+                keys["item"], masking, ITEM
+            ),
+            "pair_slots": _to_slots(pair_rows, pair_cols, pair_targets, keys["pair"], masking, PAIR),
+        }  # fmt: skip
+
+    def _list_user_queries(self, block: ContextBlock) -> dict[str, IntArray]:
+        history = Ragged(block.history_offsets, block.history_items)
+        history = history.take_last(np.full(block.num_contexts, self._cf_history_length))
+        matrix = np.full((block.num_contexts, self._cf_history_length), -1, dtype=np.int64)
+        shift = self._cf_history_length - history.lengths
+        matrix[history.rows, history.columns + shift[history.rows]] = history.values
+        if not self._user_depends_on_target:
+            nothing = np.full(block.num_contexts, -1, dtype=np.int64)
+            return {"user_idx": block.user_idx, "user_history": matrix, "user_target": nothing}
+        owner = block.target_contexts
+        return {"user_idx": block.user_idx[owner], "user_history": matrix[owner], "user_target": block.item_idx}
+
+
+def _to_slots(
+    rows: IntArray, cols: IntArray, sources: IntArray, keys: IntArray, masking: Masking | None, kind: int
+) -> Slots:
+    masked = np.zeros(len(rows), dtype=bool)
+    if masking is not None and masking.probability > 0:
+        masked = to_unit_interval(hash_integers(masking.seed, masking.epoch, kind, keys)) < masking.probability
+    return Slots(*(torch.from_numpy(np.ascontiguousarray(one)) for one in (rows, cols, sources, masked)))
+
+
+def build_collator(
+    config: Config,
+    run_dir: RunDir,
+    tokenizer: Any,
+    stage: Literal["stage1", "stage2"],
+    *,
+    user_depends_on_target: bool = False,
+) -> PromptCollator:
+    """Return the collator of a stage.
+
+    Args:
+        config: the experiment.
+        run_dir: whose data step is done.
+        tokenizer: of the backbone.
+        stage: whose prompt.
+        user_depends_on_target: see ``PromptCollator``.
+
+    Raises:
+        ConfigError: the prompt is wrong.
+        ArtifactError: the data step is not done.
+    """
+    template = PromptTemplate.parse(
+        load_prompt_text(config.prompt.stage2 if stage == "stage2" else config.prompt.stage1),
+        allow_slots=stage == "stage2",
+        user_depends_on_target=user_depends_on_target,
+    )
+    data_dir: Path = run_dir.step_dir("data")
+    texts = load_item_table(data_dir)["text"]
+    return PromptCollator(
+        template,
+        load_item_tokens(run_dir.path / "item_tokens", texts, tokenizer, config.prompt.max_title_tokens),
+        tokenizer,
+        history_length=config.prompt.history_length,
+        cf_history_length=config.preprocessing.max_history_length,
+        max_prompt_tokens=config.prompt.max_prompt_tokens,
+        empty_history_text=config.prompt.empty_history_text,
+        tokens_per_slot=config.mapping.tokens_per_slot,
+        user_depends_on_target=user_depends_on_target,
+    )

@@ -1,0 +1,215 @@
+"""Shared contexts against plain padded rows: scores, loss and gradients, for every kind of backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from collm_dist.data.collate import PromptCollator
+from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
+from collm_dist.data.item_tokens import load_item_tokens
+from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
+from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.llm.collm import CollmModel
+from collm_dist.llm.lora import add_lora
+from collm_dist.llm.mapping import SlotMapper
+from collm_dist.llm.shared_context import enable_activation_checkpointing
+from tests.reference.padded_rows import score_plainly, spell_prompts
+from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
+
+STAGE1 = "Likes: <ItemTitleList>. And <TargetItemTitle>? Answer:"
+STAGE2 = "Likes: <ItemTitleList>. User <UserID>. And <TargetItemTitle> with <TargetItemID>, <MatchID>? Answer:"
+LISTS = "<UserID> likes <ItemIDList> named <ItemTitleList>. And <TargetItemID>? Answer:"
+SLOTS_FIRST = "<UserID><TargetItemID> Answer:"
+TEXTS = ["Heat", 'A "quoted" one', "<UserID>", "<unk> </s>", "é漢字 \u202e", "x" * 40, "", "Alien <TargetItemID>"]
+# float64, but transformers' norms and rotary embeddings round to float32 inside (6e-8): measured are errors up to 3e-16
+# for scores, where both ways round alike, and up to 3e-8 (relative) for gradients, where sums are taken in another order.
+SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
+
+
+def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
+    rng = np.random.default_rng(seed)
+    contexts, targets = len(targets_per_context), sum(targets_per_context)
+    histories = rng.integers(0, 6, contexts)
+    histories[0] = 0
+    values = {name: rng.integers(0, 5, targets) for name in TARGET_FIELDS}
+    values |= {f"{one}_rows": values[f"{one}_likes"] + 1 for one in ("user", "item")}
+    values["item_idx"] = rng.integers(0, len(TEXTS), targets)
+    values["label"] = rng.integers(0, 2, targets)
+    values["row_id"] = np.arange(targets)
+    return ContextBlock(
+        user_idx=rng.integers(0, 5, contexts),
+        num_likes=np.arange(contexts),
+        history_offsets=np.concatenate([[0], np.cumsum(histories)]),
+        history_items=rng.integers(0, len(TEXTS), histories.sum()),
+        target_offsets=np.concatenate([[0], np.cumsum(targets_per_context)]),
+        dislike_offsets=np.zeros(targets + 1, dtype=np.int64),
+        dislike_items=np.zeros(0, dtype=np.int64),
+        **values,
+    )
+
+
+class Tables(torch.nn.Module):
+    """A collaborative model that is two tables."""
+
+    embedding_dim = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.users = torch.nn.Parameter(torch.randn(5, 6, generator=generator, dtype=torch.float64))
+        self.items = torch.nn.Parameter(torch.randn(len(TEXTS), 6, generator=generator, dtype=torch.float64))
+
+    def user_vectors(self, user_idx, history, target):
+        return self.users[user_idx]
+
+    def item_vectors(self, item_idx):
+        return self.items[item_idx]
+
+
+def make_collator(template: str, tmp_path, *, stage2: bool, tokens_per_slot: int = 1, by_target: bool = False):
+    tokenizer = make_tokenizer()
+    return tokenizer, PromptCollator(
+        PromptTemplate.parse(template, allow_slots=stage2, user_depends_on_target=by_target),
+        load_item_tokens(tmp_path, TEXTS, tokenizer, max_tokens=100),
+        tokenizer,
+        history_length=4,
+        cf_history_length=4,
+        max_prompt_tokens=1000,
+        empty_history_text="(nothing yet)",
+        tokens_per_slot=tokens_per_slot,
+        user_depends_on_target=by_target,
+    )
+
+
+def compute_loss(scores, batch):
+    return binary_cross_entropy_with_logits(scores.double(), batch.labels.double())
+
+
+def collect_gradients(loss, module):
+    names, parameters = zip(*[(n, p) for n, p in module.named_parameters() if p.requires_grad], strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_gradients_close(ours, plain):
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        error = (ours[name] - value).norm() / value.norm().clamp_min(1e-30)
+        assert error < GRADIENT_TOLERANCE, f"{name}: relative error {error:.1e}, tolerance {GRADIENT_TOLERANCE}"
+
+
+@pytest.fixture(autouse=True)
+def _exact_head(monkeypatch):
+    """Let the head compute in float64 here, so that rounding cannot hide an error."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stage1_scores_and_lora_gradients(architecture, checkpointing, tmp_path):
+    tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
+    block = make_block([1, 3, 9, 2])
+    backbone = make_model(architecture)
+    targets = ("query_key_value",) if architecture == "gpt_neox" else ("q_proj", "v_proj")
+    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=targets, seed=1)
+    backbone.double()
+    torch.manual_seed(3)
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:  # zero at first, which would leave the other half without gradient
+            torch.nn.init.normal_(parameter, std=0.2)
+    answers = resolve_answer_ids(tokenizer, " Yes", " No")
+    batch = collator.collate(block, block)
+    samples = spell_prompts(block, STAGE1, TEXTS, tokenizer, history_length=4)
+    plain = score_plainly(backbone, samples, block, answers)
+    plain_gradients = collect_gradients(compute_loss(plain, batch), backbone)
+
+    model = CollmModel(backbone, answers, "yes_minus_no")
+    model.train()
+    if checkpointing:
+        enable_activation_checkpointing(model.decoder)
+    scores = model(batch)
+    assert (scores - plain).abs().max() < SCORE_TOLERANCE
+    assert_gradients_close(collect_gradients(compute_loss(scores, batch), backbone), plain_gradients)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("template", [STAGE2, LISTS, SLOTS_FIRST], ids=["stage2", "lists", "slots-first"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stage2_scores_and_mapping_gradients(architecture, template, checkpointing, tmp_path):
+    width = 2 if template == LISTS else 1
+    tokenizer, collator = make_collator(template, tmp_path, stage2=True, tokens_per_slot=width)
+    block = make_block([2, 1, 7, 4, 1])
+    backbone, tables = make_model(architecture), Tables()
+    has_pair = "<MatchID>" in template
+    mapper = SlotMapper(
+        cf_dim=6,
+        pair_dim=len(PAIR_FEATURES) if has_pair else None,
+        llm_dim=32,
+        hidden_multiple=3,
+        tokens_per_slot=width,
+        out_scale=0.15,
+        seed=2,
+    ).double()
+    answers = resolve_answer_ids(tokenizer, " Yes", " No")
+    batch = collator.collate(block, block)
+    batch = dataclasses.replace(batch, pair_features=batch.pair_features.double())
+    samples = spell_prompts(block, template, TEXTS, tokenizer, history_length=4, tokens_per_slot=width)
+    plain = score_plainly(
+        backbone, samples, block, answers, slot_mapper=mapper, cf_model=tables, pair_features=batch.pair_features
+    )
+    loss = compute_loss(plain, batch)
+    plain_gradients = collect_gradients(loss, torch.nn.ModuleList([mapper, tables]))
+
+    model = CollmModel(backbone, answers, "yes_minus_no", mapper, tables, detach_cf=False)
+    model.train()
+    if checkpointing:
+        enable_activation_checkpointing(model.decoder)
+    scores = model(batch)
+    assert (scores - plain).abs().max() < SCORE_TOLERANCE
+    ours = collect_gradients(compute_loss(scores, batch), torch.nn.ModuleList([mapper, tables]))
+    assert_gradients_close(ours, plain_gradients)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_large_contexts_and_target_dependent_users(architecture, attention, tmp_path):
+    tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True, by_target=True)
+    block = make_block([54, 1], seed=4)
+    # transformers' own eager masks overflow in float64, so the reference is SDPA either way.
+    backbone, tables = make_model(architecture), Tables()
+    mapper = SlotMapper(
+        cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
+    ).double()
+    answers = resolve_answer_ids(tokenizer, " Yes", " No")
+    batch = collator.collate(block, block)
+    batch = dataclasses.replace(batch, pair_features=batch.pair_features.double())
+    assert len(batch.user_idx) == block.num_targets
+    samples = spell_prompts(block, STAGE2, TEXTS, tokenizer, history_length=4)
+    plain = score_plainly(
+        backbone, samples, block, answers, slot_mapper=mapper, cf_model=tables, pair_features=batch.pair_features
+    )
+    backbone = make_model(architecture, attention=attention)
+    scores = CollmModel(backbone, answers, "yes_minus_no", mapper, tables)(batch)
+    assert (scores - plain).abs().max() < SCORE_TOLERANCE
+
+
+def test_context_cut_by_a_batch_border_scores_the_same(tmp_path):
+    tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True)
+    block = make_block([6, 5])
+    backbone, tables = make_model("llama"), Tables()
+    mapper = SlotMapper(
+        cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
+    ).double()
+    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes", mapper, tables)
+
+    def score(part: ContextBlock) -> torch.Tensor:
+        batch = collator.collate(part, part)
+        return model(dataclasses.replace(batch, pair_features=batch.pair_features.double()))
+
+    whole = score(block)
+    parts = [score(block.take_targets(np.arange(first, last))) for first, last in ((0, 4), (4, 8), (8, 11))]
+    assert (torch.cat(parts) - whole).abs().max() < SCORE_TOLERANCE
