@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from collm_dist.artifacts import write_json
+from collm_dist.cf.export import load_cf_model, save_cf_model
+from collm_dist.cf.mf import MatrixFactorization
 from collm_dist.data.interactions import load_interactions
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError
@@ -213,3 +216,22 @@ def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_pa
     assert gain["stage1"]["auc"] == pytest.approx(expected, abs=1e-12)
     assert any("contexts of its own training rows" in note for note in report["notes"])
     assert "stage 2 (text + slots) vs slots without LLM" in render_markdown({**report, "plots": []})
+
+
+def test_collaborative_model_is_scored_and_feeds_the_slots_alone(tmp_path):
+    run_dir = write_data_step(tmp_path)
+    config = build_config(tmp_path, splits=("test",))
+    manifest = load_manifest(run_dir.step_dir("data"))
+    model = MatrixFactorization(manifest.num_users, manifest.num_items, 4, init_scale=1.0)
+    save_cf_model(run_dir.step_dir("cf") / "model.safetensors", model, manifest)
+    write_json(run_dir.record_path("cf"), {"content_hash": "vectors"})
+    write_json(run_dir.record_path("stage2"), {"global_steps": 2, "content_hash": "two"})
+    splits = load_splits(config, run_dir, manifest)
+    models = {model.name: model for model in collect_models(config, run_dir, manifest, splits, {}).models["test"]}
+    block = splits["test"].block
+    users = torch.from_numpy(block.user_idx[block.target_contexts])
+    no_history = torch.full((len(users), 1), -1)
+    expected = load_cf_model(run_dir, manifest).score(users, no_history, torch.from_numpy(block.item_idx))
+    assert len(set(expected.tolist())) > 50
+    assert models["cf"].scores == pytest.approx(expected.numpy(), abs=1e-6)
+    assert np.isfinite(models["slots_without_llm"].scores).all()
