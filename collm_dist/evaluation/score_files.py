@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from collm_dist.artifacts import open_atomic
 from collm_dist.errors import ArtifactError
@@ -14,7 +16,7 @@ from collm_dist.evaluation.metrics import FloatArray, IntArray
 from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
 
 
-def align_scores(wanted: IntArray, row_ids: IntArray, scores: FloatArray, what: str) -> FloatArray:
+def align_scores(wanted: IntArray, row_ids: IntArray, scores: NDArray[Any], what: str) -> FloatArray:
     """Return the scores in the order of the wanted row ids.
 
     Raises:
