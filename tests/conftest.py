@@ -1,0 +1,95 @@
+"""What all tests share: quiet surroundings without a network, tiny models, tiny logs."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch, transformers or Ray. Processes that tests start inherit these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+ML1M_PLACE = REPOSITORY.parent / "shared" / "data" / "ml-1m-collm"
+NUM_USERS, NUM_ITEMS = 60, 80
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def ml1m_dir() -> Path:
+    """Folder of ML-1M's released split as Parquet; tests that need it are skipped without."""
+    folder = Path(os.environ.get("COLLM_ML1M_DIR", ML1M_PLACE))
+    if not (folder / "interactions.parquet").exists():
+        pytest.skip("needs ML-1M's released split as Parquet: set COLLM_ML1M_DIR to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama with its tokenizer, fit for ``llm.backbone``."""
+    # Late: tests that need no model should not wait for transformers.
+    from tests.tiny import save_backbone
+
+    return save_backbone(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ratings.csv (user_id,item_id,rating,timestamp; some 1,400 rows, time-ordered) and items.csv.
+
+    60 users rate 80 items; users and items differ in how they rate, so there is something to learn. Titles hold
+    commas, quotes and characters outside ASCII.
+    """
+    folder = tmp_path_factory.mktemp("ratings")
+    write_ratings(folder / "ratings.csv")
+    write_items(folder / "items.csv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of 60 clicks: clicks.csv (user,item,time in ISO format) of 10 users on 12 items, no ratings, no titles."""
+    path = tmp_path_factory.mktemp("clicks") / "clicks.csv"
+    random = np.random.default_rng(5)
+    times = np.datetime64("2026-01-01T00:00:00") + np.sort(random.integers(0, 30 * 86400, 60))
+    lines = [
+        f"u{random.integers(0, 10)},sku-{min(int(random.geometric(0.2)), 12)},{time}" for time in times.astype(str)
+    ]
+    path.write_text("user,item,time\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_ratings(path: Path, seed: int = 3, rows_per_user: int = 24) -> None:
+    """Write ratings that a user's mood and an item's quality explain in part."""
+    random = np.random.default_rng(seed)
+    quality, mood = random.normal(size=NUM_ITEMS), 0.7 * random.normal(size=NUM_USERS)
+    events = []
+    for user in range(NUM_USERS):
+        start = random.integers(0, 200 * 86400)
+        for item in random.choice(NUM_ITEMS, rows_per_user, replace=False):
+            rating = int(np.clip(round(3.4 + quality[item] + mood[user] + random.normal()), 1, 5))
+            events.append((int(start + random.integers(0, 90 * 86400)), user + 1, int(item) + 1, rating))
+    events.sort()
+    lines = [f"{user},{item},{rating},{1_000_000_000 + time}" for time, user, item, rating in events]
+    path.write_text("user_id,item_id,rating,timestamp\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_items(path: Path) -> None:
+    """Write titles, some of them awkward."""
+    titles = [f"Film {number} ({1960 + number % 40})" for number in range(1, NUM_ITEMS + 1)]
+    titles[:4] = ['"Quoted, with commas"', "Amélie — 2001", "<unk> <UserID> [PAD]", "千と千尋の神隠し"]
+    quoted = [title.replace('"', '""') for title in titles]
+    lines = [f'{number},"{title}"' for number, title in enumerate(quoted, start=1)]
+    path.write_text("item_id,title\n" + "\n".join(lines) + "\n", encoding="utf-8")
