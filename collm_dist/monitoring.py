@@ -62,7 +62,7 @@ class RunLogger:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
             )
 
@@ -111,9 +111,9 @@ def log_report(folder: Path, markdown: str, figures: Mapping[str, Path]) -> None
     from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
-    writer.add_text("report", markdown, 0)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder))
+    writer.add_text("report", markdown, 0)
     for name, path in figures.items():
         image = imread(str(path))[..., :3]
-        writer.add_image(f"report/{Path(name).stem}", image, 0, dataformats="HWC")  # type: ignore[no-untyped-call]
-    writer.close()  # type: ignore[no-untyped-call]
+        writer.add_image(f"report/{Path(name).stem}", image, 0, dataformats="HWC")
+    writer.close()

@@ -15,7 +15,7 @@ class CfConfig(Section):
     model: Literal["mf"] = Field("mf", description="mf: matrix factorization with user, item and global bias.")
     embedding_dim: int = Field(64, ge=1, description="Width of the user and item vectors.")
     learning_rate: float = Field(1e-2, gt=0, description="Learning rate of Adam.")
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on the vectors and biases of the rows in a batch.")
+    weight_decay: float = Field(0.1, ge=0, description="L2 penalty on the vectors and biases of the rows in a batch.")
     init_scale: float = Field(0.1, gt=0, description="Standard deviation of the initial vectors.")
     global_batch_size: int = Field(2048, ge=1, description="Rows per optimizer step, over all workers.")
     num_epochs: int = Field(100, ge=1, description="Most passes over the training rows.")

@@ -160,24 +160,22 @@ class PromptCollator:
         last = branch.offsets[1:] - 1
 
         slots = self._find_slots(block, codes, tree_branches, shown, masking)
-        users = self._list_user_queries(block)
-        return PromptBatch(
-            **{name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in {
-                "prefix_ids": prefix.to_matrix(int(prefix.lengths.max(initial=0)), self._filler_id),
-                "prefix_lengths": prefix.lengths,
-                "tree_ids": np.where(codes < 0, self._filler_id, codes),
-                "tree_branches": tree_branches,
-                "tree_positions": tree_positions,
-                "last_rows": branch_rows[last],
-                "last_cols": branch_cols[last],
-                "pair_features": compute_pair_features(block),
-                "labels": block.label.astype(np.float32),
-                "weights": np.full(block.num_targets, weight, dtype=np.float32),
-                "row_ids": block.row_id,
-                **users,
-            }.items()},
-            **slots,
-        )  # fmt: skip
+        arrays: dict[str, Any] = {
+            "prefix_ids": prefix.to_matrix(int(prefix.lengths.max(initial=0)), self._filler_id),
+            "prefix_lengths": prefix.lengths,
+            "tree_ids": np.where(codes < 0, self._filler_id, codes),
+            "tree_branches": tree_branches,
+            "tree_positions": tree_positions,
+            "last_rows": branch_rows[last],
+            "last_cols": branch_cols[last],
+            "pair_features": compute_pair_features(block),
+            "labels": block.label.astype(np.float32),
+            "weights": np.full(block.num_targets, weight, dtype=np.float32),
+            "row_ids": block.row_id,
+            **self._list_user_queries(block),
+        }
+        tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
+        return PromptBatch(**tensors, **slots)
 
     def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
         """Return the items shown in each context, and how many were dropped because the prompt was too long."""
@@ -235,7 +233,7 @@ class PromptCollator:
 
     def _find_slots(
         self, block: ContextBlock, codes: IntArray, branches: IntArray, shown: Ragged, masking: Masking | None
-    ) -> dict[str, Slots]:
+    ) -> dict[str, Any]:
         """Return the positions and sources of all slots, read off the codes."""
 
         def find(code: int) -> tuple[IntArray, IntArray, IntArray]:

@@ -29,6 +29,7 @@ class GlobalOrder:
 
     Attributes:
         num_rows, num_contexts: of an epoch, after selection.
+        num_split_contexts: contexts that straddled a cut between batches so far.
         global_batch_size: rows of a batch; an epoch's last one may be smaller.
     """
 
@@ -61,6 +62,7 @@ class GlobalOrder:
         """
         self._data_dir, self._shards, self._seed, self._shuffle = data_dir, manifest.list_shards(split), seed, shuffle
         self._verified: set[str] = set()
+        self.num_split_contexts = 0
         self._kept: list[IntArray] | None = None
         self.global_batch_size = global_batch_size
         self._rows = np.array([shard.rows for shard in self._shards], dtype=np.int64)
@@ -97,6 +99,7 @@ class GlobalOrder:
                 block = concatenate_blocks(rest)
                 whole = block.num_targets // self.global_batch_size * self.global_batch_size
                 for start in range(0, whole, self.global_batch_size):
+                    self.num_split_contexts += int(start > 0 and start not in block.target_offsets)
                     yield block.take_targets(np.arange(start, start + self.global_batch_size))
                 rest = [block.take_targets(np.arange(whole, block.num_targets))] if whole < block.num_targets else []
         if rest:

@@ -5,8 +5,15 @@ Shapes: S slots, E width of a collaborative vector, F pair features, K soft toke
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from collm_dist.artifacts import open_atomic
+from collm_dist.errors import ArtifactError
 
 
 class Mapping(nn.Module):
@@ -73,3 +80,27 @@ class SlotMapper(nn.Module):
 
             self.cf = build(cf_dim)
             self.pair = build(pair_dim)
+
+
+def save_mapper(path: Path, weights: dict[str, Tensor]) -> Path:
+    """Write what stage 2 trained (the mapping, and the collaborative model if it trained too) and return the path."""
+    with open_atomic(path, "wb") as file:
+        file.write(safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}))
+    return path
+
+
+def load_mapper(mapper: SlotMapper, cf_model: Any, path: Path) -> None:
+    """Load what ``save_mapper`` wrote into a mapper and, where it was trained, a collaborative model.
+
+    Raises:
+        ArtifactError: the file is missing or does not fit.
+    """
+    try:
+        weights = safetensors.torch.load_file(str(path))
+        parts = {"slot_mapper.": mapper, "cf_model.": cf_model}
+        for prefix, module in parts.items():
+            own = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+            if own:
+                module.load_state_dict(own, strict=prefix == "slot_mapper.")
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot be loaded ({error}); run stage 2 again with --force stage2") from error

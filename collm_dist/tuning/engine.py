@@ -117,7 +117,7 @@ class TuningEngine:
         )
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         for _, parameter in self._named:
-            parameter.register_hook(self._note_finite)
+            parameter.register_hook(self._note_finite)  # type: ignore[no-untyped-call]
         if state is not None and state.adam_steps:
             self._load_optimizer(state)
 
@@ -177,12 +177,15 @@ class TuningEngine:
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one.float()) for one in gradients]))
 
     def _get_weight(self, parameter: nn.Parameter) -> Tensor:
-        full = safe_get_full_fp32_param(parameter)
+        full: Tensor | None = safe_get_full_fp32_param(parameter)
         return parameter if full is None else full
 
     def _get_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        full = safe_get_full_optimizer_state(parameter, key)
-        return self._inner_optimizer.state[parameter][key] if full is None else full
+        full: Tensor | None = safe_get_full_optimizer_state(parameter, key)
+        if full is None:
+            full = self._inner_optimizer.state[parameter][key]
+        assert full is not None
+        return full
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:

@@ -1,0 +1,291 @@
+"""The training loop of both stages, read top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from collm_dist import monitoring
+from collm_dist.config import StageConfig
+from collm_dist.data.collate import Masking, PromptCollator
+from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.hashing import hash_integers
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.errors import CollmError, LaunchError
+from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
+from collm_dist.tuning.checkpointing import Progress, save_best, save_last
+from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size
+from collm_dist.tuning.schedule import compute_learning_rate
+from collm_dist.tuning.scoring import score_batches
+
+
+class NonFiniteError(CollmError):
+    """The loss or a gradient is no finite number; nothing was updated with it."""
+
+    exit_code = 4
+
+
+class Preempted(CollmError):
+    """The job was asked to stop; it has written a checkpoint and goes on when run again."""
+
+    exit_code = 75
+    retryable = True
+
+
+@dataclass(frozen=True)
+class ValidRows:
+    """What validation scores.
+
+    Attributes:
+        order: unshuffled.
+        row_id, label, user_idx: (N,) sorted by row id.
+    """
+
+    order: GlobalOrder
+    row_id: Any
+    label: Any
+    user_idx: Any
+
+
+def load_valid_rows(order: GlobalOrder) -> ValidRows:
+    """Read the labels and users of an order's rows."""
+    blocks = list(order.iter_batches())
+    row_id = np.concatenate([block.row_id for block in blocks])
+    by_row = np.argsort(row_id, kind="stable")
+    users = np.concatenate([block.user_idx[block.target_contexts] for block in blocks])
+    labels = np.concatenate([block.label for block in blocks])
+    return ValidRows(order, row_id[by_row], labels[by_row], users[by_row])
+
+
+class TuningLoop:
+    """Trains one stage, from wherever it stands to its end."""
+
+    def __init__(
+        self,
+        engine: TuningEngine,
+        collator: PromptCollator,
+        train_order: GlobalOrder,
+        valid_rows: ValidRows,
+        stage: StageConfig,
+        *,
+        seed: int,
+        mask_probability: float,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        progress: Progress,
+        logger: monitoring.RunLogger,
+        log_every_steps: int,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            engine, collator, train_order, valid_rows: what trains on what.
+            stage: its settings.
+            seed: of dropout and of masking.
+            mask_probability: share of slots whose vector is hidden in training.
+            folder: of checkpoints.
+            fingerprint: of the stage.
+            progress: where to go on.
+            logger: for numbers.
+            log_every_steps: steps between points.
+        """
+        self.engine, self.collator, self.train_order, self.valid_rows = engine, collator, train_order, valid_rows
+        self.stage, self.seed, self.mask_probability = stage, seed, mask_probability
+        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+        self.logger, self.log_every_steps = logger, log_every_steps
+        self.total_steps = count_total_steps(stage, train_order)
+        self.trained_rows, self.train_seconds, self.last_loss = 0, 0.0, float("nan")
+        self._stop_asked = False
+
+    def run(self) -> Progress:
+        """Train to the end: steps, epochs, or no better validation for too long.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite.
+            Preempted: a signal asked to stop.
+            LaunchError: the GPU's memory does not suffice.
+        """
+        previous = {name: signal.signal(name, self._ask_stop) for name in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            self._train()
+        except torch.cuda.OutOfMemoryError as error:
+            raise LaunchError(
+                f"CUDA is out of memory at step {self.progress.global_step}. Lower max_tokens_per_micro_batch of this "
+                "stage (results stay the same), set llm.activation_checkpointing=true, or shard the frozen weights "
+                f"with cluster.zero_stage=3. ({error})"
+            ) from error
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+        return self.progress
+
+    def _train(self) -> None:
+        steps_per_epoch = self.train_order.steps_per_epoch
+        window = _Window()
+        while not self.progress.is_finished and self.progress.global_step < self.total_steps:
+            epoch, start = divmod(self.progress.global_step, steps_per_epoch)
+            waited = time.perf_counter()
+            for block in self.train_order.iter_batches(epoch, start):
+                window.waited += time.perf_counter() - waited
+                stop = self._step(block, epoch, window)
+                step = self.progress.global_step
+                is_last = step == self.total_steps
+                if step % self.log_every_steps == 0 or is_last:
+                    self._log(window)
+                if step % self.stage.eval_every_steps == 0 or is_last:
+                    self._validate(step)
+                    window.restart()
+                self.progress.is_finished |= is_last
+                if stop or self.progress.is_finished or step % self.stage.checkpoint_every_steps == 0:
+                    self._save_last()
+                if stop:
+                    raise Preempted(f"stopped by a signal after step {step}; run the same command again to go on")
+                if self.progress.is_finished:
+                    return
+                waited = time.perf_counter()
+
+    def _step(self, block: ContextBlock, epoch: int, window: _Window) -> bool:
+        """Make one update; returns whether to stop after it."""
+        started = time.perf_counter()
+        step, rank, world_size = self.progress.global_step, get_rank(), get_world_size()
+        self.engine.set_training(True)
+        counts = self.collator.count_tokens(block)
+        pieces = plan_micro_batches(block, counts, rank, world_size, self.stage.max_tokens_per_micro_batch)
+        masking = Masking(self.mask_probability, self.seed, epoch)
+        total = torch.zeros((), device=self.engine.device)
+        for index, piece in enumerate(pieces):
+            batch = self.collator.collate(piece, block, masking).to(self.engine.device)
+            # Dropout depends on where training stands, not on what has happened before: a resumed run draws the same.
+            torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
+            losses = binary_cross_entropy_with_logits(self.engine(batch), batch.labels, reduction="none")
+            loss = (losses * batch.weights).sum() / block.num_targets
+            # DeepSpeed averages gradients over the processes; ours are shares of one sum.
+            self.engine.backward(loss * world_size, is_last=index == len(pieces) - 1)
+            total += loss.detach()
+            window.tokens += int(batch.tree_ids.numel() + batch.prefix_ids.numel())
+        loss_value, all_finite, stop = self._agree(total)
+        if not all_finite:
+            self._report_non_finite(block, loss_value)
+        learning_rate = compute_learning_rate(
+            step,
+            peak=self.stage.learning_rate,
+            warmup_steps=self.stage.warmup_steps,
+            total_steps=self.total_steps,
+            final_share=self.stage.final_learning_rate_share,
+        )
+        window.grad_norm = self.engine.step(learning_rate)
+        window.learning_rate, window.steps = learning_rate, window.steps + 1
+        window.loss += loss_value
+        window.rows += block.num_targets
+        self.last_loss = loss_value
+        self.progress.global_step += 1
+        self.trained_rows += block.num_targets
+        self.train_seconds += time.perf_counter() - started
+        self.logger.advance(self.progress.global_step, {"loss": f"{loss_value:.4f}"})
+        return stop
+
+    def _agree(self, loss: Tensor) -> tuple[float, bool, bool]:
+        """The step's one reduction: the loss, whether all is finite, whether anyone was asked to stop."""
+        finite = self.engine.take_finite() & torch.isfinite(loss)
+        values = torch.stack([torch.nan_to_num(loss), (~finite).float(), torch.full_like(loss, float(self._stop_asked))])
+        if get_world_size() > 1:
+            dist.all_reduce(values)
+        loss_value, bad, stop = values.tolist()
+        return loss_value, bad == 0, stop > 0
+
+    def _report_non_finite(self, block: ContextBlock, loss: float) -> None:
+        rows = ", ".join(str(row) for row in block.row_id[:20])
+        raise NonFiniteError(
+            f"step {self.progress.global_step}: the loss ({loss}) or a gradient is not finite on at least one process; "
+            f"nothing was updated. Rows of the step: {rows}{' ...' if block.num_targets > 20 else ''}. Lower the learning "
+            "rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32."
+        )
+
+    def _validate(self, step: int) -> None:
+        metrics = self.compute_valid_metrics()
+        self.logger.log(step, {f"valid/{name}": value for name, value in metrics.items() if value is not None})
+        value = metrics[self.stage.select_metric]
+        if value is None:
+            value = -metrics["logloss"] if metrics["logloss"] is not None else float("-inf")
+        elif self.stage.select_metric == "logloss":
+            value = -value
+        if self.progress.best_value is None or value > self.progress.best_value:
+            self.progress.best_value, self.progress.best_step = value, step
+            self.progress.best_metrics, self.progress.bad_validations = metrics, 0
+            state = self.engine.export_state(with_moments=False)
+            if get_rank() == 0:
+                save_best(self.folder, state, self.progress, self.fingerprint)
+        else:
+            self.progress.bad_validations += 1
+            self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
+
+    def compute_valid_metrics(self) -> dict[str, float | None]:
+        """Score the validation rows; the same numbers on every process, since all hold all scores."""
+        self.engine.set_training(False)
+        rows = self.valid_rows
+        row_ids, scores = score_batches(
+            self.engine, self.collator, rows.order, self.stage.max_tokens_per_micro_batch, self.engine.device
+        )
+        assert np.array_equal(row_ids, rows.row_id)
+        return {
+            "auc": compute_auc(rows.label, scores),
+            "uauc": compute_uauc(rows.label, scores, rows.user_idx)[0],
+            "logloss": compute_logloss(rows.label, scores),
+        }
+
+    def _save_last(self) -> None:
+        state = self.engine.export_state()
+        if get_rank() == 0:
+            save_last(self.folder, state, self.progress, self.fingerprint)
+
+    def _log(self, window: _Window) -> None:
+        seconds = time.perf_counter() - window.started
+        self.logger.log(
+            self.progress.global_step,
+            {
+                monitoring.TRAIN_LOSS: window.loss / window.steps,
+                monitoring.LEARNING_RATE: window.learning_rate,
+                monitoring.GRAD_NORM: window.grad_norm,
+                monitoring.SAMPLES_PER_SECOND: window.rows / seconds,
+                monitoring.TOKENS_PER_SECOND: window.tokens / seconds,
+                monitoring.DATA_WAIT_SHARE: window.waited / seconds,
+                monitoring.PEAK_MEMORY: monitoring.measure_peak_gib(self.engine.device),
+            },
+        )
+        window.restart()
+
+    def _ask_stop(self, _: int, __: FrameType | None) -> None:
+        self._stop_asked = True
+
+
+class _Window:
+    """Sums since the last logged point."""
+
+    def __init__(self) -> None:
+        self.learning_rate = self.grad_norm = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+        self.loss = self.waited = 0.0
+        self.steps = self.rows = self.tokens = 0
+
+
+def count_total_steps(stage: StageConfig, order: GlobalOrder) -> int:
+    """Return the steps of a stage if nothing stops it early."""
+    steps = stage.num_epochs * order.steps_per_epoch
+    return min(steps, stage.max_steps) if stage.max_steps is not None else steps
+
+

@@ -1,0 +1,99 @@
+"""Scoring a split with all processes: every row once, none twice, none lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from collm_dist.data.collate import PromptCollator
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.hashing import hash_integers
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.prompt_batch import PromptBatch
+from collm_dist.tuning.engine import get_rank, get_world_size
+
+if TYPE_CHECKING:
+    from collm_dist.tuning.stages import LoadedStage
+
+
+def score_split(
+    loaded: LoadedStage, order: GlobalOrder, max_tokens: int, *, shuffle_slots_seed: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Score every row of an order; collective, and complete on every process.
+
+    Args:
+        loaded: a stage's model with its collator.
+        order: of the rows, unshuffled.
+        max_tokens: most padded tokens of a micro-batch.
+        shuffle_slots_seed: give every slot the input of another row's (the text stays): the ablation that asks what the
+            slots' content brings.
+
+    Returns:
+        (N,) row ids and (N,) scores, in the order of the batches.
+    """
+    return score_batches(
+        loaded.model, loaded.collator, order, max_tokens, loaded.device, shuffle_slots_seed=shuffle_slots_seed
+    )
+
+
+@torch.no_grad()
+def score_batches(
+    model: Any,
+    collator: PromptCollator,
+    order: GlobalOrder,
+    max_tokens: int,
+    device: torch.device,
+    *,
+    shuffle_slots_seed: int | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Score an order with a model in evaluation mode; see ``score_split``."""
+    row_ids, scores = [], []
+    for batch in _iter_batches(collator, order, max_tokens):
+        if shuffle_slots_seed is not None:
+            batch = shuffle_slots(batch, shuffle_slots_seed)
+        found = model(batch.to(device)).float().cpu()
+        real = batch.weights > 0
+        row_ids.append(batch.row_ids[real])
+        scores.append(found[real])
+    return _gather(torch.cat(row_ids), torch.cat(scores), order.num_rows)
+
+
+def _iter_batches(collator: PromptCollator, order: GlobalOrder, max_tokens: int) -> Iterator[PromptBatch]:
+    for block in order.iter_batches():
+        counts = collator.count_tokens(block)
+        for piece in plan_micro_batches(block, counts, get_rank(), get_world_size(), max_tokens):
+            yield collator.collate(piece, block)
+
+
+def _gather(
+    row_ids: torch.Tensor, scores: torch.Tensor, num_rows: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    parts: list[Any] = [(row_ids.numpy(), scores.numpy())]
+    if get_world_size() > 1:
+        parts = [None] * get_world_size()
+        dist.all_gather_object(parts, (row_ids.numpy(), scores.numpy()))
+    ids, values = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
+    order = np.argsort(ids, kind="stable")
+    assert len(ids) == num_rows, f"{len(ids)} rows scored of {num_rows}"
+    return ids[order], values[order]
+
+
+def shuffle_slots(batch: PromptBatch, seed: int) -> PromptBatch:
+    """Return the batch with slot inputs exchanged between its rows, drawn by hash of the seed and the row ids."""
+
+    def permute(tensor: torch.Tensor, key: int) -> torch.Tensor:
+        draws = hash_integers(seed, key, int(batch.row_ids[0]), np.arange(len(tensor)))
+        return tensor[torch.from_numpy(np.argsort(draws, kind="stable"))]
+
+    return dataclasses.replace(
+        batch,
+        user_slots=dataclasses.replace(batch.user_slots, sources=permute(batch.user_slots.sources, 1)),
+        item_slots=dataclasses.replace(batch.item_slots, sources=permute(batch.item_slots.sources, 2)),
+        pair_slots=dataclasses.replace(batch.pair_slots, sources=permute(batch.pair_slots.sources, 3)),
+    )
