@@ -222,7 +222,11 @@ def test_collaborative_model_is_scored_and_feeds_the_slots_alone(tmp_path):
     run_dir = write_data_step(tmp_path)
     config = build_config(tmp_path, splits=("test",))
     manifest = load_manifest(run_dir.step_dir("data"))
-    model = MatrixFactorization(manifest.num_users, manifest.num_items, 4, init_scale=1.0)
+    model = MatrixFactorization(
+        torch.ones(manifest.num_users, dtype=torch.int64),
+        torch.ones(manifest.num_items, dtype=torch.int64),
+        embedding_dim=4,
+    )
     save_cf_model(run_dir.step_dir("cf") / "model.safetensors", model, manifest)
     write_json(run_dir.record_path("cf"), {"content_hash": "vectors"})
     write_json(run_dir.record_path("stage2"), {"global_steps": 2, "content_hash": "two"})
