@@ -54,6 +54,8 @@ class PromptCollator:
 
     Attributes:
         template: the prompt.
+        tokens_per_slot: columns of a slot.
+        num_cut_titles: item texts cut at ``prompt.max_title_tokens``.
         num_dropped_history: history items left out so far because a prompt was too long.
     """
 
@@ -88,9 +90,10 @@ class PromptCollator:
         """
         self.template = template
         self.num_dropped_history = 0
+        self.num_cut_titles = item_tokens.num_cut
         self._titles = Ragged(np.asarray(item_tokens.offsets), np.asarray(item_tokens.ids))
         self._history_length, self._cf_history_length = history_length, cf_history_length
-        self._tokens_per_slot = tokens_per_slot
+        self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
 
         def tokenize(text: str) -> list[int]:
@@ -118,7 +121,7 @@ class PromptCollator:
             if segment.text == "<TargetItemTitle>":
                 total += int(self._titles.lengths.max(initial=0))
             elif segment.is_slot and segment.text != "<ItemIDList>":
-                total += self._tokens_per_slot
+                total += self.tokens_per_slot
             elif not segment.is_field:
                 total += len(self._texts[segment.text])
         return total
@@ -183,7 +186,7 @@ class PromptCollator:
         shown = history.take_last(np.full(block.num_contexts, self._history_length))
         cost = self._titles.lengths[shown.values] + len(self._separator)
         if self.template.has("<ItemIDList>"):
-            cost = cost + self._tokens_per_slot
+            cost = cost + self.tokens_per_slot
         # An item stays if it and all newer ones of its context fit.
         totals = to_offsets(cost)
         newer = totals[shown.offsets[1:]][shown.rows] - totals[:-1]
@@ -217,7 +220,7 @@ class PromptCollator:
             listed = join_columns(items, len(shown.values)).merge(shown.offsets)
             return join_columns([listed, repeat_values(self._empty, shown.lengths == 0)], contexts)
         if segment.text == "<ItemIDList>":
-            codes = [HISTORY] + [CONTINUED] * (self._tokens_per_slot - 1)
+            codes = [HISTORY] + [CONTINUED] * (self.tokens_per_slot - 1)
             return repeat_values(codes, np.ones(len(shown.values), dtype=bool)).merge(shown.offsets)
         return repeat_values(self._get_constant(segment), everywhere)
 
@@ -228,7 +231,7 @@ class PromptCollator:
 
     def _get_constant(self, segment: Segment) -> list[int]:
         if segment.is_slot:
-            return [_SLOT_CODES[segment.text]] + [CONTINUED] * (self._tokens_per_slot - 1)
+            return [_SLOT_CODES[segment.text]] + [CONTINUED] * (self.tokens_per_slot - 1)
         return self._texts[segment.text]
 
     def _find_slots(

@@ -7,6 +7,7 @@ positions, never tokens of the vocabulary, so no title can collide with them.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ FIELDS: dict[str, tuple[Depends, bool]] = {
     "<TargetItemID>": ("target", True),
     "<MatchID>": ("target", True),
 }
-_FIELD = re.compile(r"(<[A-Za-z]+>)")
+_HISTORY_FIELDS = frozenset({"<ItemTitleList>", "<ItemIDList>"})
+_FIELD = re.compile(r"(<[A-Za-z_]+>)")
+# Looks like one of our fields, though it is none; other markup, such as <s> or <b>, is text.
+_LIKE_A_FIELD = re.compile(r"<[A-Za-z_]*(ID|IDs|List|Title|Titles)>")
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,10 @@ class PromptTemplate:
         """
         name = "prompt.stage2" if allow_slots else "prompt.stage1"
         segments: list[Segment] = []
-        for piece in _FIELD.split(text.strip()):
-            if not piece:
-                continue
-            if not _FIELD.fullmatch(piece):
+        for piece in _split_at_fields(name, text.strip()):
+            if piece not in FIELDS:
                 segments.append(Segment(piece, "nothing"))
                 continue
-            if piece not in FIELDS:
-                raise ConfigError(f"{name}: there is no field {piece}; known: {' '.join(FIELDS)}")
             depends_on, is_slot = FIELDS[piece]
             if piece == "<UserID>" and user_depends_on_target:
                 depends_on = "target"
@@ -100,6 +100,22 @@ class PromptTemplate:
         slot = next((i for i, one in enumerate(segments) if one.is_slot), branch)
         prefix = min(slot, branch) if allow_slots else 0
         return cls(tuple(segments[:prefix]), tuple(segments[prefix:branch]), tuple(segments[branch:]))
+
+
+def _split_at_fields(name: str, text: str) -> list[str]:
+    """Return fields and the literal texts between them."""
+    pieces = [""]
+    for piece in _FIELD.split(text):
+        if piece in FIELDS:
+            pieces += [piece, ""]
+            continue
+        near = difflib.get_close_matches(piece.lower(), [field.lower() for field in FIELDS], n=1, cutoff=0.75)
+        if _FIELD.fullmatch(piece) and (near or _LIKE_A_FIELD.fullmatch(piece)):
+            meant = [field for field in FIELDS if field.lower() in near]
+            hint = f"did you mean {meant[0]}? " if meant else ""
+            raise ConfigError(f"{name}: there is no field {piece}; {hint}known: {' '.join(FIELDS)}")
+        pieces[-1] += piece
+    return [piece for piece in pieces if piece]
 
 
 def _check_fields(name: str, segments: list[Segment], allow_slots: bool) -> None:
@@ -114,6 +130,13 @@ def _check_fields(name: str, segments: list[Segment], allow_slots: bool) -> None
             f"{name}: the prompt has no slot, so stage 2 would have nothing to train; add <UserID>, <TargetItemID> or "
             "<MatchID>"
         )
+    first = next(i for i, one in enumerate(segments) if one.depends_on == "target")
+    late = [one.text for one in segments[first:] if one.text in _HISTORY_FIELDS]
+    if late:
+        raise ConfigError(
+            f"{name}: {late[0]} stands after {segments[first].text}, which differs between targets; put the history "
+            "first, so that all targets of a user share it"
+        )
     if segments[-1].is_field:
         raise ConfigError(f"{name}: the prompt must end in text, such as 'Answer:', since its last token is read out")
 
@@ -126,10 +149,10 @@ def load_prompt_text(spec: str) -> str:
     """
     if "<" in spec:
         return spec
-    path = Path(spec)
-    if not path.is_file():
-        raise ConfigError(f"prompt: there is no file '{spec}' (relative to {Path.cwd()}), and it is no prompt either")
-    return path.read_text(encoding="utf-8").strip()
+    for folder in (Path(), Path(__file__).resolve().parents[2]):  # a Ray job may start elsewhere
+        if (folder / spec).is_file():
+            return (folder / spec).read_text(encoding="utf-8").strip()
+    raise ConfigError(f"prompt: there is no file '{spec}' (relative to {Path.cwd()}), and it is no prompt either")
 
 
 def resolve_answer_ids(tokenizer: Any, yes: str, no: str) -> tuple[int, int]:
@@ -140,8 +163,12 @@ def resolve_answer_ids(tokenizer: Any, yes: str, no: str) -> tuple[int, int]:
     """
     tokens = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in (yes, no)]
     if not tokens[0] or not tokens[1] or tokens[0][0] == tokens[1][0]:
+        spelt = [
+            f"{text!r} is {tokenizer.convert_ids_to_tokens(ids)} {ids}"
+            for text, ids in zip((yes, no), tokens, strict=True)
+        ]
         raise ConfigError(
-            f"prompt.yes, prompt.no: {yes!r} is {tokens[0]} and {no!r} is {tokens[1]} to this tokenizer; their first "
-            "tokens must differ"
+            f"prompt.yes and prompt.no must differ in their first token, but {'; '.join(spelt)}. Try them with or "
+            "without the leading space"
         )
     return int(tokens[0][0]), int(tokens[1][0])

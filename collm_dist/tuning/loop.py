@@ -199,7 +199,9 @@ class TuningLoop:
     def _agree(self, loss: Tensor) -> tuple[float, bool, bool]:
         """The step's one reduction: the loss, whether all is finite, whether anyone was asked to stop."""
         finite = self.engine.take_finite() & torch.isfinite(loss)
-        values = torch.stack([torch.nan_to_num(loss), (~finite).float(), torch.full_like(loss, float(self._stop_asked))])
+        values = torch.stack(
+            [torch.nan_to_num(loss), (~finite).float(), torch.full_like(loss, float(self._stop_asked))]
+        )
         if get_world_size() > 1:
             dist.all_reduce(values)
         loss_value, bad, stop = values.tolist()
@@ -209,8 +211,8 @@ class TuningLoop:
         rows = ", ".join(str(row) for row in block.row_id[:20])
         raise NonFiniteError(
             f"step {self.progress.global_step}: the loss ({loss}) or a gradient is not finite on at least one process; "
-            f"nothing was updated. Rows of the step: {rows}{' ...' if block.num_targets > 20 else ''}. Lower the learning "
-            "rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32."
+            f"nothing was updated. Rows of the step: {rows}{' ...' if block.num_targets > 20 else ''}. Lower the "
+            "learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32."
         )
 
     def _validate(self, step: int) -> None:
@@ -287,5 +289,3 @@ def count_total_steps(stage: StageConfig, order: GlobalOrder) -> int:
     """Return the steps of a stage if nothing stops it early."""
     steps = stage.num_epochs * order.steps_per_epoch
     return min(steps, stage.max_steps) if stage.max_steps is not None else steps
-
-

@@ -348,11 +348,11 @@ def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
         return ["steps: known once the data step is done"]
     lines = []
     for name in ("stage1", "stage2"):
-        settings = get_stage_config(config, get_stage(config, name))  # type: ignore[arg-type]
+        settings = get_stage_config(config, get_stage(config, name))
         train, valid = _build_orders(config, run_dir, settings)
         lines.append(
             f"{name}: {count_total_steps(settings, train):,} steps of {settings.global_batch_size} rows at most "
-            f"({train.num_rows:,} rows in {train.num_contexts:,} contexts an epoch), validation on {valid.num_rows:,} rows"
+            f"({train.num_rows:,} rows in {train.num_contexts:,} contexts an epoch), "
+            f"validation on {valid.num_rows:,} rows"
         )
     return lines
-

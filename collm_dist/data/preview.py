@@ -1,0 +1,81 @@
+"""Showing what a model will read: prompts with their slots marked, before any GPU is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from collm_dist.artifacts import RunDir
+from collm_dist.config import Config
+from collm_dist.data.collate import PromptCollator, build_collator
+from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.manifest import load_manifest
+from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.data.readers import open_source
+
+
+def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any) -> str:
+    """Return the first target's prompt as text, with slots marked and the constant prefix set off."""
+    block = block.take_targets(np.arange(1))
+    batch = collator.collate(block, block)
+    marks: dict[int, str] = {}
+    kinds = {"UserID": batch.user_slots, "ItemID": batch.item_slots, "MatchID": batch.pair_slots}
+    for name, slots in kinds.items():
+        for column in slots.cols.tolist():
+            marks[column] = f"⟦{name}⟧"
+    text: str = (
+        tokenizer.decode(batch.prefix_ids[0, : int(batch.prefix_lengths[0])]) if batch.prefix_ids.numel() else ""
+    )
+    text += "⟪" if text else ""
+    pending: list[int] = []
+    skip = 0
+    for column, token in enumerate(batch.tree_ids[0].tolist()):
+        if column in marks:
+            text += tokenizer.decode(pending) + marks[column]
+            pending, skip = [], collator.tokens_per_slot - 1
+        elif skip:
+            skip -= 1
+        else:
+            pending.append(token)
+    return text + tokenizer.decode(pending)
+
+
+def print_preview(config: Config, run_dir: RunDir, num_prompts: int) -> None:
+    """Print how the input is understood and, once the data step is done, prompts of both stages.
+
+    Args:
+        config: the experiment.
+        run_dir: of the experiment.
+        num_prompts: prompts of each stage.
+    """
+    for key, value in open_source(config.dataset).describe().items():
+        print(f"{key}: {value}")
+    if not run_dir.is_done("data"):
+        print("prompts: shown once the data step is done; run this command without --preview first")
+        return
+    # Late: the tokenizer needs transformers, which takes seconds to import.
+    from collm_dist.llm.backbone import load_tokenizer
+
+    llm = config.llm
+    tokenizer = load_tokenizer(llm.backbone, llm.revision, trust_remote_code=llm.trust_remote_code)
+    answers = resolve_answer_ids(tokenizer, config.prompt.yes, config.prompt.no)
+    print(f"answers: {config.prompt.yes!r} is token {answers[0]}, {config.prompt.no!r} is token {answers[1]}")
+    data_dir = run_dir.step_dir("data")
+    order = GlobalOrder(
+        data_dir, load_manifest(data_dir), "train", config.run.seed, num_prompts, max_contexts=num_prompts
+    )
+    block = next(order.iter_batches())
+    for stage in ("stage1", "stage2"):
+        collator = build_collator(config, run_dir, tokenizer, stage)
+        counts = collator.count_tokens(block)
+        for target in range(min(num_prompts, block.num_targets)):
+            context = block.target_contexts[target]
+            parts = (int(counts.prefix[context]), int(counts.tail[context]), int(counts.branch[target]))
+            label = "like" if block.label[target] else "dislike"
+            print(f"\n{stage}, row {block.row_id[target]} ({label}); tokens: {sum(parts)} "
+                  f"(prefix {parts[0]}, context tail {parts[1]}, target {parts[2]})")  # fmt: skip
+            print(render_example(collator, block.take_targets(np.array([target])), tokenizer))
+        print(f"\n{stage}: {collator.num_cut_titles} item texts are cut at prompt.max_title_tokens; "
+              f"{collator.num_dropped_history} history items were dropped in these prompts")  # fmt: skip

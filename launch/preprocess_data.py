@@ -1,0 +1,42 @@
+"""Raw logs to samples and shards: ``python launch/preprocess_data.py --config C``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from collm_dist.artifacts import RunDir
+from collm_dist.cli import run_command
+from collm_dist.config import Config
+
+EXAMPLES = """examples:
+  python launch/preprocess_data.py --config configs/ml100k_demo.yaml
+  python launch/preprocess_data.py --config configs/own_ratings.yaml dataset.path=ratings.csv --preview 3
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preview", type=int, metavar="N", help="show columns, types and N prompts instead of working")
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    run_dir = RunDir(Path(config.run.dir))
+    if arguments.preview is not None:
+        from collm_dist.data.preview import print_preview
+
+        print_preview(config, run_dir, arguments.preview)
+        return
+    from collm_dist.orchestration.preprocess import run_preprocess
+
+    run_preprocess(config, run_dir, force="data" in arguments.force)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    description = "Turn raw logs into samples, shards and a manifest, on Ray."
+    return run_command(description, _run, EXAMPLES, _add_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Tune the language model: ``deepspeed launch/train.py --config C [--stage 1|2]``; torchrun and python work too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from collm_dist.artifacts import RunDir
+from collm_dist.cli import run_command
+from collm_dist.config import Config
+from collm_dist.errors import ConfigError
+from collm_dist.tuning.stages import describe_stage_plan, run_stage
+
+EXAMPLES = """examples:
+  deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, in order
+  deepspeed --num_gpus 2 launch/train.py --config configs/ml1m_official.yaml --stage 1
+  torchrun --nproc_per_node 2 launch/train.py --config configs/ml1m_official.yaml --stage 2 cluster.zero_stage=3
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="1: LoRA on text, 2: the mapping; default: both")
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="JSON",
+        help="merged into cluster.deepspeed_extra; keys we own are refused",
+    )
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    if arguments.deepspeed_config is not None:
+        try:
+            extra = json.loads(arguments.deepspeed_config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--deepspeed_config {arguments.deepspeed_config}: {error}") from None
+        merged = {**config.cluster.deepspeed_extra, **extra}
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
+    stages = [f"stage{arguments.stage}"] if arguments.stage else ["stage1"] * config.stage1.enabled + ["stage2"]
+    for name in stages:
+        run_stage(config, RunDir(Path(config.run.dir)), name, force=name in arguments.force)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    description = "Tune the language model with DeepSpeed, in two stages."
+    return run_command(description, _run, EXAMPLES, _add_arguments, plan=describe_stage_plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
