@@ -1,0 +1,97 @@
+"""Prompts built the plain way, one sample at a time, from lists: the independent reference for the collator.
+
+Nothing here is shared with collm_dist: a template is cut at its fields by hand, every segment is tokenized on its own
+and appended to a list, and a slot notes the length of that list.
+"""
+
+from dataclasses import dataclass, field
+
+SLOT_NAMES = ("UserID", "ItemIDList", "TargetItemID", "MatchID")
+FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "TargetItemTitle")
+
+
+@dataclass
+class PlainPrompt:
+    """One sample: token ids (0 under slots), and the first position of each slot by field; ItemIDList has many."""
+
+    input_ids: list[int] = field(default_factory=list)
+    slots: dict[str, list[int]] = field(default_factory=dict)
+    history: list[int] = field(default_factory=list)
+
+
+def split_template(text: str) -> list[tuple[str, str]]:
+    """Cut a template into (kind, text)."""
+    pieces: list[tuple[str, str]] = []
+    literal = ""
+    while text:
+        name = next((name for name in FIELD_NAMES if text.startswith(f"<{name}>")), None)
+        if name is None:
+            literal, text = literal + text[0], text[1:]
+            continue
+        if literal:
+            pieces.append(("text", literal))
+        pieces.append((name, ""))
+        literal, text = "", text[len(name) + 2 :]
+    return [*pieces, ("text", literal)] if literal else pieces
+
+
+def tokenize(tokenizer, text: str, *, is_data: bool = False) -> list[int]:
+    if is_data:  # special tokens spelt out in a title are ordinary characters
+        return tokenizer([text], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tokenize_title(tokenizer, title: str, max_title_tokens: int) -> list[int]:
+    ids = tokenize(tokenizer, f'"{title}"', is_data=True)
+    quote = tokenize(tokenizer, '"')
+    # The limit is one of the text, the quotes not counted.
+    return ids if len(ids) <= max_title_tokens + 2 * len(quote) else ids[: max_title_tokens + len(quote)] + quote
+
+
+def build_plain_prompt(
+    tokenizer,
+    template: str,
+    titles: list[str],
+    history: list[int],
+    target: int,
+    *,
+    history_length: int,
+    max_title_tokens: int,
+    max_prompt_tokens: int,
+    empty_history_text: str,
+    tokens_per_slot: int = 1,
+    bos: list[int] = (),
+) -> PlainPrompt:
+    """Build one sample's prompt; drops the oldest items until the prompt with the longest title as target fits."""
+    longest = max(len(tokenize_title(tokenizer, title, max_title_tokens)) for title in titles)
+
+    def build(shown: list[int]) -> PlainPrompt:
+        prompt = PlainPrompt(input_ids=list(bos), history=shown)
+        for kind, text in split_template(template):
+            ids = prompt.input_ids
+            if kind == "text":
+                ids += tokenize(tokenizer, text)
+            elif kind == "ItemTitleList":
+                for number, item in enumerate(shown):
+                    ids += (tokenize(tokenizer, ", ") if number else []) + tokenize_title(
+                        tokenizer, titles[item], max_title_tokens
+                    )
+                if not shown:
+                    ids += tokenize(tokenizer, empty_history_text)
+            elif kind == "TargetItemTitle":
+                ids += tokenize_title(tokenizer, titles[target], max_title_tokens)
+            else:
+                starts = prompt.slots.setdefault(kind, [])
+                for _ in shown if kind == "ItemIDList" else [None]:
+                    starts.append(len(ids))
+                    ids += [0] * tokens_per_slot
+        return prompt
+
+    own = len(tokenize_title(tokenizer, titles[target], max_title_tokens)) if "<TargetItemTitle>" in template else 0
+    shown = list(history)[-history_length:] if history_length else []
+    while True:
+        prompt = build(shown)
+        worst = len(prompt.input_ids) - own + (longest if own else 0)
+        if worst <= max_prompt_tokens or not shown:
+            return prompt
+        shown = shown[1:]

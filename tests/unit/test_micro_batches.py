@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collm_dist.data.collate import TokenCounts
+from collm_dist.data.context_block import concatenate_blocks
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.errors import ConfigError
+from tests.unit.loader_data import make_contexts
+from tests.unit.test_context_block import list_samples
+
+
+@st.composite
+def batches(draw):
+    targets = draw(st.lists(st.integers(1, 6), min_size=1, max_size=12))
+    size = st.integers(0, 20)
+    counts = TokenCounts(
+        prefix=np.array([draw(size) for _ in targets]),
+        tail=np.array([draw(size) for _ in targets]),
+        branch=np.array([draw(st.integers(1, 20)) for _ in range(sum(targets))]),
+    )
+    return make_contexts(targets), counts
+
+
+def measure(block, counts, micro_batch):
+    """Padded tokens, from the row ids alone."""
+    rows = micro_batch.row_id - block.row_id[0]
+    owners = block.target_contexts[rows]
+    widths = []
+    for context in range(micro_batch.num_contexts):
+        targets = slice(*micro_batch.target_offsets[context : context + 2])
+        owner = owners[targets][0]
+        assert len(set(owners[targets].tolist())) == 1
+        widths.append((counts.prefix[owner], counts.tail[owner] + counts.branch[rows[targets]].sum()))
+    return len(widths) * (max(width[0] for width in widths) + max(width[1] for width in widths))
+
+
+@settings(max_examples=400, deadline=None)
+@given(batch=batches(), world_size=st.integers(1, 5), max_tokens=st.integers(60, 300))
+def test_plans_cover_all_rows_within_the_budget(batch, world_size, max_tokens):
+    block, counts = batch
+    plans = [plan_micro_batches(block, counts, rank, world_size, max_tokens) for rank in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    real = [one for plan in plans for one in plan if one is not None]
+    assert sorted(list_samples(concatenate_blocks(real))) == sorted(list_samples(block))
+    assert all(measure(block, counts, one) <= max_tokens for one in real)
+    assert any(None not in plan for plan in plans)
+    owners = block.target_contexts
+    totals = counts.prefix + counts.tail + np.bincount(owners, weights=counts.branch, minlength=block.num_contexts)
+    placed = [set(owners[one.row_id].tolist()) for one in real]
+    for context in np.flatnonzero(totals <= max_tokens):
+        assert sum(context in contexts for contexts in placed) == 1
+
+
+def test_ranks_get_about_the_same_number_of_tokens():
+    block = make_contexts([1, 2, 3, 4] * 16)
+    counts = TokenCounts(np.full(64, 50), np.full(64, 5), 10 + block.item_idx)
+    loads = []
+    for rank in range(4):
+        plan = [one for one in plan_micro_batches(block, counts, rank, 4, 500) if one is not None]
+        loads.append(sum(55 * one.num_contexts + counts.branch[one.row_id].sum() for one in plan))
+    assert max(loads) - min(loads) <= 0.02 * max(loads)
+
+
+def test_more_ranks_than_contexts_get_fillers():
+    block = make_contexts([2])
+    counts = TokenCounts(np.array([3]), np.array([3]), np.array([4, 4]))
+    assert [len(plan_micro_batches(block, counts, rank, 3, 100)) for rank in range(3)] == [1, 1, 1]
+    assert plan_micro_batches(block, counts, 2, 3, 100) == [None]
+
+
+def test_a_row_over_the_budget_is_refused():
+    block = make_contexts([2, 1], first_row=40)
+    counts = TokenCounts(np.array([30, 30]), np.array([5, 5]), np.array([10, 70, 10]))
+    with pytest.raises(ConfigError, match="row 41 alone has 105 tokens; raise"):
+        plan_micro_batches(block, counts, 0, 1, 100)
+    assert len(plan_micro_batches(block, counts, 0, 1, 105)) == 2
