@@ -3,7 +3,7 @@
 Every feature is a fixed formula of four counts of earlier events. Nothing is fitted and nothing standardized by the
 data, so no label of the row or of a later row can be in it.
 
-On ML-1M's released split (strictly earlier timestamps) the sum of the log-odds alone has test AUC / UAUC .776/.672,
+On ML-1M's released split (strictly earlier timestamps) the sum of the log-odds alone has test AUC / UAUC .775/.670,
 where a logistic regression on the same counts has .775/.672.
 """
 
