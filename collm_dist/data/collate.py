@@ -99,7 +99,8 @@ class PromptCollator:
         def tokenize(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        self._separator, self._empty = tokenize(", "), tokenize(empty_history_text)
+        self._separator = tokenize(", ")
+        self._empty = tokenize(empty_history_text) if template.has("<ItemTitleList>") else []
         self._texts = {one.text: tokenize(one.text) for one in template.segments if not one.is_field}
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -184,13 +185,17 @@ class PromptCollator:
         """Return the items shown in each context, and how many were dropped because the prompt was too long."""
         history = Ragged(block.history_offsets, block.history_items)
         shown = history.take_last(np.full(block.num_contexts, self._history_length))
-        cost = self._titles.lengths[shown.values] + len(self._separator)
+        cost = np.zeros(len(shown.values), dtype=np.int64)
+        first = 0
+        if self.template.has("<ItemTitleList>"):
+            cost += self._titles.lengths[shown.values] + len(self._separator)
+            first = len(self._separator)  # one separator less than items
         if self.template.has("<ItemIDList>"):
             cost = cost + self.tokens_per_slot
         # An item stays if it and all newer ones of its context fit.
         totals = to_offsets(cost)
         newer = totals[shown.offsets[1:]][shown.rows] - totals[:-1]
-        kept = np.bincount(shown.rows[newer <= self._budget], minlength=block.num_contexts)
+        kept = np.bincount(shown.rows[newer - first <= self._budget], minlength=block.num_contexts)
         return shown.take_last(kept), len(shown.values) - int(kept.sum())
 
     def _lay_out(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, Ragged, Ragged]:

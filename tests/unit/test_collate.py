@@ -1,0 +1,211 @@
+import dataclasses
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collm_dist.data.collate import Masking, PromptCollator
+from collm_dist.data.item_tokens import load_item_tokens
+from collm_dist.data.prompts import PromptTemplate
+from collm_dist.data.statistics import PAIR_FEATURES, compute_pair_features
+from collm_dist.errors import ConfigError
+from collm_dist.prompt_batch import Slots
+from tests.reference.plain_prompts import build_plain_prompt
+from tests.unit.loader_data import make_contexts, make_tokenizer
+
+STAGE1 = "Liked so far: <ItemTitleList>.\nWould this person like <TargetItemTitle> as well?\nAnswer:"
+STAGE2 = "Liked: <ItemTitleList>. By <UserID>. Like <TargetItemTitle>, or <TargetItemID> <MatchID>?\nAnswer:"
+TEMPLATES = {
+    "text": STAGE1,
+    "slots": STAGE2,
+    "slots_first": "<UserID> likes <ItemTitleList>; also <TargetItemTitle>?",
+    "ids": "Liked <ItemIDList> and <ItemTitleList>. Like <TargetItemID>?",
+    "target_first": "<TargetItemTitle> or <TargetItemID> for <UserID>?",
+    "user_first": "<UserID><TargetItemID><MatchID> good?",
+}
+ODD_TITLES = [
+    *("<UserID>", "<unk>", "<s></s>", "\u05e9\u05dc\u200f", "\U0001f600\u200d\U0001f467", '"', ", ", "", "\n\t"),
+    *("<ItemTitleList>", "\x00\u00e9", "Heat"),
+]
+titles_strategy = st.lists(
+    st.one_of(st.sampled_from(ODD_TITLES), st.text(st.characters(exclude_categories=["Cs"]), max_size=30)),
+    min_size=1,
+    max_size=8,
+)
+
+
+def make_collator(template, titles, *, tokenizer=None, user_depends_on_target=False, **options):
+    tokenizer = tokenizer or make_tokenizer()
+    has_slots = any(f"<{name}>" in template for name in ("UserID", "ItemIDList", "TargetItemID", "MatchID"))
+    parsed = PromptTemplate.parse(template, allow_slots=has_slots, user_depends_on_target=user_depends_on_target)
+    values = {
+        "history_length": 4,
+        "max_prompt_tokens": 2000,
+        "empty_history_text": "(none)",
+        "cf_history_length": 5,
+        "tokens_per_slot": 1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        items = load_item_tokens(Path(folder), titles, tokenizer, 12)
+    return PromptCollator(
+        parsed, items, tokenizer, user_depends_on_target=user_depends_on_target, **{**values, **options}
+    )
+
+
+def read_back(batch, tokens_per_slot):
+    """Undo the batch: for each target its token ids, position ids and slot starts in the plain prompt."""
+    slots = {"user": batch.user_slots, "item": batch.item_slots, "pair": batch.pair_slots}
+    branches = {}
+    prompts = []
+    for target in range(len(batch.labels)):
+        row = int(batch.last_rows[target])
+        branches[row] = branches.get(row, 0) + 1
+        prefix = batch.prefix_ids[row, : batch.prefix_lengths[row]].tolist()
+        seen = (batch.tree_branches[row] == 0) | (batch.tree_branches[row] == branches[row])
+        columns = torch.nonzero(seen)[:, 0].tolist()
+        ids = prefix + batch.tree_ids[row, columns].tolist()
+        places = {column: len(prefix) + place for place, column in enumerate(columns)}
+        assert columns[-1] == batch.last_cols[target]
+        assert batch.tree_positions[row, columns].tolist() == list(range(len(prefix), len(ids)))
+        found = {
+            kind: [
+                (places[int(col)], int(source))
+                for slot_row, col, source in zip(one.rows, one.cols, one.sources, strict=True)
+                if slot_row == row and int(col) in places
+            ]
+            for kind, one in slots.items()
+        }
+        for starts in found.values():
+            for place, _ in starts:
+                assert ids[place : place + tokens_per_slot] == [0] * tokens_per_slot
+        prompts.append((ids, found))
+    return prompts
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    titles=titles_strategy,
+    name=st.sampled_from(sorted(TEMPLATES)),
+    counts=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    seed=st.integers(0, 3),
+    tokens_per_slot=st.integers(1, 3),
+    slack=st.integers(0, 40),
+    adds_bos=st.booleans(),
+    user_depends_on_target=st.booleans(),
+)
+def test_every_prompt_equals_the_plain_one(
+    titles, name, counts, seed, tokens_per_slot, slack, adds_bos, user_depends_on_target
+):
+    template, tokenizer = TEMPLATES[name], make_tokenizer(adds_bos=adds_bos)
+    if user_depends_on_target and name == "slots_first":
+        return  # the history may not stand after something that differs between targets
+    block = make_contexts(counts, num_items=len(titles), seed=seed)
+    options = {"tokenizer": tokenizer, "user_depends_on_target": user_depends_on_target}
+    options["tokens_per_slot"] = tokens_per_slot
+    try:
+        make_collator(template, titles, max_prompt_tokens=1, **options)
+        pytest.fail("a prompt of one token")
+    except ConfigError as error:
+        least = int(re.search(r"needs (\d+) tokens", str(error)).group(1))
+    collator = make_collator(template, titles, max_prompt_tokens=least + slack, **options)
+    batch = collator.collate(block, block)
+    dropped = 0
+    for target, (ids, slots) in enumerate(read_back(batch, tokens_per_slot)):
+        context = block.target_contexts[target]
+        history = block.history_items[slice(*block.history_offsets[context : context + 2])].tolist()
+        plain = build_plain_prompt(
+            tokenizer,
+            template,
+            titles,
+            history,
+            int(block.item_idx[target]),
+            history_length=4,
+            max_title_tokens=12,
+            max_prompt_tokens=least + slack,
+            empty_history_text="(none)",
+            tokens_per_slot=tokens_per_slot,
+            bos=[0] if adds_bos else [],
+        )
+        assert ids == plain.input_ids
+        assert len(ids) <= least + slack
+        query = target if user_depends_on_target else context
+        assert slots["user"] == [(start, query) for start in plain.slots.get("UserID", [])]
+        items = list(zip(plain.slots.get("ItemIDList", []), plain.history, strict=False))
+        items += [(start, int(block.item_idx[target])) for start in plain.slots.get("TargetItemID", [])]
+        assert sorted(slots["item"]) == sorted(items)
+        assert slots["pair"] == [(start, target) for start in plain.slots.get("MatchID", [])]
+        if target == block.target_offsets[context]:
+            dropped += min(len(history), 4) - len(plain.history)
+    assert collator.num_dropped_history == dropped
+    tokens = collator.count_tokens(block)
+    assert tokens.prefix.tolist() == batch.prefix_lengths.tolist()
+    widths = tokens.tail + np.add.reduceat(tokens.branch, block.target_offsets[:-1])
+    assert widths.tolist() == (batch.tree_branches >= 0).sum(1).tolist()
+
+
+def test_prompts_do_not_depend_on_their_batch():
+    titles = [f"Movie number {n} " * (n % 4 + 1) for n in range(20)]
+    block = make_contexts([2, 3, 1, 2])
+    collator = make_collator(STAGE2, titles, max_prompt_tokens=95)
+    whole = [ids for ids, _ in read_back(collator.collate(block, block), 1)]
+    alone = [
+        read_back(collator.collate(block.take_targets(np.array([n])), block), 1)[0][0] for n in range(block.num_targets)
+    ]
+    assert whole == alone
+    assert collator.num_dropped_history > 0
+
+
+def test_queries_carry_user_history_and_target():
+    block = make_contexts([2, 1, 3])
+    shared = make_collator(STAGE2, ["a"] * 20).collate(block, block)
+    assert shared.user_idx.tolist() == block.user_idx.tolist()
+    assert shared.user_target.tolist() == [-1] * 3
+    for context in range(3):
+        history = block.history_items[slice(*block.history_offsets[context : context + 2])].tolist()[-5:]
+        assert shared.user_history[context].tolist() == [-1] * (5 - len(history)) + history
+    each = make_collator(STAGE2, ["a"] * 20, user_depends_on_target=True).collate(block, block)
+    assert each.user_target.tolist() == block.item_idx.tolist()
+    assert each.user_idx.tolist() == block.user_idx[block.target_contexts].tolist()
+    assert torch.equal(each.user_history, shared.user_history[block.target_contexts])
+    assert each.pair_features.shape == (6, len(PAIR_FEATURES))
+    np.testing.assert_array_equal(each.pair_features.numpy(), compute_pair_features(block))
+    assert each.labels.tolist() == block.label.tolist()
+    assert each.row_ids.tolist() == block.row_id.tolist()
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_filler_has_the_same_parts_and_no_weight(name):
+    collator = make_collator(TEMPLATES[name], ["a b", "c"])
+    example = make_contexts([1], num_items=2, max_history=1, seed=3)
+    real, filler = collator.collate(example, example), collator.collate(None, example)
+    assert filler.weights.tolist() == [0.0]
+    assert (filler.prefix_ids.shape[1] > 0) == (real.prefix_ids.shape[1] > 0)
+    for kind in ("user_slots", "item_slots", "pair_slots"):
+        assert (len(getattr(filler, kind).rows) > 0) == (len(getattr(real, kind).rows) > 0)
+    for part in dataclasses.fields(filler):
+        value, other = getattr(filler, part.name), getattr(real, part.name)
+        if not isinstance(value, Slots):
+            assert value.dtype == other.dtype, part.name
+            assert value.ndim == other.ndim, part.name
+
+
+def test_masks_belong_to_rows_and_only_to_training():
+    block = make_contexts([3] * 60)
+    collator = make_collator(TEMPLATES["slots"], ["a"] * 20)
+    assert not collator.collate(block, block).item_slots.masked.any()
+    batch = collator.collate(block, block, Masking(0.3, 0, 1))
+    for slots in (batch.user_slots, batch.item_slots, batch.pair_slots):
+        share = slots.masked.float().mean().item()
+        assert abs(share - 0.3) < 4 * (0.21 / len(slots.masked)) ** 0.5
+    part = collator.collate(block.take_targets(np.arange(30, 60)), block, Masking(0.3, 0, 1))
+    assert torch.equal(part.item_slots.masked, batch.item_slots.masked[30:60])
+    assert torch.equal(part.user_slots.masked, batch.user_slots.masked[10:20])
+    assert not torch.equal(
+        collator.collate(block, block, Masking(0.3, 0, 2)).item_slots.masked, batch.item_slots.masked
+    )
+    assert not torch.equal(batch.pair_slots.masked, batch.item_slots.masked)
