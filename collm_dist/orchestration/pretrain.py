@@ -1,15 +1,19 @@
-"""CF pretraining as a Ray Train job: 1..N workers, checkpoints, and a restart where a worker dies."""
+"""CF pretraining as a Ray Train job: 1..N workers, a restart where one dies, and the step's summary."""
 
 from __future__ import annotations
 
 import logging
-import os
-from dataclasses import asdict
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ray
 import torch
+from tqdm import tqdm
 
 from collm_dist.artifacts import (
     RunDir,
@@ -19,177 +23,231 @@ from collm_dist.artifacts import (
     is_step_current,
     write_json,
 )
-from collm_dist.cf.export import save_cf_model
-from collm_dist.cf.mf import MatrixFactorization
-from collm_dist.cf.trainer import METRICS, CfProgress, CfTrainer, compute_metrics
+from collm_dist.cf.checkpoint import read_state, take_group
+from collm_dist.cf.export import FILE_NAME, MODEL_CLASSES, save_cf_model
+from collm_dist.cf.trainer import METRICS, Rows, TrainingPlan, check_metric, compute_metrics, train_cf
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.interactions import load_interactions
-from collm_dist.data.manifest import load_manifest
-from collm_dist.errors import CheckpointError, LaunchError
-from collm_dist.evaluation.metrics import compute_auc
+from collm_dist.data.manifest import Manifest, load_manifest
+from collm_dist.errors import CollmError, LaunchError
+from collm_dist.monitoring import RunLogger, read_metrics
 from collm_dist.orchestration.cluster import connect_ray
 
-COLUMNS = ("user_idx", "item_idx", "label", "row_id")
-# Rows of events that a mean is smoothed with; see evaluation.baselines.
-_ITEM_PRIOR = 5.0
+MAX_FAILURES = 3
+_POLL_SECONDS = 0.5
+_BATCH_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told; it reads the rest from the run directory.
+
+    Attributes:
+        data_dir, folder: of the steps data and cf, absolute, seen by all nodes.
+        checkpoint: file of the training state.
+        key: names what the training depends on.
+        cf: the model's settings.
+        seed: of initial vectors and batches.
+        tensorboard: whether to write it.
+    """
+
+    data_dir: Path
+    folder: Path
+    checkpoint: Path
+    key: str
+    cf: CfConfig
+    seed: int
+    tensorboard: bool
 
 
 def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[str, Any]:
     """Run the CF step, unless it is done, and return its summary.
 
+    Training that was interrupted, by a lost worker or as a whole, goes on from its last checkpoint.
+
     Args:
         config: the experiment.
         run_dir: whose data step is done.
-        force: redo it even if it is done.
+        force: redo it from the start even if it is done.
 
     Raises:
         ArtifactError: the data step is not done, or this one was done with something else.
-        LaunchError: workers kept dying.
+        DataError: the validation rows cannot tell which epoch is best.
+        LaunchError: too few CPUs, or workers kept dying.
     """
     fingerprint = compute_fingerprint(config, "cf", run_dir)
     if not force and is_step_current(run_dir, "cf", fingerprint):
         print(f"cf: done already ({run_dir.step_dir('cf')})")
         return run_dir.read_record("cf")
-    folder = run_dir.step_dir("cf").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
     run_dir.record_path("cf").unlink(missing_ok=True)
-    checkpoint = folder / "checkpoints" / f"{compute_json_hash(fingerprint)[:12]}.safetensors"
+    checkpoints = folder / "checkpoints"
     if force:
-        checkpoint.unlink(missing_ok=True)
-    settings = {
-        "cf": config.cf,
-        "seed": config.run.seed,
-        "data_dir": str(run_dir.step_dir("data").absolute()),
-        "folder": str(folder),
-        "checkpoint": str(checkpoint),
-        "checkpoint_every_epochs": config.cf.checkpoint_every_epochs,
-        "progress_bar": config.monitoring.progress_bar,
-    }
-    with connect_ray(config.cluster):
-        _fit_on_ray(settings, config.cf.num_workers, folder)
-    summary = _summarize(run_dir, settings) | {"fingerprint": fingerprint}
-    summary["content_hash"] = compute_file_hash(folder / "model.safetensors")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        data_dir=data_dir,
+        folder=folder,
+        checkpoint=checkpoints / "last.safetensors",
+        key=compute_json_hash(fingerprint),
+        cf=config.cf,
+        seed=config.run.seed,
+        tensorboard=config.monitoring.tensorboard,
+    )
+    check_metric(_load_rows(data_dir, "valid"), config.cf.select_metric)
+    state = read_state(job.checkpoint, job.key)
+    if state is None or not state[1].finished:
+        with connect_ray(config.cluster), _show_progress(job, config.monitoring.progress_bar):
+            _fit_on_ray(job)
+    summary = _finish(job, config.cf.num_workers) | {"fingerprint": fingerprint}
     write_json(run_dir.record_path("cf"), summary)
-    checkpoint.unlink(missing_ok=True)
-    _print_summary(summary)
+    shutil.rmtree(checkpoints)
+    _print_summary(summary, run_dir.record_path("cf"))
     return summary
 
 
-def _fit_on_ray(settings: dict[str, Any], num_workers: int, folder: Path) -> None:
-    # Late: Ray Train takes seconds to import, and a finished step needs none of it.
-    from ray import train
+def _fit_on_ray(job: Job) -> None:
+    from ray import train  # late: it takes seconds to import, and a finished step needs none of it
     from ray.train.torch import TorchTrainer
 
+    num_workers, resources = job.cf.num_workers, ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= num_workers
+    if resources.get("CPU", 0) < num_workers:
+        raise LaunchError(f"cf.num_workers: {num_workers} workers need a CPU each, Ray has "
+                          f"{resources.get('CPU', 0):.0f}; lower it or raise cluster.ray_num_cpus")  # fmt: skip
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    storage = job.folder / "checkpoints" / "ray"
+    shutil.rmtree(storage, ignore_errors=True)
     trainer = TorchTrainer(
         fit_worker,
-        train_loop_config=settings,
-        scaling_config=train.ScalingConfig(num_workers=num_workers, use_gpu=torch.cuda.is_available()),
+        train_loop_config={"job": job},
+        scaling_config=train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=train.RunConfig(
-            name="ray", storage_path=str(folder / "checkpoints"), failure_config=train.FailureConfig(max_failures=3)
+            name="cf",
+            storage_path=str(storage),
+            failure_config=train.FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
     try:
         trainer.fit()
     except Exception as error:
-        # Ray wraps what a worker raised in errors of its own, differently from release to release.
-        raise LaunchError(f"cf: training on {num_workers} Ray workers failed: {error}") from error
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(failure, CollmError):
+                raise failure from None
+        raise LaunchError(f"cf: training failed on {num_workers} Ray workers ({error}); run the command again to go "
+                          "on from the last checkpoint") from error  # fmt: skip
 
 
-def fit_worker(settings: dict[str, Any]) -> None:
-    """Train on one worker; rank 0 writes checkpoints and the model.
+def fit_worker(settings: Mapping[str, Any]) -> None:
+    """Train on one Ray Train worker; the first one writes checkpoints and the log."""
+    from ray import train
+    from ray.train.torch import get_device
 
-    A restarted worker goes on from the last checkpoint in the run directory, which is also what a rerun of the whole
-    command does.
-    """
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // (torch.distributed.get_world_size() if rank or
-                          torch.distributed.is_initialized() else 1)))  # fmt: skip
-    data_dir, folder, checkpoint = (Path(settings[name]) for name in ("data_dir", "folder", "checkpoint"))
-    manifest = load_manifest(data_dir)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    trainer = build_trainer(settings["cf"], settings["seed"], data_dir, device)
-    if checkpoint.exists():
-        try:
-            trainer.load(checkpoint)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint} is damaged ({error}); delete it to train anew") from error
+    job: Job = settings["job"]
+    device = get_device()
+    train_rows, valid_rows = (_load_rows(job.data_dir, split) for split in ("train", "valid"))
+    model = build_model(job.cf, load_manifest(job.data_dir), train_rows, job.seed).to(device)
+    state = read_state(job.checkpoint, job.key)
+    logger = RunLogger(
+        job.folder,
+        is_main=train.get_context().get_world_rank() == 0,
+        tensorboard=job.tensorboard,
+        progress_bar=False,
+        start_step=state[1].epoch if state else 0,
+        total_steps=job.cf.num_epochs,
+    )
 
-    def after_epoch(progress: CfProgress) -> None:
-        due = progress.epoch % settings["checkpoint_every_epochs"] == 0 or trainer.is_finished
-        if rank == 0 and due:
-            trainer.save(checkpoint)
+    def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
+        logger.log(epoch, {name.replace("_", "/", 1): value for name, value in metrics.items()})
 
-    trainer.run(after_epoch)
-    if rank == 0:
-        save_cf_model(folder / "model.safetensors", trainer.model, manifest)
-        write_json(folder / "progress.json", asdict(trainer.progress))
-
-
-def build_trainer(cf: CfConfig, seed: int, data_dir: Path, device: torch.device) -> CfTrainer:
-    """Return the trainer that the settings ask for."""
-    manifest = load_manifest(data_dir)
-    model = MatrixFactorization(manifest.num_users, manifest.num_items, cf.embedding_dim, cf.init_scale, seed)
-    return CfTrainer(
+    train_cf(
         model,
-        load_interactions(data_dir, COLUMNS, "train"),
-        load_interactions(data_dir, COLUMNS, "valid"),
+        train_rows.to(device),
+        valid_rows.to(device),
+        build_plan(job.cf, job.seed),
+        checkpoint_path=job.checkpoint,
+        key=job.key,
+        on_epoch=on_epoch,
+    )
+    logger.close()
+
+
+def build_model(cf: CfConfig, manifest: Manifest, train: Rows, seed: int) -> Any:
+    """Return the untrained model that the settings ask for."""
+    user_rows = torch.bincount(train.user_idx, minlength=manifest.num_users)
+    item_rows = torch.bincount(train.item_idx, minlength=manifest.num_items)
+    return MODEL_CLASSES[cf.model](
+        user_rows, item_rows, embedding_dim=cf.embedding_dim, init_scale=cf.init_scale, seed=seed
+    )
+
+
+def build_plan(cf: CfConfig, seed: int) -> TrainingPlan:
+    """Return the trainer's settings."""
+    return TrainingPlan(
         learning_rate=cf.learning_rate,
         weight_decay=cf.weight_decay,
         global_batch_size=cf.global_batch_size,
         num_epochs=cf.num_epochs,
         select_metric=cf.select_metric,
-        patience=cf.early_stop_patience,
+        early_stop_patience=cf.early_stop_patience,
+        checkpoint_every_epochs=cf.checkpoint_every_epochs,
         seed=seed,
-        device=device,
     )
 
 
-def _summarize(run_dir: RunDir, settings: dict[str, Any]) -> dict[str, Any]:
-    from collm_dist.cf.export import load_cf_model
+def _load_rows(data_dir: Path, split: str) -> Rows:
+    columns = load_interactions(data_dir, ["user_idx", "item_idx", "label"], split)
+    return Rows.from_arrays(columns["user_idx"], columns["item_idx"], columns["label"])
 
-    data_dir = run_dir.step_dir("data")
-    model = load_cf_model(run_dir, load_manifest(data_dir))
-    rows = {split: load_interactions(data_dir, COLUMNS, split) for split in ("train", "valid", "test")}
-    progress = CfProgress(**_read_progress(Path(settings["folder"])))
-    item_mean = _score_item_mean(rows["train"], rows["valid"]["item_idx"], len(model.item_bias) - 1)
-    baseline = compute_auc(rows["valid"]["label"], item_mean)
-    metrics = {split: compute_metrics(model, rows[split]) for split in ("valid", "test")}
-    auc = metrics["valid"]["auc"]
-    return {
-        "model": "mf",
-        "metrics": metrics,
-        "best_epoch": progress.best_epoch,
-        "epochs": progress.epoch,
-        "item_mean_valid_auc": baseline,
-        "beats_item_mean": auc is not None and baseline is not None and auc > baseline,
-        "history": progress.history,
+
+@contextmanager
+def _show_progress(job: Job, enabled: bool) -> Iterator[None]:
+    """Show how far the workers are, from the log that the first one writes: they have no terminal."""
+    done = threading.Event()
+
+    def follow() -> None:
+        with tqdm(total=job.cf.num_epochs, desc="cf", unit="epoch", leave=False) as bar:
+            while not done.wait(_POLL_SECONDS):
+                lines = read_metrics(job.folder / "metrics.jsonl")
+                if lines:
+                    bar.set_postfix({METRICS[0]: f"{lines[-1].get('valid/auc', float('nan')):.4f}"}, refresh=False)
+                    bar.update(lines[-1]["step"] - bar.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    if enabled:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if enabled:
+            thread.join()
+
+
+def _finish(job: Job, num_workers: int) -> dict[str, Any]:
+    """Export the best weights and return the summary, without fingerprint."""
+    manifest, train = load_manifest(job.data_dir), _load_rows(job.data_dir, "train")
+    state = read_state(job.checkpoint, job.key)
+    if state is None:
+        raise LaunchError(f"{job.checkpoint} was not written: do all nodes share {job.folder}?")
+    tensors, progress = state
+    model = build_model(job.cf, manifest, train, job.seed)
+    model.load_state_dict(take_group(tensors, "best"))
+    save_cf_model(job.folder / FILE_NAME, model, manifest)
+    metrics = {split: compute_metrics(model, _load_rows(job.data_dir, split)) for split in ("valid", "test")}
+    baselines = _score_baselines(job, manifest)
+    beaten = {
+        split: metrics[split].get("auc", 0.0) > baselines["item_mean"][split].get("auc", 1.0) for split in metrics
     }
-
-
-def _read_progress(folder: Path) -> dict[str, Any]:
-    import json
-
-    found: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return found
-
-
-def _score_item_mean(train: dict[str, Any], items: Any, num_items: int) -> Any:
-    """The baseline that a useful model must beat: the item's smoothed share of likes in training."""
-    likes = np.bincount(train["item_idx"], weights=train["label"], minlength=num_items)
-    counts = np.bincount(train["item_idx"], minlength=num_items)
-    means = (likes + _ITEM_PRIOR * train["label"].mean()) / (counts + _ITEM_PRIOR)
-    return means[items]
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    print(f"cf: best of {summary['epochs']} epochs is {summary['best_epoch']}")
-    for split, metrics in summary["metrics"].items():
-        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in METRICS if metrics[name] is not None)
-        print(f"  {split:5} {shown}")
-    if not summary["beats_item_mean"]:
-        print(
-            "  WARNING: the model does not beat the item mean on valid "
-            f"(AUC {summary['item_mean_valid_auc']}); its vectors will bring little. Look at cf.learning_rate, "
-            "cf.weight_decay and cf.num_epochs."
-        )
+    return {
+        "model": job.cf.model,
+        "metrics": metrics,
+        "train_metrics": compute_metrics(model, train),
+        "baselines": baselines,
+        "beats_item_mean": beaten,
+        "warnings": _warn(metrics, baselines, beaten, progress),
+        **{name: value for name, value in asdict(progress).items() if name in ("epoch", "best_epoch")},
+        "num_workers": num_workers,
+        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "content_hash": compute_file_hash(job.folder / FILE_NAME),
+    }
