@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
@@ -25,7 +26,14 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     if arguments.preview is not None:
         from collm_dist.data.preview import print_preview
 
-        print_preview(config, run_dir, arguments.preview)
+        # Late: only prompts need transformers, which takes seconds to import.
+        def load_tokenizer() -> Any:
+            from collm_dist.llm.backbone import load_tokenizer
+
+            llm = config.llm
+            return load_tokenizer(llm.backbone, llm.revision, trust_remote_code=llm.trust_remote_code)
+
+        print_preview(config, run_dir, arguments.preview, load_tokenizer)
         return
     from collm_dist.orchestration.preprocess import run_preprocess
 

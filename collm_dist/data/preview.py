@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from collm_dist.data.readers import open_source
 
 
 def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any) -> str:
-    """Return the first target's prompt as text, with slots marked and the constant prefix set off."""
+    """Return the first target's prompt as text, with slots marked and ⟪ where the constant prefix ends."""
     block = block.take_targets(np.arange(1))
     batch = collator.collate(block, block)
     marks: dict[int, str] = {}
@@ -25,41 +26,36 @@ def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any
     for name, slots in kinds.items():
         for column in slots.cols.tolist():
             marks[column] = f"⟦{name}⟧"
-    text: str = (
-        tokenizer.decode(batch.prefix_ids[0, : int(batch.prefix_lengths[0])]) if batch.prefix_ids.numel() else ""
-    )
-    text += "⟪" if text else ""
+    prefix = batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist() if batch.prefix_ids.numel() else []
+    pieces: list[str] = [tokenizer.decode(prefix), "⟪"] if prefix else []
     pending: list[int] = []
     skip = 0
     for column, token in enumerate(batch.tree_ids[0].tolist()):
         if column in marks:
-            text += tokenizer.decode(pending) + marks[column]
+            pieces += [tokenizer.decode(pending), marks[column]]
             pending, skip = [], collator.tokens_per_slot - 1
         elif skip:
             skip -= 1
         else:
             pending.append(token)
-    return text + tokenizer.decode(pending)
+    return "".join([*pieces, tokenizer.decode(pending)])
 
 
-def print_preview(config: Config, run_dir: RunDir, num_prompts: int) -> None:
+def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokenizer: Callable[[], Any]) -> None:
     """Print how the input is understood and, once the data step is done, prompts of both stages.
 
     Args:
         config: the experiment.
         run_dir: of the experiment.
         num_prompts: prompts of each stage.
+        load_tokenizer: returns the backbone's tokenizer; called once there are prompts to show.
     """
     for key, value in open_source(config.dataset).describe().items():
         print(f"{key}: {value}")
     if not run_dir.is_done("data"):
         print("prompts: shown once the data step is done; run this command without --preview first")
         return
-    # Late: the tokenizer needs transformers, which takes seconds to import.
-    from collm_dist.llm.backbone import load_tokenizer
-
-    llm = config.llm
-    tokenizer = load_tokenizer(llm.backbone, llm.revision, trust_remote_code=llm.trust_remote_code)
+    tokenizer = load_tokenizer()
     answers = resolve_answer_ids(tokenizer, config.prompt.yes, config.prompt.no)
     print(f"answers: {config.prompt.yes!r} is token {answers[0]}, {config.prompt.no!r} is token {answers[1]}")
     data_dir = run_dir.step_dir("data")

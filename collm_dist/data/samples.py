@@ -32,7 +32,8 @@ def count_before(flags: IntArray, groups: tuple[IntArray, ...], timestamps: IntA
         timestamps: (N,).
     """
     before = np.concatenate([[0], np.cumsum(flags)])
-    return before[find_group_starts(*groups, timestamps)] - before[find_group_starts(*groups)]
+    counts: IntArray = before[find_group_starts(*groups, timestamps)] - before[find_group_starts(*groups)]
+    return counts
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""All steps in order. Imports of torch and Ray wait until a step really has to run: a finished run is told in a second."""
+"""All steps in order. Imports of torch and Ray wait until a step has to run, so that a finished run is told at once."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def run_pipeline(config: Config, config_path: Path, overrides: Sequence[str], fo
 def _refuse_relative(path: str) -> None:
     if not Path(path).is_absolute():
         raise ConfigError(
-            f"run.dir: '{path}' is relative, and inside a Ray job that is the uploaded copy, which is thrown away; give "
-            "an absolute path that all nodes share"
+            f"run.dir: '{path}' is relative, and inside a Ray job that is the uploaded copy, which is thrown away; "
+            "give an absolute path that all nodes share"
         )
 
 
@@ -78,12 +78,13 @@ def _run_steps(
     for step in steps:
         status.update(step=step)
         fingerprint = compute_step_fingerprint(config, run_dir, step)
-        if step not in forced:
-            if is_step_current(run_dir, step, fingerprint) or _reuse(config, run_dir, step, fingerprint):
-                print(f"{step}: done ({run_dir.record_path(step)})", flush=True)
-                continue
+        if step not in forced and (
+            is_step_current(run_dir, step, fingerprint) or _reuse(config, run_dir, step, fingerprint)
+        ):
+            print(f"{step}: done ({run_dir.record_path(step)})", flush=True)
+            continue
         print(f"{step}: starting", flush=True)
-        _RUNNERS[step](config, run_dir, [*_child_arguments(config_path, overrides, step, step in forced)])
+        _RUNNERS[step](config, run_dir, _child_arguments(config_path, overrides, step, step in forced))
     print(f"\nReport: {run_dir.step_dir('eval') / 'report.md'}\nCurves: tensorboard --logdir {run_dir.path}")
 
 

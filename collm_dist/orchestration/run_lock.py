@@ -30,12 +30,13 @@ def hold_run(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
+    host = socket.gethostname()
+    owner = {"host": host, "pid": os.getpid()}
     for _ in range(2):
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            _take_over(path, owner["host"])
+            _take_over(path, host)
             continue
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump({**owner, "heartbeat": time.time()}, file)
