@@ -1,76 +1,143 @@
-"""What all commands share: arguments, --dry-run, and errors as a message and an exit code instead of a traceback."""
+"""What all commands share: their arguments, the dry run, and how they end."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
-from collm_dist.artifacts import STEPS, RunDir
+from collm_dist.artifacts import STEPS, RunDir, write_json
 from collm_dist.config import Config
-from collm_dist.config_io import load_config
+from collm_dist.config_io import dump_config, load_config
 from collm_dist.errors import CollmError
 
-Run = Callable[[Config, argparse.Namespace], None]
+INTERRUPTED_EXIT_CODE = 130
+# A parent process names a file here in which it wants to find why this one failed.
+ERROR_FILE_VARIABLE = "COLLM_ERROR_FILE"
+
+_HOW_SETTINGS_WORK = """settings:
+  What the config file does not say has a default; configs/README.md lists every setting. section.key=value after the
+  config file wins over it, for example: stage1.learning_rate=1e-4 evaluation.splits='[test]'
+
+where results go:
+  Everything is written below run.dir: data/ cf/ stage1/ stage2/ eval/. A step that is done is not done again; when its
+  settings or inputs have changed, the command stops and names them. tensorboard --logdir <run.dir> shows the curves.
+
+exit codes:
+  0 done, 2 something to correct (settings, data, artifacts), 3 surroundings (devices, cluster, disk), 75 asked to stop
+  and ready to go on, 130 interrupted, 1 a fault of this program.
+"""
 
 
 def run_command(
     description: str,
-    run: Run,
+    run: Callable[[Config, argparse.Namespace], None],
     examples: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
-    *,
-    plan: Callable[[Config, RunDir], Sequence[str]] | None = None,
-    arguments: Sequence[str] | None = None,
+    describe: Callable[[Config, RunDir], list[str]] | None = None,
 ) -> int:
-    """Parse the command line, load the configuration, run, and return the exit code.
+    """Parse the command line, load the configuration and run a command.
 
     Args:
-        description: first line of ``--help``.
-        run: the work, called with the configuration and the arguments.
-        examples: last part of ``--help``.
-        add_arguments: adds options of this command.
-        plan: lines that ``--dry-run`` adds: derived numbers.
-        arguments: the command line; default sys.argv.
+        description: what the command does, for ``--help``.
+        run: does it. It gets the configuration and the arguments: ``config_path``, ``overrides``, ``force`` (steps)
+            and what ``add_arguments`` added.
+        examples: for ``--help``.
+        add_arguments: adds the command's own arguments.
+        describe: lines about what the command would do, for ``--dry-run``.
+
+    Returns:
+        The exit code.
     """
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, type=Path, dest="config_path", metavar="FILE",
-                        help="YAML of the experiment; every setting is described in configs/README.md")  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--dry-run", action="store_true", help="check and print what would be done; needs no GPU")
-    parser.add_argument("--force", action="append", default=[], choices=STEPS, metavar="STEP",
-                        help=f"redo this step although it is done ({', '.join(STEPS)}); may be repeated")  # fmt: skip
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser = build_parser(description, examples)
     if add_arguments is not None:
         add_arguments(parser)
-    known = parser.parse_intermixed_args(arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        config = load_config(known.config_path, known.overrides)
-        if known.dry_run:
-            _print_dry_run(config, plan)
+        arguments = parser.parse_intermixed_args()
+    except SystemExit as stop:  # argparse has printed its help or what is wrong
+        return int(stop.code or 0)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments.force = tuple(step for steps in arguments.force for step in steps)
+    try:
+        config = load_config(arguments.config_path, arguments.overrides)
+        if arguments.dry_run:
+            print_plan(config, describe)
         else:
-            run(config, known)
-    except CollmError as error:
-        if is_main:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted; run the same command again to go on.", file=sys.stderr)
-        return 130
+            run(config, arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error)
     return 0
 
 
-def _print_dry_run(config: Config, plan: Callable[[Config, RunDir], Sequence[str]] | None) -> None:
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Return the parser of the arguments that all commands take."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"{examples.rstrip()}\n\n{_HOW_SETTINGS_WORK}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", dest="config_path", metavar="FILE", required=True, help="the experiment, as YAML")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    parser.add_argument("--dry-run", action="store_true", help="show settings, plan and what is there; needs no GPU")
+    parser.add_argument(
+        "--force",
+        type=_parse_steps,
+        action="append",
+        default=[],
+        metavar="STEP",
+        help=f"redo a step that is done: {', '.join(STEPS)}; several with commas",
+    )
+    # Launchers add this one; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse_steps(text: str) -> tuple[str, ...]:
+    steps = tuple(text.split(","))
+    unknown = [step for step in steps if step not in STEPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no step '{unknown[0]}'; the steps are {', '.join(STEPS)}")
+    return steps
+
+
+def print_plan(config: Config, describe: Callable[[Config, RunDir], list[str]] | None) -> None:
+    """Print the whole configuration, which steps are done, and what the command would do."""
     run_dir = RunDir(Path(config.run.dir))
-    for step in STEPS:
-        print(f"{step:7} {'done' if run_dir.is_done(step) else 'to do'}  {run_dir.record_path(step)}")
-    for line in plan(config, run_dir) if plan is not None else ():
-        print(line)
+    print(dump_config(config))
+    if describe is None:
+        lines = [f"{step:7} {'done' if run_dir.is_done(step) else 'not done'}" for step in STEPS]
+    else:
+        lines = describe(config, run_dir)
+    print("\n".join([f"# {run_dir.path}", *(f"# {line}" for line in lines)]))
+
+
+def report_error(error: BaseException) -> int:
+    """Print why a command ends and return its exit code: no traceback for what a user can act on."""
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    place = f"[process {rank}] " if rank is not None else ""
+    code, message = 1, f"{type(error).__name__}: {error}"
+    if isinstance(error, CollmError):
+        code, message = error.exit_code, str(error)
+        print(f"{place}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, KeyboardInterrupt):
+        code, message = INTERRUPTED_EXIT_CODE, "interrupted"
+        print(f"{place}interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+        print(f"{place}internal error, please report it: {message}", file=sys.stderr, flush=True)
+    if ERROR_FILE_VARIABLE in os.environ:
+        write_json(
+            Path(os.environ[ERROR_FILE_VARIABLE]),
+            {
+                "error": type(error).__name__,
+                "message": message,
+                "exit_code": code,
+                "retryable": code == INTERRUPTED_EXIT_CODE or getattr(error, "retryable", False),
+            },
+        )
+    return code
