@@ -134,10 +134,11 @@ class DatasetConfig(Section):
     def _check(self) -> DatasetConfig:
         if (self.path is None) == (self.asset is None):
             raise ValueError("give exactly one of dataset.path and dataset.asset")
+        has_own_columns = self.format == "table" and self.asset is None
         has_one = (self.columns.rating is None) != (self.columns.label is None)
-        if self.format == "table" and self.feedback == "explicit" and not has_one:
+        if has_own_columns and self.feedback == "explicit" and not has_one:
             raise ValueError("feedback: explicit needs exactly one of columns.rating and columns.label")
-        if self.split.method == "column" and self.format == "table" and self.columns.split is None:
+        if has_own_columns and self.split.method == "column" and self.columns.split is None:
             raise ValueError("split.method: column needs columns.split")
         return self
 
