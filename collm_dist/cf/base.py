@@ -5,7 +5,7 @@ Shapes: B pairs, M items, H history items (left-padded with -1), E width of a ve
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,7 +39,19 @@ class CfModel(Protocol):
 
 
 class TrainableCfModel(CfModel, Protocol):
-    """What the trainer needs beside that; the class is also a torch module."""
+    """What trainer and export need beside that; the class is also a torch module.
+
+    Attributes:
+        name: value of ``cf.model``.
+        arguments: keyword arguments, plain JSON, that the class is built with beside the numbers of users and items.
+    """
+
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """See the class."""
+        ...
 
     def compute_penalty(self, user_idx: Tensor, item_idx: Tensor) -> Tensor:
         """(B,), (B,) -> (): the pairs' share of the sum of squares that weight decay keeps small."""

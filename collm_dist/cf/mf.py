@@ -9,20 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# The penalty on a bias, relative to that on a number of a vector: on ML-1M between .05 and .2 nothing changes.
+BIAS_PENALTY = 0.1
+
 
 class MatrixFactorization(nn.Module):
     """logit(like) = global bias + user bias + item bias + <user vector, item vector>.
 
-    The penalty is that of a Gaussian prior around zero: over one pass through the training rows it adds up to half the
-    sum of squares of every known user's and item's row, once each. A row of the tables that the pass meets n times
-    carries 1/n of its share each time, so heavy users are not held down more than light ones, no row decays in
-    batches that do not meet it, and unknown rows stay zero, which is what the prior says about them.
+    Weight decay is a Gaussian prior around zero, with ``weight_decay`` as its inverse variance: a pass through the
+    training rows minimizes the sum of their losses + weight_decay / 2 * the squares of every known user's and item's
+    vector, once each (biases count a tenth: they are few and their prior is wide). A row of the tables that a pass
+    meets n times carries 1/n of its share each time. So heavy users are not held down more than light ones, no row
+    decays in batches that do not meet it, and unknown rows stay zero, which is what the prior says about them. In
+    expectation it is Adam's own L2 penalty with a coefficient of weight_decay / number of training rows.
     """
 
     user_share: Tensor
     item_share: Tensor
     user_scale: Tensor
     item_scale: Tensor
+    name = "mf"
     depends_on_target = False
 
     def __init__(
@@ -46,7 +52,7 @@ class MatrixFactorization(nn.Module):
             vectors[rows == 0] = 0
             setattr(self, f"{name}_table", nn.Parameter(vectors))
             setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(len(rows), 1)))
-            self.register_buffer(f"{name}_share", 1 / rows.clamp(min=1).float())
+            self.register_buffer(f"{name}_share", 1 / rows.clamp(min=1).float(), persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(()))
         self.global_bias = nn.Parameter(torch.zeros(()))
 
@@ -54,6 +60,11 @@ class MatrixFactorization(nn.Module):
     item_table: nn.Parameter
     user_bias: nn.Parameter
     item_bias: nn.Parameter
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """What the class is built with again, beside the numbers of users and items."""
+        return {"embedding_dim": self.embedding_dim}
 
     def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
         """(B,) -> (B, E) unit-scaled; history and target are not read."""
@@ -71,8 +82,8 @@ class MatrixFactorization(nn.Module):
 
     def compute_penalty(self, user_idx: Tensor, item_idx: Tensor) -> Tensor:
         """(B,), (B,) -> (): half the squares of the pairs' rows, each divided by how often a pass meets it."""
-        users = _sum_squares(self.user_table, user_idx) + _sum_squares(self.user_bias, user_idx)
-        items = _sum_squares(self.item_table, item_idx) + _sum_squares(self.item_bias, item_idx)
+        users = _sum_squares(self.user_table, user_idx) + BIAS_PENALTY * _sum_squares(self.user_bias, user_idx)
+        items = _sum_squares(self.item_table, item_idx) + BIAS_PENALTY * _sum_squares(self.item_bias, item_idx)
         return (users @ self.user_share[user_idx] + items @ self.item_share[item_idx]) / 2
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,19 @@ from collm_dist.artifacts import (
 )
 from collm_dist.cf.checkpoint import read_state, take_group
 from collm_dist.cf.export import FILE_NAME, MODEL_CLASSES, save_cf_model
-from collm_dist.cf.trainer import METRICS, Rows, TrainingPlan, check_metric, compute_metrics, train_cf
+from collm_dist.cf.trainer import Rows, TrainingPlan, check_metric, train_cf
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.interactions import load_interactions
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.errors import CollmError, LaunchError
-from collm_dist.monitoring import RunLogger, read_metrics
+from collm_dist.monitoring import TRAIN_LOSS, VALID_AUC, RunLogger, read_metrics
 from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.pretrain_summary import print_summary, summarize
 
+# A run with more lost workers than this gives up; its last checkpoint stays.
 MAX_FAILURES = 3
+SHOWN = (TRAIN_LOSS, VALID_AUC)
 _POLL_SECONDS = 0.5
-_BATCH_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     if state is None or not state[1].finished:
         with connect_ray(config.cluster), _show_progress(job, config.monitoring.progress_bar):
             _fit_on_ray(job)
-    summary = _finish(job, config.cf.num_workers) | {"fingerprint": fingerprint}
+    summary = _export(job) | {"fingerprint": fingerprint}
     write_json(run_dir.record_path("cf"), summary)
     shutil.rmtree(checkpoints)
-    _print_summary(summary, run_dir.record_path("cf"))
+    print_summary(summary, run_dir.record_path("cf"))
     return summary
 
 
@@ -210,7 +212,9 @@ def _show_progress(job: Job, enabled: bool) -> Iterator[None]:
             while not done.wait(_POLL_SECONDS):
                 lines = read_metrics(job.folder / "metrics.jsonl")
                 if lines:
-                    bar.set_postfix({METRICS[0]: f"{lines[-1].get('valid/auc', float('nan')):.4f}"}, refresh=False)
+                    bar.set_postfix(
+                        {name: f"{lines[-1][name]:.4f}" for name in SHOWN if name in lines[-1]}, refresh=False
+                    )
                     bar.update(lines[-1]["step"] - bar.n)
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -224,30 +228,17 @@ def _show_progress(job: Job, enabled: bool) -> Iterator[None]:
             thread.join()
 
 
-def _finish(job: Job, num_workers: int) -> dict[str, Any]:
-    """Export the best weights and return the summary, without fingerprint."""
-    manifest, train = load_manifest(job.data_dir), _load_rows(job.data_dir, "train")
+def _export(job: Job) -> dict[str, Any]:
+    """Write the model with the best weights and return the summary, without fingerprint."""
     state = read_state(job.checkpoint, job.key)
     if state is None:
         raise LaunchError(f"{job.checkpoint} was not written: do all nodes share {job.folder}?")
     tensors, progress = state
-    model = build_model(job.cf, manifest, train, job.seed)
+    manifest = load_manifest(job.data_dir)
+    splits = {split: _load_rows(job.data_dir, split) for split in ("train", "valid", "test")}
+    model = build_model(job.cf, manifest, splits["train"], job.seed)
     model.load_state_dict(take_group(tensors, "best"))
     save_cf_model(job.folder / FILE_NAME, model, manifest)
-    metrics = {split: compute_metrics(model, _load_rows(job.data_dir, split)) for split in ("valid", "test")}
-    baselines = _score_baselines(job, manifest)
-    beaten = {
-        split: metrics[split].get("auc", 0.0) > baselines["item_mean"][split].get("auc", 1.0) for split in metrics
-    }
-    return {
-        "model": job.cf.model,
-        "metrics": metrics,
-        "train_metrics": compute_metrics(model, train),
-        "baselines": baselines,
-        "beats_item_mean": beaten,
-        "warnings": _warn(metrics, baselines, beaten, progress),
-        **{name: value for name, value in asdict(progress).items() if name in ("epoch", "best_epoch")},
-        "num_workers": num_workers,
-        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "content_hash": compute_file_hash(job.folder / FILE_NAME),
-    }
+    summary = summarize(model, job.data_dir, manifest, splits, progress, job.cf.num_epochs)
+    content_hash = compute_file_hash(job.folder / FILE_NAME)
+    return {"model": job.cf.model, "num_workers": job.cf.num_workers, **summary, "content_hash": content_hash}
