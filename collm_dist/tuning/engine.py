@@ -178,7 +178,8 @@ class TuningEngine:
 
     def _get_weight(self, parameter: nn.Parameter) -> Tensor:
         full: Tensor | None = safe_get_full_fp32_param(parameter)
-        return parameter.detach() if full is None else full
+        weight: Tensor = parameter.detach() if full is None else full
+        return weight
 
     def _get_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         full: Tensor | None = safe_get_full_optimizer_state(parameter, key)

@@ -1,0 +1,78 @@
+"""A run whose data and CF steps are done, for tests of tuning."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from collm_dist.artifacts import RunDir
+from collm_dist.config_io import load_config
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def prepared_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
+    """Return (folder, overrides) of a run with data and CF."""
+    from collm_dist.orchestration.cluster import connect_ray
+    from collm_dist.orchestration.preprocess import run_preprocess
+    from collm_dist.orchestration.pretrain import run_pretrain
+
+    folder = tmp_path_factory.mktemp("prepared") / "run"
+    overrides = [
+        f"dataset.path={tiny_ratings / 'ratings.csv'}",
+        f"dataset.items_path={tiny_ratings / 'items.csv'}",
+        f"llm.backbone={tiny_backbone_dir}",
+    ]
+    config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", [*overrides, f"run.dir={folder}"])
+    with connect_ray(config.cluster):
+        run_preprocess(config, RunDir(folder))
+        run_pretrain(config, RunDir(folder))
+    return folder, overrides
+
+
+@pytest.fixture
+def copy_run(prepared_run, tmp_path):
+    """Return a function that copies the prepared run and returns its folder and overrides."""
+
+    def copy(name: str) -> tuple[Path, list[str]]:
+        folder, overrides = prepared_run
+        shutil.copytree(folder, tmp_path / name)
+        return tmp_path / name, [*overrides, f"run.dir={tmp_path / name}"]
+
+    return copy
+
+
+def start(command: list[str], arguments: list[str], **options) -> subprocess.Popen:
+    """Start a command of the launch folder with the tiny configuration."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.Popen(
+        [*command, "--config", "configs/tiny_cpu.yaml", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def run(command: list[str], arguments: list[str]) -> str:
+    """Run a command to its end, which must be a good one."""
+    process = start(command, arguments)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def read_series(folder: Path, stage: str, tag: str) -> list[float]:
+    """Return a tag's values in the order of the steps."""
+    lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    return [line[tag] for line in sorted(lines, key=lambda line: line["step"]) if tag in line]

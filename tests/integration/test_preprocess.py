@@ -1,0 +1,279 @@
+"""Preprocessing on a real local Ray: figures, reproducibility, bad input, restarts, extension."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from collm_dist.artifacts import RunDir
+from collm_dist.config import Config
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.data.manifest import load_manifest
+from collm_dist.errors import ArtifactError, CollmError, DataError
+from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.preprocess import run_preprocess
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    config = make_config({"path": "unused", "columns": {"label": "label"}}, "unused")
+    with connect_ray(config.cluster):
+        yield
+
+
+def make_config(dataset: dict, folder: Path | str, **sections) -> Config:
+    preprocessing = {"num_user_buckets": 3, "num_shards": 2, "contexts_per_record": 16, **sections.pop("pre", {})}
+    return Config.model_validate(
+        {
+            "run": {"dir": str(folder)},
+            "dataset": dataset,
+            "preprocessing": preprocessing,
+            "monitoring": {"progress_bar": False},
+            "cluster": {"ray_num_cpus": 2, "object_store_gb": 0.1},
+            **sections,
+        }
+    )
+
+
+def ratings_of(folder: Path) -> dict:
+    return {
+        "path": str(folder / "ratings.csv"),
+        "items_path": str(folder / "items.csv"),
+        "columns": {"rating": "rating"},
+    }
+
+
+def preprocess(config: Config, **options) -> dict:
+    return run_preprocess(config, RunDir(Path(config.run.dir)), **options)
+
+
+def list_samples(folder: Path) -> list[tuple]:
+    """Spell out all samples of all shards, with raw ids, in an order of their own."""
+    data = folder / "data"
+    manifest, users, items = load_manifest(data), load_user_ids(data), load_item_table(data)["item_id"]
+    samples = []
+    for split in ("train", "valid", "test"):
+        for block in GlobalOrder(data, manifest, split, 0, 1000, shuffle=False).iter_batches():
+            for target, context in enumerate(block.target_contexts):
+                history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
+                facts = [
+                    int(getattr(block, f"{who}_{what}")[target])
+                    for who in ("user", "item")
+                    for what in ("likes", "rows")
+                ]
+                samples.append((split, int(block.row_id[target]), users[block.user_idx[context]],
+                                items[block.item_idx[target]], int(block.label[target]), int(block.num_likes[context]),
+                                tuple(items[one] for one in history), *facts))  # fmt: skip
+    return sorted(samples)
+
+
+@pytest.mark.parametrize(("ties", "contexts"), [("order", (18_515, 5_658, 4_138)), ("strict", (13_753, 4_360, 3_237))])
+def test_released_split_has_its_figures(ml1m_dir, tmp_path, ties, contexts):
+    dataset = {
+        "path": str(ml1m_dir / "interactions.parquet"),
+        "items_path": str(ml1m_dir / "items.parquet"),
+        "columns": {"label": "label", "split": "split"},
+        "split": {"method": "column"},
+    }
+    manifest = preprocess(make_config(dataset, tmp_path, pre={"ties": ties}))
+    assert (manifest["num_users"], manifest["num_items"]) == (838, 3255)
+    assert [one["rows"] for one in manifest["splits"].values()] == [7_331, 33_891, 10_401] or [
+        manifest["splits"][name]["rows"] for name in ("train", "valid", "test")
+    ] == [33_891, 10_401, 7_331]
+    assert tuple(manifest["splits"][name]["contexts"] for name in ("train", "valid", "test")) == contexts
+
+
+def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp_path):
+    def run(name: str, pre: dict | None = None, **cluster) -> dict:
+        cluster = {"ray_num_cpus": 2, "object_store_gb": 0.1, **cluster}
+        return preprocess(make_config(ratings_of(tiny_ratings), tmp_path / name, pre=pre or {}, cluster=cluster))
+
+    wide, narrow = run("wide"), run("narrow", preprocess_parallelism=1)
+    assert wide["content_hash"] == narrow["content_hash"]
+    for shard in wide["shards"]:
+        files = [(tmp_path / name / "data" / shard["path"]).read_bytes() for name in ("wide", "narrow")]
+        assert files[0] == files[1]
+    other = run("other", pre={"num_user_buckets": 5, "num_shards": 3, "contexts_per_record": 7})
+    assert other["content_hash"] != wide["content_hash"]
+    assert list_samples(tmp_path / "other") == list_samples(tmp_path / "wide")
+
+
+def test_item_state_equals_a_plain_count(tiny_ratings, tmp_path):
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path))
+    names = ("item_idx", "timestamp", "label", "item_likes", "item_rows", "user_idx", "user_in_train", "split")
+    rows = load_interactions(tmp_path / "data", names)
+    trained = set(rows["user_idx"][rows["split"] == "train"].tolist())
+    for index in range(0, len(rows["item_idx"]), 17):
+        before = (rows["item_idx"] == rows["item_idx"][index]) & (rows["timestamp"] < rows["timestamp"][index])
+        assert rows["item_rows"][index] == before.sum()
+        assert rows["item_likes"][index] == rows["label"][before].sum()
+        assert rows["user_in_train"][index] == (rows["user_idx"][index] in trained)
+
+
+def test_clicks_get_negatives_and_candidates(tiny_clicks, tmp_path):
+    dataset = {
+        "path": str(tiny_clicks),
+        "columns": {"user_id": "user", "item_id": "item", "timestamp": "time"},
+        "feedback": "implicit",
+        "negatives_per_positive": 2,
+    }
+    manifest = preprocess(make_config(dataset, tmp_path, evaluation={"num_candidates": 4}))
+    assert sum(split["real_rows"] for split in manifest["splits"].values()) == 60
+    rows = load_interactions(tmp_path / "data", ("split", "sampled", "label", "group_id", "row_id", "user_rows"))
+    assert np.all(rows["label"] == 1 - rows["sampled"])
+    assert len(np.unique(rows["row_id"])) == len(rows["row_id"])
+    _, sizes = np.unique(rows["group_id"][rows["split"] == "test"], return_counts=True)
+    assert sizes.max() == 4
+
+
+def test_ids_keep_their_indices_when_a_run_is_extended(tiny_ratings, tmp_path):
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "first"))
+    lines = (tiny_ratings / "ratings.csv").read_text().splitlines()
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "items.csv").write_text((tiny_ratings / "items.csv").read_text() + '900,"New one"\n')
+    (more / "ratings.csv").write_text("\n".join([*lines, "777,900,5,1100000000", "1,900,2,1100000001"]) + "\n")
+    manifest = preprocess(
+        make_config({**ratings_of(more), "extend_from": str(tmp_path / "first")}, tmp_path / "second")
+    )
+    old, new = load_user_ids(tmp_path / "first" / "data"), load_user_ids(tmp_path / "second" / "data")
+    assert new[: len(old)] == old
+    assert new[len(old) :] == ["777"]
+    items = [load_item_table(tmp_path / name / "data")["item_id"] for name in ("first", "second")]
+    assert items[1][:-1] == items[0]
+    assert items[1][-1] == "900"
+    assert sum(count for bucket in manifest["buckets"] for _, count in bucket["user_ranges"]) == len(new)
+
+
+def test_done_is_skipped_and_changed_input_is_refused(tiny_ratings, tmp_path, capsys):
+    for name in ("ratings.csv", "items.csv"):
+        (tmp_path / name).write_bytes((tiny_ratings / name).read_bytes())
+    config = make_config(ratings_of(tmp_path), tmp_path / "run")
+    first = preprocess(config)
+    assert preprocess(config) == first
+    assert "done already" in capsys.readouterr().out
+    with (tmp_path / "ratings.csv").open("a") as file:
+        file.write("1,1,5,1200000000\n")
+    with pytest.raises(ArtifactError, match=r"ratings\.csv.*\n.*--force data"):
+        preprocess(config)
+    assert preprocess(config, force=True)["input"]["rows"] == first["input"]["rows"] + 1
+
+
+def test_interrupted_work_goes_on(tiny_ratings, tmp_path, monkeypatch):
+    config = make_config(ratings_of(tiny_ratings), tmp_path / "run")
+    import collm_dist.orchestration.preprocess as module
+
+    whole = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "whole"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_check_splits", stop)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(config)
+    monkeypatch.undo()
+    (work,) = (tmp_path / "run" / "data").glob(".work-*")
+    markers = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    assert markers
+    (work / "chunk-00000.json").unlink()
+    done = preprocess(config)
+    assert done["content_hash"] == whole["content_hash"]
+    assert not work.exists()
+
+
+def test_damaged_shard_is_named(tiny_ratings, tmp_path):
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path))
+    data = tmp_path / "data"
+    shard = data / "shards" / "train-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:-700])
+    with pytest.raises(ArtifactError, match=r"train-00000\.tar.*damaged"):
+        list(GlobalOrder(data, load_manifest(data), "train", 0, 8).iter_batches())
+
+
+def write_csv(folder: Path, lines: list[str]) -> dict:
+    folder.mkdir(exist_ok=True)
+    (folder / "log.csv").write_text("user_id,item_id,timestamp,rating\n" + "\n".join(lines) + "\n")
+    return {"path": str(folder / "log.csv"), "columns": {"rating": "rating"}}
+
+
+GOOD = [
+    f"{user},{item},{1_000_000_000 + 3600 * (10 * user + item)},{item % 5 + 1}"
+    for user in range(6)
+    for item in range(9)
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "lines", "message"),
+    [
+        ({}, [*GOOD, "1,2,never,3", ",2,1000000000,3"], r"2 of 56 rows.*timestamp is no time(.|\n)*log\.csv:55"),
+        ({"expect": {"min_rows": 1000}}, GOOD, r"expect\.min_rows.*54 rows"),
+        ({"expect": {"max_age_hours": 1}}, GOOD, r"max_age_hours"),
+        ({"min_user_interactions": 100}, GOOD, r"no interaction is left"),
+        ({"split": {"method": "calendar"}}, GOOD, r"no interaction is left"),
+        ({}, [line for line in GOOD if line.startswith("1,")][:1] * 3, r"split '.*' is empty"),
+    ],
+)
+def test_bad_input_stops_with_its_own_message(tmp_path, change, lines, message):
+    dataset = {**write_csv(tmp_path, lines), **change}
+    with pytest.raises(DataError, match=message) as caught:
+        preprocess(make_config(dataset, tmp_path / "run"))
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run" / "data" / "manifest.json").exists()
+
+
+def test_filters_and_duplicates(tmp_path):
+    lines = [*GOOD, "0,0,1000000001,5", "7,3,1000000500,4"]
+    dataset = {**write_csv(tmp_path, lines), "duplicates": "collapse", "min_user_interactions": 2}
+    manifest = preprocess(make_config(dataset, tmp_path / "run"))
+    assert manifest["dropped"] == {"duplicates": 1, "user filter": 1}
+    rows = load_interactions(tmp_path / "run" / "data", ("user_idx", "item_idx", "label"))
+    users, items = load_user_ids(tmp_path / "run" / "data"), load_item_table(tmp_path / "run" / "data")["item_id"]
+    pair = (rows["user_idx"] == users.index("0")) & (rows["item_idx"] == items.index("0"))
+    assert rows["label"][pair].tolist() == [1]
+
+
+def test_a_dying_worker_is_replaced(tmp_path):
+    """A task whose process is killed once runs again elsewhere."""
+    from collm_dist.orchestration.cluster import run_tasks
+
+    assert run_tasks(die_once, [(str(tmp_path / "died"),)], description="x", parallelism=1, progress_bar=False) == [
+        "ok"
+    ]
+
+
+def die_once(marker: str) -> str:
+    import os
+    import signal
+
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "ok"
+
+
+def test_errors_of_tasks_keep_their_kind(tmp_path):
+    from collm_dist.orchestration.cluster import run_tasks
+
+    with pytest.raises(CollmError, match="read me"):
+        run_tasks(complain, [(1,)], description="x", parallelism=1, progress_bar=False)
+    assert ray.is_initialized()
+
+
+def complain(_: int) -> None:
+    raise DataError("read me")
+
+
+def test_manifest_is_plain_json(tiny_ratings, tmp_path):
+    started = time.time()
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path))
+    record = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert {"num_users", "num_items", "splits", "shards", "fingerprint", "content_hash"} <= record.keys()
+    assert all({"path", "sha256", "rows", "contexts", "bytes"} <= shard.keys() for shard in record["shards"])
+    assert (tmp_path / "data" / "manifest.json").stat().st_mtime >= started - 1
