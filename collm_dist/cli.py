@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from collm_dist.artifacts import STEPS, RunDir, write_json
@@ -35,7 +36,7 @@ exit codes:
 
 def run_command(
     description: str,
-    run: Callable[[Config, argparse.Namespace], None],
+    run: Callable[[Config, argparse.Namespace], int | None],
     examples: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     describe: Callable[[Config, RunDir], list[str]] | None = None,
@@ -44,8 +45,8 @@ def run_command(
 
     Args:
         description: what the command does, for ``--help``.
-        run: does it. It gets the configuration and the arguments: ``config_path``, ``overrides``, ``force`` (steps)
-            and what ``add_arguments`` added.
+        run: does it and returns the exit code, None for 0. It gets the configuration and the arguments:
+            ``config_path``, ``overrides``, ``force`` (steps) and what ``add_arguments`` added.
         examples: for ``--help``.
         add_arguments: adds the command's own arguments.
         describe: lines about what the command would do, for ``--dry-run``.
@@ -66,11 +67,10 @@ def run_command(
         config = load_config(arguments.config_path, arguments.overrides)
         if arguments.dry_run:
             print_plan(config, describe)
-        else:
-            run(config, arguments)
+            return 0
+        return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
-        return report_error(error)
-    return 0
+        return report_error(error).exit_code
 
 
 def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -116,28 +116,42 @@ def print_plan(config: Config, describe: Callable[[Config, RunDir], list[str]] |
     print("\n".join([f"# {run_dir.path}", *(f"# {line}" for line in lines)]))
 
 
-def report_error(error: BaseException) -> int:
-    """Print why a command ends and return its exit code: no traceback for what a user can act on."""
+@dataclass(frozen=True)
+class ErrorReport:
+    """How a command failed.
+
+    Attributes:
+        error: class of the error.
+        message: what it says.
+        exit_code: of the command.
+        retryable: whether the same command can succeed without a change.
+    """
+
+    error: str
+    message: str
+    exit_code: int
+    retryable: bool
+
+
+def describe_error(error: BaseException) -> ErrorReport:
+    """Return what an error means for a command."""
+    if isinstance(error, CollmError):
+        return ErrorReport(error.name, str(error), error.exit_code, error.retryable)
+    name = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return ErrorReport(name, "interrupted; the same command goes on from here", INTERRUPTED_EXIT_CODE, True)
+    return ErrorReport(name, f"internal error, please report it: {name}: {error}", 1, False)
+
+
+def report_error(error: BaseException) -> ErrorReport:
+    """Print why a command ends, without a traceback where a user can act, and tell a parent process that asked."""
+    report = describe_error(error)
     rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
     place = f"[process {rank}] " if rank is not None else ""
-    code, message = 1, f"{type(error).__name__}: {error}"
-    if isinstance(error, CollmError):
-        code, message = error.exit_code, str(error)
-        print(f"{place}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, KeyboardInterrupt):
-        code, message = INTERRUPTED_EXIT_CODE, "interrupted"
-        print(f"{place}interrupted; the same command goes on from here", file=sys.stderr, flush=True)
-    else:
+    if report.exit_code == 1:
         traceback.print_exception(error)
-        print(f"{place}internal error, please report it: {message}", file=sys.stderr, flush=True)
+    shown = f"{report.error}: {report.message}" if isinstance(error, CollmError) else report.message
+    print(f"{place}{shown}", file=sys.stderr, flush=True)
     if ERROR_FILE_VARIABLE in os.environ:
-        write_json(
-            Path(os.environ[ERROR_FILE_VARIABLE]),
-            {
-                "error": type(error).__name__,
-                "message": message,
-                "exit_code": code,
-                "retryable": code == INTERRUPTED_EXIT_CODE or getattr(error, "retryable", False),
-            },
-        )
-    return code
+        write_json(Path(os.environ[ERROR_FILE_VARIABLE]), asdict(report))
+    return report

@@ -18,6 +18,11 @@ class CollmError(Exception):
     exit_code: int = 2
     retryable: bool = False
 
+    @property
+    def name(self) -> str:
+        """What the error is called in messages and in ``status.json``."""
+        return type(self).__name__
+
 
 class ConfigError(CollmError):
     """The configuration is wrong: whoever wrote the YAML or the overrides must act."""

@@ -1,183 +1,160 @@
-"""All steps in order. Imports of torch and Ray wait until a step has to run, so that a finished run is told at once."""
+"""All steps in order, each only if it is not done. A finished run is recognised in a moment: imports are late."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import STEPS, RunDir, Step, compute_fingerprint, find_changes, is_step_current
+from collm_dist.artifacts import STEPS, RunDir, Step, find_changes, is_step_current, open_atomic
+from collm_dist.cli import describe_error, report_error
 from collm_dist.config import Config
-from collm_dist.data.prompts import load_prompt_text
-from collm_dist.errors import CollmError, ConfigError, LaunchError
-from collm_dist.orchestration.run_lock import hold_run
-from collm_dist.orchestration.status import Status
+from collm_dist.config_io import dump_config
+from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.errors import ArtifactError, CollmError, ConfigError
+from collm_dist.orchestration.children import build_command, build_environment, run_child
+from collm_dist.orchestration.reuse import find_reusable, link_step
+from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.orchestration.status import RunStatus
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class StepFailedError(CollmError):
-    """A step's own process failed; it has printed why."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code if exit_code > 0 else 1
-        self.retryable = exit_code in (3, 75)
+# Ray's job supervisor sets this for a job's entry point.
+_RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
-def run_pipeline(config: Config, config_path: Path, overrides: Sequence[str], force: Sequence[str]) -> None:
-    """Run what is not done yet, and print the state as the last line.
+def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -> int:
+    """Run all steps, keep ``status.json``, print it as the last line and return the exit code.
 
     Args:
         config: the experiment.
-        config_path, overrides: what it was loaded from; steps in processes of their own load it again.
-        force: steps to redo; the later ones follow.
-
-    Raises:
-        CollmError: as a step raised it.
+        launch_dir: folder of ``train.py`` and ``evaluate_model.py``.
+        force: steps to redo; those after the first of them follow.
     """
-    if os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_JOB_SUBMISSION_ID"):
-        _refuse_relative(config.run.dir)
     run_dir = RunDir(Path(config.run.dir))
-    with hold_run(run_dir.path):
-        status = Status(run_dir.path / "status.json")
-        status.update(state="running")
-        try:
-            with status.beating():
-                _run_steps(config, run_dir, config_path, overrides, force, status)
-        except CollmError as error:
-            status.fail(error)
-            raise
-        except BaseException as error:
-            status.update(state="failed", error_class=type(error).__name__, exit_code=1, message=str(error))
-            raise
-        finally:
-            if status.values["state"] == "running":
-                status.update(state="done", step=None, exit_code=0)
-            print(status.to_line(), flush=True)
+    status = RunStatus(run_dir.path / "status.json")
+    report = None
+    try:
+        _check_run_dir(config)
+        with hold_run_lock(run_dir.path, status.beat):
+            status.begin()
+            try:
+                _run_steps(config, run_dir, launch_dir, force, status)
+            except (Exception, KeyboardInterrupt) as error:
+                report = report_error(error)
+            status.end(report)
+    except CollmError as error:  # before the lock was ours
+        report = report_error(error)
+        status.end(report)
+    print(status.line, flush=True)
+    return report.exit_code if report else 0
 
 
-def _refuse_relative(path: str) -> None:
-    if not Path(path).is_absolute():
+def list_steps(config: Config) -> tuple[Step, ...]:
+    """Return the steps of an experiment, in order."""
+    return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
+
+
+def _check_run_dir(config: Config) -> None:
+    if _RAY_JOB_VARIABLE in os.environ and not Path(config.run.dir).is_absolute():
         raise ConfigError(
-            f"run.dir: '{path}' is relative, and inside a Ray job that is the uploaded copy, which is thrown away; "
-            "give an absolute path that all nodes share"
+            f"run.dir: '{config.run.dir}' is relative; inside a Ray job that is the uploaded copy of the working "
+            "directory, which is thrown away: give an absolute path on a file system that all nodes share"
         )
 
 
-def _run_steps(
-    config: Config, run_dir: RunDir, config_path: Path, overrides: Sequence[str], force: Sequence[str], status: Status
-) -> None:
-    steps = [step for step in STEPS if step != "stage1" or config.stage1.enabled]
-    forced = steps[min(steps.index(step) for step in force) :] if force else []  # type: ignore[arg-type]
-    write_config(config, run_dir)
-    for step in steps:
-        status.update(step=step)
-        fingerprint = compute_step_fingerprint(config, run_dir, step)
-        if step not in forced and (
-            is_step_current(run_dir, step, fingerprint) or _reuse(config, run_dir, step, fingerprint)
-        ):
-            print(f"{step}: done ({run_dir.record_path(step)})", flush=True)
-            continue
-        print(f"{step}: starting", flush=True)
-        _RUNNERS[step](config, run_dir, _child_arguments(config_path, overrides, step, step in forced))
-    print(f"\nReport: {run_dir.step_dir('eval') / 'report.md'}\nCurves: tensorboard --logdir {run_dir.path}")
-
-
-def write_config(config: Config, run_dir: RunDir) -> None:
-    """Write the resolved configuration into the run directory."""
-    import yaml
-
-    from collm_dist.artifacts import open_atomic
-
+def _run_steps(config: Config, run_dir: RunDir, launch_dir: Path, force: Sequence[Step], status: RunStatus) -> None:
     with open_atomic(run_dir.path / "config.yaml") as file:
-        yaml.safe_dump(config.model_dump(mode="json"), file, sort_keys=False, allow_unicode=True)
+        file.write(dump_config(config))
+    forced = False
+    with ExitStack() as ray_session:
+        for step in list_steps(config):
+            status.enter(step)
+            forced = forced or step in force
+            if not forced and _is_there(config, run_dir, step):
+                continue
+            print(f"== {step}", flush=True)
+            if step in ("data", "cf"):
+                _run_on_ray(config, run_dir, step, forced, ray_session)
+            else:
+                ray_session.close()  # its memory is wanted
+                _run_as_child(config, run_dir, step, forced, launch_dir)
 
 
-def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dict[str, Any]:
-    """Return what a step depends on today, by the same rule as the step itself; needs neither torch nor Ray."""
-    inputs: dict[str, Any] = {}
-    if step == "data":
-        from collm_dist.data.readers import open_source
+def _is_there(config: Config, run_dir: RunDir, step: Step) -> bool:
+    """Return whether a step is done, or is done in another run and now linked.
 
-        inputs = open_source(config.dataset).inputs()
-    elif step in ("stage1", "stage2"):
-        inputs = {"prompt": load_prompt_text(config.prompt.stage1 if step == "stage1" else config.prompt.stage2)}
-    return compute_fingerprint(config, step, run_dir, inputs, skip_missing=step == "eval")
-
-
-def _reuse(config: Config, run_dir: RunDir, step: Step, fingerprint: dict[str, Any]) -> bool:
-    """Link a step with an equal fingerprint from one of ``run.reuse``."""
-    for name in config.run.reuse:
-        other = RunDir(Path(name))
-        if not other.is_done(step) or find_changes(other.read_record(step).get("fingerprint", {}), fingerprint):
-            continue
-        target = run_dir.step_dir(step)
-        if target.is_symlink():
-            target.unlink()
-        elif target.exists():
-            shutil.rmtree(target)
-        target.symlink_to(other.step_dir(step).resolve(), target_is_directory=True)
-        print(f"{step}: linked from {other.path}")
+    Raises:
+        ArtifactError: it was done with something else.
+    """
+    fingerprint = compute_step_fingerprint(config, run_dir, step)
+    if step == "eval" and not _is_current(run_dir, step, fingerprint):
+        return False  # whether an older report is in the way, evaluation knows
+    if is_step_current(run_dir, step, fingerprint):
+        print(f"{step}: done already ({run_dir.step_dir(step)})", flush=True)
         return True
-    return False
+    other = find_reusable(step, fingerprint, config.run.reuse)
+    if other is not None:
+        link_step(step, other, run_dir)
+        print(f"{step}: taken from {other.path}", flush=True)
+    return other is not None
 
 
-def _child_arguments(config_path: Path, overrides: Sequence[str], step: Step, forced: bool) -> list[str]:
-    return ["--config", str(config_path), *overrides, *(["--force", step] if forced else [])]
+def _is_current(run_dir: RunDir, step: Step, fingerprint: dict[str, Any]) -> bool:
+    return run_dir.is_done(step) and not find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint)
 
 
-def _run_data(config: Config, run_dir: RunDir, arguments: list[str]) -> None:
-    from collm_dist.orchestration.preprocess import run_preprocess
+def _run_on_ray(config: Config, run_dir: RunDir, step: Step, force: bool, session: ExitStack) -> None:
+    from collm_dist.orchestration.cluster import connect_ray
 
-    run_preprocess(config, run_dir, force="--force" in arguments)
+    session.enter_context(connect_ray(config.cluster))  # the second step finds the first one's cluster
+    if step == "data":
+        from collm_dist.orchestration.preprocess import run_preprocess
 
+        run_preprocess(config, run_dir, force)
+    else:
+        from collm_dist.orchestration.pretrain import run_pretrain
 
-def _run_cf(config: Config, run_dir: RunDir, arguments: list[str]) -> None:
-    from collm_dist.orchestration.pretrain import run_pretrain
-
-    run_pretrain(config, run_dir, force="--force" in arguments)
-
-
-def _run_script(script: str, step: Step, *extra: str) -> Callable[[Config, RunDir, list[str]], None]:
-    def run(config: Config, run_dir: RunDir, arguments: list[str]) -> None:
-        command = [*_get_launcher(config), str(ROOT / "launch" / script), *arguments, *extra]
-        environment = dict(os.environ)
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-        code = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 - a list, no shell
-        # The deepspeed launcher is silent about some deaths of its children: only the record counts.
-        if code != 0 or not run_dir.is_done(step):
-            raise StepFailedError(f"step '{step}' failed with exit code {code}; its own message is above", code)
-
-    return run
+        run_pretrain(config, run_dir, force)
 
 
-def _get_launcher(config: Config) -> list[str]:
-    """Return the command that starts the tuning processes of this machine."""
+def _run_as_child(config: Config, run_dir: RunDir, step: Step, force: bool, launch_dir: Path) -> None:
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    count = config.cluster.num_processes or (torch.cuda.device_count() if on_gpu else 1)
-    if count == 1:
-        return [sys.executable]
-    deepspeed = Path(sys.executable).parent / "deepspeed"
-    if not deepspeed.exists():
-        raise LaunchError(f"{deepspeed} is missing: install deepspeed into this environment")
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    # Inside a Ray task CUDA_VISIBLE_DEVICES says which GPUs are ours; --num_gpus would make the launcher ignore it.
-    limit = [] if on_gpu and config.cluster.num_processes is None else ["--num_gpus", str(count)]
-    return [str(deepspeed), *limit]
+    script = "evaluate_model.py" if step == "eval" else "train.py"
+    # The settings of this run, whatever happens to the file that they came from.
+    arguments = ["--config", str(run_dir.path / "config.yaml")]
+    if step != "eval":
+        arguments += ["--stage", step.removeprefix("stage")]
+    if force:
+        arguments += ["--force", step]
+    processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
+    command = build_command(launch_dir / script, arguments, processes, gpus)
+    run_child(command, build_environment(processes, gpus))
+    # The launcher's exit status says nothing of processes that were ended by a signal.
+    if not _is_current(run_dir, step, compute_step_fingerprint(config, run_dir, step)):
+        raise ArtifactError(f"step '{step}' ended without its record {run_dir.record_path(step)}; see its output above")
 
 
-_RUNNERS: dict[Step, Callable[[Config, RunDir, list[str]], None]] = {
-    "data": _run_data,
-    "cf": _run_cf,
-    "stage1": _run_script("train.py", "stage1", "--stage", "1"),
-    "stage2": _run_script("train.py", "stage2", "--stage", "2"),
-    "eval": _run_script("evaluate_model.py", "eval"),
-}
+def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
+    """Return one line for each step about what the pipeline would do, and the numbers that follow from the data."""
+    lines, ready = [], True
+    for step in list_steps(config):
+        if not ready:
+            lines.append(f"{step:7} to do, after the steps before it")
+            continue
+        try:
+            fingerprint = compute_step_fingerprint(config, run_dir, step)
+            done = is_step_current(run_dir, step, fingerprint)
+            other = None if done else find_reusable(step, fingerprint, config.run.reuse)
+        except CollmError as error:
+            lines += [f"{step:7} {line}" for line in describe_error(error).message.splitlines()]
+            ready = False
+            continue
+        lines.append(f"{step:7} " + ("done" if done else f"to be taken from {other.path}" if other else "to do"))
+        ready = done
+    if run_dir.is_done("data"):
+        from collm_dist.tuning.stages import describe_stage_plan
+
+        lines += describe_stage_plan(config, run_dir)
+    return lines

@@ -1,89 +1,134 @@
-"""One writer for each run directory: a lock file with host, process and heartbeat."""
+"""One writer per run directory: a lock file that says who holds it and is touched as long as the holder lives."""
 
 from __future__ import annotations
 
+import _thread
+import fcntl
 import json
+import logging
 import os
 import socket
 import threading
-import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from collm_dist.artifacts import write_json
 from collm_dist.errors import LaunchError
 
-HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+# Processes that the holder starts find its token here and work under its lock.
+TOKEN_VARIABLE = "COLLM_RUN_LOCK"  # noqa: S105 - no password
+BEAT_SECONDS = 10.0
+# On another host only the file's age tells. Twelve missed beats are no hiccup of a file system.
+STALE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock.
+
+    Attributes:
+        host, pid, started: the process; its start time (seconds since 1970) tells it from a later one of that number.
+        token: of this very lock.
+    """
+
+    host: str
+    pid: int
+    started: float
+    token: str
 
 
 @contextmanager
-def hold_run(folder: Path) -> Iterator[None]:
-    """Hold a run directory for as long as the block lasts.
+def hold_run_lock(
+    run_dir: Path, on_beat: Callable[[], None] | None = None, beat_seconds: float = BEAT_SECONDS
+) -> Iterator[None]:
+    """Hold a run directory for as long as the block lasts. Inside a process of the holder's this does nothing.
 
-    A lock whose process is gone (same host) or whose heartbeat has stopped (another host) is taken over with a warning.
+    Args:
+        run_dir: made if needed.
+        on_beat: called with every heartbeat, from another thread.
+        beat_seconds: between heartbeats.
 
     Raises:
-        LaunchError: somebody else is writing there.
+        LaunchError: somebody alive holds it; the message names host and process.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.lock"
-    host = socket.gethostname()
-    owner = {"host": host, "pid": os.getpid()}
-    for _ in range(2):
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            _take_over(path, host)
-            continue
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({**owner, "heartbeat": time.time()}, file)
-        break
-    else:
-        raise LaunchError(f"{path}: another process took the lock at the same moment; try again")
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(HEARTBEAT_SECONDS):
-            write_json(path, {**owner, "heartbeat": time.time()})
-
-    thread = threading.Thread(target=beat, daemon=True, name="run-lock")
-    thread.start()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / LOCK_NAME
+    holder = _read_holder(path)
+    if holder is not None and os.environ.get(TOKEN_VARIABLE) == holder.token:
+        yield
+        return
+    own = _take(path)
+    stop = threading.Event()
+    beats = threading.Thread(target=_beat, args=(path, own, stop, on_beat, beat_seconds), daemon=True)
+    before = os.environ.get(TOKEN_VARIABLE)
+    os.environ[TOKEN_VARIABLE] = own.token
+    beats.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
-        path.unlink(missing_ok=True)
+        stop.set()
+        beats.join()
+        if before is None:
+            os.environ.pop(TOKEN_VARIABLE, None)
+        else:
+            os.environ[TOKEN_VARIABLE] = before
+        if _read_holder(path) == own:
+            path.unlink(missing_ok=True)
 
 
-def _take_over(path: Path, host: str) -> None:
-    """Remove a stale lock, or say who holds it."""
+def _take(path: Path) -> Holder:
+    process = psutil.Process()
+    own = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
+    # Two who find a stale lock at once must not both take it over.
+    with path.with_name(f"{path.name}.guard").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        os.utime(guard.fileno())
+        holder = _read_holder(path)
+        if holder is not None:
+            if _is_alive(holder, os.fstat(guard.fileno()).st_mtime - path.stat().st_mtime):
+                raise LaunchError(
+                    f"run.dir: '{path.parent}' is being written by process {holder.pid} on {holder.host}; wait for it, "
+                    "stop it, or set run.dir to another directory"
+                )
+            logger.warning(
+                "%s: taking over the lock of process %d on %s, which is gone", path.parent, holder.pid, holder.host
+            )
+        write_json(path, asdict(own))
+    return own
+
+
+def _is_alive(holder: Holder, age_seconds: float) -> bool:
+    if holder.host != socket.gethostname():
+        return age_seconds < STALE_SECONDS
     try:
-        lock: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        age = time.time() - float(lock["heartbeat"])
-    except (OSError, ValueError, KeyError, TypeError):
-        # Half-written by a process that died in between, or just being written: old ones only.
-        lock, age = {}, time.time() - path.stat().st_mtime if path.exists() else 0.0
-    alive = age < STALE_SECONDS
-    if lock.get("host") == host and "pid" in lock:
-        alive = _is_alive(int(lock["pid"]))
-    if alive:
-        raise LaunchError(
-            f"{path.parent} is in use by process {lock.get('pid', '?')} on {lock.get('host', '?')} (heartbeat "
-            f"{age:.0f} s ago). Wait for it, stop it, or set run.dir to another directory."
-        )
-    print(f"WARNING: taking over the stale lock of process {lock.get('pid', '?')} on {lock.get('host', '?')}")
-    path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return abs(psutil.Process(holder.pid).create_time() - holder.started) < 1.0
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
+
+
+def _read_holder(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _beat(
+    path: Path, own: Holder, stop: threading.Event, on_beat: Callable[[], None] | None, beat_seconds: float
+) -> None:
+    while not stop.wait(beat_seconds):
+        if _read_holder(path) != own:
+            logger.error("%s: the lock was taken over by another process; stopping", path.parent)
+            _thread.interrupt_main()
+            return
+        os.utime(path)
+        if on_beat is not None:
+            on_beat()

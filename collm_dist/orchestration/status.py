@@ -1,69 +1,91 @@
-"""``status.json``: where a pipeline stands, always whole, for whoever watches it from outside."""
+"""``status.json``: what a run is doing, or how it ended, for whoever watches it (``ray job submit`` says 0 or 1)."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import write_json
-from collm_dist.errors import CollmError
+from collm_dist.artifacts import Step, write_json
+from collm_dist.cli import ErrorReport
 
-HEARTBEAT_SECONDS = 10.0
+REMEDIES = {
+    "ConfigError": "correct the settings that the message names, then run the same command again",
+    "DataError": "correct the input, or the settings that say how to read it, then run the same command again",
+    "ArtifactError": "redo the step that the message names with --force STEP, or set run.dir to a new directory",
+    "CheckpointError": "remove the checkpoint that the message names, or redo its stage with --force STEP",
+    "LaunchError": "run the same command again once the cause is gone; what is done stays done",
+    "NonFiniteError": "lower the learning rate of the stage, then run the same command again",
+    "Preempted": "run the same command again; it goes on from the checkpoint",
+    "KeyboardInterrupt": "run the same command again; it goes on from here",
+}
+# By hand, and by a scheduler that wants the machine.
+INTERRUPTED_EXIT_CODES = (130, 75)
+UNKNOWN_REMEDY = "this is a fault of the program: report it with the traceback"
 
 
-class Status:
-    """The state of one pipeline run.
+class RunStatus:
+    """The state of one run, in a file that is always whole.
 
-    Keys of the file: state (running, done, failed), step, error_class, exit_code, retryable, message, remedy, heartbeat
-    (seconds since 1970).
+    Fields: state (running, done, failed, interrupted), step, error (class), exit_code, retryable, message, remedy,
+    host, pid, started_at and heartbeat_at (UTC).
     """
 
     def __init__(self, path: Path) -> None:
-        """Start with an empty state."""
-        self._path, self._lock = path, threading.Lock()
-        self.values: dict[str, Any] = dict.fromkeys(("step", "error_class", "exit_code", "message", "remedy"))
-        self.values |= {"state": "running", "retryable": False}
+        """Nothing is written before ``begin``: until the lock is held, the file is somebody else's."""
+        self._path = path
+        self._is_ours = False
+        self._mutex = threading.Lock()
+        self._values: dict[str, Any] = {
+            "state": "running",
+            "step": None,
+            "error": None,
+            "exit_code": None,
+            "retryable": None,
+            "message": None,
+            "remedy": None,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started_at": _now(),
+        }
 
-    def update(self, **values: Any) -> None:
-        """Change some keys and write the file."""
-        with self._lock:
-            self.values |= {**values, "heartbeat": time.time()}
-            write_json(self._path, self.values)
+    @property
+    def line(self) -> str:
+        """The status as one line of JSON."""
+        return json.dumps(self._values, ensure_ascii=False)
 
-    def fail(self, error: CollmError) -> None:
-        """Record an error; its first line is the message, the rest is the remedy."""
-        message, _, remedy = str(error).partition("\n")
-        self.update(
-            state="failed",
-            error_class=type(error).__name__,
-            exit_code=error.exit_code,
-            retryable=error.retryable,
-            message=message,
-            remedy=remedy or None,
-        )
+    def begin(self) -> None:
+        """Start writing the file."""
+        self._is_ours = True
+        self._update()
 
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Refresh the heartbeat for as long as the block lasts."""
-        done = threading.Event()
+    def enter(self, step: Step) -> None:
+        """Say which step is being worked on."""
+        self._update(step=step)
 
-        def beat() -> None:
-            while not done.wait(HEARTBEAT_SECONDS):
-                self.update()
+    def beat(self) -> None:
+        """Say that the run is alive."""
+        self._update()
 
-        thread = threading.Thread(target=beat, daemon=True, name="status")
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+    def end(self, report: ErrorReport | None = None) -> None:
+        """Say how the run ended: with what error, None when all is done."""
+        if report is None:
+            self._update(state="done", exit_code=0, retryable=False)
+            return
+        state = "interrupted" if report.exit_code in INTERRUPTED_EXIT_CODES else "failed"
+        self._update(state=state, **asdict(report), remedy=REMEDIES.get(report.error, UNKNOWN_REMEDY))
 
-    def to_line(self) -> str:
-        """Return the state as one line of JSON."""
-        return json.dumps(self.values, sort_keys=True)
+    def _update(self, **values: Any) -> None:
+        with self._mutex:
+            self._values |= {**values, "heartbeat_at": _now()}
+            if self._is_ours:
+                write_json(self._path, self._values)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
