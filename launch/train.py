@@ -46,7 +46,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command; returns its exit code."""
     description = "Tune the language model with DeepSpeed, in two stages."
-    return run_command(description, _run, EXAMPLES, _add_arguments, plan=describe_stage_plan)
+    return run_command(description, _run, EXAMPLES, _add_arguments, describe=describe_stage_plan)
 
 
 if __name__ == "__main__":
