@@ -39,7 +39,7 @@ def run_command(
     run: Callable[[Config, argparse.Namespace], int | None],
     examples: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
-    plan: Callable[[Config, RunDir], list[str]] | None = None,
+    describe: Callable[[Config, RunDir], list[str]] | None = None,
 ) -> int:
     """Parse the command line, load the configuration and run a command.
 
@@ -49,7 +49,7 @@ def run_command(
             ``config_path``, ``overrides``, ``force`` (steps) and what ``add_arguments`` added.
         examples: for ``--help``.
         add_arguments: adds the command's own arguments.
-        plan: lines about what the command would do, for ``--dry-run``.
+        describe: lines about what the command would do, for ``--dry-run``.
 
     Returns:
         The exit code.
@@ -66,7 +66,7 @@ def run_command(
     try:
         config = load_config(arguments.config_path, arguments.overrides)
         if arguments.dry_run:
-            print_plan(config, plan)
+            print_plan(config, describe)
             return 0
         return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -105,14 +105,14 @@ def _parse_steps(text: str) -> tuple[str, ...]:
     return steps
 
 
-def print_plan(config: Config, plan: Callable[[Config, RunDir], list[str]] | None) -> None:
+def print_plan(config: Config, describe: Callable[[Config, RunDir], list[str]] | None) -> None:
     """Print the whole configuration, which steps are done, and what the command would do."""
     run_dir = RunDir(Path(config.run.dir))
     print(dump_config(config))
-    if plan is None:
+    if describe is None:
         lines = [f"{step:7} {'done' if run_dir.is_done(step) else 'not done'}" for step in STEPS]
     else:
-        lines = plan(config, run_dir)
+        lines = describe(config, run_dir)
     print("\n".join([f"# {run_dir.path}", *(f"# {line}" for line in lines)]))
 
 

@@ -27,7 +27,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Run the command; returns its exit code."""
     description = "Run every step of an experiment in order: data, cf, stage1, stage2, eval. What is done is skipped."
-    return run_command(description, _run, EXAMPLES, plan=describe_plan)
+    return run_command(description, _run, EXAMPLES, describe=describe_plan)
 
 
 if __name__ == "__main__":

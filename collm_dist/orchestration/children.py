@@ -86,7 +86,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
         raise StepError(said["error"], said["message"], said["exit_code"], said["retryable"])
     cause = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     hint = "; the machine may be out of memory" if code in (-signal.SIGKILL, 128 + signal.SIGKILL) else ""
-    raise StepError("LaunchError", f"{Path(command[-1]).name}: the process {cause} without a word{hint}", 3, True)
+    script = next(Path(part).name for part in command if part.endswith(".py"))
+    raise StepError("LaunchError", f"{script}: the process {cause} without a word{hint}", 3, True)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
