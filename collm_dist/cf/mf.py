@@ -54,7 +54,7 @@ class MatrixFactorization(nn.Module):
             setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(len(rows), 1)))
             self.register_buffer(f"{name}_share", 1 / rows.clamp(min=1).float(), persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(()))
-        self.global_bias = nn.Parameter(torch.zeros(()))
+        self.global_bias = nn.Parameter(torch.zeros(1))  # not (): DeepSpeed cannot broadcast a parameter without axes
 
     user_table: nn.Parameter
     item_table: nn.Parameter
