@@ -58,6 +58,11 @@ class EvaluationConfig(Section):
 
     splits: tuple[Literal["valid", "test"], ...] = Field(("valid", "test"), description="Splits in the report.")
     max_users: int | None = Field(None, ge=1, description="Evaluate this many users, chosen by hash; default all.")
+    train_contexts: int = Field(
+        500,
+        ge=0,
+        description="Score stage 1 on this many contexts that it trained on too, to show what it has memorized.",
+    )
     bootstrap_samples: int = Field(1000, ge=0, description="Resamples of users behind each interval; 0: none.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
     num_candidates: int = Field(

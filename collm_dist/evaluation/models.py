@@ -30,8 +30,6 @@ from collm_dist.tuning.stages import load_stage_model
 
 # Rows handed to the models at once; every process sees a batch whole and takes its share.
 _BATCH_ROWS = 1024
-# Contexts of stage 1's own training rows that are scored beside valid, to show what it has memorized.
-TRAIN_SAMPLE_CONTEXTS = 500
 
 Stage = Literal["stage1", "stage2"]
 
@@ -83,9 +81,9 @@ def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str
             shuffle=False,
         )
         found[split] = load_split(order, split)
-    if not _is_there(config, run_dir, "stage1"):
+    most = min(config.evaluation.train_contexts, config.stage1.max_train_contexts or config.evaluation.train_contexts)
+    if most == 0 or not _is_there(config, run_dir, "stage1"):
         return found
-    most = min(TRAIN_SAMPLE_CONTEXTS, config.stage1.max_train_contexts or TRAIN_SAMPLE_CONTEXTS)
     order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_contexts=most, shuffle=False)
     found["train"] = load_split(order, "train")
     return found

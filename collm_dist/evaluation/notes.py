@@ -11,7 +11,6 @@ import numpy as np
 
 from collm_dist.config import Config
 from collm_dist.data.manifest import Manifest
-from collm_dist.evaluation.models import TRAIN_SAMPLE_CONTEXTS
 from collm_dist.evaluation.render import MODEL_NAMES
 from collm_dist.evaluation.table import EvaluatedRows
 
@@ -144,6 +143,6 @@ def _note_memorization(report: Mapping[str, Any]) -> list[str]:
         return []
     beside = f", {auc['valid']:.3f} on valid" if "valid" in auc else ""
     return [
-        f"Stage 1 reaches AUC {auc['train']:.3f} on up to {TRAIN_SAMPLE_CONTEXTS} contexts of its own training rows"
-        f"{beside}: a wide gap means that it has memorized labels, which leaves stage 2 little to learn."
+        f"Stage 1 reaches AUC {auc['train']:.3f} on rows that it trained on{beside}: a wide gap means "
+        "that it has memorized labels, which leaves stage 2 little to learn."
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from collm_dist.assets import BackboneSource, resolve_backbone
 from collm_dist.errors import ConfigError, DataError
@@ -59,6 +60,8 @@ def load_backbone(
         DataError: it cannot be found or fetched.
     """
     source = resolve_backbone(name, revision)
+    # Bars of a second each, one a process, between our own.
+    transformers_logging.disable_progress_bar()
     options = {"revision": source.revision, "trust_remote_code": trust_remote_code}
     with _hub_errors(name):
         config = AutoConfig.from_pretrained(source.location, **options)

@@ -1,0 +1,120 @@
+"""The parts of tuning that need no process group."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from collm_dist import monitoring
+from collm_dist.errors import CheckpointError, ConfigError
+from collm_dist.tuning.checkpointing import (
+    Progress,
+    find_last_checkpoint,
+    load_checkpoint,
+    save_best,
+    save_last,
+)
+from collm_dist.tuning.deepspeed_config import OWNED_KEYS, build_deepspeed_config
+from collm_dist.tuning.engine import TrainingState
+from collm_dist.tuning.schedule import compute_learning_rate
+
+
+def test_learning_rate_warms_up_and_ends_at_its_share():
+    rates = [
+        compute_learning_rate(step, peak=2.0, warmup_steps=4, total_steps=24, final_share=0.1) for step in range(25)
+    ]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0
+    assert rates[14] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5))))
+    assert rates[24] == pytest.approx(0.2)
+    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_deepspeed_config_is_explicit_and_merges_extra_last():
+    config = build_deepspeed_config(
+        zero_stage=3,
+        bfloat16=True,
+        max_grad_norm=0.0,
+        extra={"zero_optimization": {"overlap_comm": True, "stage": "auto"}, "train_batch_size": "auto"},
+    )
+    assert config["gradient_clipping"] == 0.0
+    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True}
+    assert config["bf16"] == {"enabled": True}
+    assert "train_batch_size" not in config
+
+
+@pytest.mark.parametrize("key", OWNED_KEYS)
+def test_keys_that_are_ours_are_refused(key):
+    extra: dict = {}
+    target = extra
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[last] = 1
+    with pytest.raises(ConfigError, match=f"'{key}' is decided by"):
+        build_deepspeed_config(zero_stage=2, bfloat16=False, max_grad_norm=1.0, extra=extra)
+
+
+def make_state(value: float) -> TrainingState:
+    weights = {"a": torch.full((2, 3), value)}
+    moments = {"exp_avg.a": torch.full((2, 3), value / 2), "exp_avg_sq.a": torch.full((2, 3), value**2)}
+    return TrainingState(weights, moments, adam_steps=7)
+
+
+def test_checkpoint_comes_back_whole(tmp_path):
+    progress = Progress(global_step=7, best_value=0.6, best_step=4, best_metrics={"auc": 0.6}, bad_validations=1)
+    save_last(tmp_path, make_state(1.5), Progress(global_step=5), {"x": 1})
+    save_last(tmp_path, make_state(2.5), progress, {"x": 1})
+    save_best(tmp_path, make_state(2.5), progress, {"x": 1})
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000007.safetensors"]
+    state, loaded = load_checkpoint(find_last_checkpoint(tmp_path), {"x": 1})
+    assert loaded == progress
+    assert state.adam_steps == 7
+    torch.testing.assert_close(state.moments["exp_avg_sq.a"], torch.full((2, 3), 6.25))
+    best, _ = load_checkpoint(tmp_path / "best.safetensors", {"x": 1})
+    assert not best.moments
+    with pytest.raises(CheckpointError, match="x: 1 -> 2"):
+        load_checkpoint(find_last_checkpoint(tmp_path), {"x": 2})
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    save_last(tmp_path, make_state(1.0), Progress(global_step=3), {})
+    path = find_last_checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match=r"step-000000003\.safetensors.*damaged"):
+        load_checkpoint(path, {})
+
+
+def test_logger_takes_back_points_after_the_resumed_step(tmp_path):
+    def log(start_step: int, steps: range) -> None:
+        logger = monitoring.RunLogger(
+            tmp_path, is_main=True, tensorboard=True, progress_bar=False, start_step=start_step, total_steps=9
+        )
+        for step in steps:
+            logger.log(step, {monitoring.TRAIN_LOSS: float(step)})
+        logger.close()
+
+    log(0, range(1, 6))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')  # what a crash leaves
+    log(3, range(4, 8))
+    assert [line["step"] for line in monitoring.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_only_the_main_process_writes(tmp_path):
+    logger = monitoring.RunLogger(
+        tmp_path, is_main=False, tensorboard=True, progress_bar=True, start_step=0, total_steps=9
+    )
+    logger.log(1, {monitoring.TRAIN_LOSS: 1.0})
+    logger.advance(1, {})
+    logger.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_peak_memory_is_in_gib():
+    assert 0.01 < monitoring.measure_peak_gib(torch.device("cpu")) < 1000
+    assert json.dumps(monitoring.measure_peak_gib(torch.device("cpu")))
