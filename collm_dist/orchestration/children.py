@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collm_dist.cli import ERROR_FILE_VARIABLE, INTERRUPTED_EXIT_CODE
-from collm_dist.errors import CollmError
+from collm_dist.errors import CollmError, LaunchError
 
 
 class StepError(CollmError):
@@ -65,7 +65,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run a command to its end; SIGTERM is passed on to it.
 
     Raises:
-        StepError: it failed, with what it said.
+        StepError: it failed; what it said it has printed itself.
+        LaunchError: it died.
         KeyboardInterrupt: it was interrupted.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +88,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
     cause = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     hint = "; the machine may be out of memory" if code in (-signal.SIGKILL, 128 + signal.SIGKILL) else ""
     script = next(Path(part).name for part in command if part.endswith(".py"))
-    raise StepError("LaunchError", f"{script}: the process {cause} without a word{hint}", 3, True)
+    raise LaunchError(f"{script}: the process {cause} without a word{hint}")
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:

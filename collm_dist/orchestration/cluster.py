@@ -45,7 +45,10 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"Ray at '{address}'" if address else "a local Ray"
-        raise LaunchError(f"cluster.ray_address: {where} cannot be reached or started: {error}") from error
+        raise LaunchError(
+            f"cluster.ray_address: {where} cannot be reached or started: {error}. Start a cluster there (ray start "
+            "--head), or unset the address (also RAY_ADDRESS) to use this machine alone"
+        ) from error
     try:
         yield
     finally:
@@ -97,6 +100,7 @@ def run_tasks(
 
     Raises:
         CollmError: as a task raised it.
+        LaunchError: workers kept dying, or a disk failed.
     """
     remote = ray.remote(num_cpus=1, max_retries=3)(function)
     results: list[Any] = [None] * len(arguments)
@@ -110,9 +114,22 @@ def run_tasks(
             done, _ = ray.wait(list(running), num_returns=1)
             try:
                 results[running.pop(done[0])] = ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
+            except ray.exceptions.RayError as error:
                 for reference in running:
                     ray.cancel(reference)
-                raise (error.cause if isinstance(error.cause, CollmError) else error) from None
+                raise _explain(error, description) from None
             bar.update()
     return results
+
+
+def _explain(error: BaseException, description: str) -> BaseException:
+    """Return what to raise for a task that failed: its own error if it is one that a user can act on."""
+    cause: object = getattr(error, "cause", None)
+    if isinstance(cause, CollmError):
+        return cause
+    if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, OSError):
+        return error  # a bug of ours, with its traceback
+    return LaunchError(
+        f"{description}: a Ray task failed: {cause or error}. Run the same command again to go on where it stopped; if "
+        "memory was short, raise preprocessing.num_user_buckets or lower cluster.preprocess_parallelism"
+    )

@@ -14,7 +14,7 @@ from collm_dist.config import Config
 from collm_dist.config_io import dump_config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.errors import ArtifactError, CollmError, ConfigError
-from collm_dist.orchestration.children import build_command, build_environment, run_child
+from collm_dist.orchestration.children import StepError, build_command, build_environment, run_child
 from collm_dist.orchestration.reuse import find_reusable, link_step
 from collm_dist.orchestration.run_lock import hold_run_lock
 from collm_dist.orchestration.status import RunStatus
@@ -40,6 +40,8 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
             status.begin()
             try:
                 _run_steps(config, run_dir, launch_dir, force, status)
+            except StepError as error:  # its process has printed it
+                report = describe_error(error)
             except (Exception, KeyboardInterrupt) as error:
                 report = report_error(error)
             status.end(report)

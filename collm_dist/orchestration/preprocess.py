@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +15,15 @@ import ray
 
 from collm_dist.artifacts import RunDir, compute_fingerprint, compute_json_hash, is_step_current, write_json
 from collm_dist.config import Config
-from collm_dist.data import preprocess_tasks as tasks
+from collm_dist.data import ingest_tasks, sample_tasks
+from collm_dist.data.checks import check_reads, check_splits
+from collm_dist.data.filters import select_ids, sum_item_counts, sum_over_months
 from collm_dist.data.hashing import hash_integers
 from collm_dist.data.id_tables import (
     PreviousTables,
     assign_users,
     compute_ids_hash,
+    describe_previous,
     load_previous_tables,
     sort_naturally,
     write_item_table,
@@ -30,6 +32,7 @@ from collm_dist.data.id_tables import (
 from collm_dist.data.manifest import FORMAT_VERSION
 from collm_dist.data.negatives import EventPool
 from collm_dist.data.partition import read_table
+from collm_dist.data.plan import Plan
 from collm_dist.data.readers import Source, open_source
 from collm_dist.data.splits import (
     SPLITS,
@@ -42,12 +45,11 @@ from collm_dist.data.splits import (
 from collm_dist.errors import DataError
 from collm_dist.orchestration.cluster import check_shared_folder, connect_ray, run_tasks
 
+POOL_SIZE = 1 << 18
+# Item parts are few and large where buckets are small: every part is a read of every bucket's file.
+ROWS_PER_ITEM_PART = 1 << 18
+
 Runner = Callable[[str, Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-
-
-def compute_data_fingerprint(config: Config, run_dir: RunDir, source: Source) -> dict[str, Any]:
-    """Return what the data step depends on: its settings and the input files with size and time."""
-    return compute_fingerprint(config, "data", run_dir, source.inputs())
 
 
 def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict[str, Any]:
@@ -61,21 +63,18 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     Raises:
         DataError: the input is missing or not what it should be.
         ArtifactError: the step was done with other settings or inputs.
+        LaunchError: Ray is missing, or its nodes do not share the run directory.
     """
     source = open_source(config.dataset)
-    fingerprint = compute_data_fingerprint(config, run_dir, source)
+    inputs = source.inputs() | describe_previous(config.dataset.extend_from)
+    fingerprint = compute_fingerprint(config, "data", run_dir, inputs)
     data_dir = run_dir.step_dir("data")
     if not force and is_step_current(run_dir, "data", fingerprint):
         print(f"data: done already ({data_dir})")
         return run_dir.read_record("data")
     previous = load_previous_tables(config.dataset.extend_from, config.preprocessing.num_user_buckets)
-    run_dir.record_path("data").unlink(missing_ok=True)
-    work = data_dir / f".work-{compute_json_hash(fingerprint)[:12]}"
-    for stale in data_dir.glob(".work-*"):
-        if stale != work:
-            shutil.rmtree(stale)
-    work.mkdir(parents=True, exist_ok=True)
-    plan = tasks.Plan(
+    work = _open_work_folder(run_dir, compute_json_hash(fingerprint)[:12])
+    plan = Plan(
         work=work.absolute(),
         data_dir=data_dir.absolute(),
         dataset=config.dataset,
@@ -97,164 +96,151 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
 
         manifest = _preprocess(plan, source, previous, run)
     manifest["fingerprint"] = fingerprint
+    _remove_others(data_dir, manifest)
     write_json(run_dir.record_path("data"), manifest)
     shutil.rmtree(work)
     _print_summary(manifest, data_dir)
     return manifest
 
 
-def _preprocess(plan: tasks.Plan, source: Source, previous: PreviousTables, run: Runner) -> dict[str, Any]:
-    plan_ref, source_ref = ray.put(plan), ray.put(source)
-    chunks = list(enumerate(source.chunks))
-    reads = run("reading", tasks.read_chunk, [(plan_ref, source_ref, index, chunk) for index, chunk in chunks])
-    items = source.read_items()
-    _check_reads(plan, reads, previous)
+def _open_work_folder(run_dir: RunDir, key: str) -> Path:
+    """Return the folder of intermediate files; what an interrupted run of the same work left there is used."""
+    data_dir = run_dir.step_dir("data")
+    if data_dir.is_symlink():  # linked from another run, whose files are not ours to replace
+        data_dir.unlink()
+    run_dir.record_path("data").unlink(missing_ok=True)
+    work = data_dir / f".work-{key}"
+    for stale in data_dir.glob(".work-*"):
+        if stale != work:
+            shutil.rmtree(stale)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
 
-    bases = np.cumsum([0] + [read["rows_read"] for read in reads])
+
+def _remove_others(data_dir: Path, manifest: dict[str, Any]) -> None:
+    """Remove what an earlier run with other counts, or a killed task, left beside the files of this one."""
+    ours = {data_dir / one["path"] for one in [*manifest["shards"], *manifest["buckets"]]}
+    for folder in ("interactions", "shards"):
+        for path in (data_dir / folder).iterdir():
+            if path not in ours:
+                path.unlink()
+
+
+def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runner) -> dict[str, Any]:
+    plan_ref, source_ref, buckets = ray.put(plan), ray.put(source), range(plan.num_buckets)
+    chunks = list(enumerate(source.chunks))
+    reads = run("reading", ingest_tasks.read_chunk, [(plan_ref, source_ref, index, chunk) for index, chunk in chunks])
+    items = source.read_items()
+    known = items.column("item_id").combine_chunks() if source.items_uris else None
+    counts = sum_item_counts([read_table(plan.work / f"items-{index:05d}.arrow") for index, _ in chunks])
+    unknown = _find_unknown(counts, known)
+    check_reads(plan.dataset, reads, unknown, previous.rows)
+
     window = None
     if plan.dataset.split.method == "calendar":
         window = build_calendar_rule(plan.dataset.split, min(read["first"] for read in reads))
+    low, high = plan.dataset.min_item_interactions, plan.dataset.max_item_interactions
+    kept_ref, known_ref = ray.put(select_ids(sum_over_months(counts, window), low, high)), ray.put(known)
+    bases = np.cumsum([0] + [read["rows_read"] for read in reads])
     paths = [plan.work / f"chunk-{index:05d}.arrow" for index, _ in chunks]
-    known = ray.put(_select_items(plan, items, len(chunks)))
-    buckets = range(plan.num_buckets)
     filtered = run(
         "filtering",
-        tasks.filter_bucket,
-        [(plan_ref, bucket, paths, bases[:-1].tolist(), known, window) for bucket in buckets],
+        ingest_tasks.filter_bucket,
+        [(plan_ref, bucket, paths, bases[:-1].tolist(), known_ref, kept_ref, window) for bucket in buckets],
     )
-    if sum(one["rows"] for one in filtered) == 0:
+    num_kept = sum(one["rows"] for one in filtered)
+    if num_kept == 0:
         raise DataError("dataset: no interaction is left after filters and split windows; loosen dataset.min_*, "
                         "dataset.max_* or dataset.split")  # fmt: skip
     rule = window or _build_rule(plan)
 
-    user_tables, user_ranges = assign_users(
-        previous,
-        [read_table(plan.work / f"filtered-{b:05d}.users.arrow").column("id").combine_chunks() for b in buckets],
-    )
-    found = {
-        one for b in buckets for one in read_table(plan.work / f"filtered-{b:05d}.items.arrow").column("id").to_pylist()
-    }
+    user_tables, user_ranges = assign_users(previous, [_load_ids(plan, bucket, "users") for bucket in buckets])
+    found = {one for bucket in buckets for one in _load_ids(plan, bucket, "items").to_pylist()}
     item_ids = [*previous.item_ids, *sort_naturally(list(found.difference(previous.item_ids)))]
-    items_ref = ray.put(pa.array(item_ids, pa.string()))
-    pool = ray.put(_draw_pool(plan, item_ids))
+    user_ids = write_user_table(plan.data_dir / "users.parquet", user_tables)
+    without_text, texts_hash = write_item_table(plan.data_dir / "items.parquet", item_ids, items)
+    items_ref, pool_ref = ray.put(pa.array(item_ids, pa.string())), ray.put(_draw_pool(plan, item_ids))
+    parts = min(plan.num_buckets, 1 + num_kept * (1 + plan.draws_per_row) // ROWS_PER_ITEM_PART)
     built = run(
         "building samples",
-        tasks.build_bucket,
-        [(plan_ref, b, rule, user_tables[b], items_ref, pool, int(bases[-1])) for b in buckets],
+        sample_tasks.build_bucket,
+        [(plan_ref, b, rule, user_tables[b], items_ref, pool_ref, int(bases[-1]), parts) for b in buckets],
     )
     split_rows = {name: Counter[str]() for name in SPLITS}
     for one in built:
-        for name, counts in one["splits"].items():
-            split_rows[name].update(counts)
-    _check_splits(plan, split_rows)
-    run("counting item events", tasks.count_items, [(plan_ref, part) for part in buckets])
-    joined = run("joining", tasks.join_bucket, [(plan_ref, bucket) for bucket in buckets])
+        for name, rows in one["splits"].items():
+            split_rows[name].update(rows)
+    check_splits(plan.dataset, split_rows)
+    run("counting item events", sample_tasks.count_items, [(plan_ref, part, parts) for part in range(parts)])
+    joined = run("joining", sample_tasks.join_bucket, [(plan_ref, bucket, parts) for bucket in buckets])
     shards = run(
         "packing shards",
-        tasks.write_split_shard,
+        sample_tasks.write_split_shard,
         [(plan_ref, split, shard) for split in range(len(SPLITS)) for shard in range(plan.preprocessing.num_shards)],
     )
-
-    user_ids = write_user_table(plan.data_dir / "users.parquet", user_tables)
-    without_text = write_item_table(plan.data_dir / "items.parquet", item_ids, items)
     dropped = Counter[str]({"outside the split windows": sum(read["outside"] for read in reads)})
-    for one in [{"dropped": read["bad"]} for read in reads] + filtered:
-        dropped.update(one["dropped"])
-    return _describe(plan, user_ids, item_ids, split_rows, shards, joined, user_ranges) | {
+    for causes in [read["bad"] for read in reads] + [one["dropped"] for one in filtered]:
+        dropped.update(causes)
+    return _describe(plan, user_ids, item_ids, texts_hash, split_rows, shards, joined, user_ranges) | {
+        "extends": describe_previous(plan.dataset.extend_from).get("dataset.extend_from"),
         "dropped": {cause: count for cause, count in sorted(dropped.items()) if count},
         "items_without_text": without_text,
         "input": {"rows": int(bases[-1]), "bad_examples": [line for read in reads for line in read["examples"]][:5]},
     }
 
 
-def _check_reads(plan: tasks.Plan, reads: list[dict[str, Any]], previous: PreviousTables) -> None:
-    """Refuse data that is not what was promised, before anything is made of it."""
-    total = sum(read["rows_read"] for read in reads)
-    bad = sum((Counter[str](read["bad"]) for read in reads), Counter[str]())
-    if total == 0:
-        raise DataError("dataset.path: the input has no rows")
-    if sum(bad.values()) > plan.dataset.max_bad_row_share * total:
-        causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
-        examples = "\n  ".join(line for read in reads for line in read["examples"])
-        raise DataError(
-            f"dataset: {sum(bad.values())} of {total} rows cannot be used ({causes}), more than "
-            f"dataset.max_bad_row_share={plan.dataset.max_bad_row_share}. The first ones:\n  {examples}"
-        )
-    expect = plan.dataset.expect
-    if total < expect.min_rows:
-        raise DataError(f"dataset.expect.min_rows: the input has {total} rows, expected at least {expect.min_rows}")
-    age = (time.time() - max(read["last"] for read in reads)) / 3600
-    if expect.max_age_hours is not None and age > expect.max_age_hours:
-        raise DataError(
-            f"dataset.expect.max_age_hours: the newest interaction is {age:.1f} hours old, expected at most "
-            f"{expect.max_age_hours}"
-        )
-    if expect.max_row_change_share is not None and previous.rows:
-        change = abs(total - previous.rows) / previous.rows
-        if change > expect.max_row_change_share:
-            raise DataError(
-                f"dataset.expect.max_row_change_share: {total} rows against {previous.rows} in dataset.extend_from is "
-                f"a change of {change:.0%}, expected at most {expect.max_row_change_share:.0%}"
-            )
+def _find_unknown(counts: Any, known: Any) -> dict[str, int]:
+    """Return the rows of each item that the item file does not have."""
+    if known is None:
+        return {}
+    missing = sum_over_months(counts.filter(pc.invert(pc.is_in(counts.column("id"), known))), None)
+    return dict(zip(missing.column("id").to_pylist(), missing.column("count").to_pylist(), strict=True))
 
 
-def _select_items(plan: tasks.Plan, items: Any, num_chunks: int) -> Any:
-    """Return the ids of the items whose rows stay: within the filter and, if there is an item file, known to it."""
-    counts = tasks.load_counts([plan.work / f"items-{index:05d}.arrow" for index in range(num_chunks)])
-    low, high = plan.dataset.min_item_interactions, plan.dataset.max_item_interactions
-    fits = (pc.field("count") >= low) & (pc.field("count") <= (high or np.iinfo(np.int64).max))
-    ids = counts.filter(fits).column("id").combine_chunks()
-    return ids.filter(pc.is_in(ids, items.column("item_id").combine_chunks())) if len(items) else ids
-
-
-def _build_rule(plan: tasks.Plan) -> SplitRule | None:
+def _build_rule(plan: Plan) -> SplitRule | None:
+    """Return where the splits meet, from what the filters have left; None for a ready column."""
     method = plan.dataset.split.method
     if method == "column":
         return None
     if method == "amazon_book":
-        _, start, _ = get_amazon_book_window()
-        parts = [_load_bucket(plan, bucket, ["timestamp", "row"]) for bucket in range(plan.num_buckets)]
-        times, rows = (
-            np.concatenate([part.column(name).to_numpy() for part in parts]) for name in ("timestamp", "row")
-        )
-        return build_amazon_book_rule(times[times >= start], rows[times >= start])
-    paths = [plan.work / f"filtered-{bucket:05d}.times.arrow" for bucket in range(plan.num_buckets)]
-    counts = tasks.load_counts(paths).sort_by("id")
-    return build_ratio_rule(plan.dataset.split, counts.column("id").to_numpy(), counts.column("count").to_numpy())
+        december = pc.field("timestamp") >= get_amazon_book_window()[1]
+        parts = [
+            _load_bucket(plan, bucket, ["timestamp", "row"]).filter(december) for bucket in range(plan.num_buckets)
+        ]
+        table = pa.concat_tables(parts)
+        return build_amazon_book_rule(table.column("timestamp").to_numpy(), table.column("row").to_numpy())
+    parts = [read_table(plan.work / f"filtered-{bucket:05d}.times.arrow") for bucket in range(plan.num_buckets)]
+    counts = pa.concat_tables(parts).group_by("time").aggregate([("count", "sum")]).sort_by("time")
+    return build_ratio_rule(plan.dataset.split, counts.column("time").to_numpy(), counts.column("count_sum").to_numpy())
 
 
-def _load_bucket(plan: tasks.Plan, bucket: int, columns: list[str]) -> Any:
+def _load_bucket(plan: Plan, bucket: int, columns: list[str]) -> Any:
     return read_table(plan.work / f"filtered-{bucket:05d}.arrow").select(columns)
 
 
-def _draw_pool(plan: tasks.Plan, item_ids: list[str]) -> EventPool:
+def _load_ids(plan: Plan, bucket: int, kind: str) -> Any:
+    return read_table(plan.work / f"filtered-{bucket:05d}.{kind}.arrow").column("id").combine_chunks()
+
+
+def _draw_pool(plan: Plan, item_ids: list[str]) -> EventPool:
     """Return a sample of all events, chosen by the hash of their row, for negatives by popularity."""
-    empty = np.zeros(0, dtype=np.int64)
-    if plan.dataset.feedback != "implicit" or plan.dataset.negative_sampling != "popularity":
-        return EventPool(empty, empty)
-    parts = [_load_bucket(plan, bucket, ["timestamp", "row", "item_id"]) for bucket in range(plan.num_buckets)]
-    table = pa.concat_tables(parts)
-    rows = table.column("row").to_numpy()
-    chosen = np.argsort(hash_integers(plan.seed, rows), kind="stable")[: tasks.POOL_SIZE]
-    table = table.take(pa.array(chosen)).sort_by([("timestamp", "ascending"), ("row", "ascending")])
+    table = pa.table({name: pa.array([], kind) for name, kind in
+                      (("timestamp", pa.int64()), ("row", pa.int64()), ("item_id", pa.string()))})  # fmt: skip
+    if plan.dataset.feedback == "implicit" and plan.dataset.negative_sampling == "popularity":
+        for bucket in range(plan.num_buckets):
+            table = pa.concat_tables([table, _load_bucket(plan, bucket, table.column_names)])
+            hashes = hash_integers(plan.seed, table.column("row").to_numpy())
+            table = table.take(pa.array(np.argsort(hashes, kind="stable")[:POOL_SIZE]))
+    table = table.sort_by([("timestamp", "ascending"), ("row", "ascending")])
     items = pc.index_in(table.column("item_id"), pa.array(item_ids, pa.string()))
     return EventPool(table.column("timestamp").to_numpy(), items.to_numpy().astype(np.int64))
 
 
-def _check_splits(plan: tasks.Plan, rows: dict[str, Counter[str]]) -> None:
-    for name, counts in rows.items():
-        if counts["real_rows"] == 0:
-            sizes = ", ".join(f"{one} {count['real_rows']}" for one, count in rows.items())
-            raise DataError(
-                f"dataset.split: the split '{name}' is empty (rows: {sizes}) with method "
-                f"'{plan.dataset.split.method}'; change its ratios, months or column"
-            )
-
-
 def _describe(
-    plan: tasks.Plan,
+    plan: Plan,
     user_ids: list[str],
     item_ids: list[str],
+    texts_hash: str,
     split_rows: dict[str, Counter[str]],
     shards: list[dict[str, Any]],
     joined: list[dict[str, Any]],
@@ -276,6 +262,7 @@ def _describe(
         "num_items": len(item_ids),
         "users_hash": compute_ids_hash(user_ids),
         "items_hash": compute_ids_hash(item_ids),
+        "texts_hash": texts_hash,
         "ties": plan.preprocessing.ties,
         "feedback": plan.dataset.feedback,
         "max_history_length": plan.preprocessing.max_history_length,
