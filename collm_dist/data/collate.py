@@ -176,7 +176,7 @@ class PromptCollator:
             "labels": block.label.astype(np.float32),
             "weights": np.full(block.num_targets, weight, dtype=np.float32),
             "row_ids": block.row_id,
-            **self._list_user_queries(block),
+            **self.list_user_queries(block),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
         return PromptBatch(**tensors, **slots)
@@ -273,7 +273,8 @@ class PromptCollator:
             "pair_slots": _to_slots(pair_rows, pair_cols, pair_targets, keys["pair"], masking, PAIR),
         }  # fmt: skip
 
-    def _list_user_queries(self, block: ContextBlock) -> dict[str, IntArray]:
+    def list_user_queries(self, block: ContextBlock) -> dict[str, IntArray]:
+        """Return ``user_idx``, ``user_history`` and ``user_target`` of a block, as in ``PromptBatch``."""
         history = Ragged(block.history_offsets, block.history_items)
         history = history.take_last(np.full(block.num_contexts, self._cf_history_length))
         matrix = np.full((block.num_contexts, self._cf_history_length), -1, dtype=np.int64)

@@ -174,7 +174,9 @@ class TuningEngine:
     def _compute_plain_norm(self) -> Tensor:
         """DeepSpeed reports no norm at stage 0 in float32; gradients are whole and reduced there."""
         gradients = [one.grad for _, one in self._named if one.grad is not None]
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one.float()) for one in gradients]))
+        norms = torch.stack([torch.linalg.vector_norm(one.float()) for one in gradients])
+        total: Tensor = torch.linalg.vector_norm(norms)
+        return total
 
     def _get_weight(self, parameter: nn.Parameter) -> Tensor:
         full: Tensor | None = safe_get_full_fp32_param(parameter)

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from collm_dist.data.collate import PromptCollator
+from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.hashing import hash_integers
 from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.statistics import compute_pair_features
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.engine import get_rank, get_world_size
 
@@ -54,9 +56,9 @@ def score_batches(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score an order with a model in evaluation mode; see ``score_split``."""
     row_ids, scores = [], []
-    for batch in _iter_batches(collator, order, max_tokens):
+    for block, batch in _iter_batches(collator, order, max_tokens):
         if shuffle_slots_seed is not None:
-            batch = shuffle_slots(batch, shuffle_slots_seed)
+            batch = shuffle_slots(batch, block, collator, shuffle_slots_seed)
         found = model(batch.to(device)).float().cpu()
         real = batch.weights > 0
         row_ids.append(batch.row_ids[real])
@@ -64,11 +66,13 @@ def score_batches(
     return _gather(torch.cat(row_ids), torch.cat(scores), order.num_rows)
 
 
-def _iter_batches(collator: PromptCollator, order: GlobalOrder, max_tokens: int) -> Iterator[PromptBatch]:
+def _iter_batches(
+    collator: PromptCollator, order: GlobalOrder, max_tokens: int
+) -> Iterator[tuple[ContextBlock, PromptBatch]]:
     for block in order.iter_batches():
         counts = collator.count_tokens(block)
         for piece in plan_micro_batches(block, counts, get_rank(), get_world_size(), max_tokens):
-            yield collator.collate(piece, block)
+            yield block, collator.collate(piece, block)
 
 
 def _gather(
@@ -84,16 +88,35 @@ def _gather(
     return ids[order], values[order]
 
 
-def shuffle_slots(batch: PromptBatch, seed: int) -> PromptBatch:
-    """Return the batch with slot inputs exchanged between its rows, drawn by hash of the seed and the row ids."""
+def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptCollator, seed: int) -> PromptBatch:
+    """Return the batch with every slot filled from another row; the text stays.
 
-    def permute(tensor: torch.Tensor, key: int) -> torch.Tensor:
-        draws = hash_integers(seed, key, int(batch.row_ids[0]), np.arange(len(tensor)))
-        return tensor[torch.from_numpy(np.argsort(draws, kind="stable"))]
+    Which row that is depends on the block and the seed alone, not on micro-batches or processes: the rows of the block
+    are put in a circle by hash, and each takes what belongs to the one before.
 
+    Args:
+        batch: a micro-batch of the block.
+        block: where the other rows come from.
+        collator: of the prompts.
+        seed: of the circle.
+    """
+    circle = np.argsort(hash_integers(seed, block.row_id), kind="stable")
+    before = np.empty_like(circle)
+    before[circle] = np.roll(circle, 1)
+    by_row = np.argsort(block.row_id, kind="stable")
+    own = by_row[np.searchsorted(block.row_id[by_row], batch.row_ids.numpy())]
+    donors = torch.from_numpy(before[own])  # (N,) targets of the block
+
+    first = torch.searchsorted(batch.last_rows, torch.arange(len(batch.tree_ids)))  # each row's first target
+    slots = batch.item_slots
+    branch = batch.tree_branches[slots.rows, slots.cols]
+    target = first[slots.rows] + (branch - 1).clamp(min=0)
+    queries: dict[str, Any] = {name: torch.from_numpy(values) for name, values in collator.list_user_queries(block).items()}
+    of_targets = len(batch.user_idx) == len(donors) and len(queries["user_idx"]) == block.num_targets
+    asked = donors if of_targets else torch.from_numpy(block.target_contexts)[donors[first]]
     return dataclasses.replace(
         batch,
-        user_slots=dataclasses.replace(batch.user_slots, sources=permute(batch.user_slots.sources, 1)),
-        item_slots=dataclasses.replace(batch.item_slots, sources=permute(batch.item_slots.sources, 2)),
-        pair_slots=dataclasses.replace(batch.pair_slots, sources=permute(batch.pair_slots.sources, 3)),
+        item_slots=dataclasses.replace(slots, sources=torch.from_numpy(block.item_idx)[donors[target]]),
+        pair_features=torch.from_numpy(compute_pair_features(block))[donors],
+        **{name: values[asked] for name, values in queries.items()},
     )
