@@ -96,7 +96,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         seed=config.run.seed,
         tensorboard=config.monitoring.tensorboard,
     )
-    check_metric(_load_rows(data_dir, "valid"), config.cf.select_metric)
+    check_metric(load_rows(data_dir, "valid"), config.cf.select_metric)
     state = read_state(job.checkpoint, job.key)
     if state is None or not state[1].finished:
         with connect_ray(config.cluster), _show_progress(job, config.monitoring.progress_bar):
@@ -147,7 +147,7 @@ def fit_worker(settings: Mapping[str, Any]) -> None:
 
     job: Job = settings["job"]
     device = get_device()
-    train_rows, valid_rows = (_load_rows(job.data_dir, split) for split in ("train", "valid"))
+    train_rows, valid_rows = (load_rows(job.data_dir, split) for split in ("train", "valid"))
     model = build_model(job.cf, load_manifest(job.data_dir), train_rows, job.seed).to(device)
     state = read_state(job.checkpoint, job.key)
     logger = RunLogger(
@@ -197,7 +197,8 @@ def build_plan(cf: CfConfig, seed: int) -> TrainingPlan:
     )
 
 
-def _load_rows(data_dir: Path, split: str) -> Rows:
+def load_rows(data_dir: Path, split: str) -> Rows:
+    """Load the labelled pairs of a split, sampled negatives included, sorted by user."""
     columns = load_interactions(data_dir, ["user_idx", "item_idx", "label"], split)
     return Rows.from_arrays(columns["user_idx"], columns["item_idx"], columns["label"])
 
@@ -235,7 +236,7 @@ def _export(job: Job) -> dict[str, Any]:
         raise LaunchError(f"{job.checkpoint} was not written: do all nodes share {job.folder}?")
     tensors, progress = state
     manifest = load_manifest(job.data_dir)
-    splits = {split: _load_rows(job.data_dir, split) for split in ("train", "valid", "test")}
+    splits = {split: load_rows(job.data_dir, split) for split in ("train", "valid", "test")}
     model = build_model(job.cf, manifest, splits["train"], job.seed)
     model.load_state_dict(take_group(tensors, "best"))
     save_cf_model(job.folder / FILE_NAME, model, manifest)
