@@ -1,35 +1,49 @@
-# make demo   the whole way on MovieLens-100K with SmolLM2-135M, about a quarter of an hour on two CPU cores
-# make test   the tests (minutes);  make test-slow  also those that take longer;  make check  format, lint, types
-# VENV=DIR    use an environment that is there already; it gets what is missing
+# make demo   the whole job on a small real data set (makes the environment first)
+# make test   the fast tests            make test-slow   the slow ones
+# make check  format, lint, types, fast tests
+# VENV=DIR takes an existing environment as it is; by default .venv is made here.
+
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-BIN := $(VENV)/bin
+PYTHON := $(VENV)/bin/python
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 STAMP := $(VENV)/.collm-dist-installed
+# A release whose plain wheel is for CPUs; a range would pull gigabytes of CUDA libraries onto a machine without a GPU.
+TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.0)
+, := ,
 
-export PATH := $(abspath $(BIN)):$(PATH)
+export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slow check install
-install: $(STAMP)
+.PHONY: demo test test-slow check reference environment
 
-# Without a GPU the CPU build of torch comes first: a range alone would pull several GB of CUDA.
+demo: environment
+	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
+
+test: environment
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+test-slow: environment
+	$(PYTHON) -m pytest -q -m "slow and not gpu"
+
+check: environment
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(MAKE) test
+
+reference: environment
+	$(PYTHON) -m collm_dist.config_reference configs/README.md
+
+ifeq ($(origin VENV),file)
+environment: $(STAMP)
+else
+environment:
+	@test -x $(PYTHON) || { echo "VENV=$(VENV): there is no environment"; exit 2; }
+endif
+
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	if ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c "import torch" 2>/dev/null; \
-	then $(BIN)/python -m pip install --quiet "torch==2.13.0"; fi
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
-
-demo: $(STAMP)
-	$(BIN)/python launch/run_pipeline.py --config configs/ml100k_demo.yaml
-
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
-
-test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
-
-check: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" tests/unit tests/invariants
+	@test -n "$(BASE_PYTHON)" || { echo "needs Python 3.11 or newer"; exit 2; }
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet $(TORCH)
+	$(PYTHON) -m pip install --quiet --editable ".[dev]"
+	@touch $@

@@ -14,7 +14,7 @@ from pathlib import Path
 from collm_dist.artifacts import STEPS, RunDir, write_json
 from collm_dist.config import Config
 from collm_dist.config_io import dump_config, load_config
-from collm_dist.errors import CollmError
+from collm_dist.errors import ArtifactError, CollmError, ConfigError, DataError
 
 INTERRUPTED_EXIT_CODE = 130
 # A parent process names a file here in which it wants to find why this one failed.
@@ -146,12 +146,14 @@ def describe_error(error: BaseException) -> ErrorReport:
 def report_error(error: BaseException) -> ErrorReport:
     """Print why a command ends, without a traceback where a user can act, and tell a parent process that asked."""
     report = describe_error(error)
-    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    place = f"[process {rank}] " if rank is not None else ""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if report.exit_code == 1:
         traceback.print_exception(error)
-    shown = f"{report.error}: {report.message}" if isinstance(error, CollmError) else report.message
-    print(f"{place}{shown}", file=sys.stderr, flush=True)
+    # What every process finds wrong alike, one says for all.
+    if rank == "0" or not isinstance(error, ConfigError | DataError | ArtifactError):
+        place = f"[process {rank}] " if size != "1" else ""
+        shown = f"{report.error}: {report.message}" if isinstance(error, CollmError) else report.message
+        print(f"{place}{shown}", file=sys.stderr, flush=True)
     if ERROR_FILE_VARIABLE in os.environ:
         write_json(Path(os.environ[ERROR_FILE_VARIABLE]), asdict(report))
     return report

@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it is no YAML mapping; the message has file and line.
     """
     try:
-        document = parse_yaml(path.read_text(encoding="utf-8"))
+        document = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"--config: there is no file '{path}' (relative to {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:

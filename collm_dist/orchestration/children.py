@@ -52,6 +52,8 @@ def build_command(script: Path, arguments: Sequence[str], num_processes: int | N
 def build_environment(num_processes: int | None, num_gpus: int) -> dict[str, str]:
     """Return what the processes see: devices, and threads that do not outnumber the cores."""
     environment = dict(os.environ)
+    # DeepSpeed looks for ninja there where an operator has to be compiled.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     if num_gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (num_processes or 1))))
