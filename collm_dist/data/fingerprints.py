@@ -6,6 +6,7 @@ from typing import Any
 
 from collm_dist.artifacts import RunDir, Step, compute_fingerprint
 from collm_dist.config import Config
+from collm_dist.data.id_tables import describe_previous
 from collm_dist.data.prompts import load_prompt_text
 from collm_dist.data.readers import open_source
 
@@ -24,7 +25,8 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
         ConfigError: a prompt file is missing.
     """
     if step == "data":
-        return compute_fingerprint(config, step, run_dir, open_source(config.dataset).inputs())
+        inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
+        return compute_fingerprint(config, step, run_dir, inputs)
     if step in ("stage1", "stage2"):
         spec = config.prompt.stage1 if step == "stage1" else config.prompt.stage2
         return compute_fingerprint(config, step, run_dir, {"prompt": load_prompt_text(spec)})

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from collm_dist.artifacts import open_atomic
-from collm_dist.data.manifest import BucketInfo, Manifest, load_manifest
+from collm_dist.artifacts import RunDir, open_atomic
+from collm_dist.data.manifest import BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
 
 
@@ -32,12 +32,27 @@ def sort_naturally(ids: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class PreviousTables:
-    """The id tables of a run that this one extends; empty without one."""
+    """The id tables of a run that this one extends, and the raw rows it was made from; empty without one."""
 
     user_ids: tuple[str, ...] = ()
     item_ids: tuple[str, ...] = ()
     buckets: tuple[BucketInfo, ...] = ()
     rows: int = 0
+
+
+def describe_previous(run: str | None) -> dict[str, Any]:
+    """Return what the data step depends on in ``dataset.extend_from``: the sizes and hashes of its id tables.
+
+    An extended table begins with the tables that it extends; who knows their sizes and hashes can check that.
+
+    Raises:
+        ArtifactError: that run has no data.
+    """
+    if run is None:
+        return {}
+    manifest = load_manifest(Path(run) / "data")
+    names = ("num_users", "num_items", "users_hash", "items_hash")
+    return {"dataset.extend_from": {name: getattr(manifest, name) for name in names}}
 
 
 def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
@@ -49,7 +64,7 @@ def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
     if run is None:
         return PreviousTables()
     data_dir = Path(run) / "data"
-    manifest: Manifest = load_manifest(data_dir)
+    manifest = load_manifest(data_dir)
     if len(manifest.buckets) != num_buckets:
         raise ArtifactError(
             f"dataset.extend_from: {run} has {len(manifest.buckets)} user buckets, this run {num_buckets}; set "
@@ -59,7 +74,7 @@ def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
         user_ids=tuple(pq.read_table(data_dir / "users.parquet").column("user_id").to_pylist()),
         item_ids=tuple(pq.read_table(data_dir / "items.parquet").column("item_id").to_pylist()),
         buckets=manifest.buckets,
-        rows=sum(split.real_rows for split in manifest.splits.values()),
+        rows=RunDir(Path(run)).read_record("data")["input"]["rows"],
     )
 
 
@@ -96,11 +111,11 @@ def write_user_table(path: Path, tables: Sequence[Any]) -> list[str]:
     return [str(one) for one in table.column("id").to_pylist()]
 
 
-def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> int:
+def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> tuple[int, str]:
     """Write ``items.parquet`` in the order of the indices; an item without a row stands for itself.
 
     Returns:
-        Number of items without a text of their own.
+        Number of items without a text of their own, and the hash of all texts.
     """
     ids = pa.array(item_ids, pa.string())
     found = pc.index_in(ids, items.column("item_id").combine_chunks())
@@ -109,4 +124,5 @@ def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> int:
         columns[name] = pc.coalesce(items.column(name).combine_chunks().take(found), ids)
     with open_atomic(path, "wb") as file:
         pq.write_table(pa.table(columns), file)
-    return int(found.null_count)
+    texts = (text for name in ("title", "text") for text in columns[name].to_pylist())
+    return int(found.null_count), compute_ids_hash(texts)

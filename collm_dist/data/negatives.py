@@ -99,5 +99,6 @@ def _reopen_repeats(owner: IntArray, slot: IntArray, items: IntArray, num_items:
     filled = np.flatnonzero(items >= 0)
     keys = owner[filled] * num_items + items[filled]
     order = np.lexsort((slot[filled], keys))
-    repeated = np.concatenate([[False], keys[order][1:] == keys[order][:-1]])
+    repeated = np.zeros(len(order), dtype=bool)
+    repeated[1:] = keys[order][1:] == keys[order][:-1]
     items[filled[order][repeated]] = -1

@@ -80,6 +80,9 @@ def finish_task(marker: Path, stats: dict[str, Any]) -> dict[str, Any]:
     return stats
 
 
-def find_finished(marker: Path) -> dict[str, Any] | None:
-    """Return a finished task's statistics, or None if it must (still) run."""
-    return json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
+def find_finished(marker: Path, *outputs: Path) -> dict[str, Any] | None:
+    """Return a finished task's statistics, or None if it must (still) run, or run again for a file that has gone."""
+    if not all(path.exists() for path in (marker, *outputs)):
+        return None
+    stats: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    return stats

@@ -36,6 +36,13 @@ def count_before(flags: IntArray, groups: tuple[IntArray, ...], timestamps: IntA
     return counts
 
 
+def locate(ids: IntArray, wanted: IntArray) -> IntArray:
+    """Return the position in ``ids`` (distinct, any order) of each wanted one; all of them are there."""
+    order = np.argsort(ids)
+    positions: IntArray = order[np.searchsorted(ids[order], wanted)]
+    return positions
+
+
 @dataclass(frozen=True)
 class UserState:
     """What was known of the user before each of (N,) rows.
@@ -65,6 +72,8 @@ def compute_user_state(
     timestamps: IntArray,
     labels: NDArray[np.int8],
     sampled: NDArray[np.int8],
+    row_ids: IntArray,
+    group_ids: IntArray,
     ties: Literal["strict", "order"],
 ) -> UserState:
     """Compute the state of the user before each of (N,) rows sorted by user, timestamp and row id.
@@ -72,13 +81,16 @@ def compute_user_state(
     Args:
         user_idx, item_idx, timestamps, labels: of the rows.
         sampled: 1 for sampled negatives; they are no events and count nowhere.
+        row_ids: of the rows.
+        group_ids: row id of the event that a row belongs to: its own, or that of the positive it was sampled for, whose
+            state it shares. Its own place would be after the positive, which would then stand in its history.
         ties: whether rows of one timestamp count as earlier by their order, or not at all.
     """
     real = (1 - sampled).astype(np.int64)
     likes, dislikes = real * labels, real * (1 - labels)
     likes_before = np.concatenate([[0], np.cumsum(likes)])
     strict_starts, user_starts = find_group_starts(user_idx, timestamps), find_group_starts(user_idx)
-    seen_until = np.arange(len(user_idx)) if ties == "order" else strict_starts
+    seen_until = locate(row_ids, group_ids) if ties == "order" else strict_starts
     dislikes_before = np.concatenate([[0], np.cumsum(dislikes)])
     return UserState(
         num_likes=likes_before[seen_until] - likes_before[user_starts],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,5 +47,5 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
             for sample in webdataset.tariterators.tar_file_expander([source], eof_value=None):
                 if sample["fname"].endswith(_SUFFIX):
                     yield decode_block(sample["data"])
-        except (ValueError, OSError, safetensors.SafetensorError) as error:
+        except (ValueError, OSError, tarfile.TarError, safetensors.SafetensorError) as error:
             raise ArtifactError(f"{path}: the shard cannot be read ({error}); {remedy}") from error

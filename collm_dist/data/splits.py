@@ -81,5 +81,6 @@ def build_ratio_rule(split: SplitConfig, timestamps: IntArray, counts: IntArray)
     """
     ends = np.cumsum(counts)
     shares = (split.train_ratio, split.train_ratio + split.valid_ratio)
-    cuts = [int(timestamps[np.searchsorted(ends, int(share * ends[-1]), side="right")]) for share in shares]
+    rows_before = [int(share * ends[-1] + 1e-6) for share in shares]  # 0.7 + 0.1 is a little less than 0.8
+    cuts = [int(timestamps[np.searchsorted(ends, before, side="right")]) for before in rows_before]
     return SplitRule(starts=((int(timestamps[0]), 0), (cuts[0], 0), (cuts[1], 0)), ends=(None, None, None))

@@ -122,13 +122,14 @@ def run_tasks(
     return results
 
 
-def _explain(error: BaseException, description: str) -> BaseException:
+def _explain(error: Exception, description: str) -> Exception:
     """Return what to raise for a task that failed: its own error if it is one that a user can act on."""
     cause: object = getattr(error, "cause", None)
     if isinstance(cause, CollmError):
         return cause
-    if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, OSError):
-        return error  # a bug of ours, with its traceback
+    is_bug = isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, OSError)
+    if is_bug:
+        return error
     return LaunchError(
         f"{description}: a Ray task failed: {cause or error}. Run the same command again to go on where it stopped; if "
         "memory was short, raise preprocessing.num_user_buckets or lower cluster.preprocess_parallelism"

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from collm_dist.artifacts import RunDir, compute_fingerprint, compute_json_hash, is_step_current, write_json
+from collm_dist.artifacts import RunDir, compute_json_hash, is_step_current, write_json
 from collm_dist.config import Config
 from collm_dist.data import ingest_tasks, sample_tasks
 from collm_dist.data.checks import check_reads, check_splits
 from collm_dist.data.filters import select_ids, sum_item_counts, sum_over_months
+from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.hashing import hash_integers
 from collm_dist.data.id_tables import (
     PreviousTables,
@@ -66,8 +67,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         LaunchError: Ray is missing, or its nodes do not share the run directory.
     """
     source = open_source(config.dataset)
-    inputs = source.inputs() | describe_previous(config.dataset.extend_from)
-    fingerprint = compute_fingerprint(config, "data", run_dir, inputs)
+    fingerprint = compute_step_fingerprint(config, run_dir, "data")
     data_dir = run_dir.step_dir("data")
     if not force and is_step_current(run_dir, "data", fingerprint):
         print(f"data: done already ({data_dir})")
@@ -273,7 +273,7 @@ def _describe(
                 "path": f"interactions/bucket-{index:05d}.parquet",
                 "rows": one["rows"],
                 "sha256": one["sha256"],
-                "user_ranges": ranges,
+                "user_ranges": [list(slice_) for slice_ in ranges],
             }
             for index, (one, ranges) in enumerate(zip(joined, user_ranges, strict=True))
         ],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +18,11 @@ from collm_dist.config import Config
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.manifest import load_manifest
-from collm_dist.errors import ArtifactError, CollmError, DataError
+from collm_dist.data.splits import SPLITS
+from collm_dist.errors import ArtifactError, CollmError, DataError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
+from tests.reference.plain_samples import Row, compute_known_before
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,12 +58,19 @@ def preprocess(config: Config, **options) -> dict:
     return run_preprocess(config, RunDir(Path(config.run.dir)), **options)
 
 
+def run_command(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run launch/preprocess_data.py with its own Ray."""
+    command = [sys.executable, "launch/preprocess_data.py", "--config", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    return subprocess.run(command, cwd=repository, env=environment, check=True, capture_output=True, text=True)
+
+
 def list_samples(folder: Path) -> list[tuple]:
     """Spell out all samples of all shards, with raw ids, in an order of their own."""
     data = folder / "data"
     manifest, users, items = load_manifest(data), load_user_ids(data), load_item_table(data)["item_id"]
     samples = []
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         for block in GlobalOrder(data, manifest, split, 0, 1000, shuffle=False).iter_batches():
             for target, context in enumerate(block.target_contexts):
                 history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
@@ -83,10 +95,59 @@ def test_released_split_has_its_figures(ml1m_dir, tmp_path, ties, contexts):
     }
     manifest = preprocess(make_config(dataset, tmp_path, pre={"ties": ties}))
     assert (manifest["num_users"], manifest["num_items"]) == (838, 3255)
-    assert [one["rows"] for one in manifest["splits"].values()] == [7_331, 33_891, 10_401] or [
-        manifest["splits"][name]["rows"] for name in ("train", "valid", "test")
-    ] == [33_891, 10_401, 7_331]
-    assert tuple(manifest["splits"][name]["contexts"] for name in ("train", "valid", "test")) == contexts
+    assert [manifest["splits"][name]["rows"] for name in SPLITS] == [33_891, 10_401, 7_331]
+    assert tuple(manifest["splits"][name]["contexts"] for name in SPLITS) == contexts
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
+    """Everything that a sample carries, from the file to the shard, for a log in which everything repeats."""
+    random = np.random.default_rng(7)
+    rows = [
+        Row(
+            row,
+            f"u{random.integers(9)}",
+            f"i{random.integers(12)}",
+            1_000_000_000 + int(random.integers(50)),
+            int(random.integers(2)),
+            str(random.choice(SPLITS)),
+        )
+        for row in range(400)
+    ]
+    lines = [f"{one.user},{one.item},{one.time},{one.label},{one.split}" for one in rows]
+    (tmp_path / "log").mkdir()  # three files: row ids go on from one to the next
+    for number, start in enumerate(range(0, 400, 150)):
+        text = "\n".join(["user_id,item_id,timestamp,label,split", *lines[start : start + 150]]) + "\n"
+        (tmp_path / "log" / f"part-{number}.csv").write_text(text)
+    dataset = {"path": str(tmp_path / "log"), "columns": {"label": "label", "split": "split"},
+               "split": {"method": "column"}}  # fmt: skip
+    limits = {"ties": ties, "max_history_length": 6, "max_dislikes": 3}
+    preprocess(make_config(dataset, tmp_path / "run", pre=limits, prompt={"history_length": 6}))
+    known = compute_known_before(rows, ties)
+    counts = ("user_likes", "user_rows", "item_likes", "item_rows", "user_in_train", "item_in_train")
+    data = tmp_path / "run" / "data"
+    users, items, seen = load_user_ids(data), load_item_table(data)["item_id"], 0
+    for split in SPLITS:
+        for block in GlobalOrder(data, load_manifest(data), split, 0, 64, shuffle=False).iter_batches():
+            for target, context in enumerate(block.target_contexts.tolist()):
+                row, wanted = rows[block.row_id[target]], known[int(block.row_id[target])]
+                history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
+                dislikes = block.dislike_items[block.dislike_offsets[target] : block.dislike_offsets[target + 1]]
+                assert [items[one] for one in history] == wanted["history"][-6:]
+                assert [items[one] for one in dislikes] == wanted["dislikes"][-3:]
+                assert block.num_likes[context] == len(wanted["history"])
+                found = (users[block.user_idx[context]], items[block.item_idx[target]], block.label[target],
+                         block.timestamp[target])  # fmt: skip
+                assert (*found, split) == (row.user, row.item, row.label, row.time, row.split)
+                assert {name: getattr(block, name)[target] for name in counts} == {
+                    name: wanted[name] for name in counts
+                }
+                seen += 1
+    assert seen == 400
+    table = load_interactions(data, ("row_id", "num_likes", *counts))
+    for position, row_id in enumerate(table["row_id"].tolist()):
+        assert {name: table[name][position] for name in counts} == {name: known[row_id][name] for name in counts}
+        assert table["num_likes"][position] == len(known[row_id]["history"])
 
 
 def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp_path):
@@ -102,6 +163,19 @@ def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp
     other = run("other", pre={"num_user_buckets": 5, "num_shards": 3, "contexts_per_record": 7})
     assert other["content_hash"] != wide["content_hash"]
     assert list_samples(tmp_path / "other") == list_samples(tmp_path / "wide")
+
+
+@pytest.mark.slow
+def test_bytes_are_those_of_a_command_on_one_cpu(tiny_ratings, tmp_path, repository):
+    """The same work as a command of its own, on a Ray of one CPU."""
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "wide"))
+    config = make_config(ratings_of(tiny_ratings), tmp_path / "single", cluster={"ray_num_cpus": 1})
+    (tmp_path / "single.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    run_command(repository, tmp_path / "single.yaml")
+    for path in sorted((tmp_path / "wide" / "data").rglob("*.*")):
+        if path.is_file() and path.name != "manifest.json":
+            relative = path.relative_to(tmp_path / "wide")
+            assert (tmp_path / "single" / relative).read_bytes() == path.read_bytes(), relative
 
 
 def test_item_state_equals_a_plain_count(tiny_ratings, tmp_path):
@@ -130,6 +204,87 @@ def test_clicks_get_negatives_and_candidates(tiny_clicks, tmp_path):
     assert len(np.unique(rows["row_id"])) == len(rows["row_id"])
     _, sizes = np.unique(rows["group_id"][rows["split"] == "test"], return_counts=True)
     assert sizes.max() == 4
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+def test_candidates_share_the_context_of_their_positive_whatever_the_partition(tiny_clicks, tmp_path, ties):
+    dataset = {"path": str(tiny_clicks), "columns": {"user_id": "user", "item_id": "item", "timestamp": "time"},
+               "feedback": "implicit", "negative_sampling": "popularity"}  # fmt: skip
+
+    def run(name: str, **counts) -> Path:
+        sections = {"pre": {"ties": ties, **counts}, "evaluation": {"num_candidates": 5}}
+        preprocess(make_config(dataset, tmp_path / name, **sections))
+        return tmp_path / name
+
+    folder = run("three")
+    assert list_samples(folder) == list_samples(run("one", num_user_buckets=1, num_shards=1))
+    rows = load_interactions(folder / "data", ("row_id", "group_id", "user_idx", "num_likes", "user_rows", "sampled"))
+    places = {row: place for place, row in enumerate(rows["row_id"].tolist())}
+    own = [places[group] for group in rows["group_id"].tolist()]
+    assert rows["sampled"].sum() > 60
+    assert not rows["sampled"][own].any()
+    for name in ("user_idx", "num_likes", "user_rows"):
+        np.testing.assert_array_equal(rows[name], rows[name][own])
+
+
+def test_calendar_filters_count_rows_inside_the_windows(tmp_path):
+    """Item b and user v have enough rows in all, not inside; what is outside is in no history either."""
+    day = 86400
+    log = [(0, "u", "a"), (1, "u", "b"), (2, "v", "b"), (35, "u", "a"), (36, "w", "a"), (37, "v", "a"), (70, "u", "a"),
+           (71, "w", "b"), (72, "w", "a"), (100, "u", "a"), (101, "w", "a")]  # fmt: skip
+    dataset = write_csv(tmp_path, [f"{user},{item},{time * day},5" for time, user, item in log])
+    dataset |= {"min_user_interactions": 2, "min_item_interactions": 2}
+    dataset["split"] = {"method": "calendar", "train_months": [1, 1], "valid_months": [2, 2], "test_months": [3, 3]}
+    manifest = preprocess(make_config(dataset, tmp_path / "run"))
+    assert manifest["dropped"] == {"item filter": 1, "outside the split windows": 3, "user filter": 1}
+    assert [manifest["splits"][name]["rows"] for name in SPLITS] == [2, 2, 2]
+    rows = load_interactions(tmp_path / "run" / "data", ("num_likes", "timestamp"))
+    assert rows["num_likes"][rows["timestamp"] == 35 * day].tolist() == [0]
+
+
+def test_amazon_book_rule(tmp_path):
+    """2017 with December cut in two; the other years count for nothing, not even for the filter."""
+    dates = ["2016-05-01", "2017-01-01", "2017-06-01", "2017-11-30", "2017-12-01", "2017-12-02", "2017-12-20",
+             "2017-12-31", "2018-01-01"]  # fmt: skip
+    lines = [f"u,{item},{date},5" for item in ("a", "b") for date in dates] + ["v,a,2017-01-01,5", "v,a,2016-01-01,5"]
+    dataset = write_csv(tmp_path, lines) | {"split": {"method": "amazon_book"}, "min_user_interactions": 2}
+    manifest = preprocess(make_config(dataset, tmp_path / "run"))
+    assert [manifest["splits"][name]["rows"] for name in SPLITS] == [6, 4, 4]
+    assert manifest["dropped"] == {"outside the split windows": 5, "user filter": 1}
+
+
+def test_items_that_the_item_file_lacks_are_bad_rows(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "".join(f"{item},Film {item}\n" for item in range(8)))
+    dataset = write_csv(tmp_path, GOOD) | {"items_path": str(tmp_path / "items.csv")}
+    with pytest.raises(DataError, match=r"6 of 54 rows.*6 x unknown item(.|\n)*item '8' is not in the item file"):
+        preprocess(make_config(dataset, tmp_path / "run"))
+    manifest = preprocess(make_config(dataset | {"max_bad_row_share": 0.2}, tmp_path / "run"))
+    assert manifest["dropped"] == {"unknown item": 6}
+    assert manifest["num_items"] == 8
+
+
+def test_redone_work_leaves_nothing_of_the_old_and_spares_a_linked_run(tiny_ratings, tmp_path):
+    wide = {"num_user_buckets": 5, "num_shards": 3}
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "run", pre=wide))
+    manifest = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "run"), force=True)
+    files = {str(path.relative_to(tmp_path / "run" / "data")) for path in (tmp_path / "run" / "data").rglob("*.*")}
+    listed = {one["path"] for one in [*manifest["shards"], *manifest["buckets"]]}
+    assert files == listed | {"manifest.json", "users.parquet", "items.parquet"}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "data").symlink_to(tmp_path / "run" / "data")
+    preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "linked", pre=wide), force=True)
+    assert not (tmp_path / "linked" / "data").is_symlink()
+    assert json.loads((tmp_path / "run" / "data" / "manifest.json").read_text()) == manifest
+
+
+def test_titles_count_for_the_content_hash(tiny_ratings, tmp_path):
+    (tmp_path / "items.csv").write_text((tiny_ratings / "items.csv").read_text().replace("Film 7 ", "Movie 7 "))
+    first = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "first"))
+    second = preprocess(
+        make_config(ratings_of(tiny_ratings) | {"items_path": str(tmp_path / "items.csv")}, tmp_path / "second")
+    )
+    assert first["items_hash"] == second["items_hash"]
+    assert first["content_hash"] != second["content_hash"]
 
 
 def test_ids_keep_their_indices_when_a_run_is_extended(tiny_ratings, tmp_path):
@@ -165,25 +320,30 @@ def test_done_is_skipped_and_changed_input_is_refused(tiny_ratings, tmp_path, ca
     assert preprocess(config, force=True)["input"]["rows"] == first["input"]["rows"] + 1
 
 
-def test_interrupted_work_goes_on(tiny_ratings, tmp_path, monkeypatch):
-    config = make_config(ratings_of(tiny_ratings), tmp_path / "run")
-    import collm_dist.orchestration.preprocess as module
-
+def test_interrupted_work_goes_on(tiny_ratings, tmp_path):
+    """A folder in a shard's place stops the last tasks; afterwards only what is missing is made again."""
     whole = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "whole"))
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "_check_splits", stop)
-    with pytest.raises(KeyboardInterrupt):
+    config = make_config(ratings_of(tiny_ratings), tmp_path / "run")
+    data = tmp_path / "run" / "data"
+    (data / "shards" / "valid-00001.tar" / "obstacle").mkdir(parents=True)
+    with pytest.raises(LaunchError, match=r"packing shards.*Run the same command again"):
         preprocess(config)
-    monkeypatch.undo()
-    (work,) = (tmp_path / "run" / "data").glob(".work-*")
-    markers = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
-    assert markers
-    (work / "chunk-00000.json").unlink()
+    assert not (data / "manifest.json").exists()
+    (work,) = data.glob(".work-*")
+    read = json.loads((work / "chunk-00000.json").read_text())
+    (work / "chunk-00000.json").write_text(json.dumps(read | {"examples": ["as read the first time"]}))
+    for lost in (
+        work / "samples-00001.arrow",
+        data / "interactions" / "bucket-00002.parquet",
+        work / "states-00000.json",
+    ):
+        lost.unlink()
+    (data / "shards" / "valid-00001.tar" / "obstacle").rmdir()
+    (data / "shards" / "valid-00001.tar").rmdir()
     done = preprocess(config)
+    assert done["input"]["bad_examples"] == ["as read the first time"]
     assert done["content_hash"] == whole["content_hash"]
+    assert [one["sha256"] for one in done["shards"]] == [one["sha256"] for one in whole["shards"]]
     assert not work.exists()
 
 

@@ -1,0 +1,93 @@
+"""Refusing data that is not what was promised, before anything is made of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from collm_dist.config import DatasetConfig
+from collm_dist.errors import DataError
+
+
+def check_reads(
+    dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int], previous_rows: int
+) -> None:
+    """Check bad rows and ``dataset.expect``.
+
+    Args:
+        dataset: the settings.
+        reads: what ``ingest_tasks.read_chunk`` returned for each chunk.
+        unknown: rows of each item that the item file does not have.
+        previous_rows: raw rows of ``dataset.extend_from``; 0 without one.
+
+    Raises:
+        DataError: with the counts, the first examples and the setting that allows more.
+    """
+    total = sum(read["rows_read"] for read in reads)
+    if total == 0:
+        raise DataError("dataset.path: the input has no rows")
+    _check_bad_rows(dataset, reads, unknown, total)
+    if sum(read["usable"] for read in reads) == 0:
+        raise DataError(
+            f"dataset: none of the {total} rows can be used: dataset.row_filter or the window of dataset.split leave "
+            "nothing; loosen them"
+        )
+    expect = dataset.expect
+    if total < expect.min_rows:
+        raise DataError(
+            f"dataset.expect.min_rows: the input has {total} rows, expected at least {expect.min_rows}; complete the "
+            "input or lower the setting"
+        )
+    age = (time.time() - max(read["last"] for read in reads)) / 3600
+    if expect.max_age_hours is not None and age > expect.max_age_hours:
+        raise DataError(
+            f"dataset.expect.max_age_hours: the newest interaction is {age:.1f} hours old, expected at most "
+            f"{expect.max_age_hours}; bring newer data or raise the setting"
+        )
+    if expect.max_row_change_share is not None and previous_rows:
+        change = abs(total - previous_rows) / previous_rows
+        if change > expect.max_row_change_share:
+            raise DataError(
+                f"dataset.expect.max_row_change_share: {total} rows against {previous_rows} in dataset.extend_from is "
+                f"a change of {change:.0%}, expected at most {expect.max_row_change_share:.0%}; look at the input or "
+                "raise the setting"
+            )
+
+
+def _check_bad_rows(
+    dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int], total: int
+) -> None:
+    bad = sum((Counter[str](read["bad"]) for read in reads), Counter[str]())
+    examples = [line for read in reads for line in read["examples"]][:5]
+    if unknown:
+        bad["unknown item"] = sum(unknown.values())
+        examples += [
+            f"item '{item}' is not in the item file ({rows} rows)" for item, rows in sorted(unknown.items())[:5]
+        ]
+    if bad.total() > dataset.max_bad_row_share * total:
+        causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
+        raise DataError(
+            f"dataset: {bad.total()} of {total} rows cannot be used ({causes}), more than dataset.max_bad_row_share="
+            f"{dataset.max_bad_row_share} allows; mend the input or raise it. The first ones:\n  "
+            + "\n  ".join(examples)
+        )
+
+
+def check_splits(dataset: DatasetConfig, rows: Mapping[str, Counter[str]]) -> None:
+    """Check that no split is empty.
+
+    Raises:
+        DataError: one is; the message names it and the settings to change.
+    """
+    for name, counts in rows.items():
+        if counts["real_rows"] == 0:
+            sizes = ", ".join(f"{one} {count['real_rows']}" for one, count in rows.items())
+            remedy = {
+                "ratio": "change dataset.split.train_ratio or valid_ratio; rows of one second are never divided",
+                "calendar": f"change dataset.split.{name}_months, which count from the data's first month",
+                "amazon_book": "this rule needs rows of 2017, with two in December; choose another method",
+                "column": f"the column '{dataset.columns.split}' needs rows that say '{name}'",
+            }[dataset.split.method]
+            raise DataError(f"dataset.split: the split '{name}' is empty (rows: {sizes}); {remedy}")

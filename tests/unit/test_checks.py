@@ -1,0 +1,55 @@
+"""Data that is not what was promised is refused with counts, examples and the setting to change."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from collm_dist.config import DatasetConfig
+from collm_dist.data.checks import check_reads, check_splits
+from collm_dist.errors import DataError
+
+NOW = int(time.time())
+READ = {"rows_read": 100, "usable": 98, "bad": {"time is no time": 2}, "examples": ["a.csv:7: time is no time"],
+        "last": NOW - 7200}  # fmt: skip
+
+
+def dataset(**settings: Any) -> DatasetConfig:
+    return DatasetConfig(path="a.csv", columns={"rating": "rating"}, **settings)
+
+
+def test_good_data_passes():
+    expect = {"min_rows": 100, "max_age_hours": 3, "max_row_change_share": 0.5}
+    check_reads(dataset(max_bad_row_share=0.02, expect=expect), [READ], {}, 80)
+
+
+@pytest.mark.parametrize(
+    ("settings", "unknown", "previous", "message"),
+    [
+        ({}, {}, 0, r"2 of 100 rows .*2 x time is no time.*max_bad_row_share=0.01[^$]*a.csv:7"),
+        ({"max_bad_row_share": 0.03}, {"q": 5}, 0, r"7 of 100 rows .*5 x unknown item[^$]*item 'q'"),
+        ({"expect": {"min_rows": 101}}, {}, 0, r"expect.min_rows: the input has 100 rows"),
+        ({"expect": {"max_age_hours": 1.5}}, {}, 0, r"expect.max_age_hours: the newest interaction is 2.0 hours old"),
+        ({"expect": {"max_row_change_share": 0.1}}, {}, 80, r"max_row_change_share: 100 rows against 80.*25%"),
+    ],
+)
+def test_broken_promises_are_named(settings, unknown, previous, message):
+    settings = {"max_bad_row_share": 0.02, **settings} if settings else settings
+    with pytest.raises(DataError, match=message):
+        check_reads(dataset(**settings), [READ], unknown, previous)
+
+
+def test_nothing_to_use():
+    with pytest.raises(DataError, match="no rows"):
+        check_reads(dataset(), [{**READ, "rows_read": 0, "bad": {}}], {}, 0)
+    with pytest.raises(DataError, match="none of the 100 rows"):
+        check_reads(dataset(), [{**READ, "usable": 0, "bad": {}}], {}, 0)
+
+
+def test_an_empty_split_is_named():
+    rows = {"train": Counter(real_rows=5), "valid": Counter(), "test": Counter(real_rows=1)}
+    with pytest.raises(DataError, match=r"'valid' is empty .*train 5, valid 0, test 1.*valid_ratio"):
+        check_splits(dataset(), rows)

@@ -1,0 +1,68 @@
+"""Shards: the same arrays come back, the same input gives the same bytes, damage is named."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from collm_dist.data.context_block import ContextBlock, concatenate_blocks
+from collm_dist.data.shard_reader import decode_block, read_shard
+from collm_dist.data.shard_writer import encode_block, write_shard
+from collm_dist.errors import ArtifactError
+from tests.unit.loader_data import make_contexts
+
+
+@pytest.fixture
+def block() -> ContextBlock:
+    return make_contexts([1 + number % 4 for number in range(23)], seed=4)
+
+
+def assert_equal(left: ContextBlock, right: ContextBlock) -> None:
+    for field in fields(ContextBlock):
+        np.testing.assert_array_equal(getattr(left, field.name), getattr(right, field.name), err_msg=field.name)
+        assert getattr(right, field.name).dtype == np.int64
+
+
+def test_a_block_survives_its_bytes_whatever_its_numbers(block):
+    assert_equal(block, decode_block(encode_block(block)))
+    wide = replace(
+        block, item_idx=block.item_idx + 2**40, row_id=block.row_id + 2**40, timestamp=block.timestamp - 10**10
+    )
+    assert_equal(wide, decode_block(encode_block(wide)))
+
+
+def test_records_come_back_in_order(tmp_path, block):
+    info = write_shard(tmp_path, "train-00000.tar", "train", block, contexts_per_record=5)
+    records = list(read_shard(tmp_path / info.path, info.sha256))
+    assert [record.num_contexts for record in records] == [5, 5, 5, 5, 3]
+    assert_equal(block, concatenate_blocks(records))
+    assert (info.rows, info.contexts) == (block.num_targets, 23)
+    assert info.bytes == (tmp_path / info.path).stat().st_size
+
+
+def test_the_same_block_gives_the_same_bytes(tmp_path, block):
+    first, second = (write_shard(tmp_path / name, "train-00000.tar", "train", block, 5) for name in ("a", "b"))
+    assert first.sha256 == second.sha256
+
+
+@pytest.mark.parametrize("keep", [0, 700, 0.5, -1])
+def test_a_truncated_shard_is_named_with_both_checksums(tmp_path, block, keep):
+    info = write_shard(tmp_path, "train-00000.tar", "train", block, 5)
+    path = tmp_path / info.path
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ArtifactError, match=rf"train-00000\.tar: .*{info.sha256[:16]}.*--force data"):
+        list(read_shard(path, info.sha256))
+
+
+def test_a_shard_cut_in_a_record_is_refused_even_unchecked(tmp_path, block):
+    info = write_shard(tmp_path, "train-00000.tar", "train", block, 5)
+    path = tmp_path / info.path
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ArtifactError, match="train-00000"):
+        list(read_shard(path))
+    path.unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        list(read_shard(path))
