@@ -84,6 +84,16 @@ class RunDir:
         """Whether the step's record exists (its fingerprint is another question)."""
         return self.record_path(step).exists()
 
+    def withdraw(self, step: Step) -> None:
+        """Take a step's record back before its files change: from then on it is not done.
+
+        A step that is linked in from another run is let go whole: the other run's files are not ours to change.
+        """
+        folder = self.step_dir(step)
+        if folder.is_symlink():
+            folder.unlink()
+        self.record_path(step).unlink(missing_ok=True)
+
 
 def flatten_config(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     """Return the non-operational fields as ``{dotted path: JSON value}``."""

@@ -10,6 +10,7 @@ from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.evaluation.report import run_evaluation
+from collm_dist.orchestration.run_lock import hold_run_lock
 
 EXAMPLES = """examples:
   python launch/evaluate_model.py --config configs/ml100k_demo.yaml
@@ -18,7 +19,9 @@ EXAMPLES = """examples:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    run_evaluation(config, RunDir(Path(config.run.dir)), force="eval" in arguments.force)
+    run_dir = RunDir(Path(config.run.dir))
+    with hold_run_lock(run_dir.path):
+        run_evaluation(config, run_dir, force="eval" in arguments.force)
 
 
 def main() -> int:

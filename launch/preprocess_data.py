@@ -10,6 +10,7 @@ from typing import Any
 from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
+from collm_dist.orchestration.run_lock import hold_run_lock
 
 EXAMPLES = """examples:
   python launch/preprocess_data.py --config configs/ml100k_demo.yaml
@@ -37,7 +38,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         return
     from collm_dist.orchestration.preprocess import run_preprocess
 
-    run_preprocess(config, run_dir, force="data" in arguments.force)
+    with hold_run_lock(run_dir.path):
+        run_preprocess(config, run_dir, force="data" in arguments.force)
 
 
 def main() -> int:

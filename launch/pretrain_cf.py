@@ -10,6 +10,7 @@ from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.orchestration.pretrain import run_pretrain
+from collm_dist.orchestration.run_lock import hold_run_lock
 
 EXAMPLES = """examples:
   python launch/pretrain_cf.py --config configs/ml100k_demo.yaml
@@ -18,7 +19,9 @@ EXAMPLES = """examples:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    run_pretrain(config, RunDir(Path(config.run.dir)), force="cf" in arguments.force)
+    run_dir = RunDir(Path(config.run.dir))
+    with hold_run_lock(run_dir.path):
+        run_pretrain(config, run_dir, force="cf" in arguments.force)
 
 
 def main() -> int:

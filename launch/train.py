@@ -11,6 +11,7 @@ from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
+from collm_dist.orchestration.run_lock import hold_run_lock
 from collm_dist.tuning.stages import describe_stage_plan, run_stage
 
 EXAMPLES = """examples:
@@ -39,8 +40,10 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         merged = {**config.cluster.deepspeed_extra, **extra}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
     stages = [f"stage{arguments.stage}"] if arguments.stage else ["stage1"] * config.stage1.enabled + ["stage2"]
-    for name in stages:
-        run_stage(config, RunDir(Path(config.run.dir)), name, force=name in arguments.force)
+    run_dir = RunDir(Path(config.run.dir))
+    with hold_run_lock(run_dir.path):
+        for name in stages:
+            run_stage(config, run_dir, name, force=name in arguments.force)
 
 
 def main() -> int:

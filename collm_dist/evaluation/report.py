@@ -181,7 +181,7 @@ def build_figures(
 
 def _remove_old(run_dir: RunDir) -> None:
     """Remove an earlier report: its record first, so that it never stands over files of another one."""
-    run_dir.record_path("eval").unlink(missing_ok=True)
+    run_dir.withdraw("eval")
     folder = run_dir.step_dir("eval")
     for name in ("scores", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -106,9 +106,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
 def _open_work_folder(run_dir: RunDir, key: str) -> Path:
     """Return the folder of intermediate files; what an interrupted run of the same work left there is used."""
     data_dir = run_dir.step_dir("data")
-    if data_dir.is_symlink():  # linked from another run, whose files are not ours to replace
-        data_dir.unlink()
-    run_dir.record_path("data").unlink(missing_ok=True)
+    run_dir.withdraw("data")
     work = data_dir / f".work-{key}"
     for stale in data_dir.glob(".work-*"):
         if stale != work:

@@ -82,7 +82,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         print(f"cf: done already ({run_dir.step_dir('cf')})")
         return run_dir.read_record("cf")
     folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
-    run_dir.record_path("cf").unlink(missing_ok=True)
+    run_dir.withdraw("cf")
     checkpoints = folder / "checkpoints"
     if force:
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -49,7 +49,9 @@ class Holder:
 def hold_run_lock(
     run_dir: Path, on_beat: Callable[[], None] | None = None, beat_seconds: float = BEAT_SECONDS
 ) -> Iterator[None]:
-    """Hold a run directory for as long as the block lasts. Inside a process of the holder's this does nothing.
+    """Hold a run directory for as long as the block lasts.
+
+    Does nothing in processes that the holder has started, and in all of a launcher's processes but the first.
 
     Args:
         run_dir: made if needed.
@@ -59,12 +61,13 @@ def hold_run_lock(
     Raises:
         LaunchError: somebody alive holds it; the message names host and process.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK_NAME
     holder = _read_holder(path)
-    if holder is not None and os.environ.get(TOKEN_VARIABLE) == holder.token:
+    is_held = holder is not None and os.environ.get(TOKEN_VARIABLE) == holder.token
+    if is_held or os.environ.get("RANK", "0") != "0":
         yield
         return
+    run_dir.mkdir(parents=True, exist_ok=True)
     own = _take(path)
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, own, stop, on_beat, beat_seconds), daemon=True)

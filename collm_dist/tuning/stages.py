@@ -285,7 +285,7 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
 def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
     """Take back the record of a stage that is to be redone, and with force its checkpoints too."""
     if get_rank() == 0:
-        run_dir.record_path(name).unlink(missing_ok=True)
+        run_dir.withdraw(name)
         if force:
             shutil.rmtree(run_dir.step_dir(name), ignore_errors=True)
         (run_dir.step_dir(name) / "checkpoints").mkdir(parents=True, exist_ok=True)
