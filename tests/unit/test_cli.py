@@ -1,0 +1,109 @@
+"""Commands: arguments, dry run, and how they end."""
+
+import json
+import sys
+
+import pytest
+
+from collm_dist import cli
+from collm_dist.errors import DataError, LaunchError
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a command in this process and return exit code, what it was called with, and what it printed."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run: {{dir: {tmp_path}/run}}\ndataset: {{path: a.csv, columns: {{rating: r}}}}\n")
+
+    def run_it(*arguments, work=None, **options):
+        calls = []
+        monkeypatch.setattr(sys, "argv", ["prog", "--config", str(config), *arguments])
+
+        def record(config, namespace):
+            calls.append((config, namespace))
+            return work() if work else None
+
+        code = cli.run_command("Does something.", record, "examples:\n  prog --config C\n", **options)
+        return code, calls, capsys.readouterr()
+
+    return run_it
+
+
+def fail(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_arguments_reach_the_command_in_any_order(run):
+    code, calls, _ = run("cf.embedding_dim=8", "--local_rank=3", "--force", "cf,eval", "lora.rank=2", "--force", "data")
+    (config, namespace) = calls[0]
+    assert code == 0
+    assert (config.cf.embedding_dim, config.lora.rank) == (8, 2)
+    assert namespace.force == ("cf", "eval", "data")
+    assert namespace.local_rank == 3
+    assert namespace.overrides == ["cf.embedding_dim=8", "lora.rank=2"]
+
+
+def test_own_arguments_and_exit_code(run):
+    code, calls, _ = run("--stage", "2", work=lambda: 7, add_arguments=lambda p: p.add_argument("--stage", type=int))
+    assert code == 7
+    assert calls[0][1].stage == 2
+
+
+def test_help_teaches(run):
+    code, calls, printed = run("--help")
+    assert (code, calls) == (0, [])
+    for part in ("Does something.", "examples:", "section.key=value", "where results go", "exit codes"):
+        assert part in printed.out
+
+
+def test_wrong_arguments_end_with_2(run):
+    for arguments in (("--forse", "cf"), ("--force", "cff")):
+        code, calls, printed = run(*arguments)
+        assert (code, calls) == (2, [])
+        assert "cff" in printed.err or "--forse" in printed.err
+
+
+def test_a_mistake_in_the_settings_has_no_traceback(run):
+    code, calls, printed = run("stage1.lerning_rate=3")
+    assert (code, calls) == (2, [])
+    assert "Traceback" not in printed.err
+    assert "nearest name 'stage1.learning_rate'" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "has_traceback"),
+    [(DataError("bad row"), 2, False), (LaunchError("no GPU"), 3, False), (KeyboardInterrupt(), 130, False),
+     (ValueError("our bug"), 1, True)],
+)  # fmt: skip
+def test_exit_codes(run, error, code, has_traceback):
+    actual, _, printed = run(work=fail(error))
+    assert actual == code
+    assert ("Traceback" in printed.err) == has_traceback
+    assert printed.err.splitlines()[-1]
+
+
+def test_the_parent_process_is_told(run, tmp_path, monkeypatch):
+    monkeypatch.setenv(cli.ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
+    run(work=fail(LaunchError("no GPU")))
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert told == {"error": "LaunchError", "message": "no GPU", "exit_code": 3, "retryable": True}
+
+
+def test_of_many_processes_one_says_what_is_wrong_alike(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(work=fail(DataError("bad row")))[2].err == ""
+    assert "[process 1] LaunchError: no memory" in run(work=fail(LaunchError("no memory")))[2].err
+
+
+def test_dry_run_shows_settings_and_plan(run):
+    code, calls, printed = run(
+        "--dry-run", "lora.rank=2", describe=lambda config, run_dir: [f"rank {config.lora.rank}"]
+    )
+    assert (code, calls) == (0, [])
+    assert "learning_rate:" in printed.out
+    assert printed.out.splitlines()[-1] == "# rank 2"
+    assert "# data    not done" in run("--dry-run")[2].out

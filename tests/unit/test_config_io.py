@@ -1,0 +1,142 @@
+"""Configurations: sources in order, YAML as people mean it, and every mistake at once with the nearest name."""
+
+import pytest
+
+from collm_dist.config import Config
+from collm_dist.config.foreign_names import FOREIGN_NAMES
+from collm_dist.config.yaml_file import parse_value
+from collm_dist.config_io import dump_config, list_fields, load_config
+from collm_dist.errors import ConfigError
+
+GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(text: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_config
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
+    path = write(GOOD + "stage1: {learning_rate: 5e-4, warmup_steps: 7}\n")
+    config = load_config(path, ["stage1.warmup_steps=9", "evaluation.splits=[test]", "cf.embedding_dim=8"])
+    assert config.stage1.learning_rate == 5e-4
+    assert config.stage1.warmup_steps == 9
+    assert config.evaluation.splits == ("test",)
+    assert config.cf.embedding_dim == 8
+    assert config.stage2 == Config.model_validate(config.model_dump()).stage2
+
+
+def test_plain_yes_no_and_dates_are_text_and_exponents_numbers(write):
+    path = write(
+        GOOD + "prompt: {yes: ' Yes', no: ' No', score: yes}\ncluster: {deepspeed_extra: {a: 1e-4, b: 2026-01-01}}\n"
+    )
+    config = load_config(path)
+    assert (config.prompt.yes, config.prompt.no, config.prompt.score) == (" Yes", " No", "yes")
+    assert config.cluster.deepspeed_extra == {"a": 1e-4, "b": "2026-01-01"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("1e-4", 1e-4),
+        ("-.5", -0.5),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("yes", "yes"),
+        ("007", "007"),
+        ("[1, 2]", [1, 2]),
+        ("{a: 1}", {"a": 1}),
+        ("'3'", "3"),
+        ("Liked: <ItemTitleList>. #Answer:", "Liked: <ItemTitleList>. #Answer:"),
+        ("s3://bucket/a.parquet", "s3://bucket/a.parquet"),
+    ],
+)
+def test_override_values(text, value):
+    assert parse_value(text) == value
+
+
+def test_merge_keys_and_empty_sections(write):
+    config = load_config(
+        write(GOOD + "stage1: &s {warmup_steps: 3, max_steps: 5}\nstage2:\n  <<: *s\n  max_steps: 6\ncf:\n")
+    )
+    assert (config.stage2.warmup_steps, config.stage2.max_steps) == (3, 6)
+    assert config.cf.model == "mf"
+
+
+def test_what_is_dumped_loads_equal(write, tmp_path):
+    config = load_config(write(GOOD + "prompt: {stage1: 'Liked: <ItemTitleList>\n\n  x', yes: ' Yes', score: yes}\n"))
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_every_mistake_at_once(write):
+    path = write(
+        "output_dir: runs/x\nrun: {dir: 5}\ndataset: {path: a.csv, columns: {rating: r}, formatt: table}\n"
+        "stage1: {lerning_rate: 1e-3, learning_rate: -1, per_device_train_batch_size: 4}\n"
+        "preprocessing: {ties: ordr}\nzero_optimization: {stage: 2}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["seed=1", "nonsense", "run.dir.x=1", "lora.target_modules=[a", "lora_r=4"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}: {len(lines) - 1} mistakes in the configuration"
+    for wanted in (
+        "dataset.formatt: no such setting ('table') - nearest name 'dataset.format'",
+        "stage1.lerning_rate: no such setting (0.001) - nearest name 'stage1.learning_rate'",
+        "stage1.learning_rate: should be greater than 0 (-1)",
+        "preprocessing.ties: should be 'strict' or 'order' ('ordr') - nearest name 'order'",
+        "seed: no such setting (1) - nearest name 'run.seed'",
+        "nonsense: an override is written section.key=value",
+        "lora.target_modules: a list, mapping or quoted text that is not closed ([a)",
+        "lora_r: no such setting (4) - here it is lora.rank",
+        "output_dir: no such setting ('runs/x') - here it is run.dir",
+    ):
+        assert f"  {wanted}" in lines
+    assert any(
+        line.startswith("  stage1.per_device_train_batch_size:") and "global_batch_size" in line for line in lines
+    )
+    assert any(line.startswith("  zero_optimization:") and "cluster.zero_stage" in line for line in lines)
+
+
+def test_missing_and_conflicting_settings(write):
+    with pytest.raises(ConfigError, match=r"run: is required"):
+        load_config(write("dataset: {path: a}\n"))
+    with pytest.raises(ConfigError, match=r"give exactly one of dataset.path and dataset.asset"):
+        load_config(write("run: {dir: x}\ndataset: {}\n"))
+    with pytest.raises(ConfigError, match=r"prompt.history_length 60 exceeds preprocessing.max_history_length 50"):
+        load_config(write(GOOD), ["prompt.history_length=60"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {dir: x\ndataset: 3", r"config\.yaml:2: "),
+        ("run: {dir: x}\nrun: {dir: y}", r"config\.yaml:2: the key 'run' is given twice, first in line 1"),
+        ("- a\n- b", r"expected sections"),
+    ],
+)
+def test_bad_yaml_names_file_and_line(write, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_foreign_names_are_no_names_of_ours_and_point_to_some():
+    """A hint for a name must not stand in the way of a setting of that name, and must name settings that exist."""
+    paths = {name for name, _ in list_fields(Config)}
+    last = {path.rsplit(".", 1)[-1] for path in paths}
+    for foreign, hint in FOREIGN_NAMES.items():
+        ours = [word.strip(",;:()") for word in hint.split() if "." in word]
+        assert all(word.rstrip(".") in paths for word in ours), (foreign, hint)
+        assert ours or hint.startswith("none") or any(name in hint for name in last), (foreign, hint)

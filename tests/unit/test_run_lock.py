@@ -1,0 +1,92 @@
+"""One writer per run directory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from collm_dist.errors import LaunchError
+from collm_dist.orchestration import run_lock
+from collm_dist.orchestration.run_lock import LOCK_NAME, STALE_SECONDS, TOKEN_VARIABLE, hold_run_lock
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from collm_dist.orchestration.run_lock import hold_run_lock\n"
+    "with hold_run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_lock_is_left_behind_clean(tmp_path):
+    with hold_run_lock(tmp_path / "new"):
+        assert (tmp_path / "new" / LOCK_NAME).exists()
+    assert not (tmp_path / "new" / LOCK_NAME).exists()
+    assert TOKEN_VARIABLE not in os.environ
+
+
+def test_a_living_holder_is_named(tmp_path, stranger):
+    with pytest.raises(LaunchError, match=f"process {stranger.pid} on "), hold_run_lock(tmp_path):
+        pass
+
+
+def test_a_dead_holder_is_taken_over(tmp_path, stranger, caplog):
+    stranger.kill()
+    stranger.wait()
+    with hold_run_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert "taking over" in caplog.text
+
+
+def test_another_process_of_the_same_number_is_not_the_holder(tmp_path):
+    with hold_run_lock(tmp_path):
+        holder = json.loads((tmp_path / LOCK_NAME).read_text())
+    (tmp_path / LOCK_NAME).write_text(json.dumps(holder | {"started": holder["started"] - 1000, "token": "old"}))
+    with hold_run_lock(tmp_path):
+        pass
+
+
+def test_on_another_host_the_age_of_the_heartbeat_tells(tmp_path):
+    path = tmp_path / LOCK_NAME
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0, "token": "theirs"}))
+    with pytest.raises(LaunchError, match="process 1 on elsewhere"), hold_run_lock(tmp_path):
+        pass
+    old = time.time() - STALE_SECONDS - 5
+    os.utime(path, (old, old))
+    with hold_run_lock(tmp_path):
+        assert json.loads(path.read_text())["token"] != "theirs"
+
+
+def test_children_work_under_their_parents_lock(tmp_path):
+    with hold_run_lock(tmp_path):
+        code = "import sys; from pathlib import Path; from collm_dist.orchestration.run_lock import hold_run_lock\n"
+        code += "with hold_run_lock(Path(sys.argv[1])): pass"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        assert (tmp_path / LOCK_NAME).exists()
+
+
+def test_heartbeats(tmp_path):
+    beats = []
+    with hold_run_lock(tmp_path, lambda: beats.append(1), beat_seconds=0.02):
+        os.utime(tmp_path / LOCK_NAME, (0, 0))
+        time.sleep(0.3)
+        assert time.time() - (tmp_path / LOCK_NAME).stat().st_mtime < 10
+    assert len(beats) > 2
+
+
+def test_who_loses_the_lock_stops(tmp_path):
+    with pytest.raises(KeyboardInterrupt), hold_run_lock(tmp_path, beat_seconds=0.02):  # noqa: PT012
+        (tmp_path / LOCK_NAME).write_text(json.dumps({"host": "a", "pid": 1, "started": 0.0, "token": "b"}))
+        time.sleep(5)
+    assert (tmp_path / LOCK_NAME).exists()
+    assert run_lock.LOCK_NAME == ".lock"

@@ -1,0 +1,64 @@
+"""status.json is always whole and says what to do."""
+
+import json
+import threading
+
+import pytest
+
+from collm_dist.cli import describe_error
+from collm_dist.errors import ArtifactError, CheckpointError, ConfigError, DataError, LaunchError
+from collm_dist.orchestration.status import REMEDIES, UNKNOWN_REMEDY, RunStatus
+
+
+def test_nothing_is_written_before_the_lock_is_ours(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.end(describe_error(LaunchError("somebody is there")))
+    assert not (tmp_path / "status.json").exists()
+    assert json.loads(status.line)["message"] == "somebody is there"
+
+
+def test_a_run_from_begin_to_end(tmp_path):
+    path = tmp_path / "status.json"
+    status = RunStatus(path)
+    status.begin()
+    status.enter("cf")
+    running = json.loads(path.read_text())
+    assert (running["state"], running["step"]) == ("running", "cf")
+    status.end()
+    done = json.loads(path.read_text())
+    assert (done["state"], done["exit_code"], done["error"]) == ("done", 0, None)
+    assert json.loads(status.line) == done
+    assert "\n" not in status.line
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, ArtifactError, CheckpointError, LaunchError])
+def test_every_error_has_a_remedy(tmp_path, kind):
+    status = RunStatus(tmp_path / "status.json")
+    status.begin()
+    status.end(describe_error(kind("this is wrong")))
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["state"], found["error"], found["exit_code"]) == ("failed", kind.__name__, kind.exit_code)
+    assert found["retryable"] == kind.retryable
+    assert found["remedy"] == REMEDIES[kind.__name__]
+
+
+def test_interruptions_and_faults(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.end(describe_error(KeyboardInterrupt()))
+    assert json.loads(status.line)["state"] == "interrupted"
+    assert json.loads(status.line)["retryable"] is True
+    status.end(describe_error(ZeroDivisionError("x")))
+    assert json.loads(status.line)["remedy"] == UNKNOWN_REMEDY
+
+
+def test_readers_never_see_a_part(tmp_path):
+    path = tmp_path / "status.json"
+    status = RunStatus(path)
+    status.begin()
+    threads = [threading.Thread(target=lambda: [status.beat() for _ in range(20)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        json.loads(path.read_text())
+    for thread in threads:
+        thread.join()
