@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,15 +11,21 @@ import numpy as np
 import pytest
 import ray
 
-from collm_dist.artifacts import RunDir
-from collm_dist.config import Config
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.manifest import load_manifest
 from collm_dist.data.splits import SPLITS
 from collm_dist.errors import ArtifactError, CollmError, DataError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.preprocess import run_preprocess
+from tests.integration.preprocess_runs import (
+    GOOD,
+    list_samples,
+    make_config,
+    preprocess,
+    ratings_of,
+    run_command,
+    write_csv,
+)
 from tests.reference.plain_samples import Row, compute_known_before
 
 
@@ -30,59 +34,6 @@ def _ray():
     config = make_config({"path": "unused", "columns": {"label": "label"}}, "unused")
     with connect_ray(config.cluster):
         yield
-
-
-def make_config(dataset: dict, folder: Path | str, **sections) -> Config:
-    preprocessing = {"num_user_buckets": 3, "num_shards": 2, "contexts_per_record": 16, **sections.pop("pre", {})}
-    return Config.model_validate(
-        {
-            "run": {"dir": str(folder)},
-            "dataset": dataset,
-            "preprocessing": preprocessing,
-            "monitoring": {"progress_bar": False},
-            "cluster": {"ray_num_cpus": 2, "object_store_gb": 0.1},
-            **sections,
-        }
-    )
-
-
-def ratings_of(folder: Path) -> dict:
-    return {
-        "path": str(folder / "ratings.csv"),
-        "items_path": str(folder / "items.csv"),
-        "columns": {"rating": "rating"},
-    }
-
-
-def preprocess(config: Config, **options) -> dict:
-    return run_preprocess(config, RunDir(Path(config.run.dir)), **options)
-
-
-def run_command(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run launch/preprocess_data.py with its own Ray."""
-    command = [sys.executable, "launch/preprocess_data.py", "--config", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
-    return subprocess.run(command, cwd=repository, env=environment, check=True, capture_output=True, text=True)
-
-
-def list_samples(folder: Path) -> list[tuple]:
-    """Spell out all samples of all shards, with raw ids, in an order of their own."""
-    data = folder / "data"
-    manifest, users, items = load_manifest(data), load_user_ids(data), load_item_table(data)["item_id"]
-    samples = []
-    for split in SPLITS:
-        for block in GlobalOrder(data, manifest, split, 0, 1000, shuffle=False).iter_batches():
-            for target, context in enumerate(block.target_contexts):
-                history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
-                facts = [
-                    int(getattr(block, f"{who}_{what}")[target])
-                    for who in ("user", "item")
-                    for what in ("likes", "rows")
-                ]
-                samples.append((split, int(block.row_id[target]), users[block.user_idx[context]],
-                                items[block.item_idx[target]], int(block.label[target]), int(block.num_likes[context]),
-                                tuple(items[one] for one in history), *facts))  # fmt: skip
-    return sorted(samples)
 
 
 @pytest.mark.parametrize(("ties", "contexts"), [("order", (18_515, 5_658, 4_138)), ("strict", (13_753, 4_360, 3_237))])
@@ -356,19 +307,6 @@ def test_damaged_shard_is_named(tiny_ratings, tmp_path):
         list(GlobalOrder(data, load_manifest(data), "train", 0, 8).iter_batches())
 
 
-def write_csv(folder: Path, lines: list[str]) -> dict:
-    folder.mkdir(exist_ok=True)
-    (folder / "log.csv").write_text("user_id,item_id,timestamp,rating\n" + "\n".join(lines) + "\n")
-    return {"path": str(folder / "log.csv"), "columns": {"rating": "rating"}}
-
-
-GOOD = [
-    f"{user},{item},{1_000_000_000 + 3600 * (10 * user + item)},{item % 5 + 1}"
-    for user in range(6)
-    for item in range(9)
-]
-
-
 @pytest.mark.parametrize(
     ("change", "lines", "message"),
     [
@@ -409,7 +347,6 @@ def test_a_dying_worker_is_replaced(tmp_path):
 
 
 def die_once(marker: str) -> str:
-    import os
     import signal
 
     if not Path(marker).exists():
