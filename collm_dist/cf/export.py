@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from collm_dist.artifacts import RunDir, open_atomic
+from collm_dist.artifacts import RunDir, compute_json_hash, open_atomic
 from collm_dist.cf.mf import MatrixFactorization
 from collm_dist.data.id_tables import compute_ids_hash
 from collm_dist.data.interactions import load_item_table, load_user_ids
@@ -22,13 +23,16 @@ MODEL_CLASSES: dict[str, type[Any]] = {MatrixFactorization.name: MatrixFactoriza
 FILE_NAME = "model.safetensors"
 
 
-def save_cf_model(path: Path, model: Any, manifest: Manifest) -> None:
+def save_cf_model(path: Path, model: Any, manifest: Manifest) -> str:
     """Write a trained model, whole or not at all.
 
     Args:
         path: where to.
         model: a TrainableCfModel; its vectors are unit-scaled from now on.
         manifest: of the data that the tables' indices belong to.
+
+    Returns:
+        SHA-256 of header and tensors; not of the file, in which safetensors orders the header's keys by chance.
     """
     model.fix_scales()
     metadata = {
@@ -42,6 +46,11 @@ def save_cf_model(path: Path, model: Any, manifest: Manifest) -> None:
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with open_atomic(path, "wb") as file:
         file.write(safetensors.torch.save(tensors, metadata))
+    digest = hashlib.sha256(compute_json_hash(metadata).encode())
+    for key in sorted(tensors):
+        digest.update(f"{key} {tuple(tensors[key].shape)} {tensors[key].dtype}".encode())
+        digest.update(tensors[key].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_cf_model(run_dir: RunDir, manifest: Manifest) -> Any:

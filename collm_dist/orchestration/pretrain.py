@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from collm_dist.artifacts import (
     RunDir,
-    compute_file_hash,
     compute_fingerprint,
     compute_json_hash,
     is_step_current,
@@ -239,7 +238,6 @@ def _export(job: Job) -> dict[str, Any]:
     splits = {split: load_rows(job.data_dir, split) for split in ("train", "valid", "test")}
     model = build_model(job.cf, manifest, splits["train"], job.seed)
     model.load_state_dict(take_group(tensors, "best"))
-    save_cf_model(job.folder / FILE_NAME, model, manifest)
+    content_hash = save_cf_model(job.folder / FILE_NAME, model, manifest)
     summary = summarize(model, job.data_dir, manifest, splits, progress, job.cf.num_epochs)
-    content_hash = compute_file_hash(job.folder / FILE_NAME)
     return {"model": job.cf.model, "num_workers": job.cf.num_workers, **summary, "content_hash": content_hash}

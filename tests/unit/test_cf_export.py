@@ -77,6 +77,16 @@ def test_the_header_names_class_and_tables(saved):
     assert metadata["num_items"] == "4"
 
 
+def test_the_content_hash_is_of_tensors_and_tables(saved, tmp_path):
+    _, model = saved
+    first = save_cf_model(tmp_path / "a", model, make_manifest())
+    assert {save_cf_model(tmp_path / "b", model, make_manifest()) for _ in range(5)} == {first}
+    assert save_cf_model(tmp_path / "b", model, make_manifest(users=[*USERS[:-1], "other"])) != first
+    with torch.no_grad():
+        model.item_bias[0] += 1
+    assert save_cf_model(tmp_path / "b", model, make_manifest()) != first
+
+
 @pytest.mark.parametrize("kind", ["users", "items"])
 def test_another_table_is_refused_with_both_hashes(saved, kind):
     run_dir, _ = saved
