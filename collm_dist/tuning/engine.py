@@ -50,8 +50,8 @@ def init_distributed(timeout_minutes: float) -> torch.device:
 
 
 def get_rank() -> int:
-    """This process's number."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number; the launcher's word before the process group is there."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def get_world_size() -> int:

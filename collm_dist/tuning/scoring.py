@@ -111,7 +111,9 @@ def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptColla
     slots = batch.item_slots
     branch = batch.tree_branches[slots.rows, slots.cols]
     target = first[slots.rows] + (branch - 1).clamp(min=0)
-    queries: dict[str, Any] = {name: torch.from_numpy(values) for name, values in collator.list_user_queries(block).items()}
+    queries: dict[str, Any] = {
+        name: torch.from_numpy(values) for name, values in collator.list_user_queries(block).items()
+    }
     of_targets = len(batch.user_idx) == len(donors) and len(queries["user_idx"]) == block.num_targets
     asked = donors if of_targets else torch.from_numpy(block.target_contexts)[donors[first]]
     return dataclasses.replace(

@@ -26,8 +26,8 @@ STAGE2 = "Likes: <ItemTitleList>. User <UserID>. And <TargetItemTitle> with <Tar
 LISTS = "<UserID> likes <ItemIDList> named <ItemTitleList>. And <TargetItemID>? Answer:"
 SLOTS_FIRST = "<UserID><TargetItemID> Answer:"
 TEXTS = ["Heat", 'A "quoted" one', "<UserID>", "<unk> </s>", "é漢字 \u202e", "x" * 40, "", "Alien <TargetItemID>"]
-# float64, but transformers' norms and rotary embeddings round to float32 inside (6e-8). Measured: errors up to 3e-16 for
-# scores, where both ways round alike, and up to 3e-8 (relative) for gradients, where sums come in another order.
+# float64, but transformers' norms and rotary embeddings round to float32 inside (6e-8). Measured: errors up to 3e-16
+# for scores, where both ways round alike, and up to 3e-8 (relative) for gradients, where sums come in another order.
 SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
 
 

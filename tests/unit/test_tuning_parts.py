@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -30,7 +31,7 @@ def test_learning_rate_warms_up_and_ends_at_its_share():
     assert rates[4] == 2.0
     assert rates[14] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5))))
     assert rates[24] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
 
 
 def test_deepspeed_config_is_explicit_and_merges_extra_last():
