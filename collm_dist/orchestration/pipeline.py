@@ -90,11 +90,12 @@ def _is_there(config: Config, run_dir: RunDir, step: Step) -> bool:
         ArtifactError: it was done with something else.
     """
     fingerprint = compute_step_fingerprint(config, run_dir, step)
-    if step == "eval" and not _is_current(run_dir, step, fingerprint):
-        return False  # whether an older report is in the way, evaluation knows
-    if is_step_current(run_dir, step, fingerprint):
+    if _is_current(run_dir, step, fingerprint):
         print(f"{step}: done already ({run_dir.step_dir(step)})", flush=True)
         return True
+    if run_dir.is_done(step):
+        # Whether an older report is in the way of a new one, evaluation knows; all others raise.
+        return step != "eval" and is_step_current(run_dir, step, fingerprint)
     other = find_reusable(step, fingerprint, config.run.reuse)
     if other is not None:
         link_step(step, other, run_dir)

@@ -1,0 +1,240 @@
+"""From a click log of 60 rows to the report with one command, and what the command says when something is wrong."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from collm_dist.artifacts import STEPS, RunDir
+from collm_dist.orchestration.run_lock import hold_run_lock
+
+ROOT = Path(__file__).parents[2]
+CLICKS = (
+    "dataset.items_path=null",
+    "dataset.columns={user_id: user, item_id: item, timestamp: time}",
+    "dataset.feedback=implicit",
+    "dataset.negatives_per_positive=2",
+)
+
+
+@pytest.fixture(scope="module")
+def clicks_run(tmp_path_factory, tiny_clicks, tiny_backbone_dir):
+    """The run directory, overrides and output of a finished pipeline over the clicks."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    log = folder / "clicks.csv"
+    shutil.copy(tiny_clicks, log)
+    overrides = [f"run.dir={folder}/run", f"dataset.path={log}", f"llm.backbone={tiny_backbone_dir}", *CLICKS]
+    command = [sys.executable, "launch/run_pipeline.py", "--config", "configs/tiny_cpu.yaml", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return RunDir(folder / "run"), overrides, done.stdout
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys, clicks_run):
+    """Run a script of launch/ in this process, on the clicks unless overridden; return exit code and output."""
+    monkeypatch.chdir(ROOT)
+    before = dict(os.environ)
+
+    def run(script, *arguments, config="configs/tiny_cpu.yaml"):
+        spec = importlib.util.spec_from_file_location(script, ROOT / "launch" / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [script, "--config", str(config), *clicks_run[1], *arguments])
+        capsys.readouterr()
+        code = module.main()
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    yield run
+    # A process group of one may stay (DeepSpeed cannot make a second one); what says so to child processes may not.
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.fixture
+def copied_run(clicks_run, tmp_path):
+    """A run of one's own whose steps are all done."""
+    shutil.copytree(clicks_run[0].path, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def read_status(output):
+    return json.loads(output.splitlines()[-1])
+
+
+def test_from_clicks_to_report(clicks_run):
+    run_dir, _, output = clicks_run
+    assert all(run_dir.is_done(step) for step in STEPS)
+    report = run_dir.read_record("eval")
+    models = {row["model"] for row in report["rows"]}
+    assert {"popularity", "last_item_cooccurrence", "cf", "stage1", "stage2", "slots_without_llm"} <= models
+    assert {"rows", "auc", "uauc", "logloss"} <= report["rows"][0].keys()
+    manifest = run_dir.read_record("data")
+    assert sum(split["real_rows"] for split in manifest["splits"].values()) == 60
+    status = read_status(output)
+    assert (status["state"], status["exit_code"]) == ("done", 0)
+    assert status == json.loads((run_dir.path / "status.json").read_text())
+    assert "tensorboard --logdir" in output
+    assert (run_dir.path / "config.yaml").exists()
+
+
+def test_a_finished_run_is_told_at_once(clicks_run, launch):
+    started = time.monotonic()
+    code, output, _ = launch("run_pipeline")
+    assert code == 0
+    assert time.monotonic() - started < 5
+    assert all(f"{step}: done already" in output for step in STEPS)
+    assert read_status(output)["state"] == "done"
+
+
+def test_another_run_takes_over_what_is_equal(clicks_run, launch, tmp_path):
+    reuse = (f"run.dir={tmp_path}/other", f"run.reuse=[{clicks_run[0].path}]")
+    code, output, _ = launch("run_pipeline", *reuse)
+    assert code == 0
+    assert all(f"{step}: taken from" in output for step in STEPS)
+    assert not (tmp_path / "other" / "data").readlink().is_absolute()
+    other = RunDir(tmp_path / "other")
+    assert other.read_record("stage2") == clicks_run[0].read_record("stage2")
+
+    code, output, _ = launch("run_pipeline", *reuse, f"run.dir={tmp_path}/third", "stage2.max_steps=3", "--dry-run")
+    assert code == 0
+    assert "# data    to be taken from" in output
+    assert "stage2  to do" in output
+
+
+def test_dry_run_writes_nothing(launch, tmp_path):
+    code, output, _ = launch("run_pipeline", f"run.dir={tmp_path}/none", "--dry-run")
+    assert code == 0
+    assert "# data    to do" in output
+    assert not (tmp_path / "none").exists()
+    code, output, _ = launch("run_pipeline", "--dry-run")
+    assert "# eval    done" in output
+    assert "# stage1: 4 steps" in output
+
+
+def test_a_changed_setting_stops_with_its_name_and_the_remedies(launch):
+    code, output, error = launch("run_pipeline", "stage1.learning_rate=0.5")
+    assert code == 2
+    assert "config.stage1.learning_rate: 0.01 -> 0.5" in error
+    assert "--force stage1" in error
+    status = read_status(output)
+    assert (status["state"], status["step"], status["error"]) == ("failed", "stage1", "ArtifactError")
+    assert "--force" in status["remedy"]
+
+
+def test_a_changed_input_stops(clicks_run, launch, tmp_path):
+    log = tmp_path / "clicks.csv"
+    original = next(Path(one.partition("=")[2]) for one in clicks_run[1] if one.startswith("dataset.path"))
+    log.write_text(original.read_text() + "u1,sku-1,2026-02-01T00:00:00\n")
+    code, _, error = launch("run_pipeline", f"dataset.path={log}")
+    assert code == 2
+    assert "input." in error
+    assert "step 'data'" in error
+
+
+def test_two_writers_are_one_too_many(clicks_run, launch, monkeypatch):
+    with hold_run_lock(clicks_run[0].path):
+        monkeypatch.delenv("COLLM_RUN_LOCK")
+        for script in ("run_pipeline", "train"):
+            code, _, error = launch(script)
+            assert code == 3
+            assert f"process {os.getpid()} on" in error
+
+
+def test_inside_a_ray_job_a_relative_run_directory_is_refused(launch, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, output, error = launch("run_pipeline", "run.dir=runs/relative")
+    assert code == 2
+    assert "absolute path" in error
+    assert read_status(output)["error"] == "ConfigError"
+    assert not (ROOT / "runs" / "relative").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage1.lerning_rate=1"], "nearest name 'stage1.learning_rate'"),
+        (["dataset.path=none.csv"], "none.csv"),
+        (["dataset.columns.item_id=product"], "there is no column 'product'"),
+    ],
+)
+def test_bad_settings_and_input(launch, tmp_path, arguments, message):
+    for script in ("run_pipeline", "preprocess_data"):
+        code, _, error = launch(script, f"run.dir={tmp_path}/run", *arguments)
+        assert code == 2
+        assert message in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage1.max_tokens_per_micro_batch=16"], "max_tokens_per_micro_batch"),
+        (["prompt.stage1=none.txt"], "there is no file 'none.txt'"),
+        (["prompt.stage1=Like <TargetItemTitel>? Answer:"], "there is no field <TargetItemTitel>"),
+    ],
+)
+def test_bad_settings_of_stage1(launch, copied_run, arguments, message):
+    code, _, error = launch("train", f"run.dir={copied_run.path}", "--stage", "1", "--force", "stage1", *arguments)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_prompt_without_slots(launch, copied_run):
+    prompt = "prompt.stage2=Liked: <ItemTitleList>. Like <TargetItemTitle>? Answer:"
+    code, _, error = launch("train", f"run.dir={copied_run.path}", "--stage", "2", "--force", "stage2", prompt)
+    assert code == 2
+    assert "the prompt has no slot" in error
+
+
+def test_a_backbone_that_is_no_causal_language_model(launch, copied_run, tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(
+        '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
+    )
+    code, _, error = launch(
+        "train", f"run.dir={copied_run.path}", "--stage", "1", "--force", "stage1", f"llm.backbone={tmp_path}/t5"
+    )
+    assert code == 2
+    assert "not a causal language model" in error
+
+
+def test_a_truncated_shard(launch, copied_run):
+    shard = copied_run.step_dir("data") / "shards" / "train-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:-600])
+    code, _, error = launch("train", f"run.dir={copied_run.path}", "--stage", "1", "--force", "stage1")
+    assert code == 2
+    assert "train-00000.tar" in error
+
+
+def test_cf_weights_of_another_id_table(launch, copied_run):
+    path = copied_run.record_path("data")
+    manifest = json.loads(path.read_text())
+    own = manifest["items_hash"]
+    path.write_text(json.dumps(manifest | {"items_hash": "0" * 64}))
+    code, _, error = launch("train", f"run.dir={copied_run.path}", "--stage", "2", "--force", "stage2")
+    assert code == 2
+    assert own[:12] in error
+    assert "0" * 12 in error
+
+
+@pytest.mark.slow
+def test_ratings_through_the_launcher_with_two_processes(tmp_path, tiny_ratings, tiny_backbone_dir):
+    command = [
+        sys.executable, "launch/run_pipeline.py", "--config", "configs/tiny_cpu.yaml", f"run.dir={tmp_path}/run",
+        f"dataset.path={tiny_ratings}/ratings.csv", f"dataset.items_path={tiny_ratings}/items.csv",
+        f"llm.backbone={tiny_backbone_dir}", "cluster.num_processes=2", "cluster.zero_stage=2",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = RunDir(tmp_path / "run").read_record("stage2")
+    assert summary["world_size"] == 2
+    assert read_status(done.stdout)["state"] == "done"
