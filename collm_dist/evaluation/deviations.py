@@ -36,7 +36,7 @@ _RECIPE: dict[str, tuple[Any, Any]] = {
     "preprocessing.ties": ("order", "order"),
     "cf.embedding_dim": (256, 256),
     "cf.learning_rate": (1e-3, 1e-3),
-    "cf.weight_decay": (1e-4, 1e-6),
+    "cf.weight_decay": (3.3891, 0.727463),
     "cf.global_batch_size": (2048, 10240),
     "cf.select_metric": ("auc", "auc"),
     "prompt.score": ("yes", "yes"),

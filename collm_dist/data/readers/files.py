@@ -17,6 +17,7 @@ import pyarrow.fs as pa_fs
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from collm_dist.data.readers.released_pickles import get_outer_file, read_released_table
 from collm_dist.errors import DataError
 
 BLOCK_BYTES = 8 << 20
@@ -36,7 +37,7 @@ class Layout:
         typed_header: header cells look like ``name:type`` (RecBole atomic files).
     """
 
-    kind: Literal["auto", "text", "parquet", "json"] = "auto"
+    kind: Literal["auto", "text", "parquet", "json", "pickle"] = "auto"
     delimiter: str | None = None
     encoding: str = "utf8"
     names: tuple[str, ...] = ()
@@ -112,7 +113,7 @@ def list_files(uri: str, key: str) -> list[str]:
 def describe_files(uris: list[str]) -> dict[str, Any]:
     """Return size and modification time of each file, for fingerprints."""
     described = {}
-    for uri in uris:
+    for uri in dict.fromkeys(get_outer_file(one) for one in uris):
         filesystem, path = open_filesystem(uri)
         info = filesystem.get_file_info(path)
         described[uri] = {"size": info.size, "mtime_ns": info.mtime_ns}
@@ -150,6 +151,9 @@ def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int,
     Raises:
         DataError: the file as a whole cannot be read.
     """
+    if layout.kind == "pickle":
+        yield read_released_table(uri)
+        return
     filesystem, path = open_filesystem(uri)
     partition = dict(part.split("=", 1) for part in PurePosixPath(path).parts[:-1] if part.count("=") == 1)
     try:

@@ -1,0 +1,112 @@
+"""The CoLLM authors' released files: pickled data frames, read by an unpickler that can build nothing else.
+
+A pickle is a program. This one may name only what pandas and numpy need to put a data frame together; anything else,
+such as a call to the operating system, is refused before it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pandas.compat.pickle_compat import Unpickler as PandasUnpickler
+
+from collm_dist.errors import DataError
+
+# Where a split's rows are, in the order of time, which is the order of the rows.
+SPLIT_FILES = {"train": "train_ood2.pkl", "valid": "valid_ood2.pkl", "test": "test_ood2.pkl"}
+COLUMNS = ("uid", "iid", "title", "label", "timestamp")
+MAX_BYTES = 8 << 30
+
+_ALLOWED = {
+    "builtins": {"slice", "bytearray"},
+    "__builtin__": {"slice", "bytearray"},
+    "_codecs": {"encode"},
+    "numpy": {"ndarray", "dtype"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "pandas": {"DataFrame", "Series", "Index", "RangeIndex", "StringDtype"},
+    "pandas.arrays": {"ArrowStringArray", "StringArray"},
+    "pandas.core.frame": {"DataFrame"},
+    "pandas.core.series": {"Series"},
+    "pandas.core.internals.managers": {"BlockManager", "SingleBlockManager"},
+    "pandas.core.internals.blocks": {"new_block"},
+    "pandas._libs.internals": {"_unpickle_block", "BlockPlacement"},
+    "pandas.core.indexes.base": {"_new_Index", "Index"},
+    "pandas.core.indexes.range": {"RangeIndex"},
+    "pandas.core.indexes.numeric": {"Int64Index", "Float64Index"},
+    "pandas.core.arrays.string_": {"StringDtype", "StringArray"},
+    "pandas.core.arrays.string_arrow": {"ArrowStringArray"},
+    "pandas.core.dtypes.dtypes": {"CategoricalDtype"},
+    "pandas._libs.arrays": {"__pyx_unpickle_NDArrayBacked"},
+    "pyarrow.lib": {"_restore_array", "chunked_array", "py_buffer", "type_for_alias"},
+}
+
+
+class _FrameUnpickler(PandasUnpickler):  # type: ignore[misc]
+    """Pandas' own unpickler, which knows the names of older releases, held to an allow-list."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a data frame")
+        return super().find_class(module, name)
+
+
+def list_released_files(path: str) -> list[str]:
+    """Return a name for each split's file in the authors' folder or zip, in the order train, valid, test.
+
+    Raises:
+        DataError: one is missing; the message names it.
+    """
+    place = Path(path).expanduser()
+    if place.is_file() and zipfile.is_zipfile(place):
+        with zipfile.ZipFile(place) as archive:
+            found = {Path(name).name: f"{place}::{name}" for name in archive.namelist()}
+    else:
+        found = {one.name: str(one) for one in sorted(place.rglob("*.pkl"))}
+    missing = [name for name in SPLIT_FILES.values() if name not in found]
+    if missing:
+        raise DataError(f"dataset.path: '{path}' has no {', '.join(missing)} (format collm: a folder or zip of CoLLM's "
+                        "released pickles)")  # fmt: skip
+    return [found[name] for name in SPLIT_FILES.values()]
+
+
+def get_outer_file(name: str) -> str:
+    """Return the file on disk behind one of ``list_released_files``' names."""
+    return name.partition("::")[0]
+
+
+def read_released_table(name: str) -> Any:
+    """Read one split's file as a table ``uid, iid, title, label, timestamp, split``.
+
+    Raises:
+        DataError: it is no pickled data frame, or tries to be more than that.
+    """
+    data = _read_bytes(name)
+    try:
+        frame = _FrameUnpickler(io.BytesIO(data)).load()
+    except Exception as error:
+        # A broken or hostile pickle can fail in any way that its own instructions choose.
+        raise DataError(f"{name}: refused, it is no plain pickled data frame ({error})") from None
+    missing = [column for column in COLUMNS if column not in getattr(frame, "columns", ())]
+    if missing:
+        raise DataError(f"{name}: the data frame has no column {', '.join(missing)}")
+    table = pa.Table.from_pandas(frame[list(COLUMNS)], preserve_index=False)
+    split = next(split for split, file in SPLIT_FILES.items() if name.endswith(file))
+    return table.append_column("split", pa.repeat(pa.scalar(split), table.num_rows))
+
+
+def _read_bytes(name: str) -> bytes:
+    outer, _, member = name.partition("::")
+    if not member:
+        return Path(outer).read_bytes()
+    with zipfile.ZipFile(outer) as archive:
+        if archive.getinfo(member).file_size > MAX_BYTES:
+            raise DataError(f"{name}: unpacks to more than {MAX_BYTES >> 30} GiB")
+        return archive.read(member)  # nothing is unpacked to disk, so no name can lead anywhere
