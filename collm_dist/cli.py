@@ -29,8 +29,8 @@ where results go:
   settings or inputs have changed, the command stops and names them. tensorboard --logdir <run.dir> shows the curves.
 
 exit codes:
-  0 done, 2 something to correct (settings, data, artifacts), 3 surroundings (devices, cluster, disk), 4 numbers that are
-  not finite, 75 asked to stop and ready to go on, 130 interrupted, 1 a fault of this program.
+  0 done, 2 something to correct (settings, data, artifacts), 3 surroundings (devices, cluster, disk), 4 numbers that
+  are not finite, 75 asked to stop and ready to go on, 130 interrupted, 1 a fault of this program.
 """
 
 
