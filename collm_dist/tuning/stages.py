@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 
 from collm_dist import monitoring
-from collm_dist.artifacts import RunDir, compute_file_hash, compute_fingerprint, is_step_current, write_json
+from collm_dist.artifacts import RunDir, compute_file_hash, is_step_current, write_json
 from collm_dist.cf.export import load_cf_model
 from collm_dist.config import Config, StageConfig
 from collm_dist.data.collate import PromptCollator, build_collator
+from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.manifest import load_manifest
 from collm_dist.data.preview import render_example
-from collm_dist.data.prompts import load_prompt_text, resolve_answer_ids
+from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.errors import ArtifactError
 from collm_dist.llm.backbone import Backbone, load_backbone
@@ -84,8 +85,7 @@ def get_stage_config(config: Config, stage: Stage) -> StageConfig:
 
 def compute_stage_fingerprint(config: Config, run_dir: RunDir, name: StageName) -> dict[str, Any]:
     """Return what a stage depends on: settings, the steps before, and the prompt's text. Cheap."""
-    text = load_prompt_text(config.prompt.stage1 if name == "stage1" else config.prompt.stage2)
-    return compute_fingerprint(config, name, run_dir, {"prompt": text})
+    return compute_step_fingerprint(config, run_dir, name)
 
 
 def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.device) -> LoadedStage:
@@ -212,21 +212,7 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
 
     checkpoint = find_last_checkpoint(folder / "checkpoints")
     state, progress = load_checkpoint(checkpoint, fingerprint) if checkpoint else (None, Progress())
-    deepspeed_config = build_deepspeed_config(
-        zero_stage=config.cluster.zero_stage,
-        bfloat16=loaded.backbone.model.dtype == torch.bfloat16,
-        max_grad_norm=settings.max_grad_norm,
-        extra=config.cluster.deepspeed_extra,
-    )
-    engine = TuningEngine(
-        loaded.model,
-        deepspeed_config=deepspeed_config,
-        device=device,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=settings.adam_betas,
-        state=state,
-    )
+    engine = _build_engine(config, settings, loaded, state, folder)
     logger = monitoring.RunLogger(
         folder,
         is_main=get_rank() == 0,
@@ -236,9 +222,8 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
         total_steps=count_total_steps(settings, train_order),
     )
     if get_rank() == 0:
-        write_json(folder / "deepspeed_config.json", deepspeed_config)
-        logger.log_text("prompt", render_example(loaded.collator, next(train_order.iter_batches()),
-                                                 loaded.backbone.tokenizer))  # fmt: skip
+        example = next(train_order.iter_batches())
+        logger.log_text("prompt", render_example(loaded.collator, example, loaded.backbone.tokenizer))
     loop = TuningLoop(
         engine,
         loaded.collator,
@@ -280,6 +265,29 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
     if get_world_size() > 1:
         dist.barrier()
     return run_dir.read_record(name)
+
+
+def _build_engine(
+    config: Config, settings: StageConfig, loaded: LoadedStage, state: TrainingState | None, folder: Path
+) -> TuningEngine:
+    """Wrap a stage's model and save the effective DeepSpeed configuration beside its checkpoints."""
+    deepspeed_config = build_deepspeed_config(
+        zero_stage=config.cluster.zero_stage,
+        bfloat16=loaded.backbone.model.dtype == torch.bfloat16,
+        max_grad_norm=settings.max_grad_norm,
+        extra=config.cluster.deepspeed_extra,
+    )
+    if get_rank() == 0:
+        write_json(folder / "deepspeed_config.json", deepspeed_config)
+    return TuningEngine(
+        loaded.model,
+        deepspeed_config=deepspeed_config,
+        device=loaded.device,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=settings.adam_betas,
+        state=state,
+    )
 
 
 def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
