@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from collm_dist.artifacts import RunDir, Step, compute_fingerprint
@@ -29,5 +30,13 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
         return compute_fingerprint(config, step, run_dir, inputs)
     if step in ("stage1", "stage2"):
         spec = config.prompt.stage1 if step == "stage1" else config.prompt.stage2
-        return compute_fingerprint(config, step, run_dir, {"prompt": load_prompt_text(spec)})
+        inputs = {"prompt": load_prompt_text(spec), **_describe_local_backbone(config.llm.backbone)}
+        return compute_fingerprint(config, step, run_dir, inputs)
     return compute_fingerprint(config, step, run_dir, skip_missing=step == "eval")
+
+
+def _describe_local_backbone(name: str) -> dict[str, Any]:
+    """Return size and time of a local backbone's files; a named one or a hub revision never changes."""
+    path = Path(name).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return {f"backbone.{one.name}": [one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()}
