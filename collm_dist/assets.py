@@ -53,8 +53,8 @@ class NamedAsset:
         files: for packaged assets.
         hub_id, revision: for hub repositories.
         format: for datasets, the reader.
-        settings: for backbones, the paper's learning rates (section 4.1 and the follow-up with Qwen2), to be copied
-            into a configuration; shown by ``python -m collm_dist.assets``.
+        settings: for backbones, learning rates to start from (Qwen2 and Vicuna: the paper's), to be copied into a
+            configuration; shown by ``python -m collm_dist.assets``.
     """
 
     licence: str
