@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -129,6 +130,7 @@ def _fit_on_ray(job: Job) -> None:
             failure_config=train.FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except Exception as error:
@@ -137,6 +139,9 @@ def _fit_on_ray(job: Job) -> None:
                 raise failure from None
         raise LaunchError(f"cf: training failed on {num_workers} Ray workers ({error}); run the command again to go "
                           "on from the last checkpoint") from error  # fmt: skip
+    finally:
+        # Ray Train leaves a handler of its own behind, which would answer a later Ctrl-C with a dead cluster.
+        signal.signal(signal.SIGINT, on_interrupt)
 
 
 def fit_worker(settings: Mapping[str, Any]) -> None:

@@ -140,8 +140,8 @@ def test_a_changed_input_stops(clicks_run, launch, tmp_path):
 
 
 def test_two_writers_are_one_too_many(clicks_run, launch, monkeypatch):
-    with hold_run_lock(clicks_run[0].path):
-        monkeypatch.delenv("COLLM_RUN_LOCK")
+    with hold_run_lock(clicks_run[0].path), monkeypatch.context() as patch:
+        patch.delenv("COLLM_RUN_LOCK")
         for script in ("run_pipeline", "train"):
             code, _, error = launch(script)
             assert code == 3

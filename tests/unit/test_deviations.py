@@ -27,7 +27,7 @@ def _build(**sections):
                 "split": {"method": "column"},
             },
             "preprocessing": {"ties": "order"},
-            "cf": {"embedding_dim": 256, "learning_rate": 1e-3},
+            "cf": {"embedding_dim": 256, "learning_rate": 1e-3, "weight_decay": 3.3891},
             "prompt": {"score": "yes"},
             "llm": {"backbone": "vicuna-7b"},
             "stage1": _stage(eval_every_steps=50),

@@ -214,7 +214,7 @@ def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_pa
     assert gain["slots_shuffled"]["auc_low"] > 0
     expected = of_all["test", "stage2"]["auc"] - of_all["test", "stage1"]["auc"]
     assert gain["stage1"]["auc"] == pytest.approx(expected, abs=1e-12)
-    assert any("contexts of its own training rows" in note for note in report["notes"])
+    assert any("on rows that it trained on" in note for note in report["notes"])
     assert "stage 2 (text + slots) vs slots without LLM" in render_markdown({**report, "plots": []})
 
 
