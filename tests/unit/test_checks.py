@@ -32,7 +32,12 @@ def test_good_data_passes():
         ({}, {}, 0, r"2 of 100 rows .*2 x time is no time.*max_bad_row_share=0.01[^$]*a.csv:7"),
         ({"max_bad_row_share": 0.03}, {"q": 5}, 0, r"7 of 100 rows .*5 x unknown item[^$]*item 'q'"),
         ({"expect": {"min_rows": 101}}, {}, 0, r"expect.min_rows: the input has 100 rows"),
-        ({"expect": {"max_age_hours": 1.5}}, {}, 0, r"expect.max_age_hours: the newest interaction is 2.[0-4] hours old"),
+        (
+            {"expect": {"max_age_hours": 1.5}},
+            {},
+            0,
+            r"expect.max_age_hours: the newest interaction is 2.[0-4] hours old",
+        ),
         ({"expect": {"max_row_change_share": 0.1}}, {}, 80, r"max_row_change_share: 100 rows against 80.*25%"),
     ],
 )
