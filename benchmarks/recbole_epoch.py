@@ -1,0 +1,210 @@
+"""Train a model with RecBole, one epoch for every line on standard input. benchmarks/cf_throughput.py runs this.
+
+RecBole wants older libraries than we do, so this runs in an environment of its own and imports nothing of ours:
+
+    python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
+        recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
+
+The rows come as an .npz file: user_idx, item_idx, label (N,), history (N, H) padded with -1, num_users, num_items. They
+are written as RecBole's own files, with ready-made sequences, and read by RecBole's Dataset. Training is RecBole's
+``Trainer._train_epoch`` with RecBole's loader, model and optimizer. The line ``epoch`` trains one and answers with its
+seconds; ``profile`` trains one under the profiler and answers with its heaviest operators.
+
+RecBole trains LightGCN with pairs and SASRec with a softmax over all items. Here both keep their forward pass, and the
+loss is that of FM and DIN: binary cross-entropy of each row's label.
+
+Importing any of RecBole's sequential models imports SINE, whose module turns on autograd's anomaly detection for the
+whole process: every gradient is searched for NaN. ``--no-anomaly-detection`` turns it off again, to tell its cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset
+from recbole.data.utils import get_dataloader
+from recbole.trainer import Trainer
+from recbole.utils import get_model, init_seed
+from torch.nn import functional
+
+SEQUENTIAL = ("SASRec", "DIN")
+DATASET = "rows"
+LIBRARIES = ("recbole", "torch", "numpy", "pandas", "scipy")
+
+
+class TimedLoader:
+    """A loader whose batches' time is added up."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.seconds = loader, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        started = time.perf_counter()
+        for batch in self.loader:
+            self.seconds += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+        self.seconds += time.perf_counter() - started
+
+
+class TimedCall:
+    """A function whose calls' time is added up."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        started = time.perf_counter()
+        result = self.function(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+def write_atomic_files(rows: Any, folder: Path) -> None:
+    """Write the rows as RecBole's files.
+
+    A second file names every user and item, so that RecBole's tables are as large as ours.
+    """
+    (folder / DATASET).mkdir()
+    users, items = int(rows["num_users"]), int(rows["num_items"])
+    count = max(users, items)
+    parts = {
+        "train": zip(rows["user_idx"], rows["item_idx"], rows["label"], rows["history"], strict=True),
+        "tables": zip(np.arange(count) % users, np.arange(count) % items, [0] * count, [[0]] * count, strict=True),
+    }
+    for name, part in parts.items():
+        with (folder / DATASET / f"{DATASET}.{name}.inter").open("w", encoding="utf-8") as file:
+            file.write("user_id:token\titem_id:token\tlabel:float\titem_id_list:token_seq\n")
+            for user, item, label, history in part:
+                sequence = " ".join(str(one) for one in history if one >= 0)
+                file.write(f"{user}\t{item}\t{float(label)}\t{sequence}\n")
+
+
+def build_config(model: str, folder: Path, settings: dict[str, Any], history_length: int) -> Any:
+    """Return RecBole's configuration; what is not set here or in the settings is RecBole's default."""
+    columns = ["user_id", "item_id", "label"]
+    sequential = model in SEQUENTIAL
+    values = {
+        "data_path": str(folder),
+        "checkpoint_dir": str(folder),
+        "benchmark_filename": ["train", "tables"],
+        "load_col": {"inter": [*columns, "item_id_list"] if sequential else columns},
+        "alias_of_item_id": ["item_id_list"] if sequential else None,
+        "MAX_ITEM_LIST_LENGTH": history_length,
+        "train_neg_sample_args": None,
+        "eval_args": {"order": "TO", "mode": "labeled", "split": None, "group_by": None},
+        "repeatable": sequential,
+        "metrics": ["AUC"],
+        "valid_metric": "AUC",
+        "use_gpu": False,
+        "show_progress": False,
+        "seed": 0,
+        **settings,
+    }
+    # RecBole reads the process's arguments as settings; ours are not meant for it.
+    sys.argv = sys.argv[:1]
+    return Config(model=model, dataset=DATASET, config_dict=values)
+
+
+def build_trainer(model_name: str, config: Any) -> tuple[Any, Any, Any]:
+    """Return RecBole's trainer, its loader of the training rows, and the loss function."""
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = create_dataset(config).build()[0]
+    if model_name == "SASRec":
+        # It reads the vector at the last place of the sequence. Without history that is the padding at the first.
+        dataset.inter_feat["item_length"].clamp_(min=1)
+    model = get_model(model_name)(config, dataset)
+    loader = get_dataloader(config, "train")(config, dataset, None, shuffle=True)
+    return Trainer(config, model), loader, _choose_loss(model_name, model)
+
+
+def _choose_loss(model_name: str, model: Any) -> Callable[[Any], torch.Tensor]:
+    def compute_graph_loss(batch: Any) -> torch.Tensor:
+        users, items = model()
+        logits = (users[batch["user_id"]] * items[batch["item_id"]]).sum(dim=1)
+        return functional.binary_cross_entropy_with_logits(logits, batch["label"])
+
+    def compute_sequence_loss(batch: Any) -> torch.Tensor:
+        vectors = model(batch["item_id_list"], batch["item_length"])
+        logits = (vectors * model.item_embedding(batch["item_id"])).sum(dim=1)
+        return functional.binary_cross_entropy_with_logits(logits, batch["label"])
+
+    own: Callable[[Any], torch.Tensor] = model.calculate_loss
+    return {"LightGCN": compute_graph_loss, "SASRec": compute_sequence_loss}.get(model_name, own)
+
+
+def train_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], epoch: int) -> dict[str, float]:
+    """Train one epoch and return its seconds and where they went."""
+    timed, forward = TimedLoader(loader), TimedCall(loss)
+    plain_step, step = trainer.optimizer.step, TimedCall(trainer.optimizer.step)
+    trainer.optimizer.step = step
+    started = time.perf_counter()
+    total = trainer._train_epoch(timed, epoch, loss_func=forward)
+    seconds = time.perf_counter() - started
+    trainer.optimizer.step = plain_step
+    parts = {"load": timed.seconds, "forward": forward.seconds, "optimizer": step.seconds}
+    parts["backward_and_rest"] = seconds - sum(parts.values())
+    return {"seconds": seconds, "mean_loss": total / len(loader), **parts}
+
+
+def profile_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], epoch: int) -> list[dict[str, Any]]:
+    """Return the operators that an epoch spends most of its own time in."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer._train_epoch(loader, epoch, loss_func=loss)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return [
+        {"operator": event.key, "share": round(event.self_cpu_time_total / total, 3), "calls": event.count}
+        for event in events[:8]
+    ]
+
+
+def main() -> None:
+    """Answer every line of standard input with a line of JSON; the first one says that all is ready."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help=".npz file of the training rows")
+    parser.add_argument("--model", required=True, choices=["FM", "LightGCN", *SEQUENTIAL])
+    parser.add_argument("--settings", type=json.loads, default={}, help="RecBole settings as JSON")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--no-anomaly-detection", action="store_true", help="turn off what RecBole turned on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = np.load(arguments.rows)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # RecBole logs into the current folder
+        write_atomic_files(rows, Path(folder))
+        config = build_config(arguments.model, Path(folder), arguments.settings, rows["history"].shape[1])
+        trainer, loader, loss = build_trainer(arguments.model, config)
+        if arguments.no_anomaly_detection:
+            torch.autograd.set_detect_anomaly(False)
+        ready = {
+            "rows": len(loader._dataset),
+            "batches": len(loader),
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "anomaly_detection": torch.is_anomaly_enabled(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        }
+        print(json.dumps(ready), flush=True)
+        for number, line in enumerate(sys.stdin):
+            if line.strip() == "profile":
+                answer: Any = profile_epoch(trainer, loader, loss, number)
+            else:
+                answer = train_epoch(trainer, loader, loss, number)
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
