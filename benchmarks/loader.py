@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import describe_hardware
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -146,7 +146,7 @@ def main() -> None:
     record = {
         "benchmark": "loader",
         "config": config,
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "processor": _read_processor()},
+        "hardware": describe_hardware(),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "webdataset", "safetensors")},
@@ -156,14 +156,6 @@ def main() -> None:
     write_json(arguments.out, record)
     for name, result in results.items():
         print(name, result)
-
-
-def _read_processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a model with RecBole, one epoch for every line on standard input. benchmarks/cf_throughput.py runs this.
 
-RecBole wants older libraries than we do, so this runs in an environment of its own and imports nothing of ours:
+RecBole wants older libraries than we do, so this runs in an environment of its own and imports nothing of
+ours but epoch_timing.py:
 
     python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
         recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
@@ -27,12 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from epoch_timing import TimedCall, list_operators
 from recbole.config import Config
 from recbole.data import create_dataset
 from recbole.data.utils import get_dataloader
@@ -58,20 +61,6 @@ class TimedLoader:
             yield batch
             started = time.perf_counter()
         self.seconds += time.perf_counter() - started
-
-
-class TimedCall:
-    """A function whose calls' time is added up."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.seconds = function, 0.0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it."""
-        started = time.perf_counter()
-        result = self.function(*args, **kwargs)
-        self.seconds += time.perf_counter() - started
-        return result
 
 
 def write_atomic_files(rows: Any, folder: Path) -> None:
@@ -161,18 +150,6 @@ def train_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], 
     return {"seconds": seconds, "mean_loss": total / len(loader), **parts}
 
 
-def profile_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], epoch: int) -> list[dict[str, Any]]:
-    """Return the operators that an epoch spends most of its own time in."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        trainer._train_epoch(loader, epoch, loss_func=loss)
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    return [
-        {"operator": event.key, "share": round(event.self_cpu_time_total / total, 3), "calls": event.count}
-        for event in events[:8]
-    ]
-
-
 def main() -> None:
     """Answer every line of standard input with a line of JSON; the first one says that all is ready."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,7 +177,7 @@ def main() -> None:
         print(json.dumps(ready), flush=True)
         for number, line in enumerate(sys.stdin):
             if line.strip() == "profile":
-                answer: Any = profile_epoch(trainer, loader, loss, number)
+                answer: Any = list_operators(partial(trainer._train_epoch, loader, number, loss_func=loss))
             else:
                 answer = train_epoch(trainer, loader, loss, number)
             print(json.dumps(answer), flush=True)
