@@ -51,6 +51,8 @@ class PromptBatch:
         user_idx: (Q,) dense user of each query, -1 = unknown.
         user_history: (Q, H) dense liked items, oldest first, right-aligned, -1 = padding.
         user_target: (Q,) dense target item, or -1 where the user vector does not depend on it.
+        user_timestamps: (Q,) seconds since 1970, as of when the user is described.
+        item_timestamps: (S,) the same of each item slot.
         pair_features: (N, F) float32 statistics for pair slots.
         labels: (N,) float32.
         weights: (N,) float32, 1 for real targets, 0 for the filler of an empty micro-batch.
@@ -70,6 +72,8 @@ class PromptBatch:
     user_idx: Tensor
     user_history: Tensor
     user_target: Tensor
+    user_timestamps: Tensor
+    item_timestamps: Tensor
     pair_features: Tensor
     labels: Tensor
     weights: Tensor

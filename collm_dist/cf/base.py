@@ -1,36 +1,38 @@
 """What every collaborative-filtering model offers, whatever is inside.
 
-Shapes: B pairs, M items, H history items (left-padded with -1), E width of a vector.
+Shapes: B pairs (targets), C contexts, M items, H history items (right-aligned, -1 = padding), E width of the model's
+own vectors, E + 1 that of the exported ones.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from collm_dist.cf.rows import CfBatch, Rows
+from collm_dist.cf.tables import ItemTable, UserTable
 
 
 @runtime_checkable
 class CfModel(Protocol):
     """A module that scores pairs and hands vectors to the language model.
 
-    Index -1, an index beyond the tables, and a user or item without training rows are unknown: their vector is zero
-    and so is their bias, which is the mean of the prior that the penalty is. No score comes from random numbers.
-
-    The vectors are unit-scaled: multiplied by one factor for users and one for items, such that the root mean square
-    of the norms of the known rows is 1. Directions and relative lengths stay, and a mapping sees inputs of one size
-    whatever model and width made them. ``score`` uses the vectors as they were trained.
+    Index -1, an index beyond the tables, and a user or item without training rows are unknown. An unknown user's
+    vector comes from the history, an unknown item's is learned as such. No score comes from random numbers.
     """
 
     embedding_dim: int
     depends_on_target: bool
 
     def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
-        """(B,), (B, H), (B,) -> (B, E). Target is read only where ``depends_on_target``."""
+        """(B,), (B, H), (B,) -> (B, embedding_dim). Target is read only where ``depends_on_target``."""
         ...
 
     def item_vectors(self, item_idx: Tensor) -> Tensor:
-        """(M,) -> (M, E)."""
+        """(M,) -> (M, embedding_dim)."""
         ...
 
     def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor) -> Tensor:
@@ -38,25 +40,141 @@ class CfModel(Protocol):
         ...
 
 
-class TrainableCfModel(CfModel, Protocol):
-    """What trainer and export need beside that; the class is also a torch module.
+class TrainableCfModel(ABC, nn.Module):
+    """What the models share: tables, biases, export. A model of one's own says how a user's vector is made.
+
+    logit(like) = global bias + user bias + item bias + match(user vector, item vector); the match is the inner
+    product unless a model says otherwise.
+
+    **Exported vectors** (``user_vectors``, ``item_vectors``) have E + 1 numbers: the vector, rotated where folds are
+    aligned to each other, and the bias. They are relative to an unknown user without history and to the unknown item,
+    so zero means "nothing is known", and unit-scaled: multiplied by one factor for users and one for items, such that
+    the root mean square of the norms is 1. Directions and relative lengths stay, and the language model's mapping
+    sees inputs of one size whatever model and width made them. ``score`` uses the vectors as they were trained.
 
     Attributes:
-        name: value of ``cf.model``.
-        arguments: keyword arguments, plain JSON, that the class is built with beside the numbers of users and items.
+        history_length: liked items that the model reads in training.
+        trains_on_history: whether training reads histories at all; a model that reads them only for unknown users
+            is spared the work.
+        supports_tuning: whether stage 2 can go on training it (``stage2.train_cf``).
     """
 
-    name: str
+    depends_on_target: ClassVar[bool] = False
+    trains_on_history: ClassVar[bool] = True
+    supports_tuning: ClassVar[bool] = True
+    user_scale: Tensor
+    item_scale: Tensor
+    rotation: Tensor
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """See the class."""
-        ...
+    def __init__(
+        self,
+        num_users: int,
+        num_items: int,
+        *,
+        embedding_dim: int,
+        history_length: int,
+        user_dim: int = 0,
+        item_dim: int | None = None,
+        sparse: bool = True,
+    ) -> None:
+        """Make the tables, all zero; ``init_weights`` fills them.
 
-    def compute_penalty(self, user_idx: Tensor, item_idx: Tensor) -> Tensor:
-        """(B,), (B,) -> (): the pairs' share of the sum of squares that weight decay keeps small."""
-        ...
+        Args:
+            num_users: U, users that this process owns.
+            num_items: I.
+            embedding_dim: E.
+            history_length: see the class.
+            user_dim, item_dim: width of a learned vector: E (the default for items), or 0 where only the bias is.
+            sparse: whether a step touches only the rows of its batch.
+        """
+        super().__init__()
+        self.dim, self.embedding_dim, self.history_length = embedding_dim, embedding_dim + 1, history_length
+        self.users = UserTable(num_users, user_dim, sparse=sparse)
+        self.items = ItemTable(num_items, embedding_dim if item_dim is None else item_dim, sparse=sparse)
+        self.global_bias = nn.Parameter(torch.zeros(1))  # not (): DeepSpeed cannot broadcast a parameter without axes
+        self.register_buffer("user_scale", torch.ones(()))
+        self.register_buffer("item_scale", torch.ones(()))
+        self.register_buffer("rotation", torch.eye(embedding_dim))
 
-    def fix_scales(self) -> None:
-        """Set the factors of the unit-scaled vectors, once training is over."""
-        ...
+    @abstractmethod
+    def compute_user_vectors(self, batch: CfBatch) -> Tensor:
+        """Return (C, E) vectors of a batch's contexts; (B, E) of its targets where ``depends_on_target``."""
+
+    def match(self, users: Tensor, batch: CfBatch, items: Tensor) -> Tensor:
+        """Return (B,) from the vectors that ``compute_user_vectors`` made and (B, E) item vectors."""
+        if not self.depends_on_target:
+            users = users[batch.target_contexts]
+        return (users * items).sum(dim=-1)
+
+    def forward(self, batch: CfBatch) -> Tensor:
+        """Return the (B,) logits of a batch's targets."""
+        items = self.item_rows(batch.item_idx)
+        matched = self.match(self.compute_user_vectors(batch), batch, items[:, :-1])
+        return self.global_bias + self.user_biases(batch)[batch.target_contexts] + items[:, -1] + matched
+
+    def item_rows(self, item_idx: Tensor) -> Tensor:
+        """(...) -> (..., E + 1): vector and bias of each item as scoring reads them."""
+        rows: Tensor = self.items(item_idx)
+        return rows
+
+    def user_biases(self, batch: CfBatch) -> Tensor:
+        """Return (C,) biases, zero for unknown users."""
+        rows: Tensor = self.users(batch.user_idx)
+        return rows[:, -1]
+
+    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor) -> Tensor:
+        """(B,), (B, H), (B,) -> (B,) logits."""
+        logits: Tensor = self(CfBatch.from_pairs(user_idx, self._cut(history), item_idx))
+        return logits
+
+    def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
+        """(B,), (B, H), (B,) -> (B, E + 1) exported vectors."""
+        batch = CfBatch.from_pairs(user_idx, self._cut(history), target)
+        nobody = CfBatch.from_pairs(user_idx.new_full((1,), -1), history.new_empty(1, 0), user_idx.new_full((1,), -1))
+        relative = (self.compute_user_vectors(batch) - self.compute_user_vectors(nobody)) @ self.rotation
+        return torch.cat([relative, self.user_biases(batch)[:, None]], dim=1) * self.user_scale
+
+    def item_vectors(self, item_idx: Tensor) -> Tensor:
+        """(M,) -> (M, E + 1) exported vectors."""
+        relative = self.item_rows(item_idx) - self.item_rows(item_idx.new_full((1,), -1))
+        return torch.cat([relative[:, :-1] @ self.rotation, relative[:, -1:]], dim=1) * self.item_scale
+
+    def init_weights(
+        self, user_counts: Tensor, item_counts: Tensor, user_numbers: Tensor, *, scale: float, seed: int
+    ) -> None:
+        """Draw the weights, the same ones on any number of workers.
+
+        Args:
+            user_counts: (U,) training rows of each owned user.
+            item_counts: (I + 1,) of each item over all workers; the last is how often the unknown item will be met.
+            user_numbers: (U,) dense index of each owned user.
+            scale: standard deviation of the vectors.
+            seed: of the draw.
+        """
+        self.users.init_weights(user_counts, user_numbers, scale, 2 * seed)
+        self.items.init_weights(item_counts, torch.arange(len(item_counts)), scale, 2 * seed + 1)
+
+    def penalty(self, batch: CfBatch, weight_decay: float, bias_weight_decay: float) -> Tensor:
+        """Return (): the batch's share of the squares that weight decay keeps small, see ``tables``."""
+        users, items = batch.user_idx[batch.target_contexts], self.items.resolve(batch.item_idx)
+        decays = weight_decay, bias_weight_decay
+        return self.users.penalty(users, *decays) + self.items.penalty(items, *decays)
+
+    def prepare(self, train: Rows) -> None:
+        """Take what is needed of a worker's training rows; all workers call it together. Nothing by default."""
+
+    def refresh(self) -> None:
+        """Bring up to date what scoring reads beside the weights; all workers call it together. Nothing by default."""
+
+    def _cut(self, history: Tensor) -> Tensor:
+        return history[:, max(history.shape[1] - self.history_length, 0) :]
+
+
+def list_shared(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that are the same on every worker: all but those of the owned users."""
+    return [(name, one) for name, one in model.named_parameters() if not is_local(name)]
+
+
+def is_local(name: str) -> bool:
+    """Return whether a tensor of the state has a row for each owned user."""
+    return name.startswith("users.")

@@ -1,16 +1,17 @@
 """Training of a collaborative-filtering model: pointwise BCE, Adam, early stop. Plain torch, no DataLoader.
 
-The batches are a function of the seed, the epoch and the batch size alone. A worker takes those rows of a global batch
-whose users it owns; losses are divided by the rows of the whole batch and gradients are summed over the workers, so
-any number of workers makes the same steps within rounding.
+A worker takes those rows of a global batch whose users it owns; losses are divided by the mean rows of a batch and the
+shared parameters' gradients are summed over the workers, so any number of workers makes the same steps within
+rounding. Adam's moments live where the rows live. For rows of tables it is torch's SparseAdam: a step moves the rows
+that its batch meets and no others, so that a step costs what its batch costs, however large the tables are.
 
-Shapes: N training rows in all, B rows of a worker's share of a batch.
+Shapes: B targets of a worker's share of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,44 +19,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from collm_dist.cf.base import TrainableCfModel, list_shared
 from collm_dist.cf.checkpoint import Progress, read_state, restore_state, save_state
-from collm_dist.data.hashing import hash_integers
+from collm_dist.cf.collectives import gather_rows, get_rank, get_world_size, sum_gradients, sum_over_workers
+from collm_dist.cf.optimizer import Optimizers
+from collm_dist.cf.ownership import UserRanges
+from collm_dist.cf.rows import CfBatch, Rows, count_batches, iter_batches
+from collm_dist.data.hashing import hash_integers, to_unit_interval
 from collm_dist.errors import ConfigError, DataError
 from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
 
 Metric = Literal["auc", "uauc", "logloss"]
 METRICS: tuple[Metric, ...] = ("auc", "uauc", "logloss")
-_SCORE_ROWS = 1 << 18
-
-
-@dataclass(frozen=True)
-class Rows:
-    """N labelled pairs; training rows are sorted by user.
-
-    Attributes:
-        user_idx, item_idx: (N,) dense indices.
-        label: (N,) float32, 1 = like, 0 = dislike or sampled negative.
-    """
-
-    user_idx: Tensor
-    item_idx: Tensor
-    label: Tensor
-
-    @classmethod
-    def from_arrays(cls, user_idx: NDArray[Any], item_idx: NDArray[Any], label: NDArray[Any]) -> Rows:
-        """Take (N,) arrays."""
-        return cls(torch.from_numpy(user_idx), torch.from_numpy(item_idx), torch.from_numpy(label).float())
-
-    def take(self, rows: Tensor | slice) -> Rows:
-        """Return some rows."""
-        return Rows(self.user_idx[rows], self.item_idx[rows], self.label[rows])
-
-    def to(self, device: torch.device) -> Rows:
-        """Copy to a device."""
-        return Rows(self.user_idx.to(device), self.item_idx.to(device), self.label.to(device))
+_SCORE_CONTEXTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -64,43 +43,25 @@ class TrainingPlan:
 
     learning_rate: float
     weight_decay: float
+    bias_weight_decay: float
     global_batch_size: int
     num_epochs: int
     select_metric: Metric
     early_stop_patience: int
     checkpoint_every_epochs: int
+    unknown_item_share: float
     seed: int
 
 
-def find_owned_rows(user_idx: Tensor, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the [first, last) training rows of the users that a worker owns: even shares, cut between users.
-
-    Args:
-        user_idx: (N,) ascending.
-        rank, world_size: the worker, and how many there are.
-    """
-    cuts = [0]
-    for worker in range(1, world_size):
-        user = user_idx[len(user_idx) * worker // world_size]
-        cuts.append(int(torch.searchsorted(user_idx, user)))
-    cuts.append(len(user_idx))
-    return cuts[rank], cuts[rank + 1]
-
-
-def iter_batches(num_rows: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield the row numbers of each global batch of an epoch; the last one may be smaller."""
-    order = torch.from_numpy(np.argsort(hash_integers(seed, epoch, np.arange(num_rows)), kind="stable"))
-    for first in range(0, num_rows, batch_size):
-        yield order[first : first + batch_size]
-
-
 @torch.no_grad()
-def score_rows(model: Any, rows: Rows) -> NDArray[np.float64]:
-    """Return (N,) logits."""
-    parts = []
-    for first in range(0, len(rows.label), _SCORE_ROWS):
-        part = rows.take(slice(first, first + _SCORE_ROWS))
-        parts.append(model.score(part.user_idx, _no_history(part), part.item_idx).double().cpu())
+def score_rows(model: TrainableCfModel, rows: Rows, contexts: Tensor | None = None) -> NDArray[np.float64]:
+    """Return (N,) logits of a worker's rows, or of some contexts'; the model is in evaluation mode afterwards."""
+    model.eval()
+    parts = [torch.zeros(0, dtype=torch.float64)]
+    if contexts is None:
+        contexts = torch.arange(rows.num_contexts, device=rows.label.device)
+    for chunk in torch.split(contexts, _SCORE_CONTEXTS):
+        parts.append(model(rows.take(chunk, model.history_length)[0]).double().cpu())
     return np.asarray(torch.cat(parts).numpy())
 
 
@@ -114,18 +75,45 @@ def measure_scores(labels: NDArray[Any], scores: NDArray[Any], users: NDArray[An
     return {name: value for name, value in values.items() if value is not None}
 
 
-def compute_metrics(model: Any, rows: Rows) -> dict[str, float]:
-    """Score the rows with a model; see measure_scores."""
-    return measure_scores(rows.label.cpu().numpy(), score_rows(model, rows), rows.user_idx.cpu().numpy())
+def compute_metrics(model: TrainableCfModel, rows: Rows) -> dict[str, float]:
+    """Score one worker's rows with a model; see measure_scores."""
+    return measure_scores(rows.label.cpu().numpy(), score_rows(model, rows), rows.row_users.cpu().numpy())
 
 
-def check_metric(valid: Rows, metric: Metric) -> None:
+def gather_metrics(model: TrainableCfModel, rows: Rows, most_contexts: int = 1 << 18) -> dict[str, float]:
+    """Return the metrics over the rows of all workers, which call this together; of very many, an even sample.
+
+    Args:
+        model: the trained model.
+        rows: this worker's rows.
+        most_contexts: more of a worker's contexts than this are thinned out.
+    """
+    device = rows.label.device
+    step = -(-rows.num_contexts // most_contexts) or 1
+    kept = (rows.target_contexts % step) == 0
+    contexts = torch.arange(0, rows.num_contexts, step, device=device)
+    scores = gather_rows(torch.from_numpy(score_rows(model, rows, contexts)).to(device))
+    labels = gather_rows(rows.label[kept])
+    users = gather_rows(rows.row_users[kept].long() * get_world_size() + get_rank())
+    values = torch.full((len(METRICS),), torch.nan, dtype=torch.float64, device=device)
+    if get_rank() == 0:
+        found = measure_scores(labels.cpu().numpy(), scores.cpu().numpy(), users.cpu().numpy())
+        values = torch.tensor([found.get(name, torch.nan) for name in METRICS], dtype=torch.float64).to(device)
+    if get_world_size() > 1:
+        dist.broadcast(values, src=0)
+    return {name: value for name, value in zip(METRICS, values.tolist(), strict=True) if np.isfinite(value)}
+
+
+def check_metric(labels: NDArray[Any], users: NDArray[Any], metric: Metric) -> None:
     """Refuse validation rows on which the metric that picks the best epoch is not defined.
+
+    Args:
+        labels, users: (N,) of the validation rows.
+        metric: ``cf.select_metric``.
 
     Raises:
         DataError: there is nothing to select by.
     """
-    labels, users = valid.label.numpy(), valid.user_idx.numpy()
     if metric == "auc" and compute_auc(labels, labels) is None:
         raise DataError("cf.select_metric: auc needs likes and dislikes among the validation rows; choose logloss")
     if metric == "uauc" and compute_uauc(labels, labels, users)[0] is None:
@@ -133,25 +121,28 @@ def check_metric(valid: Rows, metric: Metric) -> None:
 
 
 def train_cf(
-    model: nn.Module,
+    model: TrainableCfModel,
     train: Rows,
-    valid: Rows,
+    valid: Rows | None,
+    users: UserRanges,
     plan: TrainingPlan,
     *,
-    checkpoint_path: Path,
+    checkpoints: Path,
     key: str,
     on_epoch: Callable[[int, Mapping[str, float]], None],
 ) -> Progress:
     """Train until the metric stops getting better; the best weights end up in the checkpoint.
 
-    All workers of the default process group call this together, with the same arguments; without a group it trains
-    alone. A checkpoint of the same key is continued as if there had been no break.
+    All workers of the default process group call this together; without a group it trains alone. A checkpoint of the
+    same key is continued as if there had been no break, on any number of workers.
 
     Args:
-        model: a TrainableCfModel, the same on every worker, on its device.
-        train: all training rows sorted by user; valid: all validation rows. On the model's device.
+        model: initialised and prepared, on its device; its users are those that this worker owns.
+        train: this worker's training rows, numbered globally. On the model's device.
+        valid: its validation rows; None = train for all epochs and keep the last weights.
+        users: whom this worker owns.
         plan: the settings.
-        checkpoint_path: seen by all workers; the first one writes it.
+        checkpoints: folder that all workers see.
         key: names what the training depends on.
         on_epoch: called on every worker after each epoch with its number and its metrics.
 
@@ -159,76 +150,71 @@ def train_cf(
         ConfigError: the loss is not finite.
         CheckpointError: the checkpoint is damaged.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=plan.learning_rate)
-    progress, best = Progress(), _copy_weights(model)
-    if (state := read_state(checkpoint_path, key)) is not None:
-        best, progress = restore_state(state[0], model, optimizer), state[1]
+    optimizers = Optimizers(model, plan.learning_rate)
+    progress, best = Progress(), copy_weights(model)
+    if (state := read_state(checkpoints, key)) is not None:
+        best, progress = restore_state(state, model, optimizers, users), state.progress
     while not progress.finished:
         epoch = progress.epoch + 1
-        metrics = {"train_loss": _train_epoch(model, optimizer, train, plan, epoch), **_validate(model, valid)}
-        if not progress.best_metrics or _is_better(metrics, progress.best_metrics, plan.select_metric):
-            progress.best_epoch, progress.best_metrics, best = epoch, metrics, _copy_weights(model)
+        metrics = {"train_loss": train_epoch(model, optimizers, train, plan, epoch)}
+        model.refresh()
+        if valid is not None:
+            metrics |= {f"valid_{name}": value for name, value in gather_metrics(model, valid).items()}
+        if not progress.best_metrics or valid is None or _is_better(metrics, progress, plan.select_metric):
+            progress.best_epoch, progress.best_metrics, best = epoch, metrics, copy_weights(model)
         progress.epoch = epoch
         progress.finished = epoch >= min(plan.num_epochs, progress.best_epoch + plan.early_stop_patience)
-        if _get_rank() == 0 and (progress.finished or epoch % plan.checkpoint_every_epochs == 0):
-            save_state(checkpoint_path, key, model, optimizer, best, progress)
+        if progress.finished or epoch % plan.checkpoint_every_epochs == 0:
+            save_state(checkpoints, key, model, optimizers, best, progress, users)
         on_epoch(epoch, metrics)
     return progress
 
 
-def _train_epoch(model: Any, optimizer: torch.optim.Optimizer, train: Rows, plan: TrainingPlan, epoch: int) -> float:
-    """Return the mean training loss, without the penalty."""
-    device = train.label.device
-    first, last = find_owned_rows(train.user_idx, _get_rank(), _get_world_size())
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in iter_batches(len(train.label), plan.global_batch_size, plan.seed, epoch):
-        rows = train.take(batch[(batch >= first) & (batch < last)].to(device))
-        logits = model.score(rows.user_idx, _no_history(rows), rows.item_idx)
-        loss = functional.binary_cross_entropy_with_logits(logits, rows.label, reduction="sum")
-        penalty = plan.weight_decay * model.compute_penalty(rows.user_idx, rows.item_idx)
-        optimizer.zero_grad(set_to_none=False)
-        ((loss + penalty) / len(batch)).backward()
-        if _get_world_size() > 1:
-            for parameter in model.parameters():
-                dist.all_reduce(parameter.grad)
-        optimizer.step()
+def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, plan: TrainingPlan, epoch: int) -> float:
+    """Make one pass over the training rows and return their mean loss, without the penalty.
+
+    Raises:
+        ConfigError: it is not finite.
+    """
+    model.train()
+    shared = [parameter for _, parameter in list_shared(model)]
+    mean_rows = train.total_rows / max(count_batches(train, plan.global_batch_size), 1)
+    total = torch.zeros((), dtype=torch.float64, device=train.label.device)
+    length = model.history_length if model.trains_on_history else 0
+    for contexts in iter_batches(train, plan.global_batch_size, plan.seed, epoch):
+        batch, rows = train.take(contexts, length)
+        batch = _draw(batch, contexts.cpu().numpy() + train.first_context, plan, epoch)
+        loss = functional.binary_cross_entropy_with_logits(model(batch), train.label[rows].float(), reduction="sum")
+        optimizers.zero_grad()
+        penalty = model.penalty(batch, plan.weight_decay, plan.bias_weight_decay)
+        ((loss + penalty) / mean_rows).backward()  # type: ignore[no-untyped-call]
+        sum_gradients(shared)
+        optimizers.step()
         total += loss.detach()
-    if _get_world_size() > 1:
-        dist.all_reduce(total)
-    mean = float(total) / len(train.label)
+    mean = float(sum_over_workers(total)) / max(train.total_rows, 1)
     if not np.isfinite(mean):
         raise ConfigError(f"cf.learning_rate {plan.learning_rate}: the loss is not finite in epoch {epoch}; lower it")
     return mean
 
 
-def _validate(model: nn.Module, valid: Rows) -> dict[str, float]:
-    """Compute the metrics on the first worker and give all workers its numbers, so that all decide alike."""
-    values = torch.full((len(METRICS),), torch.nan, dtype=torch.float64, device=valid.label.device)
-    if _get_rank() == 0:
-        found = compute_metrics(model, valid)
-        values = torch.tensor([found.get(name, torch.nan) for name in METRICS], dtype=torch.float64).to(values.device)
-    if _get_world_size() > 1:
-        dist.broadcast(values, src=0)
-    numbers = zip(METRICS, values.tolist(), strict=True)
-    return {f"valid_{name}": value for name, value in numbers if np.isfinite(value)}
+def _draw(batch: CfBatch, numbers: NDArray[np.int64], plan: TrainingPlan, epoch: int) -> CfBatch:
+    """Give the contexts their keys, and let some targets stand for the unknown item, which so is learned."""
+    keys = (hash_integers(plan.seed, epoch, numbers) >> np.uint64(1)).astype(np.int64)
+    owners, items = batch.target_contexts.cpu().numpy(), batch.item_idx.cpu().numpy()
+    drawn = to_unit_interval(hash_integers(plan.seed, keys[owners], items)) < plan.unknown_item_share
+    device = batch.item_idx.device
+    return replace(
+        batch,
+        item_idx=batch.item_idx.masked_fill(torch.from_numpy(drawn).to(device), -1),
+        keys=torch.from_numpy(keys).to(device),
+    )
 
 
-def _is_better(metrics: Mapping[str, float], best: Mapping[str, float], name: Metric) -> bool:
-    new, old = metrics[f"valid_{name}"], best[f"valid_{name}"]
+def _is_better(metrics: Mapping[str, float], progress: Progress, name: Metric) -> bool:
+    new, old = metrics[f"valid_{name}"], progress.best_metrics[f"valid_{name}"]
     return new < old if name == "logloss" else new > old
 
 
-def _copy_weights(model: nn.Module) -> dict[str, Tensor]:
+def copy_weights(model: TrainableCfModel) -> dict[str, Tensor]:
+    """Return a copy of the model's state."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _no_history(rows: Rows) -> Tensor:
-    return rows.user_idx.new_empty(len(rows.user_idx), 0)
-
-
-def _get_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _get_world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -14,7 +14,14 @@ from collm_dist.config.data_sections import (
     RunConfig,
     SplitConfig,
 )
-from collm_dist.config.model_sections import CfConfig, LlmConfig, LoraConfig, MappingConfig, PromptConfig
+from collm_dist.config.model_sections import (
+    CfConfig,
+    CfSearchConfig,
+    LlmConfig,
+    LoraConfig,
+    MappingConfig,
+    PromptConfig,
+)
 from collm_dist.config.tuning_sections import (
     ClusterConfig,
     EvaluationConfig,
@@ -32,6 +39,7 @@ class Config(Section):
     dataset: DatasetConfig = Field(..., description="The raw logs.")
     preprocessing: PreprocessingConfig = Field(default_factory=PreprocessingConfig, description="Samples and shards.")
     cf: CfConfig = Field(default_factory=CfConfig, description="The collaborative-filtering model.")
+    cf_search: CfSearchConfig = Field(default_factory=CfSearchConfig, description="A search for its settings.")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="What the language model reads.")
     llm: LlmConfig = Field(default_factory=LlmConfig, description="The language model.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter of stage 1.")
@@ -50,11 +58,22 @@ class Config(Section):
                 f"prompt.history_length {shown} exceeds preprocessing.max_history_length {stored}, which is all "
                 "that the shards hold: raise the latter"
             )
+        if (read := self.cf.history_length) is not None and read > stored:
+            raise ValueError(
+                f"cf.history_length {read} exceeds preprocessing.max_history_length {stored}, which is all that the "
+                "shards hold: raise the latter"
+            )
+        if self.stage2.train_cf and (self.cf.cross_fit != "off" or self.cf.model in ("lightgcn", "table")):
+            raise ValueError(
+                "stage2.train_cf goes on training one model's own weights: set cf.cross_fit to off, and cf.model to "
+                "mf, sasrec or din"
+            )
         return self
 
 
 __all__ = [
     "CfConfig",
+    "CfSearchConfig",
     "ClusterConfig",
     "ColumnsConfig",
     "Config",

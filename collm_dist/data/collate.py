@@ -8,6 +8,7 @@ Shapes: C contexts, N targets, T tree tokens, P prefix tokens, H history items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,7 @@ class PromptCollator:
         empty_history_text: str,
         tokens_per_slot: int,
         user_depends_on_target: bool,
+        time_cuts: Sequence[int] = (),
     ) -> None:
         """Tokenize the template.
 
@@ -84,6 +86,7 @@ class PromptCollator:
             empty_history_text: stands for an empty history.
             tokens_per_slot: columns of a slot.
             user_depends_on_target: whether each target has a user vector of its own.
+            time_cuts: timestamps (seconds) at which the vectors behind the slots change; see ``cut_contexts``.
 
         Raises:
             ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
@@ -95,6 +98,7 @@ class PromptCollator:
         self._history_length, self._cf_history_length = history_length, cf_history_length
         self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
+        self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
 
         def tokenize(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -126,6 +130,15 @@ class PromptCollator:
             elif not segment.is_field:
                 total += len(self._texts[segment.text])
         return total
+
+    def cut_contexts(self, block: ContextBlock) -> ContextBlock:
+        """Return the block with contexts cut where a target is on the other side of a time cut than the one before.
+
+        Targets of one context then are described as of one time, however a batch is divided later.
+        """
+        if len(self._time_cuts) == 0:
+            return block
+        return block.cut_where_changed(np.searchsorted(self._time_cuts, block.timestamp, side="right"))
 
     def count_tokens(self, block: ContextBlock) -> TokenCounts:
         """Return how many tokens the block's prompts have."""
@@ -264,7 +277,10 @@ class PromptCollator:
             "item": np.concatenate([block.row_id[item_targets], list_keys.view(np.int64)]),
             "pair": block.row_id[pair_targets],
         }
+        first_targets = block.target_offsets[list_rows]
+        times = np.concatenate([block.timestamp[item_targets], block.timestamp[first_targets]])
         return {
+            "item_timestamps": torch.from_numpy(times),
             "user_slots": _to_slots(user_rows, user_cols, query, keys["user"], masking, USER),
             "item_slots": _to_slots(
                 np.concatenate([item_rows, list_rows]), np.concatenate([item_cols, list_cols]), item_sources,
@@ -274,7 +290,7 @@ class PromptCollator:
         }  # fmt: skip
 
     def list_user_queries(self, block: ContextBlock) -> dict[str, IntArray]:
-        """Return ``user_idx``, ``user_history`` and ``user_target`` of a block, as in ``PromptBatch``."""
+        """Return ``user_idx``, ``user_history``, ``user_target`` and ``user_timestamps``, as in ``PromptBatch``."""
         history = Ragged(block.history_offsets, block.history_items)
         history = history.take_last(np.full(block.num_contexts, self._cf_history_length))
         matrix = np.full((block.num_contexts, self._cf_history_length), -1, dtype=np.int64)
@@ -282,9 +298,17 @@ class PromptCollator:
         matrix[history.rows, history.columns + shift[history.rows]] = history.values
         if not self._user_depends_on_target:
             nothing = np.full(block.num_contexts, -1, dtype=np.int64)
-            return {"user_idx": block.user_idx, "user_history": matrix, "user_target": nothing}
+            times = block.timestamp[block.target_offsets[:-1]]
+            return {
+                "user_idx": block.user_idx, "user_history": matrix, "user_target": nothing, "user_timestamps": times
+            }  # fmt: skip
         owner = block.target_contexts
-        return {"user_idx": block.user_idx[owner], "user_history": matrix[owner], "user_target": block.item_idx}
+        return {
+            "user_idx": block.user_idx[owner],
+            "user_history": matrix[owner],
+            "user_target": block.item_idx,
+            "user_timestamps": block.timestamp,
+        }
 
 
 def _to_slots(
@@ -303,6 +327,7 @@ def build_collator(
     stage: Literal["stage1", "stage2"],
     *,
     user_depends_on_target: bool = False,
+    time_cuts: Sequence[int] = (),
 ) -> PromptCollator:
     """Return the collator of a stage.
 
@@ -311,7 +336,7 @@ def build_collator(
         run_dir: whose data step is done.
         tokenizer: of the backbone.
         stage: whose prompt.
-        user_depends_on_target: see ``PromptCollator``.
+        user_depends_on_target, time_cuts: see ``PromptCollator``.
 
     Raises:
         ConfigError: the prompt is wrong.
@@ -334,4 +359,5 @@ def build_collator(
         empty_history_text=config.prompt.empty_history_text,
         tokens_per_slot=config.mapping.tokens_per_slot,
         user_depends_on_target=user_depends_on_target,
+        time_cuts=time_cuts,
     )

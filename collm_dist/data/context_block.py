@@ -88,7 +88,16 @@ class ContextBlock:
             targets: (M,) positions of targets. Neighbours of one context stay together and share it.
         """
         owner = self.target_contexts[targets]
-        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        return self._take_runs(targets, owner, np.flatnonzero(np.diff(owner, prepend=-1)))
+
+    def cut_where_changed(self, keys: IntArray) -> ContextBlock:
+        """Return the same targets, with a context cut in two wherever the (N,) keys of two of its targets differ."""
+        owner = self.target_contexts
+        changed = (np.diff(owner, prepend=-1) != 0) | (np.diff(keys, prepend=keys[:1]) != 0)
+        return self._take_runs(np.arange(self.num_targets), owner, np.flatnonzero(changed))
+
+    def _take_runs(self, targets: IntArray, owner: IntArray, starts: IntArray) -> ContextBlock:
+        """Return the block of these targets, (M,) with their contexts, where each run from a start is a context."""
         contexts = owner[starts]
         history_offsets, history = _select_ragged(self.history_offsets, contexts)
         dislike_offsets, dislikes = _select_ragged(self.dislike_offsets, targets)

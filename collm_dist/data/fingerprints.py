@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from collm_dist.artifacts import RunDir, Step, compute_fingerprint
-from collm_dist.config import Config
+from collm_dist.config import CfConfig, Config
 from collm_dist.data.id_tables import describe_previous
 from collm_dist.data.prompts import load_prompt_text
 from collm_dist.data.readers import open_source
@@ -28,11 +28,20 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
     if step == "data":
         inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
         return compute_fingerprint(config, step, run_dir, inputs)
+    if step == "cf" and config.cf.model == "table":
+        return compute_fingerprint(config, step, run_dir, _describe_vectors(config.cf))
     if step in ("stage1", "stage2"):
         spec = config.prompt.stage1 if step == "stage1" else config.prompt.stage2
         inputs = {"prompt": load_prompt_text(spec), **_describe_local_backbone(config.llm.backbone)}
         return compute_fingerprint(config, step, run_dir, inputs)
     return compute_fingerprint(config, step, run_dir, skip_missing=step == "eval")
+
+
+def _describe_vectors(cf: CfConfig) -> dict[str, Any]:
+    """Return size and time of the files with vectors from elsewhere."""
+    paths = {"user_vectors": cf.user_vectors, "item_vectors": cf.item_vectors}
+    files = {name: Path(path) for name, path in paths.items() if path is not None and Path(path).is_file()}
+    return {name: [one.stat().st_size, one.stat().st_mtime_ns] for name, one in files.items()}
 
 
 def _describe_local_backbone(name: str) -> dict[str, Any]:

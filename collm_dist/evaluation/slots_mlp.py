@@ -46,24 +46,25 @@ def build_slot_inputs(
     Args:
         block: the rows.
         slots: as of find_slots.
-        cf_model: gives user and item vectors; not read for pair slots.
+        cf_model: ``SlotVectors``, gives user and item vectors; not read for pair slots.
         history_length: liked items that the collaborative model may read.
         shown_length: liked items behind ItemIDList, whose vectors are averaged.
     """
     contexts, parts = block.target_contexts, []
     if slots & {"UserID", "TargetItemID", "ItemIDList"}:
-        items = torch.from_numpy(block.item_idx)
+        items, times = torch.from_numpy(block.item_idx), torch.from_numpy(block.timestamp)
         vectors = {}
         if "UserID" in slots:
             history = torch.from_numpy(pad_histories(block, history_length)[contexts])
-            vectors["user"] = cf_model.user_vectors(torch.from_numpy(block.user_idx[contexts]), history, items)
+            vectors["user"] = cf_model.user_vectors(torch.from_numpy(block.user_idx[contexts]), history, items, times)
         if "TargetItemID" in slots:
-            vectors["item"] = cf_model.item_vectors(items)
+            vectors["item"] = cf_model.item_vectors(items, times)
         if len(vectors) == 2:
             vectors["product"] = vectors["user"] * vectors["item"]
         if "ItemIDList" in slots and shown_length:
             shown = torch.from_numpy(pad_histories(block, shown_length)[contexts])
-            flat = cf_model.item_vectors(shown.reshape(-1)).view(*shown.shape, -1)
+            flat = cf_model.item_vectors(shown.reshape(-1), times.repeat_interleave(shown_length))
+            flat = flat.view(*shown.shape, -1)
             vectors["list"] = flat.sum(dim=1) / (shown >= 0).sum(dim=1, keepdim=True).clamp(min=1)
         parts = [vector.float().numpy() for vector in vectors.values()]
     if "MatchID" in slots:

@@ -16,19 +16,22 @@ from collm_dist.prompt_batch import PromptBatch, Slots
 
 
 class CollaborativeVectors(Protocol):
-    """What the module asks of a collaborative model. Index -1 is an unknown user or item: the zero vector."""
+    """What the module asks of a collaborative model. Zero is the vector of an unknown user or item.
+
+    Timestamps (seconds since 1970) say as of when: what a training row's slots carry must not have seen its label.
+    """
 
     @property
     def embedding_dim(self) -> int:
         """E."""
         ...
 
-    def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
-        """(Q,), (Q, H), (Q,) -> (Q, E)."""
+    def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor, timestamp: Tensor) -> Tensor:
+        """(Q,), (Q, H), (Q,), (Q,) -> (Q, E)."""
         ...
 
-    def item_vectors(self, item_idx: Tensor) -> Tensor:
-        """(M,) -> (M, E)."""
+    def item_vectors(self, item_idx: Tensor, timestamp: Tensor) -> Tensor:
+        """(M,), (M,) -> (M, E)."""
         ...
 
 
@@ -99,8 +102,10 @@ class CollmModel(nn.Module):
             return embeds
         if self.slot_mapper.cf is not None and self.cf_model is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_cf):
-                users = self.cf_model.user_vectors(batch.user_idx, batch.user_history, batch.user_target)
-                items = self.cf_model.item_vectors(batch.item_slots.sources)
+                users = self.cf_model.user_vectors(
+                    batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps
+                )
+                items = self.cf_model.item_vectors(batch.item_slots.sources, batch.item_timestamps)
                 vectors = torch.cat([users[batch.user_slots.sources], items])
             slots = _join_slots(batch.user_slots, batch.item_slots)
             embeds = _place(embeds, slots, self.slot_mapper.cf(_mask(vectors, slots.masked)))

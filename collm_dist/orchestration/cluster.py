@@ -87,6 +87,7 @@ def run_tasks(
     *,
     description: str,
     parallelism: int,
+    num_gpus: int = 0,
     progress_bar: bool = True,
 ) -> list[Any]:
     """Run a function over many arguments as Ray tasks and return the results in the order of the arguments.
@@ -96,13 +97,14 @@ def run_tasks(
         arguments: of each task; object references are resolved.
         description: shown with the progress.
         parallelism: most tasks in flight.
+        num_gpus: that each task holds.
         progress_bar: whether to show it.
 
     Raises:
         CollmError: as a task raised it.
         LaunchError: workers kept dying, or a disk failed.
     """
-    remote = ray.remote(num_cpus=1, max_retries=3)(function)
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(function)
     results: list[Any] = [None] * len(arguments)
     waiting = list(enumerate(arguments))[::-1]
     running: dict[Any, int] = {}

@@ -1,4 +1,4 @@
-"""CF pretraining as a Ray Train job: 1..N workers, a restart where one dies, and the step's summary."""
+"""CF pretraining on Ray: one or several seeds, 1..N workers each, a restart where one dies, and the step's summary."""
 
 from __future__ import annotations
 
@@ -6,60 +6,44 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from tqdm import tqdm
 
 from collm_dist.artifacts import (
     RunDir,
-    compute_fingerprint,
     compute_json_hash,
     is_step_current,
     write_json,
 )
-from collm_dist.cf.checkpoint import read_state, take_group
-from collm_dist.cf.export import FILE_NAME, MODEL_CLASSES, save_cf_model
-from collm_dist.cf.trainer import Rows, TrainingPlan, check_metric, train_cf
+from collm_dist.cf.base import TrainableCfModel
+from collm_dist.cf.checkpoint import read_state
+from collm_dist.cf.export import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
+from collm_dist.cf.fitting import Job, OnEpoch, compute_fold_starts, fit
+from collm_dist.cf.models import get_model_class, list_arguments
+from collm_dist.cf.ownership import load_worker_data
+from collm_dist.cf.rows import take_before
+from collm_dist.cf.table import read_vectors, read_width
+from collm_dist.cf.trainer import check_metric
 from collm_dist.config import CfConfig, Config
-from collm_dist.data.interactions import load_interactions
+from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.monitoring import TRAIN_LOSS, VALID_AUC, RunLogger, read_metrics
-from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from collm_dist.orchestration.pretrain_summary import print_summary, summarize
 
 # A run with more lost workers than this gives up; its last checkpoint stays.
 MAX_FAILURES = 3
 SHOWN = (TRAIN_LOSS, VALID_AUC)
 _POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is told; it reads the rest from the run directory.
-
-    Attributes:
-        data_dir, folder: of the steps data and cf, absolute, seen by all nodes.
-        checkpoint: file of the training state.
-        key: names what the training depends on.
-        cf: the model's settings.
-        seed: of initial vectors and batches.
-        tensorboard: whether to write it.
-    """
-
-    data_dir: Path
-    folder: Path
-    checkpoint: Path
-    key: str
-    cf: CfConfig
-    seed: int
-    tensorboard: bool
 
 
 def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[str, Any]:
@@ -74,55 +58,98 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
 
     Raises:
         ArtifactError: the data step is not done, or this one was done with something else.
-        DataError: the validation rows cannot tell which epoch is best.
+        ConfigError: there is no such model.
+        DataError: the validation rows cannot tell which epoch is best, or given vectors are wrong.
         LaunchError: too few CPUs, or workers kept dying.
     """
-    fingerprint = compute_fingerprint(config, "cf", run_dir)
+    fingerprint = compute_step_fingerprint(config, run_dir, "cf")
     if not force and is_step_current(run_dir, "cf", fingerprint):
         print(f"cf: done already ({run_dir.step_dir('cf')})")
         return run_dir.read_record("cf")
     folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
+    manifest = load_manifest(data_dir)
+    _check_inputs(config.cf, data_dir)
     run_dir.withdraw("cf")
     checkpoints = folder / "checkpoints"
     if force:
         shutil.rmtree(checkpoints, ignore_errors=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    job = Job(
-        data_dir=data_dir,
-        folder=folder,
-        checkpoint=checkpoints / "last.safetensors",
-        key=compute_json_hash(fingerprint),
-        cf=config.cf,
-        seed=config.run.seed,
-        tensorboard=config.monitoring.tensorboard,
-    )
-    check_metric(load_rows(data_dir, "valid"), config.cf.select_metric)
-    state = read_state(job.checkpoint, job.key)
-    if state is None or not state[1].finished:
-        with connect_ray(config.cluster), _show_progress(job, config.monitoring.progress_bar):
-            _fit_on_ray(job)
-    summary = _export(job) | {"fingerprint": fingerprint}
+    jobs = _plan_jobs(config, data_dir, manifest, checkpoints, compute_json_hash(fingerprint))
+    if any(job.read_result() is None for job in jobs):
+        with connect_ray(config.cluster), _show_progress(folder, config):
+            _fit_on_ray(jobs, folder, config)
+    content_hash = _export(jobs[0], folder, manifest)
+    results = {job.seed: job.read_result() for job in jobs}
+    if None in results.values():
+        raise LaunchError(f"{checkpoints}: results are missing: do all nodes share {folder}?")
+    summary = summarize(config.cf, data_dir, manifest, {seed: one for seed, one in results.items() if one})
+    summary |= {"content_hash": content_hash, "fingerprint": fingerprint, "fold_starts": jobs[0].fold_starts}
     write_json(run_dir.record_path("cf"), summary)
     shutil.rmtree(checkpoints)
     print_summary(summary, run_dir.record_path("cf"))
     return summary
 
 
-def _fit_on_ray(job: Job) -> None:
-    from ray import train  # late: it takes seconds to import, and a finished step needs none of it
-    from ray.train.torch import TorchTrainer
+def _check_inputs(cf: CfConfig, data_dir: Path) -> None:
+    """Refuse, before work starts, what cannot be trained or selected."""
+    get_model_class(cf.model)
+    valid = load_interactions(data_dir, ["user_idx", "label"], "valid")
+    check_metric(valid["label"].astype(np.float64), valid["user_idx"], cf.select_metric)
+    if cf.model == "table":
+        width = read_width(Path(str(cf.item_vectors)))
+        read_vectors(Path(str(cf.item_vectors)), load_item_table(data_dir)["item_id"], width)
+        if cf.user_vectors is not None:
+            read_vectors(Path(cf.user_vectors), load_user_ids(data_dir), width)
 
-    num_workers, resources = job.cf.num_workers, ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) >= num_workers
+
+def _plan_jobs(config: Config, data_dir: Path, manifest: Manifest, checkpoints: Path, key: str) -> list[Job]:
+    """Return one job a seed; the first one's vectors are read later, so it alone fits the folds."""
+    starts: tuple[int, ...] = ()
+    if config.cf.cross_fit != "off":
+        starts = compute_fold_starts(data_dir, manifest, config.cf.cross_fit)
+    jobs = []
+    for number, seed in enumerate(config.cf.seeds or (config.run.seed,)):
+        folder = checkpoints / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        jobs.append(Job(data_dir, folder, key, config.cf, seed, () if number else starts))
+    return jobs
+
+
+def _fit_on_ray(jobs: Sequence[Job], folder: Path, config: Config) -> None:
+    """Fit what is not done: single workers side by side as Ray tasks, several workers one job after the other."""
+    num_workers, resources = config.cf.num_workers, ray.cluster_resources()
     if resources.get("CPU", 0) < num_workers:
         raise LaunchError(f"cf.num_workers: {num_workers} workers need a CPU each, Ray has "
                           f"{resources.get('CPU', 0):.0f}; lower it or raise cluster.ray_num_cpus")  # fmt: skip
+    pending = [job for job in jobs if job.read_result() is None]
+    settings = [
+        {"job": job, "log": folder if job is jobs[0] else folder / "seeds" / str(job.seed),
+         "tensorboard": config.monitoring.tensorboard} for job in pending
+    ]  # fmt: skip
+    if num_workers > 1:
+        for one in settings:
+            _fit_with_ray_train(one, num_workers, use_gpu=resources.get("GPU", 0) >= num_workers)
+        return
+    run_tasks(
+        fit_alone,
+        [(one,) for one in settings],
+        description="cf",
+        parallelism=len(jobs),
+        num_gpus=1 if resources.get("GPU", 0) >= 1 else 0,
+        progress_bar=config.monitoring.progress_bar and len(jobs) > 1,
+    )
+
+
+def _fit_with_ray_train(settings: Mapping[str, Any], num_workers: int, *, use_gpu: bool) -> None:
+    from ray import train  # late: it takes seconds to import, and a finished step needs none of it
+    from ray.train.torch import TorchTrainer
+
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    storage = job.folder / "checkpoints" / "ray"
+    storage = settings["job"].checkpoints / "ray"
     shutil.rmtree(storage, ignore_errors=True)
     trainer = TorchTrainer(
-        fit_worker,
-        train_loop_config={"job": job},
+        fit_together,
+        train_loop_config=dict(settings),
         scaling_config=train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=train.RunConfig(
             name="cf",
@@ -144,78 +171,53 @@ def _fit_on_ray(job: Job) -> None:
         signal.signal(signal.SIGINT, on_interrupt)
 
 
-def fit_worker(settings: Mapping[str, Any]) -> None:
-    """Train on one Ray Train worker; the first one writes checkpoints and the log."""
+def fit_together(settings: Mapping[str, Any]) -> None:
+    """Train on one of several Ray Train workers; the first one writes the log."""
     from ray import train
     from ray.train.torch import get_device
 
+    context = train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    with _open_log(settings, is_main=rank == 0) as on_epoch:
+        fit(settings["job"], get_device(), rank, world_size, on_epoch)
+
+
+def fit_alone(settings: Mapping[str, Any]) -> None:
+    """Train as a single Ray task."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _open_log(settings, is_main=True) as on_epoch:
+        fit(settings["job"], device, 0, 1, on_epoch)
+
+
+@contextmanager
+def _open_log(settings: Mapping[str, Any], *, is_main: bool) -> Iterator[OnEpoch]:
     job: Job = settings["job"]
-    device = get_device()
-    train_rows, valid_rows = (load_rows(job.data_dir, split) for split in ("train", "valid"))
-    model = build_model(job.cf, load_manifest(job.data_dir), train_rows, job.seed).to(device)
-    state = read_state(job.checkpoint, job.key)
+    state = job.read_part("final")
     logger = RunLogger(
-        job.folder,
-        is_main=train.get_context().get_world_rank() == 0,
-        tensorboard=job.tensorboard,
+        settings["log"],
+        is_main=is_main,
+        tensorboard=settings["tensorboard"],
         progress_bar=False,
-        start_step=state[1].epoch if state else 0,
+        start_step=state.progress.epoch if state else 0,
         total_steps=job.cf.num_epochs,
     )
 
     def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
         logger.log(epoch, {name.replace("_", "/", 1): value for name, value in metrics.items()})
 
-    train_cf(
-        model,
-        train_rows.to(device),
-        valid_rows.to(device),
-        build_plan(job.cf, job.seed),
-        checkpoint_path=job.checkpoint,
-        key=job.key,
-        on_epoch=on_epoch,
-    )
+    yield on_epoch
     logger.close()
 
 
-def build_model(cf: CfConfig, manifest: Manifest, train: Rows, seed: int) -> Any:
-    """Return the untrained model that the settings ask for."""
-    user_rows = torch.bincount(train.user_idx, minlength=manifest.num_users)
-    item_rows = torch.bincount(train.item_idx, minlength=manifest.num_items)
-    return MODEL_CLASSES[cf.model](
-        user_rows, item_rows, embedding_dim=cf.embedding_dim, init_scale=cf.init_scale, seed=seed
-    )
-
-
-def build_plan(cf: CfConfig, seed: int) -> TrainingPlan:
-    """Return the trainer's settings."""
-    return TrainingPlan(
-        learning_rate=cf.learning_rate,
-        weight_decay=cf.weight_decay,
-        global_batch_size=cf.global_batch_size,
-        num_epochs=cf.num_epochs,
-        select_metric=cf.select_metric,
-        early_stop_patience=cf.early_stop_patience,
-        checkpoint_every_epochs=cf.checkpoint_every_epochs,
-        seed=seed,
-    )
-
-
-def load_rows(data_dir: Path, split: str) -> Rows:
-    """Load the labelled pairs of a split, sampled negatives included, sorted by user."""
-    columns = load_interactions(data_dir, ["user_idx", "item_idx", "label"], split)
-    return Rows.from_arrays(columns["user_idx"], columns["item_idx"], columns["label"])
-
-
 @contextmanager
-def _show_progress(job: Job, enabled: bool) -> Iterator[None]:
-    """Show how far the workers are, from the log that the first one writes: they have no terminal."""
+def _show_progress(folder: Path, config: Config) -> Iterator[None]:
+    """Show how far the first seed is, from the log that its worker writes: workers have no terminal."""
     done = threading.Event()
 
     def follow() -> None:
-        with tqdm(total=job.cf.num_epochs, desc="cf", unit="epoch", leave=False) as bar:
+        with tqdm(total=config.cf.num_epochs, desc="cf", unit="epoch", leave=False) as bar:
             while not done.wait(_POLL_SECONDS):
-                lines = read_metrics(job.folder / "metrics.jsonl")
+                lines = read_metrics(folder / "metrics.jsonl")
                 if lines:
                     bar.set_postfix(
                         {name: f"{lines[-1][name]:.4f}" for name in SHOWN if name in lines[-1]}, refresh=False
@@ -223,6 +225,7 @@ def _show_progress(job: Job, enabled: bool) -> Iterator[None]:
                     bar.update(lines[-1]["step"] - bar.n)
 
     thread = threading.Thread(target=follow, daemon=True)
+    enabled = config.monitoring.progress_bar and len(config.cf.seeds) < 2
     if enabled:
         thread.start()
     try:
@@ -233,16 +236,26 @@ def _show_progress(job: Job, enabled: bool) -> Iterator[None]:
             thread.join()
 
 
-def _export(job: Job) -> dict[str, Any]:
-    """Write the model with the best weights and return the summary, without fingerprint."""
-    state = read_state(job.checkpoint, job.key)
-    if state is None:
-        raise LaunchError(f"{job.checkpoint} was not written: do all nodes share {job.folder}?")
-    tensors, progress = state
-    manifest = load_manifest(job.data_dir)
-    splits = {split: load_rows(job.data_dir, split) for split in ("train", "valid", "test")}
-    model = build_model(job.cf, manifest, splits["train"], job.seed)
-    model.load_state_dict(take_group(tensors, "best"))
-    content_hash = save_cf_model(job.folder / FILE_NAME, model, manifest)
-    summary = summarize(model, job.data_dir, manifest, splits, progress, job.cf.num_epochs)
-    return {"model": job.cf.model, "num_workers": job.cf.num_workers, **summary, "content_hash": content_hash}
+def _export(job: Job, folder: Path, manifest: Manifest) -> str:
+    """Write the models that the slots read, and return the hash of them all."""
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    data = load_worker_data(job.data_dir, manifest)
+    hashes: list[str] = []
+    previous: TrainableCfModel | None = None
+    for fold, name in enumerate(job.list_parts(), start=1):
+        state = read_state(job.checkpoints / name, job.key)
+        if state is None:
+            raise LaunchError(f"{job.checkpoints / name} was not written: do all nodes share {folder}?")
+        is_final = name == "final"
+        train = data.splits["train"] if is_final else take_before(data.splits["train"], job.fold_starts[fold - 1])
+        arguments = list_arguments(job.cf, manifest.max_history_length, job.seed)
+        if job.cf.model == "table":
+            arguments["embedding_dim"] = read_width(Path(str(job.cf.item_vectors)))
+        header = ModelHeader.from_manifest(manifest, job.cf.model, arguments, job.fold_starts if is_final else ())
+        users, *sample = take_sample(data.users, train, arguments["history_length"])
+        sample = [torch.full_like(users, -1) if job.fold_starts else users, *sample]
+        path = folder / (FILE_NAME if is_final else name_fold_file(fold))
+        hashes.append(write_model(path, state, header, with_users=is_final, previous=previous, sample=sample))
+        previous = load_model(path)[1] if job.fold_starts else None
+    return compute_json_hash(hashes)

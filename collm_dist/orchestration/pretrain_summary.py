@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from collm_dist.cf.checkpoint import Progress
-from collm_dist.cf.trainer import METRICS, Rows, compute_metrics, measure_scores
+import numpy as np
+
+from collm_dist.cf.trainer import METRICS, measure_scores
+from collm_dist.config import CfConfig
 from collm_dist.data.context_block import concatenate_blocks
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.interactions import load_interactions
@@ -15,42 +17,66 @@ from collm_dist.data.manifest import Manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, fit_bias_logistic, fit_item_mean
 
 _BATCH_ROWS = 1 << 16
+# Above this many training rows the logistic regression would take longer than the model.
+_MAX_LOGISTIC_ROWS = 3_000_000
+SPLITS = ("valid", "test")
 Metrics = Mapping[str, Mapping[str, float]]
 
 
-def summarize(model: Any, data_dir: Path, manifest: Manifest, splits: Mapping[str, Rows], progress: Progress,
-              num_epochs: int) -> dict[str, Any]:  # fmt: skip
+def summarize(
+    cf: CfConfig, data_dir: Path, manifest: Manifest, results: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return the summary's figures.
 
     Args:
-        model: the trained model, on the CPU.
+        cf: the settings.
         data_dir, manifest: of the data step.
-        splits: rows of train, valid and test.
-        progress: of the training.
-        num_epochs: most epochs that it was allowed.
+        results: what each seed's training left, the first one's first.
     """
-    metrics = {split: compute_metrics(model, splits[split]) for split in ("valid", "test")}
+    first = next(iter(results.values()))
+    metrics = {split: first["metrics"][split] for split in SPLITS}
     baselines = _score_baselines(data_dir, manifest)
-    return {
-        "metrics": metrics,
-        "train_metrics": compute_metrics(model, splits["train"]),
-        "baselines": baselines,
-        "beats_item_mean": {split: _is_beaten(metrics, baselines["item_mean"], split) for split in metrics},
-        "warnings": _find_warnings(metrics, baselines, progress, num_epochs),
-        "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch,
-        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    beaten = {
+        name: {split: _is_beaten(metrics, scores, split) for split in SPLITS} for name, scores in baselines.items()
     }
+    return {
+        "model": cf.model,
+        "num_workers": cf.num_workers,
+        "metrics": metrics,
+        "train_metrics": first["metrics"]["train"],
+        "seeds": {str(seed): {split: one["metrics"][split] for split in SPLITS} for seed, one in results.items()},
+        "spread": _summarize_seeds([one["metrics"] for one in results.values()]),
+        "baselines": baselines,
+        "beats": beaten,
+        "warnings": [
+            *_find_warnings(metrics, baselines, beaten),
+            *_find_unfinished(results, cf.num_epochs),
+        ],
+        "epochs": first["epochs"],
+        "best_epoch": first["best_epoch"],
+    }
+
+
+def _summarize_seeds(metrics: list[Metrics]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return mean and standard deviation over the seeds, by split and metric."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split in SPLITS:
+        shared = [name for name in METRICS if all(name in one[split] for one in metrics)]
+        values = {name: [one[split][name] for one in metrics] for name in shared}
+        found[split] = {
+            name: {"mean": float(np.mean(many)), "std": float(np.std(many, ddof=1)) if len(many) > 1 else 0.0}
+            for name, many in values.items()
+        }
+    return found
 
 
 def _score_baselines(data_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, float]]]:
     train = load_interactions(data_dir, TRAIN_COLUMNS, "train")
-    scorers = {
-        "item_mean": fit_item_mean(train, manifest.num_items),
-        "bias_logistic": fit_bias_logistic(train, manifest.num_users, manifest.num_items),
-    }
+    scorers = {"item_mean": fit_item_mean(train, manifest.num_items)}
+    if manifest.splits["train"].rows <= _MAX_LOGISTIC_ROWS:
+        scorers["bias_logistic"] = fit_bias_logistic(train, manifest.num_users, manifest.num_items)
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in scorers}
-    for split in ("valid", "test"):
+    for split in SPLITS:
         order = GlobalOrder(data_dir, manifest, split, 0, _BATCH_ROWS, shuffle=False)
         block = concatenate_blocks(list(order.iter_batches(0)))
         users = block.user_idx[block.target_contexts]
@@ -65,18 +91,25 @@ def _is_beaten(metrics: Metrics, baseline: Metrics, split: str) -> bool | None:
     return None if ours is None or theirs is None else ours > theirs
 
 
-def _find_warnings(metrics: Metrics, baselines: Mapping[str, Metrics], progress: Progress, most: int) -> list[str]:
-    warnings = []
-    for split in metrics:
-        if _is_beaten(metrics, baselines["item_mean"], split) is False:
-            warnings.append(
-                f"on {split} the model (AUC {metrics[split]['auc']:.4f}) does not beat the item mean "
-                f"({baselines['item_mean'][split]['auc']:.4f}): its vectors carry little. Look at cf.learning_rate, "
-                "cf.weight_decay and cf.num_epochs"
-            )
-    if progress.best_epoch == most:
-        warnings.append(f"the last epoch allowed ({most}) was the best one: raise cf.num_epochs")
-    return warnings
+def _find_warnings(
+    metrics: Metrics, baselines: Mapping[str, Metrics], beaten: Mapping[str, Mapping[str, bool | None]]
+) -> list[str]:
+    return [
+        f"on {split} the model (AUC {metrics[split]['auc']:.4f}) does not beat the baseline {name} "
+        f"({baselines[name][split]['auc']:.4f}): its vectors carry little. Look at cf.learning_rate, cf.weight_decay "
+        "and cf.num_epochs, or let launch/search_cf.py look"
+        for name, outcome in beaten.items()
+        for split in SPLITS
+        if outcome[split] is False
+    ]
+
+
+def _find_unfinished(results: Mapping[int, Mapping[str, Any]], most: int) -> list[str]:
+    return [
+        f"seed {seed}: the last epoch allowed ({most}) was the best one: raise cf.num_epochs"
+        for seed, one in results.items()
+        if one["best_epoch"] == most
+    ]
 
 
 def print_summary(summary: Mapping[str, Any], path: Path) -> None:
@@ -86,6 +119,10 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
         for name, metrics in ((summary["model"], summary["metrics"]), *summary["baselines"].items()):
             shown = "  ".join(f"{one} {metrics[split][one]:.4f}" for one in METRICS if one in metrics[split])
             print(f"  {split:5} {name:14} {shown}")
+        if len(summary["seeds"]) > 1:
+            spread = summary["spread"][split].items()
+            shown = "  ".join(f"{one} {value['mean']:.4f} +- {value['std']:.4f}" for one, value in spread)
+            print(f"  {split:5} {len(summary['seeds'])} seeds        {shown}")
     for warning in summary["warnings"]:
         print(f"  {'!' * 20} WARNING: {warning}")
     print(f"  {path}")

@@ -161,6 +161,7 @@ class TuningLoop:
         started = time.perf_counter()
         step, rank, world_size = self.progress.global_step, get_rank(), get_world_size()
         self.engine.set_training(True)
+        block = self.collator.cut_contexts(block)
         counts = self.collator.count_tokens(block)
         pieces = plan_micro_batches(block, counts, rank, world_size, self.stage.max_tokens_per_micro_batch)
         masking = Masking(self.mask_probability, self.seed, epoch)

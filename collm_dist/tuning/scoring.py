@@ -69,7 +69,8 @@ def score_batches(
 def _iter_batches(
     collator: PromptCollator, order: GlobalOrder, max_tokens: int
 ) -> Iterator[tuple[ContextBlock, PromptBatch]]:
-    for block in order.iter_batches():
+    for whole in order.iter_batches():
+        block = collator.cut_contexts(whole)
         counts = collator.count_tokens(block)
         for piece in plan_micro_batches(block, counts, get_rank(), get_world_size(), max_tokens):
             yield block, collator.collate(piece, block)
@@ -119,6 +120,7 @@ def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptColla
     return dataclasses.replace(
         batch,
         item_slots=dataclasses.replace(slots, sources=torch.from_numpy(block.item_idx)[donors[target]]),
+        item_timestamps=torch.from_numpy(block.timestamp)[donors[target]],
         pair_features=torch.from_numpy(compute_pair_features(block))[donors],
         **{name: values[asked] for name, values in queries.items()},
     )

@@ -122,7 +122,12 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
             backbone = _load_merged(config, run_dir, backbone)
         cf_model = load_cf_model(run_dir, manifest)
         collator = build_collator(
-            config, run_dir, backbone.tokenizer, "stage2", user_depends_on_target=cf_model.depends_on_target
+            config,
+            run_dir,
+            backbone.tokenizer,
+            "stage2",
+            user_depends_on_target=cf_model.depends_on_target,
+            time_cuts=cf_model.fold_starts,
         )
         mapper = _build_mapper(config, collator, backbone.model, cf_model.embedding_dim)
         cf_model.requires_grad_(stage.train_cf)

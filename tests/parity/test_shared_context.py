@@ -64,10 +64,10 @@ class Tables(torch.nn.Module):
         self.users = torch.nn.Parameter(torch.randn(5, 6, generator=generator, dtype=torch.float64))
         self.items = torch.nn.Parameter(torch.randn(len(TEXTS), 6, generator=generator, dtype=torch.float64))
 
-    def user_vectors(self, user_idx, history, target):
+    def user_vectors(self, user_idx, history, target, timestamp):
         return self.users[user_idx]
 
-    def item_vectors(self, item_idx):
+    def item_vectors(self, item_idx, timestamp):
         return self.items[item_idx]
 
 

@@ -78,9 +78,10 @@ def score_plainly(
         for column, kind, item in sample.slots:
             if kind == "user":
                 user = torch.tensor([int(block.user_idx[owner[row]])])
-                vector = cf_model.user_vectors(user, torch.zeros(1, 0, dtype=torch.int64), torch.tensor([-1]))
+                time = torch.tensor([int(block.timestamp[row])])
+                vector = cf_model.user_vectors(user, torch.zeros(1, 0, dtype=torch.int64), torch.tensor([-1]), time)
             elif kind == "item":
-                vector = cf_model.item_vectors(torch.tensor([item]))
+                vector = cf_model.item_vectors(torch.tensor([item]), torch.tensor([int(block.timestamp[row])]))
             else:
                 vector = pair_features[row : row + 1]
             tokens = (slot_mapper.pair if kind == "pair" else slot_mapper.cf)(vector)[0]

@@ -15,11 +15,11 @@ class TableModel:
     def __init__(self, size=10, width=3):
         self.table = torch.arange(1.0, size * width + 1).view(size, width)
 
-    def item_vectors(self, item_idx):
+    def item_vectors(self, item_idx, timestamp):
         return torch.where(item_idx[:, None] >= 0, self.table[item_idx.clamp(min=0)], 0.0)
 
-    def user_vectors(self, user_idx, history, target):
-        return 100 * self.item_vectors(user_idx) + self.item_vectors(history[:, -1])
+    def user_vectors(self, user_idx, history, target, timestamp):
+        return 100 * self.item_vectors(user_idx, timestamp) + self.item_vectors(history[:, -1], timestamp)
 
 
 def test_slots_of_a_prompt():

@@ -1,0 +1,66 @@
+"""Which class a model's name stands for, and what it is built with."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from collm_dist.cf.base import TrainableCfModel
+from collm_dist.cf.din import Din
+from collm_dist.cf.lightgcn import LightGcn
+from collm_dist.cf.mf import MatrixFactorization
+from collm_dist.cf.sasrec import SasRec
+from collm_dist.cf.table import VectorTable
+from collm_dist.config import CfConfig
+from collm_dist.errors import ConfigError
+
+MODEL_CLASSES: dict[str, type[TrainableCfModel]] = {
+    "mf": MatrixFactorization,
+    "lightgcn": LightGcn,
+    "sasrec": SasRec,
+    "din": Din,
+    "table": VectorTable,
+}
+
+
+def get_model_class(name: str) -> type[TrainableCfModel]:
+    """Return the class of a name or of an import path, ``package.module:Class``.
+
+    Raises:
+        ConfigError: there is none, or it is no ``TrainableCfModel``.
+    """
+    if name in MODEL_CLASSES:
+        return MODEL_CLASSES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"cf.model: '{name}' is none of {', '.join(MODEL_CLASSES)}, nor an import path, package.module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cf.model: '{name}' cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    if not (isinstance(found, type) and issubclass(found, TrainableCfModel)):
+        raise ConfigError(f"cf.model: '{name}' is no subclass of collm_dist.cf.base.TrainableCfModel")
+    return found
+
+
+def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str, Any]:
+    """Return what a model's class is built with beside the numbers of users and items: plain JSON values."""
+    common = {
+        "embedding_dim": cf.embedding_dim,
+        "history_length": cf.history_length or max_history_length,
+    }
+    own: dict[str, dict[str, Any]] = {
+        "mf": {"prior_precision": cf.weight_decay},
+        "lightgcn": {"num_layers": cf.num_layers},
+        "sasrec": {"num_layers": cf.num_layers, "num_heads": cf.num_heads, "dropout": cf.dropout, "seed": seed},
+        "din": {
+            "attention_sizes": list(cf.attention_sizes),
+            "hidden_sizes": list(cf.hidden_sizes),
+            "dropout": cf.dropout,
+            "seed": seed,
+        },
+        "table": {},
+    }
+    return common | own.get(cf.model, dict(cf.arguments))
