@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,15 @@ from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.errors import CollmError, LaunchError
-from collm_dist.monitoring import TRAIN_LOSS, VALID_AUC, RunLogger, read_metrics
+from collm_dist.monitoring import (
+    EPOCH_SECONDS,
+    PEAK_MEMORY,
+    TRAIN_LOSS,
+    VALID_AUC,
+    RunLogger,
+    measure_peak_gib,
+    read_metrics,
+)
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from collm_dist.orchestration.pretrain_summary import print_summary, summarize
 
@@ -178,19 +187,20 @@ def fit_together(settings: Mapping[str, Any]) -> None:
 
     context = train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    with _open_log(settings, is_main=rank == 0) as on_epoch:
-        fit(settings["job"], get_device(), rank, world_size, on_epoch)
+    device = get_device()
+    with _open_log(settings, device, is_main=rank == 0) as on_epoch:
+        fit(settings["job"], device, rank, world_size, on_epoch)
 
 
 def fit_alone(settings: Mapping[str, Any]) -> None:
     """Train as a single Ray task."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _open_log(settings, is_main=True) as on_epoch:
+    with _open_log(settings, device, is_main=True) as on_epoch:
         fit(settings["job"], device, 0, 1, on_epoch)
 
 
 @contextmanager
-def _open_log(settings: Mapping[str, Any], *, is_main: bool) -> Iterator[OnEpoch]:
+def _open_log(settings: Mapping[str, Any], device: torch.device, *, is_main: bool) -> Iterator[OnEpoch]:
     job: Job = settings["job"]
     state = job.read_part("final")
     logger = RunLogger(
@@ -202,8 +212,14 @@ def _open_log(settings: Mapping[str, Any], *, is_main: bool) -> Iterator[OnEpoch
         total_steps=job.cf.num_epochs,
     )
 
+    started = time.perf_counter()
+
     def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
-        logger.log(epoch, {name.replace("_", "/", 1): value for name, value in metrics.items()})
+        nonlocal started
+        now = time.perf_counter()
+        cost = {EPOCH_SECONDS: now - started, PEAK_MEMORY: measure_peak_gib(device)}
+        logger.log(epoch, {name.replace("_", "/", 1): value for name, value in metrics.items()} | cost)
+        started = now
 
     yield on_epoch
     logger.close()
