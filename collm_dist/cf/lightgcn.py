@@ -96,7 +96,8 @@ class LightGcn(TrainableCfModel):
         rows = self.items.resolve(batch.item_idx)
         matched = self.match(users[batch.user_idx], batch, items[rows])
         biases = self.user_biases(batch)[batch.target_contexts] + self.items(batch.item_idx)[:, -1]
-        return self.global_bias + biases + matched
+        logits: Tensor = self.global_bias + biases + matched
+        return logits
 
     @torch.no_grad()
     def refresh(self) -> None:

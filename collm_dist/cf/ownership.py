@@ -103,7 +103,9 @@ def load_worker_data(data_dir: Path, manifest: Manifest, rank: int = 0, world_si
     users = UserRanges.from_buckets(buckets)
     parts = [_read_bucket(data_dir / bucket.path, users) for bucket in buckets]
     columns = {
-        name: np.concatenate([np.zeros(0, kind), *(part[name] for part in parts)]) for name, kind in _TYPES.items()
+        # Taken out of the parts one by one, so that memory never holds everything twice.
+        name: np.concatenate([np.zeros(0, kind), *(part.pop(name) for part in parts)])
+        for name, kind in _TYPES.items()
     }
     order = np.argsort(columns["user_idx"], kind="stable")  # a run that was extended has later users in early buckets
     if (order[1:] < order[:-1]).any():

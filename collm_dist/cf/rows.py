@@ -23,6 +23,7 @@ from torch import Tensor
 
 from collm_dist.data.hashing import hash_integers
 
+_PERMUTED_AT_ONCE = 1 << 20
 _ROUNDS = 4  # of the Feistel network; four make a pseudorandom permutation (Luby and Rackoff, 1988)
 
 
@@ -168,8 +169,10 @@ def iter_batches(rows: Rows, batch_rows: int, seed: int, epoch: int) -> Iterator
         seed, epoch: what the order is drawn from.
     """
     num_batches = count_batches(rows, batch_rows)
-    numbers = np.arange(rows.first_context, rows.first_context + rows.num_contexts)
-    places = permute(numbers, rows.total_contexts, seed, epoch)
+    places = np.empty(rows.num_contexts, dtype=np.int64)
+    for first in range(0, len(places), _PERMUTED_AT_ONCE):
+        part = places[first : first + _PERMUTED_AT_ONCE]
+        part[:] = permute(rows.first_context + first + np.arange(len(part)), rows.total_contexts, seed, epoch)
     order = np.argsort(places)
     ends = np.searchsorted(places[order], -(-np.arange(num_batches + 1) * rows.total_contexts // num_batches))
     contexts = torch.from_numpy(order).to(rows.user_idx.device)
