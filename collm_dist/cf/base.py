@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from collm_dist.cf.rows import CfBatch, Rows
 from collm_dist.cf.tables import ItemTable, UserTable
@@ -103,7 +104,7 @@ class TrainableCfModel(ABC, nn.Module):
     def match(self, users: Tensor, batch: CfBatch, items: Tensor) -> Tensor:
         """Return (B,) from the vectors that ``compute_user_vectors`` made and (B, E) item vectors."""
         if not self.depends_on_target:
-            users = users[batch.target_contexts]
+            users = functional.embedding(batch.target_contexts, users)
         return (users * items).sum(dim=-1)
 
     def forward(self, batch: CfBatch) -> Tensor:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from collm_dist.cf.base import TrainableCfModel
 from collm_dist.cf.dropout import KeyedDropout
@@ -74,9 +75,11 @@ class Din(TrainableCfModel):
         targets = torch.arange(len(targets_BE), device=counts.device).repeat_interleave(target_counts)
         firsts = starts[batch.target_contexts] - (target_counts.cumsum(0) - target_counts)
         pairs = torch.arange(len(targets), device=counts.device) + firsts[targets]
-        items_PE = items[pairs]
-        states = self.item_part(items)[pairs] + self.target_part(targets_BE)[targets]
-        states = states + self.product_part(items_PE * targets_BE[targets])
+        # Looked up as embeddings, whose gradient is summed much faster than that of an index.
+        items_PE = functional.embedding(pairs, items)
+        states = functional.embedding(pairs, self.item_part(items))
+        states = states + functional.embedding(targets, self.target_part(targets_BE))
+        states = states + self.product_part(items_PE * functional.embedding(targets, targets_BE))
         for layer in self.attention:
             states = layer(torch.sigmoid(states))
         return torch.zeros_like(targets_BE).index_add(0, targets, items_PE * states)

@@ -34,11 +34,19 @@ class KeyedDropout(nn.Module):
         kept = torch.rand(_POOL_SIZE, generator=generator) >= probability
         self.register_buffer("pool", kept.float() / (1 - probability), persistent=False)
 
-    def forward(self, values: Tensor, keys: Tensor | None) -> Tensor:
-        """(R, ...) -> the same shape; unchanged without keys, (R,) non-negative ones."""
+    def forward(self, values: Tensor, keys: Tensor | None, *, from_end: bool = False) -> Tensor:
+        """Drop.
+
+        Args:
+            values: (R, ...).
+            keys: (R,) non-negative; None = nothing is dropped.
+            from_end: lay the windows from the end of the second axis backwards, so that padding on the left of a
+                sequence does not shift them.
+        """
         if keys is None or self.probability == 0 or len(values) == 0:
             return values
         width = values[0].numel()
         windows = self.pool.as_strided((_POOL_SIZE - width, width), (1, 1))
         starts = ((keys + self.site) * _MULTIPLIER >> 24).remainder(_POOL_SIZE - width)
-        return values * windows[starts].view_as(values)
+        mask = windows[starts].view_as(values)
+        return values * (mask.flip(1) if from_end else mask)

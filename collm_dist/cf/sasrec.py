@@ -39,8 +39,8 @@ class _Block(nn.Module):
             attn_mask=mask_CHH[:, None, wanted],
         )
         states = self.network_norm(normed + attended.transpose(1, 2).flatten(2))
-        inner = _drop(self.inner_dropout, torch.relu(self.inner(states)), keys)
-        output: Tensor = states + _drop(self.outer_dropout, self.outer(inner), keys)
+        inner = self.inner_dropout(torch.relu(self.inner(states)), keys, from_end=True)
+        output: Tensor = states + self.outer_dropout(self.outer(inner), keys, from_end=True)
         return output
 
     def _split(self, states: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class SasRec(TrainableCfModel):
         width = history_CH.shape[1]
         is_item = history_CH >= 0
         embedded = self.items(history_CH)[..., :-1] * self.dim**0.5 + self.positions[len(self.positions) - width :]
-        states = _drop(self.embedding_dropout, embedded, keys) * is_item[..., None]
+        states = self.embedding_dropout(embedded, keys, from_end=True) * is_item[..., None]
         causal = torch.ones(width, width, dtype=torch.bool, device=history_CH.device).tril()
         # A padded position sees itself, so that no row of the softmax is empty; nobody sees it.
         mask = causal & (is_item[:, None, :] | torch.eye(width, dtype=torch.bool, device=history_CH.device))
@@ -117,9 +117,3 @@ class SasRec(TrainableCfModel):
             states = block(states, mask, keys, last_only=number == len(self.blocks) - 1)
         vectors: Tensor = self.final_norm(states[:, -1])
         return vectors
-
-
-def _drop(dropout: KeyedDropout, states_CHE: Tensor, keys: Tensor | None) -> Tensor:
-    """Drop with masks that are laid from the last position backwards, so that padding does not shift them."""
-    dropped: Tensor = dropout(states_CHE.flip(1), keys)
-    return dropped.flip(1)

@@ -19,8 +19,11 @@ _IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 def hash_text(values: Any) -> NDArray[np.uint64]:
-    """Return 64-bit hashes of an Arrow text column: SipHash with a fixed key, the same on every machine and day."""
-    return pd.util.hash_array(values.to_numpy(zero_copy_only=False).astype(object), categorize=False)
+    """Return 64-bit hashes of an Arrow text array: SipHash with a fixed key, the same on every machine and day."""
+    encoded = values.dictionary_encode()  # each id is hashed once; a log has the same few again and again
+    distinct = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
+    hashes: NDArray[np.uint64] = pd.util.hash_array(distinct, categorize=False)[encoded.indices.to_numpy()]
+    return hashes
 
 
 class PartitionWriter:
@@ -38,7 +41,8 @@ class PartitionWriter:
 
     def write(self, table: Any, parts: NDArray[np.int64]) -> None:
         """Add rows; ``parts`` says where each goes. The order within a part is kept."""
-        order = np.argsort(parts, kind="stable")
+        # Sixteen bits are sorted by counting.
+        order = np.argsort(parts.astype(np.uint16) if self._num_parts <= 1 << 16 else parts, kind="stable")
         bounds = np.searchsorted(parts[order], np.arange(self._num_parts + 1))
         ordered = table.cast(self._schema).take(pa.array(order)).combine_chunks()
         empty = pa.RecordBatch.from_pylist([], schema=self._schema)

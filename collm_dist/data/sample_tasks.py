@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collm_dist.artifacts import compute_file_hash, open_atomic
-from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock, IntArray, concatenate_blocks
+from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock, IntArray
+from collm_dist.data.context_table import CONTEXTS, from_table, to_table
 from collm_dist.data.hashing import hash_integers
 from collm_dist.data.interactions import COLUMNS
 from collm_dist.data.negatives import EventPool, LikedItems, sample_negatives
@@ -33,8 +34,7 @@ from collm_dist.data.partition import (
 )
 from collm_dist.data.plan import Plan
 from collm_dist.data.samples import UserState, compute_user_state, count_before, find_group_starts, gather_last, locate
-from collm_dist.data.shard_reader import decode_block
-from collm_dist.data.shard_writer import encode_block, write_shard
+from collm_dist.data.shard_writer import write_shard
 from collm_dist.data.splits import OUTSIDE, SPLITS, SplitRule
 
 EVENTS = pa.schema(
@@ -48,9 +48,6 @@ EVENTS = pa.schema(
         ("bucket", pa.int64()),
     ]
 )
-
-
-CONTEXTS = pa.schema([("block", pa.large_binary())])
 
 
 def build_bucket(
@@ -198,18 +195,22 @@ def join_bucket(plan: Plan, bucket: int, parts: int) -> dict[str, Any]:
     interactions = {**rows, "split": pa.array(SPLITS).take(pa.array(rows["split"]))}
     with open_atomic(target, "wb") as file:
         pq.write_table(pa.table({name: interactions[name] for name in COLUMNS.names}, schema=COLUMNS), file)
-    blocks, places = _deal_contexts(plan, rows, user)
+    contexts, places = _deal_contexts(plan, rows, user)
     with PartitionWriter(path, CONTEXTS, len(SPLITS) * plan.preprocessing.num_shards) as writer:
-        writer.write(pa.table({"block": pa.array(blocks, pa.large_binary())}), places)
+        writer.write(contexts, places)
     return finish_task(path.with_suffix(".json"), {"rows": len(table), "sha256": compute_file_hash(target)})
 
 
-def _deal_contexts(plan: Plan, rows: dict[str, Any], user: UserState) -> tuple[list[bytes], IntArray]:
-    """Return the encoded contexts of each split and shard that gets any, and the numbers of these."""
+def _deal_contexts(plan: Plan, rows: dict[str, Any], user: UserState) -> tuple[Any, IntArray]:
+    """Return a bucket's contexts as a table, ordered by split and shard, user and likes, and where each belongs."""
     num_shards = plan.preprocessing.num_shards
-    order = np.lexsort((rows["row_id"], rows["num_likes"], rows["user_idx"], rows["split"]))
-    keys = [rows[name][order] for name in ("split", "user_idx", "num_likes")]
-    firsts = np.flatnonzero(find_group_starts(*keys) == np.arange(len(order)))
+    shards = hash_integers(0, rows["user_idx"], user.num_likes) % np.uint64(num_shards)
+    places = rows["split"].astype(np.int64) * num_shards + shards.astype(np.int64)
+    # A user has fewer likes than rows, so this numbers contexts by user and likes without a gap to sort by twice.
+    numbers = find_group_starts(rows["user_idx"]) + user.num_likes
+    keys = places * len(numbers) + numbers
+    order = np.lexsort((rows["row_id"], keys))
+    firsts = np.flatnonzero(find_group_starts(keys[order]) == np.arange(len(order)))
     starts = order[firsts]
     limits = plan.preprocessing
     history_offsets, history = gather_last(
@@ -220,18 +221,15 @@ def _deal_contexts(plan: Plan, rows: dict[str, Any], user: UserState) -> tuple[l
     )
     block = ContextBlock(
         user_idx=rows["user_idx"][starts],
-        num_likes=rows["num_likes"][starts],
+        num_likes=user.num_likes[starts],
         history_offsets=history_offsets,
         history_items=history,
         target_offsets=np.append(firsts, len(order)),
         dislike_offsets=dislike_offsets,
         dislike_items=dislikes,
-        **{name: rows[name][order].astype(np.int64) for name in TARGET_FIELDS},
+        **{name: rows[name][order] for name in TARGET_FIELDS},
     )
-    shards = (hash_integers(0, block.user_idx, block.num_likes) % np.uint64(num_shards)).astype(np.int64)
-    places = rows["split"][starts].astype(np.int64) * num_shards + shards
-    filled = np.unique(places)
-    return [encode_block(block.take_contexts(np.flatnonzero(places == one))) for one in filled], filled
+    return to_table(block), places[starts]
 
 
 def write_split_shard(plan: Plan, split: int, shard: int) -> dict[str, Any]:
@@ -243,12 +241,12 @@ def write_split_shard(plan: Plan, split: int, shard: int) -> dict[str, Any]:
         return finished
     sources = [plan.work / f"contexts-{bucket:05d}.arrow" for bucket in range(plan.num_buckets)]
     num_shards = plan.preprocessing.num_shards
-    table = read_partition(sources, split * num_shards + shard, len(SPLITS) * num_shards)
-    blocks = [decode_block(one.as_py()) for one in table.column("block")]
-    if not blocks:
+    block = from_table(read_partition(sources, split * num_shards + shard, len(SPLITS) * num_shards))
+    if block.num_contexts == 0:
         return finish_task(marker, {})
-    block = concatenate_blocks(blocks)
-    block = block.take_contexts(np.lexsort((block.num_likes, block.user_idx)))
+    order = np.lexsort((block.num_likes, block.user_idx))
+    if np.any(order[1:] < order[:-1]):  # only where users were added to those of an earlier run
+        block = block.take_contexts(order)
     info = asdict(write_shard(plan.data_dir, name, SPLITS[split], block, plan.preprocessing.contexts_per_record))
     times = block.timestamp
     return finish_task(marker, {"info": info, "first": int(times.min()), "last": int(times.max())})

@@ -11,7 +11,7 @@ import safetensors.numpy
 import webdataset
 
 from collm_dist.artifacts import compute_file_hash, open_atomic
-from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.data.manifest import ShardInfo
 
 # What fits in a byte or in 32 bits on disk; everything is int64 in memory.
@@ -32,11 +32,30 @@ def encode_block(block: ContextBlock) -> bytes:
     arrays = {}
     for field in fields(ContextBlock):
         values = getattr(block, field.name)
-        dtype: type[np.signedinteger[Any]] = _NARROW.get(field.name, np.int32)
-        if len(values) and values.max() > np.iinfo(dtype).max:
-            dtype = np.int64
-        arrays[field.name] = np.ascontiguousarray(values.astype(dtype))
+        dtype = np.dtype(_NARROW.get(field.name, np.int32))
+        if values.dtype != dtype and len(values) and values.max() > np.iinfo(dtype).max:
+            dtype = np.dtype(np.int64)
+        arrays[field.name] = np.ascontiguousarray(values, dtype)
     return safetensors.numpy.save(arrays)
+
+
+def _slice_contexts(block: ContextBlock, start: int, stop: int) -> ContextBlock:
+    """Return neighbouring contexts as views: taking them by number costs time by the size of the whole block."""
+    targets = slice(*block.target_offsets[[start, min(stop, block.num_contexts)]])
+    offsets = {
+        "history": block.history_offsets[start : stop + 1],
+        "target": block.target_offsets[start : stop + 1],
+        "dislike": block.dislike_offsets[targets.start : targets.stop + 1],
+    }
+    history, dislikes = (slice(offsets[name][0], offsets[name][-1]) for name in ("history", "dislike"))
+    return ContextBlock(
+        user_idx=block.user_idx[start:stop],
+        num_likes=block.num_likes[start:stop],
+        history_items=block.history_items[history],
+        dislike_items=block.dislike_items[dislikes],
+        **{f"{name}_offsets": values - values[0] for name, values in offsets.items()},
+        **{name: getattr(block, name)[targets] for name in TARGET_FIELDS},
+    )
 
 
 def write_shard(data_dir: Path, name: str, split: str, block: ContextBlock, contexts_per_record: int) -> ShardInfo:
@@ -46,8 +65,7 @@ def write_shard(data_dir: Path, name: str, split: str, block: ContextBlock, cont
     fixed = {"mtime": 0.0, "user": "root", "group": "root", "compress": False, "encoder": False}
     with open_atomic(path, "wb") as file, webdataset.TarWriter(file, **fixed) as writer:
         for number, start in enumerate(range(0, block.num_contexts, contexts_per_record)):
-            chosen = np.arange(start, min(start + contexts_per_record, block.num_contexts))
-            record = encode_block(block.take_contexts(chosen))
+            record = encode_block(_slice_contexts(block, start, start + contexts_per_record))
             writer.write({"__key__": f"{number:08d}", "contexts.safetensors": record})
     return ShardInfo(
         path=f"shards/{name}",

@@ -30,15 +30,41 @@ _RAW_DATA_RECIPE: dict[str, tuple[Any, Any]] = {
     "dataset.max_user_interactions": (None, None),
     "dataset.max_item_interactions": (None, None),
 }
-# Collaborative settings are those of matrix factorization.
+# Of each collaborative model: the authors' L2 coefficients times the training rows, see ``cf.weight_decay``.
+_CF_RECIPES: dict[str, dict[str, tuple[Any, Any]]] = {
+    "mf": {
+        "cf.embedding_dim": (256, 256),
+        "cf.learning_rate": (1e-3, 1e-3),
+        "cf.weight_decay": (3.3891, 0.727463),
+        "cf.global_batch_size": (2048, 10240),
+    },
+    "lightgcn": {
+        "cf.embedding_dim": (64, 256),
+        "cf.learning_rate": (1e-2, 1e-4),
+        "cf.weight_decay": (3.3891, 0.0727463),
+        "cf.num_layers": (2, 2),
+    },
+    "sasrec": {
+        "cf.embedding_dim": (64, 64),
+        "cf.learning_rate": (1e-2, 1e-3),
+        "cf.weight_decay": (338.91, 727.463),
+        "cf.history_length": (25, 20),
+        "cf.num_layers": (2, 2),
+        "cf.num_heads": (1, 1),
+        "cf.dropout": (0.2, 0.2),
+    },
+    "din": {
+        "cf.learning_rate": (1e-4, 1e-4),
+        "cf.weight_decay": (3.3891, 7274.63),
+        "cf.dropout": (0.2, 0.8),
+        "cf.hidden_sizes": ((200, 80), (256, 128, 64)),
+    },
+}
 _RECIPE: dict[str, tuple[Any, Any]] = {
     "dataset.feedback": ("explicit", "explicit"),
     "preprocessing.ties": ("order", "order"),
-    "cf.embedding_dim": (256, 256),
-    "cf.learning_rate": (1e-3, 1e-3),
-    "cf.weight_decay": (3.3891, 0.727463),
-    "cf.global_batch_size": (2048, 10240),
     "cf.select_metric": ("auc", "auc"),
+    "cf.cross_fit": ("off", "off"),
     "prompt.score": ("yes", "yes"),
     "prompt.history_length": (10, 10),
     "lora.rank": (8, 8),
@@ -88,6 +114,7 @@ def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) 
     column = 0 if recipe == "ML-1M" else 1
     is_ready = config.dataset.format == "collm" or config.dataset.split.method == "column"
     settings = _RECIPE if is_ready else _RAW_DATA_RECIPE | _RECIPE
+    settings = settings | _CF_RECIPES.get(config.cf.model, {})
     wanted = {name: values[column] for name, values in settings.items()}
     for section in ("stage1", "stage2"):
         wanted.update({f"{section}.{name}": values[column] for name, values in _STAGE_RECIPE.items()})
@@ -98,6 +125,8 @@ def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) 
     found = _compare_data(config, recipe)
     if backbone is None:
         found.append(Deviation("llm.backbone", config.llm.backbone, "vicuna-7b or qwen2-1.5b"))
+    if config.cf.model not in _CF_RECIPES:
+        found.append(Deviation("cf.model", config.cf.model, ", ".join(_CF_RECIPES)))
     for setting, paper in wanted.items():
         value: Any = reduce(getattr, setting.split("."), config)
         if not _is_equal(value, paper):

@@ -185,7 +185,7 @@ def _describe_sight(name: str, slots: frozenset[str], feedback: str) -> tuple[st
     labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
     if name != "stage1" and "MatchID" in slots:
         return labels, "all earlier feedback" if feedback == "explicit" else "all earlier likes"
-    return labels, "ids alone" if name == "cf" else "earlier likes"
+    return labels, "ids, earlier likes" if name == "cf" else "earlier likes"
 
 
 def _describe_cf(cf_model: Any, manifest: Manifest) -> Baseline:

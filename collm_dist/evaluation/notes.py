@@ -127,6 +127,16 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
         f"others are compared with is {MODEL_NAMES[report['best_trivial']]}, "
         + ("the best on valid." if "valid" in evaluation.splits else "named in advance, since valid is not evaluated.")
     )
+    if config.cf.cross_fit == "off":
+        notes.append(
+            "Stage 2 was trained on rows that the collaborative model was fitted to (cf.cross_fit: off, the paper's "
+            "way): its vectors look better there than they are."
+        )
+    else:
+        notes.append(
+            f"What slots carry had not seen the row's label: collaborative vectors come from models of the time folds "
+            f"before (cf.cross_fit: {config.cf.cross_fit}) and from the history."
+        )
     notes += _note_memorization(report)
     notes += [f"Not in the table: {MODEL_NAMES[name]}: {reason}." for name, reason in report["left_out"].items()]
     return notes
