@@ -1,0 +1,382 @@
+"""How fast is a CF model's training epoch, beside RecBole's? Same rows, dimensions and batch size, on the CPU, in turn.
+
+    python benchmarks/cf_throughput.py [--data data/ml-1m-collm] [--models mf lightgcn sasrec din] [--threads 2 1]
+
+RecBole is installed once, in an environment of its own (1 GB; RecBole 1.2.1 wants older libraries than we do):
+
+    python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
+        recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
+
+The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or without them MovieLens-100K.
+One sample is one epoch of pure training, without evaluation: our trainer's ``train_epoch`` against RecBole's
+``Trainer._train_epoch``. The two sides take turns, each after a warm-up epoch. ``ratios`` are RecBole's
+median over ours.
+
+    model     RecBole's     what is made equal
+    mf        FM            fields user_id and item_id alone: first-order terms are biases, second-order <user, item>
+    lightgcn  LightGCN      its forward pass; the loss is the rows' binary cross-entropy in place of BPR's
+    sasrec    SASRec        the same; no dropout in attention, ReLU, inner width = width, as ours
+    din       DIN           attention and final network 80-40 on both sides
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from epoch_timing import TimedCall, list_operators
+from machine import describe_hardware
+
+from collm_dist.artifacts import RunDir, write_json
+from collm_dist.cf.biases import fit_biases
+from collm_dist.cf.fitting import build_plan, build_untrained
+from collm_dist.cf.optimizer import Optimizers
+from collm_dist.cf.ownership import load_worker_data, number_globally
+from collm_dist.cf.rows import Rows, count_batches, iter_batches
+from collm_dist.cf.trainer import train_epoch
+from collm_dist.config import CfConfig
+from collm_dist.config_io import load_config
+from collm_dist.data.manifest import load_manifest
+from collm_dist.orchestration.preprocess import run_preprocess
+
+HISTORY_LENGTH, BATCH_ROWS, LEARNING_RATE, WEIGHT_DECAY = 25, 2048, 1e-3, 5.0
+# Epochs of a second and less are measured more often.
+SHORT_EPOCH, MORE_OFTEN = 1.0, 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model on both sides.
+
+    Attributes:
+        ours: settings of the ``cf`` section.
+        recbole: its name there.
+        settings: RecBole's settings.
+        differs: what is not the same, and whom it costs time.
+    """
+
+    ours: dict[str, Any]
+    recbole: str
+    settings: dict[str, Any]
+    differs: str
+
+
+PAIRS = {
+    "mf": Pair({}, "FM", {"embedding_size": 64}, "nothing"),
+    "lightgcn": Pair(
+        {"num_layers": 2},
+        "LightGCN",
+        {"embedding_size": 64, "n_layers": 2, "reg_weight": 0.0},
+        "ours has biases, RecBole's has none",
+    ),
+    "sasrec": Pair(
+        {"num_layers": 2, "num_heads": 1, "dropout": 0.2},
+        "SASRec",
+        {
+            "hidden_size": 64,
+            "inner_size": 64,
+            "n_layers": 2,
+            "n_heads": 1,
+            "hidden_act": "relu",
+            "hidden_dropout_prob": 0.2,
+            "attn_dropout_prob": 0.0,
+        },
+        "ours has biases, RecBole's has none; RecBole's attention has an output projection, ours has none, as the "
+        "paper; both drop at three places",
+    ),
+    "din": Pair(
+        {"attention_sizes": (80, 40), "hidden_sizes": (80, 40), "dropout": 0.0},
+        "DIN",
+        {"embedding_size": 64, "mlp_hidden_size": [80, 40], "dropout_prob": 0.0},
+        "ours has biases, RecBole's has none; RecBole's final network has batch normalisation and SiLU, ours PReLU",
+    ),
+}
+NOTES = [
+    "Optimizers: RecBole's is torch.optim.Adam with L2 on all rows of the tables in every step. Ours is Adam whose "
+    "step moves the rows of tables that its batch meets; not so lightgcn's, where the graph joins all rows to a step.",
+    "Batches: ours keep the targets of one context together, so they have 2,048 rows at most in the mean; as many "
+    "batches an epoch on both sides.",
+    "Every RecBole row has the history that ours has. RecBole's SASRec cannot take an empty one: its length is set to "
+    "1, which reads the padding.",
+    "Importing RecBole's sequential models turns on autograd's anomaly detection (model/sequential_recommender/"
+    "sine.py), which searches every gradient for NaN. ratios has RecBole as released; "
+    "ratios_without_anomaly_detection has it turned off.",
+]
+
+
+class OurSide:
+    """Our trainer's epochs of one model."""
+
+    def __init__(self, pair: Pair, name: str, data_dir: Path) -> None:
+        self.cf = CfConfig(
+            model=name,
+            embedding_dim=64,
+            history_length=HISTORY_LENGTH,
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            global_batch_size=BATCH_ROWS,
+            unknown_item_share=0.0,
+            **pair.ours,
+        )
+        manifest = load_manifest(data_dir)
+        data = load_worker_data(data_dir, manifest)
+        self.train = number_globally(data.splits["train"])
+        self.model = build_untrained(self.cf, manifest, data.users, self.train, seed=0)
+        self.model.prepare(self.train)
+        fit_biases(self.model, self.train, self.cf.bias_weight_decay)
+        self.plan, self.epoch = build_plan(self.cf, seed=0), 0
+        self.optimizers = Optimizers(self.model, self.plan.learning_rate)
+
+    def train_epoch(self) -> dict[str, float]:
+        """Train one epoch and return its seconds and where they went."""
+        forward, step = TimedCall(self.model.forward), TimedCall(self.optimizers.step)
+        self.model.forward, self.optimizers.step = forward, step  # type: ignore[method-assign]
+        started = time.perf_counter()
+        loss = train_epoch(self.model, self.optimizers, self.train, self.plan, self.epoch)
+        seconds = time.perf_counter() - started
+        self.model.forward, self.optimizers.step = forward.function, step.function  # type: ignore[method-assign]
+        self.epoch += 1
+        parts = {"forward": forward.seconds, "optimizer": step.seconds}
+        parts["backward_load_and_rest"] = seconds - sum(parts.values())
+        return {"seconds": seconds, "mean_loss": loss, **parts}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the heaviest operators, the seconds to make an epoch's batches alone, and the model's size."""
+        started = time.perf_counter()
+        length = self.model.history_length if self.model.trains_on_history else 0
+        for contexts in iter_batches(self.train, BATCH_ROWS, 0, self.epoch):
+            self.train.take(contexts, length)
+        seconds = time.perf_counter() - started
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "contexts": self.train.total_contexts,
+            "load": seconds,
+            "operators": list_operators(self.train_epoch),
+        }
+
+
+class RecBoleSide:
+    """RecBole's epochs of one model, in a process of its own."""
+
+    def __init__(self, python: Path, pair: Pair, rows: Path, num_rows: int, threads: int, *, as_released: bool) -> None:
+        settings = {
+            "train_batch_size": BATCH_ROWS,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": WEIGHT_DECAY / num_rows,
+            **pair.settings,
+        }
+        script = Path(__file__).with_name("recbole_epoch.py")
+        command = [str(python), "-W", "ignore", str(script), "--rows", str(rows), "--model", pair.recbole]
+        command += ["--threads", str(threads), "--settings", json.dumps(settings)]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
+        self.process = subprocess.Popen(
+            command if as_released else [*command, "--no-anomaly-detection"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            bufsize=1,
+        )
+        self.ready = self._read()
+
+    def ask(self, request: str) -> Any:
+        """Send a line and return the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(request + "\n")
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.errors.close()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            sys.exit(f"RecBole has ended:\n{self.errors.read()[-3000:]}")
+        return json.loads(line)
+
+
+def prepare_data(data: Path, folder: Path) -> tuple[Path, str]:
+    """Preprocess the data and return the data folder and what they are."""
+    quiet = [f"run.dir={folder}", "monitoring.progress_bar=false"]
+    if (data / "interactions.parquet").exists():
+        paths = [f"dataset.path={data / 'interactions.parquet'}", f"dataset.items_path={data / 'items.parquet'}"]
+        config, name = load_config("configs/ml1m_official.yaml", [*quiet, *paths]), data.resolve().name
+    else:
+        length = f"preprocessing.max_history_length={HISTORY_LENGTH}"
+        config, name = load_config("configs/ml100k_demo.yaml", [*quiet, length]), "MovieLens-100K"
+    run_dir = RunDir(folder)
+    run_preprocess(config, run_dir)
+    return run_dir.step_dir("data"), name
+
+
+def write_rows(data_dir: Path, path: Path) -> dict[str, int]:
+    """Write the training rows for RecBole, each with its own history, and return their numbers."""
+    manifest = load_manifest(data_dir)
+    rows: Rows = load_worker_data(data_dir, manifest).splits["train"]
+    batch, targets = rows.take(torch.arange(rows.num_contexts), HISTORY_LENGTH)
+    np.savez(
+        path,
+        user_idx=rows.row_users.numpy(),
+        item_idx=rows.item_idx.numpy(),
+        label=rows.label.numpy(),
+        history=batch.history[rows.target_contexts].numpy(),
+        num_users=manifest.num_users,
+        num_items=manifest.num_items,
+    )
+    assert torch.equal(targets, torch.arange(rows.total_rows)), "row numbers of all contexts in order"
+    return {"rows": rows.total_rows, "contexts": rows.total_contexts, "batches": count_batches(rows, BATCH_ROWS),
+            "users": manifest.num_users, "items": manifest.num_items}  # fmt: skip
+
+
+def measure(
+    name: str, data_dir: Path, rows: Path, counts: dict[str, int], python: Path, threads: int, repeats: int
+) -> dict[str, Any]:
+    """Measure both sides of a model in turn."""
+    torch.set_num_threads(threads)
+    pair = PAIRS[name]
+    ours = OurSide(pair, name, data_dir)
+    theirs = {"recbole": RecBoleSide(python, pair, rows, counts["rows"], threads, as_released=True)}
+    ready = theirs["recbole"].ready
+    if {key: ready[key] for key in ("rows", "batches")} != {key: counts[key] for key in ("rows", "batches")}:
+        raise ValueError(f"{name}: RecBole has {ready['rows']} rows in {ready['batches']} batches, we have {counts}")
+    if ready["anomaly_detection"]:
+        other = RecBoleSide(python, pair, rows, counts["rows"], threads, as_released=False)
+        theirs["recbole_without_anomaly_detection"] = other
+    warm = [ours.train_epoch(), *(side.ask("epoch") for side in theirs.values())]
+    samples: dict[str, list[Any]] = {"ours": [], **{side: [] for side in theirs}}
+    loads = []
+    for _ in range(repeats * (MORE_OFTEN if warm[1]["seconds"] < SHORT_EPOCH else 1)):
+        loads.append(round(os.getloadavg()[0], 2))
+        samples["ours"].append(ours.train_epoch())
+        for side, process in theirs.items():
+            samples[side].append(process.ask("epoch"))
+    result: dict[str, Any] = {side: summarize(values) for side, values in samples.items()}
+    result["ours"] |= ours.describe()
+    for side, process in theirs.items():
+        result[side] |= {"parameters": process.ready["parameters"], "operators": process.ask("profile")}
+        process.close()
+    result |= {"differs": pair.differs, "load_average": loads, "recbole_versions": ready["versions"]}
+    return result
+
+
+def summarize(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """Return median and quartiles of the seconds, the mean of their parts, and every sample."""
+    seconds = [sample["seconds"] for sample in samples]
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    parts = [name for name in samples[0] if name not in ("seconds", "mean_loss")]
+    return {
+        "median": middle,
+        "quartiles": [low, high],
+        "smallest": min(seconds),
+        "parts": {name: statistics.median(sample[name] for sample in samples) for name in parts},
+        "last_loss": samples[-1]["mean_loss"],
+        "seconds": seconds,
+    }
+
+
+def compute_ratios(results: dict[str, Any], side: str, number: str) -> dict[str, float]:
+    """Return RecBole's time over ours for each model; a model without that side has the released one's."""
+    ratios = {}
+    for name, result in results.items():
+        theirs = result.get(side, result["recbole"])
+        ratios[name] = round(theirs[number] / result["ours"][number], 2)
+    return ratios
+
+
+def compute_spread(result: dict[str, Any]) -> list[float]:
+    """Return the quartiles of the rounds' own ratios, which a machine whose speed drifts disturbs least."""
+    rounds = zip(result["recbole"]["seconds"], result["ours"]["seconds"], strict=True)
+    return [round(one, 2) for one in statistics.quantiles([theirs / ours for theirs, ours in rounds], n=4)]
+
+
+def describe_time(name: str, result: dict[str, Any]) -> str:
+    """Say where both sides' time goes."""
+    texts = []
+    for side in ("recbole", "ours"):
+        median, parts = result[side]["median"], result[side]["parts"]
+        if side == "ours":
+            parts = {"load": result[side]["load"], **parts}
+        shares = ", ".join(f"{part} {seconds / median:.0%}" for part, seconds in parts.items())
+        operators = ", ".join(f"{one['operator']} {one['share']:.0%}" for one in result[side]["operators"][:4])
+        texts.append(f"{side} {median * 1e3:.0f} ms ({shares}; heaviest: {operators})")
+    return f"{name}: {'; '.join(texts)}"
+
+
+def main() -> None:
+    """Run the benchmark and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/ml-1m-collm"), help="folder of the two tables")
+    parser.add_argument("--models", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[2, 1], help="torch threads; the first makes ratios")
+    parser.add_argument("--repeats", type=int, default=7, help="epochs of each side, three times as many if short")
+    parser.add_argument(
+        "--recbole-python", type=Path, default=Path("~/.cache/collm-dist/recbole-env/bin/python").expanduser()
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cf_throughput_cpu.json"))
+    arguments = parser.parse_args()
+    if not arguments.recbole_python.exists():
+        parser.error(f"{arguments.recbole_python} is missing: install RecBole as --help says")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data_dir, data_name = prepare_data(arguments.data, folder / "run")
+        counts = write_rows(data_dir, folder / "rows.npz")
+        for threads in arguments.threads:
+            results[str(threads)] = {}
+            for model in arguments.models:
+                result = measure(model, data_dir, folder / "rows.npz", counts, arguments.recbole_python, threads,
+                                 arguments.repeats)  # fmt: skip
+                results[str(threads)][model] = result
+                medians = {side: round(result[side]["median"], 4) for side in result if "median" in result[side]}
+                print(f"{threads} threads, {model}: {medians}", flush=True)
+    first = results[str(arguments.threads[0])]
+    fast = "recbole_without_anomaly_detection"
+    record = {
+        "benchmark": "cf_throughput",
+        "ratios": compute_ratios(first, "recbole", "median"),
+        "ratios_without_anomaly_detection": compute_ratios(first, fast, "median"),
+        "ratios_by_threads": {
+            threads: {
+                "median": compute_ratios(result, "recbole", "median"),
+                "smallest": compute_ratios(result, "recbole", "smallest"),
+                "median_without_anomaly_detection": compute_ratios(result, fast, "median"),
+                "smallest_without_anomaly_detection": compute_ratios(result, fast, "smallest"),
+            }
+            for threads, result in results.items()
+        },
+        "ratio_quartiles": {model: compute_spread(result) for model, result in first.items()},
+        "notes": [*NOTES, *(describe_time(model, result) for model, result in first.items())],
+        "config": {"data": data_name, **counts, "embedding_dim": 64, "history_length": HISTORY_LENGTH,
+                   "batch_rows": BATCH_ROWS, "threads": arguments.threads},
+        "hardware": describe_hardware(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("numpy", "torch")},
+        },
+        "results": results,
+    }  # fmt: skip
+    write_json(arguments.out, record)
+    print(json.dumps(record["ratios_by_threads"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
