@@ -8,6 +8,7 @@ Shapes: U users owned, I items, C contexts, B targets, E width of a vector, K la
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
         return None, None, ctx.transposed @ gradients[0].contiguous()
+
+
+def _to_compressed(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        # PyTorch calls compressed rows a beta; what is used of them, a product, it has had for years.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False).to_sparse_csr()
 
 
 class LightGcn(TrainableCfModel):
@@ -71,8 +79,8 @@ class LightGcn(TrainableCfModel):
         user_degrees = torch.bincount(users, minlength=shape[0]).float()
         self.item_degrees = sum_over_workers(torch.bincount(items, minlength=shape[1]).float())
         values = (user_degrees[users] * self.item_degrees[items]).rsqrt()
-        self.graph = torch.sparse_coo_tensor(torch.stack([users, items]), values, shape).to_sparse_csr()
-        self.transposed = torch.sparse_coo_tensor(torch.stack([items, users]), values, shape[::-1]).to_sparse_csr()
+        self.graph = _to_compressed(users, items, values, shape)
+        self.transposed = _to_compressed(items, users, values, shape[::-1])
 
     def propagate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (U, E) and (I + 1, E) smoothed vectors, and (I + 1, E) sums of the items' layers below the last."""
