@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from collm_dist.errors import LaunchError
 
 TRAIN_LOSS = "train/loss"
 LEARNING_RATE = "train/learning_rate"
@@ -31,6 +34,47 @@ def measure_peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class PeakMeter:
+    """A context that measures how far memory rises above where it stood on entry.
+
+    Attributes:
+        extra_bytes: known on leaving; of the GPU, else of this process's resident memory (Linux).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure a device."""
+        self._device, self._start, self.extra_bytes = device, 0, 0
+
+    def __enter__(self) -> PeakMeter:
+        """Start from what is in use now."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+        else:
+            # What the allocator keeps for later would hide the same amount taken again.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self._start = _read_status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Read the peak."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self.extra_bytes = torch.cuda.max_memory_allocated(self._device) - self._start
+        else:
+            self.extra_bytes = max(_read_status("VmHWM") - self._start, 0)
+
+
+def _read_status(field: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LaunchError(f"/proc/self/status has no {field}: set max_tokens_per_micro_batch to a number")
 
 
 class RunLogger:

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -43,6 +45,7 @@ class PromptBatch:
     Attributes:
         prefix_ids: (C, P) token ids, right-padded; P is 0 where no prefix is split off (stage 1).
         prefix_lengths: (C,) valid tokens of each prefix row.
+        prefix_keys: (C,) uint64 array on the host, equal where prefixes are.
         tree_ids: (C, T) token ids, right-padded; a slot's columns hold any valid id.
         tree_branches: (C, T) 0 = context tail, 1.. = target of the row, -1 = padding.
         tree_positions: (C, T) position ids (prefix included), 0 at padding.
@@ -61,6 +64,7 @@ class PromptBatch:
 
     prefix_ids: Tensor
     prefix_lengths: Tensor
+    prefix_keys: NDArray[np.uint64]
     tree_ids: Tensor
     tree_branches: Tensor
     tree_positions: Tensor
@@ -96,5 +100,9 @@ def _map_tensors(batch: BatchT, function: Callable[[Tensor], Tensor]) -> BatchT:
     mapped: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
-        mapped[field.name] = function(value) if isinstance(value, Tensor) else _map_tensors(value, function)
+        if isinstance(value, Tensor):
+            value = function(value)
+        elif isinstance(value, Slots):
+            value = _map_tensors(value, function)
+        mapped[field.name] = value
     return type(batch)(**mapped)

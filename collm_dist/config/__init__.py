@@ -68,6 +68,11 @@ class Config(Section):
                 "stage2.train_cf goes on training one model's own weights: set cf.cross_fit to off, and cf.model to "
                 "mf, sasrec or din"
             )
+        if self.stage2.train_cf and self.cluster.zero_stage == 3:
+            raise ValueError(
+                "stage2.train_cf: rows of a table that is partitioned over processes cannot be looked up by one of "
+                "them; set cluster.zero_stage to 2 or less"
+            )
         return self
 
 

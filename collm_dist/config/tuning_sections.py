@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,8 +21,10 @@ class StageConfig(Section):
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Coefficients of AdamW's running averages.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm at this; 0 switches it off.")
     global_batch_size: int = Field(32, ge=1, description="Rows per optimizer step, over all processes.")
-    max_tokens_per_micro_batch: int = operational(
-        8192, "Most padded tokens in one forward pass of one process: the memory knob.", ge=16
+    max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
+        8192,
+        "Most padded tokens in one forward pass of one process: the memory knob. auto: as many as fit, found before "
+        "the first step by two trials.",
     )
     num_epochs: int = Field(10, ge=1, description="Most passes over the training contexts.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps; also the length of the cosine.")
@@ -51,6 +53,12 @@ class Stage2Config(StageConfig):
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     train_cf: bool = Field(False, description="Also train the collaborative model (the paper's variant T1).")
+    context_cache: Literal["none", "memory"] = operational(
+        "none",
+        "memory: keep the keys and values of constant prefixes from epoch to epoch. Pays where few contexts are "
+        "visited often; --dry-run says what it would take.",
+    )
+    context_cache_gib: float = operational(4.0, "Host memory granted to it in each process, in GiB.", gt=0)
 
 
 class EvaluationConfig(Section):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
@@ -192,7 +193,7 @@ class PromptCollator:
             **self.list_user_queries(block),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
-        return PromptBatch(**tensors, **slots)
+        return PromptBatch(**tensors, prefix_keys=_hash_rows(prefix), **slots)
 
     def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
         """Return the items shown in each context, and how many were dropped because the prompt was too long."""
@@ -309,6 +310,13 @@ class PromptCollator:
             "user_target": block.item_idx,
             "user_timestamps": block.timestamp,
         }
+
+
+def _hash_rows(ragged: Ragged) -> NDArray[np.uint64]:
+    """Return a hash of each row's contents."""
+    hashes = np.zeros(len(ragged.offsets) - 1, dtype=np.uint64)
+    np.add.at(hashes, ragged.rows, hash_integers(0, ragged.columns, ragged.values))
+    return hashes
 
 
 def _to_slots(

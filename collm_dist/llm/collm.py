@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.mapping import SlotMapper
+from collm_dist.llm.prefix_cache import PrefixCache
 from collm_dist.llm.shared_context import run_prefix, run_tree
 from collm_dist.prompt_batch import PromptBatch, Slots
 
@@ -54,6 +55,7 @@ class CollmModel(nn.Module):
         cf_model: CollaborativeVectors | None = None,
         *,
         detach_cf: bool = True,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -64,13 +66,21 @@ class CollmModel(nn.Module):
             score: see ``prompt.score``.
             slot_mapper: None for text-only prompts.
             cf_model: None if no slot reads collaborative vectors.
-            detach_cf: whether the collaborative model is frozen.
+            detach_cf: whether the collaborative model is frozen; it is then no part of the module, and is left on the
+                device and in the precision that it has.
+            prefix_cache: keeps constant prefixes; for a frozen backbone alone.
         """
         super().__init__()
         self.backbone = backbone
         self.slot_mapper = slot_mapper
-        self.cf_model = cf_model
-        self.detach_cf = detach_cf
+        # A frozen collaborative model stands beside the module, not in it: what wraps the module (ZeRO-3, bfloat16)
+        # would take its tables apart or round them.
+        self.cf_model: Any
+        if detach_cf:
+            self.__dict__["cf_model"] = cf_model
+        else:
+            self.cf_model = cf_model
+        self.detach_cf, self.prefix_cache = detach_cf, prefix_cache
         self.score = score
         head = backbone.get_output_embeddings()
         answers = torch.tensor(answer_ids, device=head.weight.device)
@@ -85,11 +95,22 @@ class CollmModel(nn.Module):
             self.backbone.base_model if self.backbone.base_model is not self.backbone else self.backbone.get_decoder()
         )
 
+    def train(self, mode: bool = True) -> CollmModel:
+        """Switch dropout on or off; never on in a part that does not train."""
+        super().train(mode)
+        for part in (self.backbone, self.cf_model):
+            if isinstance(part, nn.Module) and not any(one.requires_grad for one in part.parameters()):
+                part.eval()
+        return self
+
     def forward(self, batch: PromptBatch) -> Tensor:
         """Return the (N,) float32 scores of a batch's targets."""
         embed = self.backbone.get_input_embeddings()
         prefix = None
-        if batch.prefix_ids.shape[1] > 0:
+        if batch.prefix_ids.shape[1] > 0 and self.prefix_cache is not None:
+            keys = batch.prefix_keys.tolist()
+            prefix = self.prefix_cache.run(self.decoder, embed, batch.prefix_ids, batch.prefix_lengths, keys)
+        elif batch.prefix_ids.shape[1] > 0:
             with torch.no_grad():
                 prefix = run_prefix(self.decoder, embed(batch.prefix_ids), batch.prefix_lengths)
         embeds = self._insert_slots(embed(batch.tree_ids), batch)
@@ -107,10 +128,11 @@ class CollmModel(nn.Module):
                 )
                 items = self.cf_model.item_vectors(batch.item_slots.sources, batch.item_timestamps)
                 vectors = torch.cat([users[batch.user_slots.sources], items])
+                vectors = vectors.to(self.slot_mapper.cf.hidden.weight.dtype)
             slots = _join_slots(batch.user_slots, batch.item_slots)
             embeds = _place(embeds, slots, self.slot_mapper.cf(_mask(vectors, slots.masked)))
         if self.slot_mapper.pair is not None:
-            features = batch.pair_features[batch.pair_slots.sources]
+            features = batch.pair_features[batch.pair_slots.sources].to(self.slot_mapper.pair.hidden.weight.dtype)
             embeds = _place(embeds, batch.pair_slots, self.slot_mapper.pair(_mask(features, batch.pair_slots.masked)))
         return embeds
 

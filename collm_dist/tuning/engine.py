@@ -59,6 +59,16 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def holds_anywhere(condition: bool) -> bool:
+    """Return whether a condition holds on any process. Collective."""
+    if get_world_size() == 1:
+        return condition
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 @dataclass
 class TrainingState:
     """What training has to remember of its tensors, whole and on the CPU, whatever ZeRO stage made it.
@@ -145,8 +155,8 @@ class TuningEngine:
         self._finite.fill_(True)
         return finite
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients, and return the norm before clipping."""
+    def step(self, learning_rate: float) -> Tensor | float:
+        """Clip, update, clear the gradients, and return the norm before clipping; no wait for the device."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._compute_plain_norm() if self._zero_stage == 0 else None
@@ -154,7 +164,7 @@ class TuningEngine:
         measured = self._engine.get_global_grad_norm()
         if norm is None:
             norm = measured
-        return float(norm) if norm is not None else float("nan")
+        return norm if norm is not None else float("nan")
 
     def export_state(self, *, with_moments: bool = True) -> TrainingState:
         """Gather the state. Collective: every process must call it; every process gets it."""

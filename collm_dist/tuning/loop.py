@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,11 +22,11 @@ from collm_dist.data.collate import Masking, PromptCollator
 from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.hashing import hash_integers
-from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.tuning.checkpointing import Progress, save_best, save_last
 from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size
+from collm_dist.tuning.prepared import Prepared, prepare
 from collm_dist.tuning.schedule import compute_learning_rate
 from collm_dist.tuning.scoring import score_batches
 
@@ -80,6 +80,7 @@ class TuningLoop:
         valid_rows: ValidRows,
         stage: StageConfig,
         *,
+        max_tokens: int,
         seed: int,
         mask_probability: float,
         folder: Path,
@@ -93,6 +94,7 @@ class TuningLoop:
         Args:
             engine, collator, train_order, valid_rows: what trains on what.
             stage: its settings.
+            max_tokens: most padded tokens of a micro-batch.
             seed: of dropout and of masking.
             mask_probability: share of slots whose vector is hidden in training.
             folder: of checkpoints.
@@ -102,12 +104,13 @@ class TuningLoop:
             log_every_steps: steps between points.
         """
         self.engine, self.collator, self.train_order, self.valid_rows = engine, collator, train_order, valid_rows
-        self.stage, self.seed, self.mask_probability = stage, seed, mask_probability
+        self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.logger, self.log_every_steps = logger, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
         self.trained_rows, self.train_seconds, self.last_loss = 0, 0.0, float("nan")
         self._stop_asked = False
+        self._window = _Window()
 
     def run(self) -> Progress:
         """Train to the end: steps, epochs, or no better validation for too long.
@@ -133,13 +136,14 @@ class TuningLoop:
 
     def _train(self) -> None:
         steps_per_epoch = self.train_order.steps_per_epoch
-        window = _Window()
+        window = self._window
+        window.restart()
         while not self.progress.is_finished and self.progress.global_step < self.total_steps:
             epoch, start = divmod(self.progress.global_step, steps_per_epoch)
             waited = time.perf_counter()
-            for block in self.train_order.iter_batches(epoch, start):
+            for prepared in self.prepare_epoch(epoch, start):
                 window.waited += time.perf_counter() - waited
-                stop = self._step(block, epoch, window)
+                stop = self.train_step(prepared)
                 step = self.progress.global_step
                 is_last = step == self.total_steps
                 if step % self.log_every_steps == 0 or is_last:
@@ -156,26 +160,33 @@ class TuningLoop:
                     return
                 waited = time.perf_counter()
 
-    def _step(self, block: ContextBlock, epoch: int, window: _Window) -> bool:
-        """Make one update; returns whether to stop after it."""
+    def prepare_epoch(self, epoch: int, start_step: int = 0) -> Iterator[Prepared]:
+        """Return an epoch's global batches from a step of it on, made ready ahead of their use."""
+        masking = Masking(self.mask_probability, self.seed, epoch)
+        blocks = self.train_order.iter_batches(epoch, start_step)
+        return prepare(blocks, self.collator, self.max_tokens, self.engine.device, masking)
+
+    def train_step(self, prepared: Prepared) -> bool:
+        """Make one update; returns whether to stop after it.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite; nothing was updated.
+        """
         started = time.perf_counter()
+        window, block, batches = self._window, prepared.block, prepared.micro_batches
         step, rank, world_size = self.progress.global_step, get_rank(), get_world_size()
         self.engine.set_training(True)
-        block = self.collator.cut_contexts(block)
-        counts = self.collator.count_tokens(block)
-        pieces = plan_micro_batches(block, counts, rank, world_size, self.stage.max_tokens_per_micro_batch)
-        masking = Masking(self.mask_probability, self.seed, epoch)
         total = torch.zeros((), device=self.engine.device)
-        for index, piece in enumerate(pieces):
-            batch = self.collator.collate(piece, block, masking).to(self.engine.device)
+        for index, on_host in enumerate(batches):
+            batch = on_host.to(self.engine.device)
             # Dropout depends on where training stands, not on what has happened before: a resumed run draws the same.
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
             losses = binary_cross_entropy_with_logits(self.engine(batch), batch.labels, reduction="none")
             loss = (losses * batch.weights).sum() / block.num_targets
             # DeepSpeed averages gradients over the processes; ours are shares of one sum.
-            self.engine.backward(loss * world_size, is_last=index == len(pieces) - 1)
+            self.engine.backward(loss * world_size, is_last=index == len(batches) - 1)
             total += loss.detach()
-            window.tokens += int(batch.tree_ids.numel() + batch.prefix_ids.numel())
+            window.tokens += batch.tree_ids.numel() + batch.prefix_ids.numel()
         loss_value, all_finite, stop = self._agree(total)
         if not all_finite:
             self._report_non_finite(block, loss_value)
@@ -238,9 +249,7 @@ class TuningLoop:
         """Score the validation rows; the same numbers on every process, since all hold all scores."""
         self.engine.set_training(False)
         rows = self.valid_rows
-        row_ids, scores = score_batches(
-            self.engine, self.collator, rows.order, self.stage.max_tokens_per_micro_batch, self.engine.device
-        )
+        row_ids, scores = score_batches(self.engine, self.collator, rows.order, self.max_tokens, self.engine.device)
         assert np.array_equal(row_ids, rows.row_id)
         return {
             "auc": compute_auc(rows.label, scores),
@@ -260,7 +269,7 @@ class TuningLoop:
             {
                 monitoring.TRAIN_LOSS: window.loss / window.steps,
                 monitoring.LEARNING_RATE: window.learning_rate,
-                monitoring.GRAD_NORM: window.grad_norm,
+                monitoring.GRAD_NORM: float(window.grad_norm),
                 monitoring.SAMPLES_PER_SECOND: window.rows / seconds,
                 monitoring.TOKENS_PER_SECOND: window.tokens / seconds,
                 monitoring.DATA_WAIT_SHARE: window.waited / seconds,
@@ -277,7 +286,8 @@ class _Window:
     """Sums since the last logged point."""
 
     def __init__(self) -> None:
-        self.learning_rate = self.grad_norm = 0.0
+        self.learning_rate = 0.0
+        self.grad_norm: Tensor | float = 0.0
         self.restart()
 
     def restart(self) -> None:

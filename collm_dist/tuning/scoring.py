@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from collm_dist.data.collate import PromptCollator
 from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.hashing import hash_integers
-from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.prompt_batch import PromptBatch
-from collm_dist.tuning.engine import get_rank, get_world_size
+from collm_dist.tuning.engine import get_world_size
+from collm_dist.tuning.prepared import prepare
 
 if TYPE_CHECKING:
     from collm_dist.tuning.stages import LoadedStage
@@ -55,25 +54,16 @@ def score_batches(
     shuffle_slots_seed: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score an order with a model in evaluation mode; see ``score_split``."""
-    row_ids, scores = [], []
-    for block, batch in _iter_batches(collator, order, max_tokens):
-        if shuffle_slots_seed is not None:
-            batch = shuffle_slots(batch, block, collator, shuffle_slots_seed)
-        found = model(batch.to(device)).float().cpu()
-        real = batch.weights > 0
-        row_ids.append(batch.row_ids[real])
-        scores.append(found[real])
-    return _gather(torch.cat(row_ids), torch.cat(scores), order.num_rows)
-
-
-def _iter_batches(
-    collator: PromptCollator, order: GlobalOrder, max_tokens: int
-) -> Iterator[tuple[ContextBlock, PromptBatch]]:
-    for whole in order.iter_batches():
-        block = collator.cut_contexts(whole)
-        counts = collator.count_tokens(block)
-        for piece in plan_micro_batches(block, counts, get_rank(), get_world_size(), max_tokens):
-            yield block, collator.collate(piece, block)
+    row_ids, weights, scores = [], [], []
+    for prepared in prepare(order.iter_batches(), collator, max_tokens, device):
+        for batch in prepared.micro_batches:
+            if shuffle_slots_seed is not None:
+                batch = shuffle_slots(batch, prepared.block, collator, shuffle_slots_seed)
+            row_ids.append(batch.row_ids)
+            weights.append(batch.weights)
+            scores.append(model(batch.to(device)).float())
+    real = torch.cat(weights) > 0
+    return _gather(torch.cat(row_ids)[real], torch.cat(scores).cpu()[real], order.num_rows)
 
 
 def _gather(

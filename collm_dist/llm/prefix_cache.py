@@ -1,0 +1,106 @@
+"""Keys and values of constant prefixes, kept from one epoch or validation to the next (stage 2, frozen backbone).
+
+Shapes: C contexts, P prefix tokens, D model width; L layers, H key/value heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from collm_dist.llm.shared_context import FrozenCache, run_prefix
+
+
+class PrefixCache:
+    """Remembers each prefix's keys and values in host memory, as computed, until the memory granted is full.
+
+    Nothing is ever thrown out for something newer: epochs visit every context once, and of prefixes visited in turn an
+    overfull cache that forgets the oldest would find none.
+
+    Attributes:
+        num_bytes: held.
+        hits, misses: prefixes found and computed so far.
+    """
+
+    def __init__(self, max_bytes: int, any_process: Callable[[bool], bool] = lambda one: one) -> None:
+        """Start empty.
+
+        Args:
+            max_bytes: held at most.
+            any_process: says whether a condition holds on any process. Where weights are partitioned over processes,
+                running the backbone is collective, so either all of them run it or none.
+        """
+        self._max_bytes, self._any_process = max_bytes, any_process
+        self._held: dict[int, Tensor] = {}
+        self.num_bytes = self.hits = self.misses = 0
+
+    @torch.no_grad()
+    def run(
+        self,
+        decoder: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        ids: Tensor,
+        lengths: Tensor,
+        keys: Sequence[int],
+    ) -> FrozenCache:
+        """Return what ``run_prefix`` would, computing only the prefixes that are not held.
+
+        Args:
+            decoder: the model below the language-modelling head.
+            embed: (C, P) token ids -> (C, P, D).
+            ids, lengths: (C, P) right-padded prefixes and their (C,) lengths.
+            keys: (C,) what the prefixes are known by.
+        """
+        missing = [row for row, key in enumerate(keys) if key not in self._held]
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        computed: FrozenCache | None = None
+        if self._any_process(bool(missing)):
+            rows = torch.tensor(missing or [0], device=ids.device)
+            computed = run_prefix(decoder, embed(ids[rows]), lengths[rows])
+            if len(missing) == len(keys):
+                self._hold(computed, missing, lengths, keys)
+                return computed
+        whole = self._join(computed, missing, ids, keys)
+        if computed is not None and missing:
+            self._hold(computed, missing, lengths, keys)
+        return whole
+
+    def _hold(self, computed: FrozenCache, missing: list[int], lengths: Tensor, keys: Sequence[int]) -> None:
+        """Keep what has been computed, as far as it fits; (L, 2, H, p, d) for each prefix of p tokens."""
+        if self.num_bytes >= self._max_bytes:
+            return
+        sizes = lengths.tolist()
+        for place, row in enumerate(missing):
+            parts = [
+                torch.stack([layer.keys[place, :, : sizes[row]], layer.values[place, :, : sizes[row]]])
+                for layer in computed.layers
+            ]
+            entry = torch.stack(parts).cpu()
+            if self.num_bytes + entry.nbytes <= self._max_bytes and keys[row] not in self._held:
+                self._held[keys[row]] = entry
+                self.num_bytes += entry.nbytes
+
+    def _join(self, computed: FrozenCache | None, missing: list[int], ids: Tensor, keys: Sequence[int]) -> FrozenCache:
+        """Put held and computed prefixes into one batch."""
+        found = {row: self._held[key] for row, key in enumerate(keys) if key in self._held}
+        sample: Any = next(iter(found.values()))
+        num_layers, _, heads, _, width = sample.shape
+        shape = (num_layers, 2, len(keys), heads, ids.shape[1], width)
+        whole = torch.zeros(shape, dtype=sample.dtype, device=ids.device)
+        for row, entry in found.items():
+            whole[:, :, row, :, : entry.shape[3]] = entry.to(ids.device, non_blocking=True)
+        frozen = FrozenCache()
+        for number in range(num_layers):
+            if computed is not None and missing:
+                part, rows = computed.layers[number], torch.tensor(missing, device=ids.device)
+                whole[number, 0, rows], whole[number, 1, rows] = part.keys, part.values
+            layer = DynamicLayer()
+            layer.lazy_initialization(whole[number, 0], whole[number, 1])
+            layer.keys, layer.values = whole[number, 0], whole[number, 1]
+            frozen.layers.append(layer)
+        return frozen

@@ -1,0 +1,242 @@
+"""Running a stage: from what the steps before left, or its own last checkpoint, to its product and summary."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from collm_dist import monitoring
+from collm_dist.artifacts import RunDir, compute_file_hash, is_step_current, write_json
+from collm_dist.config import Config, StageConfig
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.manifest import load_manifest
+from collm_dist.data.preview import render_example
+from collm_dist.llm.backbone import load_backbone
+from collm_dist.llm.lora import merge_adapter, save_adapter
+from collm_dist.llm.mapping import save_mapper
+from collm_dist.tuning.checkpointing import Progress, find_last_checkpoint, load_checkpoint
+from collm_dist.tuning.deepspeed_config import build_deepspeed_config
+from collm_dist.tuning.engine import TrainingState, TuningEngine, get_rank, get_world_size, init_distributed
+from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
+from collm_dist.tuning.stages import (
+    LoadedStage,
+    Stage,
+    Stage2,
+    StageName,
+    build_stage,
+    compute_stage_fingerprint,
+    get_stage,
+    get_stage_config,
+)
+from collm_dist.tuning.token_budget import find_token_budget
+
+VALID_BATCH_ROWS = 512
+
+
+def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = False) -> dict[str, Any]:
+    """Train a stage, unless it is done, from its last checkpoint if there is one. Called on every process.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        CollmError: see ``TuningLoop.run`` and ``build_stage``.
+    """
+    fingerprint = compute_stage_fingerprint(config, run_dir, name)
+    folder = run_dir.step_dir(name)
+    if not force and is_step_current(run_dir, name, fingerprint):
+        if get_rank() == 0:
+            print(f"{name}: done already ({folder})")
+        return run_dir.read_record(name)
+    device = init_distributed(config.cluster.collective_timeout_minutes)
+    _clear(run_dir, name, force)
+    loaded = build_stage(config, run_dir, get_stage(config, name), device)
+    loop = build_loop(config, run_dir, name, loaded, fingerprint)
+    if get_rank() == 0:
+        example = next(loop.train_order.iter_batches())
+        loop.logger.log_text("prompt", render_example(loaded.collator, example, loaded.backbone.tokenizer))
+    try:
+        progress = loop.run()
+    finally:
+        loop.logger.close()
+    best, _ = load_checkpoint(folder / "checkpoints" / "best.safetensors", fingerprint)
+    if get_rank() == 0:
+        product = _write_product(config, folder, get_stage(config, name), loaded, best)
+        summary = {
+            "stage": name,
+            "global_steps": progress.global_step,
+            "best_valid": {**progress.best_metrics, "step": progress.best_step},
+            "last_train": {"loss": loop.last_loss},
+            "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
+            "memory": {"peak_gib": monitoring.measure_peak_gib(device)},
+            "trainable_parameters": sum(one.numel() for one in best.weights.values()),
+            "world_size": get_world_size(),
+            "train_rows": loop.train_order.num_rows,
+            "split_contexts": loop.train_order.num_split_contexts,
+            "max_tokens_per_micro_batch": loop.max_tokens,
+            "dropped_history_items": loaded.collator.num_dropped_history,
+            "fingerprint": fingerprint,
+            "content_hash": compute_file_hash(product),
+        }
+        write_json(run_dir.record_path(name), summary)
+        _print_summary(name, summary)
+    if get_world_size() > 1:
+        dist.barrier()
+    return run_dir.read_record(name)
+
+
+def build_loop(
+    config: Config, run_dir: RunDir, name: StageName, loaded: LoadedStage, fingerprint: Mapping[str, Any]
+) -> TuningLoop:
+    """Wrap a stage's model with DeepSpeed and return the loop that trains it from its last checkpoint, if there is one.
+
+    Args:
+        config, run_dir, name: which stage of which run.
+        loaded: what ``build_stage`` returned.
+        fingerprint: of the stage; a checkpoint made under another one is refused.
+    """
+    settings, folder = get_stage_config(config, get_stage(config, name)), run_dir.step_dir(name)
+    train_order, valid_order = _build_orders(config, run_dir, settings)
+    checkpoint = find_last_checkpoint(folder / "checkpoints")
+    state, progress = load_checkpoint(checkpoint, fingerprint) if checkpoint else (None, Progress())
+    logger = monitoring.RunLogger(
+        folder,
+        is_main=get_rank() == 0,
+        tensorboard=config.monitoring.tensorboard,
+        progress_bar=config.monitoring.progress_bar,
+        start_step=progress.global_step,
+        total_steps=count_total_steps(settings, train_order),
+    )
+    max_tokens = _resolve_max_tokens(settings, loaded, train_order)
+    return TuningLoop(
+        _build_engine(config, settings, loaded, state, folder),
+        loaded.collator,
+        train_order,
+        load_valid_rows(valid_order),
+        settings,
+        max_tokens=max_tokens,
+        seed=config.run.seed,
+        mask_probability=config.mapping.mask_probability if name == "stage2" else 0.0,
+        folder=folder / "checkpoints",
+        fingerprint=fingerprint,
+        progress=progress,
+        logger=logger,
+        log_every_steps=config.monitoring.log_every_steps,
+    )
+
+
+def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order: GlobalOrder) -> int:
+    if settings.max_tokens_per_micro_batch != "auto":
+        return settings.max_tokens_per_micro_batch
+    block = next(train_order.iter_batches())
+    budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device)
+    if get_rank() == 0:
+        print(
+            f"max_tokens_per_micro_batch: {budget.tokens:,} (auto: {budget.bytes_per_token / 2**20:.2f} MiB a token, "
+            f"{budget.free_bytes / 2**30:.1f} GiB free)"
+        )
+    return budget.tokens
+
+
+def _build_engine(
+    config: Config, settings: StageConfig, loaded: LoadedStage, state: TrainingState | None, folder: Path
+) -> TuningEngine:
+    """Wrap a stage's model and save the effective DeepSpeed configuration beside its checkpoints."""
+    deepspeed_config = build_deepspeed_config(
+        zero_stage=config.cluster.zero_stage,
+        bfloat16=loaded.backbone.model.dtype == torch.bfloat16,
+        max_grad_norm=settings.max_grad_norm,
+        extra=config.cluster.deepspeed_extra,
+    )
+    if get_rank() == 0:
+        write_json(folder / "deepspeed_config.json", deepspeed_config)
+    return TuningEngine(
+        loaded.model,
+        deepspeed_config=deepspeed_config,
+        device=loaded.device,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=settings.adam_betas,
+        state=state,
+    )
+
+
+def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
+    """Take back the record of a stage that is to be redone, and with force its checkpoints too."""
+    if get_rank() == 0:
+        run_dir.withdraw(name)
+        if force:
+            shutil.rmtree(run_dir.step_dir(name), ignore_errors=True)
+        (run_dir.step_dir(name) / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def _build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tuple[GlobalOrder, GlobalOrder]:
+    data_dir = run_dir.step_dir("data")
+    manifest = load_manifest(data_dir)
+    train = GlobalOrder(
+        data_dir,
+        manifest,
+        "train",
+        config.run.seed,
+        settings.global_batch_size,
+        max_contexts=settings.max_train_contexts,
+    )
+    valid = GlobalOrder(
+        data_dir,
+        manifest,
+        "valid",
+        config.run.seed,
+        VALID_BATCH_ROWS,
+        max_contexts=settings.max_valid_contexts,
+        shuffle=False,
+    )
+    return train, valid
+
+
+def _write_product(config: Config, folder: Path, stage: Stage, loaded: LoadedStage, best: TrainingState) -> Path:
+    """Write what the stage leaves behind and return the file that stands for it."""
+    if isinstance(stage, Stage2):
+        return save_mapper(folder / "mapping.safetensors", best.weights)
+    source, llm = loaded.backbone.source, config.llm
+    weights = {name.removeprefix("backbone."): value for name, value in best.weights.items()}
+    save_adapter(loaded.adapter, folder / "adapter", weights, source.public_name, source.revision)
+    loaded.backbone.tokenizer.save_pretrained(str(folder / "adapter"))
+    # From the files, on the CPU: the model in use may be partitioned.
+    plain = load_backbone(
+        llm.backbone, llm.revision, dtype=llm.dtype, attention=llm.attention, trust_remote_code=llm.trust_remote_code
+    )
+    merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
+    loaded.backbone.tokenizer.save_pretrained(str(folder / "merged"))
+    return folder / "adapter" / "adapter_model.safetensors"
+
+
+def _print_summary(name: str, summary: dict[str, Any]) -> None:
+    best = summary["best_valid"]
+    shown = "  ".join(f"{key} {best[key]:.4f}" for key in ("auc", "uauc", "logloss") if best.get(key) is not None)
+    print(
+        f"{name}: {summary['global_steps']} steps, best at step {best['step']}: valid {shown}; "
+        f"{summary['throughput']['samples_per_second']:.2f} samples/s, {summary['memory']['peak_gib']:.2f} GiB"
+    )
+
+
+def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
+    """Return lines about what both stages will do, for ``--dry-run``; only the data step must be done."""
+    if not run_dir.is_done("data"):
+        return ["steps: known once the data step is done"]
+    lines = []
+    for name in ("stage1", "stage2"):
+        settings = get_stage_config(config, get_stage(config, name))
+        train, valid = _build_orders(config, run_dir, settings)
+        lines.append(
+            f"{name}: {count_total_steps(settings, train):,} steps of {settings.global_batch_size} rows at most "
+            f"({train.num_rows:,} rows in {train.num_contexts:,} contexts an epoch), "
+            f"validation on {valid.num_rows:,} rows"
+        )
+    return lines
