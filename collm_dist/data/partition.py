@@ -41,10 +41,13 @@ class PartitionWriter:
 
     def write(self, table: Any, parts: NDArray[np.int64]) -> None:
         """Add rows; ``parts`` says where each goes. The order within a part is kept."""
-        # Sixteen bits are sorted by counting.
-        order = np.argsort(parts.astype(np.uint16) if self._num_parts <= 1 << 16 else parts, kind="stable")
-        bounds = np.searchsorted(parts[order], np.arange(self._num_parts + 1))
-        ordered = table.cast(self._schema).take(pa.array(order)).combine_chunks()
+        ordered = table.cast(self._schema)
+        if np.any(parts[1:] < parts[:-1]):
+            # Sixteen bits are sorted by counting.
+            order = np.argsort(parts.astype(np.uint16) if self._num_parts <= 1 << 16 else parts, kind="stable")
+            ordered, parts = ordered.take(pa.array(order)), parts[order]
+        ordered = ordered.combine_chunks()
+        bounds = np.searchsorted(parts, np.arange(self._num_parts + 1))
         empty = pa.RecordBatch.from_pylist([], schema=self._schema)
         for first, last in itertools.pairwise(bounds):
             batches = ordered.slice(first, last - first).to_batches()

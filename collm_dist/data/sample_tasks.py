@@ -33,7 +33,7 @@ from collm_dist.data.partition import (
     write_table,
 )
 from collm_dist.data.plan import Plan
-from collm_dist.data.samples import UserState, compute_user_state, count_before, find_group_starts, gather_last, locate
+from collm_dist.data.samples import UserState, compute_user_state, count_before, find_group_starts, gather_last
 from collm_dist.data.shard_writer import write_shard
 from collm_dist.data.splits import OUTSIDE, SPLITS, SplitRule
 
@@ -179,7 +179,9 @@ def join_bucket(plan: Plan, bucket: int, parts: int) -> dict[str, Any]:
     rows = {name: table.column(name).to_numpy() for name in table.column_names}
     sources = [plan.work / f"states-{part:05d}.arrow" for part in range(parts)]
     states = read_partition(sources, bucket, plan.num_buckets)
-    match = locate(states.column("row_id").to_numpy(), rows["row_id"])
+    match = np.empty(len(table), np.int64)
+    # Both have the same rows: their n-th smallest ids belong together.
+    match[np.argsort(rows["row_id"])] = np.argsort(states.column("row_id").to_numpy())
     rows |= {name: states.column(name).to_numpy()[match] for name in STATES.names[1:]}
     user = compute_user_state(
         user_idx=rows["user_idx"],

@@ -1,14 +1,18 @@
-"""Writing shards: WebDataset tars whose members pack many contexts each. The same input gives the same bytes."""
+"""Writing shards: WebDataset tars whose members pack many contexts each. The same input gives the same bytes.
+
+A tar is written member by member, as webdataset.TarWriter does; that class would bring PyTorch into every worker.
+"""
 
 from __future__ import annotations
 
+import io
+import tarfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import webdataset
 
 from collm_dist.artifacts import compute_file_hash, open_atomic
 from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
@@ -61,12 +65,13 @@ def _slice_contexts(block: ContextBlock, start: int, stop: int) -> ContextBlock:
 def write_shard(data_dir: Path, name: str, split: str, block: ContextBlock, contexts_per_record: int) -> ShardInfo:
     """Write a block as ``shards/<name>``, in records of the given number of contexts, and return what was written."""
     path = data_dir / "shards" / name
-    # Fixed time and owner: tars of the same samples are the same bytes.
-    fixed = {"mtime": 0.0, "user": "root", "group": "root", "compress": False, "encoder": False}
-    with open_atomic(path, "wb") as file, webdataset.TarWriter(file, **fixed) as writer:
+    with open_atomic(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, start in enumerate(range(0, block.num_contexts, contexts_per_record)):
             record = encode_block(_slice_contexts(block, start, start + contexts_per_record))
-            writer.write({"__key__": f"{number:08d}", "contexts.safetensors": record})
+            member = tarfile.TarInfo(f"{number:08d}.contexts.safetensors")
+            # Fixed time and owner: tars of the same samples are the same bytes.
+            member.size, member.mode, member.mtime, member.uname, member.gname = len(record), 0o444, 0, "root", "root"
+            tar.addfile(member, io.BytesIO(record))
     return ShardInfo(
         path=f"shards/{name}",
         split=split,
