@@ -11,7 +11,7 @@ from collm_dist.data.interactions import COLUMNS
 from collm_dist.data.shard_writer import write_shard
 from tests.unit.evaluation_data import build_block, count_strictly_before
 
-NUM_USERS, NUM_ITEMS = 24, 30
+NUM_USERS, NUM_ITEMS, NUM_BUCKETS = 24, 30, 4
 STAGE1_PROMPT = "Liked: <ItemTitleList>. Would they like <TargetItemTitle>? Answer:"
 STAGE2_PROMPT = "Liked: <ItemTitleList>. User <UserID>, item <TargetItemTitle> <TargetItemID> <MatchID>. Answer:"
 
@@ -73,6 +73,26 @@ def _add_state(rows):
     ]
 
 
+def _write_buckets(data_dir, rows):
+    """Interactions by user, a quarter of the users in each table."""
+    (data_dir / "interactions").mkdir()
+    buckets, size = [], NUM_USERS // NUM_BUCKETS
+    order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
+    for number in range(NUM_BUCKETS):
+        chosen = order[rows["user_idx"][order] // size == number]
+        path = data_dir / "interactions" / f"bucket-{number:05d}.parquet"
+        pq.write_table(pa.table({name: rows[name][chosen] for name in COLUMNS.names}).cast(COLUMNS), path)
+        buckets.append(
+            {
+                "path": str(path.relative_to(data_dir)),
+                "rows": len(chosen),
+                "user_ranges": [[number * size, size]],
+                "sha256": "",
+            }
+        )
+    return buckets
+
+
 def write_data_step(path, feedback="explicit") -> RunDir:
     """Write interactions, tables, shards and manifest below ``path``."""
     run_dir = RunDir(path)
@@ -96,10 +116,7 @@ def write_data_step(path, feedback="explicit") -> RunDir:
             "first_timestamp": int(rows["timestamp"][chosen].min()),
             "last_timestamp": int(rows["timestamp"][chosen].max()),
         }
-    (data_dir / "interactions").mkdir()
-    order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
-    table = pa.table({name: rows[name][order] for name in COLUMNS.names}).cast(COLUMNS)
-    pq.write_table(table, data_dir / "interactions" / "bucket-00000.parquet")
+    buckets = _write_buckets(data_dir, rows)
     write_json(
         run_dir.record_path("data"),
         {
@@ -113,7 +130,7 @@ def write_data_step(path, feedback="explicit") -> RunDir:
             "max_history_length": 10,
             "splits": splits,
             "shards": shards,
-            "buckets": [],
+            "buckets": buckets,
             "dropped": {},
             "content_hash": f"data-{feedback}",
         },
