@@ -221,7 +221,7 @@ def load_cf_model(run_dir: RunDir, manifest: Manifest) -> SlotVectors:
     header, final = load_model(folder / FILE_NAME)
     _check_tables(folder / FILE_NAME, header, run_dir.step_dir("data"), manifest)
     folds = [load_model(folder / name_fold_file(number))[1] for number in range(1, len(header.fold_starts))]
-    return SlotVectors([*folds, final], header.fold_starts)
+    return SlotVectors([*folds, final], header.fold_starts).eval()
 
 
 def _check_tables(path: Path, header: ModelHeader, data_dir: Path, manifest: Manifest) -> None:

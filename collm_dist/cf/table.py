@@ -118,7 +118,8 @@ def read_vectors(path: Path, ids: Sequence[str], width: int) -> NDArray[np.float
         places = pc.index_in(batch.column("id").cast(pa.string()), wanted)
         known = places.is_valid().to_numpy(zero_copy_only=False)
         rows = places.drop_null().to_numpy()
-        again = seen[rows] | (np.bincount(rows, minlength=len(ids))[rows] > 1)
+        again = seen[rows]
+        again[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
         if again.any():
             row = first + int(np.flatnonzero(known)[again.argmax()])
             raise DataError(f"cf: {path}, row {row}, field 'id': {ids[rows[again.argmax()]]!r} occurs twice")

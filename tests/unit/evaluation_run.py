@@ -29,16 +29,16 @@ def build_config(path, *overrides, feedback="explicit", **evaluation) -> Config:
     )
 
 
-def _build_rows(feedback):
+def _build_rows(feedback, num_users, num_items, count):
     """Rows of all splits in time order; users and items have tastes, the last four users are in test only."""
     random = np.random.default_rng(0)
-    quality = random.normal(size=NUM_ITEMS)
-    mood = random.normal(size=NUM_USERS)
+    quality = random.normal(size=num_items)
+    mood = random.normal(size=num_users)
     rows = []
-    for second in range(600):
-        split = "train" if second < 400 else "valid" if second < 500 else "test"
-        user = random.integers(0, NUM_USERS if split == "test" else NUM_USERS - 4)
-        item = random.integers(0, NUM_ITEMS - (3 if split == "train" else 0))
+    for second in range(count):
+        split = "train" if second < count * 4 // 6 else "valid" if second < count * 5 // 6 else "test"
+        user = random.integers(0, num_users if split == "test" else num_users - 4)
+        item = random.integers(0, num_items - (3 if split == "train" else 0))
         liked = int(quality[item] + mood[user] + random.normal() > 0)
         if feedback == "explicit":
             rows.append((user, item, second, liked, split, 0, len(rows), len(rows)))
@@ -46,7 +46,7 @@ def _build_rows(feedback):
             group = len(rows)
             rows.append((user, item, second, 1, split, 0, group, group))
             for _ in range(3):
-                rows.append((user, random.integers(0, NUM_ITEMS), second, 0, split, 1, len(rows), group))
+                rows.append((user, random.integers(0, num_items), second, 0, split, 1, len(rows), group))
     names = ("user_idx", "item_idx", "timestamp", "label", "split", "sampled", "row_id", "group_id")
     return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
@@ -73,10 +73,10 @@ def _add_state(rows):
     ]
 
 
-def _write_buckets(data_dir, rows):
+def _write_buckets(data_dir, rows, num_users):
     """Interactions by user, a quarter of the users in each table."""
     (data_dir / "interactions").mkdir()
-    buckets, size = [], NUM_USERS // NUM_BUCKETS
+    buckets, size = [], num_users // NUM_BUCKETS
     order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
     for number in range(NUM_BUCKETS):
         chosen = order[rows["user_idx"][order] // size == number]
@@ -93,11 +93,15 @@ def _write_buckets(data_dir, rows):
     return buckets
 
 
-def write_data_step(path, feedback="explicit") -> RunDir:
-    """Write interactions, tables, shards and manifest below ``path``."""
+def write_data_step(
+    path, feedback="explicit", *, num_users=NUM_USERS, num_items=NUM_ITEMS, count=600, flip=None
+) -> RunDir:
+    """Write interactions, tables, shards and manifest below ``path``; ``flip`` = a row whose label is turned round."""
     run_dir = RunDir(path)
     data_dir = run_dir.step_dir("data")
-    rows = _build_rows(feedback)
+    rows = _build_rows(feedback, num_users, num_items, count)
+    if flip is not None:
+        rows["label"][flip] = 1 - rows["label"][flip]
     histories = _add_state(rows)
     splits, shards = {}, []
     for split in ("train", "valid", "test"):
@@ -116,13 +120,13 @@ def write_data_step(path, feedback="explicit") -> RunDir:
             "first_timestamp": int(rows["timestamp"][chosen].min()),
             "last_timestamp": int(rows["timestamp"][chosen].max()),
         }
-    buckets = _write_buckets(data_dir, rows)
+    buckets = _write_buckets(data_dir, rows, num_users)
     write_json(
         run_dir.record_path("data"),
         {
             "format_version": 1,
-            "num_users": NUM_USERS,
-            "num_items": NUM_ITEMS,
+            "num_users": num_users,
+            "num_items": num_items,
             "users_hash": "users",
             "items_hash": "items",
             "ties": "strict",

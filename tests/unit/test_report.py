@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from collm_dist.artifacts import write_json
-from collm_dist.cf.export import load_cf_model, save_cf_model
-from collm_dist.cf.mf import MatrixFactorization
+from collm_dist.cf.export import load_cf_model
 from collm_dist.data.interactions import load_interactions
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError
@@ -20,6 +19,7 @@ from collm_dist.evaluation.plots import compute_calibration, plot_training, read
 from collm_dist.evaluation.render import render_markdown, render_table
 from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.score_files import align_scores
+from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import build_config, write_data_step
 
 ROW_KEYS = {
@@ -222,20 +222,18 @@ def test_collaborative_model_is_scored_and_feeds_the_slots_alone(tmp_path):
     run_dir = write_data_step(tmp_path)
     config = build_config(tmp_path, splits=("test",))
     manifest = load_manifest(run_dir.step_dir("data"))
-    model = MatrixFactorization(
-        torch.ones(manifest.num_users, dtype=torch.int64),
-        torch.ones(manifest.num_items, dtype=torch.int64),
-        embedding_dim=4,
-    )
-    save_cf_model(run_dir.step_dir("cf") / "model.safetensors", model, manifest)
+    fit_and_export(run_dir, make_cf("mf"), tmp_path / "states")
     write_json(run_dir.record_path("cf"), {"content_hash": "vectors"})
     write_json(run_dir.record_path("stage2"), {"global_steps": 2, "content_hash": "two"})
     splits = load_splits(config, run_dir, manifest)
     models = {model.name: model for model in collect_models(config, run_dir, manifest, splits, {}).models["test"]}
     block = splits["test"].block
     users = torch.from_numpy(block.user_idx[block.target_contexts])
-    no_history = torch.full((len(users), 1), -1)
-    expected = load_cf_model(run_dir, manifest).score(users, no_history, torch.from_numpy(block.item_idx))
+    history = torch.full((len(users), manifest.max_history_length), -1)
+    for row, context in enumerate(block.target_contexts):
+        liked = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
+        history[row, history.shape[1] - len(liked) :] = torch.from_numpy(liked)
+    expected = load_cf_model(run_dir, manifest).score(users, history, torch.from_numpy(block.item_idx))
     assert len(set(expected.tolist())) > 50
     assert models["cf"].scores == pytest.approx(expected.numpy(), abs=1e-6)
     assert np.isfinite(models["slots_without_llm"].scores).all()

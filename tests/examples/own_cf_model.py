@@ -1,0 +1,32 @@
+"""A collaborative model of one's own: a user is the mean of the items liked, the newer the heavier.
+
+    PYTHONPATH=. python launch/pretrain_cf.py --config C cf.model=tests.examples.own_cf_model:RecentLikes \
+        'cf.arguments={half_life: 5}'
+
+Tables, biases, training, checkpoints, cross-fitting and export are the base class's.
+"""
+
+import torch
+from torch import Tensor
+
+from collm_dist.cf.base import TrainableCfModel
+from collm_dist.cf.rows import CfBatch
+
+
+class RecentLikes(TrainableCfModel):
+    """logit(like) = global bias + user bias + item bias + <weighted mean of the liked items' vectors, item vector>."""
+
+    def __init__(
+        self, num_users: int, num_items: int, *, embedding_dim: int, history_length: int, half_life: float
+    ) -> None:
+        """half_life: likes after which an item weighs half."""
+        super().__init__(num_users, num_items, embedding_dim=embedding_dim, history_length=history_length)
+        self.half_life = half_life
+
+    def compute_user_vectors(self, batch: CfBatch) -> Tensor:
+        """(C, H) histories, newest last, -1 = padding -> (C, E)."""
+        age = torch.arange(batch.history.shape[1] - 1, -1, -1, device=batch.history.device)
+        weights = 0.5 ** (age / self.half_life) * (batch.history >= 0)
+        vectors = self.items(batch.history)[..., :-1]
+        total = (weights[..., None] * vectors).sum(dim=1)
+        return total / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)

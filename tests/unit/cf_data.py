@@ -1,0 +1,65 @@
+"""Collaborative models of every kind over the small data step, ready to score or to train."""
+
+from dataclasses import replace
+
+import torch
+
+from collm_dist.cf.fitting import Job, build_plan, build_untrained, fit
+from collm_dist.cf.ownership import load_worker_data, number_globally
+from collm_dist.config import CfConfig
+from collm_dist.data.manifest import load_manifest
+from collm_dist.orchestration.pretrain import export_models
+
+MODELS = ("mf", "lightgcn", "sasrec", "din")
+SETTINGS = {
+    "embedding_dim": 6,
+    "history_length": 8,
+    "num_heads": 2,
+    "attention_sizes": (7, 5),
+    "hidden_sizes": (9, 4),
+    "global_batch_size": 64,
+    "learning_rate": 1e-2,
+    "weight_decay": 1.0,
+    "num_epochs": 6,
+    "early_stop_patience": 6,
+    "checkpoint_every_epochs": 2,
+}
+
+
+def make_cf(model, **settings) -> CfConfig:
+    return CfConfig(model=model, **SETTINGS | settings)
+
+
+def load_data(run_dir):
+    """Return (manifest, worker data) of a finished data step, all of it on one worker."""
+    data_dir = run_dir.step_dir("data")
+    manifest = load_manifest(data_dir)
+    data = load_worker_data(data_dir, manifest)
+    return manifest, replace(data, splits={name: number_globally(rows) for name, rows in data.splits.items()})
+
+
+def build(run_dir, cf, *, seed=0, spread=0.3):
+    """Return (model in evaluation mode, data): untrained, but with no weight left at a special value such as zero."""
+    manifest, data = load_data(run_dir)
+    model = build_untrained(cf, manifest, data.users, data.splits["train"], seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("_norm.weight", "_norm.bias")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+        model.users.weight[~model.users.known] = 0
+    model.prepare(data.splits["train"])
+    model.refresh()
+    return model.eval(), data
+
+
+def make_plan(cf, seed=0):
+    return build_plan(cf, seed)
+
+
+def fit_and_export(run_dir, cf, folder, fold_starts=(), seed=0):
+    """Train on this process and write the model files, as the CF step does; return the hash of them all."""
+    data_dir = run_dir.step_dir("data")
+    job = Job(data_dir, folder, "key", cf, seed, tuple(fold_starts))
+    fit(job, torch.device("cpu"), 0, 1, lambda *_: None)
+    return export_models(job, run_dir.step_dir("cf"), load_manifest(data_dir))

@@ -1,0 +1,156 @@
+"""Training of the collaborative models: where it starts, where it goes on, what stops it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from collm_dist.cf.biases import fit_biases
+from collm_dist.cf.checkpoint import find_overlaps, read_state
+from collm_dist.cf.ownership import UserRanges
+from collm_dist.cf.trainer import check_metric, compute_metrics, train_cf
+from collm_dist.errors import CheckpointError, ConfigError, DataError
+from tests.unit.cf_data import MODELS, build, make_cf, make_plan
+from tests.unit.evaluation_run import write_data_step
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return write_data_step(tmp_path_factory.mktemp("data"))
+
+
+def run(run_dir, folder, cf, *, seed=0, plan=None, on_epoch=lambda *_: None, spread=0.0):
+    model, data = build(run_dir, cf, seed=seed, spread=spread)
+    fit_biases(model, data.splits["train"], cf.bias_weight_decay)
+    progress = train_cf(
+        model,
+        data.splits["train"],
+        data.splits["valid"],
+        data.users,
+        plan or make_plan(cf, seed),
+        checkpoints=folder,
+        key="key",
+        on_epoch=on_epoch,
+    )
+    return model, data, progress
+
+
+def read_best(folder, users):
+    state = read_state(folder, "key")
+    return state.read_shared("best") | state.read_owned("best", users)
+
+
+def test_training_starts_at_the_bias_logistic(run_dir):
+    """Twelve rounds of one coordinate at a time end within 0.01 of the minimum with the same intercept."""
+    model, data = build(run_dir, make_cf("mf"), spread=0.0)
+    rows = data.splits["train"]
+    fit_biases(model, rows, 2.0)
+    users, items = rows.row_users.long().numpy(), model.items.resolve(rows.item_idx.long()).numpy()
+    features = np.zeros((len(users), len(model.users.weight) + len(model.items.weight)))
+    features[np.arange(len(users)), users] = 1
+    features[np.arange(len(users)), len(model.users.weight) + items] = 1
+    base = model.global_bias.item()
+    labels = rows.label.numpy()
+    ours = np.concatenate([model.users.weight[:, -1].detach(), model.items.weight[:, -1].detach()])
+    theirs = fit_with_offset(features, labels, base, 2.0)
+    assert np.abs(ours - theirs).max() < 0.01
+    free = LogisticRegression(C=0.5, tol=1e-10, max_iter=1000).fit(features, labels)
+    assert np.corrcoef(features @ ours, features @ free.coef_[0])[0, 1] > 0.99
+
+
+def fit_with_offset(features, labels, base, decay):
+    """Plain Newton in all coordinates at once."""
+    weights = np.zeros(features.shape[1])
+    for _ in range(30):
+        chance = 1 / (1 + np.exp(-(base + features @ weights)))
+        gradient = features.T @ (labels - chance) - decay * weights
+        hessian = features.T @ (features * (chance * (1 - chance))[:, None]) + decay * np.eye(len(weights))
+        weights += np.linalg.solve(hessian, gradient)
+    return weights
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", MODELS)
+def test_every_seed_leaves_chance_level(run_dir, tmp_path, name, seed):
+    _, _, progress = run(run_dir, tmp_path, make_cf(name), seed=seed)
+    assert progress.best_metrics["valid_auc"] > 0.65
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_interrupted_training_ends_where_an_undisturbed_one_does(run_dir, tmp_path, name):
+    cf = make_cf(name, dropout=0.3)
+    _, data, whole = run(run_dir, tmp_path / "whole", cf)
+    seen = []
+
+    def interrupt(epoch, _):
+        seen.append(epoch)
+        if len(seen) in (1, 5):  # before the first checkpoint, and after it
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(run_dir, tmp_path / "broken", cf, on_epoch=interrupt)
+    _, _, broken = run(run_dir, tmp_path / "broken", cf, on_epoch=interrupt)
+    assert seen == [1, 1, 2, 3, 4, 5, 6]
+    assert whole == broken
+    first, second = read_best(tmp_path / "whole", data.users), read_best(tmp_path / "broken", data.users)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_best_weights_are_those_of_the_best_epoch(run_dir, tmp_path):
+    cf = make_cf("mf", learning_rate=0.1, num_epochs=100, early_stop_patience=5, weight_decay=0.0)
+    model, data, progress = run(run_dir, tmp_path, cf)
+    assert progress.epoch == progress.best_epoch + 5 < 100
+    assert compute_metrics(model, data.splits["valid"])["auc"] < progress.best_metrics["valid_auc"]
+    model.load_state_dict(read_best(tmp_path, data.users))
+    assert compute_metrics(model, data.splits["valid"])["auc"] == progress.best_metrics["valid_auc"]
+
+
+def test_a_pass_penalizes_every_row_that_it_meets_once(run_dir):
+    model, data = build(run_dir, make_cf("mf", unknown_item_share=0.0))
+    rows = data.splits["train"]
+    batch, _ = rows.take(torch.arange(rows.num_contexts), 0)
+    squares = [table.weight[table.known, :-1].square().sum() for table in (model.users, model.items)]
+    biases = [table.weight[table.known, -1].square().sum() for table in (model.users, model.items)]
+    expected = 3.0 * sum(squares) / 2 + 0.5 * sum(biases) / 2
+    assert model.penalty(batch, 3.0, 0.5).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_unknown_item_is_learned(run_dir, tmp_path):
+    model, _, _ = run(run_dir, tmp_path, make_cf("mf", unknown_item_share=0.2))
+    assert model.items.known[-1]
+    assert model.items.weight[-1].abs().min() > 0
+    none, _, _ = run(run_dir, tmp_path / "none", make_cf("mf", unknown_item_share=0.0))
+    assert torch.equal(none.items.weight[-1], torch.zeros(7))
+
+
+def test_state_of_another_run_is_not_continued_and_a_damaged_one_is_named(run_dir, tmp_path):
+    run(run_dir, tmp_path, make_cf("mf", num_epochs=2))
+    assert read_state(tmp_path, "other") is None
+    path = next(tmp_path.glob("epoch-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        read_state(tmp_path, "key")
+
+
+def test_rows_are_found_by_whose_they_are():
+    wanted, owners = UserRanges(((0, 4), (10, 5))), UserRanges(((2, 6), (12, 10)))
+    assert find_overlaps(wanted, owners) == [(2, 0, 2), (6, 6, 3)]
+
+
+def test_what_cannot_be_selected_by_is_refused():
+    users, likes = np.array([0, 1]), np.ones(2)
+    with pytest.raises(DataError, match="auc needs likes and dislikes"):
+        check_metric(likes, users, "auc")
+    with pytest.raises(DataError, match="uauc needs a user"):
+        check_metric(np.array([0.0, 1.0]), users, "uauc")
+    check_metric(likes, users, "logloss")
+
+
+def test_a_loss_that_is_not_finite_stops(run_dir, tmp_path):
+    cf = make_cf("mf")
+    with pytest.raises(ConfigError, match=r"cf\.learning_rate"):
+        run(run_dir, tmp_path, cf, plan=replace(make_plan(cf), learning_rate=1e30))

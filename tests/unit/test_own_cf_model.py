@@ -1,0 +1,115 @@
+"""Collaborative models from elsewhere: a table of vectors, and a class by its import path."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from collm_dist.cf.export import load_cf_model
+from collm_dist.cf.models import get_model_class
+from collm_dist.cf.table import read_vectors, read_width
+from collm_dist.data.manifest import load_manifest
+from collm_dist.errors import ConfigError, DataError
+from collm_dist.orchestration.pretrain import run_pretrain
+from tests.examples.own_cf_model import RecentLikes
+from tests.unit.cf_data import fit_and_export, make_cf
+from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, build_config, write_data_step
+from tests.unit.test_cf_export import ITEMS, USERS, write_tables
+
+OWN = "tests.examples.own_cf_model:RecentLikes"
+
+
+def write_vectors(path, ids, vectors):
+    pq.write_table(pa.table({"id": ids, "vector": [list(map(float, one)) for one in vectors]}), path)
+    return str(path)
+
+
+def test_a_class_by_import_path_is_trained_and_comes_back(tmp_path):
+    run_dir = write_data_step(tmp_path)
+    fit_and_export(run_dir, make_cf(OWN, arguments={"half_life": 5}), tmp_path / "states")
+    loaded = load_cf_model(run_dir, load_manifest(run_dir.step_dir("data")))
+    assert type(loaded.final) is RecentLikes
+    assert loaded.final.half_life == 5
+    history = torch.tensor([[-1, 3, 4], [-1, 4, 3]])
+    scores = loaded.score(torch.tensor([1, 1]), history, torch.tensor([2, 2]))
+    assert scores[0] != scores[1]
+    vectors = loaded.final.items(torch.tensor([3, 4]))[:, :-1]
+    expected = (0.5**0.2 * vectors[0] + vectors[1]) / (0.5**0.2 + 1)
+    item = loaded.final.items(torch.tensor([2]))[0]
+    biases = loaded.final.global_bias + loaded.final.users.weight[1, -1] + item[-1]
+    assert scores[0].item() == pytest.approx((biases + expected @ item[:-1]).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("with_users", [True, False])
+def test_a_table_of_vectors_is_read_and_only_biases_and_gain_are_learned(tmp_path, with_users):
+    run_dir, random = write_data_step(tmp_path), np.random.default_rng(0)
+    write_tables(run_dir, USERS, ITEMS)
+    items = random.normal(size=(NUM_ITEMS, 5)).astype(np.float32)
+    users = random.normal(size=(NUM_USERS, 5)).astype(np.float32)
+    shuffled = random.permutation(NUM_ITEMS)
+    settings = {"item_vectors": write_vectors(tmp_path / "items.parquet", np.array(ITEMS)[shuffled], items[shuffled])}
+    if with_users:
+        settings["user_vectors"] = write_vectors(tmp_path / "users.parquet", [*USERS, "stranger"], [*users, users[0]])
+    fit_and_export(run_dir, make_cf("table", **settings), tmp_path / "states")
+    loaded = load_cf_model(run_dir, load_manifest(run_dir.step_dir("data")))
+    model, number = loaded.final, torch.arange(10)
+    history = torch.tensor([[1, 2]]).expand(10, 2)
+    scores = loaded.score(number, history, number)
+    own = users[:10] if with_users else np.repeat(items[[1, 2]].mean(0)[None], 10, axis=0)
+    matched = (own * items[:10]).sum(1) * model.gain.item()
+    biases = model.global_bias + model.users.weight[:10, -1] + model.items(number)[:, -1]
+    assert np.abs(scores.numpy() - matched - biases.numpy()).max() < 1e-5
+    assert model.gain.item() != 0
+    relative = loaded.item_vectors(number, torch.zeros(10))[:, :-1] / model.item_scale
+    assert np.abs(relative.numpy() - items[:10]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("svd", "none of mf, lightgcn, sasrec, din, table, nor an import path"),
+        ("no.such.module:Model", r"cannot be imported.*PYTHONPATH"),
+        ("tests.examples.own_cf_model:Nothing", "cannot be imported"),
+        ("collections:OrderedDict", r"no subclass of collm_dist\.cf\.base\.TrainableCfModel"),
+    ],
+)
+def test_what_is_no_model_is_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        get_model_class(name)
+
+
+def test_wrong_tables_are_refused_by_file_row_and_field(tmp_path):
+    path = tmp_path / "v.parquet"
+    ids = ["a", "b"]
+    with pytest.raises(DataError, match=r"v\.parquet is missing; it should be"):
+        read_width(path)
+    path.write_text("no parquet")
+    with pytest.raises(DataError, match=r"v\.parquet is no Parquet file"):
+        read_width(path)
+    pq.write_table(pa.table({"id": ids, "embedding": [[1.0], [2.0]]}), path)
+    with pytest.raises(DataError, match=r"v\.parquet has no column vector"):
+        read_width(path)
+    pq.write_table(pa.table({"id": ids, "vector": ["x", "y"]}), path)
+    with pytest.raises(DataError, match=r"v\.parquet, row 0, field 'vector'"):
+        read_width(path)
+    write_vectors(path, ids, [[1.0, 2.0], [3.0, 4.0, 5.0]])
+    with pytest.raises(DataError, match=r"v\.parquet, row 1, field 'vector'"):
+        read_vectors(path, ids, 2)
+    write_vectors(path, ids, [[1.0, 2.0], [3.0, float("nan")]])
+    with pytest.raises(DataError, match=r"v\.parquet, row 1, field 'vector'"):
+        read_vectors(path, ids, 2)
+    write_vectors(path, ["a", "a"], [[1.0, 2.0], [3.0, 4.0]])
+    with pytest.raises(DataError, match=r"v\.parquet, row 1, field 'id'"):
+        read_vectors(path, ids, 2)
+
+
+def test_a_table_of_other_ids_is_refused_before_work_starts(tmp_path):
+    run_dir = write_data_step(tmp_path)
+    write_tables(run_dir, USERS, ITEMS)
+    path = write_vectors(tmp_path / "v.parquet", ["x", "y"], [[1.0, 2.0], [3.0, 4.0]])
+    config = build_config(tmp_path)
+    config = config.model_copy(update={"cf": make_cf("table", item_vectors=path)})
+    with pytest.raises(DataError, match=r"v\.parquet has a vector for none of the data's ids, such as 'item 0'"):
+        run_pretrain(config, run_dir)
+    assert not run_dir.step_dir("cf").exists() or not any(run_dir.step_dir("cf").iterdir())
