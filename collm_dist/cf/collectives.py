@@ -36,7 +36,7 @@ class _DifferentiableSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return sum_over_workers(gradients[0].contiguous())
+        return sum_over_workers(gradients[0].clone(memory_format=torch.contiguous_format))  # others may hold it too
 
 
 def sum_differentiably(tensor: Tensor) -> Tensor:

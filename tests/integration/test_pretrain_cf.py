@@ -175,15 +175,18 @@ def by_one_and_two(ray_session, tmp_path_factory):
 def test_any_number_of_workers_ends_where_one_does(by_one_and_two, name, how):
     """With dropout, and with the work handed over between two checkpoints.
 
-    Measured: weights of size 1 differ by up to 4e-6 after 42 steps of Adam, which carries rounding along.
+    Measured after 42 steps of Adam, which carries rounding along: metrics differ by up to 4e-7, weights by up to 1e-5;
+    not so the keys' biases of sasrec, which have no gradient but rounding, since a softmax does not see them.
     """
     states, users = by_one_and_two
     one, other = (
         states[name, way].read_shared("best") | states[name, way].read_owned("best", users) for way in ("one", how)
     )
-    assert states[name, how].progress.best_epoch == states[name, "one"].progress.best_epoch
-    assert states[name, how].progress.epoch == 6
-    assert compute_difference(one, other) < 1e-4
+    ours, theirs = states[name, how].progress, states[name, "one"].progress
+    assert (ours.epoch, ours.best_epoch) == (6, theirs.best_epoch)
+    assert ours.best_metrics == pytest.approx(theirs.best_metrics, abs=1e-5)
+    seen = {key for key in one if not key.endswith("key.bias")}
+    assert compute_difference({key: one[key] for key in seen}, {key: other[key] for key in seen}) < 1e-4
 
 
 def test_several_seeds_with_folds(ray_session, tmp_path):
