@@ -7,7 +7,11 @@ RecBole is installed once, in an environment of its own (1 GB; RecBole 1.2.1 wan
     python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
         recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
 
-The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or without them MovieLens-100K.
+The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or without them MovieLens-100K;
+with --interactions N they are generated (benchmarks/synthetic_logs.py), to see what a larger catalogue changes:
+
+    python benchmarks/cf_throughput.py --interactions 1e6 --models mf --out benchmarks/results/cf_throughput_1m_cpu.json
+
 One sample is one epoch of pure training, without evaluation: our trainer's ``train_epoch`` against RecBole's
 ``Trainer._train_epoch``. The two sides take turns, each after a warm-up epoch. ``ratios`` are RecBole's
 median over ours.
@@ -39,6 +43,7 @@ import numpy as np
 import torch
 from epoch_timing import TimedCall, list_operators
 from machine import describe_hardware
+from synthetic_logs import write_synthetic_logs
 
 from collm_dist.artifacts import RunDir, write_json
 from collm_dist.cf.biases import fit_biases
@@ -214,10 +219,15 @@ class RecBoleSide:
         return json.loads(line)
 
 
-def prepare_data(data: Path, folder: Path) -> tuple[Path, str]:
+def prepare_data(data: Path, num_interactions: int | None, folder: Path) -> tuple[Path, str]:
     """Preprocess the data and return the data folder and what they are."""
     quiet = [f"run.dir={folder}", "monitoring.progress_bar=false"]
-    if (data / "interactions.parquet").exists():
+    if num_interactions is not None:
+        logs = write_synthetic_logs(folder / "logs", num_interactions)
+        paths = [f"dataset.path={logs.interactions}", f"dataset.items_path={logs.items}"]
+        length = f"preprocessing.max_history_length={HISTORY_LENGTH}"
+        config, name = load_config("configs/own_ratings.yaml", [*quiet, *paths, length]), "generated logs"
+    elif (data / "interactions.parquet").exists():
         paths = [f"dataset.path={data / 'interactions.parquet'}", f"dataset.items_path={data / 'items.parquet'}"]
         config, name = load_config("configs/ml1m_official.yaml", [*quiet, *paths]), data.resolve().name
     else:
@@ -325,6 +335,7 @@ def main() -> None:
     """Run the benchmark and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/ml-1m-collm"), help="folder of the two tables")
+    parser.add_argument("--interactions", type=float, help="generate so many instead")
     parser.add_argument("--models", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1], help="torch threads; the first makes ratios")
     parser.add_argument("--repeats", type=int, default=7, help="epochs of each side, three times as many if short")
@@ -338,7 +349,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data_dir, data_name = prepare_data(arguments.data, folder / "run")
+        generated = int(arguments.interactions) if arguments.interactions else None
+        data_dir, data_name = prepare_data(arguments.data, generated, folder / "run")
         counts = write_rows(data_dir, folder / "rows.npz")
         for threads in arguments.threads:
             results[str(threads)] = {}
