@@ -1,0 +1,56 @@
+"""A side of a comparison in a process of its own: it answers every line that it is sent with a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class SideProcess:
+    """A started side.
+
+    Attributes:
+        ready: its first line.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start it and wait until it is ready."""
+        self._name = " ".join(command[:6])
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            text=True,
+            bufsize=1,
+        )
+        while not (line := self._read_line()).startswith("{"):
+            pass  # what libraries print while they are imported
+        self.ready = json.loads(line)
+
+    def ask(self, request: str) -> Any:
+        """Send a line and return the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(request + "\n")
+        return json.loads(self._read_line())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _read_line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            sys.exit(f"{self._name} has ended:\n{self._errors.read()[-3000:]}")
+        return line
