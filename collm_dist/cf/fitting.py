@@ -19,7 +19,7 @@ from collm_dist.cf.biases import fit_biases
 from collm_dist.cf.checkpoint import State, read_state
 from collm_dist.cf.collectives import sum_over_workers
 from collm_dist.cf.models import get_model_class, list_arguments
-from collm_dist.cf.ownership import UserRanges, load_worker_data, number_globally
+from collm_dist.cf.ownership import SPLITS, UserRanges, load_worker_data, number_globally
 from collm_dist.cf.rows import Rows, take_before
 from collm_dist.cf.table import VectorTable, read_vectors, read_width
 from collm_dist.cf.trainer import TrainingPlan, gather_metrics, train_cf
@@ -43,6 +43,7 @@ class Job:
         cf: the model's settings.
         seed: of initial vectors and batches.
         fold_starts: see ``compute_fold_starts``; none = one model.
+        splits: whose rows the workers load, and so the only ones that can be scored; train and valid are needed.
     """
 
     data_dir: Path
@@ -51,6 +52,7 @@ class Job:
     cf: CfConfig
     seed: int
     fold_starts: tuple[int, ...] = ()
+    splits: tuple[str, ...] = SPLITS
 
     @property
     def result_path(self) -> Path:
@@ -123,7 +125,7 @@ def fit(job: Job, device: torch.device, rank: int, world_size: int, on_epoch: On
         CollmError: see ``train_cf``.
     """
     manifest = load_manifest(job.data_dir)
-    data = load_worker_data(job.data_dir, manifest, rank, world_size)
+    data = load_worker_data(job.data_dir, manifest, rank, world_size, job.splits)
     splits = {name: number_globally(rows.to(device)) for name, rows in data.splits.items()}
     state: State | None = None
     for fold, name in enumerate(job.list_parts(), start=1):

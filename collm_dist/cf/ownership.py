@@ -91,13 +91,16 @@ class WorkerData:
     splits: dict[str, Rows]
 
 
-def load_worker_data(data_dir: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> WorkerData:
+def load_worker_data(
+    data_dir: Path, manifest: Manifest, rank: int = 0, world_size: int = 1, splits: Sequence[str] = SPLITS
+) -> WorkerData:
     """Read the interactions of the users that a worker owns.
 
     Args:
         data_dir: of the data step.
         manifest: its record.
         rank, world_size: the worker, and how many there are.
+        splits: whose rows are wanted. Likes in the others stay in the histories of later rows.
     """
     buckets = assign_buckets(manifest.buckets, rank, world_size)
     users = UserRanges.from_buckets(buckets)
@@ -113,12 +116,12 @@ def load_worker_data(data_dir: Path, manifest: Manifest, rank: int = 0, world_si
     is_like = (columns["label"] == 1) & (columns["sampled"] == 0)
     counts = np.bincount(columns["user_idx"][is_like], minlength=users.num_users)
     likes = (np.concatenate([[0], np.cumsum(counts)]), columns["item_idx"][is_like])
-    splits = {}
-    for number, split in enumerate(SPLITS):
-        chosen = columns["split"] == number
+    found = {}
+    for split in splits:
+        chosen = columns["split"] == SPLITS.index(split)
         names = ("user_idx", "item_idx", "label", "num_likes", "timestamp")
-        splits[split] = build_rows(**{name: columns[name][chosen] for name in names}, likes=likes)
-    return WorkerData(users, splits)
+        found[split] = build_rows(**{name: columns[name][chosen] for name in names}, likes=likes)
+    return WorkerData(users, found)
 
 
 def _read_bucket(path: Path, users: UserRanges) -> dict[str, NDArray[Any]]:

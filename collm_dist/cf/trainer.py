@@ -160,7 +160,7 @@ def train_cf(
         model.refresh()
         if valid is not None:
             metrics |= {f"valid_{name}": value for name, value in gather_metrics(model, valid).items()}
-        if not progress.best_metrics or valid is None or _is_better(metrics, progress, plan.select_metric):
+        if not progress.best_metrics or valid is None or is_better(metrics, progress.best_metrics, plan.select_metric):
             progress.best_epoch, progress.best_metrics, best = epoch, metrics, copy_weights(model)
         progress.epoch = epoch
         progress.finished = epoch >= min(plan.num_epochs, progress.best_epoch + plan.early_stop_patience)
@@ -210,8 +210,9 @@ def _draw(batch: CfBatch, numbers: NDArray[np.int64], plan: TrainingPlan, epoch:
     )
 
 
-def _is_better(metrics: Mapping[str, float], progress: Progress, name: Metric) -> bool:
-    new, old = metrics[f"valid_{name}"], progress.best_metrics[f"valid_{name}"]
+def is_better(metrics: Mapping[str, float], others: Mapping[str, float], name: Metric) -> bool:
+    """Whether an epoch's metrics are better than another's by the one that selects."""
+    new, old = metrics[f"valid_{name}"], others[f"valid_{name}"]
     return new < old if name == "logloss" else new > old
 
 

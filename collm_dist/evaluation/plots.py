@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,4 +121,46 @@ def plot_training(logs: Mapping[str, Path]) -> Figure | None:
             axes.set_title(f"{stage}: {'loss' if kind == 'loss' else 'AUC'}")
             if axes.lines:
                 axes.legend(fontsize=8)
+    return figure
+
+
+def plot_search(
+    curves: Mapping[int, Sequence[tuple[int, float]]],
+    scores: Mapping[int, float],
+    settings: Mapping[str, Mapping[int, Any]],
+    logarithmic: Collection[str],
+    best: int,
+    metric: str,
+) -> Figure:
+    """Draw a search: the metric over epochs, a line a trial, and over each setting, a dot a trial; the best in red.
+
+    Args:
+        curves: (epoch, metric) of each trial, by its number.
+        scores: best metric of each trial that has one.
+        settings: each setting's value in each trial.
+        logarithmic: settings whose axis is logarithmic.
+        best: number of the best trial.
+        metric: what to call the metric.
+    """
+    columns = 2 if len(settings) < 3 else 3
+    rows = -(-(1 + len(settings)) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    numbers = [*(number for number in scores if number != best), best]  # the last one drawn lies on top
+    colors = ["tab:red" if number == best else "0.6" for number in numbers]
+    for number, color in zip(numbers, colors, strict=True):
+        panels[0].plot(*zip(*curves[number], strict=True), color=color, linewidth=1)
+    panels[0].set_xlabel("epoch")
+    panels[0].set_ylabel(metric)
+    for axes, (name, values) in zip(panels[1:], settings.items(), strict=False):
+        shown = [values[number] for number in numbers]
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in shown):
+            shown = [str(value) for value in shown]
+        axes.scatter(shown, [scores[number] for number in numbers], c=colors)
+        if name in logarithmic:
+            axes.set_xscale("log")
+        axes.tick_params(axis="x", which="both", rotation=45, labelsize=7)
+        axes.set_xlabel(name)
+    for axes in panels[1 + len(settings) :]:
+        axes.set_axis_off()
     return figure

@@ -36,7 +36,7 @@ from collm_dist.config import CfConfig, Config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.manifest import Manifest, load_manifest
-from collm_dist.errors import CollmError, LaunchError
+from collm_dist.errors import CollmError, DataError, LaunchError
 from collm_dist.monitoring import (
     EPOCH_SECONDS,
     PEAK_MEMORY,
@@ -77,7 +77,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         return run_dir.read_record("cf")
     folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
     manifest = load_manifest(data_dir)
-    _check_inputs(config.cf, data_dir)
+    check_inputs(config.cf, data_dir)
     run_dir.withdraw("cf")
     checkpoints = folder / "checkpoints"
     if force:
@@ -87,28 +87,31 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     if any(job.read_result() is None for job in jobs):
         with connect_ray(config.cluster), _show_progress(folder, config):
             _fit_on_ray(jobs, folder, config)
-    content_hash = _export(jobs[0], folder, manifest)
+    content_hash = export_models(jobs[0], folder, manifest)
     results = {job.seed: job.read_result() for job in jobs}
     if None in results.values():
         raise LaunchError(f"{checkpoints}: results are missing: do all nodes share {folder}?")
     summary = summarize(config.cf, data_dir, manifest, {seed: one for seed, one in results.items() if one})
-    summary |= {"content_hash": content_hash, "fingerprint": fingerprint, "fold_starts": jobs[0].fold_starts}
+    summary |= {"content_hash": content_hash, "fingerprint": fingerprint, "fold_starts": list(jobs[0].fold_starts)}
     write_json(run_dir.record_path("cf"), summary)
     shutil.rmtree(checkpoints)
     print_summary(summary, run_dir.record_path("cf"))
     return summary
 
 
-def _check_inputs(cf: CfConfig, data_dir: Path) -> None:
+def check_inputs(cf: CfConfig, data_dir: Path) -> None:
     """Refuse, before work starts, what cannot be trained or selected."""
     get_model_class(cf.model)
     valid = load_interactions(data_dir, ["user_idx", "label"], "valid")
     check_metric(valid["label"].astype(np.float64), valid["user_idx"], cf.select_metric)
     if cf.model == "table":
         width = read_width(Path(str(cf.item_vectors)))
-        read_vectors(Path(str(cf.item_vectors)), load_item_table(data_dir)["item_id"], width)
+        tables = {str(cf.item_vectors): load_item_table(data_dir)["item_id"]}
         if cf.user_vectors is not None:
-            read_vectors(Path(cf.user_vectors), load_user_ids(data_dir), width)
+            tables[cf.user_vectors] = load_user_ids(data_dir)
+        for path, ids in tables.items():
+            if not read_vectors(Path(path), ids, width).any():
+                raise DataError(f"cf: {path} has a vector for none of the data's ids, such as {ids[0]!r}")
 
 
 def _plan_jobs(config: Config, data_dir: Path, manifest: Manifest, checkpoints: Path, key: str) -> list[Job]:
@@ -192,10 +195,21 @@ def fit_together(settings: Mapping[str, Any]) -> None:
         fit(settings["job"], device, rank, world_size, on_epoch)
 
 
-def fit_alone(settings: Mapping[str, Any]) -> None:
-    """Train as a single Ray task."""
+def fit_alone(settings: Mapping[str, Any], report: OnEpoch | None = None) -> None:
+    """Train as a single Ray task.
+
+    Args:
+        settings: job; log, the folder of its log; tensorboard, whether to write that too.
+        report: called after each epoch, once it is logged.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _open_log(settings, device, is_main=True) as on_epoch:
+    with _open_log(settings, device, is_main=True) as log_epoch:
+
+        def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
+            log_epoch(epoch, metrics)
+            if report is not None:
+                report(epoch, metrics)
+
         fit(settings["job"], device, 0, 1, on_epoch)
 
 
@@ -252,8 +266,8 @@ def _show_progress(folder: Path, config: Config) -> Iterator[None]:
             thread.join()
 
 
-def _export(job: Job, folder: Path, manifest: Manifest) -> str:
-    """Write the models that the slots read, and return the hash of them all."""
+def export_models(job: Job, folder: Path, manifest: Manifest) -> str:
+    """Write the models that the slots read from a job that is done, and return the hash of them all."""
     for old in folder.glob("*.safetensors"):
         old.unlink()
     data = load_worker_data(job.data_dir, manifest)

@@ -1,0 +1,238 @@
+"""A search for the CF model's settings with Ray Tune: random settings, and ASHA, which stops the worse ones early.
+
+A trial is the training of ``launch/pretrain_cf.py`` on a job of train and valid only: it has no test rows to score. Its
+checkpoints lie in its own folder, so that a search that was killed costs each trial a few epochs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from collm_dist.artifacts import RunDir, compute_json_hash, find_changes, flatten_config, write_json
+from collm_dist.cf.fitting import Job
+from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
+from collm_dist.cf.trainer import is_better
+from collm_dist.cli import describe_error
+from collm_dist.config import Config
+from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError
+from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.leaderboard import Trial, print_leaderboard, rank_trials, write_results
+from collm_dist.orchestration.pretrain import check_inputs, fit_alone
+from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.orchestration.status import RunStatus
+
+FOLDER = "cf_search"
+SPLITS = ("train", "valid")
+# Seconds between Tune's notes of what is done; a trial that it forgot reads its own checkpoint and ends at once.
+_STATE_SECONDS = "2"
+
+
+def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Search, or go on with a search that was interrupted, and return its summary.
+
+    Args:
+        config: the experiment; ``cf`` is where the search starts, ``cf_search`` says where to look.
+        run_dir: whose data step is done.
+
+    Raises:
+        ConfigError: a setting cannot be searched as asked, or no trial came to an end.
+        ArtifactError: the data step is not done, or the folder holds another search.
+        DataError: the validation rows cannot tell which epoch is best.
+        LaunchError: the run is in use, or Ray failed.
+    """
+    trials = _plan_trials(config)
+    folder = (run_dir.path / FOLDER).absolute()
+    fingerprint = compute_step_fingerprint(config, run_dir, "cf") | {
+        f"config.cf_search.{name}": value for name, value in flatten_config(config.cf_search).items()
+    }
+    status = RunStatus(folder / "status.json")
+    with hold_run_lock(run_dir.path, status.beat):
+        summary = _read_summary(folder, fingerprint)
+        if summary is not None:
+            print(f"cf_search: done already ({folder})")
+            print_leaderboard(summary, folder)
+            return summary
+        status.begin()
+        status.enter("cf")
+        try:
+            summary = _search(config, run_dir, folder, trials, fingerprint)
+        except (Exception, KeyboardInterrupt) as error:
+            status.end(describe_error(error))
+            raise
+        status.end()
+        return summary
+
+
+def describe_search(config: Config, run_dir: RunDir) -> list[str]:
+    """Return the settings of each trial."""
+    return [f"trial {number:3} {describe_settings(one)}" for number, one in enumerate(_plan_trials(config))]
+
+
+def _plan_trials(config: Config) -> list[Settings]:
+    if config.cf_search.grace_epochs > config.cf.num_epochs:
+        raise ConfigError(f"cf_search.grace_epochs {config.cf_search.grace_epochs} exceeds cf.num_epochs "
+                          f"{config.cf.num_epochs}: no trial could be stopped; lower it")  # fmt: skip
+    return draw_settings(config.cf, config.cf_search, config.run.seed)
+
+
+def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the summary if the search is done; note what it depends on if it is a new one."""
+    plan, done = folder / "plan.json", folder / "summary.json"
+    if not plan.exists():
+        write_json(plan, fingerprint)
+        return None
+    changes = find_changes(json.loads(plan.read_text(encoding="utf-8")), fingerprint)
+    if changes:
+        raise ArtifactError(f"{folder} holds a search of something else:\n  " + "\n  ".join(changes)
+                            + "\nEither remove the folder or set run.dir to a new directory.")  # fmt: skip
+    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+
+
+def _search(
+    config: Config, run_dir: RunDir, folder: Path, trials: Sequence[Settings], fingerprint: Mapping[str, Any]
+) -> dict[str, Any]:
+    data_dir = run_dir.step_dir("data").absolute()
+    check_inputs(config.cf, data_dir)
+    jobs = []
+    for number, settings in enumerate(trials):
+        cf = apply_settings(config.cf, settings)
+        key = compute_json_hash([fingerprint, settings])
+        seed = config.cf.seeds[0] if config.cf.seeds else config.run.seed
+        jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
+        jobs[-1].checkpoints.mkdir(parents=True, exist_ok=True)
+    with connect_ray(config.cluster):
+        found = _run_trials(config, jobs, trials, folder)
+    ranked = rank_trials(found, config.cf.select_metric)
+    if not any(trial.state == "finished" for trial in ranked):
+        raise ConfigError("cf_search: no trial came to an end. The first failed with: "
+                          + next((trial.error for trial in ranked if trial.error), "nothing was reported"))  # fmt: skip
+    summary = write_results(config, folder, ranked) | {"fingerprint": dict(fingerprint)}
+    write_json(folder / "summary.json", summary)
+    for job in jobs:
+        shutil.rmtree(job.checkpoints, ignore_errors=True)
+    shutil.rmtree(folder / "tune", ignore_errors=True)
+    print_leaderboard(summary, folder)
+    return summary
+
+
+def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings], folder: Path) -> list[Trial]:
+    """Let Tune run what it has not run yet."""
+    # Tune would answer Ctrl-C with a result that looks finished, write three more logs of every trial, and a banner.
+    os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+                   "RAY_AIR_NEW_OUTPUT": "0", "TUNE_GLOBAL_CHECKPOINT_S": _STATE_SECONDS,
+                   "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}  # fmt: skip
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    parallel = config.cf_search.parallel_trials or int(gpus or cpus)
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, jobs=tuple(jobs), tensorboard=config.monitoring.tensorboard),
+        {"CPU": 1, "GPU": min(1.0, gpus / parallel)},
+    )
+    state = folder / "tune"
+    try:
+        # Killed before its first note, Tune has nothing to go on from; the trials' own checkpoints are there.
+        if tune.Tuner.can_restore(str(state)) and any(state.glob("experiment_state-*.json")):
+            print(f"cf_search: goes on from {state}")
+            tuner = tune.Tuner.restore(str(state), trainable=trainable)
+        else:
+            shutil.rmtree(state, ignore_errors=True)
+            tuner = _build_tuner(config, trials, trainable, parallel, folder)
+        results = list(tuner.fit())
+    except CollmError:
+        raise
+    except Exception as error:
+        raise LaunchError(f"cf_search: Ray Tune failed ({error}); run the command again to go on") from error
+    found: list[Trial] = []
+    for result in results:
+        number = result.config["trial"] if result.config else len(found)
+        cause = str(getattr(result.error, "cause", None) or result.error or "")
+        found.append(Trial.from_report(number, trials[number], result.metrics or {}, cause.strip()[-300:]))
+    return found
+
+
+def _build_tuner(config: Config, trials: Sequence[Settings], trainable: Any, parallel: int, folder: Path) -> tune.Tuner:
+    metric, search = config.cf.select_metric, config.cf_search
+    return tune.Tuner(
+        trainable,
+        param_space={"trial": tune.grid_search(list(range(len(trials))))},
+        tune_config=tune.TuneConfig(
+            metric=f"valid_{metric}",
+            mode="min" if metric == "logloss" else "max",
+            scheduler=ASHAScheduler(
+                time_attr="epoch",
+                max_t=config.cf.num_epochs + 1,  # at max_t ASHA would stop a trial that is just about to end
+                grace_period=search.grace_epochs,
+                reduction_factor=search.reduction_factor,
+            ),
+            max_concurrent_trials=parallel,
+            reuse_actors=True,
+            trial_dirname_creator=_name_trial,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(folder), verbose=0, callbacks=[ProgressLines(trials, metric)]
+        ),
+    )
+
+
+def _name_trial(trial: Any) -> str:
+    return f"{trial.config['trial']:03d}"
+
+
+def run_trial(settings: Mapping[str, int], jobs: Sequence[Job], tensorboard: bool) -> None:
+    """Train one model as a Tune trial, and report after each epoch the metrics of the best one so far.
+
+    Args:
+        settings: trial, its number.
+        jobs: of all trials.
+        tensorboard: whether the trial writes that log too.
+    """
+    job = jobs[settings["trial"]]
+    state = job.read_part("final")
+    best: dict[str, Any] = {}
+    if state is not None:
+        best = {"best_epoch": state.progress.best_epoch, **state.progress.best_metrics}
+
+    def report(epoch: int, metrics: Mapping[str, float]) -> None:
+        nonlocal best
+        if not best or is_better(metrics, best, job.cf.select_metric):
+            best = {"best_epoch": epoch, **metrics}
+        tune.report({"epoch": epoch, "finished": False, **best})
+
+    fit_alone({"job": job, "log": job.checkpoints.parent, "tensorboard": tensorboard}, report)
+    state = job.read_part("final")
+    assert state is not None
+    tune.report({"epoch": state.progress.epoch, "finished": True, **best})
+
+
+class ProgressLines(tune.Callback):  # type: ignore[misc]
+    """A line for every trial that ends."""
+
+    def __init__(self, trials: Sequence[Settings], metric: str) -> None:
+        """Take the settings of all trials, and the metric to show."""
+        self._trials, self._metric = trials, metric
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show a trial that has finished or was stopped."""
+        self._show(trials, trial, Trial.from_report(trial.config["trial"], {}, trial.last_result or {}, "").state)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show a trial that has failed."""
+        self._show(trials, trial, "failed")
+
+    def _show(self, trials: list[Any], trial: Any, state: str) -> None:
+        number, result = trial.config["trial"], trial.last_result or {}
+        done = sum(one.status in ("TERMINATED", "ERROR") for one in trials if one is not trial) + 1
+        value = result.get(f"valid_{self._metric}")
+        shown = "" if value is None else f"{self._metric} {value:.4f}, {result['epoch']} epochs, "
+        print(f"  [{done}/{len(self._trials)}] trial {number} {state}: {shown}"
+              f"{describe_settings(self._trials[number])}", flush=True)  # fmt: skip

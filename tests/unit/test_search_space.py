@@ -1,0 +1,88 @@
+"""Where a search looks: what may be asked, what is drawn."""
+
+import math
+
+import pytest
+import yaml
+
+from collm_dist.cf.search_space import apply_settings, draw_settings
+from collm_dist.config import CfConfig, CfSearchConfig
+from collm_dist.config_io import load_config
+from collm_dist.errors import ConfigError
+
+SPACE = {
+    "learning_rate": {"log_uniform": [1e-4, 1e-1]},
+    "dropout": {"uniform": [0.2, 0.4]},
+    "num_layers": {"integer": [1, 3]},
+    "hidden_sizes": {"choice": [[20, 8], [40, 16]]},
+}
+
+
+def draw(space=SPACE, num_trials=200, seed=0, **cf):
+    return draw_settings(CfConfig(**cf), CfSearchConfig(space=space, num_trials=num_trials), seed)
+
+
+def test_the_first_trial_is_the_config_itself():
+    first = draw(learning_rate=0.5, dropout=0.9)[0]
+    assert first == {"learning_rate": 0.5, "dropout": 0.9, "num_layers": 2, "hidden_sizes": (200, 80)}
+
+
+def test_draws_fill_their_ranges():
+    drawn = draw()[1:]
+    rates = [math.log10(one["learning_rate"]) for one in drawn]
+    assert -4 <= min(rates) < -3.9
+    assert -1.1 < max(rates) <= -1
+    assert 0.4 < sum(rate < -2.5 for rate in rates) / len(rates) < 0.6  # even in the logarithm
+    assert all(0.2 <= one["dropout"] <= 0.4 for one in drawn)
+    assert {one["num_layers"] for one in drawn} == {1, 2, 3}
+    assert {tuple(one["hidden_sizes"]) for one in drawn} == {(20, 8), (40, 16)}
+
+
+def test_the_seed_decides():
+    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
+
+
+def test_settings_replace_those_of_the_section():
+    cf = apply_settings(CfConfig(embedding_dim=8), {"hidden_sizes": [40, 16], "dropout": 0.25})
+    assert cf == CfConfig(embedding_dim=8, hidden_sizes=(40, 16), dropout=0.25)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"lerning_rate": {"choice": [1]}}, "lerning_rate is no setting .* nearest name 'learning_rate'"),
+        ({"seeds": {"choice": [[1], [2]]}}, "seeds: a lucky seed"),
+        ({"dropout": {"uniform": [0.1, 0.3], "choice": [0.2]}}, "dropout: takes one of choice, .* found 2"),
+        ({"dropout": {"uniform": [0.3, 0.1]}}, "dropout: uniform needs low < high"),
+        ({"dropout": {"uniform": [0.3]}}, r"dropout: uniform takes two numbers, \[low, high\]"),
+        ({"weight_decay": {"log_uniform": [0, 1]}}, "weight_decay: log_uniform needs 0 < low < high"),
+        ({"num_layers": {"integer": [1, 2.5]}}, "num_layers: integer takes two whole numbers"),
+        ({"num_layers": {"choice": []}}, "num_layers: choice is empty"),
+        ({}, "names no setting"),
+        ({"dropout": {"loguniform": [0.1, 0.2]}}, r"cf_search\.space\.dropout\.loguniform"),
+    ],
+)
+def test_a_wrong_space_is_a_mistake_in_the_config(tmp_path, space, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"run": {"dir": "r"}, "dataset": {"path": "a.csv"}, "cf_search": {"space": space}}))
+    with pytest.raises(ConfigError, match=r"cf_search\.space.*") as caught:
+        load_config(path)
+    assert caught.match(message)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"dropout": {"uniform": [0.5, 1.5]}}, r"cf_search\.space\.dropout\.uniform: should be less than 1 \(1\.5\)"),
+        ({"embedding_dim": {"choice": [8, "x"]}}, r"cf_search\.space\.embedding_dim\.choice: .*valid integer.*'x'"),
+    ],
+)
+def test_a_value_that_its_setting_does_not_take_is_refused(space, message):
+    with pytest.raises(ConfigError, match=message):
+        draw(space, num_trials=2)
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    space = {"num_heads": {"choice": [3]}, "embedding_dim": {"choice": [8, 9]}}
+    with pytest.raises(ConfigError, match=r"trial \d+ \(num_heads=3 embedding_dim=8\): cf\.num_heads 3 does not"):
+        draw(space, model="sasrec")
