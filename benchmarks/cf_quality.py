@@ -18,10 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+import torch
 
 from benchmarks.machine import describe_hardware
 from collm_dist.artifacts import RunDir, write_json
+from collm_dist.cf.export import load_cf_model
+from collm_dist.cf.slot_vectors import SlotVectors
+from collm_dist.cf.trainer import measure_scores
 from collm_dist.config_io import load_config
+from collm_dist.data.context_block import concatenate_blocks
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.interactions import load_interactions
+from collm_dist.data.manifest import Manifest, load_manifest
+from collm_dist.evaluation.baselines import TRAIN_COLUMNS, fit_item_mean
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
@@ -55,6 +65,9 @@ def measure(name: str, data: Path, folder: Path, seeds: list[int]) -> tuple[dict
     with connect_ray(config.cluster):
         run_preprocess(config, run_dir)
         summary = run_pretrain(config, run_dir, force=True)
+    data_dir = run_dir.step_dir("data")
+    manifest = load_manifest(data_dir)
+    slices = measure_slices(load_cf_model(run_dir, manifest), data_dir, manifest)
     test = summary["spread"]["test"]
     figures = {
         "auc_mean": test["auc"]["mean"],
@@ -64,10 +77,37 @@ def measure(name: str, data: Path, folder: Path, seeds: list[int]) -> tuple[dict
         "seeds": seeds,
         "valid": summary["spread"]["valid"],
         "by_seed": summary["seeds"],
+        "slices_of_first_seed": slices,
         "settings": config.cf.model_dump(mode="json"),
         "published_auc_uauc": PUBLISHED[name],
     }
     return figures, summary["baselines"]
+
+
+@torch.no_grad()
+def measure_slices(model: SlotVectors, data_dir: Path, manifest: Manifest) -> dict[str, Any]:
+    """Return AUC and UAUC of test rows by whether training has met both user and item, with the item mean beside."""
+    train = load_interactions(data_dir, TRAIN_COLUMNS, "train")
+    item_mean = fit_item_mean(train, manifest.num_items)
+    order = GlobalOrder(data_dir, manifest, "test", 0, 1 << 16, shuffle=False)
+    block = concatenate_blocks(list(order.iter_batches()))
+    users = block.user_idx[block.target_contexts]
+    history = np.full((block.num_contexts, manifest.max_history_length), -1)
+    lengths = np.diff(block.history_offsets)
+    columns = np.arange(manifest.max_history_length) >= manifest.max_history_length - lengths[:, None]
+    history[columns] = block.history_items
+    pairs = (users, history[block.target_contexts], block.item_idx)
+    scores = model.score(*(torch.from_numpy(np.ascontiguousarray(one)) for one in pairs)).numpy()
+    warm = (block.user_in_train == 1) & (block.item_in_train == 1)
+    slices = {"warm": warm, "cold": ~warm, "cold user": block.user_in_train == 0}
+    return {
+        name: {
+            "rows": int(chosen.sum()),
+            "model": measure_scores(block.label[chosen], scores[chosen], users[chosen]),
+            "item_mean": measure_scores(block.label[chosen], item_mean(block)[chosen], users[chosen]),
+        }
+        for name, chosen in slices.items()
+    }
 
 
 def plot(models: dict[str, Any], baselines: dict[str, Any], path: Path) -> None:

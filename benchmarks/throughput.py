@@ -46,6 +46,7 @@ mpl.use("Agg")  # before pyplot is imported: no screen is needed
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 PEERS = ("hf_trainer", "reference", "reference_last")
 
 
@@ -218,7 +219,7 @@ def main() -> None:
                            "batches": arguments.batches, "reference_rows": REFERENCE_ROWS,
                            "max_tokens": config.stage1.max_tokens_per_micro_batch},
                 "hardware": describe_hardware(),
-                "versions": {one: importlib.metadata.version(one) for one in ("torch", "transformers", "peft", "deepspeed")},
+                "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
             }  # fmt: skip
             write_json(arguments.output / f"throughput_{device_name}.json", record)
         plot(found, arguments.output / f"throughput_{device_name}.png")

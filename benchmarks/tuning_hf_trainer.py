@@ -94,9 +94,8 @@ def _pick(logits: torch.Tensor, labels: torch.Tensor, answers: list[int]) -> tor
 def run_hf_trainer(config: Config, rows: dict[str, Any], phase: str, device: torch.device, channel: Any) -> None:
     """Find the fastest micro-batch, say so, and work in turn."""
     answers, batches = rows["answer_ids"], rows["batches"]
-    sizes = [
-        size for size in TRIED_ROWS if (size <= len(batches[0]) and len(batches[0]) % size == 0) or phase not in TRAINING
-    ]
+    rows_of_batch = len(batches[0])
+    sizes = [size for size in TRIED_ROWS if phase not in TRAINING or rows_of_batch % size == 0]
     model = build_plain_model(config, rows, phase).to(device)
     with tempfile.TemporaryDirectory() as folder:
 

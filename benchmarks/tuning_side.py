@@ -1,6 +1,6 @@
 """One side of benchmarks/throughput.py and memory.py, in a process of its own.
 
-    ours            the product: TuningLoop.train_step, score_batches
+    ours            the product: TuningLoop.train_step, score_split
     hf_trainer      transformers.Trainer with peft: dynamic padding, rows of a global batch sorted by length, and as
                     many rows in a micro-batch as were fastest in a trial
     reference       the authors' recipe: rows in their order, 16 at a time, padded to the longest, logits everywhere
@@ -34,7 +34,7 @@ from collm_dist.monitoring import PeakMeter
 from collm_dist.tuning.engine import init_distributed
 from collm_dist.tuning.prepared import prepare
 from collm_dist.tuning.run import build_loop
-from collm_dist.tuning.scoring import score_batches
+from collm_dist.tuning.scoring import score_split
 from collm_dist.tuning.stages import build_stage, get_stage
 
 REFERENCE_ROWS = 16
@@ -56,7 +56,7 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
         most = config.evaluation.max_tokens_per_micro_batch
 
         def score(number: int) -> None:
-            score_batches(loaded.model, loaded.collator, GivenBlocks((blocks[number],)), most, device)  # type: ignore[arg-type]
+            score_split(loaded, GivenBlocks((blocks[number],)), most)  # type: ignore[arg-type]
 
         return score, device
     loop = build_loop(config, run_dir, name, loaded, {})

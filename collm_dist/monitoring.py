@@ -54,6 +54,10 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device)
         else:
+            if sys.platform != "linux":
+                raise LaunchError(
+                    "memory can be measured on Linux or a GPU: set max_tokens_per_micro_batch to a number"
+                )
             # What the allocator keeps for later would hide the same amount taken again.
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -71,10 +75,8 @@ class PeakMeter:
 
 def _read_status(field: str) -> int:
     """Return a field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise LaunchError(f"/proc/self/status has no {field}: set max_tokens_per_micro_batch to a number")
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 class RunLogger:

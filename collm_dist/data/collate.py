@@ -8,6 +8,8 @@ Shapes: C contexts, N targets, T tree tokens, P prefix tokens, H history items.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +133,15 @@ class PromptCollator:
             elif not segment.is_field:
                 total += len(self._texts[segment.text])
         return total
+
+    def for_scoring(self) -> PromptCollator:
+        """Return a collator for passes that train nothing: all of a context that has no slot is constant then."""
+        if any(segment.is_slot for segment in self.template.tail):
+            return self
+        scoring = copy.copy(self)
+        context = self.template.prefix + self.template.tail
+        scoring.template = dataclasses.replace(self.template, prefix=context, tail=())
+        return scoring
 
     def cut_contexts(self, block: ContextBlock) -> ContextBlock:
         """Return the block with contexts cut where a target is on the other side of a time cut than the one before.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.mapping import SlotMapper
 from collm_dist.llm.prefix_cache import PrefixCache
-from collm_dist.llm.shared_context import run_prefix, run_tree
+from collm_dist.llm.shared_context import FrozenCache, run_prefix, run_tree
 from collm_dist.prompt_batch import PromptBatch, Slots
 
 
@@ -106,16 +107,27 @@ class CollmModel(nn.Module):
     def forward(self, batch: PromptBatch) -> Tensor:
         """Return the (N,) float32 scores of a batch's targets."""
         embed = self.backbone.get_input_embeddings()
-        prefix = None
-        if batch.prefix_ids.shape[1] > 0 and self.prefix_cache is not None:
-            keys = batch.prefix_keys.tolist()
-            prefix = self.prefix_cache.run(self.decoder, embed, batch.prefix_ids, batch.prefix_lengths, keys)
-        elif batch.prefix_ids.shape[1] > 0:
-            with torch.no_grad():
-                prefix = run_prefix(self.decoder, embed(batch.prefix_ids), batch.prefix_lengths)
+        prefix = self._run_prefix(batch) if batch.prefix_ids.shape[1] > 0 else None
         embeds = self._insert_slots(embed(batch.tree_ids), batch)
         hidden = run_tree(self.decoder, embeds, batch.tree_branches, batch.tree_positions, prefix, batch.prefix_lengths)
         return self._compute_scores(hidden[batch.last_rows, batch.last_cols])
+
+    @torch.no_grad()
+    def _run_prefix(self, batch: PromptBatch) -> FrozenCache:
+        """Return the keys and values of each row's prefix; equal ones are computed once."""
+        embed = self.backbone.get_input_embeddings()
+        keys, firsts, places = np.unique(batch.prefix_keys, return_index=True, return_inverse=True)
+        ids, lengths = batch.prefix_ids, batch.prefix_lengths
+        is_shared = len(keys) < len(ids)
+        if is_shared:
+            rows = torch.from_numpy(firsts).to(ids.device)
+            ids, lengths = ids[rows], lengths[rows]
+        if self.prefix_cache is not None:
+            found = (keys if is_shared else batch.prefix_keys).tolist()
+            prefix = self.prefix_cache.run(self.decoder, embed, ids, lengths, found)
+        else:
+            prefix = run_prefix(self.decoder, embed(ids), lengths)
+        return prefix.take_rows(torch.from_numpy(places).to(ids.device)) if is_shared else prefix
 
     def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
         """Put the soft tokens in their places; (C, T, D) -> (C, T, D)."""

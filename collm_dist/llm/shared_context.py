@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 AttentionMask = Tensor | dict[str, Tensor]
 
@@ -33,6 +34,16 @@ class FrozenCache(DynamicCache):  # type: ignore[misc]
         """Return the prefix's keys and values followed by the given ones; nothing is stored."""
         layer = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+    def take_rows(self, rows: Tensor) -> FrozenCache:
+        """Return the cache of these rows; one may come several times."""
+        taken = FrozenCache()
+        for layer in self.layers:
+            copied = DynamicLayer()
+            copied.lazy_initialization(layer.keys, layer.values)
+            copied.keys, copied.values = layer.keys[rows], layer.values[rows]
+            taken.layers.append(copied)
+        return taken
 
 
 def build_allowed(tree_branches: Tensor) -> Tensor:

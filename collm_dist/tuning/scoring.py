@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,21 +23,26 @@ if TYPE_CHECKING:
     from collm_dist.tuning.stages import LoadedStage
 
 
+AUTO_TOKENS = {"cuda": 16384, "cpu": 2048}
+
+
 def score_split(
-    loaded: LoadedStage, order: GlobalOrder, max_tokens: int, *, shuffle_slots_seed: int | None = None
+    loaded: LoadedStage, order: GlobalOrder, max_tokens: int | Literal["auto"], *, shuffle_slots_seed: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score every row of an order; collective, and complete on every process.
 
     Args:
         loaded: a stage's model with its collator.
         order: of the rows, unshuffled.
-        max_tokens: most padded tokens of a micro-batch.
+        max_tokens: see ``evaluation.max_tokens_per_micro_batch``.
         shuffle_slots_seed: give every slot the input of another row's (the text stays): the ablation that asks what the
             slots' content brings.
 
     Returns:
         (N,) row ids and (N,) scores, in the order of the batches.
     """
+    if max_tokens == "auto":
+        max_tokens = AUTO_TOKENS[loaded.device.type]
     return score_batches(
         loaded.model, loaded.collator, order, max_tokens, loaded.device, shuffle_slots_seed=shuffle_slots_seed
     )
@@ -54,6 +59,7 @@ def score_batches(
     shuffle_slots_seed: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score an order with a model in evaluation mode; see ``score_split``."""
+    collator = collator.for_scoring()
     row_ids, weights, scores = [], [], []
     for prepared in prepare(order.iter_batches(), collator, max_tokens, device):
         for batch in prepared.micro_batches:

@@ -1,12 +1,14 @@
-"""``max_tokens_per_micro_batch: auto``: the most tokens that fit a forward and backward pass.
+"""``max_tokens_per_micro_batch: auto``: the most tokens that fit a forward and backward pass, or fewer if faster.
 
-Peak memory grows in proportion to a micro-batch's padded tokens. Two trials at sizes that surely fit give the line;
-where it meets the memory that is free is the budget. Nothing is tried that might not fit, so no process can run out of
-memory while others wait for it.
+Peak memory grows in proportion to a micro-batch's padded tokens. Trials at sizes that surely fit give the line; where
+it meets the memory that is free is the budget. Nothing is tried that might not fit, so no process can run out of memory
+while others wait for it. A GPU is fastest with as many tokens as fit. A CPU is not, since activations that outgrow its
+caches come from memory again and again: there the fastest of the trials is taken.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import psutil
@@ -22,7 +24,7 @@ from collm_dist.monitoring import PeakMeter
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.engine import get_world_size
 
-TRIAL_TOKENS = (1024, 2048)
+TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 # Left for fragmentation, for what libraries take, and on a CPU for everybody else on the machine.
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32 gradient, two moments and ZeRO's float32 copy.
@@ -59,36 +61,65 @@ def find_token_budget(
     counts = collator.count_tokens(block)
     rows = counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
-    whole = sum(_count_padded(collator.collate(block, block)))
-    sizes, peaks = [], []
-    for tokens in TRIAL_TOKENS:
+    whole = _count_padded(collator.collate(block, block))
+    trials = []
+    for tokens in TRIAL_TOKENS[device.type]:
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
         batches = [collator.collate(piece, block) for piece in pieces]
-        batch = max(batches, key=lambda one: sum(_count_padded(one)))
-        sizes.append(sum(_count_padded(batch)))
-        peaks.append(_measure_peak(model, batch.to(device), device))
-    growth = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else 0.0
-    # Never less than a straight line through zero would say of the larger trial: two near measurements may be noisy.
-    slope = max(growth, peaks[1] / sizes[1])
+        batch = max(batches, key=_count_padded)
+        trials.append(_try(model, batch.to(device), max(tokens, longest), device))
     free = _measure_free(model, device)
-    found = torch.tensor(float(min(max(free / max(slope, 1.0), longest), max(whole, longest))), device=device)
+    slope = _fit_slope(trials)
+    most = min(max(free / slope, longest), max(whole, longest))
+    if device.type == "cpu":
+        fastest = min(trials, key=lambda one: one.seconds / one.padded_tokens)
+        most = min(most, fastest.max_tokens)
+    found = torch.tensor(float(most), device=device)
     if get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MIN)
     return TokenBudget(int(found), slope, free)
 
 
-def _count_padded(batch: PromptBatch) -> tuple[int, int]:
-    return batch.prefix_ids.numel(), batch.tree_ids.numel()
+@dataclass(frozen=True)
+class _Trial:
+    """A forward and backward pass: its budget, its padded tokens, and what it took at its peak."""
+
+    max_tokens: int
+    padded_tokens: int
+    peak_bytes: int
+    seconds: float
 
 
-def _measure_peak(model: CollmModel, batch: PromptBatch, device: torch.device) -> int:
-    """Return the bytes that a forward and backward pass takes at its peak."""
+def _fit_slope(trials: list[_Trial]) -> float:
+    """Return bytes a token from the two largest trials.
+
+    Never less than a line through zero would say of the larger one: two near measurements may be noisy.
+    """
+    small, large = trials[-2:]
+    through_zero = large.peak_bytes / large.padded_tokens
+    if large.padded_tokens == small.padded_tokens:
+        return max(through_zero, 1.0)
+    growth = (large.peak_bytes - small.peak_bytes) / (large.padded_tokens - small.padded_tokens)
+    return max(growth, through_zero, 1.0)
+
+
+def _try(model: CollmModel, batch: PromptBatch, max_tokens: int, device: torch.device) -> _Trial:
+    """Measure the second of two passes; the first one warms up."""
     model.train()
     trainable = [one for one in model.parameters() if one.requires_grad]
-    with PeakMeter(device) as meter:
-        loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
-        torch.autograd.grad(loss, trainable, allow_unused=True)
-    return meter.extra_bytes
+    seconds, peak = 0.0, 0
+    for _ in range(2):
+        with PeakMeter(device) as meter:
+            started = time.perf_counter()
+            loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
+            torch.autograd.grad(loss, trainable, allow_unused=True)
+            seconds = time.perf_counter() - started
+        peak = max(peak, meter.extra_bytes)
+    return _Trial(max_tokens, _count_padded(batch), peak, seconds)
+
+
+def _count_padded(batch: PromptBatch) -> int:
+    return batch.prefix_ids.numel() + batch.tree_ids.numel()
 
 
 def _measure_free(model: CollmModel, device: torch.device) -> int:

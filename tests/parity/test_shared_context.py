@@ -12,11 +12,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from collm_dist.data.collate import PromptCollator
 from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.data.item_tokens import load_item_tokens
+from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.mapping import SlotMapper
+from collm_dist.llm.prefix_cache import PrefixCache
 from collm_dist.llm.shared_context import enable_activation_checkpointing
 from tests.reference.padded_rows import score_plainly, spell_prompts
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
@@ -71,7 +73,9 @@ class Tables(torch.nn.Module):
         return self.items[item_idx]
 
 
-def make_collator(template: str, tmp_path, *, stage2: bool, tokens_per_slot: int = 1, by_target: bool = False):
+def make_collator(
+    template: str, tmp_path, *, stage2: bool, tokens_per_slot: int = 1, by_target: bool = False, most: int = 1000
+):
     tokenizer = make_tokenizer()
     return tokenizer, PromptCollator(
         PromptTemplate.parse(template, allow_slots=stage2, user_depends_on_target=by_target),
@@ -79,7 +83,7 @@ def make_collator(template: str, tmp_path, *, stage2: bool, tokens_per_slot: int
         tokenizer,
         history_length=4,
         cf_history_length=4,
-        max_prompt_tokens=1000,
+        max_prompt_tokens=most,
         empty_history_text="(nothing yet)",
         tokens_per_slot=tokens_per_slot,
         user_depends_on_target=by_target,
@@ -214,3 +218,66 @@ def test_context_cut_by_a_batch_border_scores_the_same(tmp_path):
     whole = score(block)
     parts = [score(block.take_targets(np.arange(first, last))) for first, last in ((0, 4), (4, 8), (8, 11))]
     assert (torch.cat(parts) - whole).abs().max() < SCORE_TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("template", [STAGE1, STAGE2], ids=["stage1", "stage2"])
+def test_scoring_many_candidates_of_a_context(architecture, template, tmp_path):
+    """In scoring the whole context is constant, and its targets stand in several rows that share it."""
+    stage2 = template == STAGE2
+    tokenizer, collator = make_collator(template, tmp_path, stage2=stage2)
+    block = make_block([40, 1, 25])
+    backbone, tables = make_model(architecture), Tables()
+    mapper = SlotMapper(
+        cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
+    ).double()
+    answers = resolve_answer_ids(tokenizer, " Yes", " No")
+    model = CollmModel(backbone, answers, "yes_minus_no", mapper if stage2 else None, tables if stage2 else None)
+    features = collator.collate(block, block).pair_features.double()
+    samples = spell_prompts(block, template, TEXTS, tokenizer, history_length=4)
+    plain = score_plainly(
+        backbone, samples, block, answers, slot_mapper=mapper, cf_model=tables, pair_features=features
+    )
+    scoring = collator.for_scoring()
+    counts = scoring.count_tokens(block)
+    assert (counts.prefix > 0).all()
+    pieces = plan_micro_batches(block, counts, 0, 1, 2000)
+    assert any(piece.num_contexts > len(np.unique(piece.num_likes)) for piece in pieces)
+    found = torch.zeros(block.num_targets, dtype=torch.float64)
+    for caching in (None, PrefixCache(10**9)):
+        model.prefix_cache = caching
+        for piece in [*pieces, *pieces]:
+            batch = scoring.collate(piece, block)
+            batch = dataclasses.replace(batch, pair_features=batch.pair_features.double())
+            with torch.no_grad():
+                found[batch.row_ids] = model(batch)
+        assert (found - plain).abs().max() < SCORE_TOLERANCE
+    assert model.prefix_cache.hits >= model.prefix_cache.misses == len(torch.unique(torch.tensor(block.num_likes)))
+
+
+def test_a_cache_that_is_full_or_knows_a_part_scores_the_same(tmp_path):
+    tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True)
+    block = make_block([2, 1, 3, 1, 4])
+    backbone, tables = make_model("llama"), Tables()
+    mapper = SlotMapper(
+        cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
+    ).double()
+    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes", mapper, tables)
+
+    def score(part: ContextBlock) -> torch.Tensor:
+        batch = collator.collate(part, part)
+        return model(dataclasses.replace(batch, pair_features=batch.pair_features.double()))
+
+    plain = score(block)
+    gradients = collect_gradients(plain.sum(), mapper)
+    model.prefix_cache = PrefixCache(80_000)
+    score(block.take_contexts(np.array([1, 3])))
+    held = model.prefix_cache.num_bytes
+    assert 0 < held <= 80_000
+    for _ in range(2):
+        again = score(block)
+        assert (again - plain).abs().max() < SCORE_TOLERANCE
+        assert_gradients_close(collect_gradients(again.sum(), mapper), gradients)
+    assert held <= model.prefix_cache.num_bytes <= 80_000
+    assert model.prefix_cache.hits >= 4
+    assert model.prefix_cache.misses > 5

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from collm_dist.data.collate import TokenCounts
 from collm_dist.data.context_block import concatenate_blocks
-from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.micro_batches import MAX_TREE_TOKENS, plan_micro_batches
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_contexts
 from tests.unit.test_context_block import list_samples
@@ -33,7 +33,8 @@ def measure(block, counts, micro_batch):
         owner = owners[targets][0]
         assert len(set(owners[targets].tolist())) == 1
         widths.append((counts.prefix[owner], counts.tail[owner] + counts.branch[rows[targets]].sum()))
-    return len(widths) * (max(width[0] for width in widths) + max(width[1] for width in widths))
+    contexts = len(set(owners.tolist()))
+    return contexts * max(width[0] for width in widths) + len(widths) * max(width[1] for width in widths)
 
 
 @settings(max_examples=400, deadline=None)
@@ -76,3 +77,23 @@ def test_a_row_over_the_budget_is_refused():
     with pytest.raises(ConfigError, match="row 41 alone has 105 tokens; raise"):
         plan_micro_batches(block, counts, 0, 1, 100)
     assert len(plan_micro_batches(block, counts, 0, 1, 105)) == 2
+
+
+def test_many_targets_stand_in_several_rows_that_share_their_prefix():
+    block = make_contexts([100, 1])
+    counts = TokenCounts(np.array([130, 130]), np.array([16, 16]), np.full(101, 50))
+    (plan,) = plan_micro_batches(block, counts, 0, 1, 100_000)
+    widths = np.diff(plan.target_offsets) * 50 + 16
+    assert widths.max() <= MAX_TREE_TOKENS
+    assert plan.num_contexts == 25 + 1
+    assert sorted(plan.row_id) == sorted(block.row_id)
+    several = plan_micro_batches(block, counts, 0, 1, 2048)
+    assert all(measure(block, counts, one) <= 2048 for one in several)
+    assert len(several) == 5  # four for the hundred, one for the other context
+
+
+def test_without_a_prefix_a_context_stays_one_row():
+    block = make_contexts([100])
+    counts = TokenCounts(np.array([0]), np.array([146]), np.full(100, 50))
+    (plan,) = plan_micro_batches(block, counts, 0, 1, 100_000)
+    assert plan.num_contexts == 1

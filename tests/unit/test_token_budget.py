@@ -1,0 +1,48 @@
+"""The automatic token budget, on the real model and machine."""
+
+import numpy as np
+import torch
+
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.llm.collm import CollmModel
+from collm_dist.llm.lora import add_lora
+from collm_dist.monitoring import PeakMeter
+from collm_dist.tuning.token_budget import TRIAL_TOKENS, find_token_budget
+from tests.parity.test_shared_context import STAGE1, make_block, make_collator
+from tests.tiny import make_model
+
+
+def test_the_budget_is_one_of_the_trials_and_any_batch_fits_it(tmp_path):
+    _, collator = make_collator(STAGE1, tmp_path, stage2=False)
+    block = make_block([3] * 60)
+    backbone = make_model("llama", dtype=torch.float32)
+    add_lora(backbone, rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj"), seed=1)
+    model = CollmModel(backbone, (5, 6), "yes_minus_no")
+    before = {name: one.clone() for name, one in model.named_parameters()}
+    budget = find_token_budget(model, collator, block, torch.device("cpu"))
+    counts = collator.count_tokens(block)
+    assert budget.tokens <= max(TRIAL_TOKENS["cpu"])
+    assert budget.free_bytes > 0
+    pieces = plan_micro_batches(block, counts, 0, 1, budget.tokens)
+    assert sum(piece.num_targets for piece in pieces) == block.num_targets
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], one) for name, one in model.named_parameters())
+
+
+def test_a_row_longer_than_every_trial_still_fits(tmp_path):
+    _, collator = make_collator(
+        "<ItemTitleList> " + "x" * 3000 + "<TargetItemTitle> Answer:", tmp_path, stage2=False, most=9000
+    )
+    block = make_block([1, 1])
+    backbone = make_model("llama", dtype=torch.float32)
+    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj", "v_proj"), seed=1)
+    budget = find_token_budget(CollmModel(backbone, (5, 6), "yes"), collator, block, torch.device("cpu"))
+    counts = collator.count_tokens(block)
+    assert budget.tokens >= int((counts.tail[block.target_contexts] + counts.branch).max()) > 3000
+    plan_micro_batches(block, counts, 0, 1, budget.tokens)
+
+
+def test_the_meter_sees_what_is_taken_and_given_back():
+    with PeakMeter(torch.device("cpu")) as meter:
+        np.ones(50_000_000 // 8)
+    assert 45e6 < meter.extra_bytes < 80e6
