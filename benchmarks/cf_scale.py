@@ -23,17 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import yaml
 
+from benchmarks.growth_plot import plot_growth
 from benchmarks.machine import describe_hardware
 from benchmarks.synthetic_logs import write_synthetic_logs
 from collm_dist.artifacts import write_json
 from collm_dist.data.manifest import load_manifest
 from collm_dist.monitoring import EPOCH_SECONDS, PEAK_MEMORY, read_metrics
-
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 3
@@ -125,19 +122,18 @@ def extrapolate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw time and memory against size, with both axes logarithmic."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, key, label in zip(
-        axes, ("epoch_seconds", "peak_worker_gib"), ("seconds per epoch", "peak GiB of a worker"), strict=True
-    ):
-        for workers in sorted({one["workers"] for one in runs}):
-            points = [(one["interactions"], one[key]) for one in runs if one["workers"] == workers]
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{workers} worker{'s'[: workers > 1]}")
-        axis.set(xscale="log", yscale="log", xlabel="interactions", ylabel=label)
-        axis.grid(visible=True, which="both", alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    """Draw time and memory against size."""
+
+    def list_points(key: str) -> dict[str, list[tuple[float, float]]]:
+        return {
+            f"{workers} worker{'s'[: workers > 1]}": [
+                (one["interactions"], one[key]) for one in runs if one["workers"] == workers
+            ]
+            for workers in sorted({one["workers"] for one in runs})
+        }
+
+    panels = {"seconds per epoch": "epoch_seconds", "peak GiB of a worker": "peak_worker_gib"}
+    plot_growth({label: list_points(key) for label, key in panels.items()}, "interactions", path)
 
 
 def main() -> None:

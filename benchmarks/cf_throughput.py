@@ -31,8 +31,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -43,6 +41,7 @@ import numpy as np
 import torch
 from epoch_timing import TimedCall, list_operators
 from machine import describe_hardware
+from side_process import SideProcess
 from synthetic_logs import write_synthetic_logs
 
 from collm_dist.artifacts import RunDir, write_json
@@ -173,50 +172,20 @@ class OurSide:
         }
 
 
-class RecBoleSide:
-    """RecBole's epochs of one model, in a process of its own."""
-
-    def __init__(self, python: Path, pair: Pair, rows: Path, num_rows: int, threads: int, *, as_released: bool) -> None:
-        settings = {
-            "train_batch_size": BATCH_ROWS,
-            "learning_rate": LEARNING_RATE,
-            "weight_decay": WEIGHT_DECAY / num_rows,
-            **pair.settings,
-        }
-        script = Path(__file__).with_name("recbole_epoch.py")
-        command = [str(python), "-W", "ignore", str(script), "--rows", str(rows), "--model", pair.recbole]
-        command += ["--threads", str(threads), "--settings", json.dumps(settings)]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
-        self.process = subprocess.Popen(
-            command if as_released else [*command, "--no-anomaly-detection"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            bufsize=1,
-        )
-        self.ready = self._read()
-
-    def ask(self, request: str) -> Any:
-        """Send a line and return the answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(request + "\n")
-        return self._read()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.errors.close()
-
-    def _read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            sys.exit(f"RecBole has ended:\n{self.errors.read()[-3000:]}")
-        return json.loads(line)
+def start_recbole(
+    python: Path, pair: Pair, rows: Path, num_rows: int, threads: int, *, as_released: bool
+) -> SideProcess:
+    """Start RecBole's epochs of one model, in a process of its own."""
+    settings = {
+        "train_batch_size": BATCH_ROWS,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY / num_rows,
+        **pair.settings,
+    }
+    script = Path(__file__).with_name("recbole_epoch.py")
+    command = [str(python), "-W", "ignore", str(script), "--rows", str(rows), "--model", pair.recbole]
+    command += ["--threads", str(threads), "--settings", json.dumps(settings)]
+    return SideProcess(command if as_released else [*command, "--no-anomaly-detection"])
 
 
 def prepare_data(data: Path, num_interactions: int | None, folder: Path) -> tuple[Path, str]:
@@ -264,12 +233,12 @@ def measure(
     torch.set_num_threads(threads)
     pair = PAIRS[name]
     ours = OurSide(pair, name, data_dir)
-    theirs = {"recbole": RecBoleSide(python, pair, rows, counts["rows"], threads, as_released=True)}
+    theirs = {"recbole": start_recbole(python, pair, rows, counts["rows"], threads, as_released=True)}
     ready = theirs["recbole"].ready
     if {key: ready[key] for key in ("rows", "batches")} != {key: counts[key] for key in ("rows", "batches")}:
         raise ValueError(f"{name}: RecBole has {ready['rows']} rows in {ready['batches']} batches, we have {counts}")
     if ready["anomaly_detection"]:
-        other = RecBoleSide(python, pair, rows, counts["rows"], threads, as_released=False)
+        other = start_recbole(python, pair, rows, counts["rows"], threads, as_released=False)
         theirs["recbole_without_anomaly_detection"] = other
     warm = [ours.train_epoch(), *(side.ask("epoch") for side in theirs.values())]
     samples: dict[str, list[Any]] = {"ours": [], **{side: [] for side in theirs}}

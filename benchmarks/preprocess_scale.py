@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import psutil
 import yaml
 
+from benchmarks.growth_plot import plot_growth
 from benchmarks.machine import describe_hardware
 from benchmarks.plain_preprocess import preprocess_plainly
 from benchmarks.synthetic_logs import write_synthetic_logs
@@ -38,9 +38,6 @@ from collm_dist.config_io import load_config
 from collm_dist.monitoring import measure_peak_gib
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
-
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_HISTORY, MAX_DISLIKES = 25, 10
@@ -181,22 +178,18 @@ def compute_ratios(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw time and memory against size, with both axes logarithmic."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, key, label in zip(
-        axes, ("seconds", "peak_worker_gib"), ("seconds", "peak GiB of a worker (plain: process)"), strict=True
-    ):
-        for side, workers in sorted({(one["side"], one["workers"]) for one in runs}):
-            points = [
-                (one["interactions"], one[key]) for one in runs if (one["side"], one["workers"]) == (side, workers)
-            ]
-            name = "plain pandas" if side == "plain" else f"ours, {workers} worker{'s'[: workers > 1]}"
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="interactions", ylabel=label)
-        axis.grid(visible=True, which="both", alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    """Draw time and memory against size."""
+
+    def list_points(key: str) -> dict[str, list[tuple[float, float]]]:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for one in runs:
+            ours = f"ours, {one['workers']} worker{'s'[: one['workers'] > 1]}"
+            name = "plain pandas" if one["side"] == "plain" else ours
+            lines.setdefault(name, []).append((one["interactions"], one[key]))
+        return lines
+
+    panels = {"seconds": "seconds", "peak GiB of a worker (plain: process)": "peak_worker_gib"}
+    plot_growth({label: list_points(key) for label, key in panels.items()}, "interactions", path)
 
 
 def main() -> None:

@@ -1,0 +1,32 @@
+"""A figure of how a benchmark's figures grow with size, both axes logarithmic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # before pyplot is imported: no screen is needed
+from matplotlib import pyplot as plt
+
+Points = Sequence[tuple[float, float]]
+
+
+def plot_growth(panels: Mapping[str, Mapping[str, Points]], size_name: str, path: Path) -> None:
+    """Draw one panel for each figure.
+
+    Args:
+        panels: by the label of the vertical axis, the lines by their names: (size, figure) points.
+        size_name: label of the horizontal axis.
+        path: of the PNG file.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (label, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel=size_name, ylabel=label)
+        axis.grid(visible=True, which="both", alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
