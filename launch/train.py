@@ -12,7 +12,8 @@ from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.run_lock import hold_run_lock
-from collm_dist.tuning.run import describe_stage_plan, run_stage
+from collm_dist.tuning.plan_report import describe_stage_plan
+from collm_dist.tuning.run import run_stage
 
 EXAMPLES = """examples:
   deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, in order

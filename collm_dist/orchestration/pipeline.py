@@ -157,7 +157,7 @@ def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
         lines.append(f"{step:7} " + ("done" if done else f"to be taken from {other.path}" if other else "to do"))
         ready = done
     if run_dir.is_done("data"):
-        from collm_dist.tuning.run import describe_stage_plan
+        from collm_dist.tuning.plan_report import describe_stage_plan
 
         lines += describe_stage_plan(config, run_dir)
     return lines

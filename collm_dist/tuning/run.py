@@ -101,7 +101,7 @@ def build_loop(
         fingerprint: of the stage; a checkpoint made under another one is refused.
     """
     settings, folder = get_stage_config(config, get_stage(config, name)), run_dir.step_dir(name)
-    train_order, valid_order = _build_orders(config, run_dir, settings)
+    train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = find_last_checkpoint(folder / "checkpoints")
     state, progress = load_checkpoint(checkpoint, fingerprint) if checkpoint else (None, Progress())
     logger = monitoring.RunLogger(
@@ -177,7 +177,8 @@ def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
         dist.barrier()
 
 
-def _build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tuple[GlobalOrder, GlobalOrder]:
+def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tuple[GlobalOrder, GlobalOrder]:
+    """Return a stage's training and validation rows in their order."""
     data_dir = run_dir.step_dir("data")
     manifest = load_manifest(data_dir)
     train = GlobalOrder(
@@ -224,19 +225,3 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
         f"{name}: {summary['global_steps']} steps, best at step {best['step']}: valid {shown}; "
         f"{summary['throughput']['samples_per_second']:.2f} samples/s, {summary['memory']['peak_gib']:.2f} GiB"
     )
-
-
-def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
-    """Return lines about what both stages will do, for ``--dry-run``; only the data step must be done."""
-    if not run_dir.is_done("data"):
-        return ["steps: known once the data step is done"]
-    lines = []
-    for name in ("stage1", "stage2"):
-        settings = get_stage_config(config, get_stage(config, name))
-        train, valid = _build_orders(config, run_dir, settings)
-        lines.append(
-            f"{name}: {count_total_steps(settings, train):,} steps of {settings.global_batch_size} rows at most "
-            f"({train.num_rows:,} rows in {train.num_contexts:,} contexts an epoch), "
-            f"validation on {valid.num_rows:,} rows"
-        )
-    return lines

@@ -1,0 +1,174 @@
+"""The lines of ``--dry-run`` about the tuning stages: steps, operations, memory, and what fits which GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from collm_dist.artifacts import RunDir
+from collm_dist.assets import resolve_backbone
+from collm_dist.config import Config, StageConfig
+from collm_dist.data.collate import PromptCollator, build_collator
+from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
+from collm_dist.tuning.costs import DecoderShape, StepCost, count_padded, count_shared
+from collm_dist.tuning.loop import count_total_steps
+from collm_dist.tuning.planner import LayerMemory, LoraSettings, find_fitting_tokens, measure_layers, plan_memory
+from collm_dist.tuning.run import build_orders
+from collm_dist.tuning.stages import StageName, get_stage, get_stage_config
+
+SAMPLED_BATCHES = 8
+# What `auto` would settle at is known on the GPU alone; memory is shown for so many tokens.
+ASSUMED_TOKENS = 8192
+SHOWN_GPUS_GB = (24.0, 80.0)
+# Of a GPU's bfloat16 products, what a well-filled step reaches.
+ASSUMED_TFLOPS = 150.0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What some global batches are made of.
+
+    Attributes:
+        shared, padded: cost with shared contexts, and of padded rows with logits at every position.
+        contexts: of the batches.
+        prefix_tokens: of all their contexts, and in the largest micro-batch.
+        tree_tokens: in the largest micro-batch.
+    """
+
+    shared: StepCost
+    padded: StepCost
+    contexts: int
+    prefix_tokens: int
+    largest_prefix: int
+    largest_tree: int
+
+
+def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
+    """Return the lines; only the data step must be done.
+
+    Raises:
+        ConfigError, DataError: the prompt or the backbone do not fit, or cannot be found.
+    """
+    if not run_dir.is_done("data"):
+        return ["steps, operations and memory: known once the data step is done"]
+    source = resolve_backbone(config.llm.backbone, config.llm.revision)
+    backbone_config = AutoConfig.from_pretrained(
+        source.location, revision=source.revision, trust_remote_code=config.llm.trust_remote_code
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(backbone_config)
+    tokenizer = load_tokenizer(config.llm.backbone, config.llm.revision, trust_remote_code=config.llm.trust_remote_code)
+    lines: list[str] = []
+    names: tuple[StageName, ...] = ("stage1", "stage2") if config.stage1.enabled else ("stage2",)
+    for name in names:
+        lines += _describe_stage(config, run_dir, name, skeleton, tokenizer)
+    return lines
+
+
+def _describe_stage(config: Config, run_dir: RunDir, name: StageName, skeleton: Any, tokenizer: Any) -> list[str]:
+    settings = get_stage_config(config, get_stage(config, name))
+    train, valid = build_orders(config, run_dir, settings)
+    steps = count_total_steps(settings, train)
+    collator = build_collator(config, run_dir, tokenizer, name)
+    shape, dtype = DecoderShape.from_model(skeleton), _choose_dtype(config)
+    tokens = settings.max_tokens_per_micro_batch
+    budget = ASSUMED_TOKENS if tokens == "auto" else tokens
+    blocks = list(islice(train.iter_batches(), SAMPLED_BATCHES))
+    sample = _measure_sample(collator, shape, blocks, budget)
+    lora = LoraSettings(**config.lora.model_dump()) if name == "stage1" else None
+    layers = measure_layers(skeleton.config, dtype, config.llm.attention, lora)
+    flops = sample.shared.flops / len(blocks)
+    minutes = steps * flops / (ASSUMED_TFLOPS * 1e12) / 60
+    lines = [
+        f"{name}: {steps:,} steps of {settings.global_batch_size} rows at most ({train.num_rows:,} rows in "
+        f"{train.num_contexts:,} contexts an epoch), validation on {valid.num_rows:,} rows",
+        f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens a step; padded rows "
+        f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times as many operations. "
+        f"{minutes:,.1f} GPU minutes at {ASSUMED_TFLOPS:.0f} TFLOP/s, validation not counted",
+        *_describe_memory(config, name, settings, skeleton, shape, layers, sample, dtype),
+    ]
+    if name == "stage2":
+        size = 2 * shape.num_layers * shape.key_width * dtype.itemsize * sample.prefix_tokens / sample.contexts
+        lines.append(
+            f"stage2: context_cache=memory would hold an epoch in {size * train.num_contexts / 2**30:.1f} GiB of host "
+            "memory; worth it where that fits and several epochs are made"
+        )
+    return lines
+
+
+def _choose_dtype(config: Config) -> torch.dtype:
+    """A plan is for a GPU, wherever it is made."""
+    return torch.bfloat16 if config.llm.dtype == "auto" else resolve_dtype(config.llm.dtype)
+
+
+def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[ContextBlock], budget: int) -> _Sample:
+    shared = padded = StepCost(0, 0, 0)
+    contexts = prefix_tokens = 0
+    largest = (0, 0)
+    for block in blocks:
+        whole = collator.collate(block, block)
+        counts = collator.count_tokens(block)
+        lengths = (counts.prefix + counts.tail)[block.target_contexts] + counts.branch
+        shared += count_shared(shape, whole, training=True)
+        padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
+        contexts, prefix_tokens = contexts + block.num_contexts, prefix_tokens + int(counts.prefix.sum())
+        for piece in plan_micro_batches(block, counts, 0, 1, budget):
+            batch = collator.collate(piece, block)
+            largest = max(largest, (batch.tree_ids.numel(), batch.prefix_ids.numel()))
+    return _Sample(shared, padded, contexts, prefix_tokens, largest[1], largest[0])
+
+
+def _describe_memory(
+    config: Config,
+    name: StageName,
+    settings: StageConfig,
+    skeleton: Any,
+    shape: DecoderShape,
+    layers: LayerMemory,
+    sample: _Sample,
+    dtype: torch.dtype,
+) -> list[str]:
+    mapped = config.mapping.hidden_multiple * (config.cf.embedding_dim + 1)
+    pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
+    out = config.mapping.tokens_per_slot * shape.hidden_size
+    arguments: dict[str, Any] = {
+        "weights": dtype.itemsize * sum(one.numel() for one in skeleton.parameters()),
+        "other_trainable": 0 if name == "stage1" else (mapped + pairs) * out + mapped * (config.cf.embedding_dim + 1),
+        "tree_tokens": sample.largest_tree,
+        "prefix_tokens": sample.largest_prefix,
+        "element_size": dtype.itemsize,
+    }
+    checkpointing = config.llm.activation_checkpointing
+    plan = plan_memory(shape, layers, checkpointing=checkpointing, **arguments)
+    tokens = sample.largest_tree + sample.largest_prefix
+    gigabytes = [
+        f"{value / 1e9:.2f}" for value in (plan.weights, plan.state, plan.activations, plan.working, plan.peak)
+    ]
+    lines = [
+        f"{name}: memory in {str(dtype).removeprefix('torch.')} with micro-batches of up to {tokens:,} tokens: weights "
+        f"{gigabytes[0]} + training state {gigabytes[1]} + activations {gigabytes[2]} + working {gigabytes[3]} = "
+        f"{gigabytes[4]} GB a process"
+    ]
+    recomputed = plan_memory(shape, layers, checkpointing=True, **arguments)
+    for gpu in SHOWN_GPUS_GB:
+        fitting = find_fitting_tokens(plan, tokens, gpu * 1e9)
+        if fitting >= tokens:
+            lines.append(f"{name}: fits a GPU of {gpu:.0f} GB, up to {fitting:,} tokens in a micro-batch")
+            continue
+        with_recomputation = find_fitting_tokens(recomputed, tokens, gpu * 1e9)
+        advice = []
+        if fitting >= config.prompt.max_prompt_tokens:
+            advice.append(f"max_tokens_per_micro_batch={fitting}")
+        if with_recomputation >= config.prompt.max_prompt_tokens and not checkpointing:
+            advice.append(f"llm.activation_checkpointing=true with up to {with_recomputation:,} tokens")
+        if not advice:
+            advice.append("cluster.zero_stage=3 on several GPUs, which share the weights")
+        lines.append(f"{name}: does not fit a GPU of {gpu:.0f} GB so; it does with {', or '.join(advice)}")
+    return lines

@@ -1,0 +1,179 @@
+"""What a tuning stage will need, before a GPU is rented: memory at its peak, operations, hours (``--dry-run``).
+
+Activations are not estimated from a formula: one and two layers of the backbone, of true width and with random weights,
+run forward on the CPU, and what autograd keeps for the backward pass is counted. It is the code that will train, so
+adapters, masks and precisions are in the count whatever the architecture.
+
+Shapes: T tokens of a micro-batch, L layers, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from collm_dist.llm.lora import add_lora
+from collm_dist.llm.shared_context import run_tree
+from collm_dist.tuning.costs import DecoderShape
+from collm_dist.tuning.token_budget import BYTES_PER_TRAINABLE, USABLE_SHARE
+
+# Tokens of the trial: enough that what does not grow with them hardly counts.
+TRIAL_TOKENS = 256
+_TINY_VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter of stage 1; None trains no adapter."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What autograd keeps, in bytes a token.
+
+    Attributes:
+        per_layer: of each layer.
+        outside: before and after the layers.
+        inputs: of a layer's input, all that a recomputed layer keeps.
+        adapters: trainable numbers of each layer.
+    """
+
+    per_layer: float
+    outside: float
+    inputs: float
+    adapters: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one process in bytes.
+
+    Attributes:
+        weights: of the frozen backbone.
+        state: gradients, moments and float32 copies of what trains.
+        activations: kept for the backward pass at its start, keys and values of the prefixes included.
+        working: more than that at the peak: the gradients of a layer's activations, or a layer that is recomputed.
+    """
+
+    weights: int
+    state: int
+    activations: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.weights + self.state + self.activations + self.working
+
+
+def measure_layers(config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None) -> LayerMemory:
+    """Run one and two layers of a backbone and count what the backward pass needs.
+
+    Args:
+        config: the backbone's.
+        dtype: of weights and activations.
+        attention: transformers' attention implementation.
+        lora: of stage 1; None = gradients flow through the input embeddings alone, as in stage 2.
+    """
+    kept, adapters = [], []
+    for layers in (1, 2):
+        model = _build_layers(config, layers, dtype, attention)
+        if lora is not None:
+            add_lora(model, **vars(lora), seed=0)
+        model.train(lora is not None)
+        decoder = model.get_decoder()
+        kept.append(_count_kept(decoder, model.config.get_text_config().hidden_size, dtype))
+        adapters.append(sum(one.numel() for one in model.parameters() if one.requires_grad))
+    per_layer = kept[1] - kept[0]
+    width = config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
+    return LayerMemory(
+        per_layer / TRIAL_TOKENS, (kept[0] - per_layer) / TRIAL_TOKENS, float(width), adapters[1] - adapters[0]
+    )
+
+
+def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) -> Any:
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.vocab_size = layers, _TINY_VOCABULARY
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=attention)
+    return model.requires_grad_(False)
+
+
+def _count_kept(decoder: nn.Module, width: int, dtype: torch.dtype) -> int:
+    """Return the bytes that autograd keeps of a forward pass over one row, weights not counted."""
+    own = {one.untyped_storage().data_ptr() for one in [*decoder.parameters(), *decoder.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embeds = torch.zeros(1, TRIAL_TOKENS, width, dtype=dtype, requires_grad=True)
+    positions = torch.arange(TRIAL_TOKENS)[None]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = run_tree(decoder, embeds, torch.zeros_like(positions), positions)
+        assert hidden.requires_grad  # the graph, and so what it keeps, is alive until here
+    return sum(kept.values())
+
+
+def plan_memory(
+    shape: DecoderShape,
+    layers: LayerMemory,
+    *,
+    weights: int,
+    other_trainable: int,
+    tree_tokens: int,
+    prefix_tokens: int,
+    element_size: int,
+    checkpointing: bool,
+    weight_shards: int = 1,
+) -> MemoryPlan:
+    """Return the memory of a step's largest micro-batch.
+
+    Args:
+        shape: of the decoder.
+        layers: what ``measure_layers`` found.
+        weights: bytes of the whole backbone.
+        other_trainable: trainable numbers beside the adapters.
+        tree_tokens, prefix_tokens: padded tokens of the micro-batch, with gradient and without.
+        element_size: bytes of a number.
+        checkpointing: whether layers are recomputed.
+        weight_shards: processes that share the frozen weights (ZeRO-3).
+    """
+    cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
+    of_layer = layers.per_layer * tree_tokens
+    if checkpointing:
+        kept, working = shape.num_layers * layers.inputs * tree_tokens, of_layer
+    else:
+        kept, working = shape.num_layers * of_layer, 0.0
+    # On the way back the gradients of one layer's activations stand beside them, about as much again at most.
+    working += 0.5 * of_layer
+    trainable = layers.adapters * shape.num_layers + other_trainable
+    return MemoryPlan(
+        weights=weights // weight_shards,
+        state=BYTES_PER_TRAINABLE * trainable,
+        activations=int(kept + layers.outside * tree_tokens + cache),
+        working=int(working),
+    )
+
+
+def find_fitting_tokens(plan: MemoryPlan, tokens: int, gpu_bytes: float) -> int:
+    """Return how many tokens fit a GPU if ``tokens`` of them take what a plan says; 0 if the weights alone do not."""
+    free = USABLE_SHARE["cuda"] * gpu_bytes - plan.weights - plan.state
+    return max(0, int(free / ((plan.activations + plan.working) / tokens)))
