@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.machine import describe_hardware
 from collm_dist.artifacts import RunDir, write_json
@@ -35,9 +35,6 @@ from collm_dist.evaluation.baselines import TRAIN_COLUMNS, fit_item_mean
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
-
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -112,7 +109,8 @@ def measure_slices(model: SlotVectors, data_dir: Path, manifest: Manifest) -> di
 
 def plot(models: dict[str, Any], baselines: dict[str, Any], path: Path) -> None:
     """Draw each seed's test AUC beside the published one and the baselines."""
-    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axis = figure.subplots()
     for place, one in enumerate(models.values()):
         values = [scores["test"]["auc"] for scores in one["by_seed"].values()]
         axis.scatter(
@@ -127,7 +125,6 @@ def plot(models: dict[str, Any], baselines: dict[str, Any], path: Path) -> None:
     axis.set(xticks=range(len(models)), xticklabels=list(models), ylabel="test AUC")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.machine import describe_hardware
 from collm_dist.artifacts import RunDir, write_json
@@ -32,9 +32,6 @@ from collm_dist.evaluation.slots_mlp import build_slot_inputs, fit_slots_mlp
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
-
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOTS = {
@@ -83,7 +80,8 @@ def measure(config: Config, run_dir: RunDir, blocks: dict[str, ContextBlock], se
 
 def plot(runs: dict[str, Any], path: Path) -> None:
     """Draw train and test AUC for each kind of slots and number of folds."""
-    figure, axes = plt.subplots(1, len(SLOTS), figsize=(9, 3.2), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(SLOTS), sharey=True)
     for axis, kind in zip(axes, SLOTS, strict=True):
         for split, color in zip(SPLITS, ("C3", "C1", "C0"), strict=True):
             axis.plot([one[kind][split]["mean"] for one in runs.values()], marker="o", color=color, label=split)
@@ -93,7 +91,6 @@ def plot(runs: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("AUC of slots without LLM")
     axes[0].legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
@@ -21,7 +18,8 @@ def plot_growth(panels: Mapping[str, Mapping[str, Points]], size_name: str, path
         size_name: label of the horizontal axis.
         path: of the PNG file.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (label, lines) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
@@ -29,4 +27,3 @@ def plot_growth(panels: Mapping[str, Mapping[str, Points]], size_name: str, path
         axis.grid(visible=True, which="both", alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

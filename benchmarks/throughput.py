@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from benchmarks.machine import describe_hardware
 from benchmarks.side_process import SideProcess
@@ -41,9 +41,6 @@ from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.llm.backbone import resolve_dtype
 from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
 from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
-
-mpl.use("Agg")  # before pyplot is imported: no screen is needed
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
@@ -162,7 +159,8 @@ def collect(found: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Draw the ratios, with the ceilings as marks."""
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axis = figure.subplots()
     width = 0.8 / len(PEERS)
     for number, peer in enumerate(PEERS):
         places = [place + number * width for place in range(len(found))]
@@ -173,7 +171,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axis.set_xticklabels(list(found))
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:

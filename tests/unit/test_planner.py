@@ -34,7 +34,7 @@ def test_operations_equal_those_that_pytorch_counts(architecture):
 
 
 class LivePeak(TorchDispatchMode):
-    """Adds up the storages that operations make and that are still alive: what an allocator without waste would hold."""
+    """Adds up the storages that operations make and that are still alive: what a wasteless allocator would hold."""
 
     def __init__(self, there_before):
         super().__init__()
