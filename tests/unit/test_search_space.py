@@ -50,7 +50,10 @@ def test_settings_replace_those_of_the_section():
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"lerning_rate": {"choice": [1]}}, "lerning_rate is no setting .* nearest name 'learning_rate'"),
+        (
+            {"lerning_rate": {"choice": [1]}},
+            r"lerning_rate is no setting of the cf section; did you mean learning_rate\?",
+        ),
         ({"seeds": {"choice": [[1], [2]]}}, "seeds: a lucky seed"),
         ({"dropout": {"uniform": [0.1, 0.3], "choice": [0.2]}}, "dropout: takes one of choice, .* found 2"),
         ({"dropout": {"uniform": [0.3, 0.1]}}, "dropout: uniform needs low < high"),
