@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from collm_dist.cf.rows import CfBatch, Rows
 from collm_dist.cf.tables import ItemTable, UserTable
+from collm_dist.data.statistics import PAIR_FEATURES
 
 
 @runtime_checkable
@@ -36,8 +37,8 @@ class CfModel(Protocol):
         """(M,) -> (M, embedding_dim)."""
         ...
 
-    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor) -> Tensor:
-        """(B,), (B, H), (B,) -> (B,) logits of a like, biases included."""
+    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor, features: Tensor | None = None) -> Tensor:
+        """(B,), (B, H), (B,) and, with ``cf.feedback: all``, (B, F) -> (B,) logits of a like, biases included."""
         ...
 
 
@@ -92,10 +93,26 @@ class TrainableCfModel(ABC, nn.Module):
         self.dim, self.embedding_dim, self.history_length = embedding_dim, embedding_dim + 1, history_length
         self.users = UserTable(num_users, user_dim, sparse=sparse)
         self.items = ItemTable(num_items, embedding_dim if item_dim is None else item_dim, sparse=sparse)
+        self.wide: nn.Linear | None = None
         self.global_bias = nn.Parameter(torch.zeros(1))  # not (): DeepSpeed cannot broadcast a parameter without axes
         self.register_buffer("user_scale", torch.ones(()))
         self.register_buffer("item_scale", torch.ones(()))
         self.register_buffer("rotation", torch.eye(embedding_dim))
+
+    def add_wide(self) -> None:
+        """Let scores read what was counted of user and item before each row (``cf.feedback: all``), linearly.
+
+        It is no part of the exported vectors: the pair slot carries the same statistics.
+        """
+        self.wide = nn.Linear(len(PAIR_FEATURES), 1, bias=False)
+        nn.init.zeros_(self.wide.weight)
+
+    def weigh_features(self, batch: CfBatch) -> Tensor | float:
+        """Return what the statistics add to the (B,) logits."""
+        if self.wide is None or batch.features is None:
+            return 0.0
+        added: Tensor = self.wide(batch.features)[:, 0]
+        return added
 
     @abstractmethod
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
@@ -111,7 +128,8 @@ class TrainableCfModel(ABC, nn.Module):
         """Return the (B,) logits of a batch's targets."""
         items = self.item_rows(batch.item_idx)
         matched = self.match(self.compute_user_vectors(batch), batch, items[:, :-1])
-        return self.global_bias + self.user_biases(batch)[batch.target_contexts] + items[:, -1] + matched
+        biases = self.global_bias + self.user_biases(batch)[batch.target_contexts] + items[:, -1]
+        return biases + matched + self.weigh_features(batch)
 
     def item_rows(self, item_idx: Tensor) -> Tensor:
         """(...) -> (..., E + 1): vector and bias of each item as scoring reads them."""
@@ -123,9 +141,9 @@ class TrainableCfModel(ABC, nn.Module):
         rows: Tensor = self.users(batch.user_idx)
         return rows[:, -1]
 
-    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor) -> Tensor:
-        """(B,), (B, H), (B,) -> (B,) logits."""
-        logits: Tensor = self(CfBatch.from_pairs(user_idx, self._cut(history), item_idx))
+    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor, features: Tensor | None = None) -> Tensor:
+        """(B,), (B, H), (B,), (B, F) -> (B,) logits."""
+        logits: Tensor = self(CfBatch.from_pairs(user_idx, self._cut(history), item_idx, features))
         return logits
 
     def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class ModelHeader:
         arguments: that the class is built with.
         users_hash, items_hash, num_users, num_items: of the id tables; a model without user rows has none of them.
         fold_starts: timestamps (seconds) from which the folds after the first one begin; none without cross-fitting.
+        feedback: ``cf.feedback``.
     """
 
     model: str
@@ -53,14 +54,20 @@ class ModelHeader:
     num_users: int
     num_items: int
     fold_starts: tuple[int, ...] = ()
+    feedback: str = "likes"
 
     @classmethod
     def from_manifest(
-        cls, manifest: Manifest, model: str, arguments: Mapping[str, Any], fold_starts: Sequence[int] = ()
+        cls,
+        manifest: Manifest,
+        model: str,
+        arguments: Mapping[str, Any],
+        fold_starts: Sequence[int] = (),
+        feedback: str = "likes",
     ) -> ModelHeader:
         """Take the id tables of the data."""
         tables = manifest.users_hash, manifest.items_hash, manifest.num_users, manifest.num_items
-        return cls(model, arguments, *tables, tuple(fold_starts))
+        return cls(model, arguments, *tables, tuple(fold_starts), feedback)
 
     def to_metadata(self) -> dict[str, str]:
         """Return it as safetensors metadata: text by text."""
@@ -199,6 +206,8 @@ def load_model(path: Path) -> tuple[ModelHeader, TrainableCfModel]:
             header = ModelHeader.from_metadata(file.metadata())
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         model = get_model_class(header.model)(0, header.num_items, **header.arguments)
+        if header.feedback == "all":
+            model.add_wide()
         model.users.adopt({name.removeprefix("users."): one for name, one in tensors.items() if is_local(name)})
         others = {name: one for name, one in tensors.items() if not is_local(name)}
         missing, unexpected = model.load_state_dict(others, strict=False, assign=True)

@@ -125,7 +125,7 @@ def fit(job: Job, device: torch.device, rank: int, world_size: int, on_epoch: On
         CollmError: see ``train_cf``.
     """
     manifest = load_manifest(job.data_dir)
-    data = load_worker_data(job.data_dir, manifest, rank, world_size, job.splits)
+    data = load_worker_data(job.data_dir, manifest, rank, world_size, job.splits, with_counts=job.cf.feedback == "all")
     splits = {name: number_globally(rows.to(device)) for name, rows in data.splits.items()}
     state: State | None = None
     for fold, name in enumerate(job.list_parts(), start=1):
@@ -203,6 +203,8 @@ def build_untrained(cf: CfConfig, manifest: Manifest, users: UserRanges, train: 
     if cf.model == "table":
         arguments["embedding_dim"] = read_width(Path(str(cf.item_vectors)))
     model = get_model_class(cf.model)(users.num_users, manifest.num_items, **arguments)
+    if cf.feedback == "all":
+        model.add_wide()
     user_counts = torch.bincount(train.row_users, minlength=users.num_users).cpu()
     item_counts = sum_over_workers(torch.bincount(train.item_idx, minlength=manifest.num_items)).cpu()
     masked = round(cf.unknown_item_share * train.total_rows)

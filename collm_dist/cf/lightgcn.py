@@ -104,7 +104,7 @@ class LightGcn(TrainableCfModel):
         rows = self.items.resolve(batch.item_idx)
         matched = self.match(users[batch.user_idx], batch, items[rows])
         biases = self.user_biases(batch)[batch.target_contexts] + self.items(batch.item_idx)[:, -1]
-        logits: Tensor = self.global_bias + biases + matched
+        logits: Tensor = self.global_bias + biases + matched + self.weigh_features(batch)
         return logits
 
     @torch.no_grad()

@@ -30,6 +30,8 @@ _TYPES: dict[str, type[np.generic]] = {
     "num_likes": np.int32,
     "timestamp": np.int64,
 }
+# What cf.feedback "all" reads beside them.
+_COUNTS = ("user_likes", "user_rows", "item_likes", "item_rows")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,13 @@ class WorkerData:
 
 
 def load_worker_data(
-    data_dir: Path, manifest: Manifest, rank: int = 0, world_size: int = 1, splits: Sequence[str] = SPLITS
+    data_dir: Path,
+    manifest: Manifest,
+    rank: int = 0,
+    world_size: int = 1,
+    splits: Sequence[str] = SPLITS,
+    *,
+    with_counts: bool = False,
 ) -> WorkerData:
     """Read the interactions of the users that a worker owns.
 
@@ -101,14 +109,16 @@ def load_worker_data(
         manifest: its record.
         rank, world_size: the worker, and how many there are.
         splits: whose rows are wanted. Likes in the others stay in the histories of later rows.
+        with_counts: also read what was counted of user and item before each row.
     """
     buckets = assign_buckets(manifest.buckets, rank, world_size)
     users = UserRanges.from_buckets(buckets)
-    parts = [_read_bucket(data_dir / bucket.path, users) for bucket in buckets]
+    types = _TYPES | dict.fromkeys(_COUNTS if with_counts else (), np.int32)
+    parts = [_read_bucket(data_dir / bucket.path, users, types) for bucket in buckets]
     columns = {
         # Taken out of the parts one by one, so that memory never holds everything twice.
         name: np.concatenate([np.zeros(0, kind), *(part.pop(name) for part in parts)])
-        for name, kind in _TYPES.items()
+        for name, kind in types.items()
     }
     order = np.argsort(columns["user_idx"], kind="stable")  # a run that was extended has later users in early buckets
     if (order[1:] < order[:-1]).any():
@@ -120,19 +130,20 @@ def load_worker_data(
     for split in splits:
         chosen = columns["split"] == SPLITS.index(split)
         names = ("user_idx", "item_idx", "label", "num_likes", "timestamp")
-        found[split] = build_rows(**{name: columns[name][chosen] for name in names}, likes=likes)
+        states = np.stack([columns[name][chosen] for name in _COUNTS], axis=1) if with_counts else None
+        found[split] = build_rows(**{name: columns[name][chosen] for name in names}, likes=likes, counts=states)
     return WorkerData(users, found)
 
 
-def _read_bucket(path: Path, users: UserRanges) -> dict[str, NDArray[Any]]:
+def _read_bucket(path: Path, users: UserRanges, types: dict[str, type[np.generic]]) -> dict[str, NDArray[Any]]:
     """Return a bucket's columns sorted by user, time and row, in narrow types; users are local, splits are numbers."""
-    table = pq.read_table(path, columns=[*_TYPES, "row_id"])
+    table = pq.read_table(path, columns=[*types, "row_id"])
     split = table.column("split")
     numbers = sum(number * pc.equal(split, name).to_numpy().astype(np.int8) for number, name in enumerate(SPLITS))
-    found = {name: table.column(name).to_numpy() for name in (*_TYPES, "row_id") if name != "split"}
+    found = {name: table.column(name).to_numpy() for name in (*types, "row_id") if name != "split"}
     found |= {"split": numbers, "user_idx": users.to_local(found["user_idx"])}
     order = np.lexsort([found["row_id"], found["timestamp"], found["user_idx"]])
-    return {name: found[name][order].astype(kind) for name, kind in _TYPES.items()}
+    return {name: found[name][order].astype(kind) for name, kind in types.items()}
 
 
 def number_globally(rows: Rows) -> Rows:

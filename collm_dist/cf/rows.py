@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collm_dist.data.hashing import hash_integers
+from collm_dist.data.statistics import compute_count_features
 
 _PERMUTED_AT_ONCE = 1 << 20
 _ROUNDS = 4  # of the Feistel network; four make a pseudorandom permutation (Luby and Rackoff, 1988)
@@ -37,6 +38,7 @@ class CfBatch:
         target_contexts: (B,) context of each target, ascending.
         item_idx: (B,) target items, -1 = unknown.
         keys: (C,) non-negative numbers that random choices about a context are made from; None = none are made.
+        features: (B, F) statistics of each target as of its time (``cf.feedback: all``); None = not read.
     """
 
     user_idx: Tensor
@@ -44,11 +46,13 @@ class CfBatch:
     target_contexts: Tensor
     item_idx: Tensor
     keys: Tensor | None = None
+    features: Tensor | None = None
 
     @classmethod
-    def from_pairs(cls, user_idx: Tensor, history: Tensor, item_idx: Tensor) -> CfBatch:
-        """Take (B,), (B, H), (B,): every pair is a context of its own."""
-        return cls(user_idx, history, torch.arange(len(user_idx), device=user_idx.device), item_idx)
+    def from_pairs(cls, user_idx: Tensor, history: Tensor, item_idx: Tensor, features: Tensor | None = None) -> CfBatch:
+        """Take (B,), (B, H), (B,) and (B, F): every pair is a context of its own."""
+        contexts = torch.arange(len(user_idx), device=user_idx.device)
+        return cls(user_idx, history, contexts, item_idx, features=features)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Rows:
         liked_items: (L,) liked items of the owned users, by user and time; all splits share them.
         first_context: number of context 0 among the contexts of all workers.
         total_contexts, total_rows: of all workers.
+        counts: (N, 4) int32 likes and rows of the user, likes and rows of the item, strictly before each row; None =
+            not loaded.
     """
 
     context_offsets: Tensor
@@ -79,6 +85,7 @@ class Rows:
     first_context: int
     total_contexts: int
     total_rows: int
+    counts: Tensor | None = None
 
     @property
     def num_contexts(self) -> int:
@@ -119,6 +126,7 @@ class Rows:
             self._gather_history(contexts, history_length),
             owners,
             self.item_idx[rows].long(),
+            features=None if self.counts is None else compute_features(self.counts[rows]),
         )
         return batch, rows
 
@@ -132,6 +140,12 @@ class Rows:
         if length == 0:
             return positions
         return torch.where(is_item, self.liked_items[positions.clamp(min=0)].long(), -1)
+
+
+def compute_features(counts: Tensor) -> Tensor:
+    """(B, 4) counts -> (B, F) features, see ``data.statistics``."""
+    found = compute_count_features(*counts.long().cpu().numpy().T)
+    return torch.from_numpy(found).to(counts.device)
 
 
 def permute(numbers: NDArray[np.int64], total: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -187,12 +201,14 @@ def build_rows(
     num_likes: NDArray[Any],
     timestamp: NDArray[Any],
     likes: tuple[NDArray[Any], NDArray[Any]],
+    counts: NDArray[Any] | None = None,
 ) -> Rows:
     """Return the rows of one worker, as if it were the only one.
 
     Args:
         user_idx, item_idx, label, num_likes, timestamp: (N,) sorted by local user and time.
         likes: (U + 1,) offsets and (L,) liked items of each user.
+        counts: (N, 4), see ``Rows``.
     """
     changed = np.ones(len(user_idx), dtype=bool)
     changed[1:] = (user_idx[1:] != user_idx[:-1]) | (num_likes[1:] != num_likes[:-1])
@@ -210,6 +226,7 @@ def build_rows(
         first_context=0,
         total_contexts=len(starts),
         total_rows=len(user_idx),
+        counts=None if counts is None else torch.from_numpy(counts.astype(np.int32)),
     )
 
 
@@ -227,6 +244,7 @@ def take_before(rows: Rows, end: int) -> Rows:
         item_idx=rows.item_idx[keep],
         label=rows.label[keep],
         timestamp=rows.timestamp[keep],
+        counts=None if rows.counts is None else rows.counts[keep],
         first_context=0,
         total_contexts=len(contexts),
         total_rows=len(owners),

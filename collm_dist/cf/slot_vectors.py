@@ -64,9 +64,9 @@ class SlotVectors(nn.Module):
             return self.final.item_vectors(item_idx)
         return self._serve("item_vectors", timestamp, item_idx)
 
-    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor) -> Tensor:
-        """(Q,), (Q, H), (Q,) -> (Q,) logits of the model of all training rows."""
-        return self.final.score(user_idx, history, item_idx)
+    def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor, features: Tensor | None = None) -> Tensor:
+        """(Q,), (Q, H), (Q,), (Q, F) -> (Q,) logits of the model of all training rows."""
+        return self.final.score(user_idx, history, item_idx, features)
 
     def _serve(self, method: str, timestamp: Tensor, *arguments: Tensor) -> Tensor:
         folds = torch.searchsorted(self.starts, timestamp, right=True)

@@ -22,6 +22,11 @@ class CfConfig(Section):
     history_length: int | None = Field(
         None, ge=1, description="Liked items that sasrec and din read; default: preprocessing.max_history_length."
     )
+    feedback: Literal["likes", "all"] = Field(
+        "likes",
+        description="What scores read of the past beside liked items. all: also how often user and item were met and "
+        "liked before each row (dislikes so count too), linearly; the pair slot carries the same numbers.",
+    )
     num_layers: int = Field(2, ge=1, description="lightgcn: layers of the graph; sasrec: layers of attention.")
     num_heads: int = Field(1, ge=1, description="sasrec: heads of attention; they divide embedding_dim.")
     attention_sizes: tuple[int, ...] = Field(

@@ -40,13 +40,20 @@ def compute_log_odds(likes: IntArray, rows: IntArray, prior_weight: float) -> ND
 
 
 def compute_pair_features(block: ContextBlock) -> NDArray[np.float32]:
-    """Return (N, F) features of a block's targets, in the order of ``PAIR_FEATURES``.
+    """Return (N, F) features of a block's targets, in the order of ``PAIR_FEATURES``."""
+    return compute_count_features(block.user_likes, block.user_rows, block.item_likes, block.item_rows)
+
+
+def compute_count_features(
+    user_likes: IntArray, user_rows: IntArray, item_likes: IntArray, item_rows: IntArray
+) -> NDArray[np.float32]:
+    """Return (N, F) features of (N,) counts, in the order of ``PAIR_FEATURES``.
 
     The sum of the log-odds is the naive-Bayes guess: user and item taken as independent evidence.
     """
-    user = compute_log_odds(block.user_likes, block.user_rows, USER_PRIOR_WEIGHT)
-    item = compute_log_odds(block.item_likes, block.item_rows, ITEM_PRIOR_WEIGHT)
-    counts = (block.user_likes, block.user_rows, block.item_likes, block.item_rows)
-    columns = [user, item, user + item, *(np.log1p(count) / 4 for count in counts)]
-    columns += [(block.user_rows == 0).astype(float), (block.item_rows == 0).astype(float)]
+    user = compute_log_odds(user_likes, user_rows, USER_PRIOR_WEIGHT)
+    item = compute_log_odds(item_likes, item_rows, ITEM_PRIOR_WEIGHT)
+    columns = [user, item, user + item]
+    columns += [np.log1p(count) / 4 for count in (user_likes, user_rows, item_likes, item_rows)]
+    columns += [(user_rows == 0).astype(float), (item_rows == 0).astype(float)]
     return np.stack(columns, axis=1).astype(np.float32)

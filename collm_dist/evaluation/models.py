@@ -19,6 +19,7 @@ from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.interactions import load_interactions
 from collm_dist.data.manifest import Manifest
 from collm_dist.data.prompts import load_prompt_text
+from collm_dist.data.statistics import compute_pair_features
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, Baseline, fit_baselines
 from collm_dist.evaluation.metrics import FloatArray
 from collm_dist.evaluation.ranking import fit_ranking_baselines
@@ -193,17 +194,20 @@ def _describe_cf(cf_model: Any, manifest: Manifest) -> Baseline:
 
     @torch.no_grad()
     def score(block: ContextBlock) -> FloatArray:
-        contexts, parts = block.target_contexts, []
+        contexts, features, parts = block.target_contexts, compute_pair_features(block), []
         histories = pad_histories(block, manifest.max_history_length)
         for first in range(0, block.num_targets, _BATCH_ROWS):
             rows = slice(first, first + _BATCH_ROWS)
             users = torch.from_numpy(block.user_idx[contexts[rows]])
             history = torch.from_numpy(histories[contexts[rows]])
-            logits = cf_model.score(users, history, torch.from_numpy(block.item_idx[rows]))
+            items, counted = torch.from_numpy(block.item_idx[rows]), torch.from_numpy(features[rows])
+            logits = cf_model.score(users, history, items, counted)
             parts.append(logits.double().numpy())
         return np.concatenate(parts)
 
-    labels, inputs = _describe_sight("cf", frozenset(), manifest.feedback)
+    # The pair slot carries what such a model counts.
+    seen = frozenset({"MatchID"}) if cf_model.final.wide is not None else frozenset()
+    labels, inputs = _describe_sight("cf", seen, manifest.feedback)
     return Baseline("cf", labels, inputs, score)
 
 

@@ -282,7 +282,9 @@ def export_models(job: Job, folder: Path, manifest: Manifest) -> str:
         arguments = list_arguments(job.cf, manifest.max_history_length, job.seed)
         if job.cf.model == "table":
             arguments["embedding_dim"] = read_width(Path(str(job.cf.item_vectors)))
-        header = ModelHeader.from_manifest(manifest, job.cf.model, arguments, job.fold_starts if is_final else ())
+        header = ModelHeader.from_manifest(
+            manifest, job.cf.model, arguments, job.fold_starts if is_final else (), job.cf.feedback
+        )
         users, *sample = take_sample(data.users, train, arguments["history_length"])
         sample = [torch.full_like(users, -1) if job.fold_starts else users, *sample]
         path = folder / (FILE_NAME if is_final else name_fold_file(fold))
