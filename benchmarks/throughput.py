@@ -6,7 +6,8 @@ DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml w
 benchmarks/tuning_side.py: transformers.Trainer, and the authors' recipe with logits at all positions or at the last
 one. All sides work through the same global batches, taken evenly from a whole epoch in training order; ratios are
 their seconds over ours, of all batches together. ``flop_ceiling`` is the same ratio of operations, with no padding on
-our side: the most that can be had. Writes throughput_<device>.json and .png.
+our side: the most that can be had. Each side runs in a process of its own, whose memory is measured as well. Writes
+throughput_<device>.json and .png, and memory_<device>.json.
 """
 
 from __future__ import annotations
@@ -157,6 +158,38 @@ def collect(found: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
     }
 
 
+def write_records(
+    folder: Path, device_name: str, found: dict[str, Any], described: dict[str, Any], ceiling: float
+) -> None:
+    """Write both results: how fast, and in how much memory above the weights."""
+    write_json(
+        folder / f"throughput_{device_name}.json",
+        {
+            "question": "How many times faster than today's usual ways, on the same rows?",
+            "ratios": collect(found, "ratio"),
+            "flop_ceiling": collect(found, "flop_ceiling"),
+            "share_of_ceiling": collect(found, "share_of_ceiling"),
+            "matrix_ceiling_flops": ceiling,
+            **described,
+        },
+    )
+    peaks = {phase: one["peak_extra_gib"] for phase, one in found.items()}
+    write_json(
+        folder / f"memory_{device_name}.json",
+        {
+            "question": "How much memory above the weights does a step take, as a share of what others take?",
+            "ratios": {
+                f"vs_{peer}": {
+                    phase: round(sides["ours"] / sides[peer], 3) for phase, sides in peaks.items() if peer in sides
+                }
+                for peer in PEERS
+            },
+            "peak_extra_gib": peaks,
+            **{key: value for key, value in described.items() if key != "phases"},
+        },
+    )
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Draw the ratios, with the ceilings as marks."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -204,13 +237,7 @@ def main() -> None:
             result = measure_phase(phase, path, folder, arguments.batches, tuple(arguments.peers))
             found[phase] = summarize(phase, work[phase], result, ceiling)
             print(f"{phase}: {found[phase]['ratio']} of at most {found[phase]['flop_ceiling']}", flush=True)
-            device_name = "gpu" if on_gpu else "cpu"
-            record = {
-                "question": "How many times faster than today's usual ways, on the same rows?",
-                "ratios": collect(found, "ratio"),
-                "flop_ceiling": collect(found, "flop_ceiling"),
-                "share_of_ceiling": collect(found, "share_of_ceiling"),
-                "matrix_ceiling_flops": ceiling,
+            described = {
                 "phases": found,
                 "config": {"backbone": config.llm.backbone, "dtype": config.llm.dtype, "threads": arguments.threads,
                            "batches": arguments.batches, "reference_rows": REFERENCE_ROWS,
@@ -218,8 +245,8 @@ def main() -> None:
                 "hardware": describe_hardware(),
                 "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
             }  # fmt: skip
-            write_json(arguments.output / f"throughput_{device_name}.json", record)
-        plot(found, arguments.output / f"throughput_{device_name}.png")
+            write_records(arguments.output, "gpu" if on_gpu else "cpu", found, described, ceiling)
+        plot(found, arguments.output / f"throughput_{'gpu' if on_gpu else 'cpu'}.png")
 
 
 if __name__ == "__main__":
