@@ -220,7 +220,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    on_gpu = torch.cuda.is_available()
+    device_name = "gpu" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -231,7 +231,9 @@ def main() -> None:
         cached_path = folder / "cached.yaml"
         cached_path.write_text(yaml.safe_dump(cached.model_dump(mode="json")), encoding="utf-8")
         work = write_workload(config, folder, arguments.phases, arguments.batches)
-        ceiling = measure_matrix_ceiling(torch.device("cuda" if on_gpu else "cpu"), resolve_dtype(config.llm.dtype))
+        ceiling = measure_matrix_ceiling(
+            torch.device("cuda" if device_name == "gpu" else "cpu"), resolve_dtype(config.llm.dtype)
+        )
         for phase in arguments.phases:
             path = cached_path if phase == "stage2_cached" else config_path
             result = measure_phase(phase, path, folder, arguments.batches, tuple(arguments.peers))
@@ -245,7 +247,7 @@ def main() -> None:
                 "hardware": describe_hardware(),
                 "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
             }  # fmt: skip
-            write_records(arguments.output, "gpu" if on_gpu else "cpu", found, described, ceiling)
+            write_records(arguments.output, device_name, found, described, ceiling)
         plot(found, arguments.output / f"throughput_{'gpu' if on_gpu else 'cpu'}.png")
 
 
