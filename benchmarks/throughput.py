@@ -231,9 +231,8 @@ def main() -> None:
         cached_path = folder / "cached.yaml"
         cached_path.write_text(yaml.safe_dump(cached.model_dump(mode="json")), encoding="utf-8")
         work = write_workload(config, folder, arguments.phases, arguments.batches)
-        ceiling = measure_matrix_ceiling(
-            torch.device("cuda" if device_name == "gpu" else "cpu"), resolve_dtype(config.llm.dtype)
-        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ceiling = measure_matrix_ceiling(device, resolve_dtype(config.llm.dtype))
         for phase in arguments.phases:
             path = cached_path if phase == "stage2_cached" else config_path
             result = measure_phase(phase, path, folder, arguments.batches, tuple(arguments.peers))
@@ -248,7 +247,7 @@ def main() -> None:
                 "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
             }  # fmt: skip
             write_records(arguments.output, device_name, found, described, ceiling)
-        plot(found, arguments.output / f"throughput_{'gpu' if on_gpu else 'cpu'}.png")
+        plot(found, arguments.output / f"throughput_{device_name}.png")
 
 
 if __name__ == "__main__":
