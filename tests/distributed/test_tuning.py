@@ -102,3 +102,19 @@ def test_run_of_two_processes_goes_on_with_one_under_another_zero_stage(copy_run
     process.communicate()
     run(PYTHON, [*overrides, "--stage", "1", "cluster.zero_stage=3"])
     assert_same_training(moved, whole, stages=("stage1",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_context_cache_and_automatic_budget_change_nothing(copy_run, zero_stage):
+    """Validations come again and find what the first one has kept; on two processes, whose hits differ."""
+    settings = ["--stage", "2", "stage1.enabled=false"]
+    plain, overrides = copy_run("plain")
+    run(PYTHON, [*overrides, *settings])
+    cached, overrides = copy_run("cached")
+    run(
+        TORCHRUN,
+        [*overrides, *settings, f"cluster.zero_stage={zero_stage}", "stage2.context_cache=memory",
+         "stage2.context_cache_gib=0.0005", "stage2.max_tokens_per_micro_batch=auto"],
+    )  # fmt: skip
+    assert_same_training(cached, plain, stages=("stage2",))
