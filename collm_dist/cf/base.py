@@ -136,6 +136,16 @@ class TrainableCfModel(ABC, nn.Module):
         rows: Tensor = self.items(item_idx)
         return rows
 
+    def history_vectors(self, history: Tensor) -> Tensor:
+        """(C, H) -> (C, H, E): vectors of the items, zeros at the padding.
+
+        Padding is not looked up: as an index, -1 is the unknown item, whose row would then be moved by every batch
+        that happens to be padded.
+        """
+        is_item = history >= 0
+        vectors = self.item_rows(history[is_item])[:, :-1]
+        return vectors.new_zeros(*history.shape, vectors.shape[1]).index_put((is_item,), vectors)
+
     def user_biases(self, batch: CfBatch) -> Tensor:
         """Return (C,) biases, zero for unknown users."""
         rows: Tensor = self.users(batch.user_idx)

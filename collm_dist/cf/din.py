@@ -60,7 +60,7 @@ class Din(TrainableCfModel):
             self.attention = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise([*attention_sizes, 1]))
             self.network = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise([3 * embedding_dim, *hidden_sizes, 1]))
             self.slopes = nn.ModuleList(nn.PReLU(size) for size in hidden_sizes)
-        self.dropouts = nn.ModuleList(KeyedDropout(dropout, site) for site, _ in enumerate(hidden_sizes))
+        self.dropouts = nn.ModuleList(KeyedDropout(dropout, site, size) for site, size in enumerate(hidden_sizes))
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
         """Return (B, E), the interest that each target meets."""

@@ -21,17 +21,18 @@ class KeyedDropout(nn.Module):
 
     pool: Tensor
 
-    def __init__(self, probability: float, site: int) -> None:
+    def __init__(self, probability: float, site: int, width: int) -> None:
         """Draw the pool.
 
         Args:
             probability: p.
             site: number of the place in the model; each has its own pool.
+            width: W at most; the pool has room for as many windows.
         """
         super().__init__()
-        self.probability, self.site = probability, site
+        self.probability, self.site, self.width = probability, site, width
         generator = torch.Generator().manual_seed(site)
-        kept = torch.rand(_POOL_SIZE, generator=generator) >= probability
+        kept = torch.rand(max(_POOL_SIZE, 2 * width), generator=generator) >= probability
         self.register_buffer("pool", kept.float() / (1 - probability), persistent=False)
 
     def forward(self, values: Tensor, keys: Tensor | None, *, from_end: bool = False) -> Tensor:
@@ -46,7 +47,8 @@ class KeyedDropout(nn.Module):
         if keys is None or self.probability == 0 or len(values) == 0:
             return values
         width = values[0].numel()
-        windows = self.pool.as_strided((_POOL_SIZE - width, width), (1, 1))
-        starts = ((keys + self.site) * _MULTIPLIER >> 24).remainder(_POOL_SIZE - width)
+        # As many windows whatever the rows' width is, which padding changes: a key has one start.
+        windows = self.pool.as_strided((len(self.pool) - self.width, width), (1, 1))
+        starts = ((keys + self.site) * _MULTIPLIER >> 24).remainder(len(windows))
         mask = windows[starts].view_as(values)
         return values * (mask.flip(1) if from_end else mask)

@@ -20,13 +20,14 @@ _LENGTH_SHARES = (0.25, 0.5, 0.75, 1.0)
 class _Block(nn.Module):
     """One layer: causal self-attention, then a position-wise network, each with its residual."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, site: int) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float, site: int, width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm, self.network_norm = nn.LayerNorm(dim, eps=1e-8), nn.LayerNorm(dim, eps=1e-8)
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.inner, self.outer = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.inner_dropout, self.outer_dropout = KeyedDropout(dropout, site), KeyedDropout(dropout, site + 1)
+        self.inner_dropout = KeyedDropout(dropout, site, width)
+        self.outer_dropout = KeyedDropout(dropout, site + 1, width)
 
     def forward(self, states_CHE: Tensor, mask_CHH: Tensor, keys: Tensor | None, *, last_only: bool) -> Tensor:
         """(C, H, E) -> the same, or (C, 1, E), the last position alone."""
@@ -76,15 +77,16 @@ class SasRec(TrainableCfModel):
             seed: of the layers' initial weights.
         """
         super().__init__(num_users, num_items, embedding_dim=embedding_dim, history_length=history_length)
+        width = history_length * embedding_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.positions = nn.Parameter(torch.randn(history_length, embedding_dim) * 0.02)
             self.nobody = nn.Parameter(torch.zeros(embedding_dim))
             self.blocks = nn.ModuleList(
-                _Block(embedding_dim, num_heads, dropout, site=1 + 2 * layer) for layer in range(num_layers)
+                _Block(embedding_dim, num_heads, dropout, 1 + 2 * layer, width) for layer in range(num_layers)
             )
             self.final_norm = nn.LayerNorm(embedding_dim, eps=1e-8)
-        self.embedding_dropout = KeyedDropout(dropout, site=0)
+        self.embedding_dropout = KeyedDropout(dropout, 0, width)
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
         """Return (C, E)."""
@@ -108,7 +110,7 @@ class SasRec(TrainableCfModel):
         """(C, H) with an item in each row -> (C, E), the state at the last position."""
         width = history_CH.shape[1]
         is_item = history_CH >= 0
-        embedded = self.items(history_CH)[..., :-1] * self.dim**0.5 + self.positions[len(self.positions) - width :]
+        embedded = self.history_vectors(history_CH) * self.dim**0.5 + self.positions[len(self.positions) - width :]
         states = self.embedding_dropout(embedded, keys, from_end=True) * is_item[..., None]
         causal = torch.ones(width, width, dtype=torch.bool, device=history_CH.device).tril()
         # A padded position sees itself, so that no row of the softmax is empty; nobody sees it.

@@ -102,6 +102,12 @@ class ItemTable(Table):
         """Make I + 1 rows of zeros."""
         super().__init__(num_items + 1, dim, sparse=sparse)
 
+    @torch.no_grad()
+    def init_weights(self, counts: Tensor, numbers: Tensor, scale: float, seed: int) -> None:
+        """As for every table, but the unknown item starts at zero: it may be met too seldom to forget a draw."""
+        super().init_weights(counts, numbers, scale, seed)
+        self.weight[self.unknown] = 0
+
     @property
     def unknown(self) -> int:
         """I, the row of unknown items."""

@@ -27,6 +27,5 @@ class RecentLikes(TrainableCfModel):
         """(C, H) histories, newest last, -1 = padding -> (C, E)."""
         age = torch.arange(batch.history.shape[1] - 1, -1, -1, device=batch.history.device)
         weights = 0.5 ** (age / self.half_life) * (batch.history >= 0)
-        vectors = self.items(batch.history)[..., :-1]
-        total = (weights[..., None] * vectors).sum(dim=1)
+        total = (weights[..., None] * self.history_vectors(batch.history)).sum(dim=1)
         return total / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)

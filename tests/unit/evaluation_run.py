@@ -29,17 +29,23 @@ def build_config(path, *overrides, feedback="explicit", **evaluation) -> Config:
     )
 
 
-def _build_rows(feedback, num_users, num_items, count):
-    """Rows of all splits in time order; users and items have tastes, the last four users are in test only."""
+def _build_rows(feedback, num_users, num_items, count, rows_per_second, taste):
+    """Rows of all splits in time order, the last four users in test only.
+
+    Items are good or bad and users kind or not; with ``taste`` even users like even items and odd ones odd ones
+    instead, of which no bias can tell anything.
+    """
     random = np.random.default_rng(0)
     quality = random.normal(size=num_items)
     mood = random.normal(size=num_users)
     rows = []
-    for second in range(count):
-        split = "train" if second < count * 4 // 6 else "valid" if second < count * 5 // 6 else "test"
+    for number in range(count):
+        split = "train" if number < count * 4 // 6 else "valid" if number < count * 5 // 6 else "test"
+        second = number // rows_per_second
         user = random.integers(0, num_users if split == "test" else num_users - 4)
         item = random.integers(0, num_items - (3 if split == "train" else 0))
-        liked = int(quality[item] + mood[user] + random.normal() > 0)
+        attraction = 2 * (-1) ** (user + item) if taste else quality[item] + mood[user]
+        liked = int(attraction + random.normal() > 0)
         if feedback == "explicit":
             rows.append((user, item, second, liked, split, 0, len(rows), len(rows)))
         elif liked:
@@ -94,12 +100,20 @@ def _write_buckets(data_dir, rows, num_users):
 
 
 def write_data_step(
-    path, feedback="explicit", *, num_users=NUM_USERS, num_items=NUM_ITEMS, count=600, flip=None
+    path,
+    feedback="explicit",
+    *,
+    num_users=NUM_USERS,
+    num_items=NUM_ITEMS,
+    count=600,
+    rows_per_second=1,
+    taste=False,
+    flip=None,
 ) -> RunDir:
     """Write interactions, tables, shards and manifest below ``path``; ``flip`` = a row whose label is turned round."""
     run_dir = RunDir(path)
     data_dir = run_dir.step_dir("data")
-    rows = _build_rows(feedback, num_users, num_items, count)
+    rows = _build_rows(feedback, num_users, num_items, count, rows_per_second, taste)
     if flip is not None:
         rows["label"][flip] = 1 - rows["label"][flip]
     histories = _add_state(rows)
