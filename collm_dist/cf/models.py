@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from collm_dist.cf.base import TrainableCfModel
@@ -21,6 +22,9 @@ MODEL_CLASSES: dict[str, type[TrainableCfModel]] = {
     "din": Din,
     "table": VectorTable,
 }
+
+# What every class is built with, whatever the arguments.
+_GIVEN = ("num_users", "num_items", "embedding_dim", "history_length")
 
 
 def get_model_class(name: str) -> type[TrainableCfModel]:
@@ -64,3 +68,17 @@ def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str
         "table": {},
     }
     return common | own.get(cf.model, dict(cf.arguments))
+
+
+def check_arguments(cf: CfConfig) -> None:
+    """Refuse arguments that the model's class does not take, or lacks.
+
+    Raises:
+        ConfigError: the message says what the class takes; see also ``get_model_class``.
+    """
+    signature = inspect.signature(get_model_class(cf.model))
+    try:
+        signature.bind(0, 0, **list_arguments(cf, 1, 0))
+    except TypeError as error:
+        names = [name for name in signature.parameters if name not in _GIVEN]
+        raise ConfigError(f"cf.arguments: {error}; '{cf.model}' takes {', '.join(names) or 'none'}") from error

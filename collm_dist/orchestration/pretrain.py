@@ -27,7 +27,7 @@ from collm_dist.cf.base import TrainableCfModel
 from collm_dist.cf.checkpoint import read_state
 from collm_dist.cf.export import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
 from collm_dist.cf.fitting import Job, OnEpoch, compute_fold_starts, fit
-from collm_dist.cf.models import get_model_class, list_arguments
+from collm_dist.cf.models import check_arguments, list_arguments
 from collm_dist.cf.ownership import load_worker_data
 from collm_dist.cf.rows import take_before
 from collm_dist.cf.table import read_vectors, read_width
@@ -101,7 +101,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
 
 def check_inputs(cf: CfConfig, data_dir: Path) -> None:
     """Refuse, before work starts, what cannot be trained or selected."""
-    get_model_class(cf.model)
+    check_arguments(cf)
     valid = load_interactions(data_dir, ["user_idx", "label"], "valid")
     check_metric(valid["label"].astype(np.float64), valid["user_idx"], cf.select_metric)
     if cf.model == "table":

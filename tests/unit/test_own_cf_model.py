@@ -1,13 +1,17 @@
 """Collaborative models from elsewhere: a table of vectors, and a class by its import path."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from collm_dist.cf.export import load_cf_model
-from collm_dist.cf.models import get_model_class
+from collm_dist.cf.models import check_arguments, get_model_class
 from collm_dist.cf.table import read_vectors, read_width
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ConfigError, DataError
@@ -79,29 +83,93 @@ def test_what_is_no_model_is_refused(name, message):
         get_model_class(name)
 
 
-def test_wrong_tables_are_refused_by_file_row_and_field(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"half_life": 5, "half_lif": 5}, r"cf\.arguments: .*'half_lif'.* takes half_life"),
+        ({}, r"cf\.arguments: missing a required argument: 'half_life'"),
+        ({"half_life": 5, "num_users": 3}, r"cf\.arguments: .*num_users"),
+    ],
+)
+def test_arguments_that_a_class_does_not_take_are_refused_before_work_starts(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(make_cf(OWN, arguments=arguments))
+    check_arguments(make_cf(OWN, arguments={"half_life": 5}))
+
+
+IDS = ["a", "b"]
+MISTAKES = {
+    "other columns": ({"id": IDS, "embedding": [[1.0], [2.0]]}, r" has no column vector, it has id, embedding; rename"),
+    "text": ({"id": IDS, "vector": ["x", "y"]}, r", row 0, field 'vector': .* string; make it a list of numbers"),
+    "list of texts": ({"id": IDS, "vector": [["x"], ["y"]]}, r", row 0, field 'vector': .* make it a list of numbers"),
+    "matrices": ({"id": IDS, "vector": [[[1.0]], [[2.0]]]}, r", row 0, field 'vector': .* make it a list of numbers"),
+    "empty first": ({"id": IDS, "vector": [[], [1.0]]}, r", row 0, field 'vector': it holds no numbers; leave out ids"),
+    "length": ({"id": IDS, "vector": [[1.0, 2.0], [3.0, 4.0, 5.0]]}, r", row 1, field 'vector': 3 numbers, not 2; all"),
+    "null": ({"id": IDS, "vector": [[1.0, 2.0], None]}, r", row 1, field 'vector': 0 numbers, not 2; all vectors .*no"),
+    "nan": (
+        {"id": IDS, "vector": [[1.0], [float("nan")]]},
+        r", row 1, field 'vector': not finite .*; correct it or le",
+    ),
+    "too large": ({"id": IDS, "vector": [[1.0], [1e300]]}, r", row 1, field 'vector': not finite in float32; correct"),
+    "twice": ({"id": ["a", "x", "a"], "vector": [[1.0]] * 3}, r", row 2, field 'id': 'a' occurs twice; keep one row"),
+    "no id": ({"id": ["a", None], "vector": [[1.0]] * 2}, r", row 1, field 'id': it is empty; name it or leave the r"),
+    "no rows": ({"id": pa.array([], pa.string()), "vector": pa.array([], pa.list_(pa.float32()))}, " has no rows; it "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_tables_are_refused_by_file_row_field_and_remedy(tmp_path, mistake):
+    columns, message = MISTAKES[mistake]
     path = tmp_path / "v.parquet"
-    ids = ["a", "b"]
-    with pytest.raises(DataError, match=r"v\.parquet is missing; it should be"):
-        read_width(path)
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(DataError, match=r"v\.parquet" + message):
+        read_vectors(path, IDS, read_width(path))
+
+
+def test_rows_are_counted_over_the_whole_file(tmp_path):
+    """Files are read in pieces of 65,536 rows; both mistakes lie in the second piece."""
+    path, ids = tmp_path / "v.parquet", [str(number) for number in range(70_000)]
+    vectors = [[1.0]] * len(ids)
+    write_vectors(path, [*ids, "3"], [*vectors, [1.0]])
+    with pytest.raises(DataError, match=r"row 70000, field 'id': '3' occurs twice"):
+        read_vectors(path, ids, 1)
+    write_vectors(path, ids, [*vectors[:-1], [1.0, 2.0]])
+    with pytest.raises(DataError, match=r"row 69999, field 'vector': 2 numbers, not 1"):
+        read_vectors(path, ids, 1)
+
+
+def test_files_that_are_no_tables_are_refused(tmp_path):
+    path = tmp_path / "v.parquet"
+    for wrong in (path, tmp_path):  # nothing there, and a folder
+        with pytest.raises(DataError, match="is missing; it should be a Parquet file"):
+            read_vectors(wrong, IDS, 1)
     path.write_text("no parquet")
-    with pytest.raises(DataError, match=r"v\.parquet is no Parquet file"):
+    with pytest.raises(DataError, match=r"v\.parquet is no Parquet file, or a damaged one .* write it again"):
         read_width(path)
-    pq.write_table(pa.table({"id": ids, "embedding": [[1.0], [2.0]]}), path)
-    with pytest.raises(DataError, match=r"v\.parquet has no column vector"):
-        read_width(path)
-    pq.write_table(pa.table({"id": ids, "vector": ["x", "y"]}), path)
-    with pytest.raises(DataError, match=r"v\.parquet, row 0, field 'vector'"):
-        read_width(path)
-    write_vectors(path, ids, [[1.0, 2.0], [3.0, 4.0, 5.0]])
-    with pytest.raises(DataError, match=r"v\.parquet, row 1, field 'vector'"):
-        read_vectors(path, ids, 2)
-    write_vectors(path, ids, [[1.0, 2.0], [3.0, float("nan")]])
-    with pytest.raises(DataError, match=r"v\.parquet, row 1, field 'vector'"):
-        read_vectors(path, ids, 2)
-    write_vectors(path, ["a", "a"], [[1.0, 2.0], [3.0, 4.0]])
-    with pytest.raises(DataError, match=r"v\.parquet, row 1, field 'id'"):
-        read_vectors(path, ids, 2)
+    write_vectors(path, IDS, [[1.0], [2.0]])
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 30 + content[34:])
+    with pytest.raises(DataError, match=r"(?s)v\.parquet is no Parquet file, or a damaged one .* write it again"):
+        read_vectors(path, IDS, 1)
+
+
+@pytest.mark.parametrize("field", ["item_vectors", "user_vectors"])
+def test_the_command_ends_with_code_2_and_no_traceback(tmp_path, repository, field):
+    run_dir = write_data_step(tmp_path / "run")
+    write_tables(run_dir, USERS, ITEMS)
+    files = {"item_vectors": (ITEMS, "items.parquet"), "user_vectors": (USERS, "users.parquet")}
+    vectors = {name: write_vectors(tmp_path / file, ids, np.ones((len(ids), 2))) for name, (ids, file) in files.items()}
+    ids, file = files[field]
+    write_vectors(tmp_path / file, ids, [[1.0, 2.0], [float("inf"), 0.0], *np.ones((len(ids) - 2, 2))])
+    config = build_config(run_dir.path).model_copy(update={"cf": make_cf("table", **vectors)})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, str(repository / "launch" / "pretrain_cf.py"), "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path / file}, row 1, field 'vector': not finite" in done.stderr
+    assert "leave the row out" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_table_of_other_ids_is_refused_before_work_starts(tmp_path):
