@@ -91,6 +91,12 @@ def test_rows_before_a_time_are_those_and_no_others(run_dir):
     assert torch.equal(whole.item_idx, rows.item_idx[rows.timestamp < 200].long())
     assert torch.equal(early.row_users, rows.row_users[rows.timestamp < 200])
     assert len(numbers) == early.total_rows
+    # Their histories are those that they had among all rows, so nothing that came later is in them.
+    everything, _ = rows.take(torch.arange(rows.num_contexts), 5)
+    expected = everything.history[everything.target_contexts][rows.timestamp < 200]
+    found = whole.history[whole.target_contexts]
+    assert torch.equal(found, expected[:, expected.shape[1] - found.shape[1] :])
+    assert (found >= 0).any()
 
 
 def test_every_bucket_has_one_owner_and_shares_are_even():

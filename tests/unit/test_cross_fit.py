@@ -15,7 +15,7 @@ from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import DataError
 from collm_dist.evaluation.metrics import compute_auc
 from collm_dist.evaluation.slots_mlp import build_slot_inputs
-from tests.unit.cf_data import build, fit_and_export, make_cf
+from tests.unit.cf_data import MODELS, build, fit_and_export, make_cf
 from tests.unit.evaluation_run import write_data_step
 
 SLOTS = frozenset({"UserID", "TargetItemID", "MatchID"})
@@ -40,15 +40,29 @@ def cross_fit(folder, cf, folds, **data):
     return run_dir, starts
 
 
-@pytest.mark.parametrize("name", ["mf", "sasrec"])
+def find_rows_with_company(block, count):
+    """Training rows in whose second another row has the same user or item."""
+    found = []
+    users = block.user_idx[block.target_contexts]
+    for row in range(100, 400):
+        (mine,) = np.flatnonzero(block.row_id == row)
+        same = (users == users[mine]) | (block.item_idx == block.item_idx[mine])
+        if (same & (block.timestamp == block.timestamp[mine])).sum() > 1:
+            found.append(row)
+    return found[:: len(found) // count][:count]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_flipped_label_changes_no_slot_of_an_earlier_or_simultaneous_row(tmp_path, name):
     cf = make_cf(name, fold_epochs=3, num_epochs=3)
-    run_dir, starts = cross_fit(tmp_path / "plain", cf, 4)
+    run_dir, starts = cross_fit(tmp_path / "plain", cf, 4, rows_per_second=6)
     before, block = list_slots(run_dir)
     assert len(starts) == 4
-    for row in (130, 250):
-        flipped, _ = list_slots(cross_fit(tmp_path / str(row), cf, 4, flip=row)[0])
-        late = block.timestamp > row  # a row's number is its second
+    rows = find_rows_with_company(block, 2)
+    assert len(rows) == 2
+    for row in rows:
+        flipped, _ = list_slots(cross_fit(tmp_path / str(row), cf, 4, rows_per_second=6, flip=row)[0])
+        late = block.timestamp > row // 6
         assert np.array_equal(flipped[~late], before[~late])
         assert not np.array_equal(flipped[late], before[late])
 
@@ -80,24 +94,27 @@ def test_the_first_fold_has_unknown_vectors_and_later_ones_those_of_the_folds_be
 
 
 def test_folds_are_rotated_onto_each_other(tmp_path):
-    """A model whose space is turned round is turned back; measured: up to 1e-6."""
+    """Models whose spaces are turned round are turned back, each onto its predecessor; measured: up to 1e-6."""
     run_dir = write_data_step(tmp_path)
-    first, _ = build(run_dir, make_cf("mf"))
-    second, _ = build(run_dir, make_cf("mf"))
-    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
-    with torch.no_grad():
-        for table in (second.users, second.items):
-            table.weight[:, :-1] = table.weight[:, :-1] @ turn
+    chain = [build(run_dir, make_cf("mf"))[0] for _ in range(3)]
+    generator = torch.Generator().manual_seed(1)
+    for model in chain[1:]:
+        turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+        with torch.no_grad():
+            for table in (model.users, model.items):
+                table.weight[:, :-1] = table.weight[:, :-1] @ turn
     sample = torch.arange(9), torch.full((9, 1), -1), torch.arange(9)
     items = torch.arange(20)
-    assert (second.item_vectors(items) - first.item_vectors(items)).abs().max() > 0.1
-    for name, value in compute_export_factors(second, first, sample).items():
-        getattr(second, name).copy_(value)
-    for name, value in compute_export_factors(first, None, sample).items():
-        getattr(first, name).copy_(value)
-    assert (second.item_vectors(items) - first.item_vectors(items)).abs().max() < 1e-5
-    assert (second.user_vectors(*sample) - first.user_vectors(*sample)).abs().max() < 1e-5
-    assert torch.allclose(second.rotation @ second.rotation.T, torch.eye(6), atol=1e-5)
+    first, *others = chain
+    for other in others:
+        assert (other.item_vectors(items) - first.item_vectors(items)).abs().max() > 0.1
+    for previous, model in zip([None, *chain], chain, strict=False):
+        for name, value in compute_export_factors(model, previous, sample).items():
+            getattr(model, name).copy_(value)
+    for other in others:
+        assert (other.item_vectors(items) - first.item_vectors(items)).abs().max() < 1e-5
+        assert (other.user_vectors(*sample) - first.user_vectors(*sample)).abs().max() < 1e-5
+        assert torch.allclose(other.rotation @ other.rotation.T, torch.eye(6), atol=1e-5)
 
 
 def measure_gap(inputs, block, with_vectors):
