@@ -49,6 +49,7 @@ from collm_dist.orchestration.cluster import check_shared_folder, connect_ray, r
 POOL_SIZE = 1 << 18
 # Item parts are few and large where buckets are small: every part is a read of every bucket's file.
 ROWS_PER_ITEM_PART = 1 << 18
+DAY = 86_400
 
 Runner = Callable[[str, Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
 
@@ -153,8 +154,9 @@ def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runne
     rule = window or _build_rule(plan)
 
     user_tables, user_ranges = assign_users(previous, [_load_ids(plan, bucket, "users") for bucket in buckets])
-    found = {one for bucket in buckets for one in _load_ids(plan, bucket, "items").to_pylist()}
-    item_ids = [*previous.item_ids, *sort_naturally(list(found.difference(previous.item_ids)))]
+    # Nearly every bucket has nearly every item: they are made distinct before Python sees them.
+    found = pa.chunked_array([_load_ids(plan, bucket, "items") for bucket in buckets], pa.string()).unique()
+    item_ids = [*previous.item_ids, *sort_naturally(list(set(found.to_pylist()).difference(previous.item_ids)))]
     user_ids = write_user_table(plan.data_dir / "users.parquet", user_tables)
     without_text, texts_hash = write_item_table(plan.data_dir / "items.parquet", item_ids, items)
     items_ref, pool_ref = ray.put(pa.array(item_ids, pa.string())), ray.put(_draw_pool(plan, item_ids))
@@ -207,9 +209,25 @@ def _build_rule(plan: Plan) -> SplitRule | None:
         ]
         table = pa.concat_tables(parts)
         return build_amazon_book_rule(table.column("timestamp").to_numpy(), table.column("row").to_numpy())
-    parts = [read_table(plan.work / f"filtered-{bucket:05d}.times.arrow") for bucket in range(plan.num_buckets)]
-    counts = pa.concat_tables(parts).group_by("time").aggregate([("count", "sum")]).sort_by("time")
-    return build_ratio_rule(plan.dataset.split, counts.column("time").to_numpy(), counts.column("count_sum").to_numpy())
+    # A log may have as many distinct seconds as rows: days are counted first, then the seconds of the days of the cuts.
+    rule = build_ratio_rule(plan.dataset.split, *_count_times(plan, []))
+    return build_ratio_rule(plan.dataset.split, *_count_times(plan, [time // DAY for time, _ in rule.starts]))
+
+
+def _count_times(plan: Plan, fine_days: list[int]) -> tuple[Any, Any]:
+    """Return distinct times in ascending order and the rows of each; days not asked for count as their first second."""
+    total = pa.table({"time": pa.array([], pa.int64()), "count": pa.array([], pa.int64()),
+                      "group": pa.array([], pa.int64())})  # fmt: skip
+    for bucket in range(plan.num_buckets):
+        part = read_table(plan.work / f"filtered-{bucket:05d}.times.arrow")
+        times = part.column("time").to_numpy()
+        days = times // DAY
+        groups = np.where(np.isin(days, fine_days), times, days * DAY)
+        table = pa.concat_tables([total, part.append_column("group", pa.array(groups))])
+        summed = table.group_by("group").aggregate([("time", "min"), ("count", "sum")])
+        total = summed.rename_columns({"time_min": "time", "count_sum": "count"}).select(total.column_names)
+    total = total.sort_by("time")
+    return total.column("time").to_numpy(), total.column("count").to_numpy()
 
 
 def _load_bucket(plan: Plan, bucket: int, columns: list[str]) -> Any:

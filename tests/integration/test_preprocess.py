@@ -129,6 +129,18 @@ def test_bytes_are_those_of_a_command_on_one_cpu(tiny_ratings, tmp_path, reposit
             assert (tmp_path / "single" / relative).read_bytes() == path.read_bytes(), relative
 
 
+@pytest.mark.parametrize("days", [1, 7, 300])
+def test_a_ratio_cuts_at_the_second_wherever_in_its_day(tmp_path, days):
+    random = np.random.default_rng(days)
+    times = 1_000_000_000 + random.integers(0, days * 86_400 // 60, 400) * 60  # some minutes are met more than once
+    dataset = write_csv(tmp_path, [f"{row % 7},{row % 5},{time},{row % 5 + 1}" for row, time in enumerate(times)])
+    preprocess(make_config(dataset | {"split": {"train_ratio": 0.75, "valid_ratio": 0.1}}, tmp_path / "run"))
+    table = load_interactions(tmp_path / "run" / "data", ("row_id", "split"))
+    cuts = [np.sort(times)[int(400 * share)] for share in (0.75, 0.85)]
+    wanted = [SPLITS[place] for place in np.searchsorted(cuts, times[table["row_id"]], side="right")]
+    assert list(table["split"]) == wanted
+
+
 def test_item_state_equals_a_plain_count(tiny_ratings, tmp_path):
     preprocess(make_config(ratings_of(tiny_ratings), tmp_path))
     names = ("item_idx", "timestamp", "label", "item_likes", "item_rows", "user_idx", "user_in_train", "split")

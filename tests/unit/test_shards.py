@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import webdataset
 
 from collm_dist.data.context_block import ContextBlock, concatenate_blocks
 from collm_dist.data.shard_reader import decode_block, read_shard
@@ -45,6 +46,17 @@ def test_records_come_back_in_order(tmp_path, block):
 def test_the_same_block_gives_the_same_bytes(tmp_path, block):
     first, second = (write_shard(tmp_path / name, "train-00000.tar", "train", block, 5) for name in ("a", "b"))
     assert first.sha256 == second.sha256
+
+
+def test_a_shard_is_byte_for_byte_what_webdataset_writes(tmp_path, block):
+    info = write_shard(tmp_path, "train-00000.tar", "train", block, 5)
+    samples = list(webdataset.WebDataset(str(tmp_path / info.path), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{number:08d}" for number in range(5)]
+    with webdataset.TarWriter(str(tmp_path / "other.tar"), mtime=0, user="root", group="root") as writer:
+        for sample in samples:
+            records = {name: sample[name] for name in ("__key__", "contexts.safetensors")}
+            writer.write(records)
+    assert (tmp_path / "other.tar").read_bytes() == (tmp_path / info.path).read_bytes()
 
 
 @pytest.mark.parametrize("keep", [0, 700, 0.5, -1])
