@@ -21,9 +21,6 @@ from collm_dist.config_io import load_config
 from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.manifest import load_manifest
-from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.preprocess import run_preprocess
-from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.tuning.stages import LoadedStage
 
 PHASES = ("stage1", "stage2", "stage2_cached", "validation", "scoring_100")
@@ -47,20 +44,31 @@ class GivenBlocks:
         yield from self.blocks
 
 
-def prepare_run(config_path: Path, data: Path, folder: Path, overrides: list[str]) -> Config:
-    """Preprocess and pretrain, and return the configuration that all sides use."""
-    config = load_config(
-        config_path,
-        [
-            f"run.dir={folder}",
-            f"dataset.path={data / 'interactions.parquet'}",
-            f"dataset.items_path={data / 'items.parquet'}",
-            "stage1.enabled=false",  # stage 2 then reads the same backbone, of the same size
-            "monitoring.progress_bar=false",
-            "monitoring.tensorboard=false",
-            *overrides,
-        ],
-    )
+def prepare_run(config_path: Path, data: Path | None, folder: Path, overrides: list[str]) -> Config:
+    """Return the configuration that all sides use, with its data and CF steps done.
+
+    Args:
+        config_path: of the configuration.
+        data: folder of the data; None: ``folder`` is a run whose two steps are done, and Ray is not needed.
+        folder: of the run.
+        overrides: settings.
+    """
+    settings = [
+        f"run.dir={folder.resolve()}",
+        "stage1.enabled=false",  # stage 2 then reads the same backbone, of the same size
+        "monitoring.progress_bar=false",
+        "monitoring.tensorboard=false",
+        *overrides,
+    ]
+    if data is None:
+        return load_config(config_path, settings)
+    from collm_dist.orchestration.cluster import connect_ray
+    from collm_dist.orchestration.preprocess import run_preprocess
+    from collm_dist.orchestration.pretrain import run_pretrain
+
+    files = {"path": data / "interactions.parquet", "items_path": data / "items.parquet"}
+    settings += [f"dataset.{name}={file.resolve()}" for name, file in files.items()]
+    config = load_config(config_path, settings)
     with connect_ray(config.cluster):
         run_preprocess(config, RunDir(folder))
         run_pretrain(config, RunDir(folder))

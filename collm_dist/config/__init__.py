@@ -73,6 +73,12 @@ class Config(Section):
                 "stage2.train_cf: rows of a table that is partitioned over processes cannot be looked up by one of "
                 "them; set cluster.zero_stage to 2 or less"
             )
+        for setting, is_on in (("compile", self.llm.compile), ("quantization", self.llm.quantization != "none")):
+            if is_on and self.cluster.zero_stage == 3:
+                raise ValueError(
+                    f"llm.{setting} wants a backbone whose weights are whole on each process: set cluster.zero_stage "
+                    "to 2 or less"
+                )
         return self
 
 

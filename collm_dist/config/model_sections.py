@@ -198,6 +198,15 @@ class LlmConfig(Section):
         "auto", description="Precision of weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU."
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention kernel of transformers.")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Hold the frozen weights in fewer bits (needs bitsandbytes): a 7B backbone in 4 GB instead of 14. "
+        "Stage 2 quantizes the backbone with stage 1's update merged in. 8bit also rounds activations, by a rule that "
+        "looks at a whole micro-batch, so scores depend a little on batching; 4bit rounds weights alone.",
+    )
+    compile: bool = operational(
+        False, "Run the decoder's layers through torch.compile: seconds to minutes at the start, then faster steps."
+    )
     activation_checkpointing: bool = operational(
         False, "Recompute the layers' activations in the backward pass: less memory, about a third more time."
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from collm_dist.assets import BackboneSource, resolve_backbone
 from collm_dist.errors import ConfigError, DataError
+
+Quantization = Literal["none", "8bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def load_backbone(
     *,
     dtype: str = "auto",
     attention: str = "sdpa",
+    quantization: Quantization = "none",
     trust_remote_code: bool = False,
 ) -> Backbone:
     """Load a backbone and its tokenizer; nothing in it is trainable.
@@ -53,24 +58,33 @@ def load_backbone(
         name, revision: see ``assets.resolve_backbone``.
         dtype: float32, bfloat16, or auto (bfloat16 on a GPU, float32 without).
         attention: transformers' attention implementation.
+        quantization: of the weights of linear layers other than the head, made while loading; arithmetic stays in
+            ``dtype``.
         trust_remote_code: run code that comes with a hub model.
 
     Raises:
-        ConfigError: not a causal language model.
+        ConfigError: not a causal language model, or bitsandbytes is not installed.
         DataError: it cannot be found or fetched.
     """
     source = resolve_backbone(name, revision)
     # Bars of a second each, one a process, between our own.
     transformers_logging.disable_progress_bar()
     options = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+    number_type = resolve_dtype(dtype)
     with _hub_errors(name):
         config = AutoConfig.from_pretrained(source.location, **options)
         _check_is_causal(name, config)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=resolve_dtype(dtype), attn_implementation=attention, **options
+            source.location,
+            dtype=number_type,
+            attn_implementation=attention,
+            **options,
+            **_build_quantization(quantization, number_type),
         )
     model.requires_grad_(False)
+    if quantization != "none":
+        _keep_differentiable(model)
     return Backbone(model=model, tokenizer=tokenizer, source=source)
 
 
@@ -79,6 +93,42 @@ def resolve_dtype(dtype: str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _build_quantization(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what transformers needs to quantize while it loads, on the device where the weights will stay."""
+    if quantization == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"llm.quantization: {quantization} needs bitsandbytes, which is not installed; install it with "
+            "pip install 'collm-dist[quantization]', or set llm.quantization to none"
+        )
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        # QLoRA's settings (Dettmers et al., 2023, section 3).
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Undo what bitsandbytes does with inference alone in mind.
+
+    On CPUs with AVX512-BF16 a 4-bit layer repacks its weights in the first pass without gradients, after which
+    gradients no longer flow through it, and nothing says so: stage 2 runs its prefixes just like that. 8-bit layers say
+    at every call that they round their inputs.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_is_causal(name: str, config: Any) -> None:

@@ -40,7 +40,7 @@ class DecoderShape:
         """Read it off a model, adapters not counted; weights on the meta device will do."""
         decoder, config = backbone.get_decoder(), backbone.config.get_text_config()
         linear = [
-            module.weight.numel()
+            module.in_features * module.out_features  # quantized weights are packed: they have fewer entries
             for name, module in decoder.layers.named_modules()
             if isinstance(module, nn.Linear) and "lora_" not in name
         ]

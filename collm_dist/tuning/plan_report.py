@@ -19,7 +19,14 @@ from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
 from collm_dist.tuning.costs import DecoderShape, StepCost, count_padded, count_shared
 from collm_dist.tuning.loop import count_total_steps
-from collm_dist.tuning.planner import LayerMemory, LoraSettings, find_fitting_tokens, measure_layers, plan_memory
+from collm_dist.tuning.planner import (
+    LayerMemory,
+    LoraSettings,
+    count_weight_bytes,
+    find_fitting_tokens,
+    measure_layers,
+    plan_memory,
+)
 from collm_dist.tuning.run import build_orders
 from collm_dist.tuning.stages import StageName, get_stage, get_stage_config
 
@@ -139,14 +146,19 @@ def _describe_memory(
     pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
     out = config.mapping.tokens_per_slot * shape.hidden_size
     arguments: dict[str, Any] = {
-        "weights": dtype.itemsize * sum(one.numel() for one in skeleton.parameters()),
+        "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
         "other_trainable": 0 if name == "stage1" else (mapped + pairs) * out + mapped * (config.cf.embedding_dim + 1),
         "tree_tokens": sample.largest_tree,
         "prefix_tokens": sample.largest_prefix,
         "element_size": dtype.itemsize,
+        "checkpointing": config.llm.activation_checkpointing,
     }
-    checkpointing = config.llm.activation_checkpointing
-    plan = plan_memory(shape, layers, checkpointing=checkpointing, **arguments)
+    plan = plan_memory(shape, layers, **arguments)
+    ways: dict[str, dict[str, Any]] = {}
+    if not config.llm.activation_checkpointing:
+        ways["llm.activation_checkpointing=true"] = {"checkpointing": True}
+    if config.llm.quantization == "none":
+        ways["llm.quantization=4bit"] = {"weights": count_weight_bytes(skeleton, dtype, "4bit")}
     tokens = sample.largest_tree + sample.largest_prefix
     gigabytes = [
         f"{value / 1e9:.2f}" for value in (plan.weights, plan.state, plan.activations, plan.working, plan.peak)
@@ -156,18 +168,18 @@ def _describe_memory(
         f"{gigabytes[0]} + training state {gigabytes[1]} + activations {gigabytes[2]} + working {gigabytes[3]} = "
         f"{gigabytes[4]} GB a process"
     ]
-    recomputed = plan_memory(shape, layers, checkpointing=True, **arguments)
     for gpu in SHOWN_GPUS_GB:
         fitting = find_fitting_tokens(plan, tokens, gpu * 1e9)
         if fitting >= tokens:
             lines.append(f"{name}: fits a GPU of {gpu:.0f} GB, up to {fitting:,} tokens in a micro-batch")
             continue
-        with_recomputation = find_fitting_tokens(recomputed, tokens, gpu * 1e9)
         advice = []
         if fitting >= config.prompt.max_prompt_tokens:
             advice.append(f"max_tokens_per_micro_batch={fitting}")
-        if with_recomputation >= config.prompt.max_prompt_tokens and not checkpointing:
-            advice.append(f"llm.activation_checkpointing=true with up to {with_recomputation:,} tokens")
+        for setting, changes in ways.items():
+            fitting = find_fitting_tokens(plan_memory(shape, layers, **{**arguments, **changes}), tokens, gpu * 1e9)
+            if fitting >= config.prompt.max_prompt_tokens:
+                advice.append(f"{setting} with up to {fitting:,} tokens")
         if not advice:
             advice.append("cluster.zero_stage=3 on several GPUs, which share the weights")
         lines.append(f"{name}: does not fit a GPU of {gpu:.0f} GB so; it does with {', or '.join(advice)}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from collm_dist.llm.backbone import Quantization
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.shared_context import run_tree
 from collm_dist.tuning.costs import DecoderShape
@@ -25,6 +26,9 @@ from collm_dist.tuning.token_budget import BYTES_PER_TRAINABLE, USABLE_SHARE
 # Tokens of the trial: enough that what does not grow with them hardly counts.
 TRIAL_TOKENS = 256
 _TINY_VOCABULARY = 64
+# Bytes of a quantized weight, its scales included: 4 bits with one 8-bit scale for 64 weights and one 32-bit scale for
+# 256 of those; 8 bits with a 32-bit scale for a row, which does not count.
+QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,16 @@ class MemoryPlan:
     def peak(self) -> int:
         """All of it."""
         return self.weights + self.state + self.activations + self.working
+
+
+def count_weight_bytes(backbone: Any, dtype: torch.dtype, quantization: Quantization) -> int:
+    """Return the bytes of a backbone's weights; those on the meta device will do."""
+    whole: int = sum(one.numel() for one in backbone.parameters()) * dtype.itemsize
+    if quantization == "none":
+        return whole
+    layers = backbone.get_decoder().layers
+    linear: int = sum(one.weight.numel() for one in layers.modules() if isinstance(one, nn.Linear))
+    return whole - round(linear * (dtype.itemsize - QUANTIZED_BYTES[quantization]))
 
 
 def measure_layers(config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None) -> LayerMemory:

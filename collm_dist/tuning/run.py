@@ -16,7 +16,6 @@ from collm_dist.config import Config, StageConfig
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.manifest import load_manifest
 from collm_dist.data.preview import render_example
-from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import merge_adapter, save_adapter
 from collm_dist.llm.mapping import save_mapper
 from collm_dist.tuning.checkpointing import Progress, find_last_checkpoint, load_checkpoint
@@ -32,6 +31,7 @@ from collm_dist.tuning.stages import (
     compute_stage_fingerprint,
     get_stage,
     get_stage_config,
+    load_llm,
 )
 from collm_dist.tuning.token_budget import find_token_budget
 
@@ -205,14 +205,12 @@ def _write_product(config: Config, folder: Path, stage: Stage, loaded: LoadedSta
     """Write what the stage leaves behind and return the file that stands for it."""
     if isinstance(stage, Stage2):
         return save_mapper(folder / "mapping.safetensors", best.weights)
-    source, llm = loaded.backbone.source, config.llm
+    source = loaded.backbone.source
     weights = {name.removeprefix("backbone."): value for name, value in best.weights.items()}
     save_adapter(loaded.adapter, folder / "adapter", weights, source.public_name, source.revision)
     loaded.backbone.tokenizer.save_pretrained(str(folder / "adapter"))
-    # From the files, on the CPU: the model in use may be partitioned.
-    plain = load_backbone(
-        llm.backbone, llm.revision, dtype=llm.dtype, attention=llm.attention, trust_remote_code=llm.trust_remote_code
-    )
+    # From the files, on the CPU: the model in use may be partitioned or quantized.
+    plain = load_llm(config.llm, may_quantize=False)
     merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
     loaded.backbone.tokenizer.save_pretrained(str(folder / "merged"))
     return folder / "adapter" / "adapter_model.safetensors"

@@ -10,7 +10,7 @@ import torch
 
 from collm_dist.artifacts import RunDir
 from collm_dist.cf.export import load_cf_model
-from collm_dist.config import Config, StageConfig
+from collm_dist.config import Config, LlmConfig, StageConfig
 from collm_dist.data.collate import PromptCollator, build_collator
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.manifest import load_manifest
@@ -19,6 +19,7 @@ from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.errors import ArtifactError
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
+from collm_dist.llm.compiled_layers import compile_layers
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.mapping import SlotMapper, load_mapper
 from collm_dist.llm.prefix_cache import PrefixCache
@@ -87,14 +88,7 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
         ConfigError: the prompt, the answers or the backbone do not fit.
         ArtifactError: a step before it is not done.
     """
-    llm = config.llm
-    backbone = load_backbone(
-        llm.backbone,
-        llm.revision,
-        dtype=llm.dtype,
-        attention=llm.attention,
-        trust_remote_code=llm.trust_remote_code,
-    )
+    backbone = load_llm(config.llm)
     answers = resolve_answer_ids(backbone.tokenizer, config.prompt.yes, config.prompt.no)
     manifest = load_manifest(run_dir.step_dir("data"))
     adapter, mapper, cf_model = None, None, None
@@ -133,17 +127,43 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
         detach_cf=not train_cf,
         prefix_cache=_build_prefix_cache(config) if isinstance(stage, Stage2) else None,
     )
-    if llm.activation_checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    _wrap_layers(config, model)
     return LoadedStage(model.to(device), collator, backbone, adapter, device)
+
+
+def load_llm(llm: LlmConfig, folder: Path | None = None, *, may_quantize: bool = True) -> Backbone:
+    """Load the backbone that the settings name, or with a folder the one that lies there, in their way.
+
+    Args:
+        llm: the settings.
+        folder: of a merged backbone.
+        may_quantize: no: whole weights whatever the settings say.
+
+    Raises:
+        ConfigError, DataError: see ``load_backbone``.
+    """
+    return load_backbone(
+        str(folder or llm.backbone),
+        None if folder else llm.revision,
+        dtype=llm.dtype,
+        attention=llm.attention,
+        quantization=llm.quantization if may_quantize else "none",
+        trust_remote_code=llm.trust_remote_code,
+    )
+
+
+def _wrap_layers(config: Config, model: CollmModel) -> None:
+    if config.llm.compile:
+        compile_layers(model.decoder)
+    if config.llm.activation_checkpointing:
+        enable_activation_checkpointing(model.decoder)
 
 
 def _load_merged(config: Config, run_dir: RunDir, backbone: Backbone) -> Backbone:
     folder = run_dir.step_dir("stage1") / "merged"
     if not (folder / "config.json").exists():
         raise ArtifactError(f"{folder} is missing: run stage 1 first, or set stage1.enabled=false")
-    merged = load_backbone(str(folder), dtype=config.llm.dtype, attention=config.llm.attention)
-    return Backbone(merged.model, backbone.tokenizer, backbone.source)
+    return Backbone(load_llm(config.llm, folder).model, backbone.tokenizer, backbone.source)
 
 
 def _build_prefix_cache(config: Config) -> PrefixCache | None:
@@ -190,11 +210,9 @@ def load_stage_model(config: Config, run_dir: RunDir, name: StageName) -> Loaded
 
 
 def _load_stage1(config: Config, run_dir: RunDir, folder: Path, device: torch.device) -> LoadedStage:
-    llm = config.llm
-    backbone = load_backbone(
-        str(folder / "merged"), dtype=llm.dtype, attention=llm.attention, trust_remote_code=llm.trust_remote_code
-    )
+    backbone = load_llm(config.llm, folder / "merged")
     collator = build_collator(config, run_dir, backbone.tokenizer, "stage1")
     answers = resolve_answer_ids(backbone.tokenizer, config.prompt.yes, config.prompt.no)
     model = CollmModel(backbone.model, answers, config.prompt.score)
+    _wrap_layers(config, model)
     return LoadedStage(model.to(device), collator, backbone, None, device)

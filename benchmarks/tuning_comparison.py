@@ -1,0 +1,161 @@
+"""What benchmarks/throughput.py and memory.py share: the sides on the same rows, in turn, and what the rows cost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.machine import describe_hardware
+from benchmarks.side_process import SideProcess
+from benchmarks.tuning_side import REFERENCE_ROWS
+from benchmarks.tuning_workload import PHASES, TRAINING, choose_blocks, prepare_run, spell_rows, write_rows
+from collm_dist.artifacts import RunDir
+from collm_dist.config import Config
+from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
+from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+PEERS = ("hf_trainer", "reference", "reference_last")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows that all sides work through.
+
+    Attributes:
+        config: of all sides.
+        folder: with the rows and configurations.
+        work: by phase, what its rows cost and have.
+        count: global batches of each phase.
+    """
+
+    config: Config
+    folder: Path
+    work: dict[str, dict[str, Any]]
+    count: int
+
+    def measure_phase(self, phase: str, peers: list[str]) -> dict[str, Any]:
+        """Let all sides work through the batches of a phase in turn."""
+        sides = {side: self._start(side, phase) for side in ("ours", *peers)}
+        samples: dict[str, list[Any]] = {side: [] for side in sides}
+        loads = []
+        for number in range(self.count):
+            loads.append(round(os.getloadavg()[0], 2))
+            for side, process in sides.items():
+                took = process.ask(str(number))
+                samples[side].append(took)
+                shown = f"{took['seconds']:.2f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
+                print(f"{phase} {number} {side}: {shown}", flush=True)
+        for process in sides.values():
+            process.close()
+        return {"samples": samples, "ready": {side: one.ready for side, one in sides.items()}, "load_average": loads}
+
+    def describe(self, threads: int) -> dict[str, Any]:
+        """Return what a result says about its making."""
+        llm = self.config.llm
+        return {
+            "config": {
+                "backbone": llm.backbone,
+                "dtype": llm.dtype,
+                "compile": llm.compile,
+                "threads": threads,
+                "batches": self.count,
+                "reference_rows": REFERENCE_ROWS,
+                "max_tokens": self.config.stage1.max_tokens_per_micro_batch,
+            },
+            "hardware": describe_hardware(),
+            "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
+        }
+
+    def _start(self, side: str, phase: str) -> SideProcess:
+        command = [sys.executable, "-m", "benchmarks.tuning_side", "--side", side, "--phase", phase]
+        command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
+        command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
+        return SideProcess(command, os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"})
+
+
+def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
+    """Add what both commands take."""
+    parser.add_argument("--data", type=Path, help="folder with interactions.parquet and items.parquet")
+    parser.add_argument("--run-dir", type=Path, help="a run whose data and CF steps are done, in the place of --data")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml1m_official.yaml")
+    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--batches", type=int, default=batches, help="global batches of each phase")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side, on a CPU")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all sides")
+
+
+@contextmanager
+def prepare_comparison(arguments: argparse.Namespace) -> Iterator[Comparison]:
+    """Make the data and CF steps if they are not done, and write all phases' rows, in a folder that goes away."""
+    if (arguments.data is None) == (arguments.run_dir is None):
+        sys.exit("one of --data and --run-dir is needed")
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = prepare_run(arguments.config, arguments.data, arguments.run_dir or folder / "run", arguments.overrides)
+        cached = config.model_copy(update={"stage2": config.stage2.model_copy(update={"context_cache": "memory"})})
+        for file, one in (("config.yaml", config), ("cached.yaml", cached)):
+            (folder / file).write_text(yaml.safe_dump(one.model_dump(mode="json")), encoding="utf-8")
+        work = {phase: _write_workload(config, folder, phase, arguments.batches) for phase in arguments.phases}
+        yield Comparison(config, folder, work, arguments.batches)
+
+
+def _write_workload(config: Config, folder: Path, phase: str, count: int) -> dict[str, Any]:
+    """Write a phase's rows for the peers, and return what they cost and have."""
+    stage = get_stage(config, "stage1" if phase == "stage1" else "stage2")
+    loaded = build_stage(config, RunDir(Path(config.run.dir)), stage, torch.device("cpu"))
+    blocks = choose_blocks(config, phase, count)
+    with torch.no_grad():
+        batches = [spell_rows(loaded, block) for block in blocks]
+    answers = resolve_answer_ids(loaded.backbone.tokenizer, config.prompt.yes, config.prompt.no)
+    write_rows(folder / f"{phase}.json", batches, answers)
+    return describe_workload(loaded, phase, blocks, batches)
+
+
+def describe_workload(loaded: LoadedStage, phase: str, blocks: list[Any], batches: list[Any]) -> dict[str, Any]:
+    """Return rows, contexts, useful tokens and operations of a phase's batches."""
+    shape, training = DecoderShape.from_model(loaded.backbone.model), phase in TRAINING
+    collator = loaded.collator if training else loaded.collator.for_scoring()
+    ours = [
+        count_shared(shape, collator.collate(block, block), training=training, cached=phase == "stage2_cached")
+        for block in blocks
+    ]
+    lengths = [[len(row["ids"]) for row in batch] for batch in batches]
+    return {
+        "rows": sum(map(len, batches)),
+        "contexts": sum(block.num_contexts for block in blocks),
+        "prompt_tokens": sum(map(sum, lengths)),
+        "flops": {"ours": sum(one.flops for one in ours)},
+        "lengths": lengths,
+        "shape": shape,
+    }
+
+
+def count_peer(work: dict[str, Any], peer: str, phase: str, rows: int) -> int:
+    """Return the operations of a peer's padded rows."""
+    total = 0
+    for lengths in work["lengths"]:
+        ordered = sorted(lengths) if peer == "hf_trainer" else lengths
+        for first in range(0, len(ordered), rows):
+            part = ordered[first : first + rows]
+            width = max(part) + (peer == "hf_trainer")  # the answer is a label there
+            full = peer != "reference_last"
+            total += count_padded(work["shape"], len(part), width, training=phase in TRAINING, full_head=full).flops
+    return total
