@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --data DIR [--phases stage1 stage2 ...] [--batches 2] [--overrides key=value ...]
 
-Sides, rows and phases are those of benchmarks/throughput.py; every side starts in a fresh process for every phase. On a
+Sides, rows and phases are those of benchmarks/throughput.py; every side has a process of its own for every phase. On a
 CPU what is measured is the growth of the process's resident memory from before a step to its peak, on a GPU that of the
 allocator; the largest of the batches counts. Writes memory_<device>.json: ``ratios`` are ours over theirs.
 """
@@ -25,6 +25,15 @@ def compute_ratios(peaks: dict[str, dict[str, float]]) -> dict[str, dict[str, fl
     }
 
 
+def find_peaks(samples: dict[str, dict[str, list[Any]]]) -> dict[str, float]:
+    """Return the largest of each side's samples in GiB."""
+    peaks: dict[str, float] = {}
+    for sides in samples.values():
+        for side, found in sides.items():
+            peaks[side] = max([peaks.get(side, 0.0), *(one["extra_bytes"] / 2**30 for one in found)])
+    return peaks
+
+
 def main() -> None:
     """Measure phase after phase; the result is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,10 +44,7 @@ def main() -> None:
     with prepare_comparison(arguments) as comparison:
         for phase in arguments.phases:
             phases[phase] = comparison.measure_phase(phase, arguments.peers)
-            peaks[phase] = {
-                side: max(one["extra_bytes"] for one in samples) / 2**30
-                for side, samples in phases[phase]["samples"].items()
-            }
+            peaks[phase] = find_peaks(phases[phase]["samples"])
             record = {
                 "question": "How much memory above the weights does a step take, as a share of what others take?",
                 "ratios": compute_ratios(peaks),

@@ -4,9 +4,10 @@
 
 DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. The peers are those of
 benchmarks/tuning_side.py: transformers.Trainer, and the authors' recipe with logits at all positions or at the last
-one. All sides work through the same global batches, taken evenly from a whole epoch in training order; ratios are
-their seconds over ours, of all batches together. ``flop_ceiling`` is the same ratio of operations, with no padding on
-our side: the most that can be had. Each side runs in a process of its own. Writes throughput_<device>.json and .png.
+one. Ours and a peer work in turn through the same global batches of an epoch in training order, taken so that they
+stand for its mix of contexts; ratios are the peer's seconds over ours, of all batches together. ``flop_ceiling`` is the
+same ratio of operations, with no padding on our side: the most that can be had. Each side runs in a process of its own.
+Writes throughput_<device>.json and .png.
 """
 
 from __future__ import annotations
@@ -27,30 +28,27 @@ from collm_dist.llm.backbone import resolve_dtype
 
 def summarize(phase: str, work: dict[str, Any], result: dict[str, Any], ceiling: float) -> dict[str, Any]:
     """Add ratios and rates to a phase's samples."""
-    seconds = {side: [one["seconds"] for one in samples] for side, samples in result["samples"].items()}
-    total = {side: sum(values) for side, values in seconds.items()}
-    flops = dict(work["flops"])
-    for peer in total.keys() - {"ours"}:
+    flops, seconds, by_batch = dict(work["flops"]), {}, {}
+    for peer, samples in result["samples"].items():
         flops[peer] = count_peer(work, peer, phase, result["ready"][peer]["rows_per_micro_batch"])
-    ratios = {peer: total[peer] / total["ours"] for peer in PEERS if peer in total}
+        took = {side: [one["seconds"] for one in found] for side, found in samples.items()}
+        seconds[peer] = {side: sum(values) for side, values in took.items()}
+        by_batch[peer] = [theirs / ours for theirs, ours in zip(took[peer], took["ours"], strict=True)]
+    ratios = {peer: one[peer] / one["ours"] for peer, one in seconds.items()}
     ceilings = {peer: flops[peer] / flops["ours"] for peer in ratios}
+    best = {"ours": min(one["ours"] for one in seconds.values())} | {peer: one[peer] for peer, one in seconds.items()}
     return {
         **result,
-        "rows": work["rows"],
-        "contexts": work["contexts"],
-        "prompt_tokens": work["prompt_tokens"],
+        **{key: work[key] for key in ("rows", "contexts", "prompt_tokens")},
         "flops": flops,
-        "seconds": total,
+        "seconds": seconds,
         "ratio": ratios,
-        "ratio_by_batch": {
-            peer: [theirs / ours for theirs, ours in zip(seconds[peer], seconds["ours"], strict=True)]
-            for peer in ratios
-        },
+        "ratio_by_batch": by_batch,
         "flop_ceiling": ceilings,
         "share_of_ceiling": {peer: ratios[peer] / ceilings[peer] for peer in ratios},
-        "samples_per_second": {side: work["rows"] / one for side, one in total.items()},
-        "useful_tokens_per_second": {side: work["prompt_tokens"] / one for side, one in total.items()},
-        "share_of_matrix_ceiling": {side: flops[side] / total[side] / ceiling for side in total},
+        "samples_per_second": {side: work["rows"] / one for side, one in best.items()},
+        "useful_tokens_per_second": {side: work["prompt_tokens"] / one for side, one in best.items()},
+        "share_of_matrix_ceiling": {side: flops[side] / one / ceiling for side, one in best.items()},
     }
 
 

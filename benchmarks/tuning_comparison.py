@@ -48,20 +48,29 @@ class Comparison:
     count: int
 
     def measure_phase(self, phase: str, peers: list[str]) -> dict[str, Any]:
-        """Let all sides work through the batches of a phase in turn."""
-        sides = {side: self._start(side, phase) for side in ("ours", *peers)}
-        samples: dict[str, list[Any]] = {side: [] for side in sides}
-        loads = []
-        for number in range(self.count):
-            loads.append(round(os.getloadavg()[0], 2))
-            for side, process in sides.items():
-                took = process.ask(str(number))
-                samples[side].append(took)
-                shown = f"{took['seconds']:.2f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
-                print(f"{phase} {number} {side}: {shown}", flush=True)
-        for process in sides.values():
+        """Let ours and one peer after the other work through the batches of a phase, in turn.
+
+        Never more than two sides are there at once, since the plain ones fill a small machine's memory.
+
+        Returns:
+            ``samples`` by peer and side, what the sides said when they were ready, and the load average at each batch.
+        """
+        ours = self._start("ours", phase)
+        samples: dict[str, dict[str, list[Any]]] = {}
+        ready, loads = {"ours": ours.ready}, []
+        for peer in peers:
+            process = self._start(peer, phase)
+            ready[peer], samples[peer] = process.ready, {"ours": [], peer: []}
+            for number in range(self.count):
+                loads.append(round(os.getloadavg()[0], 2))
+                for side, one in (("ours", ours), (peer, process)):
+                    took = one.ask(str(number))
+                    samples[peer][side].append(took)
+                    shown = f"{took['seconds']:.2f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
+                    print(f"{phase} {number} {side}: {shown}", flush=True)
             process.close()
-        return {"samples": samples, "ready": {side: one.ready for side, one in sides.items()}, "load_average": loads}
+        ours.close()
+        return {"samples": samples, "ready": ready, "load_average": loads}
 
     def describe(self, threads: int) -> dict[str, Any]:
         """Return what a result says about its making."""
@@ -93,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
     parser.add_argument("--run-dir", type=Path, help="a run whose data and CF steps are done, in the place of --data")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml1m_official.yaml")
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--batches", type=int, default=batches, help="global batches of each phase")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side, on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")

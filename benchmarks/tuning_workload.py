@@ -76,7 +76,10 @@ def prepare_run(config_path: Path, data: Path | None, folder: Path, overrides: l
 
 
 def choose_blocks(config: Config, phase: str, count: int) -> list[ContextBlock]:
-    """Return global batches from all over an epoch, evenly spaced: its own mix of short and long contexts."""
+    """Return global batches that stand for a whole epoch.
+
+    Ordered by how many contexts their rows have, which decides what sharing saves, and taken at even distances.
+    """
     data_dir = RunDir(Path(config.run.dir)).step_dir("data")
     manifest = load_manifest(data_dir)
     if phase in TRAINING:
@@ -84,7 +87,8 @@ def choose_blocks(config: Config, phase: str, count: int) -> list[ContextBlock]:
         order = GlobalOrder(data_dir, manifest, "train", config.run.seed, rows)
     else:
         order = GlobalOrder(data_dir, manifest, "valid", config.run.seed, VALIDATION_ROWS, shuffle=False)
-    blocks = [block for block in order.iter_batches() if block.num_targets == order.global_batch_size]
+    whole = [block for block in order.iter_batches() if block.num_targets == order.global_batch_size]
+    blocks = sorted(whole, key=lambda block: block.num_contexts)
     chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * count)] for number in range(count)]
     return [_take_candidates(one, number) for number, one in enumerate(chosen)] if phase == "scoring_100" else chosen
 
