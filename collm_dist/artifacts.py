@@ -7,9 +7,12 @@ the config fields that it reads, the content hashes of the steps before it, and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from collm_dist.config import Config
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, DiskError
 
 Step = Literal["data", "cf", "stage1", "stage2", "eval"]
 STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2", "eval")
@@ -179,20 +182,94 @@ def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any])
 
 
 @contextmanager
-def open_atomic(path: Path, mode: str = "w") -> Iterator[Any]:
-    """Open a temporary file beside ``path``; on success it is fsynced and renamed to it, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> Iterator[Any]:
+    """Open a temporary file beside ``path``; on success it is on the disk and bears that name, else it is removed.
+
+    Args:
+        path: the file; until the end of the block whatever bore its name is untouched.
+        mode: w or wb.
+        size_bytes: what will be written, where that is known; for the message of an error.
+
+    Raises:
+        DiskError: the disk is full or writing is not allowed.
+    """
+    with explain_disk_errors(path, size_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)  # mkstemp's 0600 would hide the file from colleagues
+            Path(name).replace(path)
+            _sync(path.parent)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Bring a file to the disk, or a folder's list of names, without which a power failure may undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp's 0600 would hide the file from colleagues
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot do it
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Bring all files below a folder to the disk, for libraries that leave that to the system."""
+    for path in (folder, *folder.rglob("*")):
+        _sync(path)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[None]:
+    """Raise DiskError where the block cannot write because the disk is full or writing is not allowed.
+
+    Args:
+        path: file that the block writes, or folder below which it does.
+        size_bytes: what it writes, where that is known.
+    """
+    try:
+        yield
+    except DiskError:
         raise
+    except Exception as error:
+        code = _find_errno(error)
+        named = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
+        related = (
+            named is None or named in (path, *path.parents) or path in named.parents or named.parent == path.parent
+        )
+        if code not in _FULL and not (code in _FORBIDDEN and related):
+            raise
+        needed = "" if size_bytes is None else f", {size_bytes / 2**20:,.1f} MiB needed"
+        remedy = "make space there" if code in _FULL else "allow writing there, or set run.dir to another directory"
+        raise DiskError(
+            f"{named or path} cannot be written: {os.strerror(code or 0)} ({_describe_free(named or path)}{needed}); "
+            f"{remedy}, then run the same command again. What was whole before is untouched"
+        ) from error
+
+
+def _find_errno(error: Exception) -> int | None:
+    """Return the system's error number, also where a library written in Rust has it in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _describe_free(path: Path) -> str:
+    folder = next((one for one in (path, *path.parents) if one.exists()), None)
+    return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free" if folder else "free space unknown"
 
 
 def write_json(path: Path, value: Any) -> None:

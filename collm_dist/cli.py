@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from collm_dist.artifacts import STEPS, RunDir, write_json
+from collm_dist.artifacts import STEPS, RunDir, explain_disk_errors, write_json
 from collm_dist.config import Config
 from collm_dist.config_io import dump_config, load_config
-from collm_dist.errors import ArtifactError, CollmError, ConfigError, DataError
+from collm_dist.errors import CollmError
 
 INTERRUPTED_EXIT_CODE = 130
 # A parent process names a file here in which it wants to find why this one failed.
@@ -68,7 +68,8 @@ def run_command(
         if arguments.dry_run:
             print_plan(config, describe)
             return 0
-        return run(config, arguments) or 0
+        with explain_disk_errors(Path(config.run.dir)):
+            return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
 
@@ -149,8 +150,7 @@ def report_error(error: BaseException) -> ErrorReport:
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if report.exit_code == 1:
         traceback.print_exception(error)
-    # What every process finds wrong alike, one says for all.
-    if rank == "0" or not isinstance(error, ConfigError | DataError | ArtifactError):
+    if rank == "0" or not (isinstance(error, CollmError) and error.is_common):
         place = f"[process {rank}] " if size != "1" else ""
         shown = f"{report.error}: {report.message}" if isinstance(error, CollmError) else report.message
         print(f"{place}{shown}", file=sys.stderr, flush=True)

@@ -13,10 +13,12 @@ class CollmError(Exception):
     Attributes:
         exit_code: exit status of a command that ends with this error.
         retryable: whether running the same command again can succeed without a change.
+        is_common: whether all processes of a job find it alike, so that one says it for all.
     """
 
     exit_code: int = 2
     retryable: bool = False
+    is_common: bool = False
 
     @property
     def name(self) -> str:
@@ -27,13 +29,19 @@ class CollmError(Exception):
 class ConfigError(CollmError):
     """The configuration is wrong: whoever wrote the YAML or the overrides must act."""
 
+    is_common = True
+
 
 class DataError(CollmError):
     """The input data is wrong, missing or not what was promised."""
 
+    is_common = True
+
 
 class ArtifactError(CollmError):
     """Something that an earlier step made is missing, damaged or does not belong to this run."""
+
+    is_common = True
 
 
 class CheckpointError(CollmError):
@@ -45,3 +53,7 @@ class LaunchError(CollmError):
 
     exit_code = 3
     retryable = True
+
+
+class DiskError(LaunchError):
+    """A file cannot be written: the disk is full, or writing is not allowed there."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from collm_dist.artifacts import open_atomic
 from collm_dist.errors import LaunchError
 
 TRAIN_LOSS = "train/loss"
@@ -95,6 +96,7 @@ class RunLogger:
             total_steps: most steps.
         """
         self._writer: Any = None
+        self._known: set[tuple[Any, ...]] = set()
         self._file: Any = None
         self._bar: Any = tqdm(
             total=total_steps, initial=start_step, desc=folder.name, disable=not (is_main and progress_bar), unit="step"
@@ -104,7 +106,10 @@ class RunLogger:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with open_atomic(path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        # A run that went on from here before, and was killed again, may have made the last step's points already.
+        self._known = {(line["step"], *list(line)[1:]) for line in kept if line["step"] == start_step}
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -112,8 +117,8 @@ class RunLogger:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of a step."""
-        if self._file is None:
+        """Record numbers of a step; the same ones again are left out."""
+        if self._file is None or (step, *values) in self._known:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()

@@ -39,7 +39,8 @@ class StageConfig(Section):
     select_metric: Literal["auc", "uauc", "logloss"] = Field(
         "auc", description="Validation metric that picks the best checkpoint."
     )
-    checkpoint_every_steps: int = operational(100, "Steps between checkpoints to resume from.", ge=1)
+    checkpoint_every_steps: int = operational(100, "Most steps between checkpoints to resume from.", ge=1)
+    checkpoint_every_minutes: float = operational(10.0, "Most minutes between them.", gt=0)
 
 
 class Stage1Config(StageConfig):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -20,6 +20,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from collm_dist.errors import CollmError
+
+Result = TypeVar("Result")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -67,6 +70,30 @@ def holds_anywhere(condition: bool) -> bool:
     flag = torch.tensor(float(condition), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def run_on_first(function: Callable[[], Result]) -> Result:
+    """Run a function on the first process and return its result, or raise its error, on all of them. Collective.
+
+    Args:
+        function: its result must be fit for pickling.
+
+    Raises:
+        CollmError: the function's, on every process.
+    """
+    outcome: list[Any] = [None, None]
+    if get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except CollmError as error:
+            error.is_common = True
+            outcome[1] = error
+    if get_world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
 
 
 @dataclass

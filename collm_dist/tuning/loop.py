@@ -24,8 +24,8 @@ from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.hashing import hash_integers
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
-from collm_dist.tuning.checkpointing import Progress, save_best, save_last
-from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size
+from collm_dist.tuning.checkpointing import Checkpoint, Progress, save_checkpoint
+from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size, run_on_first
 from collm_dist.tuning.prepared import Prepared, prepare
 from collm_dist.tuning.schedule import compute_learning_rate
 from collm_dist.tuning.scoring import score_batches
@@ -69,6 +69,23 @@ def load_valid_rows(order: GlobalOrder) -> ValidRows:
     return ValidRows(order, row_id[by_row], labels[by_row], users[by_row])
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What all processes know after a step.
+
+    Attributes:
+        loss: of the global batch.
+        finite: whether the loss and all gradients are, on every process.
+        stop: whether any process was asked to stop.
+        save: whether it is time for a checkpoint.
+    """
+
+    loss: float
+    finite: bool
+    stop: bool
+    save: bool
+
+
 class TuningLoop:
     """Trains one stage, from wherever it stands to its end."""
 
@@ -86,6 +103,7 @@ class TuningLoop:
         folder: Path,
         fingerprint: Mapping[str, Any],
         progress: Progress,
+        best_weights: dict[str, Tensor],
         logger: monitoring.RunLogger,
         log_every_steps: int,
     ) -> None:
@@ -99,17 +117,19 @@ class TuningLoop:
             mask_probability: share of slots whose vector is hidden in training.
             folder: of checkpoints.
             fingerprint: of the stage.
-            progress: where to go on.
+            progress, best_weights: where to go on; see ``Checkpoint``.
             logger: for numbers.
             log_every_steps: steps between points.
         """
         self.engine, self.collator, self.train_order, self.valid_rows = engine, collator, train_order, valid_rows
         self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
-        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+        self.folder, self.fingerprint = folder, fingerprint
+        self.progress, self.best_weights = progress, best_weights
         self.logger, self.log_every_steps = logger, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
-        self.trained_rows, self.train_seconds, self.last_loss = 0, 0.0, float("nan")
+        self.trained_rows, self.train_seconds = 0, 0.0
         self._stop_asked = False
+        self._saved_at = time.monotonic()
         self._window = _Window()
 
     def run(self) -> Progress:
@@ -118,8 +138,10 @@ class TuningLoop:
         Raises:
             NonFiniteError: the loss or a gradient is not finite.
             Preempted: a signal asked to stop.
+            DiskError: a checkpoint cannot be written.
             LaunchError: the GPU's memory does not suffice.
         """
+        self._saved_at = time.monotonic()
         previous = {name: signal.signal(name, self._ask_stop) for name in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             self._train()
@@ -137,25 +159,28 @@ class TuningLoop:
     def _train(self) -> None:
         steps_per_epoch = self.train_order.steps_per_epoch
         window = self._window
+        if self._is_validation_due():
+            self._validate(self.progress.global_step)
         window.restart()
         while not self.progress.is_finished and self.progress.global_step < self.total_steps:
             epoch, start = divmod(self.progress.global_step, steps_per_epoch)
             waited = time.perf_counter()
             for prepared in self.prepare_epoch(epoch, start):
                 window.waited += time.perf_counter() - waited
-                stop = self.train_step(prepared)
+                agreed = self.train_step(prepared)
                 step = self.progress.global_step
                 is_last = step == self.total_steps
                 if step % self.log_every_steps == 0 or is_last:
                     self._log(window)
-                if step % self.stage.eval_every_steps == 0 or is_last:
+                if agreed.stop:  # at once: whoever asked may not wait for a validation
+                    self._save()
+                    raise Preempted(f"stopped by a signal after step {step}; run the same command again to go on")
+                if self._is_validation_due():
                     self._validate(step)
                     window.restart()
                 self.progress.is_finished |= is_last
-                if stop or self.progress.is_finished or step % self.stage.checkpoint_every_steps == 0:
-                    self._save_last()
-                if stop:
-                    raise Preempted(f"stopped by a signal after step {step}; run the same command again to go on")
+                if agreed.save or self.progress.is_finished or step % self.stage.checkpoint_every_steps == 0:
+                    self._save()
                 if self.progress.is_finished:
                     return
                 waited = time.perf_counter()
@@ -166,8 +191,8 @@ class TuningLoop:
         blocks = self.train_order.iter_batches(epoch, start_step)
         return prepare(blocks, self.collator, self.max_tokens, self.engine.device, masking)
 
-    def train_step(self, prepared: Prepared) -> bool:
-        """Make one update; returns whether to stop after it.
+    def train_step(self, prepared: Prepared) -> Agreement:
+        """Make one update; returns what is to be done after it.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite; nothing was updated.
@@ -187,9 +212,9 @@ class TuningLoop:
             self.engine.backward(loss * world_size, is_last=index == len(batches) - 1)
             total += loss.detach()
             window.tokens += batch.tree_ids.numel() + batch.prefix_ids.numel()
-        loss_value, all_finite, stop = self._agree(total)
-        if not all_finite:
-            self._report_non_finite(block, loss_value)
+        agreed = self._agree(total)
+        if not agreed.finite:
+            self._report_non_finite(block, agreed.loss)
         learning_rate = compute_learning_rate(
             step,
             peak=self.stage.learning_rate,
@@ -199,25 +224,27 @@ class TuningLoop:
         )
         window.grad_norm = self.engine.step(learning_rate)
         window.learning_rate, window.steps = learning_rate, window.steps + 1
-        window.loss += loss_value
+        window.loss += agreed.loss
         window.rows += block.num_targets
-        self.last_loss = loss_value
+        self.progress.last_loss = agreed.loss
         self.progress.global_step += 1
         self.trained_rows += block.num_targets
         self.train_seconds += time.perf_counter() - started
-        self.logger.advance(self.progress.global_step, {"loss": f"{loss_value:.4f}"})
-        return stop
+        self.logger.advance(self.progress.global_step, {"loss": f"{agreed.loss:.4f}"})
+        return agreed
 
-    def _agree(self, loss: Tensor) -> tuple[float, bool, bool]:
-        """The step's one reduction: the loss, whether all is finite, whether anyone was asked to stop."""
+    def _agree(self, loss: Tensor) -> Agreement:
+        """The step's one reduction: what each process has found or was told, all of them know."""
         finite = self.engine.take_finite() & torch.isfinite(loss)
-        values = torch.stack(
-            [torch.nan_to_num(loss), (~finite).float(), torch.full_like(loss, float(self._stop_asked))]
-        )
+        minutes = (time.monotonic() - self._saved_at) / 60
+        # By one clock, or processes would come to different answers when it is time.
+        save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
+        flags = loss.new_tensor([float(self._stop_asked), float(save_due)])
+        values = torch.cat([torch.stack([torch.nan_to_num(loss), (~finite).float()]), flags])
         if get_world_size() > 1:
             dist.all_reduce(values)
-        loss_value, bad, stop = values.tolist()
-        return loss_value, bad == 0, stop > 0
+        loss_value, bad, stop, save = values.tolist()
+        return Agreement(loss_value, finite=bad == 0, stop=stop > 0, save=save > 0)
 
     def _report_non_finite(self, block: ContextBlock, loss: float) -> None:
         rows = ", ".join(str(row) for row in block.row_id[:20])
@@ -227,8 +254,14 @@ class TuningLoop:
             "learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32."
         )
 
+    def _is_validation_due(self) -> bool:
+        step = self.progress.global_step
+        is_time = step % self.stage.eval_every_steps == 0 or step == self.total_steps
+        return is_time and step > self.progress.validated_step
+
     def _validate(self, step: int) -> None:
         metrics = self.compute_valid_metrics()
+        self.progress.validated_step = step
         self.logger.log(step, {f"valid/{name}": value for name, value in metrics.items() if value is not None})
         value = metrics[self.stage.select_metric]
         if value is None:
@@ -238,9 +271,8 @@ class TuningLoop:
         if self.progress.best_value is None or value > self.progress.best_value:
             self.progress.best_value, self.progress.best_step = value, step
             self.progress.best_metrics, self.progress.bad_validations = metrics, 0
-            state = self.engine.export_state(with_moments=False)
-            if get_rank() == 0:
-                save_best(self.folder, state, self.progress, self.fingerprint)
+            weights = self.engine.export_state(with_moments=False).weights
+            self.best_weights = weights if get_rank() == 0 else {}
         else:
             self.progress.bad_validations += 1
             self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
@@ -257,10 +289,10 @@ class TuningLoop:
             "logloss": compute_logloss(rows.label, scores),
         }
 
-    def _save_last(self) -> None:
-        state = self.engine.export_state()
-        if get_rank() == 0:
-            save_last(self.folder, state, self.progress, self.fingerprint)
+    def _save(self) -> None:
+        checkpoint = Checkpoint(self.engine.export_state(), self.best_weights, self.progress)
+        run_on_first(lambda: save_checkpoint(self.folder, checkpoint, self.fingerprint))
+        self._saved_at = time.monotonic()
 
     def _log(self, window: _Window) -> None:
         seconds = time.perf_counter() - window.started

@@ -9,18 +9,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from collm_dist import monitoring
-from collm_dist.artifacts import RunDir, compute_file_hash, is_step_current, write_json
+from collm_dist.artifacts import RunDir, compute_file_hash, explain_disk_errors, is_step_current, sync_files, write_json
 from collm_dist.config import Config, StageConfig
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.manifest import load_manifest
 from collm_dist.data.preview import render_example
 from collm_dist.llm.lora import merge_adapter, save_adapter
 from collm_dist.llm.mapping import save_mapper
-from collm_dist.tuning.checkpointing import Progress, find_last_checkpoint, load_checkpoint
+from collm_dist.tuning.checkpointing import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
-from collm_dist.tuning.engine import TrainingState, TuningEngine, get_rank, get_world_size, init_distributed
+from collm_dist.tuning.engine import (
+    TrainingState,
+    TuningEngine,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    run_on_first,
+)
 from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
 from collm_dist.tuning.stages import (
     LoadedStage,
@@ -61,33 +69,36 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
         example = next(loop.train_order.iter_batches())
         loop.logger.log_text("prompt", render_example(loaded.collator, example, loaded.backbone.tokenizer))
     try:
-        progress = loop.run()
+        loop.run()
     finally:
         loop.logger.close()
-    best, _ = load_checkpoint(folder / "checkpoints" / "best.safetensors", fingerprint)
-    if get_rank() == 0:
-        product = _write_product(config, folder, get_stage(config, name), loaded, best)
-        summary = {
-            "stage": name,
-            "global_steps": progress.global_step,
-            "best_valid": {**progress.best_metrics, "step": progress.best_step},
-            "last_train": {"loss": loop.last_loss},
-            "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
-            "memory": {"peak_gib": monitoring.measure_peak_gib(device)},
-            "trainable_parameters": sum(one.numel() for one in best.weights.values()),
-            "world_size": get_world_size(),
-            "train_rows": loop.train_order.num_rows,
-            "split_contexts": loop.train_order.num_split_contexts,
-            "max_tokens_per_micro_batch": loop.max_tokens,
-            "dropped_history_items": loaded.collator.num_dropped_history,
-            "fingerprint": fingerprint,
-            "content_hash": compute_file_hash(product),
-        }
-        write_json(run_dir.record_path(name), summary)
-        _print_summary(name, summary)
-    if get_world_size() > 1:
-        dist.barrier()
+    run_on_first(lambda: _finish(config, run_dir, name, loop, loaded))
     return run_dir.read_record(name)
+
+
+def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, loaded: LoadedStage) -> None:
+    """Write what a stage leaves behind and, last of all, its summary."""
+    folder, progress = run_dir.step_dir(name), loop.progress
+    with explain_disk_errors(folder):
+        product = _write_product(config, folder, get_stage(config, name), loaded, loop.best_weights)
+    summary = {
+        "stage": name,
+        "global_steps": progress.global_step,
+        "best_valid": {**progress.best_metrics, "step": progress.best_step},
+        "last_train": {"loss": progress.last_loss},
+        "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
+        "memory": {"peak_gib": monitoring.measure_peak_gib(loaded.device)},
+        "trainable_parameters": sum(one.numel() for one in loop.best_weights.values()),
+        "world_size": get_world_size(),
+        "train_rows": loop.train_order.num_rows,
+        "split_contexts": loop.train_order.num_split_contexts,
+        "max_tokens_per_micro_batch": loop.max_tokens,
+        "dropped_history_items": loaded.collator.num_dropped_history,
+        "fingerprint": loop.fingerprint,
+        "content_hash": compute_file_hash(product),
+    }
+    write_json(run_dir.record_path(name), summary)
+    _print_summary(name, summary)
 
 
 def build_loop(
@@ -102,19 +113,18 @@ def build_loop(
     """
     settings, folder = get_stage_config(config, get_stage(config, name)), run_dir.step_dir(name)
     train_order, valid_order = build_orders(config, run_dir, settings)
-    checkpoint = find_last_checkpoint(folder / "checkpoints")
-    state, progress = load_checkpoint(checkpoint, fingerprint) if checkpoint else (None, Progress())
+    checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
     logger = monitoring.RunLogger(
         folder,
         is_main=get_rank() == 0,
         tensorboard=config.monitoring.tensorboard,
         progress_bar=config.monitoring.progress_bar,
-        start_step=progress.global_step,
+        start_step=checkpoint.progress.global_step,
         total_steps=count_total_steps(settings, train_order),
     )
     max_tokens = _resolve_max_tokens(settings, loaded, train_order)
     return TuningLoop(
-        _build_engine(config, settings, loaded, state, folder),
+        _build_engine(config, settings, loaded, checkpoint.state, folder),
         loaded.collator,
         train_order,
         load_valid_rows(valid_order),
@@ -124,7 +134,8 @@ def build_loop(
         mask_probability=config.mapping.mask_probability if name == "stage2" else 0.0,
         folder=folder / "checkpoints",
         fingerprint=fingerprint,
-        progress=progress,
+        progress=checkpoint.progress,
+        best_weights=checkpoint.best_weights if get_rank() == 0 else {},
         logger=logger,
         log_every_steps=config.monitoring.log_every_steps,
     )
@@ -201,18 +212,20 @@ def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tupl
     return train, valid
 
 
-def _write_product(config: Config, folder: Path, stage: Stage, loaded: LoadedStage, best: TrainingState) -> Path:
+def _write_product(config: Config, folder: Path, stage: Stage, loaded: LoadedStage, best: dict[str, Tensor]) -> Path:
     """Write what the stage leaves behind and return the file that stands for it."""
     if isinstance(stage, Stage2):
-        return save_mapper(folder / "mapping.safetensors", best.weights)
+        return save_mapper(folder / "mapping.safetensors", best)
     source = loaded.backbone.source
-    weights = {name.removeprefix("backbone."): value for name, value in best.weights.items()}
+    weights = {name.removeprefix("backbone."): value for name, value in best.items()}
     save_adapter(loaded.adapter, folder / "adapter", weights, source.public_name, source.revision)
     loaded.backbone.tokenizer.save_pretrained(str(folder / "adapter"))
     # From the files, on the CPU: the model in use may be partitioned or quantized.
     plain = load_llm(config.llm, may_quantize=False)
     merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
     loaded.backbone.tokenizer.save_pretrained(str(folder / "merged"))
+    for part in ("adapter", "merged"):
+        sync_files(folder / part)
     return folder / "adapter" / "adapter_model.safetensors"
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,11 @@ def read_series(folder: Path, stage: str, tag: str) -> list[float]:
     """Return a tag's values in the order of the steps."""
     lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
     return [line[tag] for line in sorted(lines, key=lambda line: line["step"]) if tag in line]
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, stage: str, step: int) -> None:
+    """Wait until a run that is still at work has logged a step."""
+    log = folder / stage / "metrics.jsonl"
+    while not log.exists() or f'"step": {step},' not in log.read_text():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)

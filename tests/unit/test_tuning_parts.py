@@ -10,16 +10,8 @@ import pytest
 import torch
 
 from collm_dist import monitoring
-from collm_dist.errors import CheckpointError, ConfigError
-from collm_dist.tuning.checkpointing import (
-    Progress,
-    find_last_checkpoint,
-    load_checkpoint,
-    save_best,
-    save_last,
-)
+from collm_dist.errors import ConfigError
 from collm_dist.tuning.deepspeed_config import OWNED_KEYS, build_deepspeed_config
-from collm_dist.tuning.engine import TrainingState
 from collm_dist.tuning.schedule import compute_learning_rate
 
 
@@ -59,36 +51,6 @@ def test_keys_that_are_ours_are_refused(key):
         build_deepspeed_config(zero_stage=2, bfloat16=False, max_grad_norm=1.0, extra=extra)
 
 
-def make_state(value: float) -> TrainingState:
-    weights = {"a": torch.full((2, 3), value)}
-    moments = {"exp_avg.a": torch.full((2, 3), value / 2), "exp_avg_sq.a": torch.full((2, 3), value**2)}
-    return TrainingState(weights, moments, adam_steps=7)
-
-
-def test_checkpoint_comes_back_whole(tmp_path):
-    progress = Progress(global_step=7, best_value=0.6, best_step=4, best_metrics={"auc": 0.6}, bad_validations=1)
-    save_last(tmp_path, make_state(1.5), Progress(global_step=5), {"x": 1})
-    save_last(tmp_path, make_state(2.5), progress, {"x": 1})
-    save_best(tmp_path, make_state(2.5), progress, {"x": 1})
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000007.safetensors"]
-    state, loaded = load_checkpoint(find_last_checkpoint(tmp_path), {"x": 1})
-    assert loaded == progress
-    assert state.adam_steps == 7
-    torch.testing.assert_close(state.moments["exp_avg_sq.a"], torch.full((2, 3), 6.25))
-    best, _ = load_checkpoint(tmp_path / "best.safetensors", {"x": 1})
-    assert not best.moments
-    with pytest.raises(CheckpointError, match="x: 1 -> 2"):
-        load_checkpoint(find_last_checkpoint(tmp_path), {"x": 2})
-
-
-def test_damaged_checkpoint_is_named(tmp_path):
-    save_last(tmp_path, make_state(1.0), Progress(global_step=3), {})
-    path = find_last_checkpoint(tmp_path)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match=r"step-000000003\.safetensors.*damaged"):
-        load_checkpoint(path, {})
-
-
 def test_logger_takes_back_points_after_the_resumed_step(tmp_path):
     def log(start_step: int, steps: range) -> None:
         logger = monitoring.RunLogger(
@@ -104,6 +66,16 @@ def test_logger_takes_back_points_after_the_resumed_step(tmp_path):
     log(3, range(4, 8))
     assert [line["step"] for line in monitoring.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_logger_writes_the_points_of_the_resumed_step_once(tmp_path):
+    for _ in range(2):
+        logger = monitoring.RunLogger(
+            tmp_path, is_main=True, tensorboard=False, progress_bar=False, start_step=2, total_steps=9
+        )
+        logger.log(2, {monitoring.VALID_AUC: 0.6})
+        logger.close()
+    assert len(monitoring.read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_only_the_main_process_writes(tmp_path):
