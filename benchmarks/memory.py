@@ -52,7 +52,7 @@ def main() -> None:
                 "phases": phases,
                 **comparison.describe(arguments.threads),
             }
-            write_json(arguments.output / f"memory_{name_device()}.json", record)
+            write_json(arguments.output / f"memory_{name_device()}{arguments.suffix}.json", record)
             print(f"{phase}: { ({side: round(one, 3) for side, one in peaks[phase].items()}) } GiB", flush=True)
 
 

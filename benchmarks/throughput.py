@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, batches=4)
     arguments = parser.parse_args()
-    device_name = name_device()
+    device_name = name_device() + arguments.suffix
     found: dict[str, Any] = {}
     with prepare_comparison(arguments) as comparison:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -106,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
     parser.add_argument("--batches", type=int, default=batches, help="global batches of each phase")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side, on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--suffix", default="", help="added to the names of the results, such as _compiled")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all sides")
 
 

@@ -3,7 +3,7 @@
 Peak memory grows in proportion to a micro-batch's padded tokens. Trials at sizes that surely fit give the line; where
 it meets the memory that is free is the budget. Nothing is tried that might not fit, so no process can run out of memory
 while others wait for it. A GPU is fastest with as many tokens as fit. A CPU is not, since activations that outgrow its
-caches come from memory again and again: there the fastest of the trials is taken.
+caches come from memory again and again: there the smallest of the trials that is nearly the fastest is taken.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32 gradient, two moments and ZeRO's float32 copy.
 BYTES_PER_TRAINABLE = 16
+# A CPU takes the smallest of the trials that is as fast as this, since memory goes with it.
+NEARLY_AS_FAST = 1.05
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,20 @@ def find_token_budget(
     rows = counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
     whole = _count_padded(collator.collate(block, block))
-    trials = []
+    trials, seconds = [], []
     for tokens in TRIAL_TOKENS[device.type]:
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
         batches = [collator.collate(piece, block) for piece in pieces]
         batch = max(batches, key=_count_padded)
         trials.append(_try(model, batch.to(device), max(tokens, longest), device))
+        # What the whole global batch would take: small micro-batches spend less on padding.
+        seconds.append(trials[-1].seconds / trials[-1].padded_tokens * sum(map(_count_padded, batches)))
     free = _measure_free(model, device)
     slope = _fit_slope(trials)
     most = min(max(free / slope, longest), max(whole, longest))
     if device.type == "cpu":
-        fastest = min(trials, key=lambda one: one.seconds / one.padded_tokens)
-        most = min(most, fastest.max_tokens)
+        fast = (one for one, took in zip(trials, seconds, strict=True) if took <= NEARLY_AS_FAST * min(seconds))
+        most = min(most, next(fast).max_tokens)
     found = torch.tensor(float(most), device=device)
     if get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MIN)
