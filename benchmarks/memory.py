@@ -1,6 +1,7 @@
 """How much memory above the weights does a step take, as a share of what others take?
 
     python benchmarks/memory.py --data DIR [--phases stage1 stage2 ...] [--batches 2] [--overrides key=value ...]
+    python benchmarks/memory.py --samples benchmarks/results/throughput_cpu.json      # what a throughput run has seen
 
 Sides, rows and phases are those of benchmarks/throughput.py; every side has a process of its own for every phase. On a
 CPU what is measured is the growth of the process's resident memory from before a step to its peak, on a GPU that of the
@@ -10,19 +11,15 @@ allocator; the largest of the batches counts. Writes memory_<device>.json: ``rat
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.machine import name_device
 from benchmarks.tuning_comparison import PEERS, add_arguments, prepare_comparison
 from collm_dist.artifacts import write_json
-
-
-def compute_ratios(peaks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return ours over theirs by peer and phase."""
-    return {
-        f"vs_{peer}": {phase: round(sides["ours"] / sides[peer], 3) for phase, sides in peaks.items() if peer in sides}
-        for peer in PEERS
-    }
 
 
 def find_peaks(samples: dict[str, dict[str, list[Any]]]) -> dict[str, float]:
@@ -34,26 +31,35 @@ def find_peaks(samples: dict[str, dict[str, list[Any]]]) -> dict[str, float]:
     return peaks
 
 
+def write_record(path: Path, phases: dict[str, Any], described: dict[str, Any]) -> None:
+    """Write the result of the phases measured so far, and print it."""
+    peaks = {phase: find_peaks(one["samples"]) for phase, one in phases.items()}
+    ratios = {
+        f"vs_{peer}": {phase: round(one["ours"] / one[peer], 3) for phase, one in peaks.items() if peer in one}
+        for peer in PEERS
+    }
+    record = {"question": __doc__.splitlines()[0], "ratios": ratios, "peak_extra_gib": peaks, "phases": phases}
+    write_json(path, record | described)
+    print(yaml.safe_dump({"peak_extra_gib": peaks, "ratios": ratios}))
+
+
 def main() -> None:
     """Measure phase after phase; the result is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, batches=2)
+    parser.add_argument("--samples", type=Path, help="result of a throughput run, whose samples hold memory too")
     arguments = parser.parse_args()
-    peaks: dict[str, dict[str, float]] = {}
+    path = arguments.output / f"memory_{name_device()}{arguments.suffix}.json"
+    if arguments.samples is not None:
+        made = json.loads(arguments.samples.read_text(encoding="utf-8"))
+        seen = {phase: {key: one[key] for key in ("samples", "ready")} for phase, one in made["phases"].items()}
+        write_record(path, seen, {key: made[key] for key in ("config", "hardware", "versions")})
+        return
     phases: dict[str, Any] = {}
     with prepare_comparison(arguments) as comparison:
         for phase in arguments.phases:
             phases[phase] = comparison.measure_phase(phase, arguments.peers)
-            peaks[phase] = find_peaks(phases[phase]["samples"])
-            record = {
-                "question": "How much memory above the weights does a step take, as a share of what others take?",
-                "ratios": compute_ratios(peaks),
-                "peak_extra_gib": peaks,
-                "phases": phases,
-                **comparison.describe(arguments.threads),
-            }
-            write_json(arguments.output / f"memory_{name_device()}{arguments.suffix}.json", record)
-            print(f"{phase}: { ({side: round(one, 3) for side, one in peaks[phase].items()}) } GiB", flush=True)
+            write_record(path, phases, comparison.describe(arguments.threads))
 
 
 if __name__ == "__main__":

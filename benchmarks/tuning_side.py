@@ -46,12 +46,12 @@ Work = Callable[[int], None]
 
 def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torch.device]:
     """Return the product's way of working through a batch."""
-    run_dir, name = RunDir(Path(config.run.dir)), "stage1" if phase == "stage1" else "stage2"
+    run_dir, name = RunDir(Path(config.run.dir)), "stage1" if phase.startswith("stage1") else "stage2"
     device = init_distributed(5)
     loaded = build_stage(config, run_dir, get_stage(config, name), device)
     blocks = choose_blocks(config, phase, num_batches)
     settings = config.stage1 if name == "stage1" else config.stage2
-    if phase not in TRAINING:
+    if not phase.startswith(TRAINING):
         loaded.model.eval().requires_grad_(False)
         most = config.evaluation.max_tokens_per_micro_batch
 

@@ -18,7 +18,7 @@ import torch
 from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
 from collm_dist.config_io import load_config
-from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.context_block import ContextBlock, concatenate_blocks
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.manifest import load_manifest
 from collm_dist.tuning.stages import LoadedStage
@@ -79,9 +79,11 @@ def choose_blocks(config: Config, phase: str, count: int) -> list[ContextBlock]:
     """Return global batches that stand for a whole epoch.
 
     Ordered by how many contexts their rows have, which decides what sharing saves, and taken at even distances.
+    A phase's name that ends with ``_targets_N`` gives N targets to each context.
     """
     data_dir = RunDir(Path(config.run.dir)).step_dir("data")
     manifest = load_manifest(data_dir)
+    phase, _, targets = phase.partition("_targets_")
     if phase in TRAINING:
         rows = config.stage1.global_batch_size if phase == "stage1" else config.stage2.global_batch_size
         order = GlobalOrder(data_dir, manifest, "train", config.run.seed, rows)
@@ -89,8 +91,17 @@ def choose_blocks(config: Config, phase: str, count: int) -> list[ContextBlock]:
         order = GlobalOrder(data_dir, manifest, "valid", config.run.seed, VALIDATION_ROWS, shuffle=False)
     whole = [block for block in order.iter_batches() if block.num_targets == order.global_batch_size]
     blocks = sorted(whole, key=lambda block: block.num_contexts)
-    chosen = [blocks[(2 * number + 1) * len(blocks) // (2 * count)] for number in range(count)]
+    places = [(2 * number + 1) * len(blocks) // (2 * count) for number in range(count)]
+    if targets:
+        return [_take_targets(blocks[place : place + 4], int(targets)) for place in places]
+    chosen = [blocks[place] for place in places]
     return [_take_candidates(one, number) for number, one in enumerate(chosen)] if phase == "scoring_100" else chosen
+
+
+def _take_targets(blocks: list[ContextBlock], count: int) -> ContextBlock:
+    """Return as many rows as one of the blocks has, in contexts of ``count`` targets: each one's first, repeated."""
+    pool, rows = concatenate_blocks(blocks), blocks[0].num_targets
+    return pool.take_targets(np.repeat(pool.target_offsets[: -(-rows // count)], count)[:rows])
 
 
 def _take_candidates(block: ContextBlock, seed: int) -> ContextBlock:
