@@ -19,7 +19,7 @@ from collm_dist.llm.backbone import load_tokenizer
 
 @dataclass(frozen=True)
 class Shape:
-    """What transformers calls model type, hidden size, intermediate size, layers, heads, key/value heads, vocabulary."""
+    """Model type and sizes: hidden and intermediate width, layers, heads for queries and keys, vocabulary."""
 
     kind: str
     width: int
