@@ -46,6 +46,7 @@ class PromptBatch:
         prefix_ids: (C, P) token ids, right-padded; P is 0 where no prefix is split off (stage 1).
         prefix_lengths: (C,) valid tokens of each prefix row.
         prefix_keys: (C,) uint64 array on the host, equal where prefixes are.
+        context_keys: (C,) hashes that name the rows' contexts.
         tree_ids: (C, T) token ids, right-padded; a slot's columns hold any valid id.
         tree_branches: (C, T) 0 = context tail, 1.. = target of the row, -1 = padding.
         tree_positions: (C, T) position ids (prefix included), 0 at padding.
@@ -65,6 +66,7 @@ class PromptBatch:
     prefix_ids: Tensor
     prefix_lengths: Tensor
     prefix_keys: NDArray[np.uint64]
+    context_keys: Tensor
     tree_ids: Tensor
     tree_branches: Tensor
     tree_positions: Tensor

@@ -188,10 +188,12 @@ class PromptCollator:
         tree_positions[branch_rows, branch_cols] = start[branch_rows] + branch.columns
         last = branch.offsets[1:] - 1
 
-        slots = self._find_slots(block, codes, tree_branches, shown, masking)
+        contexts = hash_integers(0, block.user_idx, block.num_likes).view(np.int64)
+        slots = self._find_slots(block, contexts, codes, tree_branches, shown, masking)
         arrays: dict[str, Any] = {
             "prefix_ids": prefix.to_matrix(int(prefix.lengths.max(initial=0)), self._filler_id),
             "prefix_lengths": prefix.lengths,
+            "context_keys": contexts,
             "tree_ids": np.where(codes < 0, self._filler_id, codes),
             "tree_branches": tree_branches,
             "tree_positions": tree_positions,
@@ -265,7 +267,13 @@ class PromptCollator:
         return self._texts[segment.text]
 
     def _find_slots(
-        self, block: ContextBlock, codes: IntArray, branches: IntArray, shown: Ragged, masking: Masking | None
+        self,
+        block: ContextBlock,
+        contexts: IntArray,
+        codes: IntArray,
+        branches: IntArray,
+        shown: Ragged,
+        masking: Masking | None,
     ) -> dict[str, Any]:
         """Return the positions and sources of all slots, read off the codes."""
 
@@ -280,12 +288,11 @@ class PromptCollator:
         item_sources = np.concatenate([block.item_idx[item_targets], shown.values[: len(list_rows)]])
         query = user_targets if self._user_depends_on_target else user_rows
         # A context's user slot is drawn by the context, so that a cut context is masked alike in both batches.
-        user_keys = hash_integers(0, block.user_idx[user_rows], block.num_likes[user_rows])
         list_keys = hash_integers(
             0, block.user_idx[list_rows], block.num_likes[list_rows], shown.values[: len(list_rows)]
         )
         keys = {
-            "user": block.row_id[user_targets] if self._user_depends_on_target else user_keys.view(np.int64),
+            "user": block.row_id[user_targets] if self._user_depends_on_target else contexts[user_rows],
             "item": np.concatenate([block.row_id[item_targets], list_keys.view(np.int64)]),
             "pair": block.row_id[pair_targets],
         }

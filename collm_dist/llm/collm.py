@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.mapping import SlotMapper
 from collm_dist.llm.prefix_cache import PrefixCache
 from collm_dist.llm.shared_context import FrozenCache, run_prefix, run_tree
@@ -62,7 +63,8 @@ class CollmModel(nn.Module):
 
         Args:
             backbone: a transformers causal language model with its weights whole (not yet partitioned): the answers'
-                rows of its head are copied, since the head never trains.
+                rows of its head are copied, since the head never trains. The dropout of its adapter, if it has one, is
+                replaced by one whose masks follow from counters.
             answer_ids: token ids of yes and no.
             score: see ``prompt.score``.
             slot_mapper: None for text-only prompts.
@@ -82,6 +84,7 @@ class CollmModel(nn.Module):
         else:
             self.cf_model = cf_model
         self.detach_cf, self.prefix_cache = detach_cf, prefix_cache
+        self._dropout_masks = install_keyed_dropout(backbone)
         self.score = score
         head = backbone.get_output_embeddings()
         answers = torch.tensor(answer_ids, device=head.weight.device)
@@ -104,8 +107,15 @@ class CollmModel(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: PromptBatch) -> Tensor:
-        """Return the (N,) float32 scores of a batch's targets."""
+    def forward(self, batch: PromptBatch, dropout_key: int = 0) -> Tensor:
+        """Return the (N,) float32 scores of a batch's targets.
+
+        Args:
+            batch: on the model's device.
+            dropout_key: of seed and step; from it and the batch the masks follow.
+        """
+        if self._dropout_masks is not None and self.training:
+            self._dropout_masks.draw(batch, dropout_key)
         embed = self.backbone.get_input_embeddings()
         prefix = self._run_prefix(batch) if batch.prefix_ids.shape[1] > 0 else None
         embeds = self._insert_slots(embed(batch.tree_ids), batch)

@@ -1,0 +1,116 @@
+"""Dropout of an adapter's inputs whose masks follow from counters, not from the order of calls.
+
+What a token loses is a function of the seed and step, of whose token it is (its context's, or in a branch its row's),
+of its position in the prompt, and of the layer. So targets that share a context share its masks, and neither the
+division into micro-batches nor the number of processes changes them; a layer that is recomputed drops the same again.
+
+Shapes: C contexts, T tree tokens, N targets, S sites (places in the model that drop), W numbers of a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from collm_dist.errors import ConfigError
+from collm_dist.prompt_batch import PromptBatch
+
+# Hashing every number would cost more than the layer. So independent draws are made once, and a token takes the window
+# of them that starts where its hash says.
+_NUM_STARTS = 1 << 20
+MAX_WIDTH = 1 << 16
+
+
+class DropoutMasks:
+    """The masks of one forward pass (and of its backward pass), for all sites of a model.
+
+    Attributes:
+        probability: of dropping a number.
+        pool: independent draws, True = kept.
+        starts: (S, C, T) where in the pool each token's window starts, at each site.
+    """
+
+    def __init__(self, probability: float, num_sites: int) -> None:
+        """Make the draws that masks are taken from; they are the same in every process and every run."""
+        generator = torch.Generator().manual_seed(0)
+        self.probability = probability
+        self.pool = torch.rand(_NUM_STARTS + MAX_WIDTH, generator=generator, device="cpu") >= probability
+        self.starts = torch.zeros(num_sites, 0, 0, dtype=torch.int64)
+
+    def draw(self, batch: PromptBatch, key: int) -> None:
+        """Set the masks of the pass over a micro-batch.
+
+        Args:
+            batch: on the model's device.
+            key: of seed and step.
+        """
+        device = batch.tree_ids.device
+        self.pool = self.pool.to(device)
+        branches = batch.tree_branches
+        first = torch.searchsorted(batch.last_rows, torch.arange(len(branches), device=device))  # target of each row
+        targets = (first[:, None] + branches - 1).clamp(min=0)
+        owners = torch.where(branches > 0, batch.row_ids[targets], batch.context_keys[:, None])
+        tokens = _mix(_mix(owners + key) + batch.tree_positions)
+        sites = torch.arange(len(self.starts), device=device)[:, None, None]
+        self.starts = _mix(_mix(sites) + tokens) & (_NUM_STARTS - 1)
+
+
+class KeyedDropout(nn.Module):
+    """Zeroes numbers as the masks say and scales the others by 1 / (1 - p); does nothing in evaluation mode."""
+
+    site: Tensor
+
+    def __init__(self, masks: DropoutMasks, site: int) -> None:
+        """Drop at one place.
+
+        Args:
+            masks: shared by all sites.
+            site: number of the place.
+        """
+        super().__init__()
+        self.masks = masks
+        # A tensor, so that a compiled layer serves all layers: a number would be compiled in.
+        self.register_buffer("site", torch.tensor([site]), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Drop from (C, T, W) values.
+
+        Raises:
+            ConfigError: the layer sees tokens in another arrangement, as an expert of a mixture does.
+        """
+        if not self.training:
+            return values
+        starts = self.masks.starts.index_select(0, self.site)[0]
+        if values.shape[:-1] != starts.shape:
+            raise ConfigError(
+                f"lora.dropout: a layer of lora.target_modules sees tokens as {tuple(values.shape[:-1])}, the prompts "
+                f"are {tuple(starts.shape)}; set lora.dropout=0, or leave that layer out"
+            )
+        windows = self.masks.pool.as_strided((_NUM_STARTS, values.shape[-1]), (1, 1))
+        return values * windows[starts] * (1 / (1 - self.masks.probability))
+
+
+def install_keyed_dropout(backbone: nn.Module) -> DropoutMasks | None:
+    """Put ours in the place of an adapter's dropout; returns its masks, None where nothing drops.
+
+    Args:
+        backbone: with peft's layers in it or without.
+    """
+    owners = [one for module in backbone.modules() if (one := getattr(module, "lora_dropout", None)) is not None]
+    places = [(owner, name, dropout) for owner in owners for name, dropout in owner.items()]
+    ours = [dropout for _, _, dropout in places if isinstance(dropout, KeyedDropout)]
+    plain = [(owner, name, dropout.p) for owner, name, dropout in places if isinstance(dropout, nn.Dropout)]
+    if ours or not plain:
+        return ours[0].masks if ours else None
+    masks = DropoutMasks(plain[0][2], len(plain))
+    for site, (owner, name, _) in enumerate(plain):
+        owner[name] = KeyedDropout(masks, site)
+    return masks
+
+
+def _mix(keys: Tensor) -> Tensor:
+    """Return int64 hashes: the finaliser of SplitMix64, whose shifts are logical and whose products wrap around."""
+    keys = keys + -0x61C8864680B583EB
+    keys = (keys ^ ((keys >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
+    keys = (keys ^ ((keys >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
+    return keys ^ ((keys >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,134 @@
+"""The adapter's dropout: masks by counters, whatever the micro-batches, and recomputed alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from collm_dist.data.hashing import hash_integers
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.errors import ConfigError
+from collm_dist.llm.collm import CollmModel
+from collm_dist.llm.compiled_layers import compile_layers
+from collm_dist.llm.dropout import DropoutMasks, KeyedDropout, _mix
+from collm_dist.llm.lora import add_lora
+from collm_dist.llm.shared_context import enable_activation_checkpointing
+from tests.parity.test_shared_context import STAGE1, collect_gradients, make_block, make_collator
+from tests.tiny import make_model
+
+CONTEXTS = [3, 1, 7, 4, 1, 2]
+# float32, sums in another order; measured 4e-7 for losses and 2e-6 for gradients (relative).
+TOLERANCE = 2e-5
+
+
+def build(probability: float, tmp_path, architecture="llama"):
+    """A model whose adapter matters, its collator, and a block."""
+    tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
+    backbone = make_model(architecture, dtype=torch.float32)
+    add_lora(backbone, rank=2, alpha=4, dropout=probability, target_modules=("q_proj", "v_proj"), seed=1)
+    torch.manual_seed(3)
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes_minus_no")
+    return model.train(), collator, make_block(CONTEXTS)
+
+
+def list_batches(collator, block, max_tokens, processes=1):
+    for rank in range(processes):
+        counts = collator.count_tokens(block)
+        for piece in plan_micro_batches(block, counts, rank, processes, max_tokens):
+            yield collator.collate(piece, block)
+
+
+def work(model, batches, key=5):
+    """Scores by row id, and gradients of a sum over all rows."""
+    scores, total = {}, 0.0
+    for batch in batches:
+        found = model(batch, key)
+        real = batch.weights > 0
+        scores |= dict(zip(batch.row_ids[real].tolist(), found[real].tolist(), strict=True))
+        gradients = collect_gradients((found * batch.weights).square().sum(), model)
+        total = gradients if not total else {name: total[name] + gradients[name] for name in gradients}
+    return torch.tensor([scores[row] for row in sorted(scores)]), total
+
+
+def assert_same(ours, plain):
+    assert (ours[0] - plain[0]).abs().max() < TOLERANCE
+    for name, value in plain[1].items():
+        assert (ours[1][name] - value).norm() < TOLERANCE * value.norm(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("max_tokens", "processes"), [(10**6, 1), (400, 1), (130, 1), (300, 2), (10**6, 3)])
+def test_masks_do_not_depend_on_micro_batches_and_processes(tmp_path, max_tokens, processes, checkpointing):
+    model, collator, block = build(0.3, tmp_path)
+    # Each row alone: nothing is shared, and every context is computed anew for each of its targets.
+    alone = [collator.collate(block.take_targets(torch.tensor([row]).numpy()), block) for row in range(sum(CONTEXTS))]
+    plain = work(model, alone)
+    if checkpointing:
+        enable_activation_checkpointing(model.decoder)
+    assert_same(work(model, list_batches(collator, block, max_tokens, processes)), plain)
+
+
+def test_they_depend_on_all_the_rest(tmp_path):
+    model, collator, block = build(0.3, tmp_path)
+    batch = collator.collate(block, block)
+    first = model(batch, 5)
+    assert torch.equal(first, model(batch, 5))
+    assert not torch.isclose(first, model(batch, 6)).any()
+    masks = model._dropout_masks
+    assert len(masks.starts) == 4  # two layers, two matrices each
+    starts = masks.starts[:, batch.tree_branches >= 0]
+    assert len(starts.unique()) > 0.995 * starts.numel()  # of 2,328 draws out of a million two or three meet
+    model.eval()
+    plain = model(batch, 5)
+    assert torch.equal(plain, model(batch, 6))
+    assert not torch.isclose(first, plain).any()
+
+
+def test_the_share_is_dropped_and_the_rest_makes_up_for_it(tmp_path):
+    _, collator, block = build(0.3, tmp_path)
+    batch = collator.collate(block, block)
+    masks = DropoutMasks(0.3, 2)
+    masks.draw(batch, 1)
+    ones = torch.ones(*batch.tree_ids.shape, 576)
+    dropped = KeyedDropout(masks, 1)(ones)
+    share = (dropped == 0)[batch.tree_branches >= 0].float()
+    assert share.mean().item() == pytest.approx(0.3, abs=0.004)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert (share.mean(0) - 0.3).abs().max() < 0.08  # standard error of a column: 0.019
+    with pytest.raises(ConfigError, match="sees tokens as"):
+        KeyedDropout(masks, 0)(ones[0])
+
+
+def test_bfloat16_values_stay_bfloat16(tmp_path):
+    _, collator, block = build(0.3, tmp_path)
+    batch = collator.collate(block, block)
+    masks = DropoutMasks(0.05, 1)
+    masks.draw(batch, 1)
+    dropped = KeyedDropout(masks, 0)(torch.ones(*batch.tree_ids.shape, 64, dtype=torch.bfloat16))
+    assert dropped.dtype == torch.bfloat16
+    assert dropped.unique().tolist() == [0, torch.tensor(1 / 0.95, dtype=torch.bfloat16).item()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_compiled_layers_drop_the_same_from_few_graphs(tmp_path, checkpointing):
+    torch._dynamo.reset()
+    model, collator, block = build(0.3, tmp_path)
+    batches = [batch for tokens in (10**6, 400, 300, 130) for batch in list_batches(collator, block, tokens)]
+    plain = [work(model, [batch]) for batch in batches]
+    torch._dynamo.utils.counters.clear()
+    compile_layers(model.decoder, backend="aot_eager")
+    if checkpointing:
+        enable_activation_checkpointing(model.decoder)
+    for batch, expected in zip(batches, plain, strict=True):
+        assert_same(work(model, [batch]), expected)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def test_the_hash_is_the_one_of_the_data():
+    values = [0, 1, 2**40, -7]
+    ours = _mix(torch.tensor(values)).tolist()
+    assert ours == [int(hash_integers(value).view("int64")) for value in values]
