@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from collm_dist.artifacts import STEPS, RunDir, explain_disk_errors, write_json
 from collm_dist.config import Config
 from collm_dist.config_io import dump_config, load_config
-from collm_dist.errors import CollmError
+from collm_dist.errors import CollmError, WorkerLostError
 
 INTERRUPTED_EXIT_CODE = 130
 # A parent process names a file here in which it wants to find why this one failed.
@@ -155,5 +156,12 @@ def report_error(error: BaseException) -> ErrorReport:
         shown = f"{report.error}: {report.message}" if isinstance(error, CollmError) else report.message
         print(f"{place}{shown}", file=sys.stderr, flush=True)
     if ERROR_FILE_VARIABLE in os.environ:
-        write_json(Path(os.environ[ERROR_FILE_VARIABLE]), asdict(report))
+        _tell_parent(Path(os.environ[ERROR_FILE_VARIABLE]), report)
     return report
+
+
+def _tell_parent(path: Path, report: ErrorReport) -> None:
+    """Write the report, unless another process of the job has told a cause before; losing a process is none."""
+    told = json.loads(path.read_text(encoding="utf-8"))["error"] if path.exists() else None
+    if told is None or (told == WorkerLostError.__name__ and report.error != told):
+        write_json(path, asdict(report))

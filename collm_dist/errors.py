@@ -55,5 +55,20 @@ class LaunchError(CollmError):
     retryable = True
 
 
+class Preempted(CollmError):
+    """The job was asked to stop; what it has saved is there, and it goes on when run again."""
+
+    exit_code = 75
+    retryable = True
+    is_common = True
+
+
+class WorkerLostError(CollmError):
+    """A process died or hangs, so that the others cannot go on; what they have saved is there."""
+
+    exit_code = 76
+    retryable = True
+
+
 class DiskError(LaunchError):
     """A file cannot be written: the disk is full, or writing is not allowed there."""

@@ -14,6 +14,7 @@ from collm_dist.errors import ConfigError
 from collm_dist.orchestration.run_lock import hold_run_lock
 from collm_dist.tuning.plan_report import describe_stage_plan
 from collm_dist.tuning.run import run_stage
+from collm_dist.tuning.watchdog import explain_lost_workers
 
 EXAMPLES = """examples:
   deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, in order
@@ -44,7 +45,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
         for name in stages:
-            run_stage(config, run_dir, name, force=name in arguments.force)
+            with explain_lost_workers(lambda stage=name: stage):
+                run_stage(config, run_dir, name, force=name in arguments.force)
 
 
 def main() -> int:

@@ -41,6 +41,12 @@ class StageConfig(Section):
     )
     checkpoint_every_steps: int = operational(100, "Most steps between checkpoints to resume from.", ge=1)
     checkpoint_every_minutes: float = operational(10.0, "Most minutes between them.", gt=0)
+    # What a finished stage has made does not depend on these two, and one that was stopped may go on with others.
+    on_nonfinite: Literal["stop", "skip"] = operational(
+        "stop",
+        "Where the loss or a gradient of a step is no finite number: stop before the update, or leave the step out.",
+    )
+    max_nonfinite_skips: int = operational(10, "skip: steps that may be left out, in all.", ge=0)
 
 
 class Stage1Config(StageConfig):
@@ -110,7 +116,15 @@ class ClusterConfig(Section):
         None, "Tuning processes on this machine; default: one per GPU, one without.", ge=1
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights.")
-    collective_timeout_minutes: float = operational(30.0, "A collective that waits longer ends the job.", gt=0)
+    collective_timeout_minutes: float = operational(
+        30.0, "A tuning process that completes no step and no validation batch for so long ends the job.", gt=0
+    )
+    max_restarts: int = operational(
+        3, "Times that the pipeline runs a step again whose processes were stopped or lost.", ge=0
+    )
+    restart_backoff_seconds: float = operational(
+        10.0, "Wait before the first of them; it doubles with each further one.", ge=0
+    )
     deepspeed_extra: dict[str, Any] = Field(
         default_factory=dict,
         description="Merged last into the DeepSpeed configuration; keys that this project owns are refused.",

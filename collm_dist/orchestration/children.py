@@ -9,11 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 from collm_dist.cli import ERROR_FILE_VARIABLE, INTERRUPTED_EXIT_CODE
-from collm_dist.errors import CollmError, LaunchError
+from collm_dist.errors import CollmError, LaunchError, Preempted, WorkerLostError
+from collm_dist.orchestration.run_lock import end_processes
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StepError(CollmError):
@@ -63,34 +70,90 @@ def build_environment(num_processes: int | None, num_gpus: int) -> dict[str, str
     return environment
 
 
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end the block in order.
+
+    Raises:
+        Preempted: one came.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Preempted(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+
+    with _handle_signals(stop):
+        yield
+
+
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command to its end; SIGTERM is passed on to it.
+    """Run a command to its end; SIGTERM and SIGUSR1 are passed on to the processes that do its work.
 
     Raises:
         StepError: it failed; what it said it has printed itself.
-        LaunchError: it died.
+        WorkerLostError: it died.
+        LaunchError: it ended without a word.
+        Preempted: this process was asked to stop, and so was the command.
         KeyboardInterrupt: it was interrupted.
     """
+    asked: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder) / "error.json"
         full = {**environment, ERROR_FILE_VARIABLE: str(error_file)}
         with subprocess.Popen(command, env=full) as child:  # noqa: S603 - our own scripts
-            previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-            try:
+
+            def pass_on(number: int, _: FrameType | None) -> None:
+                asked.append(number)
+                _ask_to_stop(child.pid)
+
+            with _handle_signals(pass_on):
                 code = _wait(child)
-            finally:
-                signal.signal(signal.SIGTERM, previous)
+        end_processes(ERROR_FILE_VARIABLE, str(error_file))  # of a launcher that was killed
         if code == 0:
             return
         said = json.loads(error_file.read_text(encoding="utf-8")) if error_file.exists() else None
     if code in (INTERRUPTED_EXIT_CODE, -signal.SIGINT):
         raise KeyboardInterrupt
+    if asked and (said is None or said["retryable"]):
+        raise Preempted(f"stopped by {signal.Signals(asked[0]).name}; run the same command again to go on")
     if said is not None:
         raise StepError(said["error"], said["message"], said["exit_code"], said["retryable"])
-    cause = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    hint = "; the machine may be out of memory" if code in (-signal.SIGKILL, 128 + signal.SIGKILL) else ""
+    raise _explain_silence(command, code)
+
+
+def _explain_silence(command: Sequence[str], code: int) -> CollmError:
+    """Return the error of a command that failed and said nothing."""
     script = next(Path(part).name for part in command if part.endswith(".py"))
-    raise LaunchError(f"{script}: the process {cause} without a word{hint}")
+    # A shell adds 128 to a signal's number; Python's exit turns -9 into 247.
+    number = next((one for one in (-code, code - 128, 256 - code) if one in set(signal.Signals)), None)
+    if number is None:
+        return LaunchError(f"{script}: the process ended with exit code {code} without a word")
+    hint = "; the machine may be out of memory" if number == signal.SIGKILL else ""
+    return WorkerLostError(f"{script}: a process was ended by {signal.Signals(number).name}{hint}")
+
+
+@contextmanager
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    previous = {one: signal.signal(one, handler) for one in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for one, before in previous.items():
+            signal.signal(one, before)
+
+
+def _ask_to_stop(pid: int) -> None:
+    """Send SIGTERM to the processes that do the work: launchers do not pass it on, or kill what takes its time."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for worker in _list_workers(process) or [*process.children(recursive=True), process]:
+            worker.terminate()
+
+
+def _list_workers(process: psutil.Process) -> list[psutil.Process]:
+    """Return the first processes at or below one that are no launchers."""
+    if not any("deepspeed.launcher" in part for part in process.cmdline()):
+        return [process]
+    return [worker for child in process.children() for worker in _list_workers(child)]
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import STEPS, RunDir, Step, find_changes, is_step_current, open_atomic
+from collm_dist.artifacts import STEPS, RunDir, Step, explain_disk_errors, find_changes, is_step_current, open_atomic
 from collm_dist.cli import describe_error, report_error
 from collm_dist.config import Config
 from collm_dist.config_io import dump_config
 from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.errors import ArtifactError, CollmError, ConfigError
-from collm_dist.orchestration.children import StepError, build_command, build_environment, run_child
+from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
+from collm_dist.orchestration.children import StepError, build_command, build_environment, preemptible, run_child
 from collm_dist.orchestration.reuse import find_reusable, link_step
 from collm_dist.orchestration.run_lock import hold_run_lock
 from collm_dist.orchestration.status import RunStatus
@@ -39,7 +42,8 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
         with hold_run_lock(run_dir.path, status.beat):
             status.begin()
             try:
-                _run_steps(config, run_dir, launch_dir, force, status)
+                with preemptible(), explain_disk_errors(run_dir.path):
+                    _run_steps(config, run_dir, launch_dir, force, status)
             except StepError as error:  # its process has printed it
                 report = describe_error(error)
             except (Exception, KeyboardInterrupt) as error:
@@ -80,7 +84,9 @@ def _run_steps(config: Config, run_dir: RunDir, launch_dir: Path, force: Sequenc
                 _run_on_ray(config, run_dir, step, forced, ray_session)
             else:
                 ray_session.close()  # its memory is wanted
-                _run_as_child(config, run_dir, step, forced, launch_dir)
+                cluster, child = config.cluster, _Child(config, run_dir, step, launch_dir, forced)
+                with preemptible():  # Ray may have left its own handler
+                    run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
 
 
 def _is_there(config: Config, run_dir: RunDir, step: Step) -> bool:
@@ -111,32 +117,80 @@ def _run_on_ray(config: Config, run_dir: RunDir, step: Step, force: bool, sessio
     from collm_dist.orchestration.cluster import connect_ray
 
     session.enter_context(connect_ray(config.cluster))  # the second step finds the first one's cluster
-    if step == "data":
-        from collm_dist.orchestration.preprocess import run_preprocess
+    with preemptible():  # Ray has put its own handler in the place of ours
+        if step == "data":
+            from collm_dist.orchestration.preprocess import run_preprocess
 
-        run_preprocess(config, run_dir, force)
-    else:
-        from collm_dist.orchestration.pretrain import run_pretrain
+            run_preprocess(config, run_dir, force)
+        else:
+            from collm_dist.orchestration.pretrain import run_pretrain
 
-        run_pretrain(config, run_dir, force)
+            run_pretrain(config, run_dir, force)
 
 
-def _run_as_child(config: Config, run_dir: RunDir, step: Step, force: bool, launch_dir: Path) -> None:
-    import torch
+# A step that ends with one of these has lost nothing but time, and by no fault that would come again by itself.
+RESTARTED_EXIT_CODES = (Preempted.exit_code, WorkerLostError.exit_code)
 
-    script = "evaluate_model.py" if step == "eval" else "train.py"
-    # The settings of this run, whatever happens to the file that they came from.
-    arguments = ["--config", str(run_dir.path / "config.yaml")]
-    if step != "eval":
-        arguments += ["--stage", step.removeprefix("stage")]
-    if force:
-        arguments += ["--force", step]
-    processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
-    command = build_command(launch_dir / script, arguments, processes, gpus)
-    run_child(command, build_environment(processes, gpus))
-    # The launcher's exit status says nothing of processes that were ended by a signal.
-    if not _is_current(run_dir, step, compute_step_fingerprint(config, run_dir, step)):
-        raise ArtifactError(f"step '{step}' ended without its record {run_dir.record_path(step)}; see its output above")
+
+def run_with_restarts(
+    run: Callable[[], None], max_restarts: int, backoff_seconds: float, on_restart: Callable[[CollmError], None]
+) -> None:
+    """Run a step, again and again if its processes are stopped or lost.
+
+    Args:
+        run: the step; it goes on from its last checkpoint.
+        max_restarts: after them its error is raised.
+        backoff_seconds: waited before the first restart, twice as long before each further one.
+        on_restart: is told why.
+    """
+    for restarts in itertools.count():
+        try:
+            return run()
+        except (StepError, WorkerLostError) as error:
+            if error.exit_code not in RESTARTED_EXIT_CODES or restarts == max_restarts:
+                raise
+            on_restart(error)
+            seconds = backoff_seconds * 2**restarts
+            print(
+                f"{error.name}: {error}\n== again in {seconds:g} s, restart {restarts + 1} of {max_restarts}",
+                flush=True,
+            )
+            time.sleep(seconds)
+
+
+@dataclass
+class _Child:
+    """A step that runs as processes of its own."""
+
+    config: Config
+    run_dir: RunDir
+    step: Step
+    launch_dir: Path
+    force: bool
+
+    def run(self) -> None:
+        """Run it to its end."""
+        import torch
+
+        config, step = self.config, self.step
+        script = "evaluate_model.py" if step == "eval" else "train.py"
+        # The settings of this run, whatever happens to the file that they came from.
+        arguments = ["--config", str(self.run_dir.path / "config.yaml")]
+        if step != "eval":
+            arguments += ["--stage", step.removeprefix("stage")]
+        if self.force:
+            arguments += ["--force", step]
+        processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
+        command = build_command(self.launch_dir / script, arguments, processes, gpus)
+        try:
+            run_child(command, build_environment(processes, gpus))
+        finally:
+            # Once its old record is gone the step has begun anew; started again, it goes on from there.
+            self.force = self.force and self.run_dir.is_done(step)
+        # The launcher's exit status says nothing of processes that were ended by a signal.
+        if not _is_current(self.run_dir, step, compute_step_fingerprint(config, self.run_dir, step)):
+            record = self.run_dir.record_path(step)
+            raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was ended by a signal")
 
 
 def describe_plan(config: Config, run_dir: RunDir) -> list[str]:

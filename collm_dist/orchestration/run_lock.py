@@ -11,7 +11,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -104,8 +104,21 @@ def _take(path: Path) -> Holder:
             logger.warning(
                 "%s: taking over the lock of process %d on %s, which is gone", path.parent, holder.pid, holder.host
             )
+            # What it had started may live on, and write.
+            end_processes(TOKEN_VARIABLE, holder.token)
         write_json(path, asdict(own))
     return own
+
+
+def end_processes(variable: str, value: str) -> None:
+    """Kill all processes of this user on this host that were started with a variable of that value."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(variable) == value and process.pid != os.getpid():
+                process.kill()
+                found.append(process)
+    psutil.wait_procs(found, timeout=BEAT_SECONDS)
 
 
 def _is_alive(holder: Holder, age_seconds: float) -> bool:

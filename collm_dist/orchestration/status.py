@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -13,12 +14,17 @@ from typing import Any
 
 from collm_dist.artifacts import Step, write_json
 from collm_dist.cli import ErrorReport
+from collm_dist.errors import CollmError, DiskError
+
+logger = logging.getLogger(__name__)
 
 REMEDIES = {
     "ConfigError": "correct the settings that the message names, then run the same command again",
     "DataError": "correct the input, or the settings that say how to read it, then run the same command again",
     "ArtifactError": "redo the step that the message names with --force STEP, or set run.dir to a new directory",
     "CheckpointError": "remove the checkpoint that the message names, or redo its stage with --force STEP",
+    "DiskError": "make space or allow writing where the message says, then run the same command again",
+    "WorkerLostError": "run the same command again; it goes on from the checkpoint",
     "LaunchError": "run the same command again once the cause is gone; what is done stays done",
     "NonFiniteError": "lower the learning rate of the stage, then run the same command again",
     "Preempted": "run the same command again; it goes on from the checkpoint",
@@ -32,8 +38,9 @@ UNKNOWN_REMEDY = "this is a fault of the program: report it with the traceback"
 class RunStatus:
     """The state of one run, in a file that is always whole.
 
-    Fields: state (running, done, failed, interrupted), step, error (class), exit_code, retryable, message, remedy,
-    host, pid, started_at and heartbeat_at (UTC).
+    Fields: state (running, done, failed, interrupted), step, error (class), exit_code, retryable (whether the same
+    command can succeed without a change), message, remedy, restarts (of steps whose processes were stopped or lost;
+    while the run is at work, error and message are those of the last), host, pid, started_at and heartbeat_at (UTC).
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +56,7 @@ class RunStatus:
             "retryable": None,
             "message": None,
             "remedy": None,
+            "restarts": 0,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started_at": _now(),
@@ -68,6 +76,10 @@ class RunStatus:
         """Say which step is being worked on."""
         self._update(step=step)
 
+    def restart(self, error: CollmError) -> None:
+        """Say that the step is run again, and why."""
+        self._update(restarts=self._values["restarts"] + 1, error=error.name, message=str(error))
+
     def beat(self) -> None:
         """Say that the run is alive."""
         self._update()
@@ -75,7 +87,7 @@ class RunStatus:
     def end(self, report: ErrorReport | None = None) -> None:
         """Say how the run ended: with what error, None when all is done."""
         if report is None:
-            self._update(state="done", exit_code=0, retryable=False)
+            self._update(state="done", exit_code=0, retryable=False, error=None, message=None)
             return
         state = "interrupted" if report.exit_code in INTERRUPTED_EXIT_CODES else "failed"
         self._update(state=state, **asdict(report), remedy=REMEDIES.get(report.error, UNKNOWN_REMEDY))
@@ -84,7 +96,10 @@ class RunStatus:
         with self._mutex:
             self._values |= {**values, "heartbeat_at": _now()}
             if self._is_ours:
-                write_json(self._path, self._values)
+                try:
+                    write_json(self._path, self._values)
+                except DiskError as error:  # whoever cannot go on without the disk says so himself
+                    logger.warning("%s", error)
 
 
 def _now() -> str:

@@ -172,9 +172,12 @@ class TuningEngine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add a micro-batch's gradients. ``is_last`` closes the step's accumulation."""
+        """Add a micro-batch's gradients. ``is_last`` closes the step's accumulation.
+
+        Where the loss is not finite the gradients are not, either: a step taken with them updates nothing.
+        """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss)
+        self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
     def take_finite(self) -> Tensor:
         """Return whether all gradients since the last call were finite on this process, as a bool tensor; no sync."""
@@ -182,12 +185,22 @@ class TuningEngine:
         self._finite.fill_(True)
         return finite
 
-    def step(self, learning_rate: float) -> Tensor | float:
-        """Clip, update, clear the gradients, and return the norm before clipping; no wait for the device."""
+    def step(self, learning_rate: float) -> Tensor | float | None:
+        """Clip, update, clear the gradients, and return the norm before clipping.
+
+        Returns:
+            None where the norm over all processes is not finite: then nothing was updated, on any of them.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._compute_plain_norm() if self._zero_stage == 0 else None
+        is_plain = isinstance(self._optimizer, torch.optim.Optimizer)  # DeepSpeed's own look at the norm themselves
+        if is_plain and norm is not None and not torch.isfinite(norm):
+            self._engine.zero_grad()
+            return None
         self._engine.step()
+        if not self._engine.was_step_applied():
+            return None
         measured = self._engine.get_global_grad_norm()
         if norm is None:
             norm = measured

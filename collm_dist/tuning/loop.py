@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -19,29 +20,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from collm_dist import monitoring
 from collm_dist.config import StageConfig
 from collm_dist.data.collate import Masking, PromptCollator
-from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.hashing import hash_integers
-from collm_dist.errors import CollmError, LaunchError
+from collm_dist.errors import LaunchError, Preempted
 from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.tuning.checkpointing import Checkpoint, Progress, save_checkpoint
 from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size, run_on_first
+from collm_dist.tuning.nonfinite import NonFiniteError, describe_nonfinite
 from collm_dist.tuning.prepared import Prepared, prepare
 from collm_dist.tuning.schedule import compute_learning_rate
 from collm_dist.tuning.scoring import score_batches
-
-
-class NonFiniteError(CollmError):
-    """The loss or a gradient is no finite number; nothing was updated with it."""
-
-    exit_code = 4
-
-
-class Preempted(CollmError):
-    """The job was asked to stop; it has written a checkpoint and goes on when run again."""
-
-    exit_code = 75
-    retryable = True
+from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers
 
 
 @dataclass(frozen=True)
@@ -106,6 +95,7 @@ class TuningLoop:
         best_weights: dict[str, Tensor],
         logger: monitoring.RunLogger,
         log_every_steps: int,
+        timeout_minutes: float,
     ) -> None:
         """Put the parts together.
 
@@ -120,6 +110,7 @@ class TuningLoop:
             progress, best_weights: where to go on; see ``Checkpoint``.
             logger: for numbers.
             log_every_steps: steps between points.
+            timeout_minutes: a process that completes no step and no validation batch for so long ends the job.
         """
         self.engine, self.collator, self.train_order, self.valid_rows = engine, collator, train_order, valid_rows
         self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
@@ -131,6 +122,8 @@ class TuningLoop:
         self._stop_asked = False
         self._saved_at = time.monotonic()
         self._window = _Window()
+        self._is_validating = False
+        self._watchdog = Watchdog(folder.parent, 60 * timeout_minutes, self._describe_place)
 
     def run(self) -> Progress:
         """Train to the end: steps, epochs, or no better validation for too long.
@@ -140,11 +133,13 @@ class TuningLoop:
             Preempted: a signal asked to stop.
             DiskError: a checkpoint cannot be written.
             LaunchError: the GPU's memory does not suffice.
+            WorkerLostError: another process is gone or does not answer.
         """
         self._saved_at = time.monotonic()
         previous = {name: signal.signal(name, self._ask_stop) for name in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            self._train()
+            with explain_lost_workers(self._describe_place), self._watchdog:
+                self._train()
         except torch.cuda.OutOfMemoryError as error:
             raise LaunchError(
                 f"CUDA is out of memory at step {self.progress.global_step}. Lower max_tokens_per_micro_batch of this "
@@ -168,6 +163,7 @@ class TuningLoop:
             for prepared in self.prepare_epoch(epoch, start):
                 window.waited += time.perf_counter() - waited
                 agreed = self.train_step(prepared)
+                self._watchdog.beat()
                 step = self.progress.global_step
                 is_last = step == self.total_steps
                 if step % self.log_every_steps == 0 or is_last:
@@ -192,29 +188,33 @@ class TuningLoop:
         return prepare(blocks, self.collator, self.max_tokens, self.engine.device, masking)
 
     def train_step(self, prepared: Prepared) -> Agreement:
-        """Make one update; returns what is to be done after it.
+        """Make one update, unless a number is not finite; returns what is to be done after it.
 
         Raises:
-            NonFiniteError: the loss or a gradient is not finite; nothing was updated.
+            NonFiniteError: the loss or a gradient is not finite and may not be left out; nothing was updated.
         """
         started = time.perf_counter()
         window, block, batches = self._window, prepared.block, prepared.micro_batches
+        finite: list[Tensor] = []
         step, rank, world_size = self.progress.global_step, get_rank(), get_world_size()
+        dropout_key = int(hash_integers(self.seed, step) >> np.uint64(1))
         self.engine.set_training(True)
         total = torch.zeros((), device=self.engine.device)
         for index, on_host in enumerate(batches):
             batch = on_host.to(self.engine.device)
-            # Dropout depends on where training stands, not on what has happened before: a resumed run draws the same.
+            # What a backbone itself draws depends on where training stands, not on what has happened before: a resumed
+            # run draws the same.
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
-            losses = binary_cross_entropy_with_logits(self.engine(batch), batch.labels, reduction="none")
+            losses = binary_cross_entropy_with_logits(self.engine(batch, dropout_key), batch.labels, reduction="none")
             loss = (losses * batch.weights).sum() / block.num_targets
             # DeepSpeed averages gradients over the processes; ours are shares of one sum.
             self.engine.backward(loss * world_size, is_last=index == len(batches) - 1)
+            finite.append(self.engine.take_finite())
             total += loss.detach()
             window.tokens += batch.tree_ids.numel() + batch.prefix_ids.numel()
-        agreed = self._agree(total)
+        agreed = self._agree(total, torch.stack(finite).all())
         if not agreed.finite:
-            self._report_non_finite(block, agreed.loss)
+            self._leave_out(prepared, finite)
         learning_rate = compute_learning_rate(
             step,
             peak=self.stage.learning_rate,
@@ -222,45 +222,64 @@ class TuningLoop:
             total_steps=self.total_steps,
             final_share=self.stage.final_learning_rate_share,
         )
-        window.grad_norm = self.engine.step(learning_rate)
-        window.learning_rate, window.steps = learning_rate, window.steps + 1
-        window.loss += agreed.loss
-        window.rows += block.num_targets
-        self.progress.last_loss = agreed.loss
+        norm = self.engine.step(learning_rate)
+        if norm is None and agreed.finite:  # so is every number of each process, but their sum is not
+            self._leave_out(prepared, [torch.ones(())] * len(batches))
+        if norm is not None:
+            window.grad_norm, window.learning_rate, window.steps = norm, learning_rate, window.steps + 1
+            window.loss += agreed.loss
+            window.rows += block.num_targets
+            self.progress.last_loss = agreed.loss
+            self.trained_rows += block.num_targets
         self.progress.global_step += 1
-        self.trained_rows += block.num_targets
         self.train_seconds += time.perf_counter() - started
         self.logger.advance(self.progress.global_step, {"loss": f"{agreed.loss:.4f}"})
         return agreed
 
-    def _agree(self, loss: Tensor) -> Agreement:
+    def _agree(self, loss: Tensor, finite: Tensor) -> Agreement:
         """The step's one reduction: what each process has found or was told, all of them know."""
-        finite = self.engine.take_finite() & torch.isfinite(loss)
         minutes = (time.monotonic() - self._saved_at) / 60
         # By one clock, or processes would come to different answers when it is time.
         save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
-        flags = loss.new_tensor([float(self._stop_asked), float(save_due)])
-        values = torch.cat([torch.stack([torch.nan_to_num(loss), (~finite).float()]), flags])
+        flags = [torch.full_like(loss, float(flag)) for flag in (self._stop_asked, save_due)]
+        values = torch.stack([torch.nan_to_num(loss), (~finite).float(), *flags])
         if get_world_size() > 1:
             dist.all_reduce(values)
         loss_value, bad, stop, save = values.tolist()
         return Agreement(loss_value, finite=bad == 0, stop=stop > 0, save=save > 0)
 
-    def _report_non_finite(self, block: ContextBlock, loss: float) -> None:
-        rows = ", ".join(str(row) for row in block.row_id[:20])
-        raise NonFiniteError(
-            f"step {self.progress.global_step}: the loss ({loss}) or a gradient is not finite on at least one process; "
-            f"nothing was updated. Rows of the step: {rows}{' ...' if block.num_targets > 20 else ''}. Lower the "
-            "learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32."
-        )
+    def _leave_out(self, prepared: Prepared, finite: list[Tensor]) -> None:
+        """Count a step that is not finite, on all processes, and warn.
+
+        Raises:
+            NonFiniteError: it may not be left out.
+        """
+        found = describe_nonfinite(self.progress.global_step, prepared.block, prepared.micro_batches, finite)
+        if self.stage.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{found}. Lower the learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32; "
+                "on_nonfinite=skip leaves such steps out"
+            )
+        if self.progress.nonfinite_skips == self.stage.max_nonfinite_skips:
+            raise NonFiniteError(f"{found}. max_nonfinite_skips={self.stage.max_nonfinite_skips} were left out before")
+        self.progress.nonfinite_skips += 1
+        if get_rank() == 0:
+            of = f"{self.progress.nonfinite_skips} of at most {self.stage.max_nonfinite_skips}"
+            logging.getLogger(__name__).warning("%s. Left out (%s)", found, of)
 
     def _is_validation_due(self) -> bool:
         step = self.progress.global_step
         is_time = step % self.stage.eval_every_steps == 0 or step == self.total_steps
         return is_time and step > self.progress.validated_step
 
+    def _describe_place(self) -> str:
+        stage, step = self.folder.parent.name, self.progress.global_step
+        return f"{stage}, validation after step {step}" if self._is_validating else f"{stage}, step {step}"
+
     def _validate(self, step: int) -> None:
+        self._is_validating = True
         metrics = self.compute_valid_metrics()
+        self._is_validating = False
         self.progress.validated_step = step
         self.logger.log(step, {f"valid/{name}": value for name, value in metrics.items() if value is not None})
         value = metrics[self.stage.select_metric]
@@ -281,7 +300,14 @@ class TuningLoop:
         """Score the validation rows; the same numbers on every process, since all hold all scores."""
         self.engine.set_training(False)
         rows = self.valid_rows
-        row_ids, scores = score_batches(self.engine, self.collator, rows.order, self.max_tokens, self.engine.device)
+        row_ids, scores = score_batches(
+            self.engine,
+            self.collator,
+            rows.order,
+            self.max_tokens,
+            self.engine.device,
+            on_batch=self._watchdog.beat,
+        )
         assert np.array_equal(row_ids, rows.row_id)
         return {
             "auc": compute_auc(rows.label, scores),
@@ -293,8 +319,11 @@ class TuningLoop:
         checkpoint = Checkpoint(self.engine.export_state(), self.best_weights, self.progress)
         run_on_first(lambda: save_checkpoint(self.folder, checkpoint, self.fingerprint))
         self._saved_at = time.monotonic()
+        self._watchdog.beat()
 
     def _log(self, window: _Window) -> None:
+        if window.steps == 0:  # all were left out
+            return
         seconds = time.perf_counter() - window.started
         self.logger.log(
             self.progress.global_step,

@@ -86,6 +86,7 @@ def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, 
         "global_steps": progress.global_step,
         "best_valid": {**progress.best_metrics, "step": progress.best_step},
         "last_train": {"loss": progress.last_loss},
+        "nonfinite_skips": progress.nonfinite_skips,
         "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
         "memory": {"peak_gib": monitoring.measure_peak_gib(loaded.device)},
         "trainable_parameters": sum(one.numel() for one in loop.best_weights.values()),
@@ -138,6 +139,7 @@ def build_loop(
         best_weights=checkpoint.best_weights if get_rank() == 0 else {},
         logger=logger,
         log_every_steps=config.monitoring.log_every_steps,
+        timeout_minutes=config.cluster.collective_timeout_minutes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -57,8 +58,9 @@ def score_batches(
     device: torch.device,
     *,
     shuffle_slots_seed: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Score an order with a model in evaluation mode; see ``score_split``."""
+    """Score an order with a model in evaluation mode; see ``score_split``. ``on_batch`` is called after each batch."""
     collator = collator.for_scoring()
     row_ids, weights, scores = [], [], []
     for prepared in prepare(order.iter_batches(), collator, max_tokens, device):
@@ -68,6 +70,7 @@ def score_batches(
             row_ids.append(batch.row_ids)
             weights.append(batch.weights)
             scores.append(model(batch.to(device)).float())
+            on_batch()
     real = torch.cat(weights) > 0
     return _gather(torch.cat(row_ids)[real], torch.cat(scores).cpu()[real], order.num_rows)
 

@@ -50,6 +50,20 @@ def copy_run(prepared_run, tmp_path):
     return copy
 
 
+# Of a stage that crosses validations and checkpoints, with something random in it.
+STAGE1 = ["--stage", "1", "lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10"]
+
+
+@pytest.fixture(scope="session")
+def whole(prepared_run, tmp_path_factory):
+    """The folder of a run of STAGE1 on one process that nothing has disturbed."""
+    folder, overrides = prepared_run
+    copied = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(folder, copied)
+    run([sys.executable, "launch/train.py"], [*overrides, f"run.dir={copied}", *STAGE1])
+    return copied
+
+
 def start(command: list[str], arguments: list[str], **options) -> subprocess.Popen:
     """Start a command of the launch folder with the tiny configuration."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import signal
 import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
-from tests.distributed.conftest import run, start, wait_for_step
-from tests.distributed.test_tuning import PYTHON, assert_same_training
+from tests.distributed.conftest import STAGE1, run, start, wait_for_step
+from tests.distributed.test_tuning import PYTHON, TORCHRUN, assert_same_training
 
-SETTINGS = ["lora.dropout=0.3", "--stage", "1", "stage1.max_steps=12"]
 PRODUCT = "stage1/adapter/adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole(prepared_run, tmp_path_factory):
-    """The folder of a run that nothing has disturbed."""
-    folder, overrides = prepared_run
-    copied = tmp_path_factory.mktemp("whole") / "run"
-    shutil.copytree(folder, copied)
-    run(PYTHON, [*overrides, f"run.dir={copied}", *SETTINGS])
-    return copied
 
 
 def assert_same_end(folder, whole):
@@ -42,7 +34,7 @@ def list_checkpoints(folder):
 def test_a_signal_stops_at_the_next_step_and_damage_goes_one_checkpoint_back(copy_run, whole, name):
     """Asked to stop: checkpoint and code 75. Then the newest checkpoint is damaged, in one way or the other."""
     folder, overrides = copy_run("run")
-    process = start(PYTHON, [*overrides, *SETTINGS])
+    process = start(PYTHON, [*overrides, *STAGE1])
     wait_for_step(process, folder, "stage1", 5)
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate()
@@ -53,7 +45,7 @@ def test_a_signal_stops_at_the_next_step_and_damage_goes_one_checkpoint_back(cop
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data if name == "SIGTERM" else data[:-100])
-    output = run(PYTHON, [*overrides, *SETTINGS])
+    output = run(PYTHON, [*overrides, *STAGE1])
     assert f"{newest}: the checkpoint is damaged" in output
     assert_same_end(folder, whole)
 
@@ -69,7 +61,7 @@ def test_a_full_disk_then_space(copy_run, whole, tmp_path):
     try:
         (folder / "stage1").mkdir()
         (folder / "stage1" / "checkpoints").symlink_to(disk)
-        process = start(PYTHON, [*overrides, *SETTINGS])
+        process = start(PYTHON, [*overrides, *STAGE1])
         wait_for_step(process, folder, "stage1", 5)
         filler = disk / "filler"
         fill = subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, text=True)
@@ -81,20 +73,65 @@ def test_a_full_disk_then_space(copy_run, whole, tmp_path):
         kept = list_checkpoints(folder)
         assert kept
         filler.unlink()
-        run(PYTHON, [*overrides, *SETTINGS])
+        run(PYTHON, [*overrides, *STAGE1])
         assert_same_end(folder, whole)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_checkpoints_by_the_clock(copy_run, whole):
-    """No step is due for one, but the time is."""
+    """No step is due for one, but the time is: by the first process's clock, on both."""
     folder, overrides = copy_run("run")
     settings = ["stage1.checkpoint_every_steps=100", "stage1.checkpoint_every_minutes=1e-4"]
-    process = start(PYTHON, [*overrides, *SETTINGS, *settings])
-    wait_for_step(process, folder, "stage1", 6)
-    process.send_signal(signal.SIGKILL)
+    process = start(TORCHRUN, [*overrides, *STAGE1, *settings], start_new_session=True)
+    wait_for_step(process, folder, "stage1", 8)
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert list_checkpoints(folder)
-    run(PYTHON, [*overrides, *SETTINGS])
+    run(PYTHON, [*overrides, *STAGE1])  # what two processes have begun, one ends
+    assert_same_training(folder, whole, stages=("stage1",))
+
+
+PIPELINE = [sys.executable, "launch/run_pipeline.py"]
+
+
+def find_tuning(pipeline) -> psutil.Process:
+    """The process that a pipeline has started for a stage."""
+    while True:
+        for process in psutil.Process(pipeline.pid).children(recursive=True):
+            if any(part.endswith("train.py") for part in process.cmdline()):
+                return process
+        assert pipeline.poll() is None, pipeline.stdout.read()
+        time.sleep(0.05)
+
+
+def test_the_pipeline_restarts_what_was_killed_and_passes_signals_on(copy_run, whole):
+    """A stage is killed, then asked to stop; then the pipeline is asked to stop; then it is killed itself."""
+    folder, overrides = copy_run("run")
+    settings = [*overrides, *STAGE1[2:], "cluster.restart_backoff_seconds=0.1", "evaluation.bootstrap_samples=0"]
+    status = folder / "status.json"
+    pipeline = start(PIPELINE, settings)
+    wait_for_step(pipeline, folder, "stage1", 4)
+    find_tuning(pipeline).kill()
+    wait_for_step(pipeline, folder, "stage1", 10)
+    find_tuning(pipeline).terminate()
+    wait_for_step(pipeline, folder, "stage1", 16)
+    assert json.loads(status.read_text())["restarts"] == 2
+    pipeline.send_signal(signal.SIGUSR1)
+    output, _ = pipeline.communicate(timeout=60)
+    assert pipeline.returncode == 75, output
+    assert "WorkerLostError: train.py: a process was ended by SIGKILL" in output
+    ended = json.loads(status.read_text())
+    assert (ended["state"], ended["error"], ended["retryable"]) == ("interrupted", "Preempted", True)
+
+    pipeline = start(PIPELINE, settings)
+    wait_for_step(pipeline, folder, "stage1", 22)
+    orphan = find_tuning(pipeline)
+    pipeline.kill()
+    pipeline.communicate()
+    assert orphan.is_running()
+    run(PIPELINE, settings)
+    assert not orphan.is_running()  # the one who took over the run has seen to that
     assert_same_end(folder, whole)
+    ended = json.loads(status.read_text())
+    assert (ended["state"], ended["exit_code"], ended["retryable"]) == ("done", 0, False)

@@ -1,0 +1,105 @@
+"""A process that dies, fails or stands still ends the job soon, with a word on why, and the rerun goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import psutil
+import pytest
+
+from collm_dist.cli import ERROR_FILE_VARIABLE
+from tests.distributed.conftest import REPOSITORY, STAGE1, run, start, wait_for_step
+from tests.distributed.test_tuning import DEEPSPEED, TORCHRUN, assert_same_training
+
+BROKEN = [*TORCHRUN[:-1], "tests/distributed/broken_train.py"]
+MINUTE = 60
+
+
+def find_worker(launcher, rank: int) -> psutil.Process:
+    """The training process of a number below a launcher."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(rank) and "train.py" in " ".join(process.cmdline()):
+            return process
+    raise AssertionError(f"there is no process of rank {rank}")
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(DEEPSPEED, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_job_within_a_minute(copy_run, whole, launcher):
+    folder, overrides = copy_run("run")
+    process = start(launcher, [*overrides, *STAGE1])
+    wait_for_step(process, folder, "stage1", 8)
+    worker = find_worker(process, 1)
+    worker.kill()
+    killed_at = time.monotonic()
+    output, _ = process.communicate(timeout=MINUTE)
+    assert process.returncode != 0
+    print(f"ended after {time.monotonic() - killed_at:.1f} s")
+    assert "WorkerLostError: process 0 of 2, stage1, step" in output
+    assert "Run the same command again" in output
+    run(launcher, [*overrides, *STAGE1])
+    assert_same_training(folder, whole, stages=("stage1",))
+
+
+def test_of_several_errors_the_first_one_is_told(copy_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "raise:1")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
+    _, overrides = copy_run("run")
+    process = start(BROKEN, [*overrides, *STAGE1])
+    output, _ = process.communicate(timeout=MINUTE)
+    assert process.returncode != 0
+    first, second = output.index("this process alone has a fault"), output.index("WorkerLostError: process 0")
+    assert first < second
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert told["exit_code"] == 1
+    assert "this process alone has a fault" in told["message"]
+
+
+def test_a_process_that_stands_still_is_given_up_with_everybodys_stacks(copy_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "hang:1")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
+    folder, overrides = copy_run("run")
+    process = start(BROKEN, [*overrides, *STAGE1, "cluster.collective_timeout_minutes=0.1"])
+    output, _ = process.communicate(timeout=MINUTE)
+    assert process.returncode != 0
+    assert "process 1 of 2, stage1, step 2: no step and no validation batch was completed for 0.1 minutes" in output
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert (told["error"], told["exit_code"], told["retryable"]) == ("WorkerLostError", 76, True)
+    stacks = [(folder / "stage1" / f"stacks-rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in break_down" in stacks[1]
+    assert "in _agree" in stacks[0] or "all_reduce" in stacks[0]
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_missed_by_the_others(copy_run, whole):
+    """No time-out of a collective is near, no connection is closed: heartbeats alone tell."""
+    folder, overrides = copy_run("run")
+    process = start(TORCHRUN, [*overrides, *STAGE1])
+    wait_for_step(process, folder, "stage1", 8)
+    find_worker(process, 1).send_signal(signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    output, _ = process.communicate(timeout=3 * MINUTE)  # torchrun waits 30 s for what does not answer SIGTERM
+    print(f"ended after {time.monotonic() - stopped_at:.1f} s")
+    assert "process 1 has not been heard of for 40 seconds" in output
+    run(TORCHRUN, [*overrides, *STAGE1])
+    assert_same_training(folder, whole, stages=("stage1",))
+
+
+@pytest.mark.slow
+def test_a_pause_of_all_is_no_loss(copy_run, whole):
+    """As when a machine is suspended: no process concludes that the others are gone."""
+    folder, overrides = copy_run("run")
+    process = start(TORCHRUN, [*overrides, *STAGE1])
+    wait_for_step(process, folder, "stage1", 8)
+    workers = [find_worker(process, rank) for rank in (0, 1)]
+    for worker in workers:
+        worker.suspend()
+    time.sleep(50)
+    for worker in workers:
+        worker.resume()
+    output, _ = process.communicate(timeout=3 * MINUTE)
+    assert process.returncode == 0, output
+    assert_same_training(folder, whole, stages=("stage1",))
