@@ -7,13 +7,13 @@ benchmarks/tuning_side.py: transformers.Trainer, and the authors' recipe with lo
 one. Ours and a peer work in turn through the same global batches of an epoch in training order, taken so that they
 stand for its mix of contexts; ratios are the peer's seconds over ours, of all batches together. ``flop_ceiling`` is the
 same ratio of operations, with no padding on our side: the most that can be had. Each side runs in a process of its own.
-Writes throughput_<device>.json and .png.
+Writes throughput_<device>.json and .png; phases that are not run keep what is there.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import json
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ def main() -> None:
     add_arguments(parser, batches=4)
     arguments = parser.parse_args()
     device_name = name_device() + arguments.suffix
-    found: dict[str, Any] = {}
+    path = arguments.output / f"throughput_{device_name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["phases"] if path.exists() else {}
     with prepare_comparison(arguments) as comparison:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ceiling = measure_matrix_ceiling(device, resolve_dtype(comparison.config.llm.dtype))
@@ -99,7 +100,7 @@ def main() -> None:
                 "phases": found,
                 **comparison.describe(arguments.threads),
             }
-            write_json(arguments.output / f"throughput_{device_name}.json", record)
+            write_json(path, record)
         plot(found, arguments.output / f"throughput_{device_name}.png")
 
 

@@ -104,7 +104,9 @@ class PlainModel(nn.Module):
         for kind, (rows, columns, vectors) in (slots or {}).items():
             tokens = self.mappings["pair" if kind == "pair" else "cf"](vectors)
             embeds = embeds.index_put((rows, columns), tokens.to(embeds.dtype))
-        return self.backbone(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **options)
+        return self.backbone(
+            inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False, **options
+        )
 
 
 def pad(rows: list[dict[str, Any]], *, left: bool, answers: list[int] | None, device: torch.device) -> dict[str, Any]:
