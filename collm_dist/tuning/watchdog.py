@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 5.0
 # After it a process counts as lost; long enough for one that swaps or is held by a debugger for a moment.
-SILENCE_SECONDS = 40.0
+SILENCE_SECONDS = 30.0
 # Between one's own stacks and one's end, in which the others, stuck at the same time, write theirs.
 GRACE_SECONDS = 5.0
 

@@ -83,7 +83,7 @@ def test_a_stopped_process_is_missed_by_the_others(copy_run, whole):
     stopped_at = time.monotonic()
     output, _ = process.communicate(timeout=3 * MINUTE)  # torchrun waits 30 s for what does not answer SIGTERM
     print(f"ended after {time.monotonic() - stopped_at:.1f} s")
-    assert "process 1 has not been heard of for 40 seconds" in output
+    assert "process 1 has not been heard of for 30 seconds" in output
     run(TORCHRUN, [*overrides, *STAGE1])
     assert_same_training(folder, whole, stages=("stage1",))
 
@@ -97,7 +97,7 @@ def test_a_pause_of_all_is_no_loss(copy_run, whole):
     workers = [find_worker(process, rank) for rank in (0, 1)]
     for worker in workers:
         worker.suspend()
-    time.sleep(50)
+    time.sleep(40)
     for worker in workers:
         worker.resume()
     output, _ = process.communicate(timeout=3 * MINUTE)

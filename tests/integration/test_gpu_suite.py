@@ -52,5 +52,11 @@ def test_commands_are_printed(tmp_path):
     done = run_suite(tmp_path / "out", tmp_path, overrides, "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 10
+    programs = [
+        next(word for word in line.split() if word.startswith(("pytest", "benchmarks.", "launch/"))) for line in lines
+    ]
+    throughput, memory, train = "benchmarks.throughput", "benchmarks.memory", "launch/train.py"
+    expected = ["pytest", throughput, throughput, memory, throughput]  # plain, compiled; attention written out
+    expected += [train, train, train, "benchmarks.tuning_growth", train, "launch/evaluate_model.py"]
+    assert programs == expected
     assert all("cluster.zero_stage=1" in line for line in lines if "pytest" not in line)
