@@ -1,6 +1,6 @@
 """How good are the four collaborative models on CoLLM's ML-1M split? Mean and spread over seeds, beside the baselines.
 
-    python benchmarks/cf_quality.py --data DIR [--models mf lightgcn sasrec din] [--seeds 0 1 2 3 4]
+    python -m benchmarks.cf_quality --data DIR [--models mf lightgcn sasrec din] [--seeds 0 1 2 3 4]
 
 DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. Each model runs with the
 settings of its own configuration (configs/ml1m_*.yaml), which were chosen on validation rows alone; the test rows are

@@ -1,6 +1,6 @@
 """How do time and memory of CF training grow? Matrix factorization on generated logs, on one worker and on several.
 
-    python benchmarks/cf_scale.py [--sizes 1e6 3e6 10e6 30e6] [--workers 1 2] [--output benchmarks/results]
+    python -m benchmarks.cf_scale [--sizes 1e6 3e6 10e6 30e6] [--workers 1 2] [--output benchmarks/results]
 
 Every measurement is the real command on a real data step: logs are generated, preprocessed once for each size, and then
 ``launch/pretrain_cf.py`` trains a few epochs on Ray with each number of workers, one thread each. The epoch's seconds

@@ -1,6 +1,6 @@
 """How fast is a CF model's training epoch, beside RecBole's? Same rows, dimensions and batch size, on the CPU, in turn.
 
-    python benchmarks/cf_throughput.py [--data data/ml-1m-collm] [--models mf lightgcn sasrec din] [--threads 2 1]
+    python -m benchmarks.cf_throughput [--data data/ml-1m-collm] [--models mf lightgcn sasrec din] [--threads 2 1]
 
 RecBole is installed once, in an environment of its own (1 GB; RecBole 1.2.1 wants older libraries than we do):
 
@@ -10,7 +10,7 @@ RecBole is installed once, in an environment of its own (1 GB; RecBole 1.2.1 wan
 The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or without them MovieLens-100K;
 with --interactions N they are generated (benchmarks/synthetic_logs.py), to see what a larger catalogue changes:
 
-    python benchmarks/cf_throughput.py --interactions 1e6 --models mf --out benchmarks/results/cf_throughput_1m_cpu.json
+    python -m benchmarks.cf_throughput --interactions 1e6 --models mf --out benchmarks/results/cf_throughput_1m_cpu.json
 
 One sample is one epoch of pure training, without evaluation: our trainer's ``train_epoch`` against RecBole's
 ``Trainer._train_epoch``. The two sides take turns, each after a warm-up epoch. ``ratios`` are RecBole's
@@ -39,11 +39,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from epoch_timing import TimedCall, list_operators
-from machine import describe_hardware
-from side_process import SideProcess
-from synthetic_logs import write_synthetic_logs
 
+from benchmarks.epoch_timing import TimedCall, list_operators
+from benchmarks.machine import describe_hardware
+from benchmarks.side_process import SideProcess
+from benchmarks.synthetic_logs import write_synthetic_logs
 from collm_dist.artifacts import RunDir, write_json
 from collm_dist.cf.biases import fit_biases
 from collm_dist.cf.fitting import build_plan, build_untrained

@@ -1,6 +1,6 @@
 """What does it cost to train stage 2 on rows that the collaborative model was fitted to? Without a language model.
 
-    python benchmarks/cross_fit_leak.py --data DIR [--config configs/ml1m_official.yaml] [--folds 0 4 8 16]
+    python -m benchmarks.cross_fit_leak --data DIR [--config configs/ml1m_official.yaml] [--folds 0 4 8 16]
 
 The CF model is trained the paper's way (0 folds) and cross-fitted. On each kind of slots a small network is fitted to
 exactly what the slots of the training rows carry, and scored on train, valid and test, for several seeds. A gap between

@@ -1,6 +1,6 @@
 """Everything that is to be known of a GPU, in one command.
 
-    python benchmarks/gpu_suite.py --run-dir RUN --backbone smollm2=FOLDER [--output DIR] [--pieces tests zero ...]
+    python -m benchmarks.gpu_suite --run-dir RUN --backbone smollm2=FOLDER [--output DIR] [--pieces tests zero ...]
 
 RUN is a run of the configuration whose data and CF steps are done (these need Ray; nothing here does); FOLDER is a
 backbone on this machine, whose tokenizer the random ones of published shapes take too. Pieces:

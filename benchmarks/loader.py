@@ -1,6 +1,6 @@
 """How fast is the loader? Samples a second on one core: from shards to global batches, and on to model-ready tensors.
 
-    python benchmarks/loader.py [--run-dir RUN] [--rows 300000] [--out benchmarks/results/loader_cpu.json]
+    python -m benchmarks.loader [--run-dir RUN] [--rows 300000] [--out benchmarks/results/loader_cpu.json]
 
 Without a run directory, shards are generated: contexts with up to 50 liked items and 1.8 targets on average.
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_hardware
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.machine import describe_hardware
 from collm_dist.artifacts import write_json
 from collm_dist.data.collate import PromptCollator
 from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock

@@ -1,7 +1,7 @@
 """How much memory above the weights does a step take, as a share of what others take?
 
-    python benchmarks/memory.py --data DIR [--phases stage1 stage2 ...] [--batches 2] [--overrides key=value ...]
-    python benchmarks/memory.py --samples benchmarks/results/throughput_cpu.json      # what a throughput run has seen
+    python -m benchmarks.memory --data DIR [--phases stage1 stage2 ...] [--batches 2] [--overrides key=value ...]
+    python -m benchmarks.memory --samples benchmarks/results/throughput_cpu.json      # what a throughput run has seen
 
 Sides, rows and phases are those of benchmarks/throughput.py; every side has a process of its own for every phase. On a
 CPU what is measured is the growth of the process's resident memory from before a step to its peak, on a GPU that of the

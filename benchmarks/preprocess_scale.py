@@ -1,6 +1,6 @@
 """How fast and in how much memory do logs become samples, beside plain pandas, at 1 to 30 million interactions?
 
-    python benchmarks/preprocess_scale.py [--sizes 1e6 3e6 1e7 3e7] [--workers 1 2] [--plain-up-to 3e6]
+    python -m benchmarks.preprocess_scale [--sizes 1e6 3e6 1e7 3e7] [--workers 1 2] [--plain-up-to 3e6]
 
 Logs are generated (benchmarks/synthetic_logs.py: item popularity after Zipf, users' activity a power law). Ours is the
 whole data step of launch/preprocess_data.py: reading, checking, id tables, as-of states, histories, shards with

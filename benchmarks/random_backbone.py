@@ -1,6 +1,6 @@
 """Write a backbone with random weights: throughput and memory do not need trained ones.
 
-    python benchmarks/random_backbone.py FOLDER --shape qwen2-1.5b [--tokenizer smollm2-135m-instruct-q4_1]
+    python -m benchmarks.random_backbone FOLDER --shape qwen2-1.5b [--tokenizer smollm2-135m-instruct-q4_1]
 
 The folder is fit for ``llm.backbone``. The tokenizer is that of a backbone at hand; the vocabulary grows if it has to.
 """

@@ -1,4 +1,4 @@
-"""Put a run's results into README.md: ``python benchmarks/render_readme.py runs/ml100k_demo``."""
+"""Put a run's results into README.md: ``python -m benchmarks.render_readme runs/ml100k_demo``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def replace_section(text: str, section: str) -> str:
 def main() -> int:
     """Render; returns the exit code."""
     if len(sys.argv) != 2:
-        print("usage: python benchmarks/render_readme.py RUN_DIR", file=sys.stderr)
+        print("usage: python -m benchmarks.render_readme RUN_DIR", file=sys.stderr)
         return 2
     readme = Path(__file__).parent.parent / "README.md"
     try:

@@ -1,6 +1,6 @@
 """How fast are training, validation and scoring, beside what people use today? One run, the sides in turn.
 
-    python benchmarks/throughput.py --data DIR [--phases stage1 stage2 ...] [--batches 4] [--overrides key=value ...]
+    python -m benchmarks.throughput --data DIR [--phases stage1 stage2 ...] [--batches 4] [--overrides key=value ...]
 
 DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. The peers are those of
 benchmarks/tuning_side.py: transformers.Trainer, and the authors' recipe with logits at all positions or at the last

@@ -1,6 +1,6 @@
 """How do speed and memory of tuning grow with the prompt, the targets of a context and the model?
 
-    python benchmarks/tuning_growth.py --run-dir RUN [--sweeps prompt targets model] [--shapes 7m 20m 40m] [--repeats 2]
+    python -m benchmarks.tuning_growth --run-dir RUN [--sweeps prompt targets model] [--shapes 7m 20m 40m] [--repeats 2]
 
 RUN is a run of configs/ml1m_official.yaml whose data and CF steps are done. One sweep changes one thing: the films
 shown in a prompt, the number of targets that each context has (32 rows a batch all the same), the backbone's size

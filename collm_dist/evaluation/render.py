@@ -72,7 +72,7 @@ def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
     return render_table(header, cells)
 
 
-def _render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
+def render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return AUC / UAUC by slice, one line a model."""
     slices = list(dict.fromkeys(row["slice"] for row in rows))
     by_key = {(row["model"], row["slice"]): row for row in rows}
@@ -89,7 +89,8 @@ def _render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
     return render_table(["AUC / UAUC", *(f"{_SLICE_NAMES[name]} ({counts[name]:,} rows)" for name in slices)], cells)
 
 
-def _render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
+def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
+    """Return the paired differences, one line each."""
     metrics = list_metrics(differences)
     cells = [
         [
@@ -150,10 +151,10 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += [f"## {split}: {of_all[0]['rows']:,} rows, UAUC over {users:,} users with both labels", ""]
         lines += [render_results(of_all), ""]
         if len(rows) > len(of_all):
-            lines += [_render_slices(rows), ""]
+            lines += [render_slices(rows), ""]
         differences = [row for row in report["differences"] if (row["split"], row["slice"]) == (split, "all")]
         if differences:
-            lines += ["Paired differences on the same resamples of users:", "", _render_differences(differences), ""]
+            lines += ["Paired differences on the same resamples of users:", "", render_differences(differences), ""]
         lines += [line for name in report["plots"] if name.endswith(f"-{split}.png") for line in _link(name)]
     lines += [line for name in report["plots"] if name == "training.png" for line in ["## Training", "", *_link(name)]]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,213 @@
+"""What does each part of CoLLM bring on its own MovieLens-1M split, beside baselines that anybody can have?
+
+    python -m benchmarks.reproduce_ml1m --data DIR --profile cpu|gpu [--minutes 25] [--cells mf/stage2 ...] [--list]
+
+DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. A cell is a CF model with one
+variant of the recipe and a seed: a whole run of launch/run_pipeline.py, which takes what an earlier cell has done
+already. Cells run in the order of the list, the most valuable first; after --minutes the one at work writes a
+checkpoint and stops, and the same command goes on from there. After each cell come
+benchmarks/results/reproduce_ml1m_<profile>.json (rows and paired differences of eval/report.json with ``cf``,
+``variant`` and ``seeds``) and, by benchmarks/reproduction_page.py, docs/results.md with its plots.
+
+The profile cpu trains each stage once on about 2,000 rows and tests some of the users: it shows what the parts do to
+each other, not how good they can be. The profile gpu trains on everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.machine import describe_hardware
+from benchmarks.reproduction_page import write_page
+from collm_dist.artifacts import RunDir, write_json
+from collm_dist.errors import Preempted
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"mf": "ml1m_official", "lightgcn": "ml1m_lightgcn", "sasrec": "ml1m_sasrec", "din": "ml1m_din"}
+# What each variant changes against the configuration: the recipe of the paper has two slots and one CF model of all
+# training rows.
+VARIANTS = {
+    "stage2": ["prompt.stage2=configs/prompts/stage2.txt"],
+    "train_cf": ["prompt.stage2=configs/prompts/stage2.txt", "stage2.train_cf=true"],
+    "item_ids": ["prompt.stage2=configs/prompts/stage2_ids.txt"],
+    "pair": ["prompt.stage2=configs/prompts/stage2_pair.txt"],
+    "pair_cross_fit": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8"],
+    "pair_all": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8", "cf.feedback=all"],
+}
+PROFILES: dict[str, tuple[list[tuple[str, str, int]], list[str]]] = {
+    "cpu": (
+        [(cf, variant, 0) for cf in ("mf", "din") for variant in ("stage2", "pair")],
+        [f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in (
+            "max_train_contexts=1100", "num_epochs=1", "warmup_steps=6", "eval_every_steps=20",
+            "max_valid_contexts=120", "checkpoint_every_steps=20",
+        )] + ["evaluation.splits=[test]", "evaluation.max_users=100", "evaluation.train_contexts=100"],
+    ),
+    "gpu": (
+        [("din", "pair_all", 0), ("mf", "stage2", 0), ("din", "stage2", 0), ("din", "pair", 0),
+         ("sasrec", "stage2", 0), ("sasrec", "pair_all", 0), ("mf", "pair", 0), ("mf", "train_cf", 0),
+         ("din", "pair_cross_fit", 0), ("sasrec", "item_ids", 0), ("din", "pair_all", 1), ("din", "pair_all", 2)],
+        ["evaluation.splits=[valid,test]"],
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    cf: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What it is chosen by."""
+        return f"{self.cf}/{self.variant}/{self.seed}"
+
+    def find_run(self, folder: Path) -> Path:
+        """Return its run directory."""
+        return folder / self.name.replace("/", "-")
+
+
+def build_settings(cell: Cell, arguments: argparse.Namespace) -> list[str]:
+    """Return the settings of a cell's run."""
+    others = [other.find_run(arguments.work) for other in arguments.chosen if other != cell]
+    return [
+        f"run.dir={cell.find_run(arguments.work)}",
+        f"run.seed={cell.seed}",
+        f"run.reuse=[{','.join(str(other) for other in others if other.exists())}]",
+        f"dataset.path={arguments.data / 'interactions.parquet'}",
+        f"dataset.items_path={arguments.data / 'items.parquet'}",
+        *VARIANTS[cell.variant],
+        *PROFILES[arguments.profile][1],
+        *arguments.overrides,
+    ]
+
+
+def run_cell(cell: Cell, arguments: argparse.Namespace, deadline: float) -> int:
+    """Run a cell until it is done or the time is up; its seconds add up over all attempts. Returns the exit code."""
+    config = ROOT / "configs" / f"{CONFIGS[cell.cf]}.yaml"
+    command = [sys.executable, "launch/run_pipeline.py", "--config", str(config), *build_settings(cell, arguments)]
+    spent = cell.find_run(arguments.work) / "seconds.json"
+    before = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else 0.0
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        code = process.wait(timeout=max(0.0, deadline - started))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # a checkpoint at the next step's end, then exit code 75
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    write_json(spent, round(before + time.monotonic() - started, 1))
+    return code
+
+
+def summarize_seeds(found: Iterable[tuple[Cell, dict[str, Any]]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return one row for each of what ``keys`` tell apart: numbers are means over seeds.
+
+    ``auc_std`` and ``uauc_std`` are added where there are several; ends of intervals are means too.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for cell, row in found:
+        groups[cell.cf, cell.variant, *(row[key] for key in keys)].append((cell.seed, row))
+    merged = []
+    for (cf, variant, *_), members in groups.items():
+        first = members[0][1]
+        row: dict[str, Any] = {"cf": cf, "variant": variant, "seeds": [seed for seed, _ in members]}
+        for key, value in first.items():
+            numbers = [one[key] for _, one in members]
+            averaged = isinstance(value, float) and None not in numbers
+            row[key] = fmean(numbers) if averaged else value
+            if averaged and len(numbers) > 1 and key in ("auc", "uauc"):
+                row[f"{key}_std"] = stdev(numbers)
+        merged.append(row)
+    return merged
+
+
+def collect(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the result of the cells that are done."""
+    done = [cell for cell in arguments.chosen if RunDir(cell.find_run(arguments.work)).is_done("eval")]
+    reports = {cell: RunDir(cell.find_run(arguments.work)).read_record("eval") for cell in done}
+    rows = [(cell, row) for cell, report in reports.items() for row in report["rows"]]
+    differences = [(cell, row) for cell, report in reports.items() for row in report["differences"]]
+    seconds = {cell: cell.find_run(arguments.work) / "seconds.json" for cell in done}
+    return {
+        "question": __doc__.splitlines()[0],
+        "profile": arguments.profile,
+        "hardware": describe_hardware(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+        "settings": [*PROFILES[arguments.profile][1], *arguments.overrides],
+        "variants": VARIANTS,
+        "cells": [
+            {"cf": cell.cf, "variant": cell.variant, "seed": cell.seed, "warnings": reports[cell]["warnings"],
+             "seconds": json.loads(seconds[cell].read_text(encoding="utf-8"))}
+            for cell in done
+        ],
+        "not_run": [cell.name for cell in arguments.chosen if cell not in reports],
+        "rows": summarize_seeds(rows, ("model", "split", "slice")),
+        "differences": summarize_seeds(differences, ("model", "versus", "split", "slice")),
+    }  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; ``chosen`` are the cells."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the released split as two Parquet files")
+    parser.add_argument("--profile", choices=list(PROFILES), default="cpu")
+    parser.add_argument("--work", type=Path, help="folder of the runs; default runs/reproduce_ml1m_<profile>")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
+    parser.add_argument("--cells", nargs="+", metavar="CF/VARIANT", help="only those that begin so")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all cells")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="rendered page")
+    parser.add_argument("--list", action="store_true", help="print the cells and whether they are done")
+    arguments = parser.parse_args()
+    arguments.data = arguments.data.resolve()
+    arguments.work = (arguments.work or ROOT / "runs" / f"reproduce_ml1m_{arguments.profile}").resolve()
+    cells = [Cell(*one) for one in PROFILES[arguments.profile][0]]
+    wanted = tuple(arguments.cells or [""])
+    arguments.chosen = [cell for cell in cells if cell.name.startswith(wanted)]
+    if not arguments.chosen:
+        parser.error(f"--cells: none of {', '.join(cell.name for cell in cells)}")
+    return arguments
+
+
+def main() -> int:
+    """Run what is not done; returns the exit code, 75 when the time is up."""
+    arguments = parse_arguments()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for cell in arguments.chosen:
+        done = RunDir(cell.find_run(arguments.work)).is_done("eval")
+        if arguments.list or done:
+            print(f"{cell.name}: {'done' if done else 'to do'}")
+            continue
+        print(f"=== {cell.name}", flush=True)
+        code = run_cell(cell, arguments, deadline)
+        if code == Preempted.exit_code and time.monotonic() > deadline:
+            print("the time is up; the same command goes on from here")
+            return code
+        if code:
+            return code
+        result = collect(arguments)
+        path = arguments.output / f"reproduce_ml1m_{arguments.profile}.json"
+        write_json(path, result)
+        write_page(result, arguments.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

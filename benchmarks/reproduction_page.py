@@ -1,0 +1,177 @@
+"""The page docs/results.md with its plots, out of the results of benchmarks/reproduce_ml1m.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from collm_dist.artifacts import open_atomic
+from collm_dist.evaluation.plots import plot_forest, save_figure
+from collm_dist.evaluation.render import MODEL_NAMES, render_differences, render_results, render_slices, render_table
+
+# AUC / UAUC on the released split, as their authors give them, with Vicuna-7B where nothing else is said: Zhang et al.,
+# arXiv 2310.19488, and for BinLLM, GraphLoRA and SAILRec the papers of these names.
+PUBLISHED = (
+    ("MF", ".6482 / .6361"),
+    ("LightGCN", ".5959 / .6499"),
+    ("SASRec", ".7078 / .6884"),
+    ("DIN", ".7166 / .6459"),
+    ("TALLRec (text alone)", ".7097 / .6818"),
+    ("TALLRec, Qwen2-1.5B", ".7027 / .6638"),
+    ("id tokens from scratch", ".7214 / .6563"),
+    ("CoLLM-MF", ".7295 / .6875"),
+    ("CoLLM-MF, Qwen2-1.5B", ".7354 / .6950"),
+    ("CoLLM-LightGCN", ".7100 / .6967"),
+    ("CoLLM-SASRec", ".7235 / .6990"),
+    ("CoLLM-DIN", ".7353 / .6923"),
+    ("CoLLM-MF that also trains the CF model", ".7360 / .6946"),
+    ("BinLLM", ".7425 / .6956"),
+    ("GraphLoRA", ".7472 / .7102"),
+    ("SAILRec", ".7571 / not given"),
+)
+VARIANT_NAMES = {
+    "stage2": "the paper's two slots",
+    "train_cf": "two slots, CF model trained on",
+    "item_ids": "slots of the history's items",
+    "pair": "also the pair slot",
+    "pair_cross_fit": "pair slot, cross-fitted",
+    "pair_all": "pair slot, cross-fitted, all feedback",
+}
+CF_NAMES = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN"}
+# What does not depend on the variant is shown once: the baselines for all, the CF model for each of its fits.
+_OF_CELLS = ("cf", "stage2", "slots_without_llm", "slots_shuffled")
+
+
+def name_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows whose ``model`` says the cell too; rows that every cell has, once."""
+    named: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = MODEL_NAMES.get(row["model"], row["model"])
+        if row["model"] in _OF_CELLS:
+            name = f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}: {name}"
+        named.setdefault(f"{row['slice']} {name}", {**row, "model": name})
+    order = {False: 0, True: 1}
+    return sorted(named.values(), key=lambda row: order[": " in row["model"]])
+
+
+def select(rows: Sequence[Mapping[str, Any]], slices: Sequence[str] = ("all",)) -> list[Mapping[str, Any]]:
+    """Return the test rows of some slices."""
+    return [row for row in rows if row["split"] == "test" and row["slice"] in slices]
+
+
+def describe_difference(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a difference whose ``model`` says the cell; ``compared`` is the model's own name."""
+    cell = f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}: "
+    return {**row, "compared": row["model"], "model": cell + MODEL_NAMES.get(row["model"], row["model"])}
+
+
+def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each comparison of stage 2: in how many cells it is above, below, or cannot be told."""
+    lines = []
+    for versus in dict.fromkeys(row["versus"] for row in differences if row["model"] == "stage2"):
+        found = [row for row in differences if (row["model"], row["versus"]) == ("stage2", versus)]
+        above = sum(row["auc_low"] is not None and row["auc_low"] > 0 for row in found)
+        below = sum(row["auc_high"] is not None and row["auc_high"] < 0 for row in found)
+        lines.append(
+            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: above in {above} of {len(found)} cells, below "
+            f"in {below}; in the others the interval includes zero."
+        )
+    return lines
+
+
+def write_page(result: Mapping[str, Any], path: Path) -> None:
+    """Write the page and, beside it, its plots.
+
+    Args:
+        result: what benchmarks/reproduce_ml1m.py found.
+        path: the page, Markdown.
+    """
+    rows, differences = name_rows(select(result["rows"])), select(result["differences"])
+    plots = {"auc": plot_forest(rows, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
+    told = [
+        {**row, "model": f"{row['model']} less {MODEL_NAMES.get(row['versus'], row['versus'])}"}
+        for row in map(describe_difference, differences)
+        if row["compared"] == "stage2"
+    ]
+    plots["differences"] = plot_forest(told, {}, "auc", "Paired differences in AUC")
+    for name, figure in plots.items():
+        if figure is not None:
+            figure.axes[0].set_xlabel({"auc": "AUC", "differences": "difference in AUC"}[name])
+            if name == "differences":
+                figure.axes[0].axvline(0, color="0.4", linewidth=0.8)
+                figure.axes[0].set_xlim(*_span(told))
+            save_figure(figure, path.parent / "images" / f"reproduction_{result['profile']}_{name}.png")
+    with open_atomic(path) as file:
+        file.write(_render(result, rows, differences, [name for name in plots if plots[name] is not None]))
+
+
+def _span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    ends = [row[key] for row in rows for key in ("auc_low", "auc_high", "auc") if row.get(key) is not None]
+    margin = 0.1 * max(0.02, max(ends) - min(ends))
+    return min(0.0, *ends) - margin, max(0.0, *ends) + margin
+
+
+def _render(
+    result: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    differences: Sequence[Mapping[str, Any]],
+    plots: Sequence[str],
+) -> str:
+    profile, hardware = result["profile"], result["hardware"]
+    machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
+    sliced = name_rows(select(result["rows"], ("all", "warm", "cold_user", "cold_item")))
+    lines = [
+        "# Results on MovieLens-1M, as the CoLLM authors split it",
+        "",
+        f"Made by `python -m benchmarks.reproduce_ml1m --data DIR --profile {profile}` on {machine} "
+        f"(`benchmarks/results/reproduce_ml1m_{profile}.json`). {_describe_size(result, rows)}",
+        "",
+        "Intervals are from resampled users, differences are paired. `training labels` and `inputs` say what a row of "
+        "the table may see: only rows that may see the same are rivals.",
+        "",
+        *judge(differences),
+        "",
+        "## Every model",
+        "",
+        render_results(rows),
+        "",
+        *(f"![{name}](images/reproduction_{profile}_{name}.png)\n" for name in plots),
+        "## Differences",
+        "",
+        render_differences([describe_difference(row) for row in differences]),
+        "",
+        "## Warm and cold",
+        "",
+        render_slices(sliced),
+        "",
+        "## Published figures, with other backbones",
+        "",
+        "Not measured here, and with backbones of ten to fifty times the size; AUC / UAUC on the whole test split.",
+        "",
+        render_table(["published", "AUC / UAUC"], [[name, figures] for name, figures in PUBLISHED]),
+        "",
+        "## Cells",
+        "",
+        render_table(["cell", "seed", "minutes"], [_describe_cell(one) for one in result["cells"]]),
+        "",
+        "Minutes are of the cell's own steps; data, CF model and stage 1 are taken from an earlier cell where they are "
+        "the same.",
+    ]
+    if result["not_run"]:
+        lines += ["", f"Not run yet: {', '.join(result['not_run'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def _describe_cell(cell: Mapping[str, Any]) -> list[str]:
+    name = f"{CF_NAMES[cell['cf']]}, {VARIANT_NAMES[cell['variant']]}"
+    return [name, str(cell["seed"]), f"{cell['seconds'] / 60:.0f}"]
+
+
+def _describe_size(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    if result["profile"] == "gpu":
+        return "Each stage trains on all training rows, with early stopping."
+    return (
+        f"Each stage trains once on about 2,000 of the 33,891 rows and is tested on {rows[0]['rows']:,} rows: it shows "
+        "what the parts do to each other, not how good they can be."
+    )
