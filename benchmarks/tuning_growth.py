@@ -25,6 +25,7 @@ from benchmarks.tuning_side import Reference, build_ours, measure
 from benchmarks.tuning_workload import choose_blocks, prepare_run, spell_rows
 from collm_dist.artifacts import RunDir, write_json
 from collm_dist.config import Config
+from collm_dist.data.manifest import load_manifest
 from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.llm.backbone import resolve_dtype
 from collm_dist.tuning.stages import build_stage, get_stage
@@ -36,11 +37,17 @@ STAGES = ("stage1", "stage2")
 AXES = {"prompt": "prompt tokens", "targets": "targets of a context", "model": "parameters"}
 
 
-def list_points(sweep: str, shapes: list[str], folder: Path) -> list[tuple[str, list[str]]]:
-    """Return a sweep's points: what the phase's name ends with, and settings."""
+def list_points(sweep: str, shapes: list[str], folder: Path, longest: int) -> list[tuple[str, list[str]]]:
+    """Return a sweep's points: what the phase's name ends with, and settings.
+
+    Args:
+        sweep, shapes: as asked for.
+        folder: of the backbones.
+        longest: history that the shards hold.
+    """
     base = f"llm.backbone={folder / shapes[len(shapes) // 2]}"
     if sweep == "prompt":
-        return [("", [base, f"prompt.history_length={count}"]) for count in HISTORY_LENGTHS]
+        return [("", [base, f"prompt.history_length={count}"]) for count in HISTORY_LENGTHS if count <= longest]
     if sweep == "targets":
         return [(f"_targets_{count}", [base]) for count in TARGETS]
     return [("", [f"llm.backbone={folder / shape}"]) for shape in shapes]
@@ -110,9 +117,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for shape in arguments.shapes:
             write_random_backbone(Path(temporary) / shape, shape, arguments.tokenizer, resolve_dtype("auto"))
+        longest = load_manifest(arguments.run_dir / "data").max_history_length
         for sweep in arguments.sweeps:
             found[sweep] = []
-            for suffix, settings in list_points(sweep, arguments.shapes, Path(temporary)):
+            for suffix, settings in list_points(sweep, arguments.shapes, Path(temporary), longest):
                 config = prepare_run(arguments.config, None, arguments.run_dir, [*arguments.overrides, *settings])
                 for stage in STAGES:
                     point = measure_point(config, stage, suffix, arguments.repeats) | {"stage": stage}

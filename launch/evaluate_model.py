@@ -11,6 +11,7 @@ from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.evaluation.report import run_evaluation
 from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.tuning.engine import leave_distributed
 
 EXAMPLES = """examples:
   python launch/evaluate_model.py --config configs/ml100k_demo.yaml
@@ -22,6 +23,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
         run_evaluation(config, run_dir, force="eval" in arguments.force)
+    leave_distributed()
 
 
 def main() -> int:

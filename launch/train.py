@@ -12,13 +12,13 @@ from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.tuning.engine import leave_distributed
 from collm_dist.tuning.plan_report import describe_stage_plan
 from collm_dist.tuning.run import run_stage
 from collm_dist.tuning.watchdog import explain_lost_workers
 
 EXAMPLES = """examples:
   deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, in order
-  deepspeed --num_gpus 2 launch/train.py --config configs/ml1m_official.yaml --stage 1
   torchrun --nproc_per_node 2 launch/train.py --config configs/ml1m_official.yaml --stage 2 cluster.zero_stage=3
 """
 
@@ -47,6 +47,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         for name in stages:
             with explain_lost_workers(lambda stage=name: stage):
                 run_stage(config, run_dir, name, force=name in arguments.force)
+    leave_distributed()
 
 
 def main() -> int:

@@ -52,6 +52,15 @@ def init_distributed(timeout_minutes: float) -> torch.device:
     return device
 
 
+def leave_distributed() -> None:
+    """Leave the process group, whose own threads otherwise outlive the interpreter and may abort the process.
+
+    A group of one stays: it has nobody to talk to, and DeepSpeed cannot make a second one.
+    """
+    if get_world_size() > 1:
+        dist.destroy_process_group()
+
+
 def get_rank() -> int:
     """This process's number; the launcher's word before the process group is there."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

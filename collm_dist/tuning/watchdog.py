@@ -49,6 +49,7 @@ class Watchdog:
         self._done = threading.Event()
         self._lost: int | None = None
         self._store: TCPStore | None = None
+        self._threads: list[threading.Thread] = []
 
     def beat(self) -> None:
         """Say that something was completed."""
@@ -59,14 +60,21 @@ class Watchdog:
         self._beaten = self._heard = self._answered = time.monotonic()
         if get_world_size() > 1:
             self._store = _connect()
+        self._threads = [threading.Thread(target=self._watch, daemon=True)]
         if self._store is not None:
-            threading.Thread(target=self._exchange, args=(self._store,), daemon=True).start()
-        threading.Thread(target=self._watch, daemon=True).start()
+            self._threads.append(threading.Thread(target=self._exchange, args=(self._store,), daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Look on no longer."""
+        """Look on no longer.
+
+        The threads are waited for: one that is inside the store while the interpreter ends aborts the process.
+        """
         self._done.set()
+        for thread in self._threads:
+            thread.join(SILENCE_SECONDS)
 
     def _watch(self) -> None:
         """End the process once something is wrong; main thread and exchange may both be stuck by then."""

@@ -28,8 +28,8 @@ TITLES = [
     "The Long Way to Harbour (1994)", "Édouard et la mer", "Night Train, Part II", "7 Days", "Un été à Prague (1971)",
     "Crimson \"Ghost\"", "Moon over Kyoto: The Return", "Heat of the Plains (1988)",
 ]  # fmt: skip
-# float32 weights computed in float32, up to 30 layers. Measured: MEASURED.
-SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-3
+# float32 weights computed in float32, up to 30 layers. Measured: scores 1.4e-5, gradients 2.3e-5 relative.
+SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-4
 
 pytestmark = pytest.mark.slow
 
