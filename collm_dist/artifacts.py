@@ -34,7 +34,7 @@ STEP_FIELDS: dict[Step, tuple[str, ...]] = {
     "cf": ("run.seed", "cf"),
     "stage1": ("run.seed", "prompt", "llm", "lora", "stage1"),
     "stage2": ("run.seed", "prompt", "llm", "mapping", "stage2"),
-    "eval": ("run.seed", "evaluation"),
+    "eval": ("run.seed", "evaluation", "promotion.baseline"),
 }
 # What only the other stage reads.
 STEP_FIELDS_EXCLUDED: dict[Step, tuple[str, ...]] = {

@@ -95,7 +95,7 @@ def write_model(
         state: of the training.
         header: goes into the file.
         with_users: whether the users' rows go along; a model that reads histories alone needs none.
-        previous: model of the fold before, onto whose items this one is rotated.
+        previous: model of the fold before, or of an earlier run, onto whose items this one is rotated.
         sample: (user_idx, history, target) of training rows, whose vectors define the unit of length.
 
     Returns:
@@ -156,7 +156,8 @@ def compute_export_factors(
     ours = model.item_vectors(known)
     rotation = torch.eye(model.dim)
     if previous is not None:
-        common = (model.items.known & previous.items.known)[:-1].nonzero().squeeze(1)
+        both = min(len(model.items.known), len(previous.items.known)) - 1  # an earlier run knew fewer items
+        common = (model.items.known[:both] & previous.items.known[:both]).nonzero().squeeze(1)
         theirs = previous.item_vectors(common) / previous.item_scale
         left, _, right = torch.linalg.svd(model.item_vectors(common)[:, :-1].T @ theirs[:, :-1])
         rotation = left @ right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from collm_dist.cf.checkpoint import State, read_state
 from collm_dist.cf.collectives import sum_over_workers
 from collm_dist.cf.models import get_model_class, list_arguments
 from collm_dist.cf.ownership import SPLITS, UserRanges, load_worker_data, number_globally
+from collm_dist.cf.previous import load_previous_weights
 from collm_dist.cf.rows import Rows, take_before
 from collm_dist.cf.table import VectorTable, read_vectors, read_width
 from collm_dist.cf.trainer import TrainingPlan, gather_metrics, train_cf
@@ -27,6 +29,8 @@ from collm_dist.config import CfConfig
 from collm_dist.data.interactions import load_item_table, load_user_ids
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[int, Mapping[str, float]], None]
 _SAMPLED_TIMES = 1 << 20
@@ -44,6 +48,7 @@ class Job:
         seed: of initial vectors and batches.
         fold_starts: see ``compute_fold_starts``; none = one model.
         splits: whose rows the workers load, and so the only ones that can be scored; train and valid are needed.
+        previous: model file of the run that this one extends, to begin with.
     """
 
     data_dir: Path
@@ -53,6 +58,7 @@ class Job:
     seed: int
     fold_starts: tuple[int, ...] = ()
     splits: tuple[str, ...] = SPLITS
+    previous: Path | None = None
 
     @property
     def result_path(self) -> Path:
@@ -181,6 +187,11 @@ def fit_model(
     model.to(device).prepare(train)
     if previous is not None:
         warm_start(model, previous.read_shared("best") | previous.read_owned("best", users))
+    elif job.previous is not None and not job.fold_starts:  # it has seen labels that the first folds must not
+        weights, sentence = load_previous_weights(job.previous, job.cf.model, model, users)
+        logger.info("cf: %s", sentence)
+        if weights is not None:
+            warm_start(model, weights)
     fit_biases(model, train, job.cf.bias_weight_decay)
     train_cf(
         model,

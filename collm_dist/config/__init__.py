@@ -26,6 +26,7 @@ from collm_dist.config.tuning_sections import (
     ClusterConfig,
     EvaluationConfig,
     MonitoringConfig,
+    PromotionConfig,
     Stage1Config,
     Stage2Config,
     StageConfig,
@@ -47,6 +48,7 @@ class Config(Section):
     stage1: Stage1Config = Field(default_factory=Stage1Config, description="LoRA on text-only prompts.")
     stage2: Stage2Config = Field(default_factory=Stage2Config, description="The mapping on prompts with slots.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="The report.")
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="When a run replaces another.")
     monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig, description="Logs and progress.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and processes.")
 
@@ -79,7 +81,19 @@ class Config(Section):
                     f"llm.{setting} wants a backbone whose weights are whole on each process: set cluster.zero_stage "
                     "to 2 or less"
                 )
+        if self.promotion.min_paired_difference is not None:
+            self._check_promotion()
         return self
+
+    def _check_promotion(self) -> None:
+        evaluation, metric = self.evaluation, self.promotion.metric
+        if "test" not in evaluation.splits or evaluation.bootstrap_samples == 0:
+            raise ValueError("promotion is decided by an interval on test: evaluation.splits must name test, and "
+                             "evaluation.bootstrap_samples must not be 0")  # fmt: skip
+        name, _, cutoff = metric.partition("@")
+        if cutoff and (self.dataset.feedback != "implicit" or int(cutoff) not in evaluation.cutoffs):
+            raise ValueError(f"promotion.metric {metric}: {name} is reported for dataset.feedback: implicit, at "
+                             f"evaluation.cutoffs {list(evaluation.cutoffs)}; choose auc or one of these")  # fmt: skip
 
 
 __all__ = [
@@ -97,6 +111,7 @@ __all__ = [
     "MappingConfig",
     "MonitoringConfig",
     "PreprocessingConfig",
+    "PromotionConfig",
     "PromptConfig",
     "RunConfig",
     "SplitConfig",

@@ -71,6 +71,12 @@ class CfConfig(Section):
         "(the paper's way), which looks better on the rows it knows than it is.",
     )
     fold_epochs: int = Field(10, ge=1, description="cross_fit: passes over the rows of each fold's model.")
+    warm_start: bool = Field(
+        True,
+        description="With dataset.extend_from: begin with that run's weights, where its model is of the same kind and "
+        "size and cross_fit is off (what has seen later labels must not serve earlier folds); in any case turn the "
+        "vectors towards that run's, whose mapping stage 2 then goes on from.",
+    )
     num_workers: int = operational(1, "Ray Train workers.", ge=1)
     checkpoint_every_epochs: int = operational(5, "Epochs between checkpoints.", ge=1)
 
@@ -102,6 +108,7 @@ NOT_SEARCHED = {
     "num_epochs": "every trial may train for the same number of epochs, and its best one counts",
     "seeds": "a lucky seed is no setting",
     "cross_fit": "trials fit one model to all training rows",
+    "warm_start": "trials begin from nothing",
     "fold_epochs": "trials fit one model to all training rows",
     "num_workers": "it does not change what comes out",
     "checkpoint_every_epochs": "it does not change what comes out",

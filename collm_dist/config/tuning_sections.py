@@ -53,6 +53,12 @@ class Stage1Config(StageConfig):
     """Stage 1: LoRA on text-only prompts (what TALLRec does)."""
 
     enabled: bool = Field(True, description="Off: stage 2 trains the mapping on the untouched backbone.")
+    refresh_every_days: float | None = Field(
+        None,
+        gt=0,
+        description="With dataset.extend_from: take that run's stage 1 until the training data reach so many days "
+        "beyond what it was trained on; default: train it in every run.",
+    )
 
 
 class Stage2Config(StageConfig):
@@ -89,6 +95,28 @@ class EvaluationConfig(Section):
     )
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
         "auto", "Most padded tokens in one forward pass. auto: 16384 on a GPU, 2048 on a CPU, whose caches are small."
+    )
+
+
+class PromotionConfig(Section):
+    """Whether a run takes the place of the one in use: decided on today's test rows, by a rule written down before."""
+
+    min_paired_difference: float | None = Field(
+        None,
+        description="Stage 2 less the baseline on the same test rows must be at least this, with the lower end of its "
+        "interval: 0 wants proof of a gain, -0.005 accepts no proof of a loss beyond that. Default: no promotion.",
+    )
+    metric: str = Field("auc", pattern=r"^(auc|uauc|(ndcg|hr)@\d+)$", description="auc, uauc, ndcg@k or hr@k.")
+    baseline: Literal[
+        "previous", "cf", "stage1", "slots_without_llm", "as_of_logistic", "bias_logistic", "popularity"
+    ] = Field(
+        "previous",
+        description="previous: stage 2 of dataset.extend_from, scoring the same rows; or another row of the table.",
+    )
+    pointer: str | None = operational(
+        None,
+        "Symbolic link to the run in use, moved by a promotion; default: 'current' beside run.dir. As "
+        "dataset.extend_from it stands for the run that it points to when the pipeline first sees it.",
     )
 
 

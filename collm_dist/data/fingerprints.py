@@ -8,6 +8,7 @@ from typing import Any
 from collm_dist.artifacts import RunDir, Step, compute_fingerprint
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.id_tables import describe_previous
+from collm_dist.data.previous import describe_previous_step
 from collm_dist.data.prompts import load_prompt_text
 from collm_dist.data.readers import open_source
 
@@ -28,13 +29,15 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
     if step == "data":
         inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
         return compute_fingerprint(config, step, run_dir, inputs)
-    if step == "cf" and config.cf.model == "table":
-        return compute_fingerprint(config, step, run_dir, _describe_vectors(config.cf))
+    if step == "cf":
+        vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}
+        return compute_fingerprint(config, step, run_dir, vectors | describe_previous_step(config, "cf"))
     if step in ("stage1", "stage2"):
         spec = config.prompt.stage1 if step == "stage1" else config.prompt.stage2
         inputs = {"prompt": load_prompt_text(spec), **_describe_local_backbone(config.llm.backbone)}
+        inputs |= describe_previous_step(config, step)
         return compute_fingerprint(config, step, run_dir, inputs)
-    return compute_fingerprint(config, step, run_dir, skip_missing=step == "eval")
+    return compute_fingerprint(config, "eval", run_dir, describe_previous_step(config, "eval"), skip_missing=True)
 
 
 def _describe_vectors(cf: CfConfig) -> dict[str, Any]:

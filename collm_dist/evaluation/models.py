@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +19,7 @@ from collm_dist.data.context_block import ContextBlock, concatenate_blocks
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.interactions import load_interactions
 from collm_dist.data.manifest import Manifest
+from collm_dist.data.previous import compares_with_previous, find_previous
 from collm_dist.data.prompts import load_prompt_text
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, Baseline, fit_baselines
@@ -26,6 +28,7 @@ from collm_dist.evaluation.ranking import fit_ranking_baselines
 from collm_dist.evaluation.score_files import align_scores
 from collm_dist.evaluation.slots_mlp import build_slot_inputs, find_slots, fit_slots_mlp, pad_histories
 from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
+from collm_dist.tuning.previous import build_view, load_previous_config
 from collm_dist.tuning.scoring import score_split
 from collm_dist.tuning.stages import load_stage_model
 
@@ -119,6 +122,25 @@ def score_stages(
                 )
                 scores[name, split] = align_scores(evaluated.rows.row_id, row_ids, found, f"{name} on {split}")
         del loaded
+    if compares_with_previous(config):
+        scores |= _score_previous(config, run_dir, splits)
+    return scores
+
+
+def _score_previous(
+    config: Config, run_dir: RunDir, splits: Mapping[str, EvaluatedSplit]
+) -> dict[tuple[str, str], FloatArray]:
+    """Score today's rows with stage 2 of the run that this one extends."""
+    previous = find_previous(config)
+    assert previous is not None
+    old = load_previous_config(previous)
+    scores: dict[tuple[str, str], FloatArray] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_stage_model(old, build_view(Path(folder), run_dir, previous), "stage2")
+        for split, evaluated in splits.items():
+            if split != "train":
+                row_ids, found = score_split(loaded, evaluated.order, config.evaluation.max_tokens_per_micro_batch)
+                scores["previous", split] = align_scores(evaluated.rows.row_id, row_ids, found, f"previous on {split}")
     return scores
 
 
@@ -155,7 +177,7 @@ def collect_models(
             models += [_score(baseline, evaluated.block) for baseline in fitted]
         if split != "train" and without_llm is not None:
             models.append(_score(without_llm, evaluated.block))
-        for name in ("stage1", "stage2", "slots_shuffled"):
+        for name in ("stage1", "stage2", "slots_shuffled", "previous"):
             if (name, split) in stage_scores:
                 labels, inputs = _describe_sight(name, slots, manifest.feedback)
                 models.append(ScoredModel(name, labels, inputs, stage_scores[name, split]))

@@ -18,6 +18,7 @@ MODEL_NAMES: dict[str, str] = {
     "stage2": "stage 2 (text + slots)",
     "slots_without_llm": "slots without LLM",
     "slots_shuffled": "stage 2, slots shuffled",
+    "previous": "stage 2 of the previous run",
 }
 _SLICE_NAMES = {"all": "all", "warm": "warm", "cold_user": "cold user", "cold_item": "cold item"}
 

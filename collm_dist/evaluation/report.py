@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from collm_dist import monitoring
 from collm_dist.artifacts import (
     RunDir,
-    compute_fingerprint,
     compute_json_hash,
     find_changes,
     is_step_current,
@@ -21,6 +20,7 @@ from collm_dist.artifacts import (
     write_json,
 )
 from collm_dist.config import Config
+from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.data.prompts import load_prompt_text
 from collm_dist.evaluation.deviations import choose_recipe, list_deviations
@@ -58,7 +58,7 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
         ArtifactError: the data step is not done, something is damaged, or the report was made from something else.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
-    fingerprint = compute_fingerprint(config, "eval", run_dir, skip_missing=True)
+    fingerprint = compute_step_fingerprint(config, run_dir, "eval")
     if not force and _is_current(run_dir, fingerprint):
         report = run_dir.read_record("eval")
         if is_first:
@@ -108,9 +108,14 @@ def choose_best_trivial(
     return max(found, key=lambda name: found[name]) if found else _FALLBACK_TRIVIAL[feedback]
 
 
-def list_pairs(best_trivial: str) -> list[tuple[str, str]]:
-    """Return the pairs (model, versus) that the report compares, the most telling first."""
-    return [
+def list_pairs(best_trivial: str, baseline: str) -> list[tuple[str, str]]:
+    """Return the pairs (model, versus) that the report compares, the most telling first.
+
+    Args:
+        best_trivial: baseline, chosen on valid.
+        baseline: of the promotion.
+    """
+    pairs = [
         ("stage2", "slots_without_llm"),
         ("stage2", "slots_shuffled"),
         ("stage2", "stage1"),
@@ -119,7 +124,9 @@ def list_pairs(best_trivial: str) -> list[tuple[str, str]]:
         ("stage1", "cf"),
         ("stage1", best_trivial),
         ("cf", best_trivial),
+        ("stage2", baseline),
     ]
+    return list(dict.fromkeys(pairs))
 
 
 def build_report(
@@ -130,10 +137,11 @@ def build_report(
     cutoffs = evaluation.cutoffs if manifest.feedback == "implicit" else ()
     settings = TableSettings(evaluation.bootstrap_samples, evaluation.confidence, config.run.seed, cutoffs)
     best_trivial = choose_best_trivial(splits, scores, manifest.feedback, cutoffs)
+    pairs = list_pairs(best_trivial, config.promotion.baseline)
     table: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     for name, split in splits.items():
-        rows, compared = compute_table(split.rows, scores.models[name], list_pairs(best_trivial), settings)
+        rows, compared = compute_table(split.rows, scores.models[name], pairs, settings)
         table += [row for row in rows if name != "train" or row["slice"] == "all"]
         differences += compared
     slots = find_slots(load_prompt_text(config.prompt.stage2))

@@ -18,6 +18,7 @@ from collm_dist.config_io import dump_config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
 from collm_dist.orchestration.children import StepError, build_command, build_environment, preemptible, run_child
+from collm_dist.orchestration.promotion import pin_previous, promote
 from collm_dist.orchestration.reuse import find_reusable, link_step
 from collm_dist.orchestration.run_lock import hold_run_lock
 from collm_dist.orchestration.status import RunStatus
@@ -36,24 +37,34 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
     """
     run_dir = RunDir(Path(config.run.dir))
     status = RunStatus(run_dir.path / "status.json")
-    report = None
+    report, decision = None, None
     try:
         _check_run_dir(config)
+        config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
             status.begin()
             try:
                 with preemptible(), explain_disk_errors(run_dir.path):
                     _run_steps(config, run_dir, launch_dir, force, status)
+                    decision = _promote(config, run_dir)
             except StepError as error:  # its process has printed it
                 report = describe_error(error)
             except (Exception, KeyboardInterrupt) as error:
                 report = report_error(error)
-            status.end(report)
+            status.end(report, decision)
     except CollmError as error:  # before the lock was ours
         report = report_error(error)
         status.end(report)
     print(status.line, flush=True)
     return report.exit_code if report else 0
+
+
+def _promote(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
+    if config.promotion.min_paired_difference is None:
+        return None
+    decision = promote(config, run_dir)
+    print(f"{decision['state']}: {decision['reason']}", flush=True)
+    return decision
 
 
 def list_steps(config: Config) -> tuple[Step, ...]:
@@ -195,7 +206,7 @@ class _Child:
 
 def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
     """Return one line for each step about what the pipeline would do, and the numbers that follow from the data."""
-    lines, ready = [], True
+    config, lines, ready = pin_previous(config), [], True
     for step in list_steps(config):
         if not ready:
             lines.append(f"{step:7} to do, after the steps before it")

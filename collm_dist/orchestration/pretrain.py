@@ -36,6 +36,7 @@ from collm_dist.config import CfConfig, Config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.manifest import Manifest, load_manifest
+from collm_dist.data.previous import find_previous_file
 from collm_dist.errors import CollmError, DataError, LaunchError
 from collm_dist.monitoring import (
     EPOCH_SECONDS,
@@ -123,7 +124,8 @@ def _plan_jobs(config: Config, data_dir: Path, manifest: Manifest, checkpoints: 
     for number, seed in enumerate(config.cf.seeds or (config.run.seed,)):
         folder = checkpoints / f"seed-{seed}"
         folder.mkdir(exist_ok=True)
-        jobs.append(Job(data_dir, folder, key, config.cf, seed, () if number else starts))
+        folds = () if number else starts
+        jobs.append(Job(data_dir, folder, key, config.cf, seed, folds, previous=find_previous_file(config, "cf")))
     return jobs
 
 
@@ -266,13 +268,21 @@ def _show_progress(folder: Path, config: Config) -> Iterator[None]:
             thread.join()
 
 
+def _load_predecessor(job: Job) -> TrainableCfModel | None:
+    """Return the model of the run that this one extends, if the vectors have the same width."""
+    if job.previous is None:
+        return None
+    model = load_model(job.previous)[1]
+    return model if model.dim == job.cf.embedding_dim else None
+
+
 def export_models(job: Job, folder: Path, manifest: Manifest) -> str:
     """Write the models that the slots read from a job that is done, and return the hash of them all."""
     for old in folder.glob("*.safetensors"):
         old.unlink()
     data = load_worker_data(job.data_dir, manifest)
     hashes: list[str] = []
-    previous: TrainableCfModel | None = None
+    previous = _load_predecessor(job)
     for fold, name in enumerate(job.list_parts(), start=1):
         state = read_state(job.checkpoints / name, job.key)
         if state is None:

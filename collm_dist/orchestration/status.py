@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +39,10 @@ UNKNOWN_REMEDY = "this is a fault of the program: report it with the traceback"
 class RunStatus:
     """The state of one run, in a file that is always whole.
 
-    Fields: state (running, done, failed, interrupted), step, error (class), exit_code, retryable (whether the same
-    command can succeed without a change), message, remedy, restarts (of steps whose processes were stopped or lost;
-    while the run is at work, error and message are those of the last), host, pid, started_at and heartbeat_at (UTC).
+    Fields: state (running, done, promoted or rejected, failed, interrupted), step, error (class), exit_code, retryable
+    (whether the same command can succeed without a change), message, remedy, restarts (of steps whose processes were
+    stopped or lost; while the run is at work, error and message are those of the last), host, pid, started_at and
+    heartbeat_at (UTC).
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,10 +86,16 @@ class RunStatus:
         """Say that the run is alive."""
         self._update()
 
-    def end(self, report: ErrorReport | None = None) -> None:
-        """Say how the run ended: with what error, None when all is done."""
+    def end(self, report: ErrorReport | None = None, decision: Mapping[str, Any] | None = None) -> None:
+        """Say how the run ended.
+
+        Args:
+            report: the error, None when all is done.
+            decision: whether the run is to be used, where a rule says so.
+        """
         if report is None:
-            self._update(state="done", exit_code=0, retryable=False, error=None, message=None)
+            decided = decision or {"state": "done", "reason": None}
+            self._update(state=decided["state"], exit_code=0, retryable=False, error=None, message=decided["reason"])
             return
         state = "interrupted" if report.exit_code in INTERRUPTED_EXIT_CODES else "failed"
         self._update(state=state, **asdict(report), remedy=REMEDIES.get(report.error, UNKNOWN_REMEDY))

@@ -30,6 +30,7 @@ from collm_dist.tuning.engine import (
     run_on_first,
 )
 from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
+from collm_dist.tuning.previous import explain_refresh, start_mapping, take_stage1
 from collm_dist.tuning.stages import (
     LoadedStage,
     Stage,
@@ -62,8 +63,13 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
             print(f"{name}: done already ({folder})")
         return run_dir.read_record(name)
     device = init_distributed(config.cluster.collective_timeout_minutes)
+    if name == "stage1" and not force and explain_refresh(config, run_dir, fingerprint) is None:
+        run_on_first(lambda: take_stage1(config, run_dir, fingerprint))
+        return _announce(run_dir.read_record(name))
     _clear(run_dir, name, force)
     loaded = build_stage(config, run_dir, get_stage(config, name), device)
+    if loaded.model.slot_mapper is not None:
+        start_mapping(config, loaded.model.slot_mapper)
     loop = build_loop(config, run_dir, name, loaded, fingerprint)
     if get_rank() == 0:
         example = next(loop.train_order.iter_batches())
@@ -74,6 +80,12 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
         loop.logger.close()
     run_on_first(lambda: _finish(config, run_dir, name, loop, loaded))
     return run_dir.read_record(name)
+
+
+def _announce(record: dict[str, Any]) -> dict[str, Any]:
+    if get_rank() == 0:
+        print(f"stage1: taken from {record['taken_from']}, until stage1.refresh_every_days have passed", flush=True)
+    return record
 
 
 def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, loaded: LoadedStage) -> None:
@@ -92,6 +104,7 @@ def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, 
         "trainable_parameters": sum(one.numel() for one in loop.best_weights.values()),
         "world_size": get_world_size(),
         "train_rows": loop.train_order.num_rows,
+        "trained_until": load_manifest(run_dir.step_dir("data")).splits["train"].last_timestamp,
         "split_contexts": loop.train_order.num_split_contexts,
         "max_tokens_per_micro_batch": loop.max_tokens,
         "dropped_history_items": loaded.collator.num_dropped_history,

@@ -1,0 +1,176 @@
+"""Night after night: a run extends the one in use, takes over what it can, and replaces it only if the rule says so."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from collm_dist.artifacts import RunDir
+from collm_dist.cf.export import load_model
+from collm_dist.cf.mf import MatrixFactorization
+from collm_dist.cf.ownership import UserRanges
+from collm_dist.cf.previous import load_previous_weights
+from collm_dist.config_io import load_config
+from collm_dist.data.manifest import load_manifest
+from collm_dist.errors import ArtifactError, ConfigError
+from collm_dist.orchestration.promotion import decide, find_pointer, move_pointer, pin_previous
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
+
+
+def run_night(folder, name, overrides, *more):
+    """Run the pipeline of one night and return its status and what it printed."""
+    command = [sys.executable, "launch/run_pipeline.py", "--config", str(CONFIG), f"run.dir={folder / name}"]
+    command += [*overrides, f"dataset.extend_from={folder / 'current'}", *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / name / "status.json").read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
+    """Two nights over a log that grows, the second one first refused, then let through: folder and statuses."""
+    folder = tmp_path_factory.mktemp("nights")
+    lines = (tiny_ratings / "ratings.csv").read_text().splitlines(keepends=True)
+    log = folder / "ratings.csv"
+    overrides = [
+        f"dataset.path={log}",
+        f"dataset.items_path={tiny_ratings / 'items.csv'}",
+        f"llm.backbone={tiny_backbone_dir}",
+        "stage1.refresh_every_days=60",
+        "promotion.min_paired_difference=-1",
+        "evaluation.bootstrap_samples=50",
+    ]
+    log.write_text("".join(lines[:1300]))
+    found = {"first": run_night(folder, "one", overrides)}
+    found["pointer after the first"] = str((folder / "current").readlink())
+    log.write_text("".join(lines[:1400]) + "new-user,1,5,1025000000\n")
+    found["refused"] = run_night(folder, "two", overrides, "promotion.min_paired_difference=1")
+    found["pointer after the refused"] = str((folder / "current").readlink())
+    found["second"] = run_night(folder, "two", overrides)
+    found["pointer after the second"] = str((folder / "current").readlink())
+    return folder, found
+
+
+def test_the_rule_moves_the_pointer_or_leaves_it(nights):
+    _, found = nights
+    assert (found["first"][0]["state"], found["pointer after the first"]) == ("promoted", "one")
+    assert (found["refused"][0]["state"], found["pointer after the refused"]) == ("rejected", "one")
+    assert "its lower end is not at least +1" in found["refused"][0]["message"]
+    assert (found["second"][0]["state"], found["pointer after the second"]) == ("promoted", "two")
+    assert found["second"][1].count("done already") == 5  # deciding anew takes no work
+
+
+def test_the_second_night_extends_the_first(nights):
+    folder, found = nights
+    before, after = (load_manifest(folder / name / "data") for name in ("one", "two"))
+    assert after.num_users == before.num_users + 1
+    assert RunDir(folder / "two").read_record("data")["extends"]["users_hash"] == before.users_hash
+    record = RunDir(folder / "two").read_record("stage1")
+    assert record["taken_from"] == str(folder / "one")
+    assert "taken from" in found["refused"][1]
+    assert (folder / "two" / "stage1" / "merged").resolve() == folder / "one" / "stage1" / "merged"
+    fingerprint = RunDir(folder / "two").read_record("stage2")["fingerprint"]
+    assert fingerprint["input.previous.stage2"] == RunDir(folder / "one").read_record("stage2")["content_hash"]
+
+
+def test_both_models_score_the_same_rows(nights):
+    folder, _ = nights
+    report = RunDir(folder / "two").read_record("eval")
+    rows = {row["model"]: row for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")}
+    assert rows["previous"]["rows"] == rows["stage2"]["rows"]
+    assert rows["previous"]["auc"] != rows["stage2"]["auc"]
+    (difference,) = (
+        row
+        for row in report["differences"]
+        if (row["model"], row["versus"], row["slice"]) == ("stage2", "previous", "all")
+    )
+    assert difference["auc"] == pytest.approx(rows["stage2"]["auc"] - rows["previous"]["auc"], abs=1e-12)
+
+
+def test_vectors_stay_where_they_were(nights):
+    """The second night's item vectors lie closer to the first night's than those of a training from nothing."""
+    folder, _ = nights
+    path = "cf/model.safetensors"
+    first, second = (load_model(folder / name / path)[1] for name in ("one", "two"))
+    known = (first.items.known & second.items.known)[:-1].nonzero()[:, 0]
+    a, b = (one.item_vectors(known)[:, :-1] for one in (first, second))
+    cosines = torch.nn.functional.cosine_similarity(a, b)
+    print("mean cosine", float(cosines.mean()))
+    assert float(cosines.mean()) > 0.9
+
+
+def test_weights_find_their_rows_in_tables_that_have_grown(nights):
+    folder, _ = nights
+    before, after = (load_manifest(folder / name / "data") for name in ("one", "two"))
+    path = folder / "one" / "cf" / "model.safetensors"
+    old = load_model(path)[1]
+    model = MatrixFactorization(
+        after.num_users, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
+    )
+    users = UserRanges(((before.num_users - 1, 2), (0, before.num_users - 1)))  # a worker's own order
+    weights, sentence = load_previous_weights(path, "mf", model, users)
+    assert "begins with the weights" in sentence
+    assert torch.equal(weights["users.weight"][0], old.users.weight[-1] * old.users.known[-1])
+    assert torch.equal(weights["users.weight"][2:], old.users.weight[:-1] * old.users.known[:-1, None])
+    assert not weights["users.known"][1]
+    assert torch.equal(weights["items.weight"][: before.num_items], old.items.weight[:-1])
+    assert torch.equal(weights["items.weight"][-1], old.items.weight[-1])
+    assert not weights["items.known"][before.num_items : -1].any()
+    assert load_previous_weights(path, "din", model, users)[0] is None
+    wider = MatrixFactorization(
+        after.num_users, after.num_items, embedding_dim=5, history_length=8, prior_precision=1.0
+    )
+    assert load_previous_weights(path, "mf", wider, users)[0] is None
+
+
+def make_config(tmp_path, *overrides):
+    return load_config(CONFIG, [f"run.dir={tmp_path / 'today'}", "promotion.min_paired_difference=0", *overrides])
+
+
+def test_a_link_is_pinned_once(tmp_path):
+    config = make_config(tmp_path, f"dataset.extend_from={tmp_path / 'current'}")
+    assert pin_previous(config).dataset.extend_from is None  # the first run
+    (tmp_path / "one").mkdir()
+    move_pointer(tmp_path / "current", tmp_path / "one")
+    assert pin_previous(config).dataset.extend_from == str(tmp_path / "one")
+    (tmp_path / "today").mkdir()
+    move_pointer(tmp_path / "current", tmp_path / "today")
+    with pytest.raises(ConfigError, match="leads to this very run"):
+        pin_previous(config)
+    (tmp_path / "today" / "config.yaml").write_text(f"dataset: {{extend_from: {tmp_path / 'one'}}}\n")
+    assert pin_previous(config).dataset.extend_from == str(tmp_path / "one")
+    elsewhere = make_config(tmp_path, f"dataset.extend_from={tmp_path / 'one'}")
+    assert pin_previous(elsewhere) is elsewhere
+
+
+def test_a_pointer_that_is_no_link_is_left_alone(tmp_path):
+    (tmp_path / "current").mkdir()
+    assert find_pointer(make_config(tmp_path)) == tmp_path / "current"
+    with pytest.raises(ArtifactError, match="no symbolic link"):
+        move_pointer(tmp_path / "current", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "state"),
+    [("min_paired_difference=-0.02", "promoted"), ("min_paired_difference=-0.01", "promoted"),
+     ("min_paired_difference=0", "rejected"), ("metric=uauc", "rejected")],
+)  # fmt: skip
+def test_the_rule_reads_the_lower_end(tmp_path, rule, state):
+    row = {"split": "test", "slice": "all", "model": "stage2", "versus": "cf", "rows": 1000}
+    row |= {"auc": 0.01, "auc_low": -0.01, "auc_high": 0.03, "uauc": -0.1, "uauc_low": -0.2, "uauc_high": 0.1}
+    config = make_config(tmp_path, "promotion.baseline=cf", f"promotion.{rule}")
+    assert decide(config, {"differences": [row], "left_out": {}})["state"] == state
+
+
+def test_a_rule_without_its_numbers_is_refused(tmp_path):
+    config = make_config(tmp_path, "promotion.baseline=cf")
+    with pytest.raises(ArtifactError, match="the step 'cf' has not run"):
+        decide(config, {"differences": [], "left_out": {"cf": "the step 'cf' has not run"}})
+    for wrong in ("evaluation.bootstrap_samples=0", "evaluation.splits=[valid]", "promotion.metric=ndcg@3"):
+        with pytest.raises(ConfigError, match="promotion"):
+            make_config(tmp_path, wrong)
