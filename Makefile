@@ -1,5 +1,6 @@
 # make demo   the whole job on a small real data set (makes the environment first)
 # make test   the fast tests            make test-slow   the slow ones
+# make faults processes killed, files cut, disks filled, for half an hour; goes on where it was stopped
 # make check  format, lint, types, fast tests
 # VENV=DIR takes an existing environment as it is; by default .venv is made here.
 
@@ -13,7 +14,7 @@ TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.
 
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slow check reference environment
+.PHONY: demo test test-slow faults check reference environment
 
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
@@ -23,6 +24,9 @@ test: environment
 
 test-slow: environment
 	$(PYTHON) -m pytest -q -m "slow and not gpu"
+
+faults: environment
+	$(PYTHON) -m tests.faults
 
 check: environment
 	$(PYTHON) -m ruff format --check .

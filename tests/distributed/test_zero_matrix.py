@@ -29,7 +29,6 @@ WAYS = [
 
 @pytest.mark.parametrize(("zero_stage", "checkpointing", "extra"), WAYS)
 def test_every_way_trains_the_same(copy_run, zero_stage, checkpointing, extra):
-    """Measured: DIFFERENCE."""
     plain, overrides = copy_run("plain")
     run(PYTHON, overrides)
     other, overrides = copy_run("other")

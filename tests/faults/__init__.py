@@ -1,0 +1,1 @@
+"""Faults, injected for real: processes killed and stopped, files cut and flipped, disks filled."""

@@ -1,0 +1,33 @@
+"""A seeded sample of the suite of ``make faults``."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.distributed.conftest import REPOSITORY, prepared_run  # noqa: F401 (a fixture)
+from tests.faults.__main__ import add_chain, load_results
+
+
+def test_nothing_is_lost(prepared_run, tmp_path):  # noqa: F811
+    folder, overrides = prepared_run
+    command = [sys.executable, "-m", "tests.faults", "--prepared", str(folder), "--results", str(tmp_path / "r.json")]
+    command += ["--kills", "4", "--others", "1", "--pipeline-kills", "0", "--seed", "11", "--overrides", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = json.loads((tmp_path / "r.json").read_text())["kinds"]
+    assert kinds["kill"]["recovered"] >= 4
+    assert all(found["lost"] == 0 for found in kinds.values())
+    again = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.stdout in done.stdout  # it goes on where it stopped: nothing is left to do
+
+
+def test_what_is_lost_is_counted(tmp_path):
+    results = load_results(tmp_path / "r.json", seed=3)
+    add_chain(results, "kill", {"hits": ["save", "step", "step"], "recovered": True})
+    add_chain(results, "kill", {"hits": ["save"], "recovered": False, "code": 1, "output": "..."})
+    found = results["kinds"]["kill"]
+    assert (found["kill_points"], found["recovered"], found["lost"], found["chains"]) == (4, 3, 1, 2)
+    assert found["phases"] == {"save": 2, "step": 2}
+    assert found["failures"][0]["chain"] == 1
