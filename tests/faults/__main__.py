@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 RESULTS = Path(__file__).with_name("results.json")
-_STAGE_KINDS = ("kill", "damage", "pause", "disk_full", "read_only")
+KINDS = ("kill", "damage", "pause", "disk_full", "read_only", "pipeline")
 
 
 def load_results(path: Path, seed: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def run_kind(
 ) -> bool:
     """Run chains of a kind until so many faults were injected; returns whether that came to pass in time."""
     from collm_dist.artifacts import write_json
-    from tests.faults.kinds import KINDS
+    from tests.faults import kinds
 
     with tqdm(total=wanted, initial=count_faults(results, kind, wanted), desc=kind, unit="fault") as bar:
         while count_faults(results, kind, wanted) < wanted:
@@ -74,7 +74,7 @@ def run_kind(
             number = results["kinds"].get(kind, {}).get("chains", 0)
             dice = random.Random(f"{results['seed']} {kind} {number}")
             chain = folder / f"{kind}-{number}"
-            add_chain(results, kind, KINDS[kind](bench, chain, dice))
+            add_chain(results, kind, getattr(kinds, kind)(bench, chain, dice))
             write_json(path, results)
             bar.update(count_faults(results, kind, wanted) - bar.n)
             if not results["kinds"][kind]["failures"]:
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=180, help="kills of a stage, each after a step")
     parser.add_argument("--others", type=int, default=10, help="faults of each other kind")
     parser.add_argument("--pipeline-kills", type=int, default=20, help="kills of a whole pipeline")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="only these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -142,11 +143,11 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     results = load_results(arguments.results, arguments.seed)
-    wanted = {kind: arguments.kills if kind == "kill" else arguments.others for kind in _STAGE_KINDS}
-    wanted["pipeline"] = arguments.pipeline_kills
+    counts = {"kill": arguments.kills, "pipeline": arguments.pipeline_kills}
+    wanted = {kind: counts.get(kind, arguments.others) for kind in KINDS if kind in arguments.kinds}
     missing = {kind: count for kind, count in wanted.items() if count_faults(results, kind, count) < count}
     in_time = not missing or run_missing(missing, arguments, results, deadline)
-    for kind, found in results["kinds"].items():
+    for kind, found in sorted(results["kinds"].items()):
         print(f"{kind}: {found['kill_points']} faults, {found['recovered']} recovered, {found['lost']} lost")
     if any(found["lost"] for found in results["kinds"].values()):
         return 1

@@ -184,13 +184,3 @@ def describe_pipeline_end(folder: Path) -> dict[str, Any]:
     from collm_dist.artifacts import STEPS, RunDir
 
     return {step: RunDir(folder).read_record(step)["content_hash"] for step in STEPS}
-
-
-KINDS = {
-    "kill": kill,
-    "damage": damage,
-    "pause": pause,
-    "disk_full": disk_full,
-    "read_only": read_only,
-    "pipeline": pipeline,
-}
