@@ -145,7 +145,7 @@ class CfSearchConfig(Section):
             if name not in CfConfig.model_fields:
                 near = difflib.get_close_matches(name, CfConfig.model_fields, n=1)
                 raise ValueError(
-                    f"{name} is no setting of the cf section" + (f"; did you mean {near[0]}?" * bool(near))
+                    f"{name} is no setting of the cf section" + (f"; did you mean {near[0]}?" if near else "")
                 )
             if name in NOT_SEARCHED:
                 raise ValueError(f"{name}: {NOT_SEARCHED[name]}")

@@ -89,3 +89,8 @@ def test_settings_that_do_not_go_together_are_refused():
     space = {"num_heads": {"choice": [3]}, "embedding_dim": {"choice": [8, 9]}}
     with pytest.raises(ConfigError, match=r"trial \d+ \(num_heads=3 embedding_dim=8\): cf\.num_heads 3 does not"):
         draw(space, model="sasrec")
+
+
+def test_a_name_that_is_like_no_other():
+    with pytest.raises(ValueError, match="xyzzy is no setting of the cf section"):
+        CfSearchConfig(space={"xyzzy": {"uniform": (0.0, 1.0)}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import io
 import re
@@ -97,6 +98,8 @@ def list_files(uri: str, key: str) -> list[str]:
     info = filesystem.get_file_info(base)
     if info.type == pa_fs.FileType.NotFound:
         raise DataError(f"{key}: there is no file or folder '{uri}'")
+    if info.type == pa_fs.FileType.Unknown:
+        raise DataError(f"{key}: '{uri}' is neither a file nor a folder, but a pipe or a device: save it as a file")
     if info.type == pa_fs.FileType.File:
         return [uri]
     prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else ""
@@ -135,7 +138,7 @@ def count_row_groups(uri: str) -> int:
     filesystem, path = open_filesystem(uri)
     try:
         return int(pq.read_metadata(path, filesystem=filesystem).num_row_groups)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: not a Parquet file, or a damaged one ({error})") from error
 
 
@@ -162,7 +165,7 @@ def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int,
                 if name not in table.column_names:
                     table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
             yield table
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri}: cannot be read as {find_kind(uri, layout)}: {error}") from error
 
 
@@ -172,11 +175,14 @@ def _stream(
     kind = find_kind(uri, layout)
     if kind == "parquet":
         with pq.ParquetFile(path, filesystem=filesystem) as file:
+            check_names(uri, list(file.schema_arrow.names))
             groups = range(*(row_groups or (0, file.num_row_groups)))
             for batch in file.iter_batches(batch_size=1 << 17, row_groups=list(groups)):
                 yield pa.Table.from_batches([batch])
         return
     stream = filesystem.open_input_stream(path, compression="detect")
+    if layout.encoding == "utf8":
+        stream = pa.PythonFile(_ValidText(uri, stream), mode="r")
     if kind == "json":
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in layout.schema]) or None
         behaviour = "ignore" if layout.schema else "infer"
@@ -195,7 +201,8 @@ def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses) -> Itera
         stream, delimiter = pa.PythonFile(_FoldedDelimiter(stream, delimiter.encode()), mode="r"), "\t"
 
     def skip(row: Any) -> str:
-        losses.add("wrong number of columns", 1, f"{uri}:{row.number or '?'}")
+        # A quote that is never closed makes one row of all lines that follow: each of them is lost.
+        losses.add("wrong number of columns", row.text.count("\n") + 1, f"{uri}:{row.number or '?'}")
         return "skip"
 
     quoting = False if layout.delimiter == "::" or layout.typed_header else '"'
@@ -209,11 +216,48 @@ def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses) -> Itera
         ),
         pa_csv.ConvertOptions(default_column_type=pa.binary(), null_values=NULLS, strings_can_be_null=True),
     ) as reader:
+        check_names(uri, list(reader.schema.names))
         for batch in reader:
             table = pa.Table.from_batches([batch])
             if layout.typed_header:
                 table = table.rename_columns([name.partition(":")[0] for name in table.column_names])
             yield table
+
+
+def check_names(uri: str, names: list[str]) -> None:
+    """Refuse a table in which a column's name occurs twice.
+
+    Raises:
+        DataError: it does.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{uri}: there are several columns '{twice[0]}'; rename all but one")
+
+
+class _ValidText(io.RawIOBase):
+    """A stream in which bytes that are no UTF-8 are U+FFFD: the parser would give up a file for one such line."""
+
+    def __init__(self, uri: str, stream: Any) -> None:
+        super().__init__()
+        self._uri, self._stream = uri, stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while True:
+            data: bytes = self._stream.read(size if size >= 0 else None)
+            if self._at_start and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(f"{self._uri}: is UTF-16 text; save it as UTF-8")
+            self._at_start = False
+            if data.isascii() and not self._decoder.getstate()[0]:
+                return data
+            valid = self._decoder.decode(data, final=not data).encode()
+            if valid or not data:  # nothing at all would be taken for the end
+                return valid
 
 
 class _FoldedDelimiter(io.RawIOBase):

@@ -61,7 +61,8 @@ def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return a column as float64, NaN where it is no number."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
-        return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+        # Not safe: nanoseconds since 1970 have more digits than a float64, and their last ones do not matter.
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
     values: np.ndarray[Any, np.dtype[np.float64]] = pd.to_numeric(
         to_text(column).to_pandas(), errors="coerce"
     ).to_numpy(dtype=np.float64)

@@ -154,9 +154,9 @@ def open_source(dataset: DatasetConfig) -> Source:
     if fixed.items:
         wanted = [fixed.item_id, fixed.title]
         wanted += [name for name in list_template_columns(dataset.item_text) if name != "title"]
-        names = _read_first(fixed.items[0], fixed.items_layout).column_names
+        items = _read_first(fixed.items[0], fixed.items_layout)
         for name in wanted:
-            _require(name, names, fixed.items[0], "dataset.item_columns or dataset.item_text")
+            _require(name, items, fixed.items[0], "dataset.item_columns or dataset.item_text")
     unit = dataset.timestamp_unit
     if unit == "auto":
         unit = guess_unit(to_numbers(first.column(fixed.columns.timestamp)))  # type: ignore[assignment]
@@ -204,14 +204,18 @@ def _read_first(uri: str, layout: Layout) -> Any:
 def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
     for key, name in columns.model_dump().items():
         if name is not None:
-            _require(name, first.column_names, uri, f"dataset.columns.{key}")
+            _require(name, first, uri, f"dataset.columns.{key}")
     if dataset.row_filter:
         for name in parse_row_filter(dataset.row_filter)[1]:
-            _require(name, first.column_names, uri, "dataset.row_filter")
+            _require(name, first, uri, "dataset.row_filter")
 
 
-def _require(name: str, available: list[str], uri: str, key: str) -> None:
+def _require(name: str, table: Any, uri: str, key: str) -> None:
+    available = table.column_names
     if name not in available:
         near = difflib.get_close_matches(name, available, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise DataError(f"{uri}: there is no column '{name}' (has {', '.join(available)}){hint} Set {key}.")
+    kind = table.schema.field(name).type
+    if pa.types.is_nested(kind):
+        raise DataError(f"{uri}: column '{name}' holds {kind}, one value a row is needed: flatten it, or set {key}")
