@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from collm_dist.config.yaml_file import parse_value, read_yaml
 from collm_dist.errors import ConfigError
 
 MAX_SHOWN_VALUE = 60
+MAX_SHOWN_MISTAKES = 100
+# Deeper than any setting, also below cluster.deepspeed_extra.
+MAX_DEPTH = 20
+# What Python makes of bytes on the command line that are no UTF-8.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -31,14 +37,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     document = read_yaml(Path(path))
     _fill_empty_sections(document, Config)
     mistakes = apply_overrides(document, overrides)
-    config: Config | None = None
+    total, config = len(mistakes), None
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        mistakes += [line for detail in error.errors() for line in _describe(detail)]
+        details = error.errors()
+        total += len(details)
+        mistakes += [_describe(detail) for detail in details[:MAX_SHOWN_MISTAKES]]
     if mistakes or config is None:
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ConfigError(f"{path}: {count} in the configuration\n  " + "\n  ".join(mistakes))
+        shown = mistakes[:MAX_SHOWN_MISTAKES]
+        if total > len(shown):
+            shown.append(f"and {total - len(shown)} more")
+        count = "1 mistake" if total == 1 else f"{total} mistakes"
+        raise ConfigError(f"{path}: {count} in the configuration\n  " + "\n  ".join(shown))
     return config
 
 
@@ -68,6 +79,12 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> list[
     for override in overrides:
         dotted, equals, text = override.partition("=")
         *parents, last = dotted.split(".")
+        if _SURROGATE.search(override):
+            mistakes.append(f"{override!r}: is no UTF-8 text")
+            continue
+        if len(parents) >= MAX_DEPTH:
+            mistakes.append(f"{dotted[:MAX_SHOWN_VALUE]}...: no setting lies that deep")
+            continue
         if not equals or not all([*parents, last]):
             mistakes.append(f"{override}: an override is written section.key=value")
             continue
@@ -112,25 +129,22 @@ def _fill_empty_sections(document: dict[str, Any], model: type[BaseModel]) -> No
                 _fill_empty_sections(document[name], section)
 
 
-def _describe(detail: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines for one of pydantic's findings."""
+def _describe(detail: Mapping[str, Any]) -> str:
+    """Return the line for one of pydantic's findings."""
     dotted = ".".join(str(part) for part in detail["loc"])
     value, kind = detail["input"], detail["type"]
     if kind == "extra_forbidden":
-        yield f"{dotted}: no such setting{_show(value)}{suggest_name(dotted)}"
-    elif kind == "missing":
-        yield f"{dotted}: is required"
-    elif kind == "value_error":
+        return f"{dotted}: no such setting{_show(value)}{suggest_name(dotted)}"
+    if kind == "missing":
+        return f"{dotted}: is required"
+    if kind == "value_error":
         message = str(detail["ctx"]["error"])
-        yield f"{dotted}: {message}" if dotted else message
-    else:
-        message = detail["msg"].replace("Input should", "should", 1)
-        choices = detail.get("ctx", {}).get("expected", "") if kind == "literal_error" else ""
-        near = difflib.get_close_matches(
-            str(value), [one.strip("' ") for one in choices.replace(" or ", ",").split(",")]
-        )
-        hint = f" - nearest name '{near[0]}'" if near else ""
-        yield f"{dotted}: {message}{_show(value)}{hint}"
+        return f"{dotted}: {message}" if dotted else message
+    message = detail["msg"].replace("Input should", "should", 1)
+    choices = detail.get("ctx", {}).get("expected", "") if kind == "literal_error" else ""
+    near = difflib.get_close_matches(str(value), [one.strip("' ") for one in choices.replace(" or ", ",").split(",")])
+    hint = f" - nearest name '{near[0]}'" if near else ""
+    return f"{dotted}: {message}{_show(value)}{hint}"
 
 
 def _show(value: Any) -> str:

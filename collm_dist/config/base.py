@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are refused; values cannot change once loaded."""
+    """A group of settings. Unknown keys and infinite numbers are refused; values cannot change once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def operational(default: Any, description: str, **constraints: Any) -> Any:

@@ -8,12 +8,16 @@ from pydantic import Field, model_validator
 
 from collm_dist.config.base import Section, operational
 
+MAX_MONTHS = 12 * 1000
+
 
 class RunConfig(Section):
     """Where results go, and the seed everything is drawn from."""
 
     dir: str = operational(..., "Run directory: every step writes below it. Local or on a shared POSIX file system.")
-    seed: int = Field(0, ge=0, description="Seed of every random choice: sampling, initialisation, order, bootstrap.")
+    seed: int = Field(
+        0, ge=0, le=10**9, description="Seed of every random choice: sampling, initialisation, order, bootstrap."
+    )
     reuse: tuple[str, ...] = operational(
         (), "Other run directories whose finished steps are linked in when their fingerprint equals this run's."
     )
@@ -58,8 +62,8 @@ class SplitConfig(Section):
         if self.train_ratio + self.valid_ratio >= 1:
             raise ValueError("train_ratio + valid_ratio must be below 1, the rest is the test")
         windows = (self.train_months, self.valid_months, self.test_months)
-        if any(first > last or first < 0 for first, last in windows):
-            raise ValueError("a window of months is [first, last] with 0 <= first <= last")
+        if any(first > last or first < 0 or last > MAX_MONTHS for first, last in windows):
+            raise ValueError(f"a window of months is [first, last] with 0 <= first <= last <= {MAX_MONTHS}")
         if not windows[0][1] < windows[1][0] <= windows[1][1] < windows[2][0]:
             raise ValueError("the windows of months must not overlap and must follow each other: train, valid, test")
         return self

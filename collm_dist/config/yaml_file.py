@@ -2,7 +2,8 @@
 
 PyYAML follows YAML 1.1, where ``1e-4`` is text, ``yes``, ``no``, ``on`` and ``off`` are booleans (also as keys),
 ``12:30`` is a number and a date is no text. Here the plain scalars are those of YAML 1.2: null, true, false, integers,
-floats and text. A key given twice is a mistake.
+floats and text. A key given twice is a mistake. Aliases are spelled out, so that changing one place changes no other;
+how large a file may become by that is bounded.
 """
 
 from __future__ import annotations
@@ -15,11 +16,33 @@ import yaml
 
 from collm_dist.errors import ConfigError
 
+MAX_BYTES = 1 << 18
+# With aliases spelled out: ten lines of aliases of aliases are a billion values.
+MAX_VALUES = 100_000
+# What no file name and no prompt can hold.
+_UNUSABLE = re.compile(r"[\x00\ud800-\udfff]")
+
 
 class _Loader(yaml.SafeLoader):
     """A safe loader with YAML 1.2 scalars that refuses keys given twice."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own shape
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return a node's value; PyYAML lets Python's own errors through where a value is not what its tag says."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, IndexError):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"the value is no {kind}", node.start_mark) from None
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Return a scalar's text."""
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _UNUSABLE.search(value):
+            problem = "a NUL character or half a surrogate pair in a text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
 
 _NUMBER_STARTS = list("-+.0123456789")
@@ -36,6 +59,8 @@ for _tag, _pattern, _first in (
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue  # PyYAML refuses these itself
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in seen:
             raise yaml.constructor.ConstructorError(
@@ -53,9 +78,52 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is no YAML, is nested too deeply, or grows beyond ``MAX_VALUES`` by its aliases.
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return _copy(loader.construct_document(node))
+    except RecursionError:
+        raise yaml.YAMLError("lists or mappings are nested too deeply") from None
+    except ValueError as error:  # an escape that is no character
+        raise yaml.MarkedYAMLError(problem=str(error), problem_mark=loader.get_mark()) from None
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """Return the number of values below a node with aliases spelled out.
+
+    Args:
+        node: where to start.
+        counted: by the nodes' identities; None = a node that is being counted.
+    """
+    known = counted.get(id(node), 0)
+    if known is None:
+        raise yaml.MarkedYAMLError(problem="an alias of what it stands in", problem_mark=node.start_mark)
+    if known:
+        return known
+    counted[id(node)] = None
+    total = 1
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for one in child if isinstance(child, tuple) else (child,):
+            total += _count_values(one, counted)
+    if total > MAX_VALUES:
+        problem = f"more than {MAX_VALUES:,} values, with its aliases spelled out"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    counted[id(node)] = total
+    return total
+
+
+def _copy(value: Any) -> Any:
+    """Return a value in which no two places share a list or a mapping, as an alias and its anchor do."""
+    if isinstance(value, dict):
+        return {key: _copy(one) for key, one in value.items()}
+    return [_copy(one) for one in value] if isinstance(value, list) else value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -65,11 +133,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it is no YAML mapping; the message has file and line.
     """
     try:
-        document = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"--config: '{path}' has more than {MAX_BYTES >> 10} KiB: it is no configuration")
+        document = parse_yaml(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"--config: there is no file '{path}' (relative to {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: '{path}' cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config: '{path}' is no UTF-8 text ({error}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config: {str(path)!r} cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark, error.problem or str(error)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -145,13 +145,16 @@ def load_prompt_text(spec: str) -> str:
     """Return a template's text: the file's content if the setting names a file, else the setting itself.
 
     Raises:
-        ConfigError: it looks like a file but there is none.
+        ConfigError: it looks like a file but there is none, or none that can be read.
     """
     if "<" in spec:
         return spec
-    for folder in (Path(), Path(__file__).resolve().parents[2]):  # a Ray job may start elsewhere
-        if (folder / spec).is_file():
-            return (folder / spec).read_text(encoding="utf-8").strip()
+    try:
+        for folder in (Path(), Path(__file__).resolve().parents[2]):  # a Ray job may start elsewhere
+            if (folder / spec).is_file():
+                return (folder / spec).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:  # such as a text that is too long for a file's name
+        raise ConfigError(f"prompt: '{spec[:60]}' cannot be read ({error}), and it is no prompt either") from None
     raise ConfigError(f"prompt: there is no file '{spec}' (relative to {Path.cwd()}), and it is no prompt either")
 
 
