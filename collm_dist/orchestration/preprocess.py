@@ -129,7 +129,7 @@ def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runne
     plan_ref, source_ref, buckets = ray.put(plan), ray.put(source), range(plan.num_buckets)
     chunks = list(enumerate(source.chunks))
     reads = run("reading", ingest_tasks.read_chunk, [(plan_ref, source_ref, index, chunk) for index, chunk in chunks])
-    items = source.read_items()
+    items, mended = source.read_items()
     known = items.column("item_id").combine_chunks() if source.items_uris else None
     counts = sum_item_counts([read_table(plan.work / f"items-{index:05d}.arrow") for index, _ in chunks])
     unknown = _find_unknown(counts, known)
@@ -185,6 +185,7 @@ def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runne
         "extends": describe_previous(plan.dataset.extend_from).get("dataset.extend_from"),
         "dropped": {cause: count for cause, count in sorted(dropped.items()) if count},
         "items_without_text": without_text,
+        "items_mended": dict(sorted(mended.items())),
         "input": {"rows": int(bases[-1]), "bad_examples": [line for read in reads for line in read["examples"]][:5]},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import fnmatch
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from collm_dist.data.readers.released_pickles import get_outer_file, read_releas
 from collm_dist.errors import DataError
 
 BLOCK_BYTES = 8 << 20
+MAX_COLUMNS = 10_000
 NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N"]
 
 
@@ -73,7 +75,10 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
         DataError: the scheme is not known here.
     """
     if "://" not in uri:
-        return pa_fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        try:
+            return pa_fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        except RuntimeError as error:  # a home directory that does not exist
+            raise DataError(f"dataset.path: '{uri}' cannot be opened: {error}") from None
     try:
         return pa_fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -90,12 +95,16 @@ def list_files(uri: str, key: str) -> list[str]:
     """Return the files behind a URI (file, folder or glob) in sorted order; hidden files are left out.
 
     Raises:
-        DataError: there are none; the message names the config key.
+        DataError: there are none, or they cannot be listed; the message names the config key.
     """
     filesystem, path = open_filesystem(uri)
     magic = re.search(r"[*?\[]", path)
     base = path[: magic.start()].rpartition("/")[0] if magic else path
-    info = filesystem.get_file_info(base)
+    try:
+        info = filesystem.get_file_info(base)
+        found = _list_folder(filesystem, base) if info.type == pa_fs.FileType.Directory else []
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{key}: {uri!r} cannot be listed: {error}") from None
     if info.type == pa_fs.FileType.NotFound:
         raise DataError(f"{key}: there is no file or folder '{uri}'")
     if info.type == pa_fs.FileType.Unknown:
@@ -103,14 +112,35 @@ def list_files(uri: str, key: str) -> list[str]:
     if info.type == pa_fs.FileType.File:
         return [uri]
     prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else ""
-    entries = filesystem.get_file_info(pa_fs.FileSelector(base, recursive=True))
-    found = [entry.path for entry in entries if entry.type == pa_fs.FileType.File]
     found = [one for one in found if not any(part[0] in "._" for part in PurePosixPath(one[len(base) :]).parts[1:])]
     if magic:
         found = [one for one in found if fnmatch.fnmatch(one, path)]
     if not found:
         raise DataError(f"{key}: '{uri}' holds no files")
     return [prefix + one for one in sorted(found)]
+
+
+def _list_folder(filesystem: Any, base: str) -> list[str]:
+    """Return the paths of all files below a folder; local ones once each, whatever links lead to them or back."""
+    if not isinstance(filesystem, pa_fs.LocalFileSystem):
+        entries = filesystem.get_file_info(pa_fs.FileSelector(base, recursive=True))
+        return [entry.path for entry in entries if entry.type == pa_fs.FileType.File]
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found: dict[Path, str] = {}
+    folders_seen: set[Path] = set()
+    for folder, folders, names in os.walk(base, followlinks=True, onerror=stop):
+        folders.sort()
+        if (real := Path(folder).resolve()) in folders_seen:
+            folders.clear()
+            continue
+        folders_seen.add(real)
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.is_file():  # no pipe, no device, no link to nowhere
+                found.setdefault(path.resolve() if path.is_symlink() else real / path.name, str(path))
+    return list(found.values())
 
 
 def describe_files(uris: list[str]) -> dict[str, Any]:
@@ -174,7 +204,7 @@ def _stream(
 ) -> Iterator[Any]:
     kind = find_kind(uri, layout)
     if kind == "parquet":
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
+        with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
             check_names(uri, list(file.schema_arrow.names))
             groups = range(*(row_groups or (0, file.num_row_groups)))
             for batch in file.iter_batches(batch_size=1 << 17, row_groups=list(groups)):
@@ -182,7 +212,7 @@ def _stream(
         return
     stream = filesystem.open_input_stream(path, compression="detect")
     if layout.encoding == "utf8":
-        stream = pa.PythonFile(_ValidText(uri, stream), mode="r")
+        stream = pa.PythonFile(_ValidText(uri, stream, is_table=kind == "text"), mode="r")
     if kind == "json":
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in layout.schema]) or None
         behaviour = "ignore" if layout.schema else "infer"
@@ -238,9 +268,9 @@ def check_names(uri: str, names: list[str]) -> None:
 class _ValidText(io.RawIOBase):
     """A stream in which bytes that are no UTF-8 are U+FFFD: the parser would give up a file for one such line."""
 
-    def __init__(self, uri: str, stream: Any) -> None:
+    def __init__(self, uri: str, stream: Any, is_table: bool) -> None:
         super().__init__()
-        self._uri, self._stream = uri, stream
+        self._uri, self._stream, self._is_table = uri, stream, is_table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
 
@@ -250,14 +280,22 @@ class _ValidText(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         while True:
             data: bytes = self._stream.read(size if size >= 0 else None)
-            if self._at_start and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{self._uri}: is UTF-16 text; save it as UTF-8")
+            if self._at_start:
+                self._check_start(data)
             self._at_start = False
             if data.isascii() and not self._decoder.getstate()[0]:
                 return data
             valid = self._decoder.decode(data, final=not data).encode()
             if valid or not data:  # nothing at all would be taken for the end
                 return valid
+
+    def _check_start(self, data: bytes) -> None:
+        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{self._uri}: is UTF-16 text; save it as UTF-8")
+        header = data.partition(b"\n")[0]
+        # The parser would take minutes and gigabytes for a million columns.
+        if self._is_table and max(header.count(one) for one in b",\t|") > MAX_COLUMNS:
+            raise DataError(f"{self._uri}: has more than {MAX_COLUMNS:,} columns")
 
 
 class _FoldedDelimiter(io.RawIOBase):

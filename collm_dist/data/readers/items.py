@@ -15,8 +15,12 @@ import pyarrow.compute as pc
 from collm_dist.data.readers.normalize import to_text
 from collm_dist.errors import ConfigError
 
-# Invisible or direction-changing characters would print one thing and tokenize as another.
-_INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
+# Invisible or direction-changing characters would print one thing and tokenize as another; with variation selectors and
+# tag characters a title can carry a whole text that nobody sees.
+_INVISIBLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    r"\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]+"
+)
 _SPACES = re.compile(r"\s+")
 MAX_TEXT_CHARACTERS = 1000
 
@@ -46,40 +50,41 @@ def list_template_columns(template: str) -> list[str]:
 def build_item_table(
     tables: Iterable[Any], id_column: str, title_column: str, template: str
 ) -> tuple[Any, Counter[str]]:
-    """Return ``item_id, title, text`` of every item, the first row of an id counting, and what was mended.
+    """Return ``item_id, title, text`` of every item, the first row of an id counting, and what was mended, by cause.
 
     Args:
-        tables: raw item rows.
+        tables: raw item rows; they are taken one by one, so memory is bounded by the items, not by the files.
         id_column, title_column: names in them.
         template: item text; ``{title}`` is the title column whatever it is called.
     """
-    raw = pa.concat_tables(list(tables), promote_options="permissive")
     counts: Counter[str] = Counter()
-    ids = pc.utf8_trim_whitespace(to_text(raw.column(id_column)))
-    titles = [clean_text(one) for one in to_text(raw.column(title_column)).to_pylist()]
-    names = list_template_columns(template)
-    columns = {
-        name: titles if name == "title" else [clean_text(v) for v in to_text(raw.column(name)).to_pylist()]
-        for name in names
-    }
+    columns = {name: title_column if name == "title" else name for name in list_template_columns(template)}
     rows: dict[str, tuple[str, str]] = {}
-    for position, item_id in enumerate(ids.to_pylist()):
-        if not item_id:
-            counts["items without an id"] += 1
-            continue
-        if item_id in rows:
-            counts["repeated items"] += 1
-            continue
-        text = clean_text(_fill(template, {name: values[position] for name, values in columns.items()}))
-        counts["items without a text"] += not text
-        rows[item_id] = (titles[position] or item_id, text or item_id)
+    for table in tables:
+        ids = pc.utf8_trim_whitespace(to_text(table.column(id_column))).to_pylist()
+        raw_titles = to_text(table.column(title_column)).to_pylist()
+        values = {name: to_text(table.column(column)).to_pylist() for name, column in columns.items()}
+        for position, item_id in enumerate(ids):
+            if not item_id:
+                counts["items without an id"] += 1
+                continue
+            title = clean_text(raw_titles[position])
+            text = clean_text(_fill(template, {name: clean_text(column[position]) for name, column in values.items()}))
+            found = (title or item_id, text or item_id)
+            if item_id in rows:
+                counts["rows of an item with another text"] += rows[item_id] != found
+                continue
+            rows[item_id] = found
+            counts["items without a text"] += not text
+            counts["titles with invisible characters"] += bool(_INVISIBLE.search(raw_titles[position] or ""))
+            counts[f"titles cut at {MAX_TEXT_CHARACTERS} characters"] += len(title) == MAX_TEXT_CHARACTERS
     return pa.table(
         {
             "item_id": pa.array(rows.keys(), pa.string()),
             "title": pa.array([title for title, _ in rows.values()], pa.string()),
             "text": pa.array([text for _, text in rows.values()], pa.string()),
         }
-    ), counts
+    ), +counts
 
 
 def _fill(template: str, values: dict[str, str]) -> str:

@@ -13,6 +13,10 @@ from collm_dist.config import ColumnsConfig
 from collm_dist.data.readers.files import NULLS, Losses
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+# From where on a number of this age counts the next finer unit: seconds of this age have ten digits.
+UNIT_LIMITS = (1e11, 1e14, 1e17)
+# The years 1 to 9999, in seconds since 1970.
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799
 SPLIT_NAMES = {
     "train": "train",
     "valid": "valid",
@@ -41,6 +45,8 @@ def to_text(column: Any) -> Any:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column, kind = column.cast(pa.large_binary()), pa.large_binary()  # Parquet does not check its texts
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         try:
             return column.cast(pa.string())
@@ -70,10 +76,31 @@ def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def guess_unit(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
-    """Guess the unit of numeric timestamps by magnitude: seconds of this age have ten digits."""
+    """Guess the unit of numeric timestamps by magnitude."""
     finite = np.abs(values[np.isfinite(values)])
     typical = float(np.median(finite)) if len(finite) else 0.0
-    return next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if typical < limit), "ns")
+    return list(UNITS)[np.searchsorted(UNIT_LIMITS, typical, side="right")]
+
+
+def find_other_units(values: np.ndarray[Any, np.dtype[np.float64]], unit: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which numeric timestamps have the magnitude of another unit; none that is no number."""
+    places = np.searchsorted(UNIT_LIMITS, np.abs(values), side="right")
+    other: np.ndarray[Any, np.dtype[np.bool_]] = np.isfinite(values) & (places != list(UNITS).index(unit))
+    return other
+
+
+def find_control_characters(texts: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which of an Arrow array of texts have control characters, such as line breaks."""
+    data = texts.buffers()[2]
+    if data is None or not (np.frombuffer(data, np.uint8) < ord(" ")).any():  # nearly always
+        return np.zeros(len(texts), dtype=bool)
+    found = pc.match_substring_regex(texts, r"[\x00-\x1f]").fill_null(False)
+    return np.asarray(found.to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def has_dates(column: Any) -> bool:
+    """Return whether a column's type says that it holds times, so that no unit is to be guessed."""
+    return bool(pa.types.is_timestamp(column.type) or pa.types.is_date(column.type))
 
 
 def to_seconds(
@@ -81,7 +108,7 @@ def to_seconds(
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
     """Return seconds since 1970 and which values are valid. Numbers count ``unit``; anything else is read as a date."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+    if has_dates(column):
         dates = column.cast(pa.timestamp("s", tz=getattr(column.type, "tz", None)), safe=False)
         valid = np.asarray(dates.is_valid().to_numpy(zero_copy_only=False))
         return np.asarray(dates.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)), valid
@@ -99,7 +126,15 @@ def to_seconds(
 
 
 def normalize_batch(
-    table: Any, columns: ColumnsConfig, *, like_threshold: float, unit: str, place: str, first_row: int, losses: Losses
+    table: Any,
+    columns: ColumnsConfig,
+    *,
+    like_threshold: float,
+    unit: str,
+    unit_is_guessed: bool,
+    place: str,
+    first_row: int,
+    losses: Losses,
 ) -> Any:
     """Return the usable rows of a raw table in ``SCHEMA``; the others are counted by cause.
 
@@ -108,6 +143,7 @@ def normalize_batch(
         columns: which column is what.
         like_threshold: a rating of at least this is a like.
         unit: of numeric timestamps.
+        unit_is_guessed: whether numbers of another magnitude are mistakes, not times of long ago or far ahead.
         place: file name for examples.
         first_row: position in the file of the table's first row.
         losses: where bad rows are counted.
@@ -117,10 +153,11 @@ def normalize_batch(
         rows = table.column(ROW_COLUMN).to_numpy()
     usable = np.ones(table.num_rows, dtype=bool)
 
-    def drop(bad: np.ndarray[Any, Any], cause: str) -> None:
+    def drop(bad: np.ndarray[Any, Any], cause: str, lines: Any = None) -> None:
         fresh = bad & usable
         if fresh.any():
-            losses.add(cause, int(fresh.sum()), f"{place}:{rows[fresh.argmax()] + 1}")
+            count = int(fresh.sum() if lines is None else lines[fresh].sum())
+            losses.add(cause, count, f"{place}:{rows[fresh.argmax()] + 1}")
             usable[fresh] = False
 
     ids = {}
@@ -128,8 +165,18 @@ def normalize_batch(
         ids[name] = pc.utf8_trim_whitespace(to_text(table.column(getattr(columns, name))))
         missing = pc.or_kleene(pc.is_null(ids[name]), pc.is_in(ids[name], pa.array(NULLS))).fill_null(True)
         drop(missing.to_numpy(zero_copy_only=False), f"missing {getattr(columns, name)}")
-    seconds, valid = to_seconds(table.column(columns.timestamp), unit)
+        if (broken := find_control_characters(ids[name])).any():
+            # A quote that is not closed makes one value of many lines: each of them is lost.
+            lines = pc.fill_null(pc.count_substring(ids[name], "\n"), 0).to_numpy() + 1
+            drop(broken, f"line breaks or control characters in {getattr(columns, name)}", lines)
+    times = table.column(columns.timestamp)
+    seconds, valid = to_seconds(times, unit)
     drop(~valid, f"{columns.timestamp} is no time")
+    if unit_is_guessed and not has_dates(times):
+        other = find_other_units(to_numbers(times), unit)
+        drop(other, f"{columns.timestamp} is not in {unit} as in the first rows (dataset.timestamp_unit)")
+    outside = (seconds < FIRST_SECOND) | (seconds > LAST_SECOND)
+    drop(outside, f"{columns.timestamp} in {unit} is outside the years 1 to 9999 (dataset.timestamp_unit)")
     labels = np.ones(table.num_rows, dtype=np.int8)
     if columns.rating is not None:
         ratings = to_numbers(table.column(columns.rating))

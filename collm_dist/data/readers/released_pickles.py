@@ -62,14 +62,23 @@ def list_released_files(path: str) -> list[str]:
     """Return a name for each split's file in the authors' folder or zip, in the order train, valid, test.
 
     Raises:
-        DataError: one is missing; the message names it.
+        DataError: one is missing or there are two; the message names it.
     """
     place = Path(path).expanduser()
     if place.is_file() and zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            found = {Path(name).name: f"{place}::{name}" for name in archive.namelist()}
+        try:
+            with zipfile.ZipFile(place) as archive:
+                names = [(Path(name).name, f"{place}::{name}") for name in archive.namelist()]
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise DataError(f"{path}: the zip cannot be read: {error}") from None
     else:
-        found = {one.name: str(one) for one in sorted(place.rglob("*.pkl"))}
+        names = [(one.name, str(one)) for one in sorted(place.rglob("*.pkl"))]
+    found = dict(names)
+    twice = [place for name, place in names if name in SPLIT_FILES.values() and found[name] != place]
+    if twice:
+        raise DataError(
+            f"dataset.path: '{path}' has {twice[0]} and {found[Path(twice[0]).name]}; name the folder of one"
+        )
     missing = [name for name in SPLIT_FILES.values() if name not in found]
     if missing:
         raise DataError(f"dataset.path: '{path}' has no {', '.join(missing)} (format collm: a folder or zip of CoLLM's "
@@ -88,16 +97,18 @@ def read_released_table(name: str) -> Any:
     Raises:
         DataError: it is no pickled data frame, or tries to be more than that.
     """
-    data = _read_bytes(name)
     try:
-        frame = _FrameUnpickler(io.BytesIO(data)).load()
+        frame = _FrameUnpickler(io.BytesIO(_read_bytes(name))).load()
+        missing = [column for column in COLUMNS if column not in getattr(frame, "columns", ())]
+        if missing:
+            raise DataError(f"{name}: the data frame has no column {', '.join(missing)}")
+        table = pa.Table.from_pandas(frame[list(COLUMNS)], preserve_index=False)
+        table.validate(full=True)  # a pickle may say of its buffers what it likes
+    except DataError:
+        raise
     except Exception as error:
-        # A broken or hostile pickle can fail in any way that its own instructions choose.
+        # A broken or hostile pickle, or zip, can fail in any way that its own instructions choose.
         raise DataError(f"{name}: refused, it is no plain pickled data frame ({error})") from None
-    missing = [column for column in COLUMNS if column not in getattr(frame, "columns", ())]
-    if missing:
-        raise DataError(f"{name}: the data frame has no column {', '.join(missing)}")
-    table = pa.Table.from_pandas(frame[list(COLUMNS)], preserve_index=False)
     split = next(split for split, file in SPLIT_FILES.items() if name.endswith(file))
     return table.append_column("split", pa.repeat(pa.scalar(split), table.num_rows))
 

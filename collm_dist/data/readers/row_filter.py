@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.errors import ConfigError
+
+MAX_SHOWN = 200
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -83,10 +86,10 @@ def parse_row_filter(text: str) -> tuple[Any, tuple[str, ...]]:
         raise refuse(node, "expected a condition")
 
     try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"dataset.row_filter: {text!r} does not parse: {error}") from None
-    expression = condition(tree.body)
+        expression = condition(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        raise ConfigError(f"dataset.row_filter: {shown!r} does not parse: {error}") from None
     return expression, tuple(dict.fromkeys(names))
 
 

@@ -22,11 +22,12 @@ from collm_dist.data.readers.files import (
 )
 from collm_dist.data.readers.items import build_item_table, list_template_columns
 from collm_dist.data.readers.layouts import FixedLayout, find_fixed_layout
-from collm_dist.data.readers.normalize import ROW_COLUMN, guess_unit, normalize_batch, to_numbers
+from collm_dist.data.readers.normalize import ROW_COLUMN, guess_unit, has_dates, normalize_batch, to_numbers
 from collm_dist.data.readers.row_filter import infer_types, parse_row_filter
 from collm_dist.errors import DataError
 
 ROW_GROUPS_PER_CHUNK = 16
+MAX_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -83,33 +84,50 @@ class Source:
         """Stream a chunk's rows in file order.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: the file cannot be read, or lacks a column.
         """
         condition, names = parse_row_filter(self.dataset.row_filter) if self.dataset.row_filter else (None, ())
         first_row, losses = 0, Losses()
         for table in read_tables(chunk.uri, self.layout, losses, chunk.row_groups):
             rows = table.num_rows
-            if condition is not None:
-                table = table.append_column(ROW_COLUMN, pa.array(range(first_row, first_row + rows), pa.int64()))
-                table = infer_types(table, names).filter(condition)
-            uniform = normalize_batch(
-                table,
-                self.columns,
-                like_threshold=self.dataset.like_threshold,
-                unit=self.timestamp_unit,
-                place=chunk.uri,
-                first_row=first_row,
-                losses=losses,
-            )
+            _check_columns(table, chunk.uri, self.columns, self.dataset)
+            try:
+                if condition is not None:
+                    table = table.append_column(ROW_COLUMN, pa.array(range(first_row, first_row + rows), pa.int64()))
+                    table = infer_types(table, names).filter(condition)
+                uniform = normalize_batch(
+                    table,
+                    self.columns,
+                    like_threshold=self.dataset.like_threshold,
+                    unit=self.timestamp_unit,
+                    unit_is_guessed=self.dataset.timestamp_unit == "auto",
+                    place=chunk.uri,
+                    first_row=first_row,
+                    losses=losses,
+                )
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"{chunk.uri}: rows from {first_row + 1} on: a value or a column's type does not fit what "
+                    f"dataset.columns or dataset.row_filter make of it: {error}"
+                ) from error
             yield ReadBatch(uniform, losses.counts, losses.examples, rows)
             first_row, losses = first_row + rows, Losses()
 
-    def read_items(self) -> Any:
-        """Return ``item_id, title, text`` of every item in the item files; empty without item files."""
-        if not self.items_uris:
-            return pa.table({name: pa.array([], pa.string()) for name in ("item_id", "title", "text")})
-        tables = [table for uri in self.items_uris for table in read_tables(uri, self.items_layout, Losses())]
-        return build_item_table(tables, self.item_id_column, self.title_column, self.dataset.item_text)[0]
+    def read_items(self) -> tuple[Any, Counter[str]]:
+        """Return ``item_id, title, text`` of every item in the item files, and what was mended, by cause.
+
+        Raises:
+            DataError: a file cannot be read, or lacks a column.
+        """
+        losses = Losses()
+        tables = (table for uri in self.items_uris for table in self._read_item_file(uri, losses))
+        items, mended = build_item_table(tables, self.item_id_column, self.title_column, self.dataset.item_text)
+        return items, mended + Counter({f"item rows: {cause}": count for cause, count in losses.counts.items()})
+
+    def _read_item_file(self, uri: str, losses: Losses) -> Iterator[Any]:
+        for table in read_tables(uri, self.items_layout, losses):
+            _check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
+            yield table
 
     def inputs(self) -> dict[str, Any]:
         """Return size and modification time of every input file."""
@@ -149,17 +167,15 @@ def open_source(dataset: DatasetConfig) -> Source:
         )
     else:
         fixed = find_fixed_layout(format_name, path, dataset)
-    first = _read_first(fixed.interactions[0], fixed.layout)
-    _check_columns(first, fixed.interactions[0], fixed.columns, dataset)
+    uri, first = _read_first(fixed.interactions, fixed.layout)
+    _check_columns(first, uri, fixed.columns, dataset)
     if fixed.items:
-        wanted = [fixed.item_id, fixed.title]
-        wanted += [name for name in list_template_columns(dataset.item_text) if name != "title"]
-        items = _read_first(fixed.items[0], fixed.items_layout)
-        for name in wanted:
-            _require(name, items, fixed.items[0], "dataset.item_columns or dataset.item_text")
-    unit = dataset.timestamp_unit
+        uri, items = _read_first(fixed.items, fixed.items_layout)
+        _check_item_columns(items, uri, fixed.item_id, fixed.title, dataset)
+    unit: str = dataset.timestamp_unit
+    times = first.column(fixed.columns.timestamp)
     if unit == "auto":
-        unit = guess_unit(to_numbers(first.column(fixed.columns.timestamp)))  # type: ignore[assignment]
+        unit = "s" if has_dates(times) else guess_unit(to_numbers(times))
     return Source(
         chunks=tuple(_split_into_chunks(fixed)),
         columns=fixed.columns,
@@ -194,11 +210,12 @@ def _split_into_chunks(fixed: FixedLayout) -> Iterator[Chunk]:
             yield Chunk(uri, (start, min(start + ROW_GROUPS_PER_CHUNK, groups)))
 
 
-def _read_first(uri: str, layout: Layout) -> Any:
-    table = next(iter(read_tables(uri, layout, Losses())), None)
-    if table is None:
-        raise DataError(f"{uri}: the file has no rows")
-    return table
+def _read_first(uris: tuple[str, ...], layout: Layout) -> tuple[str, Any]:
+    """Return the first file that has rows, and its first rows; Spark, for one, writes files without any."""
+    for uri in uris:
+        for table in read_tables(uri, layout, Losses()):
+            return uri, table
+    raise DataError(f"{uris[0]}: " + ("the file has no rows" if len(uris) == 1 else "no file of these has rows"))
 
 
 def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
@@ -210,12 +227,20 @@ def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: Datase
             _require(name, first, uri, "dataset.row_filter")
 
 
+def _check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:
+    others = [name for name in list_template_columns(dataset.item_text) if name != "title"]
+    for name in (item_id, title, *others):
+        _require(name, table, uri, "dataset.item_columns or dataset.item_text")
+
+
 def _require(name: str, table: Any, uri: str, key: str) -> None:
     available = table.column_names
     if name not in available:
         near = difflib.get_close_matches(name, available, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise DataError(f"{uri}: there is no column '{name}' (has {', '.join(available)}){hint} Set {key}.")
+        # What is no table at all may have any bytes for names.
+        shown = [one if one.isprintable() else ascii(one) for one in (one[:MAX_SHOWN] for one in available[:MAX_SHOWN])]
+        raise DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")
     kind = table.schema.field(name).type
     if pa.types.is_nested(kind):
         raise DataError(f"{uri}: column '{name}' holds {kind}, one value a row is needed: flatten it, or set {key}")
