@@ -79,8 +79,10 @@ class RunDir:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing: run the step '{step}' first") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} is damaged ({error}): run the step '{step}' again with --force") from None
+        if not isinstance(record, dict):
+            raise ArtifactError(f"{path} is no record of a step: run the step '{step}' again with --force")
         return record
 
     def is_done(self, step: Step) -> bool:
@@ -131,7 +133,7 @@ def compute_fingerprint(
         skip_missing: leave out steps that are not done instead of raising; evaluation reports what there is.
 
     Raises:
-        ArtifactError: a step that this one builds on is not done.
+        ArtifactError: a step that this one builds on is not done, or its record is damaged.
     """
 
     def covers(prefixes: tuple[str, ...], key: str) -> bool:
@@ -148,7 +150,11 @@ def compute_fingerprint(
             continue
         if skip_missing and not run_dir.is_done(upstream):
             continue
-        fingerprint[f"upstream.{upstream}"] = run_dir.read_record(upstream)["content_hash"]
+        record = run_dir.read_record(upstream)
+        if "content_hash" not in record:
+            path = run_dir.record_path(upstream)
+            raise ArtifactError(f"{path} has no content hash: run the step '{upstream}' again with --force")
+        fingerprint[f"upstream.{upstream}"] = record["content_hash"]
     for key, value in (inputs or {}).items():
         fingerprint[f"input.{key}"] = json.loads(json.dumps(value))
     return fingerprint

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from collm_dist.cf.rows import Rows, take_before
 from collm_dist.cf.table import VectorTable, read_vectors, read_width
 from collm_dist.cf.trainer import TrainingPlan, gather_metrics, train_cf
 from collm_dist.config import CfConfig
-from collm_dist.data.interactions import load_item_table, load_user_ids
+from collm_dist.data.interactions import load_item_table, load_user_ids, read_bucket
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.errors import DataError
 
@@ -97,8 +97,8 @@ def compute_fold_starts(data_dir: Path, manifest: Manifest, num_folds: int) -> t
     step = max(1, manifest.splits["train"].rows // _SAMPLED_TIMES)
     parts = []
     for bucket in manifest.buckets:
-        table = pq.read_table(data_dir / bucket.path, columns=["timestamp", "split"], filters=[("split", "=", "train")])
-        parts.append(table.column("timestamp").to_numpy()[::step])
+        table = read_bucket(data_dir, bucket, ["timestamp", "split"])
+        parts.append(table.filter(pc.field("split") == "train").column("timestamp").to_numpy()[::step])
     times = np.sort(np.concatenate(parts))
     starts = [int(times[len(times) * fold // num_folds]) for fold in range(1, num_folds)]
     starts.append(manifest.splits["train"].last_timestamp + 1)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from collm_dist.cf.collectives import gather_counts, get_rank
 from collm_dist.cf.rows import Rows, build_rows
+from collm_dist.data.interactions import read_bucket
 from collm_dist.data.manifest import BucketInfo, Manifest
 
 SPLITS = ("train", "valid", "test")
@@ -114,7 +114,7 @@ def load_worker_data(
     buckets = assign_buckets(manifest.buckets, rank, world_size)
     users = UserRanges.from_buckets(buckets)
     types = _TYPES | dict.fromkeys(_COUNTS if with_counts else (), np.int32)
-    parts = [_read_bucket(data_dir / bucket.path, users, types) for bucket in buckets]
+    parts = [_read_bucket(data_dir, bucket, users, types) for bucket in buckets]
     columns = {
         # Taken out of the parts one by one, so that memory never holds everything twice.
         name: np.concatenate([np.zeros(0, kind), *(part.pop(name) for part in parts)])
@@ -135,9 +135,11 @@ def load_worker_data(
     return WorkerData(users, found)
 
 
-def _read_bucket(path: Path, users: UserRanges, types: dict[str, type[np.generic]]) -> dict[str, NDArray[Any]]:
+def _read_bucket(
+    data_dir: Path, bucket: BucketInfo, users: UserRanges, types: dict[str, type[np.generic]]
+) -> dict[str, NDArray[Any]]:
     """Return a bucket's columns sorted by user, time and row, in narrow types; users are local, splits are numbers."""
-    table = pq.read_table(path, columns=[*types, "row_id"])
+    table = read_bucket(data_dir, bucket, [*types, "row_id"])
     split = table.column("split")
     numbers = sum(number * pc.equal(split, name).to_numpy().astype(np.int8) for number, name in enumerate(SPLITS))
     found = {name: table.column(name).to_numpy() for name in (*types, "row_id") if name != "split"}

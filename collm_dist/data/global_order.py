@@ -20,7 +20,7 @@ from collm_dist.data.hashing import hash_integers
 from collm_dist.data.manifest import Manifest, ShardInfo
 from collm_dist.data.ragged import to_offsets
 from collm_dist.data.shard_reader import read_shard
-from collm_dist.errors import DataError
+from collm_dist.errors import ArtifactError, DataError
 
 # Shards whose contexts are permuted together and held in memory at once (twice, since the next ones are being read).
 WINDOW_SHARDS = 4
@@ -34,11 +34,17 @@ def read_verified(data_dir: Path, shard: ShardInfo) -> ContextBlock:
     """Read a whole shard; its checksum is compared once in a process, and again if the file changes.
 
     Raises:
-        ArtifactError: it is missing or damaged.
+        ArtifactError: it is missing or damaged, or is not what the manifest says.
     """
     path = data_dir / shard.path
     key = (path, shard.sha256, path.stat().st_mtime_ns if path.exists() else 0)
-    block = concatenate_blocks(list(read_shard(path, None if key in _verified else shard.sha256)))
+    blocks = list(read_shard(path, None if key in _verified else shard.sha256))
+    block = concatenate_blocks(blocks) if blocks else None
+    if block is None or (block.num_contexts, block.num_targets) != (shard.contexts, shard.rows):
+        raise ArtifactError(
+            f"{path}: the manifest says {shard.contexts} contexts and {shard.rows} rows, the shard has "
+            f"{(block.num_contexts, block.num_targets) if block else 'none'}; redo the data step with --force data"
+        )
     _verified.add(key)
     return block
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collm_dist.artifacts import RunDir, open_atomic
+from collm_dist.data.interactions import load_item_table, load_user_ids
 from collm_dist.data.manifest import BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
 
@@ -59,7 +60,7 @@ def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
     """Load the id tables of ``dataset.extend_from``.
 
     Raises:
-        ArtifactError: that run has no data, or another number of user buckets.
+        ArtifactError: that run has no data or damaged ones, or another number of user buckets.
     """
     if run is None:
         return PreviousTables()
@@ -71,8 +72,8 @@ def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
             f"preprocessing.num_user_buckets={len(manifest.buckets)}"
         )
     return PreviousTables(
-        user_ids=tuple(pq.read_table(data_dir / "users.parquet").column("user_id").to_pylist()),
-        item_ids=tuple(pq.read_table(data_dir / "items.parquet").column("item_id").to_pylist()),
+        user_ids=tuple(load_user_ids(data_dir)),
+        item_ids=tuple(load_item_table(data_dir)["item_id"]),
         buckets=manifest.buckets,
         rows=RunDir(Path(run)).read_record("data")["input"]["rows"],
     )

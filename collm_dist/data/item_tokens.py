@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,10 @@ import numpy as np
 from collm_dist.artifacts import open_atomic
 from collm_dist.data.context_block import IntArray
 
+logger = logging.getLogger(__name__)
+
 _BATCH = 10_000
+_HEADER = 2  # checksum of what follows, number of cut items
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class ItemTokens:
 
 
 def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> ItemTokens:
-    """Return the table of these texts, making it the first time.
+    """Return the table of these texts, making it the first time, or anew where the file is damaged.
 
     Args:
         folder: where tables are kept, one for each combination of texts, tokenizer and limit.
@@ -40,16 +45,35 @@ def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tok
         tokenizer: of the backbone.
         max_tokens: longer texts are cut, the quotes not counted.
     """
-    digest = hashlib.sha256(f"{_describe(tokenizer)}\n{max_tokens}\n".encode())
+    digest = hashlib.sha256(f"with checksum\n{_describe(tokenizer)}\n{max_tokens}\n".encode())
     for text in texts:
         digest.update(text.encode(errors="replace") + b"\x00")
     path = folder / f"item-tokens-{digest.hexdigest()[:16]}.npy"
-    if not path.exists():
+    if (table := _open_table(path)) is None:
         with open_atomic(path, "wb") as file:
             np.save(file, _tokenize(texts, tokenizer, max_tokens))
-    table = np.load(path, mmap_mode="r")
-    count = len(texts)
-    return ItemTokens(offsets=table[1 : count + 2], ids=table[count + 2 :], num_cut=int(table[0]))
+        table = np.load(path, mmap_mode="r")
+    ends = _HEADER + len(texts) + 1
+    return ItemTokens(offsets=table[_HEADER:ends], ids=table[ends:], num_cut=int(table[1]))
+
+
+def _open_table(path: Path) -> IntArray | None:
+    """Return the table in a file, mapped into memory; None if there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        table: IntArray = np.load(path, mmap_mode="r")
+        if (
+            table.ndim == 1
+            and table.dtype == np.int64
+            and len(table) > _HEADER
+            and table[0] == zlib.crc32(table[1:].data)
+        ):
+            return table
+    except (ValueError, OSError, EOFError):  # what numpy says of a file that it did not write
+        pass
+    logger.warning("%s is damaged; it is made anew", path)
+    return None
 
 
 def _describe(tokenizer: Any) -> str:
@@ -59,7 +83,7 @@ def _describe(tokenizer: Any) -> str:
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> IntArray:
-    """Return number of cut items, offsets and ids as one array."""
+    """Return checksum, number of cut items, offsets and ids as one array."""
     quote = tokenizer('"', add_special_tokens=False)["input_ids"]
     lengths, ids, num_cut = [0], [], 0
     for start in range(0, len(texts), _BATCH):
@@ -69,4 +93,6 @@ def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> IntArray
                 tokens, num_cut = [*tokens[: max_tokens + len(quote)], *quote], num_cut + 1
             lengths.append(len(tokens))
             ids.extend(tokens)
-    return np.concatenate([[num_cut], np.cumsum(lengths), ids]).astype(np.int64)
+    table = np.concatenate([[0, num_cut], np.cumsum(lengths), ids]).astype(np.int64)
+    table[0] = zlib.crc32(table[1:].data)
+    return table

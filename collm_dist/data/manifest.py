@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from collm_dist.artifacts import compute_json_hash
 from collm_dist.errors import ArtifactError
 
 FORMAT_VERSION = 1
+# What the content hash is of: all that decides what later steps see.
+HASHED_FIELDS = (
+    "format_version",
+    "num_users",
+    "num_items",
+    "users_hash",
+    "items_hash",
+    "texts_hash",
+    "ties",
+    "feedback",
+    "max_history_length",
+    "splits",
+    "shards",
+    "buckets",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,13 @@ class BucketInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See ``manifest.json``. ``users_hash`` and ``items_hash`` cover the raw ids in the order of their indices."""
+    """See ``manifest.json``.
+
+    Attributes:
+        users_hash, items_hash: of the raw ids in the order of their indices.
+        tables: SHA-256 of users.parquet and items.parquet.
+        content_hash: of ``HASHED_FIELDS``; names these data in whatever is made from them.
+    """
 
     num_users: int
     num_items: int
@@ -62,6 +85,7 @@ class Manifest:
     buckets: tuple[BucketInfo, ...]
     dropped: Mapping[str, int]
     content_hash: str
+    tables: Mapping[str, str] = field(default_factory=dict)
 
     def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
         """Return a split's shards in order."""
@@ -79,11 +103,33 @@ def load_manifest(data_dir: Path) -> Manifest:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: run launch/preprocess_data.py first") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): redo the data step with --force data") from None
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{path} is no manifest: redo the data step with --force data")
     if record.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {record.get('format_version')}, this release reads "
                             f"{FORMAT_VERSION}: redo the data step with --force data")  # fmt: skip
+    try:
+        if record.get("content_hash") != compute_content_hash(record):
+            raise ArtifactError(
+                f"{path} is damaged or was changed by hand: its content hash is another one; restore it from where it "
+                "was copied from, or redo the data step with --force data"
+            )
+        return _build_manifest(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is no manifest of a data step ({error}): redo it with --force data") from None
+
+
+def compute_content_hash(record: Mapping[str, Any]) -> str:
+    """Return the hash of what a manifest's record says of the data."""
+    return compute_json_hash({name: record[name] for name in HASHED_FIELDS if name in record})
+
+
+def _build_manifest(record: Mapping[str, Any]) -> Manifest:
+    for one in (*record["shards"], *record["buckets"]):
+        if not re.fullmatch(r"(shards|interactions)/[\w-][\w.-]*", one["path"]):
+            raise ValueError(f"it names {one['path']!r}, which is no file of a data folder")
     return Manifest(
         splits={name: SplitInfo(**info) for name, info in record["splits"].items()},
         shards=tuple(ShardInfo(**info) for info in record["shards"]),
@@ -91,6 +137,7 @@ def load_manifest(data_dir: Path) -> Manifest:
             BucketInfo(**{**info, "user_ranges": tuple((first, count) for first, count in info["user_ranges"])})
             for info in record["buckets"]
         ),
+        tables=record.get("tables", {}),
         **{name: record[name] for name in _PLAIN_FIELDS},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,37 @@ import safetensors.numpy
 import webdataset
 
 from collm_dist.artifacts import compute_file_hash
-from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.errors import ArtifactError
 
 _SUFFIX = "contexts.safetensors"
 
 
 def decode_block(data: bytes) -> ContextBlock:
-    """Return the block of safetensors bytes, widened to int64."""
-    return ContextBlock(**{name: array.astype(np.int64) for name, array in safetensors.numpy.load(data).items()})
+    """Return the block of safetensors bytes, widened to int64.
+
+    Raises:
+        ValueError: they are no block: other arrays, or lengths and offsets that do not go together.
+    """
+    try:
+        arrays = safetensors.numpy.load(data)
+    except KeyError as error:
+        raise ValueError(f"arrays of type {error}") from None
+    names = {field.name for field in fields(ContextBlock)}
+    if arrays.keys() != names or any(one.ndim != 1 or one.dtype.kind != "i" for one in arrays.values()):
+        raise ValueError("other arrays than those of contexts")
+    block = ContextBlock(**{name: array.astype(np.int64) for name, array in arrays.items()})
+    sizes = dict.fromkeys(TARGET_FIELDS, block.num_targets) | {"num_likes": block.num_contexts}
+    if any(len(arrays[name]) != size for name, size in sizes.items()):
+        raise ValueError("arrays of different lengths")
+    for offsets, count, size in (
+        (block.history_offsets, block.num_contexts, len(block.history_items)),
+        (block.target_offsets, block.num_contexts, block.num_targets),
+        (block.dislike_offsets, block.num_targets, len(block.dislike_items)),
+    ):
+        if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != size or (np.diff(offsets) < 0).any():
+            raise ValueError("offsets that lead elsewhere")
+    return block
 
 
 def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:

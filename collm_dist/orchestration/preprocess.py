@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from collm_dist.artifacts import RunDir, compute_json_hash, is_step_current, write_json
+from collm_dist.artifacts import RunDir, compute_file_hash, compute_json_hash, is_step_current, write_json
 from collm_dist.config import Config
 from collm_dist.data import ingest_tasks, sample_tasks
 from collm_dist.data.checks import check_reads, check_splits
@@ -30,7 +30,7 @@ from collm_dist.data.id_tables import (
     write_item_table,
     write_user_table,
 )
-from collm_dist.data.manifest import FORMAT_VERSION
+from collm_dist.data.manifest import FORMAT_VERSION, compute_content_hash
 from collm_dist.data.negatives import EventPool
 from collm_dist.data.partition import read_table
 from collm_dist.data.plan import Plan
@@ -186,6 +186,7 @@ def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runne
         "dropped": {cause: count for cause, count in sorted(dropped.items()) if count},
         "items_without_text": without_text,
         "items_mended": dict(sorted(mended.items())),
+        "tables": {name: compute_file_hash(plan.data_dir / name) for name in ("users.parquet", "items.parquet")},
         "input": {"rows": int(bases[-1]), "bad_examples": [line for read in reads for line in read["examples"]][:5]},
     }
 
@@ -295,7 +296,7 @@ def _describe(
             for index, (one, ranges) in enumerate(zip(joined, user_ranges, strict=True))
         ],
     }
-    return manifest | {"content_hash": compute_json_hash(manifest)}
+    return manifest | {"content_hash": compute_content_hash(manifest)}
 
 
 def _print_summary(manifest: dict[str, Any], data_dir: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from collm_dist.artifacts import STEPS, RunDir
+from collm_dist.data.manifest import compute_content_hash
 from collm_dist.orchestration.run_lock import hold_run_lock
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +220,8 @@ def test_cf_weights_of_another_id_table(launch, copied_run):
     path = copied_run.record_path("data")
     manifest = json.loads(path.read_text())
     own = manifest["items_hash"]
-    path.write_text(json.dumps(manifest | {"items_hash": "0" * 64}))
+    manifest["items_hash"] = "0" * 64
+    path.write_text(json.dumps(manifest | {"content_hash": compute_content_hash(manifest)}))
     code, _, error = launch("train", f"run.dir={copied_run.path}", "--stage", "2", "--force", "stage2")
     assert code == 2
     assert own[:12] in error

@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.artifacts import RunDir, write_json
+from collm_dist.artifacts import RunDir, compute_file_hash, write_json
 from collm_dist.config import Config
 from collm_dist.data.context_block import TARGET_FIELDS
 from collm_dist.data.interactions import COLUMNS
+from collm_dist.data.manifest import compute_content_hash
 from collm_dist.data.shard_writer import write_shard
 from tests.unit.evaluation_data import build_block, count_strictly_before
 
@@ -93,7 +94,7 @@ def _write_buckets(data_dir, rows, num_users):
                 "path": str(path.relative_to(data_dir)),
                 "rows": len(chosen),
                 "user_ranges": [[number * size, size]],
-                "sha256": "",
+                "sha256": compute_file_hash(path),
             }
         )
     return buckets
@@ -135,22 +136,19 @@ def write_data_step(
             "last_timestamp": int(rows["timestamp"][chosen].max()),
         }
     buckets = _write_buckets(data_dir, rows, num_users)
-    write_json(
-        run_dir.record_path("data"),
-        {
-            "format_version": 1,
-            "num_users": num_users,
-            "num_items": num_items,
-            "users_hash": "users",
-            "items_hash": "items",
-            "ties": "strict",
-            "feedback": feedback,
-            "max_history_length": 10,
-            "splits": splits,
-            "shards": shards,
-            "buckets": buckets,
-            "dropped": {},
-            "content_hash": f"data-{feedback}",
-        },
-    )
+    record = {
+        "format_version": 1,
+        "num_users": num_users,
+        "num_items": num_items,
+        "users_hash": "users",
+        "items_hash": "items",
+        "ties": "strict",
+        "feedback": feedback,
+        "max_history_length": 10,
+        "splits": splits,
+        "shards": shards,
+        "buckets": buckets,
+        "dropped": {},
+    }
+    write_json(run_dir.record_path("data"), record | {"content_hash": compute_content_hash(record)})
     return run_dir

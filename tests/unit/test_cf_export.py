@@ -17,7 +17,7 @@ from collm_dist.cf.export import ModelHeader, load_cf_model, write_model
 from collm_dist.cf.fitting import build_untrained
 from collm_dist.cf.tensor_file import create_tensor_file
 from collm_dist.data.id_tables import compute_ids_hash
-from collm_dist.data.manifest import load_manifest
+from collm_dist.data.manifest import compute_content_hash, load_manifest
 from collm_dist.errors import ArtifactError
 from tests.unit.cf_data import MODELS, fit_and_export, load_data, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step
@@ -48,6 +48,7 @@ def saved(tmp_path):
     run_dir = write_data_step(tmp_path)
     record = json.loads(run_dir.record_path("data").read_text())
     record |= {"users_hash": compute_ids_hash(USERS), "items_hash": compute_ids_hash(ITEMS)}
+    record["content_hash"] = compute_content_hash(record)
     run_dir.record_path("data").write_text(json.dumps(record))
     fit_and_export(run_dir, make_cf("mf"), tmp_path / "states")
     return run_dir, load_manifest(run_dir.step_dir("data"))

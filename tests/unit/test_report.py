@@ -47,7 +47,7 @@ def test_report_has_the_promised_rows(explicit):
     assert {row["slice"] for row in report["rows"]} == {"all", "warm", "cold_user", "cold_item"}
     assert set(report["left_out"]) == {"cf", "stage1", "stage2", "slots_without_llm", "slots_shuffled"}
     assert report["best_trivial"] in TRIVIAL
-    assert report["fingerprint"]["upstream.data"] == "data-explicit"
+    assert report["fingerprint"]["upstream.data"] == load_manifest(run_dir.step_dir("data")).content_hash
     assert report["data"]["name"] == "ratings.csv"
     assert report["data"]["evaluated"]["test"]["rows"] == 100
 
