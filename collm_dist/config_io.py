@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
-from collm_dist.config.yaml_file import parse_value, read_yaml
+from collm_dist.config.yaml_file import dump_yaml, parse_value, read_yaml
 from collm_dist.errors import ConfigError
 
 MAX_SHOWN_VALUE = 60
@@ -55,7 +55,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the whole configuration as YAML that ``load_config`` reads back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def list_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

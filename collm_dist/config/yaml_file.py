@@ -56,6 +56,20 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that is something else in YAML 1.2, too: ``1e5`` is a number there."""
+
+
+for _character, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    for _full_tag, _regex in _resolvers:
+        _Dumper.add_implicit_resolver(_full_tag, _regex, [_character])
+
+
+def dump_yaml(value: Any) -> str:
+    """Return the YAML text that ``parse_yaml`` reads back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
