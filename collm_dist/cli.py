@@ -31,7 +31,8 @@ where results go:
 
 exit codes:
   0 done, 2 something to correct (settings, data, artifacts), 3 surroundings (devices, cluster, disk), 4 numbers that
-  are not finite, 75 asked to stop and ready to go on, 130 interrupted, 1 a fault of this program.
+  are not finite, 75 asked to stop and 76 a process lost, both ready to go on, 130 interrupted, 1 a fault of this
+  program. docs/reliability.md has them in full.
 """
 
 

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from collm_dist.artifacts import open_atomic
 from collm_dist.config import ClusterConfig
 from collm_dist.errors import CollmError, LaunchError
+
+logger = logging.getLogger(__name__)
+
+# What a task ends with that was bound to a node which is no longer there.
+_GONE = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
 
 
 @contextmanager
@@ -68,7 +74,11 @@ def check_shared_folder(folder: Path) -> None:
     for node in ray.nodes():
         if node["Alive"]:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            found, host = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
+            try:
+                found, host = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
+            except _GONE as error:  # it has gone since it was listed: others do its work
+                logger.warning("node %s does not answer: %s", node["NodeManagerAddress"], error)
+                continue
             if not found:
                 raise LaunchError(
                     f"run.dir: node {node['NodeManagerAddress']} ({host}) does not see {folder}; the run directory "
@@ -116,7 +126,7 @@ def run_tasks(
             done, _ = ray.wait(list(running), num_returns=1)
             try:
                 results[running.pop(done[0])] = ray.get(done[0])
-            except ray.exceptions.RayError as error:
+            except _GONE as error:
                 for reference in running:
                     ray.cancel(reference)
                 raise _explain(error, description) from None

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).with_name("results.json")
 KINDS = ("kill", "damage", "pause", "disk_full", "read_only", "pipeline")
+KILLS = ("kill", "pipeline")
 
 
 def load_results(path: Path, seed: int) -> dict[str, Any]:
@@ -54,6 +55,12 @@ def add_chain(results: dict[str, Any], kind: str, chain: dict[str, Any] | None) 
         found["failures"].append({"chain": found["chains"] - 1, **chain})
 
 
+def sum_kills(results: dict[str, Any]) -> dict[str, int]:
+    """Return the kills of a stage and of the pipeline together."""
+    found = [results["kinds"].get(kind, {}) for kind in KILLS]
+    return {name: sum(one.get(name, 0) for one in found) for name in ("kill_points", "recovered", "lost")}
+
+
 def count_faults(results: dict[str, Any], kind: str, wanted: int) -> int:
     """Return how many faults of a kind were injected; where they cannot be, as many as are wanted."""
     found = results["kinds"].get(kind, {})
@@ -75,7 +82,7 @@ def run_kind(
             dice = random.Random(f"{results['seed']} {kind} {number}")
             chain = folder / f"{kind}-{number}"
             add_chain(results, kind, getattr(kinds, kind)(bench, chain, dice))
-            write_json(path, results)
+            write_json(path, results | sum_kills(results))
             bar.update(count_faults(results, kind, wanted) - bar.n)
             if not results["kinds"][kind]["failures"]:
                 shutil.rmtree(chain, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 
 import psutil
 
+from collm_dist.artifacts import STEPS, RunDir
 from tests.faults.stage_runs import REPOSITORY, StageRun, choose_moment, copy_prepared, describe_end
 
 MAX_KILLS = 6
-CHANCE_TO_GO_ON = 0.1
+CHANCE_OF_LAST = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def kill(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
         if (phase := run.kill()) is None:
             break
         hits.append(phase)
-        if dice.random() < CHANCE_TO_GO_ON:
+        if dice.random() < CHANCE_OF_LAST:
             break
     return finish(bench, folder, hits)
 
@@ -153,21 +155,24 @@ def _mount(*arguments: str) -> int:
 
 
 def pipeline(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
-    """Kill a whole pipeline, with all processes below it, twice; the same command goes on each time."""
+    """Kill a whole pipeline, with all processes below it, twice, in steps that are drawn, or anywhere."""
     command = [sys.executable, "launch/run_pipeline.py", "--config", "configs/tiny_cpu.yaml"]
     command += [*bench.overrides, "lora.dropout=0.3", f"run.dir={folder}"]
     hits: list[str] = []
     for _ in range(2):
         with (folder.with_suffix(".txt")).open("a") as log:
             process = psutil.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+        step, longest = dice.choice([*[(one, 3.0) for one in STEPS], (None, bench.seconds)])
+        while step is not None and process.poll() is None and _read_step(folder, process.pid) != step:
+            time.sleep(0.02)
         try:
-            process.wait(timeout=dice.uniform(4, bench.seconds))
+            process.wait(timeout=dice.uniform(0, longest))
         except psutil.TimeoutExpired:
+            if (hit := _read_step(folder, process.pid)) is not None:
+                hits.append(hit)
             for one in [process, *process.children(recursive=True)]:
                 one.kill()
             process.wait()
-            done = [step for step in ("data", "cf", "stage1", "stage2", "eval") if _is_done(folder, step)]
-            hits.append(f"after {done[-1]}" if done else "before data")
     with (folder.with_suffix(".txt")).open("a") as log:
         code = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     equal = code == 0 and describe_pipeline_end(folder) == bench.whole
@@ -175,12 +180,13 @@ def pipeline(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
     return result if equal else result | {"code": code, "output": folder.with_suffix(".txt").read_text()[-4000:]}
 
 
-def _is_done(folder: Path, step: str) -> bool:
-    return any((folder / step / name).exists() for name in ("manifest.json", "summary.json", "report.json"))
+def _read_step(folder: Path, pid: int) -> str | None:
+    """Return the step that a pipeline's process is in, None before the first one."""
+    path = folder / "status.json"
+    status = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return status["step"] if status.get("pid") == pid else None
 
 
 def describe_pipeline_end(folder: Path) -> dict[str, Any]:
     """Return what a finished pipeline leaves: each step's content hash, which covers its products."""
-    from collm_dist.artifacts import STEPS, RunDir
-
     return {step: RunDir(folder).read_record(step)["content_hash"] for step in STEPS}
