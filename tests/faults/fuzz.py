@@ -2,193 +2,106 @@
 
     python -m tests.faults.fuzz [--seconds 300] [--seed 0]
 
-Every case must be read, or be refused by a CollmError, within ten seconds. Counts go to tests/faults/fuzz.json; exit
-code 1 where a case did anything else, with the case kept in a folder that the output names.
+Every case must be read, or be refused by a CollmError with exit code 2, within ten seconds. Cases run in a process of
+their own, of limited memory, so that one that crashes or hangs in a library is counted as well. Counts go to
+tests/faults/fuzz.json; exit code 1 where a case did anything else; the output names a folder for the first of a kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import bz2
-import gzip
 import importlib.metadata
-import io
-import json
+import multiprocessing
 import random
-import signal
+import resource
+import shutil
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from collm_dist.artifacts import write_json
-from collm_dist.config import DatasetConfig
-from collm_dist.config_io import load_config
-from collm_dist.data.readers import open_source
 from collm_dist.errors import CollmError
+from tests.faults.fuzz_cases import FUZZERS, Fuzzer
 
 RESULTS = Path(__file__).with_name("fuzz.json")
-CONFIGS = Path(__file__).parents[2] / "configs"
-LIMIT_SECONDS = 10
-# What makes parsers stumble: delimiters, quotes, marks, numbers at their limits, YAML's own signs.
-MORSELS = [
-    b"", b'"', b'""', b",", b"\n", b"\r", b"\t", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xae", b"'", b"\\",
-    b"{", b"}", b"[", b"]", b": ", b"&a *a", b"!!python/object:os.system", b"<<: *stage", b"null", b"NaN", b"inf",
-    b"-1", b"1e999", b"9223372036854775808", b"0x10", b"2020-02-30", b"~", b"- ", b"#", b"%", b"\xed\xa0\x80",
-    b"x" * 4096,
-]  # fmt: skip
+LIMIT_SECONDS, START_SECONDS = 10, 60
+MEMORY_BYTES = 12 << 30
+CASES_PER_PROCESS = 1000  # pyarrow keeps the buffer of each compressed file that is found to be damaged
 
 
-def mutate(data: bytes, dice: random.Random) -> bytes:
-    """Return bytes with a few pieces flipped, cut, doubled, moved, or replaced by a morsel."""
-    changed = bytearray(data)
-    for _ in range(dice.choice((1, 1, 2, 5, 20))):
-        at = dice.randrange(len(changed) + 1)
-        length = dice.choice((0, 1, 1, 4, 64))
-        way = dice.randrange(5)
-        if way == 0 and at < len(changed):
-            changed[at] ^= 1 << dice.randrange(8)
-        elif way == 1:
-            del changed[at : at + length]
-        elif way == 2:
-            changed[at:at] = changed[at : at + length] * dice.choice((1, 2, 50))
-        elif way == 3:
-            changed[at : at + length] = dice.choice(MORSELS)
-        elif dice.random() < 0.2:
-            del changed[at:]
-    return bytes(changed)
-
-
-def make_rows(dice: random.Random) -> list[dict[str, Any]]:
-    """Return some rows of a log."""
-    return [
-        {"user_id": f"u{dice.randrange(9)}", "item_id": f"i{dice.randrange(9)}", "timestamp": 10**9 + number,
-         "rating": dice.randrange(1, 6)}
-        for number in range(dice.randrange(1, 30))
-    ]  # fmt: skip
-
-
-def write_text(rows: list[dict[str, Any]]) -> bytes:
-    """Return rows as CSV."""
-    return ("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]) + "\n").encode()
-
-
-def write_lines(rows: list[dict[str, Any]]) -> bytes:
-    """Return rows as JSON lines."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def write_parquet(rows: list[dict[str, Any]]) -> bytes:
-    """Return rows as Parquet."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
-def read_everything(path: Path) -> None:
-    """Read a log as preprocessing does, and as an item file."""
-    dataset: dict[str, Any] = {"path": str(path), "columns": {"rating": "rating"}, "items_path": str(path)}
-    source = open_source(DatasetConfig.model_validate(dataset | {"item_columns": {"title": "user_id"}}))
-    for chunk in source.chunks:
-        for _ in source.read_chunk(chunk):
-            pass
-    source.read_items()
-    source.inputs()
-
-
-def fuzz_reader(suffix: str, write: Callable[[list[dict[str, Any]]], bytes], pack: Callable[[bytes], bytes]) -> Any:
-    """Return a fuzzer of one format: it makes a file, and reads it."""
-
-    def make(dice: random.Random, folder: Path) -> Path:
-        path = folder / f"log{suffix}"
-        data = write(make_rows(dice))
-        # Either the content is wrong, or what it is packed in.
-        path.write_bytes(pack(mutate(data, dice)) if dice.random() < 0.7 else mutate(pack(data), dice))
-        return path
-
-    return make, read_everything
-
-
-def fuzz_config() -> Any:
-    """Return a fuzzer of the config loader."""
-    texts = [path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml"))]
-
-    def make(dice: random.Random, folder: Path) -> Path:
-        path = folder / "config.yaml"
-        path.write_bytes(mutate(dice.choice(texts), dice))
-        return path
-
-    return make, load_config
-
-
-def keep(data: bytes) -> bytes:
-    """Return the data unpacked."""
-    return data
-
-
-FUZZERS: dict[str, Callable[[], Any]] = {
-    "csv": lambda: fuzz_reader(".csv", write_text, keep),
-    "csv.gz": lambda: fuzz_reader(".csv.gz", write_text, gzip.compress),
-    "csv.bz2": lambda: fuzz_reader(".csv.bz2", write_text, bz2.compress),
-    "jsonl": lambda: fuzz_reader(".jsonl", write_lines, keep),
-    "parquet": lambda: fuzz_reader(".parquet", write_parquet, keep),
-    "config": fuzz_config,
-}
-
-
-class Hang(BaseException):
-    """A case took too long. No Exception, so that nothing swallows it."""
-
-
-def _give_up(signum: int, frame: FrameType | None) -> None:
-    raise Hang
-
-
-def fuzz(name: str, folder: Path, *, seed: int, most: int, seconds: float) -> dict[str, Any]:
-    """Run cases of a fuzzer and count how they end.
-
-    Args:
-        name: one of FUZZERS.
-        folder: for the files; those that did harm stay.
-        seed: of the mutations.
-        most: cases.
-        seconds: in all.
-
-    Returns:
-        ``{cases, read, refused, faults}``; faults are texts.
-    """
-    make, use = FUZZERS[name]()
-    ends: Counter[str] = Counter()
-    faults: list[str] = []
-    started, previous = time.monotonic(), signal.signal(signal.SIGALRM, _give_up)
+def run_case(fuzzer: Fuzzer, name: str, number: int, seed: int, folder: Path) -> tuple[str, str]:
+    """Run one case; returns how it ended (read, refused, tracebacks) and, of a traceback, the last lines."""
+    path = fuzzer.make(random.Random(f"{seed} {name} {number}"), folder)
     try:
-        while sum(ends.values()) < most and time.monotonic() < started + seconds:
-            number = sum(ends.values())
-            path = make(random.Random(f"{seed} {name} {number}"), folder)
-            signal.alarm(LIMIT_SECONDS)
+        fuzzer.use(path)
+    except CollmError as error:
+        return ("refused", "") if error.exit_code == 2 else ("tracebacks", repr(error))
+    except Exception as error:  # what is looked for
+        return "tracebacks", "".join(traceback.format_exception(error)[-2:])[-800:]
+    return "read", ""
+
+
+def fuzz(name: str, folder: Path, *, seed: int, most: int) -> tuple[Counter[str], list[str]]:
+    """Run cases of a fuzzer in this process; returns how many ended how, and tracebacks."""
+    fuzzer = FUZZERS[name]()
+    found = [run_case(fuzzer, name, number, seed, folder) for number in range(most)]
+    return Counter(end for end, _ in found), [text for _, text in found if text]
+
+
+def _work(connection: Connection, name: str, folder: Path, seed: int, first: int, deadline: float) -> None:
+    """Run cases from a number on, telling when one begins and how it ended."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    warnings.simplefilter("ignore")  # Python's own, of what it parses as a row filter
+    fuzzer = FUZZERS[name]()
+    for number in range(first, first + CASES_PER_PROCESS):
+        if time.monotonic() > deadline:
+            break
+        connection.send((number, "begins", ""))
+        connection.send((number, *run_case(fuzzer, name, number, seed, folder)))
+    connection.send(None)
+
+
+def watch(name: str, folder: Path, seed: int, seconds: float) -> tuple[Counter[str], dict[str, Path]]:
+    """Run cases of a fuzzer in processes that may crash or hang; returns how many ended how, and what went wrong."""
+    context = multiprocessing.get_context("spawn")
+    deadline, number = time.monotonic() + seconds, 0
+    ends: Counter[str] = Counter()
+    faults: dict[str, Path] = {}
+    while time.monotonic() < deadline:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(theirs, name, folder, seed, number, deadline))
+        process.start()
+        theirs.close()
+        patience, end, text = START_SECONDS, "", ""
+        while not end:
             try:
-                use(path)
-                ends["read"] += 1
-            except CollmError:
-                ends["refused"] += 1
-            except (Exception, Hang) as error:
-                ends["fault"] += 1
-                kept = path.rename(path.with_name(f"fault-{number}-{path.name}"))
-                faults.append(f"{kept}: {traceback.format_exception(error)[-1].strip()[:500]}")
-            finally:
-                signal.alarm(0)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    return {"cases": sum(ends.values()), "read": ends["read"], "refused": ends["refused"], "faults": faults}
+                message = ours.recv() if ours.poll(patience) else (number, "hangs", "")
+            except EOFError:
+                message = (number, "crashes", "")
+            if message is None:
+                number += 1
+                break
+            number, state, text = message
+            if state in ("hangs", "crashes"):
+                end, number = state, number + 1
+                process.kill()
+            elif state != "begins":
+                ends[state] += 1
+            if (text or end) and (what := text or f"{end} {len(faults)}") not in faults:
+                kept = folder.with_name(f"{name}-{number}".replace(" ", "-"))
+                shutil.copytree(folder, kept)
+                faults[what] = kept
+            patience = LIMIT_SECONDS
+        ends[end] += bool(end)
+        process.join()
+    return +ends, faults
 
 
 def main() -> int:
@@ -197,21 +110,29 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--fuzzers", nargs="+", default=list(FUZZERS), choices=list(FUZZERS), help="only these")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    share = arguments.seconds / len(FUZZERS)
-    versions = {name: importlib.metadata.version(name) for name in ("pyarrow", "pydantic", "pyyaml")}
-    results: dict[str, Any] = {"seed": arguments.seed, "seconds": arguments.seconds, "versions": versions}
-    results["fuzzers"] = {}
-    for name in tqdm(FUZZERS, desc="fuzz"):
-        found = fuzz(name, folder, seed=arguments.seed, most=sys.maxsize, seconds=share)
-        results["fuzzers"][name] = {**found, "faults": len(found["faults"])}
-        for fault in found["faults"][:10]:
-            print(f"{name}: {fault}")
-    write_json(arguments.results, results)
-    faults = sum(found["faults"] for found in results["fuzzers"].values())
-    print(f"{sum(found['cases'] for found in results['fuzzers'].values()):,} cases, {faults} faults")
-    return 1 if faults else 0
+    base = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    versions = {name: importlib.metadata.version(name) for name in ("pyarrow", "pandas", "pydantic", "pyyaml")}
+    fuzzers: dict[str, dict[str, int]] = {}
+    for name in tqdm(arguments.fuzzers, desc="fuzz"):
+        folder = base / "case"
+        folder.mkdir()
+        ends, faults = watch(name, folder, arguments.seed, arguments.seconds / len(arguments.fuzzers))
+        shutil.rmtree(folder)
+        kinds = ("read", "refused", "tracebacks", "hangs", "crashes")
+        fuzzers[name] = {"cases": ends.total(), **{kind: ends[kind] for kind in kinds}}
+        for what, kept in list(faults.items())[:10]:
+            print(f"{kept}: {what}")
+    total = sum((Counter(counts) for counts in fuzzers.values()), Counter[str]())
+    counts = {kind: total[kind] for kind in ("cases", "read", "refused", "tracebacks", "hangs", "crashes")}
+    settings = {"seconds": arguments.seconds, "seed": arguments.seed, "versions": versions}
+    write_json(arguments.results, {**counts, **settings, "fuzzers": fuzzers})
+    print(", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+    wrong = counts["tracebacks"] + counts["hangs"] + counts["crashes"]
+    if not wrong:
+        shutil.rmtree(base)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def to_text(column: Any) -> Any:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_fixed_size_binary(kind):
         column, kind = column.cast(pa.large_binary()), pa.large_binary()  # Parquet does not check its texts
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         try:

@@ -48,7 +48,10 @@ def parse_row_filter(text: str) -> tuple[Any, tuple[str, ...]]:
 
     def literal(node: ast.expr) -> Any:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -literal(node.operand)
+            value = literal(node.operand)
+            if isinstance(value, str):
+                raise refuse(node, "expected a number")
+            return -value
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | bool):
             return node.value
         raise refuse(node, "expected a number or a string")

@@ -169,13 +169,16 @@ def open_source(dataset: DatasetConfig) -> Source:
         fixed = find_fixed_layout(format_name, path, dataset)
     uri, first = _read_first(fixed.interactions, fixed.layout)
     _check_columns(first, uri, fixed.columns, dataset)
-    if fixed.items:
-        uri, items = _read_first(fixed.items, fixed.items_layout)
-        _check_item_columns(items, uri, fixed.item_id, fixed.title, dataset)
     unit: str = dataset.timestamp_unit
     times = first.column(fixed.columns.timestamp)
     if unit == "auto":
-        unit = "s" if has_dates(times) else guess_unit(to_numbers(times))
+        try:
+            unit = "s" if has_dates(times) else guess_unit(to_numbers(times))
+        except pa.ArrowException as error:
+            raise DataError(f"{uri}: column '{fixed.columns.timestamp}' holds no times: {error}") from None
+    if fixed.items:
+        uri, items = _read_first(fixed.items, fixed.items_layout)
+        _check_item_columns(items, uri, fixed.item_id, fixed.title, dataset)
     return Source(
         chunks=tuple(_split_into_chunks(fixed)),
         columns=fixed.columns,
