@@ -8,11 +8,13 @@ duplicates (tests/unit/test_filters.py).
 
 import gzip
 import os
+import pickle
 import random
 import re
 import tarfile
 import zipfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -325,10 +327,40 @@ def test_released_files_that_are_not_what_they_say(tmp_path, way):
     message = {
         "two of a name": "name the folder of one",
         "no zip": "zip|no train_ood2",
-        "no frame": "has no column uid",
+        "no frame": "holds no data frame but NoneType",
     }.get(way, "refused")
     with pytest.raises(DataError, match=message):
         read(path=str(path), format="collm", split={"method": "column"})
+
+
+class FalseType:
+    """A type whose flags say that its numbers are references."""
+
+    def __reduce__(self):
+        return np.dtype, ("i8", False, True), (3, "<", None, None, None, -1, -1, 63)
+
+
+class FalseArray:
+    """An array that is longer than its buffers."""
+
+    def __reduce__(self):
+        restore, ((kind, _, *rest),) = pa.array(["Heat"]).__reduce__()
+        return restore, ((kind, 1000, *rest),)
+
+
+@pytest.mark.parametrize("way", ["false type", "false array", "false places"])
+def test_pickles_that_lie_about_memory(tmp_path, way):
+    """Allowed names alone, which would make numpy, Arrow or pandas read and write beyond their arrays."""
+    write_release(tmp_path / "data")
+    path = tmp_path / "data" / "train_ood2.pkl"
+    if way == "false places":  # of a block of numbers among the columns
+        data, places = path.read_bytes(), np.array([0, 1, 3, 4]).tobytes()
+        assert data.count(places) == 1
+        path.write_bytes(data.replace(places, np.array([0, 1, 3 + (32 << 48), 4]).tobytes()))
+    else:
+        path.write_bytes(pickle.dumps(FalseType() if way == "false type" else FalseArray()))
+    with pytest.raises(DataError, match=r"train_ood2\.pkl: refused"):
+        read(path=str(tmp_path / "data"), format="collm", split={"method": "column"})
 
 
 @pytest.mark.parametrize("name", sorted(FUZZERS))

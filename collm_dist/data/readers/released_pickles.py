@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from pandas.compat.pickle_compat import Unpickler as PandasUnpickler
 
@@ -120,7 +121,10 @@ def read_released_table(name: str) -> Any:
     """
     try:
         frame = _FrameUnpickler(io.BytesIO(_read_bytes(name))).load()
-        missing = [column for column in COLUMNS if column not in getattr(frame, "columns", ())]
+        if not isinstance(frame, pd.DataFrame):
+            raise DataError(f"{name}: holds no data frame but {type(frame).__name__}")
+        _check_blocks(frame)
+        missing = [column for column in COLUMNS if column not in frame.columns]
         if missing:
             raise DataError(f"{name}: the data frame has no column {', '.join(missing)}")
         table = pa.Table.from_pandas(frame[list(COLUMNS)], preserve_index=False)
@@ -131,6 +135,22 @@ def read_released_table(name: str) -> Any:
         raise DataError(f"{name}: refused, it is no plain pickled data frame ({error})") from None
     split = next(split for split, file in SPLIT_FILES.items() if name.endswith(file))
     return table.append_column("split", pa.repeat(pa.scalar(split), table.num_rows))
+
+
+def _check_blocks(frame: pd.DataFrame) -> None:
+    """Refuse a frame whose blocks say that they hold columns which are not there: pandas would write beyond its arrays.
+
+    Raises:
+        ValueError: it is one.
+    """
+    manager: Any = frame._mgr
+    manager._verify_integrity()
+    count = len(frame.columns)
+    if sum(len(block.mgr_locs) for block in manager.blocks) != count:
+        raise ValueError("blocks of other columns")
+    places = [place for block in manager.blocks for place in block.mgr_locs.as_array.tolist()]
+    if sorted(places) != list(range(count)):
+        raise ValueError("blocks of other columns")
 
 
 def _read_bytes(name: str) -> bytes:
