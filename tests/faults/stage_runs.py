@@ -172,7 +172,7 @@ def choose_moment(run: StageRun, dice: random.Random, seconds: float) -> int | N
         moment = time.monotonic() + dice.uniform(0, seconds)
         return run.wait_until(lambda: time.monotonic() >= moment)
     first = run.board.read()[1] + dice.randrange(8)
-    inside = {"save": 0.008, "evaluation": 0.08}[phase]
+    inside = {"save": 0.005, "evaluation": 0.04}[phase]
     delay = dice.uniform(0, inside)
 
     def is_there() -> bool:

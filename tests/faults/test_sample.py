@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 from tests.distributed.conftest import REPOSITORY, prepared_run  # noqa: F401 (a fixture)
-from tests.faults.__main__ import add_chain, load_results
+from tests.faults.__main__ import add_chain, load_results, sum_kills
+from tests.faults.render import render_faults
 
 
 def test_nothing_is_lost(prepared_run, tmp_path):  # noqa: F811
     folder, overrides = prepared_run
     command = [sys.executable, "-m", "tests.faults", "--prepared", str(folder), "--results", str(tmp_path / "r.json")]
-    command += ["--kinds", "kill", "damage", "--kills", "4", "--others", "2", "--seed", "11", "--overrides", *overrides]
+    command += ["--kinds", "kill", "damage", "--kills", "3", "--others", "1", "--seed", "11", "--overrides", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,3 +32,7 @@ def test_what_is_lost_is_counted(tmp_path):
     assert (found["kill_points"], found["recovered"], found["lost"], found["chains"]) == (4, 3, 1, 2)
     assert found["phases"] == {"save": 2, "step": 2}
     assert found["failures"][0]["chain"] == 1
+    assert sum_kills(results) == {"kill_points": 4, "recovered": 3, "lost": 1}
+    rows = render_faults(results)
+    assert rows[0].endswith("| 4 faults, 3 recovered, 1 lost (2 save, 2 step) |")
+    assert all(row.endswith("| not run yet |") for row in rows[1:])
