@@ -101,12 +101,12 @@ class EvaluationConfig(Section):
 class PromotionConfig(Section):
     """Whether a run takes the place of the one in use: decided on today's test rows, by a rule written down before."""
 
-    min_paired_difference: float | None = Field(
+    min_paired_difference: float | None = operational(
         None,
-        description="Stage 2 less the baseline on the same test rows must be at least this, with the lower end of its "
+        "Stage 2 less the baseline on the same test rows must be at least this, with the lower end of its "
         "interval: 0 wants proof of a gain, -0.005 accepts no proof of a loss beyond that. Default: no promotion.",
     )
-    metric: str = Field("auc", pattern=r"^(auc|uauc|(ndcg|hr)@\d+)$", description="auc, uauc, ndcg@k or hr@k.")
+    metric: str = operational("auc", "auc, uauc, ndcg@k or hr@k.", pattern=r"^(auc|uauc|(ndcg|hr)@\d+)$")
     baseline: Literal[
         "previous", "cf", "stage1", "slots_without_llm", "as_of_logistic", "bias_logistic", "popularity"
     ] = Field(

@@ -126,7 +126,7 @@ def run_tasks(
             done, _ = ray.wait(list(running), num_returns=1)
             try:
                 results[running.pop(done[0])] = ray.get(done[0])
-            except _GONE as error:
+            except ray.exceptions.RayError as error:
                 for reference in running:
                     ray.cancel(reference)
                 raise _explain(error, description) from None
