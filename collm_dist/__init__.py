@@ -1,1 +1,23 @@
-"""collm-dist: from raw interaction logs to a tuned CoLLM recommender."""
+"""collm-dist: from raw interaction logs to a tuned CoLLM recommender.
+
+collm_dist.load_recommender("runs/mine").rank(history=["B004", "B017"], candidates=["B002", "B090"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collm_dist.serving.recommender import Recommender, load_recommender
+    from collm_dist.serving.requests import RankedItem, RankingRequest
+
+__all__ = ["RankedItem", "RankingRequest", "Recommender", "load_recommender"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Python API on first use: commands that need no model should not wait for its libraries."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from collm_dist.serving import recommender, requests
+
+    return getattr(recommender if hasattr(recommender, name) else requests, name)

@@ -38,6 +38,10 @@ class DataError(CollmError):
     is_common = True
 
 
+class RequestError(DataError):
+    """A request for scores is wrong: whoever sent it must act."""
+
+
 class ArtifactError(CollmError):
     """Something that an earlier step made is missing, damaged or does not belong to this run."""
 

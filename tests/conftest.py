@@ -59,6 +59,23 @@ def tiny_ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
+    """Run directory of a pipeline that has gone through all its steps on the tiny ratings. Not to be changed."""
+    # Late: tests that need no run should not wait for its libraries.
+    from tests.integration.finished_run import build_run
+
+    overrides = [
+        f"run.dir={tmp_path_factory.mktemp('finished') / 'run'}",
+        f"dataset.path={tiny_ratings}/ratings.csv",
+        f"dataset.items_path={tiny_ratings}/items.csv",
+        f"llm.backbone={tiny_backbone_dir}",
+        "cf.cross_fit=2",
+        "evaluation.splits=[valid,test]",
+    ]
+    return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+
+
+@pytest.fixture(scope="session")
 def tiny_clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log of 60 clicks: clicks.csv (user,item,time in ISO format) of 10 users on 12 items, no ratings, no titles."""
     path = tmp_path_factory.mktemp("clicks") / "clicks.csv"

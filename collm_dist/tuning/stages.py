@@ -189,14 +189,22 @@ def _build_mapper(config: Config, collator: PromptCollator, model: Any, cf_dim: 
     )
 
 
-def load_stage_model(config: Config, run_dir: RunDir, name: StageName) -> LoadedStage:
-    """Load a finished stage's model for scoring, on every process.
+def load_stage_model(
+    config: Config, run_dir: RunDir, name: StageName, device: torch.device | None = None
+) -> LoadedStage:
+    """Load a finished stage's model for scoring.
+
+    Args:
+        config: the experiment.
+        run_dir: of the run.
+        name: of the stage.
+        device: of a process that scores alone; None = that of this process among all, whose group it joins.
 
     Raises:
         ArtifactError: the stage is not done.
     """
     run_dir.read_record(name)
-    device = init_distributed(config.cluster.collective_timeout_minutes)
+    device = device or init_distributed(config.cluster.collective_timeout_minutes)
     stage = get_stage(config, name)
     folder = run_dir.step_dir(name)
     if isinstance(stage, Stage1):

@@ -19,7 +19,8 @@ LEVELS = {
     "evaluation.metrics": 1,
     "tuning": 2,
     "evaluation": 2,
-    "orchestration": 3,
+    "serving": 3,
+    "orchestration": 4,
 }
 EXTRA = {"cf": {"data", "evaluation.metrics"}, "evaluation": {"tuning", "evaluation.metrics"}, "data": set()}
 # llm takes tensors and a protocol; it knows neither the collaborative models nor the data.

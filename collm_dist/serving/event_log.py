@@ -1,0 +1,71 @@
+"""What the run's log knew of users and items as of any time, by the same rules as the samples of training.
+
+Events of the very second that is asked about do not count, as under ``preprocessing.ties: strict``.
+
+Shapes: E events in the log, N items asked about.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm_dist.data.context_block import IntArray
+from collm_dist.data.interactions import load_interactions
+from collm_dist.data.manifest import Manifest
+
+
+class EventLog:
+    """All real events of a run in memory, some 30 bytes each: by user in time order, and by item.
+
+    Attributes:
+        end: first second after all events: what "now" means.
+    """
+
+    def __init__(
+        self, user_idx: IntArray, item_idx: IntArray, timestamps: IntArray, labels: NDArray[np.int8],
+        *, num_users: int, num_items: int,
+    ) -> None:  # fmt: skip
+        """Take (E,) events sorted by user, timestamp and row id."""
+        self.end = int(timestamps.max(initial=0)) + 1
+        self._start = int(timestamps.min(initial=self.end))
+        self._user_offsets = np.searchsorted(user_idx, np.arange(num_users + 1))
+        self._times, self._items, self._labels = timestamps, item_idx, labels
+        # An event's key is its item and, within the item, its time; so one binary search finds both.
+        self._span = self.end - self._start + 1
+        keys = item_idx.astype(np.int64) * self._span + (timestamps - self._start)
+        order = np.argsort(keys, kind="stable")
+        self._item_keys = keys[order]
+        self._likes_before = np.concatenate([[0], np.cumsum(labels[order], dtype=np.int64)])
+        self._item_starts = np.searchsorted(self._item_keys, np.arange(num_items) * self._span)
+
+    @classmethod
+    def load(cls, data_dir: Path, manifest: Manifest) -> EventLog:
+        """Load the log of a run.
+
+        Raises:
+            ArtifactError: a table is missing or damaged.
+        """
+        names = ("user_idx", "item_idx", "timestamp", "label")
+        columns = load_interactions(data_dir, names, include_sampled=False)
+        return cls(*(columns[name] for name in names), num_users=manifest.num_users, num_items=manifest.num_items)
+
+    def find_user_events(self, user_idx: int, as_of: int) -> tuple[IntArray, NDArray[np.int8]]:
+        """Return items and labels of a user's events strictly before a time (seconds since 1970), oldest first.
+
+        An unknown user (-1) has none.
+        """
+        if user_idx < 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.int8)
+        first, last = self._user_offsets[user_idx], self._user_offsets[user_idx + 1]
+        last = first + np.searchsorted(self._times[first:last], as_of)
+        return self._items[first:last], self._labels[first:last]
+
+    def count_item_events(self, item_idx: IntArray, as_of: int) -> tuple[IntArray, IntArray]:
+        """Return (N,) likes and (N,) events of items strictly before a time (seconds since 1970)."""
+        elapsed = min(max(as_of - self._start, 0), self._span - 1)
+        starts = self._item_starts[item_idx]
+        ends = np.searchsorted(self._item_keys, item_idx * self._span + elapsed)
+        return self._likes_before[ends] - self._likes_before[starts], ends - starts

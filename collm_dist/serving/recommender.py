@@ -1,0 +1,298 @@
+"""A finished run as a recommender: candidates in, ranked items out.
+
+    recommender = collm_dist.load_recommender("runs/mine")
+    recommender.rank(history=["B004", "B017", "B031"], candidates=["B002", "B090"])
+
+Prompts, statistics and vectors come from the functions that training and evaluation use, so a row of the run's test
+split gets the score that the report was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collm_dist.artifacts import RunDir, compute_fingerprint, find_changes
+from collm_dist.cf.export import load_cf_model
+from collm_dist.cf.rows import CfBatch
+from collm_dist.cf.slot_vectors import SlotVectors
+from collm_dist.config import Config
+from collm_dist.config_io import load_config
+from collm_dist.data.context_block import ContextBlock, IntArray
+from collm_dist.data.interactions import load_item_table, load_user_ids
+from collm_dist.data.manifest import load_manifest
+from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.statistics import compute_pair_features
+from collm_dist.errors import ArtifactError, RequestError
+from collm_dist.evaluation.slots_mlp import pad_histories
+from collm_dist.llm.prefix_cache import PrefixCache
+from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.requests import Id, RankedItem, RankingRequest, RequestReader, UserContext
+from collm_dist.tuning.scoring import AUTO_TOKENS
+from collm_dist.tuning.stages import LoadedStage, StageName, load_stage_model
+
+# Candidates laid out at once. More would take host memory and plan no better.
+_MAX_ROWS = 4096
+# Of keys and values held while the candidates of a context are divided over several micro-batches.
+_CACHE_BYTES = 2 << 30
+
+Scores = NDArray[np.float64]
+
+
+class Recommender:
+    """A finished run's model, its id tables and its log. One caller at a time.
+
+    Attributes:
+        stage: whose model it is: stage2, or stage1 where there is no stage 2.
+        config: the run's settings.
+    """
+
+    def __init__(self, config: Config, run_dir: RunDir, stage: StageName, loaded: LoadedStage) -> None:
+        """Load id tables, log and collaborative model.
+
+        Args:
+            config: the run's settings.
+            run_dir: of the run.
+            stage: of the model.
+            loaded: the model.
+
+        Raises:
+            ArtifactError: something is missing or damaged.
+        """
+        data_dir = run_dir.step_dir("data")
+        manifest = load_manifest(data_dir)
+        items = load_item_table(data_dir)
+        self.config, self.stage = config, stage
+        self._loaded, self._collator = loaded, loaded.collator.for_scoring()
+        self._item_ids, self._titles = items["item_id"], items["title"]
+        self._reader = RequestReader(
+            {one: index for index, one in enumerate(load_user_ids(data_dir))},
+            {one: index for index, one in enumerate(self._item_ids)},
+            EventLog.load(data_dir, manifest),
+            max_history_length=manifest.max_history_length,
+            every_event_is_a_like=manifest.feedback == "implicit",
+        )
+        self._cf: SlotVectors | None = loaded.model.cf_model
+        if run_dir.is_done("cf") and (stage == "stage1" or config.stage2.train_cf):  # not the one that stage 2 changed
+            self._cf = load_cf_model(run_dir, manifest).to(loaded.device)
+        tokens = config.evaluation.max_tokens_per_micro_batch
+        self._max_tokens = AUTO_TOKENS[loaded.device.type] if tokens == "auto" else tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._loaded.device
+
+    def rank(
+        self,
+        history: Sequence[Id] | None = None,
+        candidates: Sequence[Id] | None = None,
+        user: Id | None = None,
+        as_of: int | None = None,
+        top_k: int | None = None,
+        num_retrieved: int = 200,
+    ) -> list[RankedItem]:
+        """Rank items for a user, the best first.
+
+        Args:
+            history, candidates, user, as_of: see ``RankingRequest``. Candidates None: ``retrieve`` finds them.
+            top_k: return so many; None = all.
+            num_retrieved: how many candidates to retrieve where none are given.
+
+        Raises:
+            RequestError: the request is wrong; the message names the field, the value and what to do.
+        """
+        if top_k is not None and top_k < 1:
+            raise RequestError(f"top_k: {top_k} is less than 1; give the number of items wanted, or None for all")
+        request = RankingRequest(user, history, () if candidates is None else candidates, as_of)
+        if candidates is None:
+            found = self.retrieve([request], num_retrieved)[0]
+            if not found:
+                return []
+            request = RankingRequest(user, history, found, as_of)
+        return self.order_items(request.candidates, self.score([request])[0])[:top_k]
+
+    def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:
+        """Return candidates of this run with their (N,) scores as ranked items; equal scores go by the item table."""
+        places = np.array([self._reader.item_index[str(one)] for one in candidates])
+        order = np.lexsort((places, -scores))
+        return [
+            RankedItem(self._item_ids[places[one]], float(scores[one]), rank, self._titles[places[one]])
+            for rank, one in enumerate(order.tolist(), start=1)
+        ]
+
+    def score(self, requests: Sequence[RankingRequest]) -> list[Scores]:
+        """Score the candidates of many requests; each user's history is computed once however many there are.
+
+        A score does not depend on what else is scored, up to the rounding of the device's matrix products.
+
+        Args:
+            requests: of any number.
+
+        Returns:
+            For each request the float64 logits of its candidates, in their order.
+
+        Raises:
+            RequestError: a request is wrong; the message names its place in the list.
+            ArtifactError: a score is not finite.
+        """
+        scores: list[Scores] = []
+        for users, candidates in self._read_in_parts(requests):
+            block = self._reader.build_block(users, candidates)
+            scores += np.split(self._score_block(block), block.target_offsets[1:-1])
+        return scores
+
+    def score_cf(self, requests: Sequence[RankingRequest]) -> list[Scores]:
+        """Score the candidates of many requests by the collaborative model alone; otherwise as ``score``.
+
+        Raises:
+            RequestError: a request is wrong, or the run has no collaborative model.
+        """
+        scores: list[Scores] = []
+        for users, candidates in self._read_in_parts(requests):
+            block = self._reader.build_block(users, candidates)
+            scores += np.split(self._score_block_by_cf(block), block.target_offsets[1:-1])
+        return scores
+
+    def retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
+        """Return the items that the collaborative model puts first for each request's user, the best first.
+
+        Items of the history and of the user's events before ``as_of`` are not among them. Every item of the run is
+        scored, so this takes time in proportion to the table of items.
+
+        Args:
+            requests: their candidates are not read.
+            count: most items for each.
+
+        Raises:
+            RequestError: a request or the count is wrong, or the run has no collaborative model.
+        """
+        if count < 1:
+            raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
+        found: list[list[str]] = []
+        for place, request in enumerate(requests):
+            with _naming(place, len(requests)):
+                user = self._reader.read_user(request)
+            unseen = np.setdiff1d(np.arange(len(self._item_ids)), user.seen)
+            if len(unseen) == 0:
+                found.append([])
+                continue
+            scores = self._score_block_by_cf(self._reader.build_block([user], [unseen]))
+            best = unseen[np.argsort(-scores, kind="stable")[:count]]
+            found.append([self._item_ids[one] for one in best.tolist()])
+        return found
+
+    def _read_in_parts(self, requests: Sequence[RankingRequest]) -> Iterator[tuple[list[UserContext], list[IntArray]]]:
+        """Yield contexts and candidates of neighbouring requests, as many as are laid out at once."""
+        users: list[UserContext] = []
+        candidates: list[IntArray] = []
+        for place, request in enumerate(requests):
+            with _naming(place, len(requests)):
+                wanted = self._reader.read_candidates(request)
+                user = self._reader.read_user(request)
+            if users and sum(map(len, candidates)) + len(wanted) > _MAX_ROWS:
+                yield users, candidates
+                users, candidates = [], []
+            users.append(user)
+            candidates.append(wanted)
+        if users:
+            yield users, candidates
+
+    @torch.inference_mode()
+    def _score_block(self, block: ContextBlock) -> Scores:
+        """Return (N,) logits of a block's targets by the language model."""
+        model, device = self._loaded.model, self._loaded.device
+        pieces = plan_micro_batches(block, self._collator.count_tokens(block), 0, 1, self._max_tokens)
+        batches = [piece for piece in pieces if piece is not None]
+        # A context whose candidates lie in several micro-batches is still computed once.
+        contexts = [np.unique(block.target_contexts[piece.row_id]) for piece in batches]
+        is_divided = sum(map(len, contexts)) > block.num_contexts
+        model.prefix_cache = PrefixCache(_CACHE_BYTES) if is_divided else None
+        scores = np.empty(block.num_targets)
+        parts = [(piece.row_id, model(self._collator.collate(piece, block).to(device))) for piece in batches]
+        model.prefix_cache = None
+        for rows, logits in parts:
+            scores[rows] = logits.double().cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise ArtifactError(
+                f"{self.stage}: the score of item {self._item_ids[block.item_idx[~np.isfinite(scores)][0]]!r} is not "
+                "finite; the weights or the precision are at fault: try llm.dtype: float32, or train again"
+            )
+        return scores
+
+    @torch.inference_mode()
+    def _score_block_by_cf(self, block: ContextBlock) -> Scores:
+        """Return (N,) logits of a block's targets by the collaborative model of all training rows."""
+        if self._cf is None:
+            raise RequestError("candidates: the run has no collaborative model to find or order them; name them")
+        final = self._cf.final
+        arrays = (
+            block.user_idx,
+            pad_histories(block, final.history_length),
+            block.target_contexts,
+            block.item_idx,
+            compute_pair_features(block),
+        )
+        users, history, contexts, items, features = (torch.from_numpy(one).to(self.device) for one in arrays)
+        logits: Tensor = final(CfBatch(users, history, contexts, items, features=features))
+        return logits.double().cpu().numpy()
+
+
+@contextmanager
+def _naming(place: int, count: int) -> Iterator[None]:
+    """Let errors of one of several requests say which one it is."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"request {place}: {error}" if count > 1 else str(error)) from None
+
+
+def load_recommender(run_dir: Path | str, device: torch.device | str | None = None) -> Recommender:
+    """Load a finished run: its stage 2, or its stage 1 where there is no stage 2.
+
+    Args:
+        run_dir: the run's directory, ``run.dir``.
+        device: where to compute; None = the first GPU if there is one, else the CPU.
+
+    Raises:
+        ArtifactError: neither stage is done, or something is missing, damaged or made from something else.
+        ConfigError: the run's settings are none of this version.
+    """
+    run = RunDir(Path(run_dir))
+    stage: StageName = "stage2" if run.is_done("stage2") else "stage1"
+    if not run.is_done(stage):
+        raise ArtifactError(f"{run.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
+    if not (run.path / "config.yaml").exists():
+        raise ArtifactError(
+            f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it, and does nothing that is done"
+        )
+    config = _load_settings(run, stage)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Recommender(config, run, stage, load_stage_model(config, run, stage, torch.device(device)))
+
+
+def _load_settings(run_dir: RunDir, stage: StageName) -> Config:
+    """Return the run's settings, with the prompt that its stage was trained on, whatever the prompt's file says today.
+
+    Raises:
+        ArtifactError: the stage was made with other settings, or from other data or models than lie there today.
+    """
+    config = load_config(run_dir.path / "config.yaml")
+    recorded = run_dir.read_record(stage).get("fingerprint", {})
+    today = compute_fingerprint(config, stage, run_dir)
+    changes = find_changes({key: recorded[key] for key in today if key in recorded}, today)
+    if changes:
+        raise ArtifactError(
+            f"{stage} in {run_dir.path} was made from something else than lies there now:\n  "
+            + "\n  ".join(changes)
+            + f"\nBring the run up to date: launch/run_pipeline.py --force {stage}"
+        )
+    prompt = config.prompt.model_copy(update={stage: recorded["input.prompt"]})
+    return config.model_copy(update={"prompt": prompt})

@@ -1,0 +1,193 @@
+"""What is asked of a recommender, what it answers, and how raw ids become what the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from collm_dist.data.context_block import ContextBlock, IntArray
+from collm_dist.data.ragged import to_offsets
+from collm_dist.errors import RequestError
+from collm_dist.serving.event_log import EventLog
+
+_MAX_SHOWN_IDS = 5
+Id = str | int
+
+
+@dataclass(frozen=True)
+class RankingRequest:
+    """One user, in one state, and the items to be scored for them. Ids are compared as text.
+
+    Attributes:
+        user: raw id. One that the run's log does not hold, or None, is an unknown user.
+        history: raw ids of liked items, oldest first; None = what the log says the user liked before ``as_of``. Items
+            that the run does not know are passed over, since there is nothing to show of them.
+        candidates: raw ids of the run's items, each once. Items without a single rating are welcome, ids that are not
+            in its table of items are not.
+        as_of: seconds since 1970: the log counts strictly before it; None = all of the log.
+    """
+
+    user: Id | None = None
+    history: Sequence[Id] | None = None
+    candidates: Sequence[Id] = ()
+    as_of: int | None = None
+
+
+@dataclass(frozen=True)
+class RankedItem:
+    """An item in its place.
+
+    Attributes:
+        item_id: raw id.
+        score: logit of a like.
+        rank: 1 for the best.
+        title: of the item.
+    """
+
+    item_id: str
+    score: float
+    rank: int
+    title: str
+
+
+@dataclass(frozen=True)
+class UserContext:
+    """What is known of a request's user.
+
+    Attributes:
+        user_idx: dense, -1 = unknown.
+        history: liked items, dense, oldest first.
+        num_likes, num_rows: the user's likes and events; 0 where the log has none.
+        seen: dense items of the history and of the user's events.
+        as_of: seconds since 1970.
+    """
+
+    user_idx: int
+    history: IntArray
+    num_likes: int
+    num_rows: int
+    seen: IntArray
+    as_of: int
+
+
+class RequestReader:
+    """Turns raw ids into dense ones, and requests into contexts.
+
+    An unknown user's statistics are unknown, not derived from an inline history: that one holds likes alone, and a rate
+    of likes out of them would always be 1. In logs without dislikes every event is a like, so there they are counted.
+
+    Attributes:
+        item_index: raw ids to dense indices.
+    """
+
+    def __init__(
+        self,
+        user_index: Mapping[str, int],
+        item_index: Mapping[str, int],
+        events: EventLog,
+        *,
+        max_history_length: int,
+        every_event_is_a_like: bool,
+    ) -> None:
+        """Take the run's id tables and log.
+
+        Args:
+            user_index, item_index: raw ids to dense indices.
+            events: the log.
+            max_history_length: items that a history keeps.
+            every_event_is_a_like: ``dataset.feedback`` is implicit.
+        """
+        self._user_index, self.item_index, self._events = user_index, item_index, events
+        self._max_history_length, self._every_event_is_a_like = max_history_length, every_event_is_a_like
+
+    def read_user(self, request: RankingRequest) -> UserContext:
+        """Return what is known of the request's user.
+
+        Raises:
+            RequestError: a field is of another type than it should be.
+        """
+        as_of = self._read_time(request.as_of)
+        user_idx = -1 if request.user is None else self._user_index.get(_to_id(request.user, "user"), -1)
+        items, labels = self._events.find_user_events(user_idx, as_of)
+        likes, rows = int(labels.sum()), len(labels)
+        history, seen = items[labels == 1], items
+        if request.history is not None:
+            named = _to_ids(request.history, "history")
+            history = np.array([self.item_index[one] for one in named if one in self.item_index], dtype=np.int64)
+            seen = np.concatenate([items, history])
+            if user_idx < 0 and self._every_event_is_a_like:
+                likes = rows = len(history)
+        return UserContext(user_idx, history[-self._max_history_length :], likes, rows, seen, as_of)
+
+    def read_candidates(self, request: RankingRequest) -> IntArray:
+        """Return the (N,) dense candidates of a request.
+
+        Raises:
+            RequestError: there are none, or one is unknown or comes twice; the message names it.
+        """
+        named = _to_ids(request.candidates, "candidates")
+        if not named:
+            raise RequestError("candidates: the list is empty; name at least one item")
+        if unknown := [one for one in named if one not in self.item_index]:
+            shown = ", ".join(repr(one) for one in unknown[:_MAX_SHOWN_IDS])
+            raise RequestError(
+                f"candidates: {len(unknown)} of {len(named)} ids are not in the run's table of items ({shown}"
+                f"{', ...' if len(unknown) > _MAX_SHOWN_IDS else ''}); leave them out, or add the items to "
+                "dataset.items_path and run again with dataset.extend_from"
+            )
+        if len(set(named)) < len(named):
+            twice = next(one for place, one in enumerate(named) if one in named[:place])
+            raise RequestError(f"candidates: {twice!r} occurs twice; name each item once")
+        return np.array([self.item_index[one] for one in named], dtype=np.int64)
+
+    def _read_time(self, as_of: int | None) -> int:
+        if as_of is None:
+            return self._events.end
+        if isinstance(as_of, bool) or not isinstance(as_of, int | np.integer):
+            raise RequestError(f"as_of: {as_of!r} is no whole number; give seconds since 1970")
+        return int(np.clip(as_of, -(2**62), 2**62))
+
+    def build_block(self, users: Sequence[UserContext], candidates: Sequence[IntArray]) -> ContextBlock:
+        """Return the block of some contexts with their candidates, in the order given: what shards hold, made anew.
+
+        Row ids number the candidates; labels are 0 and mean nothing.
+        """
+        sizes = np.array([len(one) for one in candidates], dtype=np.int64)
+        counts = [self._events.count_item_events(one, user.as_of) for user, one in zip(users, candidates, strict=True)]
+        rows = np.arange(sizes.sum())
+        nothing = np.zeros(len(rows), dtype=np.int64)
+        return ContextBlock(
+            user_idx=np.array([one.user_idx for one in users], dtype=np.int64),
+            num_likes=np.array([one.num_likes for one in users], dtype=np.int64),
+            history_offsets=to_offsets(np.array([len(one.history) for one in users], dtype=np.int64)),
+            history_items=np.concatenate([one.history for one in users]).astype(np.int64),
+            target_offsets=to_offsets(sizes),
+            item_idx=np.concatenate(candidates),
+            timestamp=np.repeat([one.as_of for one in users], sizes),
+            user_likes=np.repeat([one.num_likes for one in users], sizes),
+            user_rows=np.repeat([one.num_rows for one in users], sizes),
+            item_likes=np.concatenate([likes for likes, _ in counts]),
+            item_rows=np.concatenate([events for _, events in counts]),
+            row_id=rows,
+            group_id=rows,
+            label=nothing,
+            sampled=nothing,
+            user_in_train=nothing,
+            item_in_train=nothing,
+            dislike_offsets=np.zeros(len(rows) + 1, dtype=np.int64),
+            dislike_items=np.zeros(0, dtype=np.int64),
+        )
+
+
+def _to_ids(values: Sequence[Id], field: str) -> list[str]:
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise RequestError(f"{field}: {values!r} is no list of ids")
+    return [_to_id(one, field) for one in values]
+
+
+def _to_id(value: Id, field: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
+        raise RequestError(f"{field}: {value!r} is no id; ids are texts or whole numbers")
+    return str(value)

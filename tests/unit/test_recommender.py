@@ -1,0 +1,185 @@
+"""Ranking with a finished run: the scores of its own report, and requests that the report never saw."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import collm_dist
+from collm_dist import RankingRequest
+from collm_dist.artifacts import RunDir
+from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.errors import ArtifactError, RequestError
+from collm_dist.serving.event_log import EventLog
+
+# Float32 sums in another order: the largest difference seen here is 1.3e-6, scores are of the size of 1.
+TOLERANCE = 1e-5
+LIKED, CANDIDATES = ["3", "17", "40"], [str(number) for number in range(41, 71)]
+
+
+@pytest.fixture(scope="module")
+def recommender(finished_run):
+    return collm_dist.load_recommender(finished_run, device="cpu")
+
+
+@pytest.fixture
+def text_recommender(finished_run, tmp_path):
+    """Of a run in which stage 2 has not been done."""
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("stage2", "eval"))
+    return collm_dist.load_recommender(tmp_path / "run", device="cpu")
+
+
+def read_reported(run_dir, model):
+    """Return the evaluated rows of valid and test as requests, with the scores in the report's files."""
+    data_dir = run_dir / "data"
+    users, items = load_user_ids(data_dir), load_item_table(data_dir)["item_id"]
+    tables = [pq.read_table(run_dir / "eval" / "scores" / f"{model}-{split}.parquet") for split in ("valid", "test")]
+    scored = pa.concat_tables(tables).to_pydict()
+    log = load_interactions(data_dir, ("row_id", "timestamp"))
+    times = dict(zip(log["row_id"].tolist(), log["timestamp"].tolist(), strict=True))
+    requests = [
+        RankingRequest(users[user], None, [items[item]], times[row])
+        for user, item, row in zip(scored["user_idx"], scored["item_idx"], scored["row_id"], strict=True)
+    ]
+    return requests, np.array(scored["score"])
+
+
+def test_scores_are_those_of_the_report(finished_run, recommender):
+    assert recommender.stage == "stage2"
+    requests, reported = read_reported(finished_run, "stage2")
+    scores = np.concatenate(recommender.score(requests))
+    print("largest difference", np.abs(scores - reported).max(), "of", len(scores), "rows")
+    assert len(scores) > 400
+    assert np.abs(scores - reported).max() < TOLERANCE
+    cf = np.concatenate(recommender.score_cf(requests))
+    assert np.abs(cf - read_reported(finished_run, "cf")[1]).max() < TOLERANCE
+
+
+def test_without_stage_2_the_scores_are_those_of_stage_1(finished_run, text_recommender):
+    assert text_recommender.stage == "stage1"
+    requests, reported = read_reported(finished_run, "stage1")
+    assert np.abs(np.concatenate(text_recommender.score(requests)) - reported).max() < TOLERANCE
+    assert len(text_recommender.rank(history=LIKED, num_retrieved=5)) == 5  # by the collaborative model
+
+
+def test_neither_order_nor_company_matters(recommender):
+    requests = [RankingRequest(user, history, CANDIDATES) for user, history in ((None, LIKED), ("5", None), ("6", []))]
+    together = recommender.score(requests)
+    for request, scores in zip(requests, together, strict=True):
+        one_by_one = [RankingRequest(request.user, request.history, [item]) for item in CANDIDATES]
+        assert np.abs(np.concatenate(recommender.score(one_by_one)) - scores).max() < TOLERANCE
+        turned = RankingRequest(request.user, request.history, CANDIDATES[::-1])
+        assert np.abs(recommender.score([turned])[0][::-1] - scores).max() < TOLERANCE
+    assert len({tuple(scores.round(4)) for scores in together}) == 3
+
+
+def test_a_context_is_computed_once_however_many_candidates(finished_run, recommender, monkeypatch):
+    from collm_dist.llm import prefix_cache
+
+    computed = []
+    plain = prefix_cache.run_prefix
+    monkeypatch.setattr(prefix_cache, "run_prefix", lambda *args: computed.append(len(args[1])) or plain(*args))
+    monkeypatch.setattr(recommender, "_max_tokens", 512)  # so that the candidates need several micro-batches
+    requests = [RankingRequest(None, LIKED, [str(number) for number in range(1, 81)])]
+    scores = recommender.score(requests)[0]
+    assert computed == [1]
+    monkeypatch.undo()
+    assert np.abs(recommender.score(requests)[0] - scores).max() < TOLERANCE
+
+
+def test_an_unknown_user_gets_a_ranking(recommender):
+    ranked = recommender.rank(history=LIKED, candidates=CANDIDATES, top_k=10)
+    assert [one.rank for one in ranked] == list(range(1, 11))
+    assert [one.score for one in ranked] == sorted((one.score for one in ranked), reverse=True)
+    assert all(f"Film {one.item_id} (" in one.title for one in ranked)
+    assert recommender.rank(LIKED, CANDIDATES, user="nobody", top_k=10) == ranked
+    # What the run does not know of a history cannot be shown; what it does is kept.
+    assert recommender.rank(["no such item", *LIKED], CANDIDATES, top_k=10) == ranked
+    assert len(recommender.rank(candidates=CANDIDATES)) == len(CANDIDATES)  # of whom nothing at all is known
+
+
+def test_an_item_without_a_rating_is_ranked(finished_run, recommender):
+    """As of the first second of the log no item has any, and none is known to the vectors of the first fold."""
+    first = int(load_interactions(finished_run / "data", ("timestamp",))["timestamp"].min())
+    scores, later = recommender.score([RankingRequest(None, LIKED, CANDIDATES, time) for time in (first, None)])
+    assert np.isfinite(scores).all()
+    assert np.abs(scores - later).max() > 1e-3
+
+
+def test_candidates_are_retrieved_among_what_is_new_to_the_user(finished_run, recommender):
+    data_dir = finished_run / "data"
+    log = load_interactions(data_dir, ("user_idx", "item_idx"))
+    items = load_item_table(data_dir)["item_id"]
+    seen = {items[item] for user, item in zip(*log.values(), strict=True) if user == 4}
+    user = load_user_ids(data_dir)[4]
+    found = recommender.retrieve([RankingRequest(user), RankingRequest(None, LIKED)], 1000)
+    assert set(found[0]) == set(items) - seen
+    assert set(found[1]) == set(items) - set(LIKED)
+    cf = recommender.score_cf([RankingRequest(user, None, found[0])])[0]
+    assert (np.diff(cf) <= TOLERANCE).all()
+    ranked = recommender.rank(user=user, num_retrieved=7)
+    assert {one.item_id for one in ranked} == set(found[0][:7])
+    assert recommender.rank(user=user, history=items) == []
+
+
+def test_ids_may_be_numbers(recommender):
+    assert recommender.rank([3, 17, 40], range(41, 71)) == recommender.rank(LIKED, CANDIDATES)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"candidates": []}, "candidates: the list is empty"),
+        ({"candidates": ["41", "none", "9999"]}, r"2 of 3 ids are not in the run's table of items \('none', '9999'\)"),
+        ({"candidates": ["41", "42", "41"]}, "'41' occurs twice"),
+        ({"candidates": "41"}, "'41' is no list of ids"),
+        ({"candidates": [4.5]}, "4.5 is no id"),
+        ({"history": "3", "candidates": ["41"]}, "history: '3' is no list"),
+        ({"candidates": ["41"], "as_of": "2024-01-01"}, "as_of: '2024-01-01' is no whole number"),
+        ({"candidates": ["41"], "top_k": 0}, "top_k: 0"),
+        ({"num_retrieved": 0}, "0 items cannot be retrieved"),
+    ],
+)
+def test_wrong_requests_are_refused(recommender, request_, message):
+    with pytest.raises(RequestError, match=message):
+        recommender.rank(**request_)
+
+
+def test_a_wrong_request_among_others_is_named(recommender):
+    with pytest.raises(RequestError, match="request 1: candidates: the list is empty"):
+        recommender.score([RankingRequest(candidates=["41"]), RankingRequest()])
+
+
+def test_a_run_that_does_not_fit_together_is_refused(finished_run, tmp_path):
+    with pytest.raises(ArtifactError, match="neither stage 2 nor stage 1 is done"):
+        collm_dist.load_recommender(tmp_path)
+    shutil.copytree(finished_run, tmp_path / "run")
+    path = RunDir(tmp_path / "run").record_path("cf")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"content_hash": "0" * 64}))
+    with pytest.raises(ArtifactError, match=r"upstream\.cf"):
+        collm_dist.load_recommender(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(ArtifactError, match=r"config\.yaml is missing"):
+        collm_dist.load_recommender(tmp_path / "run")
+
+
+def test_the_log_counts_strictly_before():
+    random = np.random.default_rng(0)
+    users, items = np.sort(random.integers(0, 5, 300)), random.integers(0, 8, 300)
+    times = np.concatenate([np.sort(random.integers(100, 130, (users == user).sum())) for user in range(5)])
+    labels = random.integers(0, 2, 300).astype(np.int8)
+    log = EventLog(users, items, times, labels, num_users=6, num_items=10)
+    assert log.end == times.max() + 1
+    for as_of in (0, 100, 117, 129, log.end, 2**62):
+        likes, rows = log.count_item_events(np.arange(10), as_of)
+        before = times < as_of
+        assert rows.tolist() == [int((before & (items == item)).sum()) for item in range(10)]
+        assert likes.tolist() == [int(labels[before & (items == item)].sum()) for item in range(10)]
+        for user in range(6):
+            found, liked = log.find_user_events(user, as_of)
+            assert found.tolist() == items[before & (users == user)].tolist()
+            assert liked.tolist() == labels[before & (users == user)].tolist()
+    assert len(log.find_user_events(-1, log.end)[0]) == 0
