@@ -129,12 +129,12 @@ def run_tasks(
             except ray.exceptions.RayError as error:
                 for reference in running:
                     ray.cancel(reference)
-                raise _explain(error, description) from None
+                raise explain_task_error(error, description) from None
             bar.update()
     return results
 
 
-def _explain(error: Exception, description: str) -> Exception:
+def explain_task_error(error: Exception, description: str) -> Exception:
     """Return what to raise for a task that failed: its own error if it is one that a user can act on."""
     cause: object = getattr(error, "cause", None)
     if isinstance(cause, CollmError):

@@ -89,6 +89,11 @@ class Recommender:
         """Where the model computes."""
         return self._loaded.device
 
+    @property
+    def has_cf(self) -> bool:
+        """Whether there is a collaborative model that finds or orders candidates."""
+        return self._cf is not None
+
     def rank(
         self,
         history: Sequence[Id] | None = None,
@@ -265,34 +270,51 @@ def load_recommender(run_dir: Path | str, device: torch.device | str | None = No
         ConfigError: the run's settings are none of this version.
     """
     run = RunDir(Path(run_dir))
-    stage: StageName = "stage2" if run.is_done("stage2") else "stage1"
-    if not run.is_done(stage):
-        raise ArtifactError(f"{run.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
+    find_stage(run)
     if not (run.path / "config.yaml").exists():
         raise ArtifactError(
             f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it, and does nothing that is done"
         )
-    config = _load_settings(run, stage)
+    config = check_settings(load_config(run.path / "config.yaml"), run)
+    return build_recommender(config, run, device)
+
+
+def build_recommender(config: Config, run_dir: RunDir, device: torch.device | str | None = None) -> Recommender:
+    """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``."""
+    stage = find_stage(run_dir)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Recommender(config, run, stage, load_stage_model(config, run, stage, torch.device(device)))
+    return Recommender(config, run_dir, stage, load_stage_model(config, run_dir, stage, torch.device(device)))
 
 
-def _load_settings(run_dir: RunDir, stage: StageName) -> Config:
-    """Return the run's settings, with the prompt that its stage was trained on, whatever the prompt's file says today.
+def find_stage(run_dir: RunDir) -> StageName:
+    """Return the stage whose model scores: stage2 if it is done, else stage1.
 
     Raises:
-        ArtifactError: the stage was made with other settings, or from other data or models than lie there today.
+        ArtifactError: neither is done.
     """
-    config = load_config(run_dir.path / "config.yaml")
+    stages: tuple[StageName, ...] = ("stage2", "stage1")
+    for stage in stages:
+        if run_dir.is_done(stage):
+            return stage
+    raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
+
+
+def check_settings(config: Config, run_dir: RunDir) -> Config:
+    """Return the settings with the prompt that the model was trained on, whatever the prompt's file says today.
+
+    Raises:
+        ArtifactError: the model was made with other settings, or from other data or models than lie there today.
+    """
+    stage = find_stage(run_dir)
     recorded = run_dir.read_record(stage).get("fingerprint", {})
     today = compute_fingerprint(config, stage, run_dir)
     changes = find_changes({key: recorded[key] for key in today if key in recorded}, today)
     if changes:
         raise ArtifactError(
-            f"{stage} in {run_dir.path} was made from something else than lies there now:\n  "
+            f"{stage} in {run_dir.path} was made from something else than there is now:\n  "
             + "\n  ".join(changes)
-            + f"\nBring the run up to date: launch/run_pipeline.py --force {stage}"
+            + f"\nTake the settings that it was made with, or make it anew: launch/run_pipeline.py --force {stage}"
         )
     prompt = config.prompt.model_copy(update={stage: recorded["input.prompt"]})
     return config.model_copy(update={"prompt": prompt})

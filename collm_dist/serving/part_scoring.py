@@ -1,0 +1,140 @@
+"""One part of a file of requests: its scores as Parquet, and what they cost and were worth as JSON, written last."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from collm_dist.artifacts import open_atomic, write_json
+from collm_dist.evaluation.metrics import compute_group_ndcg
+from collm_dist.serving.recommender import Recommender, Scores
+from collm_dist.serving.request_files import name_part, read_part
+from collm_dist.serving.requests import RankingRequest
+
+OUTPUT = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("score", pa.float64()), ("rank", pa.int32())])
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Paths below the folder of a scoring job."""
+
+    path: Path
+
+    @property
+    def requests(self) -> Path:
+        """Folder of the checked requests, there until all are scored."""
+        return self.path / "requests"
+
+    @property
+    def plan(self) -> Path:
+        """File that says what the scores are made from; written once the requests are checked."""
+        return self.path / "plan.json"
+
+    @property
+    def summary(self) -> Path:
+        """File whose existence says that all is done."""
+        return self.path / "summary.json"
+
+    def scores(self, part: int) -> Path:
+        """File of a part's scores."""
+        return self.path / "scores" / f"{name_part(part)}.parquet"
+
+    def record(self, part: int) -> Path:
+        """File whose existence says that a part is done."""
+        return self.path / "records" / f"{name_part(part)}.json"
+
+    def read_record(self, part: int) -> dict[str, Any] | None:
+        """Return a part's record, None if it is not done."""
+        try:
+            record: dict[str, Any] = json.loads(self.record(part).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return record
+
+
+def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_retrieved: int | None) -> dict[str, Any]:
+    """Score a part, unless it is done, and return its record.
+
+    Args:
+        recommender: of the run.
+        folder: of the job, with the checked requests.
+        part: its number.
+        num_retrieved: how many candidates the collaborative model finds for each user; None = they are given.
+
+    Raises:
+        ArtifactError: a score is not finite.
+    """
+    if (done := folder.read_record(part)) is not None and folder.scores(part).exists():
+        return done
+    given, labels = read_part(folder.requests, part)
+    started = time.perf_counter()
+    requests = given
+    if num_retrieved is not None:
+        found = recommender.retrieve(given, num_retrieved)
+        requests = [replace(request, candidates=items) for request, items in zip(given, found, strict=True)]
+    retrieved = time.perf_counter()
+    filled = [place for place, request in enumerate(requests) if len(request.candidates)]  # some users have seen all
+    scored = recommender.score([requests[place] for place in filled])
+    record: dict[str, Any] = {
+        "users": len(requests),
+        "rows": sum(map(len, scored)),
+        "device_seconds": time.perf_counter() - started,
+        "retrieval_seconds": retrieved - started,
+    }
+    scores = dict(zip(filled, scored, strict=True))
+    judged = [place for place in filled if labels[place] is not None and any(labels[place] or ())]
+    if judged and recommender.has_cf:
+        truths = [_list_truths(given[place], requests[place], labels[place] or []) for place in judged]
+        by_cf = recommender.score_cf([requests[place] for place in judged])
+        record |= _compare(truths, [scores[place] for place in judged], by_cf, recommender.config.evaluation.cutoffs)
+    _write_scores(folder.scores(part), recommender, requests, scores)
+    write_json(folder.record(part), record)
+    return record
+
+
+def _write_scores(
+    path: Path, recommender: Recommender, requests: Sequence[RankingRequest], scores: Mapping[int, Scores]
+) -> None:
+    columns: dict[str, list[Any]] = {name: [] for name in OUTPUT.names}
+    for place, found in scores.items():
+        ranked = recommender.order_items(requests[place].candidates, found)
+        columns["user_id"] += [requests[place].user] * len(ranked)
+        columns["item_id"] += [one.item_id for one in ranked]
+        columns["score"] += [one.score for one in ranked]
+        columns["rank"] += [one.rank for one in ranked]
+    with open_atomic(path, "wb") as file:
+        pq.write_table(pa.table(columns, schema=OUTPUT), file)
+
+
+def _list_truths(given: RankingRequest, request: RankingRequest, labels: Sequence[int]) -> tuple[list[int], float]:
+    """Return the labels of a request's candidates, and which share of the liked items is among them."""
+    liked = {item for item, label in zip(given.candidates, labels, strict=True) if label}
+    truths = [int(item in liked) for item in request.candidates]
+    return truths, sum(truths) / len(liked)
+
+
+def _compare(
+    truths: Sequence[tuple[list[int], float]], ours: Sequence[Scores], by_cf: Sequence[Scores], cutoffs: Sequence[int]
+) -> dict[str, Any]:
+    """Return sums over the users of whom something liked is known, from which means and their errors follow.
+
+    Lists without anything liked have no order that is right: they count in the recall alone.
+    """
+    groups = np.repeat(np.arange(len(truths)), [len(labels) for labels, _ in truths])
+    flat = np.concatenate([labels for labels, _ in truths])
+    sums: dict[str, Any] = {"judged_users": len(truths), "recall": float(sum(recall for _, recall in truths))}
+    for k in cutoffs:
+        llm, cf = (compute_group_ndcg(flat, np.concatenate(scores), groups, k).values for scores in (ours, by_cf))
+        gain = llm - cf
+        sums[f"ndcg@{k}"] = {
+            "users": len(gain), "llm": float(llm.sum()), "cf": float(cf.sum()), "gain_squares": float(gain @ gain)
+        }  # fmt: skip
+    return sums

@@ -1,0 +1,206 @@
+"""Files of ranking requests: checked as a whole before any work, and cut into parts that are scored one by one.
+
+A row is ``user_id, candidates[, history, labels, as_of]``: an id, lists of ids, a list of 0 and 1 for the candidates,
+and a time (seconds since 1970, or an Arrow timestamp). Null means that it is not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from collm_dist.artifacts import open_atomic
+from collm_dist.errors import RequestError
+from collm_dist.serving.requests import RankingRequest
+
+_IDS, _LABELS = pa.list_(pa.string()), pa.list_(pa.int8())
+PART = pa.schema(
+    [("user_id", pa.string()), ("candidates", _IDS), ("history", _IDS), ("labels", _LABELS), ("as_of", pa.int64())]
+)
+
+
+def list_request_files(path: Path) -> list[Path]:
+    """Return the Parquet files that a path names: itself, or those in a folder, in the order of their names.
+
+    Raises:
+        RequestError: there are none.
+    """
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        raise RequestError(f"--input: {path} is no Parquet file, and no folder with any")
+    return files
+
+
+def write_parts(
+    files: Sequence[Path], folder: Path, item_ids: Sequence[str], *, retrieves: bool, rows_per_part: int
+) -> list[int]:
+    """Check all rows and write them as ``part-00000.parquet``, ... in one schema, streamed.
+
+    Args:
+        files: of requests.
+        folder: where the parts go.
+        item_ids: of the run's items.
+        retrieves: whether the collaborative model finds the candidates; those given, with their labels, then only say
+            what would have been right.
+        rows_per_part: of each part but the last.
+
+    Returns:
+        Rows of each part.
+
+    Raises:
+        RequestError: a file cannot be read, a column is missing or of the wrong type, or a row is wrong; the message
+            names file, row (from 0) and field.
+    """
+    known = pa.array(item_ids, pa.string())
+    sizes: list[int] = []
+    waiting = PART.empty_table()
+    for path in files:
+        for table in _read_checked(path, known, retrieves):
+            waiting = pa.concat_tables([waiting, table])
+            while waiting.num_rows >= rows_per_part:
+                sizes.append(_write_part(folder, len(sizes), waiting.slice(0, rows_per_part)))
+                waiting = waiting.slice(rows_per_part)
+    if waiting.num_rows:
+        sizes.append(_write_part(folder, len(sizes), waiting))
+    if not sizes:
+        raise RequestError(f"--input: {files[0]} has no rows; it needs one for each user")
+    return sizes
+
+
+def name_part(number: int) -> str:
+    """Return the name of a part's file, without its ending."""
+    return f"part-{number:05d}"
+
+
+def _write_part(folder: Path, number: int, table: Any) -> int:
+    with open_atomic(folder / f"{name_part(number)}.parquet", "wb") as file:
+        pq.write_table(table, file)
+    return int(table.num_rows)
+
+
+def read_part(folder: Path, number: int) -> tuple[list[RankingRequest], list[list[int] | None]]:
+    """Return a part's requests, and the labels of their candidates where there are any."""
+    rows = pq.read_table(folder / f"{name_part(number)}.parquet").to_pylist()
+    requests = [RankingRequest(row["user_id"], row["history"], row["candidates"] or (), row["as_of"]) for row in rows]
+    return requests, [row["labels"] for row in rows]
+
+
+def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
+    try:
+        file = pq.ParquetFile(path)
+        names = set(file.schema_arrow.names)
+        for name in ("user_id",) if retrieves else ("user_id", "candidates"):
+            if name not in names:
+                hint = ", or find them with --candidates cf:N" if name == "candidates" else ""
+                raise RequestError(
+                    f"{path}: there is no column '{name}', only {', '.join(sorted(names))}; add it{hint}"
+                )
+        if "labels" in names and "candidates" not in names:
+            raise RequestError(f"{path}, field 'labels': they belong to candidates, but there is no such column")
+        first = 0
+        for batch in file.iter_batches(1 << 14, columns=[name for name in PART.names if name in names]):
+            yield _check(pa.Table.from_batches([batch]).combine_chunks(), known, f"{path}", first, retrieves)
+            first += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise RequestError(f"{path} is no Parquet file, or a damaged one ({error}); write it again") from error
+
+
+def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> Any:
+    """Return the table in the schema ``PART``; ``first`` is the number of its first row in the file."""
+    columns = {}
+    for field in PART:
+        if field.name not in table.column_names:
+            columns[field.name] = pa.nulls(table.num_rows, field.type)
+            continue
+        column = table.column(field.name).combine_chunks()
+        columns[field.name] = _convert(column, field, path)
+    refuse = _Refusal(path, first)
+    refuse("user_id", columns["user_id"].is_null(), "it is empty; give every row the id of its user")
+    for name in ("candidates", "history"):
+        rows, values = _flatten(columns[name])
+        refuse(name, _mark(rows[values.is_null().to_numpy(zero_copy_only=False)], table.num_rows),
+               "an id in the list is null; leave it out")  # fmt: skip
+    _check_candidates(columns["candidates"], known, refuse, retrieves)
+    _check_labels(columns["labels"], columns["candidates"], refuse)
+    return pa.table(columns, schema=PART)
+
+
+class _Refusal:
+    """Raises for the first row that is marked."""
+
+    def __init__(self, path: str, first: int) -> None:
+        self._path, self._first = path, first
+
+    def __call__(self, field: str, marked: Any, message: str) -> None:
+        marked = np.asarray(marked)
+        if marked.any():
+            row = self._first + int(marked.argmax())
+            raise RequestError(f"{self._path}, row {row}, field '{field}': {message}")
+
+
+def _check_candidates(candidates: Any, known: Any, refuse: _Refusal, retrieves: bool) -> None:
+    count = len(candidates)
+    empty = pc.fill_null(pc.equal(pc.list_value_length(candidates), 0), not retrieves)
+    refuse("candidates", empty, "the list is empty; name at least one item, or leave the row out")
+    rows, values = _flatten(candidates)
+    places = pc.index_in(values, known)
+    unknown = places.is_null().to_numpy(zero_copy_only=False)
+    example = repr(values[int(unknown.argmax())].as_py()) if unknown.any() else ""
+    refuse("candidates", _mark(rows[unknown], count),
+           f"{example} is not in the run's table of items ({unknown.sum()} such ids near there); leave it out, or add "
+           "the item to dataset.items_path and run again with dataset.extend_from")  # fmt: skip
+    keys = rows * len(known) + pc.fill_null(places, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    _, where = np.unique(keys, return_index=True)
+    repeated = np.setdiff1d(np.arange(len(keys)), where)
+    refuse("candidates", _mark(rows[repeated], count), "an item occurs twice; name each once")
+
+
+def _check_labels(labels: Any, candidates: Any, refuse: _Refusal) -> None:
+    lengths = [pc.list_value_length(one) for one in (labels, candidates)]
+    differs = pc.fill_null(pc.not_equal(*lengths), pc.is_valid(labels))
+    refuse("labels", differs, "there are not as many labels as candidates")
+    rows, values = _flatten(labels)
+    wrong = pc.invert(pc.fill_null(pc.is_in(values, pa.array([0, 1], pa.int8())), False))
+    refuse("labels", _mark(rows[wrong.to_numpy(zero_copy_only=False)], len(labels)), "a label is neither 0 nor 1")
+
+
+def _flatten(lists: Any) -> tuple[NDArray[np.int64], Any]:
+    """Return the row of each element, and the elements."""
+    return pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64), pc.list_flatten(lists)
+
+
+def _mark(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    return np.bincount(rows, minlength=count) > 0
+
+
+def _convert(column: Any, field: Any, path: str) -> Any:
+    """Return a column in its type; numbers are welcome as ids, but no fractions."""
+    found, is_list = column.type, pa.types.is_list(field.type)
+    inner = found.value_type if is_list and hasattr(found, "value_type") else found
+    if isinstance(inner, pa.DictionaryType):
+        inner = inner.value_type
+    fits = pa.types.is_null(inner) or pa.types.is_integer(inner)
+    if field.name == "labels":
+        fits = fits or pa.types.is_boolean(inner) or pa.types.is_floating(inner)
+    elif field.name == "as_of":
+        fits = fits or pa.types.is_timestamp(inner)
+    else:
+        fits = fits or pa.types.is_string(inner) or pa.types.is_large_string(inner)
+    is_a_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+    if pa.types.is_null(found) or (fits and is_list == is_a_list):
+        try:
+            if pa.types.is_timestamp(found):
+                column = column.cast(pa.timestamp("s", found.tz), safe=False)
+            return column.cast(field.type)
+        except pa.ArrowInvalid as error:
+            raise RequestError(f"{path}, field '{field.name}': {error}; correct the value") from None
+    wanted = {"labels": "lists of 0 and 1", "as_of": "whole seconds since 1970, or timestamps", "user_id": "ids: texts "
+              "or whole numbers"}.get(field.name, "lists of ids: texts or whole numbers")  # fmt: skip
+    raise RequestError(f"{path}, field '{field.name}': the column is of type {found}; it must hold {wanted}")
