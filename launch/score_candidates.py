@@ -20,36 +20,21 @@ welcome. With --candidates cf:N the collaborative model finds N items that are n
 """
 
 
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
-    return int(text)
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="X", help="Parquet file, or folder of them")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets scores/ and summary.json")
     parser.add_argument("--candidates", metavar="cf:N", help="let the collaborative model find them")
-    parser.add_argument(
-        "--num-actors", type=_parse_count, metavar="N", help="models to load; default one to each GPU or node"
-    )
-    parser.add_argument("--rows-per-part", type=_parse_count, default=128, metavar="N", help="users of an output file")
+    parser.add_argument("--num-actors", type=int, metavar="N", help="models to load; default one to each GPU or node")
+    parser.add_argument("--rows-per-part", type=int, default=128, metavar="N", help="users of an output file")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.orchestration.scoring import parse_candidates, score_candidates
 
-    num_retrieved = parse_candidates(arguments.candidates)
+    sizes = {"num_actors": arguments.num_actors, "rows_per_part": arguments.rows_per_part}
+    run_dir, num_retrieved = RunDir(Path(config.run.dir)), parse_candidates(arguments.candidates)
     with hold_run_lock(arguments.output):
-        score_candidates(
-            config,
-            RunDir(Path(config.run.dir)),
-            arguments.input,
-            arguments.output,
-            num_retrieved=num_retrieved,
-            rows_per_part=arguments.rows_per_part,
-            num_actors=arguments.num_actors,
-        )
+        score_candidates(config, run_dir, arguments.input, arguments.output, num_retrieved=num_retrieved, **sizes)
 
 
 def main() -> int:

@@ -70,6 +70,9 @@ def score_candidates(
         ArtifactError: the run is not done or does not fit together, or the folder holds scores of something else.
         LaunchError: Ray does not start, or its processes keep dying.
     """
+    for name, number in (("--num-actors", num_actors), ("--rows-per-part", rows_per_part)):
+        if number is not None and number < 1:
+            raise RequestError(f"{name}: {number} is less than 1; leave it out for the default")
     run_dir = RunDir(run_dir.path.absolute())
     folder = OutputFolder(output.absolute())
     config = check_settings(config, run_dir)

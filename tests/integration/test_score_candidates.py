@@ -211,7 +211,7 @@ def test_the_command_stops_before_any_work(finished_run, rows, tmp_path, monkeyp
         ([broken], "row 0, field 'candidates': the list is empty"),
         ([tmp_path / "none.parquet"], "is no Parquet file"),
         ([broken, "--candidates", "200"], "'200' is not cf:N"),
-        ([broken, "--rows-per-part", "0"], "no whole number of at least 1"),
+        ([broken, "--rows-per-part", "0"], "--rows-per-part: 0 is less than 1"),
         ([broken, "llm.dtype=bfloat16"], "config.llm.dtype: float32 -> bfloat16"),
     ):
         assert run_main(monkeypatch, *arguments, *more) == 2
