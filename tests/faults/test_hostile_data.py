@@ -71,6 +71,22 @@ YEARS = "timestamp in s is outside the years 1 to 9999 (dataset.timestamp_unit)"
 BREAKS = "line breaks or control characters in item_id"
 
 
+JSON_ROW = b'{"user_id":"1","item_id":"a","timestamp":1000000000,"rating":5}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "row"),
+    [(b"null", 1), (b"\xef\xbb\xbf null2220-" + b"\xb0" * 40, 1), (b"\n\r\n null\n" + JSON_ROW, 3),
+     (JSON_ROW * (BLOCK_BYTES // len(JSON_ROW) + 1) + b"null\n", BLOCK_BYTES // len(JSON_ROW) + 2)],
+    ids=["alone", "noise behind it", "first object", "in a later block"],
+)  # fmt: skip
+def test_null_in_the_place_of_an_object(tmp_path, content, row):
+    """Arrow's parser ends the process at such a line (segmentation fault) where it begins a block."""
+    (tmp_path / "log.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"log\.jsonl:{row}: is 'null' where an object must be"):
+        read(path=str(tmp_path / "log.jsonl"), **RATINGS)
+
+
 @pytest.mark.parametrize(
     ("lines", "settings", "bad", "times"),
     [

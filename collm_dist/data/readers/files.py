@@ -214,6 +214,7 @@ def _stream(
     if layout.encoding == "utf8":
         stream = pa.PythonFile(_ValidText(uri, stream, is_table=kind == "text"), mode="r")
     if kind == "json":
+        stream = pa.PythonFile(_NoNullLines(uri, stream), mode="r")
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in layout.schema]) or None
         behaviour = "ignore" if layout.schema else "infer"
         parse = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behaviour)
@@ -314,3 +315,26 @@ class _FoldedDelimiter(io.RawIOBase):
         cut = len(data) - (1 if size >= 0 and len(data) > len(self._held) and data.endswith(self._delimiter[:1]) else 0)
         data, self._held = data[:cut], data[cut:]
         return data.replace(b"\t", b" ").replace(self._delimiter, b"\t")
+
+
+class _NoNullLines(io.RawIOBase):
+    """A stream that refuses lines that begin with ``null``: Arrow's parser dies of one at the start of a block."""
+
+    def __init__(self, uri: str, stream: Any) -> None:
+        super().__init__()
+        self._uri, self._stream = uri, stream
+        self._line, self._begun = 1, b""  # number of the line that the last bytes belong to, and its first bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size if size >= 0 else None)
+        text = self._begun + data
+        found = re.search(rb"(?:\A|[\r\n])[\s\xef\xbb\xbf]*null", text)
+        if found:
+            row = self._line + text.count(b"\n", 0, found.end())
+            raise DataError(f"{self._uri}:{row}: is 'null' where an object must be, {{...}}; remove the line")
+        self._line += text.count(b"\n")
+        self._begun = text[max(text.rfind(b"\n"), text.rfind(b"\r")) + 1 :].lstrip()[:8]
+        return data
