@@ -137,11 +137,15 @@ class ClusterConfig(Section):
     ray_num_cpus: int | None = operational(None, "CPUs of a local Ray; default: all.", ge=1)
     object_store_gb: float = operational(0.5, "Object store of a local Ray, in GB.", gt=0.08)
     preprocess_parallelism: int = operational(64, "Most preprocessing tasks in flight.", ge=1)
-    tuning: Literal["launcher"] = operational(
-        "launcher", "How the pipeline starts the tuning stages: launcher = the deepspeed launcher."
+    tuning: Literal["launcher", "ray"] = operational(
+        "launcher",
+        "How the pipeline runs the tuning stages and the evaluation: launcher = the deepspeed launcher, on this "
+        "machine; ray = Ray Train workers, on all nodes of the Ray cluster.",
     )
     num_processes: int | None = operational(
-        None, "Tuning processes on this machine; default: one per GPU, one without.", ge=1
+        None,
+        "Tuning processes on this machine, with tuning: ray on the cluster; default: one per GPU, one without.",
+        ge=1,
     )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights.")
     collective_timeout_minutes: float = operational(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -81,7 +82,7 @@ def preemptible() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         raise Preempted(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
 
-    with _handle_signals(stop):
+    with handle_stop_signals(stop):
         yield
 
 
@@ -105,19 +106,33 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
                 asked.append(number)
                 _ask_to_stop(child.pid)
 
-            with _handle_signals(pass_on):
+            with handle_stop_signals(pass_on):
                 code = _wait(child)
         end_processes(ERROR_FILE_VARIABLE, str(error_file))  # of a launcher that was killed
         if code == 0:
             return
-        said = json.loads(error_file.read_text(encoding="utf-8")) if error_file.exists() else None
+        said = read_error(error_file)
     if code in (INTERRUPTED_EXIT_CODE, -signal.SIGINT):
         raise KeyboardInterrupt
+    raise explain_end(said, asked) or _explain_silence(command, code)
+
+
+def read_error(error_file: Path) -> dict[str, Any] | None:
+    """Return what the processes of a step left in ``ERROR_FILE_VARIABLE``'s file, None if nothing."""
+    said: dict[str, Any] | None = json.loads(error_file.read_text(encoding="utf-8")) if error_file.exists() else None
+    return said
+
+
+def explain_end(said: dict[str, Any] | None, asked: Sequence[int]) -> CollmError | None:
+    """Return the error of a step that failed, None if nothing is known.
+
+    Args:
+        said: see ``read_error``.
+        asked: signals that asked it to stop.
+    """
     if asked and (said is None or said["retryable"]):
-        raise Preempted(f"stopped by {signal.Signals(asked[0]).name}; run the same command again to go on")
-    if said is not None:
-        raise StepError(said["error"], said["message"], said["exit_code"], said["retryable"])
-    raise _explain_silence(command, code)
+        return Preempted(f"stopped by {signal.Signals(asked[0]).name}; run the same command again to go on")
+    return None if said is None else StepError(said["error"], said["message"], said["exit_code"], said["retryable"])
 
 
 def _explain_silence(command: Sequence[str], code: int) -> CollmError:
@@ -132,7 +147,8 @@ def _explain_silence(command: Sequence[str], code: int) -> CollmError:
 
 
 @contextmanager
-def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a function answer SIGTERM and SIGUSR1 for as long as the block lasts."""
     previous = {one: signal.signal(one, handler) for one in STOP_SIGNALS}
     try:
         yield

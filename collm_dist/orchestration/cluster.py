@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,12 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_shared_folder(folder: Path) -> None:
-    """Check that every node of the cluster sees the run directory.
+# Those that take part in what is computed, or in reading what other nodes have written.
+COMPARED_PACKAGES = ("collm-dist", "torch", "deepspeed", "transformers", "peft", "numpy", "pyarrow")
+
+
+def check_nodes(folder: Path) -> None:
+    """Check that every node of the cluster sees the run directory and has the versions of this one.
 
     Raises:
         LaunchError: one does not; the message names it.
@@ -70,12 +76,12 @@ def check_shared_folder(folder: Path) -> None:
     sentinel = folder / ".sentinel"
     with open_atomic(sentinel) as file:
         file.write("collm-dist\n")
-    look = ray.remote(num_cpus=0)(_find_sentinel)
+    look, own = ray.remote(num_cpus=0)(_look), _list_versions()
     for node in ray.nodes():
         if node["Alive"]:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             try:
-                found, host = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
+                found, host, versions = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
             except _GONE as error:  # it has gone since it was listed: others do its work
                 logger.warning("node %s does not answer: %s", node["NodeManagerAddress"], error)
                 continue
@@ -84,11 +90,28 @@ def check_shared_folder(folder: Path) -> None:
                     f"run.dir: node {node['NodeManagerAddress']} ({host}) does not see {folder}; the run directory "
                     "must be on a file system that all nodes share, at the same path"
                 )
+            others = [f"{name} {there} (here {own[name]})" for name, there in versions.items() if there != own[name]]
+            if others:
+                raise LaunchError(
+                    f"node {node['NodeManagerAddress']} ({host}) has {', '.join(others)}; install the same versions on "
+                    "all nodes, best from one image"
+                )
     sentinel.unlink(missing_ok=True)
 
 
-def _find_sentinel(path: str) -> tuple[bool, str]:
-    return Path(path).exists(), socket.gethostname()
+def _look(path: str) -> tuple[bool, str, dict[str, str]]:
+    return Path(path).exists(), socket.gethostname(), _list_versions()
+
+
+def _list_versions() -> dict[str, str]:
+    """Return the versions of what must be equal on all nodes; ``none`` where a package is not installed."""
+    versions = {"Python": platform.python_version()}
+    for name in COMPARED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "none"
+    return versions
 
 
 def run_tasks(

@@ -94,7 +94,8 @@ def _run_steps(config: Config, run_dir: RunDir, launch_dir: Path, force: Sequenc
             if step in ("data", "cf"):
                 _run_on_ray(config, run_dir, step, forced, ray_session)
             else:
-                ray_session.close()  # its memory is wanted
+                if config.cluster.tuning == "launcher":
+                    ray_session.close()  # its memory is wanted
                 cluster, child = config.cluster, _Child(config, run_dir, step, launch_dir, forced)
                 with preemptible():  # Ray may have left its own handler
                     run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
@@ -181,6 +182,25 @@ class _Child:
 
     def run(self) -> None:
         """Run it to its end."""
+        config, run_dir, step = self.config, self.run_dir, self.step
+        try:
+            if config.cluster.tuning == "ray":
+                from collm_dist.orchestration.cluster import connect_ray
+                from collm_dist.orchestration.tune import run_on_workers
+
+                with connect_ray(config.cluster):
+                    run_on_workers(config, run_dir, step, self.force)
+            else:
+                self._launch()
+        finally:
+            # Once its old record is gone the step has begun anew; started again, it goes on from there.
+            self.force = self.force and run_dir.is_done(step)
+        # The launcher's exit status says nothing of processes that were ended by a signal.
+        if not _is_current(run_dir, step, compute_step_fingerprint(config, run_dir, step)):
+            record = run_dir.record_path(step)
+            raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was ended by a signal")
+
+    def _launch(self) -> None:
         import torch
 
         config, step = self.config, self.step
@@ -193,15 +213,7 @@ class _Child:
             arguments += ["--force", step]
         processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
         command = build_command(self.launch_dir / script, arguments, processes, gpus)
-        try:
-            run_child(command, build_environment(processes, gpus))
-        finally:
-            # Once its old record is gone the step has begun anew; started again, it goes on from there.
-            self.force = self.force and self.run_dir.is_done(step)
-        # The launcher's exit status says nothing of processes that were ended by a signal.
-        if not _is_current(self.run_dir, step, compute_step_fingerprint(config, self.run_dir, step)):
-            record = self.run_dir.record_path(step)
-            raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was ended by a signal")
+        run_child(command, build_environment(processes, gpus))
 
 
 def describe_plan(config: Config, run_dir: RunDir) -> list[str]:

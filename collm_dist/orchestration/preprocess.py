@@ -44,7 +44,7 @@ from collm_dist.data.splits import (
     get_amazon_book_window,
 )
 from collm_dist.errors import DataError
-from collm_dist.orchestration.cluster import check_shared_folder, connect_ray, run_tasks
+from collm_dist.orchestration.cluster import check_nodes, connect_ray, run_tasks
 
 POOL_SIZE = 1 << 18
 # Item parts are few and large where buckets are small: every part is a read of every bucket's file.
@@ -84,7 +84,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         num_candidates=config.evaluation.num_candidates,
     )
     with connect_ray(config.cluster):
-        check_shared_folder(plan.data_dir)
+        check_nodes(plan.data_dir)
 
         def run(description: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
             return run_tasks(

@@ -19,7 +19,7 @@ from collm_dist.artifacts import RunDir, Step, compute_file_hash, find_changes, 
 from collm_dist.config import Config
 from collm_dist.data.interactions import load_item_table
 from collm_dist.errors import ArtifactError, CollmError, RequestError
-from collm_dist.orchestration.cluster import check_shared_folder, connect_ray, explain_task_error
+from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.serving.part_scoring import OutputFolder, score_part
 from collm_dist.serving.recommender import Recommender, build_recommender, check_settings, find_stage
 from collm_dist.serving.request_files import list_request_files, write_parts
@@ -163,7 +163,7 @@ def _score_on_ray(
     num_actors: int | None,
 ) -> int:
     """Score the parts that are not done, with a progress bar over all users; return the number of actors."""
-    check_shared_folder(folder.path)
+    check_nodes(folder.path)
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())

@@ -45,10 +45,10 @@ def init_distributed(timeout_minutes: float) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs on first use: a minute, for nothing here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-        )
+    # A group that Ray Train has made already it takes as it is.
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+    )
     return device
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ class TuningLoop:
         logger: monitoring.RunLogger,
         log_every_steps: int,
         timeout_minutes: float,
+        stop: threading.Event,
     ) -> None:
         """Put the parts together.
 
@@ -111,6 +113,7 @@ class TuningLoop:
             logger: for numbers.
             log_every_steps: steps between points.
             timeout_minutes: a process that completes no step and no validation batch for so long ends the job.
+            stop: set on any process, it ends the training of all after the step, with a checkpoint.
         """
         self.engine, self.collator, self.train_order, self.valid_rows = engine, collator, train_order, valid_rows
         self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
@@ -119,7 +122,7 @@ class TuningLoop:
         self.logger, self.log_every_steps = logger, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
         self.trained_rows, self.train_seconds = 0, 0.0
-        self._stop_asked = False
+        self._stop = stop
         self._saved_at = time.monotonic()
         self._window = _Window()
         self._is_validating = False
@@ -130,15 +133,14 @@ class TuningLoop:
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite.
-            Preempted: a signal asked to stop.
+            Preempted: asked to stop.
             DiskError: a checkpoint cannot be written.
             LaunchError: the GPU's memory does not suffice.
             WorkerLostError: another process is gone or does not answer.
         """
         self._saved_at = time.monotonic()
-        previous = {name: signal.signal(name, self._ask_stop) for name in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            with explain_lost_workers(self._describe_place), self._watchdog:
+            with explain_lost_workers(self._describe_place), self._watchdog, _signals_set(self._stop):
                 self._train()
         except torch.cuda.OutOfMemoryError as error:
             raise LaunchError(
@@ -146,9 +148,6 @@ class TuningLoop:
                 "stage (results stay the same), set llm.activation_checkpointing=true, or shard the frozen weights "
                 f"with cluster.zero_stage=3. ({error})"
             ) from error
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
         return self.progress
 
     def _train(self) -> None:
@@ -170,7 +169,7 @@ class TuningLoop:
                     self._log(window)
                 if agreed.stop:  # at once: whoever asked may not wait for a validation
                     self._save()
-                    raise Preempted(f"stopped by a signal after step {step}; run the same command again to go on")
+                    raise Preempted(f"stopped as asked after step {step}; run the same command again to go on")
                 if self._is_validation_due():
                     self._validate(step)
                     window.restart()
@@ -241,7 +240,7 @@ class TuningLoop:
         minutes = (time.monotonic() - self._saved_at) / 60
         # By one clock, or processes would come to different answers when it is time.
         save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
-        flags = [torch.full_like(loss, float(flag)) for flag in (self._stop_asked, save_due)]
+        flags = [torch.full_like(loss, float(flag)) for flag in (self._stop.is_set(), save_due)]
         values = torch.stack([torch.nan_to_num(loss), (~finite).float(), *flags])
         if get_world_size() > 1:
             dist.all_reduce(values)
@@ -339,8 +338,20 @@ class TuningLoop:
         )
         window.restart()
 
-    def _ask_stop(self, _: int, __: FrameType | None) -> None:
-        self._stop_asked = True
+
+@contextmanager
+def _signals_set(stop: threading.Event) -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 set an event, where they can be handled: in a process's main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    previous = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
 
 
 class _Window:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,17 @@ from collm_dist.tuning.token_budget import find_token_budget
 VALID_BATCH_ROWS = 512
 
 
-def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = False) -> dict[str, Any]:
+def run_stage(
+    config: Config, run_dir: RunDir, name: StageName, force: bool = False, stop: threading.Event | None = None
+) -> dict[str, Any]:
     """Train a stage, unless it is done, from its last checkpoint if there is one. Called on every process.
+
+    Args:
+        config, run_dir: the experiment.
+        name: of the stage.
+        force: redo it from the start even if it is done.
+        stop: set on any process, it ends the training of all after the step, with a checkpoint; so do SIGTERM and
+            SIGUSR1 in a main thread.
 
     Returns:
         The stage's summary.
@@ -70,7 +80,7 @@ def run_stage(config: Config, run_dir: RunDir, name: StageName, force: bool = Fa
     loaded = build_stage(config, run_dir, get_stage(config, name), device)
     if loaded.model.slot_mapper is not None:
         start_mapping(config, loaded.model.slot_mapper)
-    loop = build_loop(config, run_dir, name, loaded, fingerprint)
+    loop = build_loop(config, run_dir, name, loaded, fingerprint, stop)
     if get_rank() == 0:
         example = next(loop.train_order.iter_batches())
         loop.logger.log_text("prompt", render_example(loaded.collator, example, loaded.backbone.tokenizer))
@@ -116,7 +126,12 @@ def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, 
 
 
 def build_loop(
-    config: Config, run_dir: RunDir, name: StageName, loaded: LoadedStage, fingerprint: Mapping[str, Any]
+    config: Config,
+    run_dir: RunDir,
+    name: StageName,
+    loaded: LoadedStage,
+    fingerprint: Mapping[str, Any],
+    stop: threading.Event | None = None,
 ) -> TuningLoop:
     """Wrap a stage's model with DeepSpeed and return the loop that trains it from its last checkpoint, if there is one.
 
@@ -124,6 +139,7 @@ def build_loop(
         config, run_dir, name: which stage of which run.
         loaded: what ``build_stage`` returned.
         fingerprint: of the stage; a checkpoint made under another one is refused.
+        stop: see ``run_stage``.
     """
     settings, folder = get_stage_config(config, get_stage(config, name)), run_dir.step_dir(name)
     train_order, valid_order = build_orders(config, run_dir, settings)
@@ -153,6 +169,7 @@ def build_loop(
         logger=logger,
         log_every_steps=config.monitoring.log_every_steps,
         timeout_minutes=config.cluster.collective_timeout_minutes,
+        stop=stop or threading.Event(),
     )
 
 

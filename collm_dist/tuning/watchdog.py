@@ -151,14 +151,16 @@ def explain_lost_workers(where: Callable[[], str]) -> Iterator[None]:
     Args:
         where: says what is being done.
     """
+    before = get_world_size()
     try:
         yield
     except RuntimeError as error:
+        size = max(before, get_world_size())  # Ray Train may have closed the group meanwhile
         is_collective = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)
-        if get_world_size() == 1 or not is_collective:
+        if size == 1 or not is_collective:
             raise
         raise WorkerLostError(
-            f"process {get_rank()} of {get_world_size()}, {where()}: another process is gone or does not answer "
+            f"process {get_rank()} of {size}, {where()}: another process is gone or does not answer "
             f"({str(error).splitlines()[0]}). Why, it has said itself, if it could. Run the same command again to go "
             "on from the last checkpoint"
         ) from error

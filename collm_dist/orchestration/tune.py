@@ -1,0 +1,181 @@
+"""Tuning and evaluation as Ray Train workers on whatever nodes have room: DeepSpeed inside, the same run directory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+import ray
+
+from collm_dist.artifacts import RunDir, Step
+from collm_dist.cli import ERROR_FILE_VARIABLE, report_error
+from collm_dist.config import Config
+from collm_dist.errors import LaunchError, Preempted, WorkerLostError
+from collm_dist.orchestration.children import explain_end, handle_stop_signals, read_error
+from collm_dist.orchestration.cluster import check_nodes
+
+_POLL_SECONDS = 0.5
+# In the folder that driver and workers share while a step runs.
+_STOP, _ERROR = "stop", "error.json"
+
+
+def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> None:
+    """Run a step as one Ray Train worker per GPU, or per CPU where there are none; shows what the workers print.
+
+    A stop that is asked for here reaches the workers: they save a checkpoint at the next step, all together.
+
+    Args:
+        config: the experiment; ``cluster.num_processes`` workers, default one per GPU of the cluster.
+        run_dir: on a file system that all nodes share.
+        step: stage1, stage2 or eval.
+        force: redo it from the start even if it is done.
+
+    Raises:
+        LaunchError: too few devices, a node has other versions or does not see the run directory.
+        StepError: it failed; what it said is printed.
+        WorkerLostError: a worker or its node died.
+        Preempted: this process was asked to stop, and so was the step.
+        KeyboardInterrupt: it was interrupted.
+    """
+    num_workers, use_gpu = count_workers(config.cluster.num_processes, ray.cluster_resources())
+    folder = run_dir.path.absolute() / ".workers"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    check_nodes(folder)
+    settings = {"config": config, "run_dir": str(run_dir.path.absolute()), "step": step, "force": force}
+    asked: list[int] = []
+
+    def ask(number: int, _: object = None) -> None:
+        asked.append(number)
+        (folder / _STOP).touch()
+
+    # In a thread of its own, because in the main one Ray Train would answer Ctrl-C by killing the workers.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, handle_stop_signals(ask), _Output(folder) as output:
+        training = pool.submit(
+            _fit, settings, folder, num_workers, use_gpu, 60 * config.cluster.collective_timeout_minutes
+        )
+        while not training.done():
+            try:
+                concurrent.futures.wait([training], timeout=_POLL_SECONDS)
+                output.copy()
+            except KeyboardInterrupt:
+                ask(signal.SIGINT)
+        failure = training.exception()
+    if failure is not None:
+        if signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        first = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+        lost = WorkerLostError(f"{step}: a Ray worker or its node was lost ({first})")
+        raise explain_end(read_error(folder / _ERROR), asked) or lost from failure
+    shutil.rmtree(folder)
+
+
+def count_workers(wanted: int | None, resources: Mapping[str, float]) -> tuple[int, bool]:
+    """Return how many workers a step gets, and whether each has a GPU.
+
+    Args:
+        wanted: as configured; None for one per GPU, or a single one without GPUs.
+        resources: of the whole cluster, as Ray counts them.
+
+    Raises:
+        LaunchError: the cluster has fewer devices.
+    """
+    kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
+    there = int(resources.get(kind, 0))
+    number = wanted or (there if kind == "GPU" else 1)
+    if number > there:
+        raise LaunchError(f"cluster.num_processes: {number} workers need a {kind} each, the cluster has {there}; lower "
+                          "it or add nodes")  # fmt: skip
+    return number, kind == "GPU"
+
+
+def _fit(settings: Mapping[str, Any], folder: Path, num_workers: int, use_gpu: bool, timeout_seconds: float) -> None:
+    from ray import train  # late: it takes seconds to import
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    TorchTrainer(
+        work,
+        train_loop_config={**settings, "folder": str(folder)},
+        torch_config=TorchConfig(timeout_s=round(timeout_seconds)),
+        scaling_config=train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        run_config=train.RunConfig(
+            name=settings["step"],
+            storage_path=str(folder / "ray"),
+            # The pipeline restarts a step by its own rules, the same as for processes of a launcher.
+            failure_config=train.FailureConfig(max_failures=0),
+        ),
+    ).fit()
+
+
+def work(settings: Mapping[str, Any]) -> None:
+    """Run a step's share of one worker. Ray Train has set RANK, WORLD_SIZE and the like, and made the process group.
+
+    Args:
+        settings: config, run_dir, step, force; folder, shared with the driver.
+    """
+    from collm_dist.evaluation.report import run_evaluation
+    from collm_dist.tuning.run import run_stage
+    from collm_dist.tuning.watchdog import explain_lost_workers
+
+    folder, step = Path(settings["folder"]), settings["step"]
+    config, run_dir, force = settings["config"], RunDir(Path(settings["run_dir"])), settings["force"]
+    os.environ[ERROR_FILE_VARIABLE] = str(folder / _ERROR)
+    # DeepSpeed looks for ninja there where an operator has to be compiled.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    stop = threading.Event()
+    # An evaluation keeps the scores that it has; there is no better moment to wait for.
+    on_stop = stop.set if step != "eval" else lambda: os._exit(Preempted.exit_code)
+    threading.Thread(target=_await_stop, args=(folder / _STOP, on_stop), daemon=True).start()
+    with ExitStack() as stack:
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            path = folder / f"{name}-{os.environ['RANK']}.log"
+            stack.enter_context(redirect(stack.enter_context(path.open("w", encoding="utf-8", buffering=1))))
+        try:
+            with explain_lost_workers(lambda: step):
+                if step == "eval":
+                    run_evaluation(config, run_dir, force)
+                else:
+                    run_stage(config, run_dir, step, force, stop)
+        except Exception as error:
+            report_error(error)
+            raise
+
+
+def _await_stop(path: Path, on_stop: Callable[[], None]) -> None:
+    while not path.exists():
+        threading.Event().wait(_POLL_SECONDS)
+    on_stop()
+
+
+class _Output:
+    """What the workers print, shown here as it comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[Path, TextIO] = {}
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.copy()
+        for file in self._files.values():
+            file.close()
+
+    def copy(self) -> None:
+        """Print what is new."""
+        for path in sorted(self._folder.glob("std*-*.log")):
+            if path not in self._files:
+                self._files[path] = path.open(encoding="utf-8", errors="replace", newline="")
+            target = sys.stdout if path.name.startswith("stdout") else sys.stderr
+            print(self._files[path].read(), end="", file=target, flush=True)

@@ -1,0 +1,152 @@
+"""Tuning stages as Ray Train workers: on one node, on two, and when workers, nodes or the driver are asked to go.
+
+Nodes are processes of one machine (``ray.cluster_utils.Cluster``), each with its own scheduler and workers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+
+import psutil
+import pytest
+import safetensors.numpy
+from ray.cluster_utils import Cluster
+
+from collm_dist.errors import LaunchError, Preempted
+from collm_dist.orchestration.tune import count_workers
+from collm_dist.tuning.nonfinite import NonFiniteError
+from tests.distributed.conftest import run, start, wait_for_step
+from tests.distributed.test_tuning import assert_same_training
+
+PIPELINE = [sys.executable, "launch/run_pipeline.py"]
+ON_RAY = ["cluster.tuning=ray", "cluster.num_processes=2"]
+LONGER = ["lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10", "stage2.max_steps=30",
+          "stage2.eval_every_steps=10", "cluster.restart_backoff_seconds=0.1"]  # fmt: skip
+
+
+@pytest.fixture
+def cluster():
+    """A head without CPUs, where the command runs, and two nodes with one each."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+    made.wait_for_nodes()
+    yield made, nodes
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared_run, tmp_path_factory):
+    """The pipeline's run directory from one process without Ray."""
+    folder, overrides = prepared_run
+    copied = tmp_path_factory.mktemp("one") / "run"
+    shutil.copytree(folder, copied)
+    run(PIPELINE, [*overrides, f"run.dir={copied}", *LONGER])
+    return copied
+
+
+def read_status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def assert_same_report(ours, other, tolerance=1e-4):
+    """Every model's metrics on every split; two rows of nearly equal score that change places move AUC by 1.3e-5."""
+    a, b = (json.loads((one / "eval" / "report.json").read_text())["rows"] for one in (ours, other))
+    assert len(a) == len(b) > 3
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(right[name], abs=tolerance), (left, name)
+
+
+def list_training():
+    """Processes in which a Ray Train worker is at work."""
+    names = {one: "".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
+    return sorted((one for one, name in names.items() if "RayTrainWorker" in name), key=lambda one: one.pid)
+
+
+def test_workers_are_as_many_as_devices():
+    assert count_workers(None, {"CPU": 8.0}) == (1, False)
+    assert count_workers(3, {"CPU": 8.0}) == (3, False)
+    assert count_workers(None, {"CPU": 8.0, "GPU": 4.0}) == (4, True)
+    with pytest.raises(LaunchError, match="5 workers need a GPU each, the cluster has 4"):
+        count_workers(5, {"CPU": 8.0, "GPU": 4.0})
+
+
+@pytest.mark.slow
+def test_two_nodes_end_with_the_metrics_of_one_process(cluster, copy_run, one_process):
+    made, _ = cluster
+    folder, overrides = copy_run("two")
+    output = run(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={made.address}"])
+    assert "stage2: 30 steps" in output
+    assert json.loads((folder / "stage2" / "summary.json").read_text())["world_size"] == 2
+    assert_same_training(folder, one_process)
+    assert_same_report(folder, one_process)
+    assert not (folder / ".workers").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_and_a_node_that_are_lost(cluster, copy_run, one_process):
+    """A worker is killed in stage 1 and a whole node in stage 2; each time the stage goes on from its checkpoint."""
+    made, nodes = cluster
+    folder, overrides = copy_run("lost")
+    process = start(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={made.address}"])
+    wait_for_step(process, folder, "stage1", 5)
+    list_training()[-1].kill()
+    wait_for_step(process, folder, "stage2", 5)
+    made.remove_node(nodes[0], allow_graceful=False)
+    made.add_node(num_cpus=1)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    status = read_status(folder)
+    assert (status["state"], status["restarts"]) == ("done", 2)
+    assert output.count("WorkerLostError: ") >= 2
+    assert_same_training(folder, one_process)
+    ours, other = (safetensors.numpy.load_file(one / "stage2" / "mapping.safetensors") for one in (folder, one_process))
+    for name, value in ours.items():
+        assert abs(value - other[name]).max() < 1e-4
+    assert_same_report(folder, one_process)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_asked_to_stop(copy_run):
+    """The workers, on a local Ray here, save a checkpoint after the step that they are at."""
+    folder, overrides = copy_run("asked")
+    process = start(PIPELINE, [*overrides, *ON_RAY, *LONGER, "stage1.checkpoint_every_steps=1000"])
+    wait_for_step(process, folder, "stage1", 5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == Preempted.exit_code, output
+    assert read_status(folder)["state"] == "interrupted"
+    assert any((folder / "stage1" / "checkpoints").iterdir())
+    assert not list_training()
+
+
+@pytest.mark.slow
+def test_what_a_worker_says_is_said(copy_run):
+    """An error in the workers ends the pipeline with the same words and code as without Ray, and no restart."""
+    folder, overrides = copy_run("error")
+    process = start(PIPELINE, [*overrides, *ON_RAY, "stage1.learning_rate=1e30", "stage1.warmup_steps=0"])
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == NonFiniteError.exit_code, output
+    status = read_status(folder)
+    assert (status["error"], status["restarts"]) == ("NonFiniteError", 0)
+    assert f"NonFiniteError: {status['message']}" in output
+
+
+@pytest.mark.slow
+def test_a_node_with_other_versions(cluster, copy_run, tmp_path):
+    """Python's path of one node leads to a package that says it is another version."""
+    made, _ = cluster
+    package = tmp_path / "site" / "torch-9.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+    made.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(package.parent)})
+    _, overrides = copy_run("versions")
+    process = start(PIPELINE, [*overrides, *ON_RAY, f"cluster.ray_address={made.address}"])
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == LaunchError.exit_code, output
+    assert "has torch 9.9 (here" in output
