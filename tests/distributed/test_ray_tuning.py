@@ -6,19 +6,23 @@ Nodes are processes of one machine (``ray.cluster_utils.Cluster``), each with it
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
+import socket
 import sys
+import time
 
 import psutil
 import pytest
 import safetensors.numpy
 from ray.cluster_utils import Cluster
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from collm_dist.errors import LaunchError, Preempted
 from collm_dist.orchestration.tune import count_workers
 from collm_dist.tuning.nonfinite import NonFiniteError
-from tests.distributed.conftest import run, start, wait_for_step
+from tests.distributed.conftest import REPOSITORY, run, start, wait_for_step
 from tests.distributed.test_tuning import assert_same_training
 
 PIPELINE = [sys.executable, "launch/run_pipeline.py"]
@@ -109,6 +113,40 @@ def test_a_worker_and_a_node_that_are_lost(cluster, copy_run, one_process):
     for name, value in ours.items():
         assert abs(value - other[name]).max() < 1e-4
     assert_same_report(folder, one_process)
+
+
+@pytest.mark.slow
+def test_a_ray_job_whose_worker_is_lost(copy_run, tmp_path):
+    """As ``ray job submit`` runs it: through the cluster's job service, which uploads a working directory."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": port}
+    )
+    for name in ("launch", "configs"):
+        shutil.copytree(REPOSITORY / name, tmp_path / "work" / name)
+    folder, overrides = copy_run("job")
+    quoted = " ".join(shlex.quote(one) for one in [*overrides, *ON_RAY, *LONGER])
+    try:
+        client = JobSubmissionClient(f"http://127.0.0.1:{port}")
+        job = client.submit_job(
+            entrypoint=f"{sys.executable} launch/run_pipeline.py --config configs/tiny_cpu.yaml {quoted}",
+            runtime_env={"working_dir": str(tmp_path / "work")},
+        )
+        deadline, killed = time.monotonic() + 200, False
+        while not client.get_job_status(job).is_terminal():
+            assert time.monotonic() < deadline, client.get_job_logs(job)
+            log = folder / "stage2" / "metrics.jsonl"
+            if not killed and log.exists() and '"step": 5,' in log.read_text():
+                list_training()[-1].kill()
+                killed = True
+            time.sleep(0.05)
+        assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    finally:
+        made.shutdown()
+    assert killed
+    assert (read_status(folder)["state"], read_status(folder)["restarts"]) == ("done", 1)
 
 
 @pytest.mark.slow
