@@ -39,6 +39,7 @@ SHAPES = {
     "40m": Shape("llama", 512, 1376, 8, 8, 8),
     "20m": Shape("llama", 256, 704, 8, 4, 4),
     "7m": Shape("llama", 128, 352, 4, 2, 2),
+    "tiny": Shape("llama", 64, 176, 2, 2, 2),
 }
 
 

@@ -50,7 +50,8 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
             "object_store_memory": int(cluster.object_store_gb * 1e9),
         }
     try:
-        ray.init(address=address, **options)
+        # Without "local" Ray would take any cluster that it finds on this machine, with these options refused.
+        ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"Ray at '{address}'" if address else "a local Ray"
         raise LaunchError(

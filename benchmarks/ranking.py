@@ -1,0 +1,218 @@
+"""How much faster does a recommender rank than row by row? A hundred candidates a user; one run, both ways in turn.
+
+    python -m benchmarks.ranking --data DIR [--cases tiny smollm2] [--threads N] [--output FOLDER]
+
+DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. Ours is
+``Recommender.score`` from the request to the scores. The plain way gets its prompts as finished token ids and its
+vectors looked up: padded rows, 16 at a time, through the same backbone and mapping, logits at all positions (the
+authors' way, and what a model returns unless told otherwise) or at the last one. Both score the same users, some at a
+time, in turn; the ratio is of the seconds of all. The largest difference between two scores of a row is written beside
+it. Writes ranking_<device>.json; cases that are not run keep what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe_hardware, name_device
+from benchmarks.random_backbone import write_random_backbone
+from benchmarks.tuning_comparison import PACKAGES, ROOT
+from benchmarks.tuning_side import REFERENCE_ROWS, pad
+from benchmarks.tuning_workload import prepare_run, spell_rows
+from collm_dist.artifacts import RunDir, write_json
+from collm_dist.config import Config
+from collm_dist.config_io import dump_config
+from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.interactions import load_item_table, load_user_ids
+from collm_dist.data.manifest import load_manifest
+from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.llm.backbone import load_backbone
+from collm_dist.serving.recommender import load_recommender
+from collm_dist.serving.requests import RankingRequest
+from collm_dist.tuning.run import run_stage
+from collm_dist.tuning.stages import LoadedStage, load_stage_model
+
+NUM_CANDIDATES = 100
+# Enough for a mapping that is no longer what it began as; the paper's prompt, whose two slots need no statistics: the
+# random candidates of ``draw_requests`` have none.
+SETTINGS = [
+    "prompt.stage2=configs/prompts/stage2.txt",
+    "stage2.max_steps=2",
+    "stage2.eval_every_steps=2",
+    "stage2.max_valid_contexts=4",
+    "stage2.warmup_steps=1",
+]
+FULL, LAST = "logits everywhere", "logits at the last position"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backbone (None: a random one of the shape ``tiny``), users, users at a time, and plain ways."""
+
+    backbone: str | None
+    users: int
+    step: int
+    peers: tuple[str, ...]
+
+
+# With a tiny backbone logits of a real vocabulary would be nearly all of the plain way's work: left out, in its favour.
+CASES = {
+    "tiny": Case(None, 1000, 100, (LAST,)),
+    "smollm2": Case("smollm2-135m-instruct-q4_1", 20, 1, (FULL, LAST)),
+}
+
+
+class PlainScorer:
+    """One padded row for each candidate."""
+
+    def __init__(self, config: Config, loaded: LoadedStage, device: torch.device) -> None:
+        llm = config.llm
+        self.model = load_backbone(llm.backbone, dtype=llm.dtype, attention=llm.attention).model.to(device).eval()
+        self.mapper: Any = loaded.model.slot_mapper
+        self.answers = resolve_answer_ids(loaded.backbone.tokenizer, config.prompt.yes, config.prompt.no)
+        self.device = device
+
+    @torch.inference_mode()
+    def score(self, rows: list[dict[str, Any]], peer: str) -> Tensor:
+        """Return the (N,) scores of rows as ``spell_rows`` gives them."""
+        return torch.cat([self._score_batch(rows[first : first + REFERENCE_ROWS], peer)
+                          for first in range(0, len(rows), REFERENCE_ROWS)])  # fmt: skip
+
+    def _score_batch(self, rows: list[dict[str, Any]], peer: str) -> Tensor:
+        batch = pad(rows, left=True, answers=None, device=self.device)
+        embeds = self.model.get_input_embeddings()(batch["input_ids"])
+        for kind, (row, column, vectors) in batch["slots"].items():
+            tokens = (self.mapper.pair if kind == "pair" else self.mapper.cf)(vectors)[:, 0]
+            embeds = embeds.index_put((row, column), tokens.to(embeds.dtype))
+        options = {"logits_to_keep": 1} if peer == LAST else {}
+        mask = batch["attention_mask"]
+        logits = self.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **options).logits[:, -1]
+        yes, no = self.answers
+        return (logits[:, yes] - logits[:, no]).double().cpu()
+
+
+def build_run(case: Case, data: Path, folder: Path, overrides: list[str]) -> Config:
+    """Make a run whose stage 2 has gone a few steps; its stage 1 is left out, so the backbone is the plain one."""
+    backbone = case.backbone
+    if backbone is None:
+        backbone = str(folder / "backbone")
+        write_random_backbone(Path(backbone), "tiny", CASES["smollm2"].backbone or "", torch.float32)
+    settings = [f"llm.backbone={backbone}", *SETTINGS, *overrides]
+    config = prepare_run(ROOT / "configs" / "ml1m_official.yaml", data, folder / "run", settings)
+    (folder / "run" / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    run_stage(config, RunDir(folder / "run"), "stage2")
+    return config
+
+
+def draw_requests(config: Config, users: int) -> tuple[list[RankingRequest], list[ContextBlock]]:
+    """Return validation contexts of so many users, each with a hundred random items, as requests and as blocks."""
+    data_dir = RunDir(Path(config.run.dir)).step_dir("data")
+    user_ids, item_ids = load_user_ids(data_dir), load_item_table(data_dir)["item_id"]
+    order = GlobalOrder(data_dir, load_manifest(data_dir), "valid", config.run.seed, 1024, shuffle=False)
+    requests: list[RankingRequest] = []
+    blocks: list[ContextBlock] = []
+    random = np.random.default_rng(0)
+    for block in order.iter_batches():
+        for target in block.target_offsets[:-1].tolist():
+            if len(requests) == users:
+                return requests, blocks
+            one = block.take_targets(np.full(NUM_CANDIDATES, target))
+            items = random.choice(len(item_ids), NUM_CANDIDATES, replace=False)
+            blocks.append(ContextBlock(**{**vars(one), "item_idx": items, "row_id": np.arange(NUM_CANDIDATES)}))
+            history, user = [item_ids[item] for item in one.history_items], user_ids[one.user_idx[0]]
+            as_of, candidates = int(one.timestamp[0]), [item_ids[item] for item in items]
+            requests.append(RankingRequest(user, history, candidates, as_of))
+    raise SystemExit(f"the validation rows have {len(requests)} contexts, {users} are wanted")
+
+
+def measure(case: Case, config: Config, users: int) -> dict[str, Any]:
+    """Let both ways score the same users in turn, some at a time."""
+    run_dir = RunDir(Path(config.run.dir))
+    recommender = load_recommender(run_dir.path)
+    loaded = load_stage_model(config, run_dir, "stage2", recommender.device)
+    plain = PlainScorer(config, loaded, recommender.device)
+    requests, blocks = draw_requests(config, users)
+    samples: dict[str, list[float]] = {side: [] for side in ("ours", *case.peers)}
+    worst, largest = 0.0, 0.0
+    for first in range(-case.step, len(requests), case.step):  # the first time is a warm-up
+        part = slice(max(first, 0), max(first, 0) + case.step)
+        with torch.no_grad():
+            rows = [row for block in blocks[part] for row in spell_rows(loaded, block)]
+        ours, seconds = _time(lambda part=part: np.concatenate(recommender.score(requests[part])))
+        took = {"ours": seconds}
+        for peer in case.peers:
+            theirs, took[peer] = _time(lambda rows=rows, peer=peer: plain.score(rows, peer).numpy())
+            worst = max(worst, float(np.abs(ours - theirs).max()))
+        if first >= 0:
+            largest = max(largest, float(np.abs(ours).max()))
+            for side, value in took.items():
+                samples[side].append(value)
+            print({side: round(value, 3) for side, value in took.items()}, flush=True)
+    seconds_of = {side: sum(values) for side, values in samples.items()}
+    return {
+        "users": users,
+        "candidates": NUM_CANDIDATES,
+        "seconds": seconds_of,
+        "ratio": {peer: seconds_of[peer] / seconds_of["ours"] for peer in case.peers},
+        "ratio_by_part": {peer: [theirs / ours for theirs, ours in zip(samples[peer], samples["ours"], strict=True)]
+                          for peer in case.peers},
+        "users_per_second": {side: users / one for side, one in seconds_of.items()},
+        "largest_difference": worst,
+        "largest_score": largest,
+        "samples": samples,
+    }  # fmt: skip
+
+
+def _time(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work()  # scores are on the host when it returns
+    return result, time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure case after case; the result is written after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with interactions.parquet and items.parquet")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--users", type=int, help="users of each case, in the place of 1,000 and 20")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both ways")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = arguments.output / f"ranking_{name_device()}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+    for name in arguments.cases:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            config = build_run(case, arguments.data, Path(folder), arguments.overrides)
+            found[name] = measure(case, config, arguments.users or case.users)
+        found[name]["backbone"] = case.backbone or "random, 2 layers of width 64"
+        record = {
+            "question": __doc__.splitlines()[0],
+            "ratio": {one: values["ratio"] for one, values in found.items()},
+            "cases": found,
+            "config": {"threads": arguments.threads, "plain_rows": REFERENCE_ROWS, "dtype": config.llm.dtype},
+            "hardware": describe_hardware(),
+            "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
+        }
+        write_json(path, record)
+        print(f"{name}: {found[name]['ratio']}, largest difference {found[name]['largest_difference']:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
