@@ -88,7 +88,7 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
         ConfigError: the prompt, the answers or the backbone do not fit.
         ArtifactError: a step before it is not done.
     """
-    backbone = load_llm(config.llm)
+    backbone = load_llm(config.llm, None if isinstance(stage, Stage1) else _find_merged(config, run_dir))
     answers = resolve_answer_ids(backbone.tokenizer, config.prompt.yes, config.prompt.no)
     manifest = load_manifest(run_dir.step_dir("data"))
     adapter, mapper, cf_model = None, None, None
@@ -104,8 +104,6 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
             seed=config.run.seed,
         )
     else:
-        if config.stage1.enabled:
-            backbone = _load_merged(config, run_dir, backbone)
         cf_model = load_cf_model(run_dir, manifest)
         collator = build_collator(
             config,
@@ -159,11 +157,14 @@ def _wrap_layers(config: Config, model: CollmModel) -> None:
         enable_activation_checkpointing(model.decoder)
 
 
-def _load_merged(config: Config, run_dir: RunDir, backbone: Backbone) -> Backbone:
+def _find_merged(config: Config, run_dir: RunDir) -> Path | None:
+    """Return the folder of the backbone that stage 1 has left, None where the published one is read."""
+    if not config.stage1.enabled:
+        return None
     folder = run_dir.step_dir("stage1") / "merged"
     if not (folder / "config.json").exists():
         raise ArtifactError(f"{folder} is missing: run stage 1 first, or set stage1.enabled=false")
-    return Backbone(load_llm(config.llm, folder).model, backbone.tokenizer, backbone.source)
+    return folder
 
 
 def _build_prefix_cache(config: Config) -> PrefixCache | None:

@@ -1,0 +1,163 @@
+"""A finished run as a folder to hand on: parts that plain peft and transformers load, and all that ranking needs.
+
+README.md             model card: data, metrics with baselines and intervals, settings, licences
+adapter/              LoRA adapter of stage 1, for ``PeftModel.from_pretrained(backbone, "adapter")``
+model/                backbone with the adapter merged, for ``AutoModelForCausalLM.from_pretrained("model")``
+mapping.safetensors   stage 2's mapping from collaborative vectors to soft tokens
+cf/                   collaborative models (safetensors)
+data/                 ids, titles and the log, from which a user's history and statistics come
+prompt/               the prompts that were trained on
+records/, config.yaml what was done, with which settings
+export.json           SHA-256 of every file; written last
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from collm_dist.artifacts import STEPS, RunDir, compute_file_hash, explain_disk_errors, sync_files, write_json
+from collm_dist.config import Config
+from collm_dist.config_io import dump_config, load_config
+from collm_dist.data.manifest import load_manifest
+from collm_dist.errors import ArtifactError
+from collm_dist.serving.model_card import Licences, write_card
+from collm_dist.serving.recommender import check_settings, find_stage
+from collm_dist.tuning.stages import StageName
+
+FORMAT_VERSION = 1
+INDEX = "export.json"
+# Where the parts of an export lie in a run directory; folders end with a slash.
+PLACES = {
+    "adapter/": "stage1/adapter/",
+    "model/": "stage1/merged/",
+    "mapping.safetensors": "stage2/mapping.safetensors",
+    "cf/": "cf/",
+    "data/": "data/",
+    **{f"records/{step}.json": str(RunDir(Path()).record_path(step)) for step in STEPS},
+}
+
+
+def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licences) -> Path:
+    """Write a finished run's export and return its folder, which appears whole or not at all.
+
+    Args:
+        config: the run's settings.
+        run_dir: of the run; its stage 2 is done, or its stage 1.
+        folder: new.
+        licences: for the model card.
+
+    Raises:
+        ArtifactError: the folder is there already; or the run is not finished, damaged, or of other settings.
+    """
+    stage = find_stage(run_dir)
+    config = check_settings(config, run_dir)
+    with _make_whole(folder) as part:
+        for source, name in _list_sources(run_dir):
+            target = part / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        (part / "prompt").mkdir()
+        stages: tuple[StageName, ...] = ("stage1", "stage2")
+        for name in stages:
+            if run_dir.is_done(name):
+                prompt = run_dir.read_record(name)["fingerprint"]["input.prompt"]
+                (part / "prompt" / f"{name}.txt").write_text(prompt, encoding="utf-8")
+        (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_card(part / "README.md", config, run_dir, stage, licences)
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        index = {path.relative_to(part).as_posix(): compute_file_hash(path) for path in files}
+        write_json(part / INDEX, {"format_version": FORMAT_VERSION, "stage": stage, "files": index})
+    return folder
+
+
+def import_model(folder: Path, run_dir: RunDir) -> RunDir:
+    """Make a run directory out of an export, fit for ``load_recommender``; it appears whole or not at all.
+
+    What training alone needs, the shards, is not among it.
+
+    Args:
+        folder: what ``export_model`` wrote.
+        run_dir: new.
+
+    Raises:
+        ArtifactError: the export is incomplete, damaged or of another version, or the run directory is there already.
+        ConfigError: its settings are none of this version.
+    """
+    index = _read_index(folder)
+    config = load_config(folder / "config.yaml")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.path)})})
+    with _make_whole(run_dir.path) as part:
+        for name in index:
+            place = _find_place(name)
+            if place is not None:
+                target = part / place
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, target)
+        (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return run_dir
+
+
+def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
+    """Yield the files of an export and their names in it."""
+    data_dir = run_dir.step_dir("data")
+    wanted = {data_dir / bucket.path for bucket in load_manifest(data_dir).buckets}
+    wanted |= {data_dir / "users.parquet", data_dir / "items.parquet"}
+    wanted |= set(run_dir.step_dir("cf").glob("*.safetensors"))
+    for name, place in PLACES.items():
+        source = run_dir.path / place
+        if not place.endswith("/"):
+            if source.exists():
+                yield source, name
+            continue
+        for path in sorted(source.rglob("*")):
+            if path.is_file() and (name in ("adapter/", "model/") or path in wanted):
+                yield path, name + path.relative_to(source).as_posix()
+
+
+def _find_place(name: str) -> str | None:
+    """Return where a file of an export lies in a run directory, None for what is only for readers."""
+    if name in PLACES:
+        return PLACES[name]
+    head, _, rest = name.partition("/")
+    return PLACES[f"{head}/"] + rest if f"{head}/" in PLACES else None
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return an export's files with their hashes, each of which has been checked."""
+    path = folder / INDEX
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, files = record["format_version"], dict(record["files"])
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: give the folder that launch/export_model.py wrote") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): copy the export again") from None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
+    for name, expected in files.items():
+        one = PurePosixPath(name)
+        if one.is_absolute() or ".." in one.parts:
+            raise ArtifactError(f"{path} names {name!r}, which is no file of an export")
+        source = folder / name
+        if source.is_symlink() or not source.is_file() or compute_file_hash(source) != expected:
+            raise ArtifactError(f"{source} is missing or damaged (its SHA-256 is not that of {INDEX}): copy it again")
+    return files
+
+
+@contextmanager
+def _make_whole(folder: Path) -> Iterator[Path]:
+    """Fill a folder beside one that is to be; it gets the name when it is complete and on the disk."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} is there already; name a new folder, or remove it")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was interrupted
+    with explain_disk_errors(folder):
+        part.mkdir(parents=True)
+        yield part
+        sync_files(part)
+        part.replace(folder)

@@ -1,0 +1,112 @@
+"""The model card of an export: what was trained on what, how good it is beside baselines, and under which licences."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from collm_dist.artifacts import RunDir
+from collm_dist.config import Config
+from collm_dist.data.manifest import load_manifest
+from collm_dist.tuning.stages import StageName
+
+
+@dataclass(frozen=True)
+class Licences:
+    """Under which the parts are passed on, in the words of whoever exports them."""
+
+    model: str
+    backbone: str
+    data: str
+
+
+_USE = """## Use
+
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("model")       # the text model alone, adapter merged
+
+    from peft import PeftModel
+    PeftModel.from_pretrained(backbone, "adapter")              # the same as an adapter of the published backbone
+
+The whole recommender, with collaborative vectors as soft tokens, is made a run directory again by collm-dist:
+
+    python launch/import_model.py --input <this folder> --run-dir runs/imported
+    python -c "import collm_dist; print(collm_dist.load_recommender('runs/imported').rank(history=[...], top_k=5))"
+"""
+
+
+def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, licences: Licences) -> None:
+    """Write the card of a finished run.
+
+    Args:
+        path: of the file.
+        config: the run's settings.
+        run_dir: of the run; its report goes into the card if there is one.
+        stage: whose scores the model gives.
+        licences: as stated by whoever exports.
+    """
+    base = _find_base(config, run_dir)
+    head = ["---", f"license: {json.dumps(licences.model)}", f"base_model: {json.dumps(base)}", "library_name: peft",
+            "tags: [recommendation, collm]", "---", ""]  # fmt: skip
+    lines = [
+        "# A recommender that reads titles and collaborative vectors",
+        "",
+        f"`{base}`, LoRA-tuned on text prompts (stage 1)"
+        + (", with a mapping from collaborative vectors to soft tokens (stage 2)" if stage == "stage2" else "")
+        + ", after CoLLM (Zhang et al., arXiv 2310.19488). A score is "
+        + ("the logit of Yes minus that of No" if config.prompt.score == "yes_minus_no" else "the logit of Yes")
+        + " after the prompt in `prompt/`.",
+        "",
+        _USE,
+        *_describe_data(run_dir),
+        "",
+        "## Licences",
+        "",
+        "| part | licence |",
+        "|:--|:--|",
+        f"| this model | {licences.model} |",
+        f"| backbone `{base}` | {licences.backbone} |",
+        f"| training data, of which `data/` holds ids, titles and events | {licences.data} |",
+        "",
+        "## Settings",
+        "",
+        "`config.yaml` has them all, `records/` what each step was made from.",
+        "",
+        *_describe_metrics(run_dir),
+    ]
+    path.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+
+
+def _find_base(config: Config, run_dir: RunDir) -> str:
+    """Return the backbone's public name; the adapter has it without a path of the machine that trained it."""
+    path = run_dir.step_dir("stage1") / "adapter" / "adapter_config.json"
+    if path.exists():
+        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return Path(config.llm.backbone).name if Path(config.llm.backbone).exists() else config.llm.backbone
+
+
+def _describe_data(run_dir: RunDir) -> list[str]:
+    manifest = load_manifest(run_dir.step_dir("data"))
+    lines = [
+        "## Data",
+        "",
+        f"{manifest.num_users:,} users, {manifest.num_items:,} items, {manifest.feedback} feedback.",
+        "",
+        "| split | rows | from | to |",
+        "|:--|--:|:--|:--|",
+    ]
+    for name, split in manifest.splits.items():
+        days = [datetime.fromtimestamp(one, UTC).date() for one in (split.first_timestamp, split.last_timestamp)]
+        lines.append(f"| {name} | {split.rows:,} | {days[0]} | {days[1]} |")
+    return lines
+
+
+def _describe_metrics(run_dir: RunDir) -> list[str]:
+    """Return the run's report, its headings a level lower and without its figures."""
+    path = run_dir.step_dir("eval") / "report.md"
+    if not run_dir.is_done("eval") or not path.exists():
+        return ["## Evaluation", "", "The run was not evaluated."]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [f"#{line}" if line.startswith("#") else line for line in lines if not line.startswith("![")]
