@@ -109,7 +109,7 @@ def measure(batches: Iterator[ContextBlock], collator: PromptCollator | None, se
             counts = collator.count_tokens(block)
             for piece in plan_micro_batches(block, counts, 0, 1, MAX_TOKENS):
                 batch = collator.collate(piece, block)
-                tokens += batch.tree_ids.numel() + batch.prefix_ids.numel()
+                tokens += batch.num_tokens
         if time.perf_counter() - wall > seconds:
             break
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -119,8 +119,8 @@ def spell_rows(loaded: LoadedStage, block: ContextBlock) -> list[dict[str, Any]]
     rows = []
     for target in range(block.num_targets):
         batch = collator.collate(block.take_targets(np.array([target])), block)
-        start = int(batch.prefix_lengths[0])
-        ids = batch.prefix_ids[0, :start].tolist() + batch.tree_ids[0].tolist()
+        first = batch.header_ids.tolist() + batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist()
+        start, ids = len(first), first + batch.tree_ids[0].tolist()
         slots: list[Any] = []
         if vectors is not None:
             user_inputs = batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps

@@ -1,12 +1,12 @@
 """The tensors of one micro-batch: what data/ renders and llm/ reads, so that neither imports the other.
 
-A context is computed once and shared by all its targets. Its tokens come in up to three regions: the *constant
-prefix* (before the first slot; in stage 2 nothing in it trains), the *context tail* and one *branch* for each target.
-Prefix and tree are two padded matrices with one row a context; a tree row holds the tail, then the branches one after
-the other. A token sees its row's prefix, the tail before it, and its own branch before it; never another branch.
+A context is computed once and shared by all its targets; the *header*, the text that all prompts begin with, once for all
+contexts. A context's other tokens come in up to three regions: the *constant prefix* (before the first slot; in stage 2 nothing in it trains), the *context tail* and one *branch* for each target.
+Prefix and tree are two padded matrices; a tree row holds a context's tail, then the branches one after the other, and
+rows whose prefixes are equal name the same one. A token sees the header, its row's prefix, the tail before it, and its own branch before it; never another branch.
 Position ids say where a token would stand in the plain prompt of its own target.
 
-Shapes: C contexts (rows), P prefix tokens, T tree tokens, N targets, Q user queries, H history items, F pair features.
+Shapes: C contexts (rows), U prefixes, P prefix tokens, T tree tokens, N targets, Q user queries, H history items, F pair features.
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ class PromptBatch:
     """One micro-batch of C contexts with N targets in all. Integers are int64 unless said otherwise.
 
     Attributes:
-        prefix_ids: (C, P) token ids, right-padded; P is 0 where no prefix is split off (stage 1).
-        prefix_lengths: (C,) valid tokens of each prefix row.
-        prefix_keys: (C,) uint64 array on the host, equal where prefixes are.
+        header_ids: token ids of the header; empty where rows do not differ after it.
+        prefix_ids: (U, P) token ids, right-padded, no two rows alike; P is 0 where no prefix is split off (stage 1).
+        prefix_lengths: (U,) valid tokens of each.
+        prefix_keys: (U,) uint64 array on the host, what the prefixes are known by.
+        prefix_rows: (C,) the prefix of each context.
+        prefix_places: where in the (U * P) columns the valid tokens stand.
         context_keys: (C,) hashes that name the rows' contexts.
         tree_ids: (C, T) token ids, right-padded; a slot's columns hold any valid id.
         tree_branches: (C, T) 0 = context tail, 1.. = target of the row, -1 = padding.
-        tree_positions: (C, T) position ids (prefix included), 0 at padding.
+        tree_positions: (C, T) position ids (header and prefix included), 0 at padding.
+        tree_places: where in the (C * T) columns the tokens stand that are no padding.
         last_rows, last_cols: (N,) where each target's last token stands in the tree.
         user_slots, item_slots, pair_slots: the slots by kind.
         user_idx: (Q,) dense user of each query, -1 = unknown.
@@ -63,13 +67,17 @@ class PromptBatch:
         row_ids: (N,) row ids of the targets.
     """
 
+    header_ids: Tensor
     prefix_ids: Tensor
     prefix_lengths: Tensor
     prefix_keys: NDArray[np.uint64]
+    prefix_rows: Tensor
+    prefix_places: Tensor
     context_keys: Tensor
     tree_ids: Tensor
     tree_branches: Tensor
     tree_positions: Tensor
+    tree_places: Tensor
     last_rows: Tensor
     last_cols: Tensor
     user_slots: Slots
@@ -84,6 +92,11 @@ class PromptBatch:
     labels: Tensor
     weights: Tensor
     row_ids: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model computes, padding left out."""
+        return len(self.header_ids) + len(self.prefix_places) + len(self.tree_places)
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """Return the same batch on another device; copies from pinned memory do not block."""

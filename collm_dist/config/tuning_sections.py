@@ -23,7 +23,7 @@ class StageConfig(Section):
     global_batch_size: int = Field(32, ge=1, description="Rows per optimizer step, over all processes.")
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
         8192,
-        "Most padded tokens in one forward pass of one process: the memory knob. auto: found before the first step by "
+        "Most tokens in one forward pass of one process: the memory knob. auto: found before the first step by "
         "a few trials, on a GPU as many as fit, on a CPU fewer if that is faster.",
     )
     num_epochs: int = Field(10, ge=1, description="Most passes over the training contexts.")
@@ -94,7 +94,7 @@ class EvaluationConfig(Section):
         True, description="Also report stage 2 with slots shuffled between rows, and the slots without the LLM."
     )
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
-        "auto", "Most padded tokens in one forward pass. auto: 16384 on a GPU, 2048 on a CPU, whose caches are small."
+        "auto", "Most tokens in one forward pass. auto: 16384 on a GPU, 2048 on a CPU, whose caches are small."
     )
 
 

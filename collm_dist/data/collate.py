@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
@@ -26,7 +26,7 @@ from collm_dist.data.hashing import hash_integers, to_unit_interval
 from collm_dist.data.interactions import load_item_table
 from collm_dist.data.item_tokens import ItemTokens, load_item_tokens
 from collm_dist.data.prompts import PromptTemplate, Segment, load_prompt_text
-from collm_dist.data.ragged import Ragged, join_columns, repeat_values, to_offsets
+from collm_dist.data.ragged import Ragged, join_columns, repeat_values, take_distinct, to_offsets
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import PromptBatch, Slots
@@ -37,11 +37,12 @@ _SLOT_CODES = {"<UserID>": USER, "<TargetItemID>": ITEM, "<MatchID>": PAIR}
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a block: (C,) constant prefix, (C,) context tail, (N,) branches."""
+    """Tokens of a block: (C,) constant prefixes, (C,) context tails, (N,) branches, and the header before them all."""
 
     prefix: IntArray
     tail: IntArray
     branch: IntArray
+    header: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class PromptCollator:
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._bos: list[int] = [bos] if begins else []
+        self._header = self._find_header()
         self._filler_id = bos if bos is not None else 0
         self._budget = max_prompt_tokens - self._count_fixed_tokens()
         if self._budget < len(self._empty):
@@ -120,6 +122,14 @@ class PromptCollator:
                 f"{max_prompt_tokens - self._budget + len(self._empty)} tokens before any history is shown; raise "
                 "it, or lower prompt.max_title_tokens"
             )
+
+    def _find_header(self) -> list[int]:
+        """Return the tokens that all prompts begin with, if what follows them in their region differs."""
+        region = self.template.prefix or self.template.tail
+        if not any(segment.is_field for segment in region):
+            return []
+        texts = itertools.takewhile(lambda segment: not segment.is_field, region)
+        return self._bos + [token for segment in texts for token in self._texts[segment.text]]
 
     def _count_fixed_tokens(self) -> int:
         """Tokens that every prompt has, with the longest target title: what a prompt shows is then no matter of which
@@ -141,6 +151,7 @@ class PromptCollator:
         scoring = copy.copy(self)
         context = self.template.prefix + self.template.tail
         scoring.template = dataclasses.replace(self.template, prefix=context, tail=())
+        scoring._header = scoring._find_header()
         return scoring
 
     def cut_contexts(self, block: ContextBlock) -> ContextBlock:
@@ -155,7 +166,7 @@ class PromptCollator:
     def count_tokens(self, block: ContextBlock) -> TokenCounts:
         """Return how many tokens the block's prompts have."""
         prefix, tail, branch = self._lay_out(block, self._show_history(block)[0])
-        return TokenCounts(prefix.lengths, tail.lengths, branch.lengths)
+        return TokenCounts(prefix.lengths, tail.lengths, branch.lengths, len(self._header))
 
     def collate(self, block: ContextBlock | None, example: ContextBlock, masking: Masking | None = None) -> PromptBatch:
         """Lay out a micro-batch.
@@ -183,20 +194,27 @@ class PromptCollator:
         number = np.arange(block.num_targets) - block.target_offsets[owner] + 1
         tree_branches = np.where(np.arange(width) < tail.lengths[:, None], 0, -1)
         tree_branches[branch_rows, branch_cols] = number[branch.rows]
-        tree_positions = np.where(tree_branches == 0, prefix.lengths[:, None] + np.arange(width), 0)
-        start = prefix.lengths + tail.lengths
+        start = len(self._header) + prefix.lengths
+        tree_positions = np.where(tree_branches == 0, start[:, None] + np.arange(width), 0)
+        start = start + tail.lengths
         tree_positions[branch_rows, branch_cols] = start[branch_rows] + branch.columns
         last = branch.offsets[1:] - 1
 
         contexts = hash_integers(0, block.user_idx, block.num_likes).view(np.int64)
         slots = self._find_slots(block, contexts, codes, tree_branches, shown, masking)
+        prefix, prefix_keys, prefix_rows = take_distinct(prefix)
+        prefix_width = int(prefix.lengths.max(initial=0))
         arrays: dict[str, Any] = {
-            "prefix_ids": prefix.to_matrix(int(prefix.lengths.max(initial=0)), self._filler_id),
+            "header_ids": np.array(self._header, dtype=np.int64),
+            "prefix_ids": prefix.to_matrix(prefix_width, self._filler_id),
             "prefix_lengths": prefix.lengths,
+            "prefix_rows": prefix_rows,
+            "prefix_places": prefix.rows * prefix_width + prefix.columns,
             "context_keys": contexts,
             "tree_ids": np.where(codes < 0, self._filler_id, codes),
             "tree_branches": tree_branches,
             "tree_positions": tree_positions,
+            "tree_places": np.flatnonzero(tree_branches >= 0),
             "last_rows": branch_rows[last],
             "last_cols": branch_cols[last],
             "pair_features": compute_pair_features(block),
@@ -206,7 +224,7 @@ class PromptCollator:
             **self.list_user_queries(block),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
-        return PromptBatch(**tensors, prefix_keys=_hash_rows(prefix), **slots)
+        return PromptBatch(**tensors, prefix_keys=prefix_keys, **slots)
 
     def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
         """Return the items shown in each context, and how many were dropped because the prompt was too long."""
@@ -226,21 +244,19 @@ class PromptCollator:
         return shown.take_last(kept), len(shown.values) - int(kept.sum())
 
     def _lay_out(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, Ragged, Ragged]:
-        """Return prefix (C rows), tail (C rows) and branches (N rows) as token ids and slot codes."""
+        """Return prefix (C rows), tail (C rows) and branches (N rows), after the header, as token ids and slot codes."""
         contexts, targets = block.num_contexts, block.num_targets
-        prefix, tail = list(self.template.prefix), list(self.template.tail)
-        first = prefix or tail
-        start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and first else []
-        head = [self._lay_out_context(one, shown) for one in prefix]
-        rest = [self._lay_out_context(one, shown) for one in tail]
-        if prefix:
-            head = start + head
-        else:
-            rest = start + rest
+        first = self.template.prefix or self.template.tail
+        start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and not self._header else []
+        rest = list(itertools.dropwhile(lambda segment: not segment.is_field, first)) if self._header else first
+        laid = [*start, *(self._lay_out_context(one, shown) for one in rest)] if first else []
+        head, tail = laid, [self._lay_out_context(one, shown) for one in self.template.tail]
+        if not self.template.prefix:
+            head, tail = [], laid
         branch = [self._lay_out_target(one, block) for one in self.template.branch]
         if self._bos and not first:
             branch.insert(0, repeat_values(self._bos, np.ones(targets, dtype=bool)))
-        return join_columns(head, contexts), join_columns(rest, contexts), join_columns(branch, targets)
+        return join_columns(head, contexts), join_columns(tail, contexts), join_columns(branch, targets)
 
     def _lay_out_context(self, segment: Segment, shown: Ragged) -> Ragged:
         contexts = len(shown.offsets) - 1
@@ -328,13 +344,6 @@ class PromptCollator:
             "user_target": block.item_idx,
             "user_timestamps": block.timestamp,
         }
-
-
-def _hash_rows(ragged: Ragged) -> NDArray[np.uint64]:
-    """Return a hash of each row's contents."""
-    hashes = np.zeros(len(ragged.offsets) - 1, dtype=np.uint64)
-    np.add.at(hashes, ragged.rows, hash_integers(0, ragged.columns, ragged.values))
-    return hashes
 
 
 def _to_slots(

@@ -31,15 +31,13 @@ class _Unit:
         rows: the targets of each row.
         prefix: tokens that the rows share.
         tree: tokens of the longest row.
+        tokens: of all rows, and of the prefix.
     """
 
     rows: list[IntArray]
     prefix: int
     tree: int
-
-    @property
-    def tokens(self) -> int:
-        return self.prefix + len(self.rows) * self.tree
+    tokens: int
 
 
 def plan_micro_batches(
@@ -51,8 +49,7 @@ def plan_micro_batches(
         block: the global batch.
         counts: its tokens.
         rank, world_size: of this process.
-        max_tokens: most padded tokens of a micro-batch: contexts times the longest prefix, and rows times the longest
-            row.
+        max_tokens: most tokens of a micro-batch: the header's, its prefixes' and its rows'.
 
     Returns:
         The same number on all processes; None where one has less to do than others.
@@ -60,14 +57,15 @@ def plan_micro_batches(
     Raises:
         ConfigError: a single row exceeds ``max_tokens``.
     """
+    room = max_tokens - counts.header
     slices: list[list[_Unit]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     # Longest first to whoever has least: within a few percent of the best division.
-    for unit in sorted(_list_units(block, counts, max_tokens), key=lambda one: -one.tokens):
+    for unit in sorted(_list_units(block, counts, room), key=lambda one: -one.tokens):
         least = loads.index(min(loads))
         slices[least].append(unit)
         loads[least] += unit.tokens
-    plans = [_pack(units, max_tokens) for units in slices]
+    plans = [_pack(units, room) for units in slices]
     most = max(len(plan) for plan in plans)
     mine: list[ContextBlock | None] = [_take_rows(block, rows) for rows in plans[rank]]
     return mine + [None] * (most - len(mine))
@@ -92,18 +90,18 @@ def _list_units(block: ContextBlock, counts: TokenCounts, max_tokens: int) -> li
         if (too_long := sizes > room).any():
             target = int(too_long.argmax())
             raise ConfigError(
-                f"max_tokens_per_micro_batch={max_tokens}: row {block.row_id[targets[target]]} alone has "
-                f"{prefix + tail + sizes[target]} tokens; raise it to at least that, or lower prompt.max_prompt_tokens"
+                f"max_tokens_per_micro_batch={counts.header + max_tokens}: row {block.row_id[targets[target]]} alone has "
+                f"{counts.header + prefix + tail + sizes[target]} tokens; raise it to at least that, or lower prompt.max_prompt_tokens"
             )
         rows: list[IntArray] = []
-        tree = 0
+        tree, tokens = 0, prefix
         for row, size in _fill(targets, sizes, min(room, MAX_TREE_TOKENS - tail) if prefix else room):
-            if rows and prefix + (len(rows) + 1) * max(tree, tail + size) > max_tokens:
-                units.append(_Unit(rows, prefix, tree))
-                rows, tree = [], 0
+            if rows and tokens + tail + size > max_tokens:
+                units.append(_Unit(rows, prefix, tree, tokens))
+                rows, tree, tokens = [], 0, prefix
             rows.append(row)
-            tree = max(tree, tail + size)
-        units.append(_Unit(rows, prefix, tree))
+            tree, tokens = max(tree, tail + size), tokens + tail + size
+        units.append(_Unit(rows, prefix, tree, tokens))
     return units
 
 
@@ -119,17 +117,13 @@ def _fill(targets: IntArray, sizes: IntArray, room: int) -> Iterator[tuple[IntAr
 
 
 def _pack(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
-    """Pack units of similar length into micro-batches and return their rows."""
+    """Pack units of similar length, whose rows attention pads least, into micro-batches and return their rows."""
     batches: list[list[IntArray]] = []
-    prefix = tree = contexts = 0
-    for unit in sorted(units, key=lambda one: (one.tree, one.prefix, int(one.rows[0][0]))):
-        wide_prefix, wide_tree = max(prefix, unit.prefix), max(tree, unit.tree)
-        tokens = wide_prefix * (contexts + 1)
-        if batches:
-            tokens += wide_tree * (len(batches[-1]) + len(unit.rows))
-        if not batches or tokens > max_tokens:
+    tokens = 0
+    for unit in sorted(units, key=lambda one: (one.prefix, one.tree, int(one.rows[0][0]))):
+        if not batches or tokens + unit.tokens > max_tokens:
             batches.append([])
-            prefix = tree = contexts = 0
+            tokens = 0
         batches[-1] += unit.rows
-        prefix, tree, contexts = max(prefix, unit.prefix), max(tree, unit.tree), contexts + 1
+        tokens += unit.tokens
     return batches

@@ -26,9 +26,9 @@ def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any
     for name, slots in kinds.items():
         for column in slots.cols.tolist():
             marks[column] = f"⟦{name}⟧"
-    prefix = batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist() if batch.prefix_ids.numel() else []
-    pieces: list[str] = [tokenizer.decode(prefix), "⟪"] if prefix else []
-    pending: list[int] = []
+    header, prefix = batch.header_ids.tolist(), batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist()
+    pieces: list[str] = [tokenizer.decode(header + prefix), "⟪"] if prefix else []
+    pending: list[int] = [] if prefix else header
     skip = 0
     for column, token in enumerate(batch.tree_ids[0].tolist()):
         if column in marks:
@@ -70,8 +70,8 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
             context = block.target_contexts[target]
             parts = (int(counts.prefix[context]), int(counts.tail[context]), int(counts.branch[target]))
             label = "like" if block.label[target] else "dislike"
-            print(f"\n{stage}, row {block.row_id[target]} ({label}); tokens: {sum(parts)} "
-                  f"(prefix {parts[0]}, context tail {parts[1]}, target {parts[2]})")  # fmt: skip
+            print(f"\n{stage}, row {block.row_id[target]} ({label}); tokens: {counts.header + sum(parts)} "
+                  f"(header {counts.header}, prefix {parts[0]}, context tail {parts[1]}, target {parts[2]})")  # fmt: skip
             print(render_example(collator, block.take_targets(np.array([target])), tokenizer))
         print(f"\n{stage}: {collator.num_cut_titles} item texts are cut at prompt.max_title_tokens; "
               f"{collator.num_dropped_history} history items were dropped in these prompts")  # fmt: skip

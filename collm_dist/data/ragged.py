@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm_dist.data.context_block import IntArray
+from collm_dist.data.hashing import hash_integers
 
 
 def to_offsets(lengths: IntArray) -> IntArray:
@@ -90,3 +91,12 @@ def join_columns(parts: Sequence[Ragged], num_rows: int) -> Ragged:
     for part, start in zip(parts, starts, strict=True):
         values[offsets[part.rows] + start[part.rows] + part.columns] = part.values
     return Ragged(offsets, values)
+
+
+def take_distinct(ragged: Ragged) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
+    """Return the rows that differ, in the order of their first occurrence, a hash of each, and which one each row is."""
+    hashes = np.zeros(len(ragged.offsets) - 1, dtype=np.uint64)
+    np.add.at(hashes, ragged.rows, hash_integers(0, ragged.columns, ragged.values))
+    _, firsts, numbers = np.unique(hashes, return_index=True, return_inverse=True)
+    kept = np.sort(firsts)
+    return ragged.take(kept), hashes[kept], np.searchsorted(kept, firsts)[numbers]

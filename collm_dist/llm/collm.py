@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.mapping import SlotMapper
 from collm_dist.llm.prefix_cache import PrefixCache
-from collm_dist.llm.shared_context import FrozenCache, run_prefix, run_tree
+from collm_dist.llm.shared_context import Prefix, run_prefix, run_tree
 from collm_dist.prompt_batch import PromptBatch, Slots
 
 
@@ -117,27 +116,26 @@ class CollmModel(nn.Module):
         if self._dropout_masks is not None and self.training:
             self._dropout_masks.draw(batch, dropout_key)
         embed = self.backbone.get_input_embeddings()
-        prefix = self._run_prefix(batch) if batch.prefix_ids.shape[1] > 0 else None
+        has_prefix = batch.prefix_ids.shape[1] > 0
+        header = embed(batch.header_ids) if len(batch.header_ids) else None
+        prefix = self._run_prefix(batch, header) if has_prefix else None
         embeds = self._insert_slots(embed(batch.tree_ids), batch)
-        hidden = run_tree(self.decoder, embeds, batch.tree_branches, batch.tree_positions, prefix, batch.prefix_lengths)
+        branches, positions = batch.tree_branches, batch.tree_positions
+        own_header = None if has_prefix else header
+        hidden = run_tree(self.decoder, embeds, branches, positions, prefix, batch.tree_places, own_header)
         return self._compute_scores(hidden[batch.last_rows, batch.last_cols])
 
     @torch.no_grad()
-    def _run_prefix(self, batch: PromptBatch) -> FrozenCache:
+    def _run_prefix(self, batch: PromptBatch, header: Tensor | None) -> Prefix:
         """Return the keys and values of each row's prefix; equal ones are computed once."""
         embed = self.backbone.get_input_embeddings()
-        keys, firsts, places = np.unique(batch.prefix_keys, return_index=True, return_inverse=True)
-        ids, lengths = batch.prefix_ids, batch.prefix_lengths
-        is_shared = len(keys) < len(ids)
-        if is_shared:
-            rows = torch.from_numpy(firsts).to(ids.device)
-            ids, lengths = ids[rows], lengths[rows]
+        ids, lengths, places = batch.prefix_ids, batch.prefix_lengths, batch.prefix_places
         if self.prefix_cache is not None:
-            found = (keys if is_shared else batch.prefix_keys).tolist()
-            prefix = self.prefix_cache.run(self.decoder, embed, ids, lengths, found)
+            keys = batch.prefix_keys.tolist()
+            prefix = self.prefix_cache.run(self.decoder, embed, ids, lengths, keys, places, header)
         else:
-            prefix = run_prefix(self.decoder, embed(ids), lengths)
-        return prefix.take_rows(torch.from_numpy(places).to(ids.device)) if is_shared else prefix
+            prefix = run_prefix(self.decoder, embed(ids), lengths, places, header)
+        return prefix.take_rows(batch.prefix_rows) if len(batch.prefix_rows) > len(ids) else prefix
 
     def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
         """Put the soft tokens in their places; (C, T, D) -> (C, T, D)."""

@@ -1,10 +1,11 @@
 """Dropout of an adapter's inputs whose masks follow from counters, not from the order of calls.
 
-What a token loses is a function of the seed and step, of whose token it is (its context's, or in a branch its row's),
-of its position in the prompt, and of the layer. So targets that share a context share its masks, and neither the
+What a token loses is a function of the seed and step, of whose token it is (its context's, in a branch its row's, in the
+header nobody's), of its position in the prompt, and of the layer. So targets that share a context share its masks, and neither the
 division into micro-batches nor the number of processes changes them; a layer that is recomputed drops the same again.
 
-Shapes: C contexts, T tree tokens, N targets, S sites (places in the model that drop), W numbers of a token.
+Shapes: C contexts, T tree tokens, M tree tokens without padding, N targets, S sites (places in the model that drop), W
+numbers of a token.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class DropoutMasks:
     Attributes:
         probability: of dropping a number.
         pool: independent draws, True = kept.
-        starts: (S, C, T) where in the pool each token's window starts, at each site.
+        starts: (S, 1, M) where in the pool each token's window starts, at each site.
     """
 
     def __init__(self, probability: float, num_sites: int) -> None:
@@ -50,7 +51,10 @@ class DropoutMasks:
         first = torch.searchsorted(batch.last_rows, torch.arange(len(branches), device=device))  # target of each row
         targets = (first[:, None] + branches - 1).clamp(min=0)
         owners = torch.where(branches > 0, batch.row_ids[targets], batch.context_keys[:, None])
-        tokens = _mix(_mix(owners + key) + batch.tree_positions)
+        tokens = _mix(_mix(owners + key) + batch.tree_positions).flatten()[batch.tree_places]
+        if batch.prefix_ids.shape[1] == 0:
+            header = torch.arange(len(batch.header_ids), device=device)
+            tokens = torch.cat([_mix(_mix(torch.full_like(header, key)) + header), tokens])
         sites = torch.arange(len(self.starts), device=device)[:, None, None]
         self.starts = _mix(_mix(sites) + tokens) & (_NUM_STARTS - 1)
 
@@ -73,7 +77,7 @@ class KeyedDropout(nn.Module):
         self.register_buffer("site", torch.tensor([site]), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Drop from (C, T, W) values.
+        """Drop from (1, M, W) values.
 
         Raises:
             ConfigError: the layer sees tokens in another arrangement, as an expert of a mixture does.

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
-from collm_dist.llm.shared_context import FrozenCache, run_prefix
+from collm_dist.llm.shared_context import Prefix, run_prefix
 
 
 class PrefixCache:
@@ -46,7 +45,9 @@ class PrefixCache:
         ids: Tensor,
         lengths: Tensor,
         keys: Sequence[int],
-    ) -> FrozenCache:
+        places: Tensor | None = None,
+        header: Tensor | None = None,
+    ) -> Prefix:
         """Return what ``run_prefix`` would, computing only the prefixes that are not held.
 
         Args:
@@ -54,53 +55,50 @@ class PrefixCache:
             embed: (C, P) token ids -> (C, P, D).
             ids, lengths: (C, P) right-padded prefixes and their (C,) lengths.
             keys: (C,) what the prefixes are known by.
+            places, header: see ``run_prefix``.
         """
         missing = [row for row, key in enumerate(keys) if key not in self._held]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        computed: FrozenCache | None = None
+        computed: Prefix | None = None
         if self._any_process(bool(missing)):
-            rows = torch.tensor(missing or [0], device=ids.device)
-            computed = run_prefix(decoder, embed(ids[rows]), lengths[rows])
             if len(missing) == len(keys):
-                self._hold(computed, missing, lengths, keys)
+                computed = run_prefix(decoder, embed(ids), lengths, places, header)
+                self._hold(computed, missing, keys)
                 return computed
-        whole = self._join(computed, missing, ids, keys)
+            rows = torch.tensor(missing or [0], device=ids.device)
+            computed = run_prefix(decoder, embed(ids[rows]), lengths[rows], header=header)
+        start = 0 if header is None else len(header)
+        whole = self._join(computed, missing, start + lengths, start + ids.shape[1], keys)
         if computed is not None and missing:
-            self._hold(computed, missing, lengths, keys)
+            self._hold(computed, missing, keys)
         return whole
 
-    def _hold(self, computed: FrozenCache, missing: list[int], lengths: Tensor, keys: Sequence[int]) -> None:
+    def _hold(self, computed: Prefix, missing: list[int], keys: Sequence[int]) -> None:
         """Keep what has been computed, as far as it fits; (L, 2, H, p, d) for each prefix of p tokens."""
         if self.num_bytes >= self._max_bytes:
             return
-        sizes = lengths.tolist()
+        sizes = computed.lengths.tolist()
         for place, row in enumerate(missing):
-            parts = [
-                torch.stack([layer.keys[place, :, : sizes[row]], layer.values[place, :, : sizes[row]]])
-                for layer in computed.layers
-            ]
+            parts = [torch.stack([one[place, :, : sizes[place]] for one in layer]) for layer in computed.layers]
             entry = torch.stack(parts).cpu()
             if self.num_bytes + entry.nbytes <= self._max_bytes and keys[row] not in self._held:
                 self._held[keys[row]] = entry
                 self.num_bytes += entry.nbytes
 
-    def _join(self, computed: FrozenCache | None, missing: list[int], ids: Tensor, keys: Sequence[int]) -> FrozenCache:
+    def _join(
+        self, computed: Prefix | None, missing: list[int], lengths: Tensor, columns: int, keys: Sequence[int]
+    ) -> Prefix:
         """Put held and computed prefixes into one batch."""
         found = {row: self._held[key] for row, key in enumerate(keys) if key in self._held}
         sample: Any = next(iter(found.values()))
         num_layers, _, heads, _, width = sample.shape
-        shape = (num_layers, 2, len(keys), heads, ids.shape[1], width)
-        whole = torch.zeros(shape, dtype=sample.dtype, device=ids.device)
+        shape = (num_layers, 2, len(keys), heads, columns, width)
+        whole = torch.zeros(shape, dtype=sample.dtype, device=lengths.device)
         for row, entry in found.items():
-            whole[:, :, row, :, : entry.shape[3]] = entry.to(ids.device, non_blocking=True)
-        frozen = FrozenCache()
-        for number in range(num_layers):
-            if computed is not None and missing:
-                part, rows = computed.layers[number], torch.tensor(missing, device=ids.device)
-                whole[number, 0, rows], whole[number, 1, rows] = part.keys, part.values
-            layer = DynamicLayer()
-            layer.lazy_initialization(whole[number, 0], whole[number, 1])
-            layer.keys, layer.values = whole[number, 0], whole[number, 1]
-            frozen.layers.append(layer)
-        return frozen
+            whole[:, :, row, :, : entry.shape[3]] = entry.to(lengths.device, non_blocking=True)
+        if computed is not None and missing:
+            rows = torch.tensor(missing, device=lengths.device)
+            for number, (their_keys, values) in enumerate(computed.layers):
+                whole[number, 0, rows], whole[number, 1, rows] = their_keys, values
+        return Prefix([(one[0], one[1]) for one in whole], lengths)

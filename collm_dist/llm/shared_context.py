@@ -2,48 +2,45 @@
 
 Two building blocks, used together by ``collm.CollmModel``:
 
-* *Tree rows*: one row a context holds the context's tokens and then its targets one after the other. A 4-D mask keeps
+* *Tree rows*: one row a context holds the context's tokens and then its targets one after the other. A mask keeps
   targets apart, position ids say where each token would stand in its own plain prompt.
-* *Constant prefix*: tokens that nothing trainable feeds run without gradient into a cache of keys and values, and the
-  tree rows attend to it.
+* *Constant prefix*: tokens that nothing trainable feeds run without gradient, and the tree rows attend to their keys
+  and values.
 
-Any causal decoder that computes attention from keys, a mask and position ids gives the same hidden states this way as
-for one padded row a target.
+Both run without padding (``packed_attention``). Any causal decoder that computes attention from keys, a mask and
+position ids gives the same hidden states this way as for one padded row a target.
 
-Shapes: C contexts, P prefix tokens, T tree tokens, D model width.
+Shapes: C contexts, P prefix tokens, T tree tokens, M tokens without padding, D model width.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-AttentionMask = Tensor | dict[str, Tensor]
+from collm_dist.llm.packed_attention import Masks, find_layers, run_packed, spread
 
 
-class FrozenCache(DynamicCache):  # type: ignore[misc]
-    """Keys and values of a prefix that layers read but never extend, so that a recomputed layer sees the same ones."""
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of C constant prefixes.
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Return the prefix's keys and values followed by the given ones; nothing is stored."""
-        layer = self.layers[layer_idx]
-        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+    Attributes:
+        layers: by layer, keys and values (C, heads, P, width), zero at padding.
+        lengths: (C,) of the prefixes, their header included.
+    """
 
-    def take_rows(self, rows: Tensor) -> FrozenCache:
-        """Return the cache of these rows; one may come several times."""
-        taken = FrozenCache()
-        for layer in self.layers:
-            copied = DynamicLayer()
-            copied.lazy_initialization(layer.keys, layer.values)
-            copied.keys, copied.values = layer.keys[rows], layer.values[rows]
-            taken.layers.append(copied)
-        return taken
+    layers: list[tuple[Tensor, Tensor]]
+    lengths: Tensor
+
+    def take_rows(self, rows: Tensor) -> Prefix:
+        """Return those of these rows; one may come several times."""
+        return Prefix([(keys[rows], values[rows]) for keys, values in self.layers], self.lengths[rows])
 
 
 def build_allowed(tree_branches: Tensor) -> Tensor:
@@ -61,51 +58,57 @@ def build_allowed(tree_branches: Tensor) -> Tensor:
 
 
 def build_masks(
-    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype
-) -> AttentionMask:
-    """Return the attention mask that the decoder expects, sliding windows included.
+    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype, header: int = 0
+) -> Masks:
+    """Return what attention adds to its scores: 0 or minus infinity, (C, 1, Q, K).
 
     Args:
         allowed: (C, Q, K) bool.
         query_positions, key_positions: (C, Q), (C, K) position ids; a window is measured in them.
         config: the decoder's configuration.
-        dtype: of the additive mask (eager attention); SDPA gets booleans.
-
-    Returns:
-        (C, 1, Q, K), or a mask for each attention type where the decoder's layers differ.
+        dtype: of the result.
+        header: tokens of the header, which stand first among the keys.
     """
 
     def finish(visible: Tensor) -> Tensor:
-        visible = visible[:, None]
-        if config._attn_implementation != "eager":
-            return visible
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
 
     window = getattr(config, "sliding_window", None)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if window is None or (layer_types and "sliding_attention" not in layer_types):
-        return finish(allowed)
+    if window is None:
+        return Masks(finish(allowed), None, None)
     near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    if not layer_types or layer_types == {"sliding_attention"}:
-        return finish(allowed & near)
-    return {"full_attention": finish(allowed), "sliding_attention": finish(allowed & near)}
+    starts = torch.arange(header, device=allowed.device)
+    distance = starts[:, None] - starts[None, :]
+    of_header = finish(((distance >= 0) & (distance < window))[None]) if header > window else None
+    return Masks(finish(allowed), finish(allowed & near), of_header)
 
 
 @torch.no_grad()
-def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Tensor) -> FrozenCache:
-    """Run right-padded prefixes (C, P, D) of the given lengths (C,) and return their keys and values."""
-    num_contexts, num_tokens, _ = embeds.shape
-    columns = torch.arange(num_tokens, device=embeds.device)
-    positions = columns.expand(num_contexts, -1)
-    allowed = (columns[:, None] >= columns[None, :]).expand(num_contexts, -1, -1)
-    # A plain cache, not one made from the configuration: that one drops keys outside a sliding window by column, but
-    # columns are padded here and the mask above already limits the window by position.
-    cache = DynamicCache()
-    mask = build_masks(allowed, positions, positions, decoder.config, embeds.dtype)
-    decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    frozen = FrozenCache()
-    frozen.layers = cache.layers
-    return frozen
+def run_prefix(
+    decoder: nn.Module, embeds: Tensor, lengths: Tensor, places: Tensor | None = None, header: Tensor | None = None
+) -> Prefix:
+    """Run right-padded prefixes and return their keys and values, those of the header before them.
+
+    Args:
+        decoder: the model below the language-modelling head.
+        embeds: (C, P, D) input embeddings.
+        lengths: (C,) of the prefixes.
+        places: where in (C * P) the real tokens stand; without it the device is asked.
+        header: (U, D) input embeddings of what all prefixes begin with, computed once.
+    """
+    start = 0 if header is None else len(header)
+    columns = torch.arange(embeds.shape[1], device=embeds.device)
+    if places is None:
+        places = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
+    positions = start + columns[None]
+    keys = torch.arange(start + embeds.shape[1], device=embeds.device)[None]
+    masks = build_masks(positions[:, :, None] >= keys[:, None, :], positions, keys, decoder.config, embeds.dtype, start)
+    if masks.window is None:
+        # Tokens stand before the padding of their row, and so never see it: a causal kernel needs no mask.
+        masks = Masks(None, None, None)
+    positions = positions.expand(len(embeds), -1)
+    _, layers = run_packed(decoder, embeds, positions, places, masks, header, record=True)
+    return Prefix(layers, start + lengths)
 
 
 def run_tree(
@@ -113,41 +116,49 @@ def run_tree(
     embeds: Tensor,
     branches: Tensor,
     positions: Tensor,
-    prefix: FrozenCache | None = None,
-    prefix_lengths: Tensor | None = None,
+    prefix: Prefix | None = None,
+    places: Tensor | None = None,
+    header: Tensor | None = None,
 ) -> Tensor:
-    """Run tree rows, over a prefix if there is one, and return their last hidden states.
+    """Run tree rows, over a prefix or a header if there is one, and return their last hidden states.
 
     Args:
         decoder: the model below the language-modelling head.
         embeds: (C, T, D) input embeddings.
         branches, positions: (C, T) as in ``PromptBatch``.
-        prefix, prefix_lengths: what ``run_prefix`` returned, and the (C,) lengths.
+        prefix: what ``run_prefix`` returned.
+        places: where in (C * T) the real tokens stand; without it the device is asked.
+        header: (U, D) input embeddings of what all rows begin with, computed once.
 
     Returns:
-        (C, T, D).
+        (C, T, D), zero at padding.
     """
+    if places is None:
+        places = (branches >= 0).flatten().nonzero()[:, 0]
     allowed, key_positions = build_allowed(branches), positions
-    if prefix is not None and prefix_lengths is not None:
-        prefix_columns = torch.arange(prefix.layers[0].keys.shape[-2], device=embeds.device)
-        visible = prefix_columns[None, :] < prefix_lengths[:, None]
-        allowed = torch.cat([visible[:, None, :].expand(-1, embeds.shape[1], -1), allowed], dim=2)
-        key_positions = torch.cat([prefix_columns.expand(len(positions), -1), positions], dim=1)
-    mask = build_masks(allowed, positions, key_positions, decoder.config, embeds.dtype)
-    output = decoder(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=prefix, use_cache=False
-    )
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    visible: Tensor | None = None
+    if prefix is not None:
+        visible = torch.arange(prefix.layers[0][0].shape[2], device=embeds.device) < prefix.lengths[:, None]
+    elif header is not None:
+        visible = torch.ones(1, len(header), dtype=torch.bool, device=embeds.device)
+    if visible is not None:
+        columns = torch.arange(visible.shape[1], device=embeds.device)
+        allowed = torch.cat([visible[:, None, :].expand(*branches.shape, -1), allowed], dim=2)
+        key_positions = torch.cat([columns.expand(len(positions), -1), positions], dim=1)
+    start = 0 if header is None else len(header)
+    masks = build_masks(allowed, positions, key_positions, decoder.config, embeds.dtype, start)
+    layers = prefix.layers if prefix is not None else None
+    hidden, _ = run_packed(decoder, embeds, positions, places, masks, header, layers)
+    return spread(hidden, places, *branches.shape)
 
 
 def enable_activation_checkpointing(decoder: nn.Module) -> None:
     """Make every decoder layer recompute its activations in the backward pass.
 
-    Our own wrapper, because transformers' takes the cache away from a checkpointed layer; a ``FrozenCache`` can be read
-    again without harm.
+    Our own wrapper: transformers' knows nothing of what its layers are given here.
     """
-    for layer in decoder.layers:  # type: ignore[union-attr]
-        plain_forward = layer.forward
+    for layer in find_layers(decoder):
+        plain_forward: Any = layer.forward
         layer.forward = functools.partial(_checkpointed, plain_forward)
 
 

@@ -104,21 +104,25 @@ def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cac
         training: whether there is a backward pass, over the tree alone.
         cached: whether the prefixes' keys and values are at hand.
     """
-    prefix = batch.prefix_lengths.tolist()
+    header, prefix = len(batch.header_ids), batch.prefix_lengths.tolist()
+    heads = (header + batch.prefix_lengths[batch.prefix_rows]).tolist()
     branches = batch.tree_branches
     tails = (branches == 0).sum(1).tolist()
-    trees = (branches >= 0).sum(1).tolist()
-    prefix_pairs = sum(one * one for one in prefix)
-    tree_pairs = 0
-    for row, (head, tail) in enumerate(zip(prefix, tails, strict=True)):
-        tree_pairs += tail * (head + tail)
+    constant, constant_pairs = sum(prefix), sum(one * (header + one) for one in prefix)
+    trained, trained_pairs = len(batch.tree_places), 0
+    for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+        trained_pairs += tail * (head + tail)
         for size in torch.bincount(branches[row][branches[row] > 0]).tolist():
-            tree_pairs += size * (head + tail + size)
-    flops = 0 if cached else shape.count_forward(sum(prefix), prefix_pairs)
-    flops += shape.count_forward(sum(trees), tree_pairs)
+            trained_pairs += size * (head + tail + size)
+    if constant:
+        constant, constant_pairs = constant + header, constant_pairs + header * header
+    else:
+        trained, trained_pairs = trained + header, trained_pairs + header * header
+    flops = 0 if cached else shape.count_forward(constant, constant_pairs)
+    flops += shape.count_forward(trained, trained_pairs)
     if training:
-        flops += shape.count_backward(sum(trees), tree_pairs)
-    return StepCost((0 if cached else sum(prefix)) + sum(trees), sum(trees) * training, flops)
+        flops += shape.count_backward(trained, trained_pairs)
+    return StepCost((0 if cached else constant) + trained, trained * training, flops)
 
 
 def count_padded(shape: DecoderShape, rows: int, width: int, *, training: bool, full_head: bool) -> StepCost:

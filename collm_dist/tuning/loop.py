@@ -104,7 +104,7 @@ class TuningLoop:
         Args:
             engine, collator, train_order, valid_rows: what trains on what.
             stage: its settings.
-            max_tokens: most padded tokens of a micro-batch.
+            max_tokens: most tokens of a micro-batch.
             seed: of dropout and of masking.
             mask_probability: share of slots whose vector is hidden in training.
             folder: of checkpoints.
@@ -210,7 +210,7 @@ class TuningLoop:
             self.engine.backward(loss * world_size, is_last=index == len(batches) - 1)
             finite.append(self.engine.take_finite())
             total += loss.detach()
-            window.tokens += batch.tree_ids.numel() + batch.prefix_ids.numel()
+            window.tokens += batch.num_tokens
         agreed = self._agree(total, torch.stack(finite).all())
         if not agreed.finite:
             self._leave_out(prepared, finite)

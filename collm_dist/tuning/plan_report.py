@@ -122,13 +122,14 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
     for block in blocks:
         whole = collator.collate(block, block)
         counts = collator.count_tokens(block)
-        lengths = (counts.prefix + counts.tail)[block.target_contexts] + counts.branch
+        lengths = (counts.header + counts.prefix + counts.tail)[block.target_contexts] + counts.branch
         shared += count_shared(shape, whole, training=True)
         padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
-        contexts, prefix_tokens = contexts + block.num_contexts, prefix_tokens + int(counts.prefix.sum())
+        contexts += block.num_contexts
+        prefix_tokens += int((counts.header + counts.prefix)[counts.prefix > 0].sum())
         for piece in plan_micro_batches(block, counts, 0, 1, budget):
             batch = collator.collate(piece, block)
-            largest = max(largest, (batch.tree_ids.numel(), batch.prefix_ids.numel()))
+            largest = max(largest, (len(batch.tree_places), len(batch.prefix_places)))
     return _Sample(shared, padded, contexts, prefix_tokens, largest[1], largest[0])
 
 

@@ -165,7 +165,7 @@ def plan_memory(
         layers: what ``measure_layers`` found.
         weights: bytes of the whole backbone.
         other_trainable: trainable numbers beside the adapters.
-        tree_tokens, prefix_tokens: padded tokens of the micro-batch, with gradient and without.
+        tree_tokens, prefix_tokens: tokens of the micro-batch, with gradient and without.
         element_size: bytes of a number.
         checkpointing: whether layers are recomputed.
         weight_shards: processes that share the frozen weights (ZeRO-3).

@@ -40,7 +40,7 @@ def prepare(
     Args:
         blocks: the global batches.
         collator: of the prompts.
-        max_tokens: most padded tokens of a micro-batch.
+        max_tokens: most tokens of a micro-batch.
         device: where the micro-batches go.
         masking: in training only.
 

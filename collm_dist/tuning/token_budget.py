@@ -1,6 +1,6 @@
 """``max_tokens_per_micro_batch: auto``: the most tokens that fit a forward and backward pass, or fewer if faster.
 
-Peak memory grows in proportion to a micro-batch's padded tokens. Trials at sizes that surely fit give the line; where
+Peak memory grows in proportion to a micro-batch's tokens. Trials at sizes that surely fit give the line; where
 it meets the memory that is free is the budget. Nothing is tried that might not fit, so no process can run out of memory
 while others wait for it. A GPU is fastest with as many tokens as fit. A CPU is not, since activations that outgrow its
 caches come from memory again and again: there the smallest of the trials that is nearly the fastest is taken.
@@ -61,17 +61,17 @@ def find_token_budget(
     """
     block = collator.cut_contexts(block)
     counts = collator.count_tokens(block)
-    rows = counts.prefix + counts.tail
+    rows = counts.header + counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
-    whole = _count_padded(collator.collate(block, block))
+    whole = collator.collate(block, block).num_tokens
     trials, seconds = [], []
     for tokens in TRIAL_TOKENS[device.type]:
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
         batches = [collator.collate(piece, block) for piece in pieces]
-        batch = max(batches, key=_count_padded)
+        batch = max(batches, key=lambda one: one.num_tokens)
         trials.append(_try(model, batch.to(device), max(tokens, longest), device))
         # What the whole global batch would take: small micro-batches spend less on padding.
-        seconds.append(trials[-1].seconds / trials[-1].padded_tokens * sum(map(_count_padded, batches)))
+        seconds.append(trials[-1].seconds / trials[-1].num_tokens * sum(one.num_tokens for one in batches))
     free = _measure_free(model, device)
     slope = _fit_slope(trials)
     most = min(max(free / slope, longest), max(whole, longest))
@@ -86,10 +86,10 @@ def find_token_budget(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A forward and backward pass: its budget, its padded tokens, and what it took at its peak."""
+    """A forward and backward pass: its budget, its tokens, and what it took at its peak."""
 
     max_tokens: int
-    padded_tokens: int
+    num_tokens: int
     peak_bytes: int
     seconds: float
 
@@ -100,10 +100,10 @@ def _fit_slope(trials: list[_Trial]) -> float:
     Never less than a line through zero would say of the larger one: two near measurements may be noisy.
     """
     small, large = trials[-2:]
-    through_zero = large.peak_bytes / large.padded_tokens
-    if large.padded_tokens == small.padded_tokens:
+    through_zero = large.peak_bytes / large.num_tokens
+    if large.num_tokens == small.num_tokens:
         return max(through_zero, 1.0)
-    growth = (large.peak_bytes - small.peak_bytes) / (large.padded_tokens - small.padded_tokens)
+    growth = (large.peak_bytes - small.peak_bytes) / (large.num_tokens - small.num_tokens)
     return max(growth, through_zero, 1.0)
 
 
@@ -119,11 +119,7 @@ def _try(model: CollmModel, batch: PromptBatch, max_tokens: int, device: torch.d
             torch.autograd.grad(loss, trainable, allow_unused=True)
             seconds = time.perf_counter() - started
         peak = max(peak, meter.extra_bytes)
-    return _Trial(max_tokens, _count_padded(batch), peak, seconds)
-
-
-def _count_padded(batch: PromptBatch) -> int:
-    return batch.prefix_ids.numel() + batch.tree_ids.numel()
+    return _Trial(max_tokens, batch.num_tokens, peak, seconds)
 
 
 def _measure_free(model: CollmModel, device: torch.device) -> int:

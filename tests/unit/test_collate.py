@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm_dist.data.collate import Masking, PromptCollator
+from collm_dist.data.context_block import concatenate_blocks
 from collm_dist.data.item_tokens import load_item_tokens
 from collm_dist.data.prompts import PromptTemplate
 from collm_dist.data.statistics import PAIR_FEATURES, compute_pair_features
@@ -65,7 +66,8 @@ def read_back(batch, tokens_per_slot):
     for target in range(len(batch.labels)):
         row = int(batch.last_rows[target])
         branches[row] = branches.get(row, 0) + 1
-        prefix = batch.prefix_ids[row, : batch.prefix_lengths[row]].tolist()
+        shared = batch.prefix_rows[row]
+        prefix = batch.header_ids.tolist() + batch.prefix_ids[shared, : batch.prefix_lengths[shared]].tolist()
         seen = (batch.tree_branches[row] == 0) | (batch.tree_branches[row] == branches[row])
         columns = torch.nonzero(seen)[:, 0].tolist()
         ids = prefix + batch.tree_ids[row, columns].tolist()
@@ -143,9 +145,25 @@ def test_every_prompt_equals_the_plain_one(
             dropped += min(len(history), 4) - len(plain.history)
     assert collator.num_dropped_history == dropped
     tokens = collator.count_tokens(block)
-    assert tokens.prefix.tolist() == batch.prefix_lengths.tolist()
+    assert tokens.header == len(batch.header_ids)
+    assert tokens.prefix.tolist() == batch.prefix_lengths[batch.prefix_rows].tolist()
     widths = tokens.tail + np.add.reduceat(tokens.branch, block.target_offsets[:-1])
     assert widths.tolist() == (batch.tree_branches >= 0).sum(1).tolist()
+    assert batch.num_tokens == tokens.header + int(batch.prefix_lengths.sum()) + widths.sum()
+
+
+def test_equal_prefixes_are_laid_out_once_and_what_all_begin_with_is_the_header():
+    titles = [f"Film {number}" for number in range(20)]
+    one, other = make_contexts([3]), make_contexts([2], seed=5)
+    block = concatenate_blocks([one.take_targets(np.array([0])), other, one.take_targets(np.array([1, 2]))])
+    tokenizer = make_tokenizer(adds_bos=True)
+    batch = make_collator(STAGE2, titles, tokenizer=tokenizer).collate(block, block)
+    assert batch.prefix_rows.tolist() == [0, 1, 0]
+    assert len(batch.prefix_ids) == len(batch.prefix_lengths) == len(batch.prefix_keys) == 2
+    assert batch.header_ids.tolist() == [
+        tokenizer.bos_token_id,
+        *tokenizer("Liked: ", add_special_tokens=False)["input_ids"],
+    ]
 
 
 def test_prompts_do_not_depend_on_their_batch():

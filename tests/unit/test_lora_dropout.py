@@ -80,7 +80,8 @@ def test_they_depend_on_all_the_rest(tmp_path):
     assert not torch.isclose(first, model(batch, 6)).any()
     masks = model._dropout_masks
     assert len(masks.starts) == 4  # two layers, two matrices each
-    starts = masks.starts[:, batch.tree_branches >= 0]
+    starts = masks.starts
+    assert starts.shape[1:] == (1, batch.num_tokens)
     assert len(starts.unique()) > 0.995 * starts.numel()  # of 2,328 draws out of a million two or three meet
     model.eval()
     plain = model(batch, 5)
@@ -93,9 +94,9 @@ def test_the_share_is_dropped_and_the_rest_makes_up_for_it(tmp_path):
     batch = collator.collate(block, block)
     masks = DropoutMasks(0.3, 2)
     masks.draw(batch, 1)
-    ones = torch.ones(*batch.tree_ids.shape, 576)
+    ones = torch.ones(1, batch.num_tokens, 576)
     dropped = KeyedDropout(masks, 1)(ones)
-    share = (dropped == 0)[batch.tree_branches >= 0].float()
+    share = (dropped == 0)[0].float()
     assert share.mean().item() == pytest.approx(0.3, abs=0.004)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (share.mean(0) - 0.3).abs().max() < 0.08  # standard error of a column: 0.019
@@ -108,7 +109,7 @@ def test_bfloat16_values_stay_bfloat16(tmp_path):
     batch = collator.collate(block, block)
     masks = DropoutMasks(0.05, 1)
     masks.draw(batch, 1)
-    dropped = KeyedDropout(masks, 0)(torch.ones(*batch.tree_ids.shape, 64, dtype=torch.bfloat16))
+    dropped = KeyedDropout(masks, 0)(torch.ones(1, batch.num_tokens, 64, dtype=torch.bfloat16))
     assert dropped.dtype == torch.bfloat16
     assert dropped.unique().tolist() == [0, torch.tensor(1 / 0.95, dtype=torch.bfloat16).item()]
 

@@ -75,10 +75,8 @@ def test_gradients_pass_through_to_adapters_and_embeddings(folder, quantization)
         embeds.requires_grad_()
         lengths = torch.tensor([5, 3])
         positions = lengths[:, None] + torch.arange(7)
-        hidden = run_tree(
-            decoder, embeds, torch.zeros(2, 7, dtype=torch.long), positions, run_prefix(decoder, prefix, lengths),
-            lengths,
-        )  # fmt: skip
+        before = run_prefix(decoder, prefix, lengths)
+        hidden = run_tree(decoder, embeds, torch.zeros(2, 7, dtype=torch.long), positions, before)
         adapter = [value for name, value in model.named_parameters() if "lora_B" in name]
         gradients = torch.autograd.grad((hidden * weights).sum(), [embeds, *adapter])
         found.append((hidden.detach(), *gradients))

@@ -1,0 +1,313 @@
+"""Decoders over packed tokens: everything but attention sees the real tokens alone, one after the other.
+
+Rows of a batch have different lengths, and nine tenths of a decoder's work is done token by token. So a decoder is run on
+one long row without padding; its attention, reached through transformers' attention interface, spreads queries, keys and
+values over padded rows, compares them there, and packs what it finds again. Tokens that all rows begin with, the header,
+are computed once, ahead of the others. Exact: no token's numbers change.
+
+Shapes: C rows, T columns, M packed tokens, U of them in the header, P prefix tokens, K = P + U + T keys; H query heads, G
+key/value heads, W width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from collm_dist.errors import ConfigError
+
+NAME = "collm_packed"
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass
+class LayerLayout:
+    """How a layer's packed tokens stand in padded rows, and what they may see.
+
+    Attributes:
+        positions: (C, T) position ids.
+        places: (M - U,) int64, where each packed token after the header stands in the rows laid end to end.
+        header: U.
+        mask: (C, 1, T, K) in the layer's precision, added to attention's scores: 0 or minus infinity; None = each token
+            sees the header and those before it in its row.
+        window_mask: the same for layers that look back no further than a window; None where there are none.
+        header_mask: (1, 1, U, U) for these layers; None where the window is wider.
+        keys, values: (C, G, P, W) of the prefix; None without one. A prefix and a header exclude each other.
+        found: keys and values of the header and the layer's own (C, G, U + T, W), if ``record`` asks for them.
+        plain: compute attention step by step instead of by PyTorch's fused kernels.
+    """
+
+    positions: Tensor
+    places: Tensor
+    header: int
+    mask: Tensor | None
+    window_mask: Tensor | None
+    header_mask: Tensor | None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    record: bool = False
+    found: tuple[Tensor, Tensor] | None = None
+    plain: bool = False
+
+
+class _Spread(torch.autograd.Function):
+    """Packed (M, ...) -> rows laid end to end (size, ...), zero at padding. No place occurs twice."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return packed.new_zeros(size, *packed.shape[1:]).index_copy_(0, places, packed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places), None, None
+
+
+class _Pack(torch.autograd.Function):
+    """Rows laid end to end (size, ...) -> packed (M, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        packed = gradients[0]
+        return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
+
+
+def pack(rows: Tensor, places: Tensor) -> Tensor:
+    """(C, T, ...) -> (1, M, ...)."""
+    return _Pack.apply(rows.flatten(0, 1), places)[None]  # type: ignore[no-untyped-call, no-any-return]
+
+
+def spread(packed: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
+    """(1, M, ...) -> (C, T, ...), zero at padding."""
+    spread_out: Tensor = _Spread.apply(packed[0], places, rows * columns)  # type: ignore[no-untyped-call]
+    return spread_out.view(rows, columns, *packed.shape[2:])
+
+
+def prepare_decoder(decoder: nn.Module) -> None:
+    """Make a decoder able to run on packed tokens, once; what it does on plain padded rows stays the same.
+
+    Args:
+        decoder: the model below the language-modelling head.
+
+    Raises:
+        ConfigError: its layers mix tokens by other means than attention, or not through transformers' interface.
+    """
+    if hasattr(decoder, "_runs_packed"):
+        return
+    config: Any = decoder.config
+    others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if others or not getattr(decoder, "_supports_attention_backend", False):
+        why = f"has layers of type {', '.join(sorted(others))}" if others else "computes attention in a way of its own"
+        raise ConfigError(
+            f"llm.backbone: a {config.model_type} model {why}, so contexts cannot be shared; choose one whose layers are "
+            "plain attention reached through transformers' attention interface (Llama, Qwen, Mistral, Gemma, GPT-NeoX "
+            "and most others)"
+        )
+    is_plain = config._attn_implementation == "eager"
+    config._attn_implementation = NAME
+    for index, layer in enumerate(find_layers(decoder)):
+        layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
+    decoder._runs_packed = is_plain  # type: ignore[assignment]
+
+
+def find_layers(decoder: nn.Module) -> Sequence[nn.Module]:
+    """Return a decoder's layers, whatever it calls them."""
+    number = decoder.config.num_hidden_layers  # type: ignore[union-attr]
+    return next(one for one in decoder.modules() if isinstance(one, nn.ModuleList) and len(one) == number)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What attention adds to its scores; see ``LayerLayout``."""
+
+    plain: Tensor | None
+    window: Tensor | None
+    header: Tensor | None
+
+
+def run_packed(
+    decoder: nn.Module,
+    embeds: Tensor,
+    positions: Tensor,
+    places: Tensor,
+    masks: Masks,
+    header: Tensor | None = None,
+    prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
+    *,
+    record: bool = False,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Run a decoder on the packed tokens of padded rows.
+
+    Args:
+        decoder: the model below the language-modelling head.
+        embeds, positions: (C, T, D) input embeddings and (C, T) position ids.
+        places: see ``LayerLayout``.
+        masks: what tokens see.
+        header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
+        prefix: keys and values by layer.
+        record: return each layer's keys and values.
+
+    Returns:
+        (1, M - U, D) last hidden states, and if recorded the keys and values by layer, zero at padding.
+    """
+    prepare_decoder(decoder)
+    length = 0 if header is None else len(header)
+    layouts = [
+        LayerLayout(
+            positions, places, length, masks.plain, masks.window, masks.header,
+            *(prefix[index] if prefix else (None, None)), record=record, plain=bool(decoder._runs_packed),
+        )
+        for index in range(len(find_layers(decoder)))
+    ]  # fmt: skip
+    packed, packed_positions = pack(embeds, places), positions.flatten()[places][None]
+    if header is not None:
+        packed = torch.cat([header[None], packed], dim=1)
+        starts = torch.arange(length, device=positions.device)[None]
+        packed_positions = torch.cat([starts, packed_positions], dim=1)
+    output = decoder(
+        inputs_embeds=packed,
+        # Nothing but its four dimensions counts: transformers takes it for a finished mask and makes none of its own.
+        attention_mask=embeds.new_zeros(1, 1, 1, 1),
+        position_ids=packed_positions,
+        use_cache=False,
+        layout=layouts,
+    )
+    found = [layout.found for layout in layouts if layout.found is not None]
+    return output.last_hidden_state[:, length:], found
+
+
+def _hand_out(index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a layer its own part, so that compiled code is the same for all layers."""
+    if (layouts := kwargs.get("layout")) is not None:
+        kwargs = {**kwargs, "layout": layouts[index]}
+    return args, kwargs
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: LayerLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' interface wants it: (1, H, M, W), (1, G, M, W) twice -> (1, M, H, W)."""
+    if layout is None:
+        return _attend_plainly(module, query, key, value, attention_mask, scaling, dropout, softcap, others)
+    if others.get("s_aux") is not None:
+        raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
+    in_window = sliding_window is not None and layout.window_mask is not None
+    mask = layout.window_mask if in_window else layout.mask
+    compute = _compare if layout.plain or softcap is not None else _compare_fused
+    options = scaling, dropout, softcap
+    length, (rows, columns) = layout.header, layout.positions.shape
+    before: list[Tensor] = []
+    key_parts, value_parts = [], []
+    if length:
+        first = [one[:, :, :length] for one in (query, key, value)]
+        query, key, value = (one[:, :, length:] for one in (query, key, value))
+        before.append(compute(*first, layout.header_mask if in_window else None, *options).transpose(1, 2))
+        key_parts, value_parts = ([one.expand(rows, -1, -1, -1)] for one in first[1:])
+    elif layout.keys is not None and layout.values is not None:
+        key_parts, value_parts = [layout.keys], [layout.values]
+    query, key, value = (
+        spread(one.transpose(1, 2), layout.places, rows, columns).transpose(1, 2) for one in (query, key, value)
+    )
+    if key_parts:
+        key, value = torch.cat([*key_parts, key], dim=2), torch.cat([*value_parts, value], dim=2)
+    if layout.record:
+        layout.found = key, value
+    if mask is None and length:
+        # A causal kernel wants as many queries as keys.
+        query = pad(query, (0, 0, length, 0))
+    attended = compute(query, key, value, mask, *options)[:, :, -columns:]
+    return torch.cat([*before, pack(attended.transpose(1, 2), layout.places)], dim=1), None
+
+
+def _compare_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    _: float | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    # Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not.
+    if groups > 1 and mask is not None and query.device.type != "cpu":
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        groups = 1
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": groups > 1}
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, **options)
+
+
+def _compare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    """Step by step, with the soft cap that some models put on scores (Gemma 2)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    shares = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return drop(shares, dropout) @ value
+
+
+def _attend_plainly(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """A pass that is not ours, over plain padded rows."""
+    if mask is not None and mask.shape[-1] < key.shape[2]:
+        raise ConfigError(
+            f"llm.backbone: {type(module).__name__} does not hand its arguments down to its attention, so contexts "
+            "cannot be shared; choose another backbone"
+        )
+    return sdpa_attention_forward(  # type: ignore[no-any-return]
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
+    )
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
