@@ -122,7 +122,8 @@ class CollmModel(nn.Module):
         embeds = self._insert_slots(embed(batch.tree_ids), batch)
         branches, positions = batch.tree_branches, batch.tree_positions
         own_header = None if has_prefix else header
-        hidden = run_tree(self.decoder, embeds, branches, positions, prefix, batch.tree_places, own_header)
+        last = batch.last_rows * branches.shape[1] + batch.last_cols
+        hidden = run_tree(self.decoder, embeds, branches, positions, prefix, batch.tree_places, own_header, last)
         return self._compute_scores(hidden[batch.last_rows, batch.last_cols])
 
     @torch.no_grad()

@@ -44,6 +44,7 @@ class LayerLayout:
         header_mask: (1, 1, U, U) for these layers; None where the window is wider.
         keys, values: (C, G, P, W) of the prefix; None without one. A prefix and a header exclude each other.
         found: keys and values of the header and the layer's own (C, G, U + T, W), if ``record`` asks for them.
+        needed: (N,) see ``run_packed``; for the last layer.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
     """
 
@@ -57,6 +58,7 @@ class LayerLayout:
     values: Tensor | None = None
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
+    needed: Tensor | None = None
     plain: bool = False
 
 
@@ -123,8 +125,11 @@ def prepare_decoder(decoder: nn.Module) -> None:
         )
     is_plain = config._attn_implementation == "eager"
     config._attn_implementation = NAME
-    for index, layer in enumerate(find_layers(decoder)):
+    layers: Any = find_layers(decoder)
+    for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
+    if isinstance(getattr(layers[-1], "mlp", None), nn.Module) and not hasattr(layers[-1].mlp, "experts"):
+        layers[-1].mlp.forward = functools.partial(_run_on_needed, layers[-1], layers[-1].mlp.forward)
     decoder._runs_packed = is_plain  # type: ignore[assignment]
 
 
@@ -152,6 +157,7 @@ def run_packed(
     header: Tensor | None = None,
     prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
     *,
+    needed: Tensor | None = None,
     record: bool = False,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Run a decoder on the packed tokens of padded rows.
@@ -163,10 +169,13 @@ def run_packed(
         masks: what tokens see.
         header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
         prefix: keys and values by layer.
+        needed: (N,) which of the M - U tokens' hidden states are asked for; None = all. The last layer's network is run
+            on these alone.
         record: return each layer's keys and values.
 
     Returns:
-        (1, M - U, D) last hidden states, and if recorded the keys and values by layer, zero at padding.
+        (1, M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer, zero
+        at padding.
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
@@ -182,6 +191,7 @@ def run_packed(
         packed = torch.cat([header[None], packed], dim=1)
         starts = torch.arange(length, device=positions.device)[None]
         packed_positions = torch.cat([starts, packed_positions], dim=1)
+    layouts[-1].needed = None if needed is None else length + needed
     output = decoder(
         inputs_embeds=packed,
         # Nothing but its four dimensions counts: transformers takes it for a finished mask and makes none of its own.
@@ -196,9 +206,21 @@ def run_packed(
 
 def _hand_out(index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a layer its own part, so that compiled code is the same for all layers."""
-    if (layouts := kwargs.get("layout")) is not None:
+    layouts: list[LayerLayout] | None = kwargs.get("layout")
+    if layouts is not None:
         kwargs = {**kwargs, "layout": layouts[index]}
+    # Found by the layer's network, which is handed nothing but hidden states. A layer that is recomputed belongs to the
+    # latest pass, since its backward pass comes before the next one.
+    layer.__dict__["_needed"] = None if layouts is None else layouts[index].needed
     return args, kwargs
+
+
+def _run_on_needed(layer: Any, forward: Any, hidden: Tensor) -> Tensor:
+    """Run a layer's network on the tokens that are needed, and leave zeros for the others."""
+    needed = layer.__dict__.get("_needed")
+    if needed is None or torch.compiler.is_compiling():
+        return forward(hidden)  # type: ignore[no-any-return]
+    return spread(forward(pack(hidden, needed)), needed, 1, hidden.shape[1])
 
 
 def _attend(
@@ -228,7 +250,8 @@ def _attend(
     before: list[Tensor] = []
     key_parts, value_parts = [], []
     if length:
-        first = [one[:, :, :length] for one in (query, key, value)]
+        # Copies: kept for the backward pass, a part would keep the whole.
+        first = [one[:, :, :length].contiguous() for one in (query, key, value)]
         query, key, value = (one[:, :, length:] for one in (query, key, value))
         before.append(compute(*first, layout.header_mask if in_window else None, *options).transpose(1, 2))
         key_parts, value_parts = ([one.expand(rows, -1, -1, -1)] for one in first[1:])

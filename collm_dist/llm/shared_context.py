@@ -107,7 +107,9 @@ def run_prefix(
         # Tokens stand before the padding of their row, and so never see it: a causal kernel needs no mask.
         masks = Masks(None, None, None)
     positions = positions.expand(len(embeds), -1)
-    _, layers = run_packed(decoder, embeds, positions, places, masks, header, record=True)
+    # No hidden state is asked for; but quantized layers do not take nothing.
+    one = places.new_zeros(1)
+    _, layers = run_packed(decoder, embeds, positions, places, masks, header, needed=one, record=True)
     return Prefix(layers, start + lengths)
 
 
@@ -119,6 +121,7 @@ def run_tree(
     prefix: Prefix | None = None,
     places: Tensor | None = None,
     header: Tensor | None = None,
+    needed: Tensor | None = None,
 ) -> Tensor:
     """Run tree rows, over a prefix or a header if there is one, and return their last hidden states.
 
@@ -129,9 +132,10 @@ def run_tree(
         prefix: what ``run_prefix`` returned.
         places: where in (C * T) the real tokens stand; without it the device is asked.
         header: (U, D) input embeddings of what all rows begin with, computed once.
+        needed: (N,) where in (C * T) the tokens stand whose hidden states are asked for; None = all.
 
     Returns:
-        (C, T, D), zero at padding.
+        (C, T, D), right where needed, zero at padding.
     """
     if places is None:
         places = (branches >= 0).flatten().nonzero()[:, 0]
@@ -148,7 +152,9 @@ def run_tree(
     start = 0 if header is None else len(header)
     masks = build_masks(allowed, positions, key_positions, decoder.config, embeds.dtype, start)
     layers = prefix.layers if prefix is not None else None
-    hidden, _ = run_packed(decoder, embeds, positions, places, masks, header, layers)
+    if needed is not None:
+        needed = torch.searchsorted(places, needed)
+    hidden, _ = run_packed(decoder, embeds, positions, places, masks, header, layers, needed=needed)
     return spread(hidden, places, *branches.shape)
 
 
