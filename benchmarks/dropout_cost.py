@@ -85,6 +85,8 @@ def build_batch(contexts: int, tokens: int, device: torch.device) -> PromptBatch
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     branches = (torch.arange(tokens, device=device) >= tokens // 2).long().expand(contexts, -1)
     given = {
+        "prefix_ids": torch.zeros(1, 0, dtype=torch.int64, device=device),
+        "tree_places": torch.arange(contexts * tokens, device=device),
         "tree_ids": torch.zeros(contexts, tokens, dtype=torch.int64, device=device),
         "tree_branches": branches.contiguous(),
         "tree_positions": torch.arange(tokens, device=device).expand(contexts, -1).contiguous(),
@@ -104,7 +106,8 @@ def time_pass(decoder: nn.Module, masks: DropoutMasks | None, batch: PromptBatch
     started = time.perf_counter()
     if masks is not None:
         masks.draw(batch, key)
-    run_tree(decoder, embeds, batch.tree_branches, batch.tree_positions).float().square().mean().backward()
+    hidden = run_tree(decoder, embeds, batch.tree_branches, batch.tree_positions, places=batch.tree_places)
+    hidden.float().square().mean().backward()
     if weight.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -1,12 +1,14 @@
 """The tensors of one micro-batch: what data/ renders and llm/ reads, so that neither imports the other.
 
-A context is computed once and shared by all its targets; the *header*, the text that all prompts begin with, once for all
-contexts. A context's other tokens come in up to three regions: the *constant prefix* (before the first slot; in stage 2 nothing in it trains), the *context tail* and one *branch* for each target.
-Prefix and tree are two padded matrices; a tree row holds a context's tail, then the branches one after the other, and
-rows whose prefixes are equal name the same one. A token sees the header, its row's prefix, the tail before it, and its own branch before it; never another branch.
-Position ids say where a token would stand in the plain prompt of its own target.
+A context is computed once and shared by all its targets; the *header*, the text that all prompts begin with, once for
+all contexts. A context's other tokens come in up to three regions: the *constant prefix* (before the first slot; in
+stage 2 nothing in it trains), the *context tail* and one *branch* for each target. Prefix and tree are two padded
+matrices; a tree row holds a context's tail, then the branches one after the other, and rows whose prefixes are equal
+name the same one. A token sees the header, its row's prefix, the tail before it, and its own branch before it; never
+another branch. Position ids say where a token would stand in the plain prompt of its own target.
 
-Shapes: C contexts (rows), U prefixes, P prefix tokens, T tree tokens, N targets, Q user queries, H history items, F pair features.
+Shapes: C contexts (rows), U prefixes, P prefix tokens, T tree tokens, N targets, Q user queries, H history items, F
+pair features.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class PromptCollator:
         return shown.take_last(kept), len(shown.values) - int(kept.sum())
 
     def _lay_out(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, Ragged, Ragged]:
-        """Return prefix (C rows), tail (C rows) and branches (N rows), after the header, as token ids and slot codes."""
+        """Return what follows the header as token ids and slot codes: prefixes (C rows), tails (C), branches (N)."""
         contexts, targets = block.num_contexts, block.num_targets
         first = self.template.prefix or self.template.tail
         start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and not self._header else []

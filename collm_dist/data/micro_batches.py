@@ -88,10 +88,11 @@ def _list_units(block: ContextBlock, counts: TokenCounts, max_tokens: int) -> li
         sizes = counts.branch[targets]
         room = max_tokens - prefix - tail
         if (too_long := sizes > room).any():
-            target = int(too_long.argmax())
+            target, most = int(too_long.argmax()), counts.header + max_tokens
             raise ConfigError(
-                f"max_tokens_per_micro_batch={counts.header + max_tokens}: row {block.row_id[targets[target]]} alone has "
-                f"{counts.header + prefix + tail + sizes[target]} tokens; raise it to at least that, or lower prompt.max_prompt_tokens"
+                f"max_tokens_per_micro_batch={most}: row {block.row_id[targets[target]]} alone has "
+                f"{counts.header + prefix + tail + sizes[target]} tokens; raise it to at least that, or lower "
+                "prompt.max_prompt_tokens"
             )
         rows: list[IntArray] = []
         tree, tokens = 0, prefix

@@ -68,10 +68,12 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
         counts = collator.count_tokens(block)
         for target in range(min(num_prompts, block.num_targets)):
             context = block.target_contexts[target]
-            parts = (int(counts.prefix[context]), int(counts.tail[context]), int(counts.branch[target]))
+            parts = counts.prefix[context], counts.tail[context], counts.branch[target]
+            prefix, tail, branch = map(int, parts)
+            total = counts.header + prefix + tail + branch
             label = "like" if block.label[target] else "dislike"
-            print(f"\n{stage}, row {block.row_id[target]} ({label}); tokens: {counts.header + sum(parts)} "
-                  f"(header {counts.header}, prefix {parts[0]}, context tail {parts[1]}, target {parts[2]})")  # fmt: skip
+            print(f"\n{stage}, row {block.row_id[target]} ({label}); tokens: {total} (header {counts.header}, "
+                  f"prefix {prefix}, context tail {tail}, target {branch})")  # fmt: skip
             print(render_example(collator, block.take_targets(np.array([target])), tokenizer))
         print(f"\n{stage}: {collator.num_cut_titles} item texts are cut at prompt.max_title_tokens; "
               f"{collator.num_dropped_history} history items were dropped in these prompts")  # fmt: skip

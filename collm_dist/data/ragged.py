@@ -94,7 +94,7 @@ def join_columns(parts: Sequence[Ragged], num_rows: int) -> Ragged:
 
 
 def take_distinct(ragged: Ragged) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
-    """Return the rows that differ, in the order of their first occurrence, a hash of each, and which one each row is."""
+    """Return the rows that differ, in order of first occurrence, a hash of each, and which of them each row is."""
     hashes = np.zeros(len(ragged.offsets) - 1, dtype=np.uint64)
     np.add.at(hashes, ragged.rows, hash_integers(0, ragged.columns, ragged.values))
     _, firsts, numbers = np.unique(hashes, return_index=True, return_inverse=True)

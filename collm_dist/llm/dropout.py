@@ -1,8 +1,9 @@
 """Dropout of an adapter's inputs whose masks follow from counters, not from the order of calls.
 
-What a token loses is a function of the seed and step, of whose token it is (its context's, in a branch its row's, in the
-header nobody's), of its position in the prompt, and of the layer. So targets that share a context share its masks, and neither the
-division into micro-batches nor the number of processes changes them; a layer that is recomputed drops the same again.
+What a token loses is a function of the seed and step, of whose token it is (its context's, in a branch its row's, in
+the header nobody's), of its position in the prompt, and of the layer. So targets that share a context share its masks,
+and neither the division into micro-batches nor the number of processes changes them; a layer that is recomputed drops
+the same again.
 
 Shapes: C contexts, T tree tokens, M tree tokens without padding, N targets, S sites (places in the model that drop), W
 numbers of a token.

@@ -1,12 +1,12 @@
 """Decoders over packed tokens: everything but attention sees the real tokens alone, one after the other.
 
-Rows of a batch have different lengths, and nine tenths of a decoder's work is done token by token. So a decoder is run on
-one long row without padding; its attention, reached through transformers' attention interface, spreads queries, keys and
-values over padded rows, compares them there, and packs what it finds again. Tokens that all rows begin with, the header,
-are computed once, ahead of the others. Exact: no token's numbers change.
+Rows of a batch have different lengths, and nine tenths of a decoder's work is done token by token. So a decoder is run
+on one long row without padding; its attention, reached through transformers' attention interface, spreads queries, keys
+and values over padded rows, compares them there, and packs what it finds again. Tokens that all rows begin with, the
+header, are computed once, ahead of the others. Exact: no token's numbers change.
 
-Shapes: C rows, T columns, M packed tokens, U of them in the header, P prefix tokens, K = P + U + T keys; H query heads, G
-key/value heads, W width of a head.
+Shapes: C rows, T columns, M packed tokens, U of them in the header, P prefix tokens, K = P + U + T keys; H query heads,
+G key/value heads, W width of a head, D of the decoder.
 """
 
 from __future__ import annotations
@@ -30,6 +30,21 @@ NAME = "collm_packed"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
+@dataclass(frozen=True)
+class Masks:
+    """What attention adds to its scores, in the layers' precision: 0 or minus infinity.
+
+    Attributes:
+        plain: (C, 1, T, K); None = each token sees the header and those before it in its row.
+        window: the same for layers that look back no further than a window; None where there are none.
+        header: (1, 1, U, U) for these layers; None where the window is wider.
+    """
+
+    plain: Tensor | None
+    window: Tensor | None
+    header: Tensor | None
+
+
 @dataclass
 class LayerLayout:
     """How a layer's packed tokens stand in padded rows, and what they may see.
@@ -38,12 +53,10 @@ class LayerLayout:
         positions: (C, T) position ids.
         places: (M - U,) int64, where each packed token after the header stands in the rows laid end to end.
         header: U.
-        mask: (C, 1, T, K) in the layer's precision, added to attention's scores: 0 or minus infinity; None = each token
-            sees the header and those before it in its row.
-        window_mask: the same for layers that look back no further than a window; None where there are none.
-        header_mask: (1, 1, U, U) for these layers; None where the window is wider.
+        masks: what is seen.
         keys, values: (C, G, P, W) of the prefix; None without one. A prefix and a header exclude each other.
-        found: keys and values of the header and the layer's own (C, G, U + T, W), if ``record`` asks for them.
+        record: whether keys and values are asked for.
+        found: those of the header and the layer's own, (C, G, U + T, W).
         needed: (N,) see ``run_packed``; for the last layer.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
     """
@@ -51,15 +64,22 @@ class LayerLayout:
     positions: Tensor
     places: Tensor
     header: int
-    mask: Tensor | None
-    window_mask: Tensor | None
-    header_mask: Tensor | None
+    masks: Masks
     keys: Tensor | None = None
     values: Tensor | None = None
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
     needed: Tensor | None = None
     plain: bool = False
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a layer wants of its attention."""
+
+    scaling: float | None
+    dropout: float
+    softcap: float | None
 
 
 class _Spread(torch.autograd.Function):
@@ -112,16 +132,16 @@ def prepare_decoder(decoder: nn.Module) -> None:
     Raises:
         ConfigError: its layers mix tokens by other means than attention, or not through transformers' interface.
     """
-    if hasattr(decoder, "_runs_packed"):
+    if "_runs_packed" in decoder.__dict__:
         return
     config: Any = decoder.config
     others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if others or not getattr(decoder, "_supports_attention_backend", False):
         why = f"has layers of type {', '.join(sorted(others))}" if others else "computes attention in a way of its own"
         raise ConfigError(
-            f"llm.backbone: a {config.model_type} model {why}, so contexts cannot be shared; choose one whose layers are "
-            "plain attention reached through transformers' attention interface (Llama, Qwen, Mistral, Gemma, GPT-NeoX "
-            "and most others)"
+            f"llm.backbone: a {config.model_type} model {why}, so contexts cannot be shared; choose one whose layers "
+            "are plain attention reached through transformers' attention interface (Llama, Qwen, Mistral, Gemma, "
+            "GPT-NeoX and most others)"
         )
     is_plain = config._attn_implementation == "eager"
     config._attn_implementation = NAME
@@ -130,22 +150,14 @@ def prepare_decoder(decoder: nn.Module) -> None:
         layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
     if isinstance(getattr(layers[-1], "mlp", None), nn.Module) and not hasattr(layers[-1].mlp, "experts"):
         layers[-1].mlp.forward = functools.partial(_run_on_needed, layers[-1], layers[-1].mlp.forward)
-    decoder._runs_packed = is_plain  # type: ignore[assignment]
+    decoder.__dict__["_runs_packed"] = is_plain
 
 
 def find_layers(decoder: nn.Module) -> Sequence[nn.Module]:
     """Return a decoder's layers, whatever it calls them."""
-    number = decoder.config.num_hidden_layers  # type: ignore[union-attr]
-    return next(one for one in decoder.modules() if isinstance(one, nn.ModuleList) and len(one) == number)
-
-
-@dataclass(frozen=True)
-class Masks:
-    """What attention adds to its scores; see ``LayerLayout``."""
-
-    plain: Tensor | None
-    window: Tensor | None
-    header: Tensor | None
+    config: Any = decoder.config
+    lists = (list(one) for one in decoder.modules() if isinstance(one, nn.ModuleList))
+    return next(one for one in lists if len(one) == config.num_hidden_layers)
 
 
 def run_packed(
@@ -174,18 +186,17 @@ def run_packed(
         record: return each layer's keys and values.
 
     Returns:
-        (1, M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer, zero
-        at padding.
+        (1, M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer,
+        zero at padding.
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
     layouts = [
-        LayerLayout(
-            positions, places, length, masks.plain, masks.window, masks.header,
-            *(prefix[index] if prefix else (None, None)), record=record, plain=bool(decoder._runs_packed),
-        )
-        for index in range(len(find_layers(decoder)))
-    ]  # fmt: skip
+        LayerLayout(positions, places, length, masks, record=record, plain=decoder.__dict__["_runs_packed"])
+        for _ in find_layers(decoder)
+    ]
+    for layout, (keys, values) in zip(layouts, prefix or (), strict=False):
+        layout.keys, layout.values = keys, values
     packed, packed_positions = pack(embeds, places), positions.flatten()[places][None]
     if header is not None:
         packed = torch.cat([header[None], packed], dim=1)
@@ -238,76 +249,71 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' interface wants it: (1, H, M, W), (1, G, M, W) twice -> (1, M, H, W)."""
+    options = _Options(scaling, dropout, softcap)
     if layout is None:
-        return _attend_plainly(module, query, key, value, attention_mask, scaling, dropout, softcap, others)
+        return _attend_plainly(module, query, key, value, attention_mask, options, others)
     if others.get("s_aux") is not None:
         raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
-    in_window = sliding_window is not None and layout.window_mask is not None
-    mask = layout.window_mask if in_window else layout.mask
+    in_window = sliding_window is not None and layout.masks.window is not None
+    mask = layout.masks.window if in_window else layout.masks.plain
     compute = _compare if layout.plain or softcap is not None else _compare_fused
-    options = scaling, dropout, softcap
     length, (rows, columns) = layout.header, layout.positions.shape
-    before: list[Tensor] = []
-    key_parts, value_parts = [], []
+    header: list[Tensor] = []
+    keys, values = [], []
     if length:
         # Copies: kept for the backward pass, a part would keep the whole.
-        first = [one[:, :, :length].contiguous() for one in (query, key, value)]
+        first_query, first_key, first_value = (one[:, :, :length].contiguous() for one in (query, key, value))
+        first_mask = layout.masks.header if in_window else None
+        header.append(compute(first_query, first_key, first_value, first_mask, options).transpose(1, 2))
+        keys, values = [first_key.expand(rows, -1, -1, -1)], [first_value.expand(rows, -1, -1, -1)]
         query, key, value = (one[:, :, length:] for one in (query, key, value))
-        before.append(compute(*first, layout.header_mask if in_window else None, *options).transpose(1, 2))
-        key_parts, value_parts = ([one.expand(rows, -1, -1, -1)] for one in first[1:])
     elif layout.keys is not None and layout.values is not None:
-        key_parts, value_parts = [layout.keys], [layout.values]
+        keys, values = [layout.keys], [layout.values]
     query, key, value = (
         spread(one.transpose(1, 2), layout.places, rows, columns).transpose(1, 2) for one in (query, key, value)
     )
-    if key_parts:
-        key, value = torch.cat([*key_parts, key], dim=2), torch.cat([*value_parts, value], dim=2)
+    if keys:
+        key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
     if layout.record:
         layout.found = key, value
     if mask is None and length:
         # A causal kernel wants as many queries as keys.
         query = pad(query, (0, 0, length, 0))
-    attended = compute(query, key, value, mask, *options)[:, :, -columns:]
-    return torch.cat([*before, pack(attended.transpose(1, 2), layout.places)], dim=1), None
+    attended = compute(query, key, value, mask, options)[:, :, -columns:]
+    return torch.cat([*header, pack(attended.transpose(1, 2), layout.places)], dim=1), None
 
 
-def _compare_fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    _: float | None,
-) -> Tensor:
+def _compare_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
+    """By the fastest kernel that PyTorch has; without a mask each query sees the keys up to its own place."""
     groups = query.shape[1] // key.shape[1]
     # Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not.
     if groups > 1 and mask is not None and query.device.type != "cpu":
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": groups > 1}
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, **options)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=options.dropout,
+        is_causal=mask is None,
+        scale=options.scaling,
+        enable_gqa=groups > 1,
+    )
 
 
-def _compare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-) -> Tensor:
+def _compare(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
     """Step by step, with the soft cap that some models put on scores (Gemma 2)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scale = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    scores = query @ key.transpose(2, 3) * scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     if mask is None:
         mask = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
     shares = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return drop(shares, dropout) @ value
+    return drop(shares, options.dropout) @ value
 
 
 def _attend_plainly(
@@ -316,9 +322,7 @@ def _attend_plainly(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
+    options: _Options,
     others: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """A pass that is not ours, over plain padded rows."""
@@ -328,7 +332,15 @@ def _attend_plainly(
             "cannot be shared; choose another backbone"
         )
     return sdpa_attention_forward(  # type: ignore[no-any-return]
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
+        module,
+        query,
+        key,
+        value,
+        mask,
+        dropout=options.dropout,
+        scaling=options.scaling,
+        softcap=options.softcap,
+        **others,
     )
 
 
