@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.metrics import Histogram
 
 from collm_dist import errors
@@ -32,6 +34,8 @@ from collm_dist.serving.service_options import ServiceOptions
 APP_NAME = "collm-dist"
 # Neither requests nor who sent them; what goes wrong inside is logged.
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+# Ray Serve's own 5 seconds are too few for its proxy to start on a machine that is busy.
+_START_S = "60"
 # After our own time limit has answered; this one ends clients who send their body too slowly.
 _GRACE_S = 5
 
@@ -89,6 +93,7 @@ def run_service(config: Config, run_dir: RunDir, options: ServiceOptions) -> Non
     config = check_settings(config, run_dir)
     model = read_model_id(run_dir)
     port = find_port(options.host, options.port)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)
     with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(options.host, port, options):
         replicas, devices = plan_replicas(options.replicas)
         _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
@@ -167,15 +172,13 @@ def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         raise LaunchError("Ray Serve runs on this cluster already, with its own port; end it there: serve shutdown")
+    http = {"host": host, "port": port, "request_timeout_s": options.request_timeout_s + _GRACE_S}
     try:
-        timeout = options.request_timeout_s + _GRACE_S
-        serve.start(
-            http_options={"host": host, "port": port, "request_timeout_s": timeout},
-            logging_config=_QUIET,
-        )
-    except RuntimeError as error:
-        raise LaunchError(f"Ray Serve does not start: {error}") from None
-    try:
+        try:
+            serve.start(http_options=http, logging_config=_QUIET)
+        except (RuntimeError, TimeoutError, RayError) as error:
+            reason = str(error).splitlines()[0]
+            raise LaunchError(f"Ray Serve does not start ({reason}); if the machine is busy, try again later") from None
         yield
     finally:
         serve.shutdown()
