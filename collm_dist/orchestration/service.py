@@ -209,7 +209,7 @@ def _start_replicas(
     )
     try:
         serve.run(deployment.bind(config, run_dir, model, options), name=APP_NAME)
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         raise _explain_start(str(error)) from None
 
 
