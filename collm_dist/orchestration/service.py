@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def find_port(host: str, port: int) -> int:
             return int(server.getsockname()[1])
     except OSError as error:
         raise LaunchError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); stop what listens there, "
+            f"--host {host} --port {port}: cannot listen there ({_explain(error)}); stop what listens there, "
             "or name another port"
         ) from None
 
@@ -180,6 +180,8 @@ def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
             reason = str(error).splitlines()[0]
             raise LaunchError(f"Ray Serve does not start ({reason}); if the machine is busy, try again later") from None
         yield
+        with suppress(TimeoutError):
+            serve.delete(APP_NAME)  # first, since the shutdown would end the proxy before it has passed on all answers
     finally:
         serve.shutdown()
 
@@ -204,6 +206,7 @@ def _start_replicas(
         max_queued_requests=ongoing,
         backpressure_config={"retry_after_s": 1},
         graceful_shutdown_timeout_s=options.shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
         logging_config=_QUIET,
         max_constructor_retry_count=1,
     )
@@ -228,6 +231,11 @@ def _make_paths_absolute(config: Config) -> Config:
     if not backbone.exists():
         return config
     return config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
+
+
+def _explain(error: OSError) -> str:
+    # ``create_server`` puts the address into the text, and resolving a name has no number of the system's.
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
 
 
 def _spell_host(host: str) -> str:
