@@ -213,16 +213,23 @@ def _start_replicas(
     try:
         serve.run(deployment.bind(config, run_dir, model, options), name=APP_NAME)
     except (RuntimeError, RayError) as error:
-        raise _explain_start(str(error)) from None
+        applications = serve.status().applications.values()
+        told = [one.message for application in applications for one in application.deployments.values()]
+        raise _explain_start("\n".join([*told, str(error)])) from None
 
 
 def _explain_start(message: str) -> CollmError:
-    """Return what to raise for an application that did not start: its own error if it is one that a user can act on."""
+    """Return what to raise for replicas that did not start: their own error if it is one that a user can act on.
+
+    Args:
+        message: what Serve tells, with the text of a traceback.
+    """
     found = re.search(r"collm_dist\.errors\.(\w+): (.*)", message)
     kind = getattr(errors, found.group(1), None) if found else None
     if found and kind is not None:
-        return kind(found.group(2))
-    return LaunchError(f"the model cannot be loaded by its Ray process: {message}")
+        error: CollmError = kind(found.group(2))
+        return error
+    return LaunchError(f"the process that serves the model does not start: {message}")
 
 
 def _make_paths_absolute(config: Config) -> Config:
