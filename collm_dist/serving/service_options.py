@@ -13,7 +13,7 @@ from collm_dist.errors import RequestError
 class ServiceOptions(BaseModel):
     """Where the service listens and what it takes. Nothing here changes a score."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = Field("127.0.0.1", description="address to listen at; the default is reachable from this machine alone")
     port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0 takes a free one")

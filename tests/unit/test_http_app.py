@@ -5,6 +5,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.serving.batching import Pass, QueueFullError
@@ -133,6 +135,22 @@ def test_other_ways_to_go_wrong(options, status, message):
     found, _, answer, _ = ask(GOOD, **options)
     assert (found, list(answer)) == (status, ["detail"])
     assert message in answer["detail"]
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(["user", "history", "candidates", "as_of", "top_k", "num_retrieved", "color"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(FIELDS, ANY, max_size=4) | ANY)
+def test_no_body_is_too_strange(body):
+    status, _, answer, _ = ask(body)
+    assert status in (200, 413, 422)
+    assert ("detail" in answer) == (status != 200)
 
 
 def test_a_large_body_is_refused_unread():
