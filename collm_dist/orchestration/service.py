@@ -40,7 +40,7 @@ _START_S = "60"
 _GRACE_S = 5
 
 
-@serve.ingress()  # type: ignore[untyped-decorator]
+@serve.ingress()
 class _Ranker:
     """A replica: the model of a run on one device, behind HTTP."""
 

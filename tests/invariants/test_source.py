@@ -73,7 +73,8 @@ def test_scripts_do_nothing_when_imported():
         if path.parts[-2] not in ("launch", "benchmarks"):
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            simple = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+            function = ast.FunctionDef | ast.AsyncFunctionDef
+            simple = ast.Import | ast.ImportFrom | function | ast.ClassDef | ast.Assign | ast.AnnAssign
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             guard = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             assert isinstance(node, simple) or docstring or guard, f"{path.name}:{node.lineno}"
