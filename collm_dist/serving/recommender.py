@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,14 @@ from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.evaluation.slots_mlp import pad_histories
 from collm_dist.llm.prefix_cache import PrefixCache
 from collm_dist.serving.event_log import EventLog
-from collm_dist.serving.requests import Id, RankedItem, RankingRequest, RequestReader, UserContext
+from collm_dist.serving.requests import (
+    Id,
+    RankedItem,
+    RankingQuery,
+    RankingRequest,
+    RequestReader,
+    UserContext,
+)
 from collm_dist.tuning.scoring import AUTO_TOKENS
 from collm_dist.tuning.stages import LoadedStage, StageName, load_stage_model
 
@@ -51,6 +59,7 @@ class Recommender:
     Attributes:
         stage: whose model it is: stage2, or stage1 where there is no stage 2.
         config: the run's settings.
+        user_ids, item_ids: raw ids of all that the run knows.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, stage: StageName, loaded: LoadedStage) -> None:
@@ -70,10 +79,10 @@ class Recommender:
         items = load_item_table(data_dir)
         self.config, self.stage = config, stage
         self._loaded, self._collator = loaded, loaded.collator.for_scoring()
-        self._item_ids, self._titles = items["item_id"], items["title"]
+        self.user_ids, self.item_ids, self._titles = load_user_ids(data_dir), items["item_id"], items["title"]
         self._reader = RequestReader(
-            {one: index for index, one in enumerate(load_user_ids(data_dir))},
-            {one: index for index, one in enumerate(self._item_ids)},
+            {one: index for index, one in enumerate(self.user_ids)},
+            {one: index for index, one in enumerate(self.item_ids)},
             EventLog.load(data_dir, manifest),
             max_history_length=manifest.max_history_length,
             every_event_is_a_like=manifest.feedback == "implicit",
@@ -113,22 +122,51 @@ class Recommender:
         Raises:
             RequestError: the request is wrong; the message names the field, the value and what to do.
         """
-        if top_k is not None and top_k < 1:
-            raise RequestError(f"top_k: {top_k} is less than 1; give the number of items wanted, or None for all")
-        request = RankingRequest(user, history, () if candidates is None else candidates, as_of)
-        if candidates is None:
-            found = self.retrieve([request], num_retrieved)[0]
-            if not found:
-                return []
-            request = RankingRequest(user, history, found, as_of)
-        return self.order_items(request.candidates, self.score([request])[0])[:top_k]
+        found = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved)])[0]
+        if isinstance(found, RequestError):
+            raise found
+        return found
+
+    def rank_many(self, queries: Sequence[RankingQuery]) -> list[list[RankedItem] | RequestError]:
+        """Rank for many at once, in one pass where the device has room; a wrong query spoils none of the others.
+
+        Returns:
+            For each query its items, the best first, or what is wrong with it.
+
+        Raises:
+            ArtifactError: a score is not finite.
+        """
+        answers: list[list[RankedItem] | RequestError] = [[] for _ in queries]
+        wanted: dict[int, RankingRequest] = {}
+        for place, query in enumerate(queries):
+            try:
+                request = self._find_candidates(query)
+            except RequestError as error:
+                answers[place] = error
+                continue
+            if request.candidates:  # none are left for a user who has seen everything
+                wanted[place] = request
+        for (place, request), scores in zip(wanted.items(), self.score(list(wanted.values())), strict=True):
+            answers[place] = self.order_items(request.candidates, scores)[: queries[place].top_k]
+        return answers
+
+    def _find_candidates(self, query: RankingQuery) -> RankingRequest:
+        """Return a query, once it is checked, as a request for scores, with the candidates found if none are given."""
+        if query.top_k is not None and query.top_k < 1:
+            raise RequestError(f"top_k: {query.top_k} is less than 1; give the number of items wanted, or None for all")
+        request = RankingRequest(query.user, query.history, as_of=query.as_of)
+        if query.candidates is None:
+            return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
+        places = self._reader.read_candidates(replace(request, candidates=query.candidates))
+        self._reader.read_user(request)
+        return replace(request, candidates=[self.item_ids[place] for place in places.tolist()])
 
     def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:
         """Return candidates of this run with their (N,) scores as ranked items; equal scores go by the item table."""
         places = np.array([self._reader.item_index[str(one)] for one in candidates])
         order = np.lexsort((places, -scores))
         return [
-            RankedItem(self._item_ids[places[one]], float(scores[one]), rank, self._titles[places[one]])
+            RankedItem(self.item_ids[places[one]], float(scores[one]), rank, self._titles[places[one]])
             for rank, one in enumerate(order.tolist(), start=1)
         ]
 
@@ -184,13 +222,13 @@ class Recommender:
         for place, request in enumerate(requests):
             with _naming(place, len(requests)):
                 user = self._reader.read_user(request)
-            unseen = np.setdiff1d(np.arange(len(self._item_ids)), user.seen)
+            unseen = np.setdiff1d(np.arange(len(self.item_ids)), user.seen)
             if len(unseen) == 0:
                 found.append([])
                 continue
             scores = self._score_block_by_cf(self._reader.build_block([user], [unseen]))
             best = unseen[np.argsort(-scores, kind="stable")[:count]]
-            found.append([self._item_ids[one] for one in best.tolist()])
+            found.append([self.item_ids[one] for one in best.tolist()])
         return found
 
     def _read_in_parts(self, requests: Sequence[RankingRequest]) -> Iterator[tuple[list[UserContext], list[IntArray]]]:
@@ -226,7 +264,7 @@ class Recommender:
             scores[rows] = logits.double().cpu().numpy()
         if not np.isfinite(scores).all():
             raise ArtifactError(
-                f"{self.stage}: the score of item {self._item_ids[block.item_idx[~np.isfinite(scores)][0]]!r} is not "
+                f"{self.stage}: the score of item {self.item_ids[block.item_idx[~np.isfinite(scores)][0]]!r} is not "
                 "finite; the weights or the precision are at fault: try llm.dtype: float32, or train again"
             )
         return scores

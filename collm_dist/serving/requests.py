@@ -36,6 +36,25 @@ class RankingRequest:
 
 
 @dataclass(frozen=True)
+class RankingQuery:
+    """What ``Recommender.rank`` is asked: one user, in one state, and the items wanted.
+
+    Attributes:
+        user, history, as_of: see ``RankingRequest``.
+        candidates: the same; None = the collaborative model finds them.
+        top_k: items to return; None = all.
+        num_retrieved: how many candidates to find where none are given.
+    """
+
+    user: Id | None = None
+    history: Sequence[Id] | None = None
+    candidates: Sequence[Id] | None = None
+    as_of: int | None = None
+    top_k: int | None = None
+    num_retrieved: int = 200
+
+
+@dataclass(frozen=True)
 class RankedItem:
     """An item in its place.
 

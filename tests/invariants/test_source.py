@@ -50,7 +50,9 @@ def test_no_catch_all_modules_and_no_notes_to_self():
 def test_launch_names_shadow_no_package():
     """The folder of a script becomes sys.path[0], so launch/evaluate.py would stand before the package evaluate."""
     for path in (ROOT / "launch").glob("*.py"):
-        assert "_" in path.stem or path.stem == "train", f"{path.name}: one word is likely somebody's package"
+        assert "_" in path.stem or path.stem in ("train", "serve"), (
+            f"{path.name}: one word is likely somebody's package"
+        )
         found = importlib.util.find_spec(path.stem)
         assert found is None or Path(found.origin).parent == path.parent, f"{path.name} shadows {found.origin}"
 
@@ -71,7 +73,8 @@ def test_scripts_do_nothing_when_imported():
         if path.parts[-2] not in ("launch", "benchmarks"):
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            simple = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+            function = ast.FunctionDef | ast.AsyncFunctionDef
+            simple = ast.Import | ast.ImportFrom | function | ast.ClassDef | ast.Assign | ast.AnnAssign
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             guard = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             assert isinstance(node, simple) or docstring or guard, f"{path.name}:{node.lineno}"

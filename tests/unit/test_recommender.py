@@ -14,6 +14,7 @@ from collm_dist.artifacts import RunDir
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.requests import RankingQuery
 
 # Float32 sums in another order: the largest difference seen here is 1.3e-6, scores are of the size of 1.
 TOLERANCE = 1e-5
@@ -123,6 +124,31 @@ def test_candidates_are_retrieved_among_what_is_new_to_the_user(finished_run, re
     ranked = recommender.rank(user=user, num_retrieved=7)
     assert {one.item_id for one in ranked} == set(found[0][:7])
     assert recommender.rank(user=user, history=items) == []
+
+
+def test_a_wrong_query_spoils_none_of_the_others(finished_run, recommender):
+    items = load_item_table(finished_run / "data")["item_id"]
+    queries = [
+        RankingQuery(history=LIKED, candidates=CANDIDATES),
+        RankingQuery(history=LIKED, candidates=["41", "none"]),
+        RankingQuery(user="5", top_k=4, num_retrieved=9),
+        RankingQuery(history="3", candidates=CANDIDATES),
+        RankingQuery(user="5", top_k=0),
+        RankingQuery(user="5", history=items),  # nothing is left to be found
+        RankingQuery(user="6", candidates=np.array([5, 6, 7])),
+    ]
+    found = recommender.rank_many(queries)
+    for place, message in ((1, "1 of 2 ids are not in"), (3, "history: '3' is no list"), (4, "top_k: 0 is less than")):
+        assert isinstance(found[place], RequestError)
+        assert message in str(found[place])
+        with pytest.raises(RequestError):
+            recommender.rank(**vars(queries[place]))
+    for place in (0, 2, 5, 6):
+        alone = recommender.rank(**vars(queries[place]))
+        assert [one.item_id for one in found[place]] == [one.item_id for one in alone]
+        assert np.allclose([one.score for one in found[place]], [one.score for one in alone], rtol=0, atol=TOLERANCE)
+    assert [len(one) for one in (found[0], found[2], found[5], found[6])] == [len(CANDIDATES), 4, 0, 3]
+    assert recommender.rank_many([]) == []
 
 
 def test_ids_may_be_numbers(recommender):

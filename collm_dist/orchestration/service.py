@@ -1,0 +1,253 @@
+"""The ranking service on Ray Serve: one model to a device, requests that arrive together scored in one pass."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.metrics import Histogram
+
+from collm_dist import errors
+from collm_dist.artifacts import RunDir
+from collm_dist.config import Config
+from collm_dist.errors import ArtifactError, CollmError, LaunchError
+from collm_dist.orchestration.children import handle_stop_signals
+from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.serving.batching import Batcher
+from collm_dist.serving.http_app import Ranked, build_app
+from collm_dist.serving.http_bodies import HealthAnswer
+from collm_dist.serving.recommender import Recommender, build_recommender, check_settings, find_stage
+from collm_dist.serving.requests import RankingQuery
+from collm_dist.serving.service_options import ServiceOptions
+
+APP_NAME = "collm-dist"
+# Neither requests nor who sent them; what goes wrong inside is logged.
+_QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+# Ray Serve's own 5 seconds are too few for its proxy to start on a machine that is busy.
+_START_S = "60"
+# After our own time limit has answered; this one ends clients who send their body too slowly.
+_GRACE_S = 5
+
+
+@serve.ingress()
+class _Ranker:
+    """A replica: the model of a run on one device, behind HTTP."""
+
+    def __init__(self, config: Config, run_dir: RunDir, model: str, options: ServiceOptions) -> None:
+        if read_model_id(run_dir) != model:
+            raise ArtifactError(f"{run_dir.path} has changed since the service was started; stop it and start it again")
+        self._recommender, self._model, self._options = build_recommender(config, run_dir), model, options
+        self._health = HealthAnswer(
+            ready=True,
+            run=run_dir.path.name,
+            stage=self._recommender.stage,
+            model=model,
+            device=str(self._recommender.device),
+            users=len(self._recommender.user_ids),
+            items=len(self._recommender.item_ids),
+        )
+        self._sizes = Histogram("collm_requests_per_pass", "Requests scored together.", [1, 2, 4, 8, 16, 32, 64, 128])
+        self._seconds = Histogram("collm_pass_seconds", "Seconds of a pass.", [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30])
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        options = self._options
+        batcher: Batcher[RankingQuery, Ranked] = Batcher(
+            self._recommender.rank_many,
+            max_size=options.max_batch_size,
+            wait_s=options.batch_wait_ms / 1000,
+            max_waiting=options.max_waiting,
+            report=self._report,
+        )
+        return build_app(batcher.submit, self._health, options, list_examples(self._recommender))
+
+    def _report(self, size: int, took_s: float) -> None:
+        self._sizes.observe(size)
+        self._seconds.observe(took_s)
+
+
+def run_service(config: Config, run_dir: RunDir, options: ServiceOptions) -> None:
+    """Serve a finished run until SIGTERM or SIGINT; requests that are being answered then are answered.
+
+    Args:
+        config: the experiment.
+        run_dir: of the run; a link is followed once, at the start.
+        options: where to listen, and limits.
+
+    Raises:
+        ArtifactError: the run is not done, does not fit together, or is damaged; the port has not been opened.
+        LaunchError: the port is taken, devices are wanting, Ray does not start, or Serve runs on the cluster already.
+        KeyboardInterrupt: it was stopped before it was ready, or twice.
+    """
+    run_dir = RunDir(run_dir.path.resolve())
+    config = check_settings(config, run_dir)
+    model = read_model_id(run_dir)
+    port = find_port(options.host, options.port)
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)
+    with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(options.host, port, options):
+        replicas, devices = plan_replicas(options.replicas)
+        _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
+        metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
+        print(
+            f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
+            f"http://{_spell_host(options.host)}:{port} - POST /rank, GET /healthz, /docs; metrics for Prometheus at "
+            f"port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it",
+            flush=True,
+        )
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("stopping: no new requests; those that have arrived are being answered", flush=True)
+
+
+def read_model_id(run_dir: RunDir) -> str:
+    """Return the start of the content hash of what the scoring stage has made."""
+    return str(run_dir.read_record(find_stage(run_dir))["content_hash"])[:12]
+
+
+def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
+    """Return request bodies that the run can answer, for the OpenAPI page."""
+    history, candidates = recommender.item_ids[:3], recommender.item_ids[3:8] or recommender.item_ids
+    examples: list[dict[str, Any]] = [{"history": history, "candidates": candidates, "top_k": 3}]
+    if recommender.has_cf:
+        examples.append({"user": recommender.user_ids[0], "num_retrieved": 50, "top_k": 10})
+    return examples
+
+
+def find_port(host: str, port: int) -> int:
+    """Return the port to listen at, a free one for 0.
+
+    Raises:
+        LaunchError: it is taken, or the address is none of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port), family=family) as server:
+            return int(server.getsockname()[1])
+    except OSError as error:
+        raise LaunchError(
+            f"--host {host} --port {port}: cannot listen there ({_explain(error)}); stop what listens there, "
+            "or name another port"
+        ) from None
+
+
+def plan_replicas(wanted: int | None) -> tuple[int, dict[str, int]]:
+    """Return how many replicas to start, and the CPUs and GPUs of each.
+
+    Raises:
+        LaunchError: there are not as many devices.
+    """
+    total, free = ray.cluster_resources(), ray.available_resources()
+    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 1))
+    nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    replicas = wanted or gpus or nodes
+    # On a CPU the cores are divided among the replicas; Ray gives each as many threads as cores.
+    devices = {"num_cpus": 1 if gpus else max(cpus // max(replicas, nodes), 1), "num_gpus": 1 if gpus else 0}
+    for name, each in (("CPU", devices["num_cpus"]), ("GPU", devices["num_gpus"])):
+        if replicas * each > free.get(name, 0):
+            raise LaunchError(
+                f"--replicas: {replicas} models take {replicas * each} {name}s, and {int(free.get(name, 0))} of "
+                f"{int(total.get(name, 0))} are free; start fewer, or free some"
+            )
+    return replicas, devices
+
+
+@contextmanager
+def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
+    """Run Serve for as long as the block lasts.
+
+    Raises:
+        LaunchError: it does not start, or runs on the cluster already.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if serve.status().proxies:
+        raise LaunchError("Ray Serve runs on this cluster already, with its own port; end it there: serve shutdown")
+    http = {"host": host, "port": port, "request_timeout_s": options.request_timeout_s + _GRACE_S}
+    try:
+        try:
+            serve.start(http_options=http, logging_config=_QUIET)
+        except (RuntimeError, TimeoutError, RayError) as error:
+            reason = str(error).splitlines()[0]
+            raise LaunchError(f"Ray Serve does not start ({reason}); if the machine is busy, try again later") from None
+        yield
+        with suppress(TimeoutError):
+            serve.delete(APP_NAME)  # first, since the shutdown would end the proxy before it has passed on all answers
+    finally:
+        serve.shutdown()
+
+
+def _start_replicas(
+    config: Config, run_dir: RunDir, model: str, options: ServiceOptions, replicas: int, devices: dict[str, int]
+) -> None:
+    """Start the replicas and wait until they have loaded their models.
+
+    Raises:
+        CollmError: as a replica raised it.
+        LaunchError: one does not start.
+    """
+    # Beyond what waits and what is being scored: requests that are read or refused, and looks at /healthz.
+    ongoing = options.max_waiting + options.max_batch_size + 100
+    deployment = serve.deployment(
+        _Ranker,
+        name="ranker",
+        num_replicas=replicas,
+        ray_actor_options=devices,
+        max_ongoing_requests=ongoing,
+        max_queued_requests=ongoing,
+        backpressure_config={"retry_after_s": 1},
+        graceful_shutdown_timeout_s=options.shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=_QUIET,
+        max_constructor_retry_count=1,
+    )
+    try:
+        serve.run(deployment.bind(config, run_dir, model, options), name=APP_NAME)
+    except (RuntimeError, RayError) as error:
+        applications = serve.status().applications.values()
+        told = [one.message for application in applications for one in application.deployments.values()]
+        raise _explain_start("\n".join([*told, str(error)])) from None
+
+
+def _explain_start(message: str) -> CollmError:
+    """Return what to raise for replicas that did not start: their own error if it is one that a user can act on.
+
+    Args:
+        message: what Serve tells, with the text of a traceback.
+    """
+    found = re.search(r"collm_dist\.errors\.(\w+): (.*)", message)
+    kind = getattr(errors, found.group(1), None) if found else None
+    if found and kind is not None:
+        error: CollmError = kind(found.group(2))
+        return error
+    return LaunchError(f"the process that serves the model does not start: {message}")
+
+
+def _make_paths_absolute(config: Config) -> Config:
+    """Return settings that hold in another working directory too."""
+    backbone = Path(config.llm.backbone).expanduser()
+    if not backbone.exists():
+        return config
+    return config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
+
+
+def _explain(error: OSError) -> str:
+    # ``create_server`` puts the address into the text, and resolving a name has no number of the system's.
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
+
+
+def _spell_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,128 @@
+"""Queries that arrive while the device is busy, answered together in its next pass.
+
+``ray.serve.batch`` closes a batch when a few milliseconds have gone by, however long the pass before it still takes, so
+that steady traffic is scored in small batches that pile up behind each other. Here a batch is closed when the device is
+free: the busier it is, the larger its batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Query = TypeVar("Query")
+Answer = TypeVar("Answer")
+
+
+class QueueFullError(Exception):
+    """As many queries wait as may."""
+
+
+@dataclass(frozen=True)
+class Pass(Generic[Answer]):
+    """The answer to a query, and how it came about.
+
+    Attributes:
+        answer: to the query.
+        size: queries answered in the same pass.
+        waited_s: seconds from arrival to the start of the pass.
+        took_s: seconds of the pass.
+    """
+
+    answer: Answer
+    size: int
+    waited_s: float
+    took_s: float
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Query, Answer]):
+    query: Query
+    arrived: float
+    future: asyncio.Future[Pass[Answer]]
+
+
+class Batcher(Generic[Query, Answer]):
+    """Hands queries to a function that answers many at once, one call at a time, in a thread of its own."""
+
+    def __init__(
+        self,
+        work: Callable[[list[Query]], list[Answer]],
+        *,
+        max_size: int,
+        wait_s: float,
+        max_waiting: int,
+        report: Callable[[int, float], None] = lambda size, took_s: None,
+    ) -> None:
+        """Take what answers.
+
+        Args:
+            work: gets queries, returns their answers in the same order.
+            max_size: most queries of a pass.
+            wait_s: how long the first query of an idle device waits for others, in seconds.
+            max_waiting: most queries that wait, those of the running pass not counted.
+            report: told of each pass its size and its seconds.
+        """
+        self._work, self._report = work, report
+        self._max_size, self._wait_s, self._max_waiting = max_size, wait_s, max_waiting
+        self._waiting: deque[_Waiting[Query, Answer]] = deque()
+        self._is_full = asyncio.Event()
+        self._runner: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    async def submit(self, query: Query) -> Pass[Answer]:
+        """Return a query's answer. A caller who is cancelled leaves the queue.
+
+        Raises:
+            QueueFullError: too many wait already.
+            Exception: what ``work`` raised, for all queries of its pass.
+        """
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFullError
+        one = _Waiting(query, time.perf_counter(), asyncio.get_running_loop().create_future())
+        self._waiting.append(one)
+        if len(self._waiting) >= self._max_size:
+            self._is_full.set()
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run())
+        try:
+            return await one.future
+        finally:
+            if one in self._waiting:
+                self._waiting.remove(one)
+
+    async def _run(self) -> None:
+        """Make passes until nobody waits."""
+        while self._waiting:
+            remaining = self._waiting[0].arrived + self._wait_s - time.perf_counter()
+            if remaining > 0 and len(self._waiting) < self._max_size:
+                self._is_full.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_full.wait(), remaining)
+                if not self._waiting:  # who waited has given up
+                    continue
+            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_size))]
+            await self._answer(batch)
+        self._runner = None
+
+    async def _answer(self, batch: list[_Waiting[Query, Answer]]) -> None:
+        started = time.perf_counter()
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._work, [one.query for one in batch])
+        try:
+            answers = await work
+        except Exception as error:
+            for one in batch:
+                if not one.future.done():
+                    one.future.set_exception(error)
+            return
+        took = time.perf_counter() - started
+        self._report(len(batch), took)
+        for one, answer in zip(batch, answers, strict=True):
+            if not one.future.done():  # its caller may have gone
+                one.future.set_result(Pass(answer, len(batch), started - one.arrived, took))

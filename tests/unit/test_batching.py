@@ -1,0 +1,103 @@
+"""What waits while the device is busy is answered together."""
+
+import asyncio
+import threading
+
+import pytest
+
+from collm_dist.serving.batching import Batcher, QueueFullError
+
+
+class Device:
+    """Answers with the double; waits for a permit before each pass."""
+
+    def __init__(self, *, permits=100):
+        self.permits, self.passes = threading.Semaphore(permits), []
+
+    def __call__(self, queries):
+        assert self.permits.acquire(timeout=10)
+        self.passes.append(list(queries))
+        if "wrong" in queries:
+            raise ValueError("wrong")
+        return [2 * one for one in queries]
+
+
+def build(device, **options):
+    return Batcher(device, **{"max_size": 4, "wait_s": 0, "max_waiting": 100} | options)
+
+
+async def let_start():
+    for _ in range(5):
+        await asyncio.sleep(0.01)
+
+
+def test_a_busy_device_gets_all_that_has_come_meanwhile():
+    async def run():
+        device, told = Device(permits=0), []
+        batcher = build(device, report=lambda size, took: told.append((size, took)))
+        first = asyncio.create_task(batcher.submit(0))
+        await let_start()
+        others = [asyncio.create_task(batcher.submit(one)) for one in range(1, 7)]
+        await let_start()
+        device.permits.release(4)
+        found = await asyncio.gather(first, *others)
+        assert device.passes == [[0], [1, 2, 3, 4], [5, 6]]
+        assert [one.answer for one in found] == [0, 2, 4, 6, 8, 10, 12]
+        assert [one.size for one in found] == [1, 4, 4, 4, 4, 2, 2]
+        assert found[1].waited_s > 0.04
+        assert found[0].took_s > 0.04
+        assert [size for size, _ in told] == [1, 4, 2]
+        assert (await batcher.submit(8)).answer == 16  # and it goes on after an idle time
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("count", "passes"), [(3, [[0, 1, 2]]), (5, [[0, 1, 2, 3], [4]])])
+def test_an_idle_device_waits_for_others(count, passes):
+    async def run():
+        device = Device()
+        batcher = build(device, wait_s=0.3)
+
+        async def submit(one):
+            await asyncio.sleep(0.001 * one)
+            return await batcher.submit(one)
+
+        await asyncio.gather(*(submit(one) for one in range(count)))
+        assert device.passes == passes
+
+    asyncio.run(run())
+
+
+def test_no_more_than_so_many_wait_and_who_gives_up_leaves_room():
+    async def run():
+        device = Device(permits=0)
+        batcher = build(device, max_waiting=2)
+        first = asyncio.create_task(batcher.submit(0))
+        await let_start()
+        waiting = [asyncio.create_task(batcher.submit(one)) for one in (1, 2)]
+        await let_start()
+        with pytest.raises(QueueFullError):
+            await batcher.submit(3)
+        waiting[0].cancel()
+        first.cancel()  # its pass goes on, for nobody
+        await let_start()
+        last = asyncio.create_task(batcher.submit(4))
+        await let_start()
+        device.permits.release(2)
+        assert [one.answer for one in await asyncio.gather(waiting[1], last)] == [4, 8]
+        assert device.passes == [[0], [2, 4]]
+        assert waiting[0].cancelled()
+        assert first.cancelled()
+
+    asyncio.run(run())
+
+
+def test_an_error_reaches_all_of_its_pass_and_no_other():
+    async def run():
+        device = Device()
+        batcher = build(device, wait_s=0.05)
+        found = await asyncio.gather(*(batcher.submit(one) for one in ("a", "wrong")), return_exceptions=True)
+        assert [str(one) for one in found] == ["wrong", "wrong"]
+        assert (await batcher.submit("b")).answer == "bb"
+
+    asyncio.run(run())

@@ -1,0 +1,190 @@
+"""The HTTP application without a server: what becomes of requests that no client should send, and of errors inside."""
+
+import asyncio
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collm_dist.errors import ArtifactError, RequestError
+from collm_dist.serving.batching import Pass, QueueFullError
+from collm_dist.serving.http_app import build_app
+from collm_dist.serving.http_bodies import HealthAnswer
+from collm_dist.serving.requests import RankedItem, RankingQuery
+from collm_dist.serving.service_options import ServiceOptions
+
+HEALTH = HealthAnswer(ready=True, run="mine", stage="stage2", model="abc", device="cpu", users=2, items=3)
+OPTIONS = ServiceOptions(max_candidates=4, max_history=3, max_body_kib=1, request_timeout_s=0.2)
+GOOD = {"history": ["1"], "candidates": ["2", 3]}
+JSON = "application/json"
+
+
+async def rank(query):
+    """Answer with what was asked; some users are in for an error."""
+    if query.user == "full":
+        raise QueueFullError
+    if query.user == "slow":
+        await asyncio.sleep(10)
+    if query.user == "broken":
+        raise ArtifactError("stage2: the score of item 'x' is not finite")
+    if query.user == "bug":
+        raise KeyError("secret")
+    if query.user == "wrong":
+        return Pass(RequestError("candidates: 'x\ud800' is unknown"), 1, 0.001, 0.002)
+    return Pass([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], 3, 0.001, 0.002)
+
+
+def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, length=None):
+    """Call the application as a server would; return status, headers and the decoded body."""
+    pieces = chunks or [body if isinstance(body, bytes) else json.dumps(body).encode()]
+    told = {"content-type": content_type, "content-length": length}
+    headers = [(name.encode(), value.encode()) for name, value in told.items() if value is not None]
+    scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
+    left, sent = list(pieces), []
+
+    async def receive():
+        if not left:
+            await asyncio.sleep(10)
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    async def send(message):
+        sent.append(message)
+
+    async def run():
+        await build_app(rank, HEALTH, OPTIONS, [GOOD])(scope, receive, send)
+
+    try:
+        asyncio.run(run())
+    except KeyError:  # answered first, then left to the server's log
+        assert sent
+    start, *bodies = sent
+    return start["status"], dict(start["headers"]), json.loads(b"".join(one["body"] for one in bodies)), len(left)
+
+
+def test_a_query_arrives_as_it_was_sent():
+    sent = {"user": 7, "history": ["a", 1], "candidates": ["2"], "as_of": 5, "top_k": 1, "num_retrieved": 4}
+    status, headers, answer, _ = ask(sent)
+    assert status == 200
+    assert answer["model"] == "abc"
+    assert answer["ranked"] == [
+        {"item_id": repr(RankingQuery(**sent)), "score": 0.1 + 0.2, "rank": 1, "title": "千と千尋"}
+    ]
+    assert headers[b"x-scored-together"] == b"3"
+    assert headers[b"server-timing"] == b"queue;dur=1.0, score;dur=2.0"
+    assert ask({"user": "u"}, content_type="application/vnd.mine+json; charset=utf-8")[2]["ranked"][0][
+        "item_id"
+    ] == repr(RankingQuery("u", num_retrieved=4))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 422, "body: it is no JSON object"),
+        (b"{", 400, "body: no JSON at character 1"),
+        (b"\xff\xfe", 400, ""),
+        (b'{"history": ["\xff"]}', 400, ""),
+        (b"[" * 1000, 400, ""),
+        (b"9" * 900, 422, "body: it is no JSON object"),
+        ([], 422, "body: it is no JSON object"),
+        (None, 422, "body: it is no JSON object"),
+        ("text", 422, "body: it is no JSON object"),
+        ({}, 422, "user: name a user or give a history"),
+        ({"candidates": ["1"]}, 422, "user: name a user or give a history"),
+        (GOOD | {"color": "red"}, 422, "color: there is no such field; there are user, history, candidates, as_of"),
+        (GOOD | {"history": "1"}, 422, "history: '1' is no list of ids"),
+        (GOOD | {"history": {"1": 2}}, 422, "history: {'1': 2} is no list of ids"),
+        (GOOD | {"history": [1.5]}, 422, "history.0: 1.5 is no id; ids are texts or whole numbers"),
+        (GOOD | {"candidates": [1.5, True, None, []]}, 422, "candidates.1: True is no id; .*; and 1 more"),
+        (GOOD | {"history": ["1"] * 4}, 422, "history: 4 items are more than the 3 that .* --max-history"),
+        (GOOD | {"candidates": ["1"] * 5}, 422, "candidates: 5 items are more than the 4 .* --max-candidates"),
+        (GOOD | {"candidates": []}, 422, "candidates: the list is empty; name at least one item, or leave"),
+        (GOOD | {"user": 1.0}, 422, "user: 1.0 is no id"),
+        (GOOD | {"user": False}, 422, "user: False is no id"),
+        (GOOD | {"as_of": "2024-01-01"}, 422, "as_of: '2024-01-01' is no whole number"),
+        (GOOD | {"as_of": float("nan")}, 422, "as_of: nan is no whole number"),
+        (GOOD | {"top_k": 0}, 422, "top_k: 0 is out of range; it must be at least 1"),
+        (GOOD | {"num_retrieved": 5}, 422, "num_retrieved: 5 is out of range; it must be at most 4"),
+        ({"user": "wrong"}, 422, "candidates: 'x\ud800' is unknown"),
+        (GOOD | {"user": ["\ud800"]}, 422, r"user: \['\\ud800'\] is no id"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(body, status, message):
+    found, headers, answer, _ = ask(body)
+    assert found == status, answer
+    assert headers[b"content-type"] == b"application/json"
+    assert re.search(message, answer["detail"]), answer
+    assert list(answer) == ["detail"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ({"content_type": "text/plain"}, 415, "content-type: send the body as application/json"),
+        ({"content_type": None}, 415, "content-type"),
+        ({"content_type": "application/x-www-form-urlencoded"}, 415, "content-type"),
+        ({"method": "GET"}, 405, "Method Not Allowed"),
+        ({"path": "/nowhere"}, 404, "POST /rank ranks"),
+    ],
+)
+def test_other_ways_to_go_wrong(options, status, message):
+    found, _, answer, _ = ask(GOOD, **options)
+    assert (found, list(answer)) == (status, ["detail"])
+    assert message in answer["detail"]
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(["user", "history", "candidates", "as_of", "top_k", "num_retrieved", "color"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(FIELDS, ANY, max_size=4) | ANY)
+def test_no_body_is_too_strange(body):
+    status, _, answer, _ = ask(body)
+    assert status in (200, 413, 422)
+    assert ("detail" in answer) == (status != 200)
+
+
+def test_a_large_body_is_refused_unread():
+    piece = b" " * 512
+    for options, left in (({"length": "2000"}, 3), ({}, 1)):  # where its length is not told, as soon as it is too long
+        status, _, answer, unread = ask(None, chunks=[piece] * 4, **options)
+        assert (status, unread) == (413, left)
+        assert answer == {
+            "detail": "the body has more than 1 KiB; send less, or start the service with a larger --max-body-kib"
+        }
+
+
+@pytest.mark.parametrize(
+    ("user", "status", "message"),
+    [
+        ("full", 503, "64 requests wait already; try again in a second"),
+        ("slow", 504, "given up after 0.2 s"),
+        ("broken", 500, "the score of item 'x' is not finite"),
+        ("bug", 500, "internal error; the service's log has it"),
+    ],
+)
+def test_errors_inside_end_in_words(user, status, message):
+    found, headers, answer, _ = ask({"user": user})
+    assert found == status
+    assert message in answer["detail"]
+    assert "secret" not in json.dumps(answer)
+    assert (headers.get(b"retry-after") == b"1") == (status == 503)
+
+
+def test_health_and_openapi():
+    assert ask(b"", method="GET", path="/healthz")[2] == HEALTH.model_dump()
+    document = ask(b"", method="GET", path="/openapi.json")[2]
+    body = document["components"]["schemas"]["RankBody"]
+    assert body["examples"] == [GOOD]
+    assert all("description" in one for one in body["properties"].values())
+    assert body["properties"]["candidates"]["anyOf"][0]["maxItems"] == 4
+    assert set(document["paths"]["/rank"]["post"]["responses"]) == {"200", "400", "413", "415", "422", "503", "504"}
