@@ -201,8 +201,6 @@ class _Child:
             raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was ended by a signal")
 
     def _launch(self) -> None:
-        import torch
-
         config, step = self.config, self.step
         script = "evaluate_model.py" if step == "eval" else "train.py"
         # The settings of this run, whatever happens to the file that they came from.
@@ -211,6 +209,13 @@ class _Child:
             arguments += ["--stage", step.removeprefix("stage")]
         if self.force:
             arguments += ["--force", step]
+        if config.cluster.hostfile is not None:
+            from collm_dist.orchestration.hosts import run_on_hosts
+
+            hostfile, address = Path(config.cluster.hostfile), config.cluster.master_address
+            return run_on_hosts(hostfile, address, self.run_dir.path, self.launch_dir / script, arguments)
+        import torch
+
         processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
         command = build_command(self.launch_dir / script, arguments, processes, gpus)
         run_child(command, build_environment(processes, gpus))

@@ -25,13 +25,19 @@ from collm_dist.errors import LaunchError, Preempted
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.tune import count_workers
 from collm_dist.tuning.nonfinite import NonFiniteError
-from tests.distributed.conftest import REPOSITORY, run, start, wait_for_step
+from tests.distributed.conftest import (
+    LONGER,
+    PIPELINE,
+    REPOSITORY,
+    assert_same_report,
+    read_status,
+    run,
+    start,
+    wait_for_step,
+)
 from tests.distributed.test_tuning import assert_same_training
 
-PIPELINE = [sys.executable, "launch/run_pipeline.py"]
 ON_RAY = ["cluster.tuning=ray", "cluster.num_processes=2"]
-LONGER = ["lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10", "stage2.max_steps=30",
-          "stage2.eval_every_steps=10", "cluster.restart_backoff_seconds=0.1"]  # fmt: skip
 
 
 @pytest.fixture
@@ -42,31 +48,6 @@ def cluster():
     made.wait_for_nodes()
     yield made, nodes
     made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def one_process(prepared_run, tmp_path_factory):
-    """The pipeline's run directory from one process without Ray."""
-    folder, overrides = prepared_run
-    copied = tmp_path_factory.mktemp("one") / "run"
-    shutil.copytree(folder, copied)
-    run(PIPELINE, [*overrides, f"run.dir={copied}", *LONGER])
-    return copied
-
-
-def read_status(folder):
-    return json.loads((folder / "status.json").read_text())
-
-
-def assert_same_report(ours, other, tolerance=1e-4):
-    """Every model's metrics on every split; two rows of nearly equal score that change places move AUC by 1.3e-5."""
-    a, b = (json.loads((one / "eval" / "report.json").read_text())["rows"] for one in (ours, other))
-    assert len(a) == len(b) > 3
-    for left, right in zip(a, b, strict=True):
-        assert left.keys() == right.keys()
-        for name, value in left.items():
-            if isinstance(value, float):
-                assert value == pytest.approx(right[name], abs=tolerance), (left, name)
 
 
 def list_training():
