@@ -26,12 +26,12 @@ COPY requirements/ requirements/
 # hadolint ignore=DL3013,SC2086
 RUN python3 -m venv /app/venv \
     && if [ -n "$TORCH" ]; then pip install $TORCH; fi \
-    && pip install --require-hashes --requirement "requirements/$LOCK.lock"
+    && pip install --no-deps --require-hashes --requirement "requirements/$LOCK.lock"
 COPY pyproject.toml README.md LICENSE ./
 COPY collm_dist/ collm_dist/
 COPY configs/ configs/
 COPY launch/ launch/
-RUN pip install --no-deps --no-build-isolation --editable .
+RUN pip install --no-deps --no-build-isolation --editable . && pip check
 
 USER 10001
 CMD ["python", "launch/run_pipeline.py", "--help"]

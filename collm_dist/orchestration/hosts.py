@@ -23,6 +23,8 @@ from collm_dist.orchestration.node_facts import NodeFacts, check_facts, read_fac
 from collm_dist.orchestration.run_lock import TOKEN_VARIABLE
 
 SSH_SECONDS, FACTS_SECONDS = 15, 120
+# A host that is switched off closes no connection: without this, pdsh would wait for it for ever.
+_KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 # pdsh hands its words to the shells of the hosts as they are.
 _PLAIN_WORD = re.compile(r"[\w@+=:,./-]+")
 _HOST_LINE = re.compile(r"([A-Za-z0-9][\w.@-]*)\s+slots=([1-9]\d*)\s*(?:#.*)?")
@@ -105,7 +107,9 @@ def run_on_hosts(
         carried = _carry_environment(hosts, check_hosts(hosts, folder))
         carried |= {ERROR_FILE_VARIABLE: str(folder / "error.json"), CONTROL_FILE_VARIABLE: str(folder / "control")}
         _write_environment(folder / "environment", carried)
-        run_child(command, {**os.environ, "DS_ENV_FILE": str(folder / "environment")}, shared=folder)
+        options = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {_KEEP_ALIVE}".strip()
+        own = {"DS_ENV_FILE": str(folder / "environment"), "PDSH_SSH_ARGS_APPEND": options}
+        run_child(command, {**os.environ, **own}, shared=folder)
     finally:
         shutil.rmtree(top, ignore_errors=True)
 
