@@ -34,7 +34,7 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_ADDRESS="$head:$port" RAY_USAGE_ST
 
 # The head on this node, the first; srun starts one more on each of the others, relative to it.
 env -u RAY_ADDRESS ray start --head --node-ip-address="$head" --port="$port" --num-cpus="$cpus" \
-  --include-dashboard=false --block >"${SLURM_JOB_NAME:-collm}-ray-$port.log" 2>&1 &
+  --include-dashboard=false --block &
 if ((nodes > 1)); then
   srun --relative=1 --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --cpus-per-task="$cpus" \
     ray start --address="$RAY_ADDRESS" --num-cpus="$cpus" --block &

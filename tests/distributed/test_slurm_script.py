@@ -1,4 +1,4 @@
-"""The Slurm script without Slurm: a Ray of its own on this machine, the pipeline on it, and the signal before the end."""
+"""The Slurm script without Slurm: a Ray of its own, the pipeline on it, and the signal that comes before the end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.distributed.test_tuning import assert_same_training
 @pytest.fixture
 def start_script(tmp_path_factory):
     """Return a function that starts the script with overrides; nothing of it may be left at the end."""
-    folder = tmp_path_factory.mktemp("r")  # of Ray's sockets, whose paths must be short; the script's log, too
+    folder = tmp_path_factory.mktemp("r")  # of Ray's sockets, whose paths must be short
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
         **os.environ, "HEAD_ADDRESS": "127.0.0.1", "RAY_PORT": str(port), "RAY_TMPDIR": str(folder),
-        "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NAME": str(folder / "log"), "OMP_NUM_THREADS": "1",
+        "SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
 
