@@ -114,13 +114,20 @@ def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 def _follow_parent(path: Path) -> None:
     """Turn what a control file says into a signal to this process."""
-    try:
-        # Opened anew each time, because a shared file system then asks its server.
-        while path.read_text(encoding="utf-8") != ASKED_TO_STOP:
-            threading.Event().wait(_POLL_SECONDS)
-    except FileNotFoundError:
-        os._exit(WorkerLostError.exit_code)
-    os.kill(os.getpid(), signal.SIGTERM)
+    asked = False
+    while True:
+        try:
+            # Opened anew each time, because a shared file system then asks its server.
+            said = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            os._exit(WorkerLostError.exit_code)
+        except OSError as error:  # a file system in trouble says nothing about the parent
+            logging.getLogger(__name__).warning("%s: %s", path, error)
+            said = ""
+        if said == ASKED_TO_STOP and not asked:
+            asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(_POLL_SECONDS)
 
 
 def _parse_steps(text: str) -> tuple[str, ...]:

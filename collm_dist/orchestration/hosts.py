@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,8 +173,9 @@ def _ask(host: Host, sentinel: Path) -> NodeFacts:
     except subprocess.TimeoutExpired:
         raise LaunchError(f"cluster.hostfile: node {host.name} has not answered within {FACTS_SECONDS} s") from None
     if done.returncode == 0:
-        return NodeFacts(**json.loads(done.stdout.splitlines()[-1]))
-    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        with suppress(ValueError, TypeError, IndexError):
+            return NodeFacts(**json.loads(done.stdout.splitlines()[-1]))
+    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, answer '{done.stdout[-80:]}'"])[-1]
     if done.returncode == 255:
         raise LaunchError(f"cluster.hostfile: node {host.name} cannot be reached by ssh without a password: {said}; "
                           f"try: ssh -o BatchMode=yes {host.name} hostname")  # fmt: skip
