@@ -51,7 +51,9 @@ def load_hostfile(path: Path) -> list[Host]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cluster.hostfile: '{path}' cannot be read: {error}") from None
+        raise ConfigError(
+            f"cluster.hostfile: '{path}' cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from collm_dist.artifacts import RunDir
 from collm_dist.config import ClusterConfig
+from collm_dist.config_io import load_config
 from collm_dist.errors import ConfigError, LaunchError
 from collm_dist.orchestration.hosts import Host, load_hostfile, run_on_hosts
 from collm_dist.orchestration.node_facts import check_facts, read_facts
+from collm_dist.orchestration.pipeline import describe_plan, run_pipeline
 
 
 def test_a_hostfile(tmp_path):
@@ -75,3 +78,13 @@ def test_facts_of_a_node_are_compared(tmp_path):
         check_facts(other, own, "10.0.0.2", tmp_path)
     with pytest.raises(LaunchError, match=r"does not see .*a file system that all nodes share"):
         check_facts(dataclasses.replace(own, sees_file=False), own, "10.0.0.2", tmp_path)
+
+
+def test_a_hostfile_that_is_wrong_stops_the_pipeline_before_it_begins(tmp_path):
+    root = Path(__file__).parents[2]
+    settings = [f"run.dir={tmp_path / 'run'}", f"cluster.hostfile={tmp_path / 'none'}"]
+    config = load_config(root / "configs" / "tiny_cpu.yaml", settings)
+    with pytest.raises(ConfigError, match=r"cluster\.hostfile: .* cannot be read"):
+        describe_plan(config, RunDir(Path(config.run.dir)))
+    assert run_pipeline(config, root / "launch") == ConfigError.exit_code
+    assert not (tmp_path / "run" / "data").exists()
