@@ -113,7 +113,7 @@ def start(command: list[str], arguments: list[str], **options) -> subprocess.Pop
 def run(command: list[str], arguments: list[str]) -> str:
     """Run a command to its end, which must be a good one."""
     process = start(command, arguments)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 

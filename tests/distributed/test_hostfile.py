@@ -136,7 +136,7 @@ def test_the_pipeline_on_hosts_one_of_whose_processes_is_lost(copy_run, one_proc
     process = start(PIPELINE, [*overrides, *LONGER, *on_hosts])
     wait_for_step(process, folder, "stage1", 5)
     find_worker(folder, 1).kill()
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     status = read_status(folder)
     assert (status["state"], status["restarts"]) == ("done", 1)
@@ -152,7 +152,7 @@ def test_a_stop_reaches_the_processes_on_the_hosts(copy_run, one_process, on_hos
     process = start(PIPELINE, [*overrides, *LONGER, *on_hosts, *rare])
     wait_for_step(process, folder, "stage1", 5)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == Preempted.exit_code, output
     assert read_status(folder)["state"] == "interrupted"
     assert any((folder / "stage1" / "checkpoints").iterdir())

@@ -52,11 +52,11 @@ def test_it_is_asked_to_stop_and_goes_on(start_script, copy_run, one_process):
     process = start_script(settings)
     wait_for_step(process, folder, "stage1", 5)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == Preempted.exit_code, output
     assert read_status(folder)["state"] == "interrupted"
     process = start_script(settings)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert_same_training(folder, one_process)
     assert_same_report(folder, one_process)
@@ -66,6 +66,6 @@ def test_it_is_asked_to_stop_and_goes_on(start_script, copy_run, one_process):
 def test_it_passes_on_what_the_pipeline_ends_with(start_script, copy_run):
     _, overrides = copy_run("wrong")
     process = start_script([*overrides, "stage1.learning_rate=-1"])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert "stage1.learning_rate" in output
