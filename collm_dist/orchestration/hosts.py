@@ -23,7 +23,8 @@ from collm_dist.orchestration.children import find_free_port, run_child
 from collm_dist.orchestration.node_facts import NodeFacts, check_facts, read_facts
 from collm_dist.orchestration.run_lock import TOKEN_VARIABLE
 
-SSH_SECONDS, FACTS_SECONDS = 15, 120
+# The first import of torch from a shared file system takes its minutes.
+SSH_SECONDS, FACTS_SECONDS = 15, 600
 # A host that is switched off closes no connection: without this, pdsh would wait for it for ever.
 _KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 # pdsh hands its words to the shells of the hosts as they are.
