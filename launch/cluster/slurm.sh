@@ -51,9 +51,9 @@ import ray
 wanted, deadline = int(sys.argv[1]), time.monotonic() + 300
 while True:
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        ray.init(log_to_driver=False, ignore_reinit_error=True)
         alive = sum(node["Alive"] for node in ray.nodes())
-    except ConnectionError:
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError):
         alive = 0
     if alive >= wanted:
         break
