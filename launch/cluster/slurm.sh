@@ -26,6 +26,7 @@ nodes=${SLURM_JOB_NUM_NODES:-1}
 cpus=${SLURM_CPUS_PER_TASK:-$(nproc)}
 # Of several networks the nodes may need another than the first: HEAD_ADDRESS says which.
 head=${HEAD_ADDRESS:-$(hostname -I | cut -d ' ' -f 1)}
+head=${head:-127.0.0.1}
 port=${RAY_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 10000))}
 
 # Whoever reaches Ray's ports without this token could run programs as you.

@@ -25,7 +25,7 @@ def start_script(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
-        **os.environ, "HEAD_ADDRESS": "127.0.0.1", "RAY_PORT": str(port), "RAY_TMPDIR": str(folder),
+        **os.environ, "RAY_PORT": str(port), "RAY_TMPDIR": str(folder),
         "SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
