@@ -24,7 +24,7 @@ from collm_dist.orchestration.node_facts import NodeFacts, check_facts, read_fac
 from collm_dist.orchestration.run_lock import TOKEN_VARIABLE
 
 # The first import of torch from a shared file system takes its minutes.
-SSH_SECONDS, FACTS_SECONDS = 15, 600
+SSH_SECONDS, FACTS_SECONDS = 30, 600
 # A host that is switched off closes no connection: without this, pdsh would wait for it for ever.
 _KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 # pdsh hands its words to the shells of the hosts as they are.
