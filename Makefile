@@ -2,6 +2,7 @@
 # make test   the fast tests            make test-slow   the slow ones
 # make faults processes killed, files cut, disks filled, for half an hour; goes on where it was stopped
 # make check  format, lint, types, fast tests
+# make lock   requirements/*.lock: the versions of this environment, with hashes
 # VENV=DIR takes an existing environment as it is; by default .venv is made here.
 
 VENV ?= .venv
@@ -14,7 +15,7 @@ TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.
 
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slow faults check reference environment
+.PHONY: demo test test-slow faults check reference lock environment
 
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
@@ -36,6 +37,16 @@ check: environment
 
 reference: environment
 	$(PYTHON) -m collm_dist.config_reference configs/README.md
+
+LOCK := $(PYTHON) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --no-header --constraints build/tested.txt
+
+lock: environment
+	mkdir -p build requirements
+	$(PYTHON) -m pip freeze --exclude-editable | grep --invert-match --regexp '^torch==' --regexp ' @ ' > build/tested.txt
+	echo 'torch; python_version < "3"' > build/without-torch.txt
+	$(LOCK) --output-file requirements/gpu.lock
+	$(LOCK) --overrides build/without-torch.txt --output-file requirements/cpu.lock
 
 ifeq ($(origin VENV),file)
 environment: $(STAMP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from collm_dist.config.base import Section, operational
 
@@ -147,6 +147,17 @@ class ClusterConfig(Section):
         "Tuning processes on this machine, with tuning: ray on the cluster; default: one per GPU, one without.",
         ge=1,
     )
+    hostfile: str | None = operational(
+        None,
+        "launcher: run them on the hosts of this file, one process to each slot, through deepspeed --hostfile (ssh and "
+        "pdsh); lines of: name slots=4. Default: this machine alone.",
+    )
+    master_address: str | None = operational(
+        None,
+        "hostfile: address at which the hosts find the first of them; default: the first that it names itself, which "
+        "may be of the wrong network.",
+        pattern=r"^[\w.:-]+$",
+    )
     zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights.")
     collective_timeout_minutes: float = operational(
         30.0, "A tuning process that completes no step and no validation batch for so long ends the job.", gt=0
@@ -162,3 +173,15 @@ class ClusterConfig(Section):
         description="Merged last into the DeepSpeed configuration; keys that this project owns are refused.",
         json_schema_extra={"operational": True},
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if self.hostfile is not None and self.tuning == "ray":
+            raise ValueError(
+                "hostfile is for tuning: launcher; with tuning: ray the nodes are those of the Ray cluster"
+            )
+        if self.hostfile is not None and self.num_processes is not None:
+            raise ValueError("num_processes: with hostfile its slots count; leave it out")
+        if self.master_address is not None and self.hostfile is None:
+            raise ValueError("master_address means nothing without hostfile")
+        return self

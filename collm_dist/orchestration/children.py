@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from collm_dist.cli import ERROR_FILE_VARIABLE, INTERRUPTED_EXIT_CODE
+from collm_dist.cli import ASKED_TO_STOP, ERROR_FILE_VARIABLE, INTERRUPTED_EXIT_CODE
 from collm_dist.errors import CollmError, LaunchError, Preempted, WorkerLostError
 from collm_dist.orchestration.run_lock import end_processes
 
@@ -51,7 +51,7 @@ def build_command(script: Path, arguments: Sequence[str], num_processes: int | N
     """
     if num_gpus == 0 and num_processes in (None, 1):
         return [sys.executable, str(script), *arguments]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_find_free_port())]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(find_free_port())]
     if num_processes is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
         launcher += ["--num_gpus", str(num_processes)]
     return [*launcher, str(script), *arguments]
@@ -86,8 +86,13 @@ def preemptible() -> Iterator[None]:
         yield
 
 
-def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
+def run_child(command: Sequence[str], environment: Mapping[str, str], shared: Path | None = None) -> None:
     """Run a command to its end; SIGTERM and SIGUSR1 are passed on to the processes that do its work.
+
+    Args:
+        command, environment: see ``subprocess.Popen``.
+        shared: a folder that processes on other hosts see, for ``error.json`` and ``control`` (see ``cli``); the latter
+            then passes on the signals, and an interrupt.
 
     Raises:
         StepError: it failed; what it said it has printed itself.
@@ -97,22 +102,28 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
         KeyboardInterrupt: it was interrupted.
     """
     asked: list[int] = []
-    with tempfile.TemporaryDirectory() as folder:
-        error_file = Path(folder) / "error.json"
+    with ExitStack() as stack:
+        folder = shared or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        error_file, control_file = folder / "error.json", folder / "control"
+        control_file.touch()
         full = {**environment, ERROR_FILE_VARIABLE: str(error_file)}
-        with subprocess.Popen(command, env=full) as child:  # noqa: S603 - our own scripts
+        # Out of the terminal's reach: interrupted, DeepSpeed's launcher kills all of its kind on all hosts.
+        with subprocess.Popen(command, env=full, start_new_session=shared is not None) as child:  # noqa: S603 - ours
 
             def pass_on(number: int, _: FrameType | None) -> None:
                 asked.append(number)
-                _ask_to_stop(child.pid)
+                if shared is None:
+                    _ask_to_stop(child.pid)
+                else:
+                    control_file.write_text(ASKED_TO_STOP, encoding="utf-8")
 
             with handle_stop_signals(pass_on):
-                code = _wait(child)
+                code = _wait(child, None if shared is None else pass_on)
         end_processes(ERROR_FILE_VARIABLE, str(error_file))  # of a launcher that was killed
         if code == 0:
             return
         said = read_error(error_file)
-    if code in (INTERRUPTED_EXIT_CODE, -signal.SIGINT):
+    if signal.SIGINT in asked or code in (INTERRUPTED_EXIT_CODE, -signal.SIGINT):
         raise KeyboardInterrupt
     raise explain_end(said, asked) or _explain_silence(command, code)
 
@@ -172,16 +183,18 @@ def _list_workers(process: psutil.Process) -> list[psutil.Process]:
     return [worker for child in process.children() for worker in _list_workers(child)]
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
+def _wait(child: subprocess.Popen[bytes], on_interrupt: Callable[[int, FrameType | None], None] | None) -> int:
     """A terminal sends its interrupt to the child too, which ends when it has put things in order."""
     while True:
         try:
             return child.wait()
         except KeyboardInterrupt:
-            continue
+            if on_interrupt is not None:
+                on_interrupt(signal.SIGINT, None)
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """Return a port of this machine that nobody listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from tqdm import tqdm
 from collm_dist.artifacts import open_atomic
 from collm_dist.config import ClusterConfig
 from collm_dist.errors import CollmError, LaunchError
+from collm_dist.orchestration.node_facts import check_facts, read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +62,6 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-# Those that take part in what is computed, or in reading what other nodes have written.
-COMPARED_PACKAGES = ("collm-dist", "torch", "deepspeed", "transformers", "peft", "numpy", "pyarrow")
-
-
 def check_nodes(folder: Path) -> None:
     """Check that every node of the cluster sees the run directory and has the versions of this one.
 
@@ -77,42 +71,17 @@ def check_nodes(folder: Path) -> None:
     sentinel = folder / ".sentinel"
     with open_atomic(sentinel) as file:
         file.write("collm-dist\n")
-    look, own = ray.remote(num_cpus=0)(_look), _list_versions()
+    look, own = ray.remote(num_cpus=0)(read_facts), read_facts(str(sentinel))
     for node in ray.nodes():
         if node["Alive"]:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             try:
-                found, host, versions = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
+                facts = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
             except _GONE as error:  # it has gone since it was listed: others do its work
                 logger.warning("node %s does not answer: %s", node["NodeManagerAddress"], error)
                 continue
-            if not found:
-                raise LaunchError(
-                    f"run.dir: node {node['NodeManagerAddress']} ({host}) does not see {folder}; the run directory "
-                    "must be on a file system that all nodes share, at the same path"
-                )
-            others = [f"{name} {there} (here {own[name]})" for name, there in versions.items() if there != own[name]]
-            if others:
-                raise LaunchError(
-                    f"node {node['NodeManagerAddress']} ({host}) has {', '.join(others)}; install the same versions on "
-                    "all nodes, best from one image"
-                )
+            check_facts(facts, own, node["NodeManagerAddress"], folder)
     sentinel.unlink(missing_ok=True)
-
-
-def _look(path: str) -> tuple[bool, str, dict[str, str]]:
-    return Path(path).exists(), socket.gethostname(), _list_versions()
-
-
-def _list_versions() -> dict[str, str]:
-    """Return the versions of what must be equal on all nodes; ``none`` where a package is not installed."""
-    versions = {"Python": platform.python_version()}
-    for name in COMPARED_PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return versions
 
 
 def run_tasks(

@@ -18,6 +18,7 @@ from collm_dist.config_io import dump_config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
 from collm_dist.orchestration.children import StepError, build_command, build_environment, preemptible, run_child
+from collm_dist.orchestration.hosts import load_hostfile, run_on_hosts
 from collm_dist.orchestration.promotion import pin_previous, promote
 from collm_dist.orchestration.reuse import find_reusable, link_step
 from collm_dist.orchestration.run_lock import hold_run_lock
@@ -39,7 +40,7 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
     status = RunStatus(run_dir.path / "status.json")
     report, decision = None, None
     try:
-        _check_run_dir(config)
+        _check_places(config)
         config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
             status.begin()
@@ -72,7 +73,9 @@ def list_steps(config: Config) -> tuple[Step, ...]:
     return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
 
 
-def _check_run_dir(config: Config) -> None:
+def _check_places(config: Config) -> None:
+    if config.cluster.hostfile is not None:
+        load_hostfile(Path(config.cluster.hostfile))
     if _RAY_JOB_VARIABLE in os.environ and not Path(config.run.dir).is_absolute():
         raise ConfigError(
             f"run.dir: '{config.run.dir}' is relative; inside a Ray job that is the uploaded copy of the working "
@@ -201,8 +204,6 @@ class _Child:
             raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was ended by a signal")
 
     def _launch(self) -> None:
-        import torch
-
         config, step = self.config, self.step
         script = "evaluate_model.py" if step == "eval" else "train.py"
         # The settings of this run, whatever happens to the file that they came from.
@@ -211,6 +212,11 @@ class _Child:
             arguments += ["--stage", step.removeprefix("stage")]
         if self.force:
             arguments += ["--force", step]
+        if config.cluster.hostfile is not None:
+            hostfile, address = Path(config.cluster.hostfile), config.cluster.master_address
+            return run_on_hosts(hostfile, address, self.run_dir.path, self.launch_dir / script, arguments)
+        import torch
+
         processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
         command = build_command(self.launch_dir / script, arguments, processes, gpus)
         run_child(command, build_environment(processes, gpus))
@@ -218,6 +224,7 @@ class _Child:
 
 def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
     """Return one line for each step about what the pipeline would do, and the numbers that follow from the data."""
+    _check_places(config)
     config, lines, ready = pin_previous(config), [], True
     for step in list_steps(config):
         if not ready:

@@ -64,6 +64,37 @@ def whole(prepared_run, tmp_path_factory):
     return copied
 
 
+PIPELINE = [sys.executable, "launch/run_pipeline.py"]
+LONGER = ["lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10", "stage2.max_steps=30",
+          "stage2.eval_every_steps=10", "cluster.restart_backoff_seconds=0.1"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def one_process(prepared_run, tmp_path_factory):
+    """Return the run directory of a whole pipeline of LONGER whose tuning was one process, without Ray."""
+    folder, overrides = prepared_run
+    copied = tmp_path_factory.mktemp("one") / "run"
+    shutil.copytree(folder, copied)
+    run(PIPELINE, [*overrides, f"run.dir={copied}", *LONGER])
+    return copied
+
+
+def read_status(folder: Path) -> dict:
+    """Return what a run says of itself."""
+    return json.loads((folder / "status.json").read_text())
+
+
+def assert_same_report(ours: Path, other: Path, tolerance: float = 1e-4) -> None:
+    """Every model's metrics on every split; two rows of nearly equal score that change places move AUC by 1.3e-5."""
+    a, b = (json.loads((one / "eval" / "report.json").read_text())["rows"] for one in (ours, other))
+    assert len(a) == len(b) > 3
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(right[name], abs=tolerance), (left, name)
+
+
 def start(command: list[str], arguments: list[str], **options) -> subprocess.Popen:
     """Start a command of the launch folder with the tiny configuration."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -82,7 +113,7 @@ def start(command: list[str], arguments: list[str], **options) -> subprocess.Pop
 def run(command: list[str], arguments: list[str]) -> str:
     """Run a command to its end, which must be a good one."""
     process = start(command, arguments)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 

@@ -25,13 +25,19 @@ from collm_dist.errors import LaunchError, Preempted
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.tune import count_workers
 from collm_dist.tuning.nonfinite import NonFiniteError
-from tests.distributed.conftest import REPOSITORY, run, start, wait_for_step
+from tests.distributed.conftest import (
+    LONGER,
+    PIPELINE,
+    REPOSITORY,
+    assert_same_report,
+    read_status,
+    run,
+    start,
+    wait_for_step,
+)
 from tests.distributed.test_tuning import assert_same_training
 
-PIPELINE = [sys.executable, "launch/run_pipeline.py"]
 ON_RAY = ["cluster.tuning=ray", "cluster.num_processes=2"]
-LONGER = ["lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10", "stage2.max_steps=30",
-          "stage2.eval_every_steps=10", "cluster.restart_backoff_seconds=0.1"]  # fmt: skip
 
 
 @pytest.fixture
@@ -42,31 +48,6 @@ def cluster():
     made.wait_for_nodes()
     yield made, nodes
     made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def one_process(prepared_run, tmp_path_factory):
-    """The pipeline's run directory from one process without Ray."""
-    folder, overrides = prepared_run
-    copied = tmp_path_factory.mktemp("one") / "run"
-    shutil.copytree(folder, copied)
-    run(PIPELINE, [*overrides, f"run.dir={copied}", *LONGER])
-    return copied
-
-
-def read_status(folder):
-    return json.loads((folder / "status.json").read_text())
-
-
-def assert_same_report(ours, other, tolerance=1e-4):
-    """Every model's metrics on every split; two rows of nearly equal score that change places move AUC by 1.3e-5."""
-    a, b = (json.loads((one / "eval" / "report.json").read_text())["rows"] for one in (ours, other))
-    assert len(a) == len(b) > 3
-    for left, right in zip(a, b, strict=True):
-        assert left.keys() == right.keys()
-        for name, value in left.items():
-            if isinstance(value, float):
-                assert value == pytest.approx(right[name], abs=tolerance), (left, name)
 
 
 def list_training():
@@ -119,35 +100,27 @@ def test_a_worker_and_a_node_that_are_lost(cluster, copy_run, one_process):
 
 
 @pytest.mark.slow
-def test_a_ray_job_whose_worker_is_lost(copy_run, tmp_path):
-    """As ``ray job submit`` runs it: through the cluster's job service, which uploads a working directory."""
+def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process, tmp_path):
+    """As ``ray job submit`` runs it: through the cluster's job service, which uploads a working directory.
+
+    Data and collaborative model are made there too, on both nodes.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    made = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": port}
-    )
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
+    made = Cluster(initialize_head=True, head_node_args=head)
     for name in ("launch", "configs"):
         shutil.copytree(REPOSITORY / name, tmp_path / "work" / name)
-    folder, overrides = copy_run("job")
-    quoted = " ".join(shlex.quote(one) for one in [*overrides, *ON_RAY, *LONGER])
+    folder = tmp_path / "run"
+    settings = [*prepared_run[1], f"run.dir={folder}", "cf.num_workers=2", *ON_RAY, *LONGER]
+    killed = False
     try:
-        client, deadline, job, killed = (
-            JobSubmissionClient(f"http://127.0.0.1:{port}"),
-            time.monotonic() + 200,
-            "",
-            False,
-        )
-        while not job:
-            try:
-                job = client.submit_job(
-                    entrypoint=f"{sys.executable} launch/run_pipeline.py --config configs/tiny_cpu.yaml {quoted}",
-                    runtime_env={"working_dir": str(tmp_path / "work")},
-                )
-            except RuntimeError as error:  # the service answers before it can run anything
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(1)
+        for _ in range(2):
+            made.add_node(num_cpus=1)
+        made.wait_for_nodes()
+        client, deadline = JobSubmissionClient(f"http://127.0.0.1:{port}"), time.monotonic() + 400
+        job = submit(client, settings, tmp_path / "work", deadline)
         while not client.get_job_status(job).is_terminal():
             assert time.monotonic() < deadline, client.get_job_logs(job)
             log = folder / "stage2" / "metrics.jsonl"
@@ -160,6 +133,23 @@ def test_a_ray_job_whose_worker_is_lost(copy_run, tmp_path):
         made.shutdown()
     assert killed
     assert (read_status(folder)["state"], read_status(folder)["restarts"]) == ("done", 1)
+    assert_same_training(folder, one_process)
+    assert_same_report(folder, one_process)
+
+
+def submit(client, settings, working_dir, deadline):
+    """Submit the pipeline and return the job's number."""
+    quoted = " ".join(shlex.quote(one) for one in settings)
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=f"{sys.executable} launch/run_pipeline.py --config configs/tiny_cpu.yaml {quoted}",
+                runtime_env={"working_dir": str(working_dir)},
+            )
+        except RuntimeError as error:  # the service answers before it can run anything
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 @pytest.mark.slow
