@@ -2,6 +2,7 @@
 # make test   the fast tests            make test-slow   the slow ones
 # make faults processes killed, files cut, disks filled, for half an hour; goes on where it was stopped
 # make check  format, lint, types, fast tests
+# make docs   the pages as a site, in build/site
 # VENV=DIR takes an existing environment as it is; by default .venv is made here.
 
 VENV ?= .venv
@@ -14,7 +15,7 @@ TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.
 
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slow faults check reference environment
+.PHONY: demo test test-slow faults check reference docs environment
 
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
@@ -36,6 +37,10 @@ check: environment
 
 reference: environment
 	$(PYTHON) -m collm_dist.config_reference configs/README.md
+
+docs: environment
+	$(PYTHON) -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 ifeq ($(origin VENV),file)
 environment: $(STAMP)
