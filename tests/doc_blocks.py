@@ -28,6 +28,7 @@ class Block:
 
     Attributes:
         path, line: of the opening fence.
+        heading: the last one above it.
         language: as the fence says; empty if it does not.
         text: between the fences, without their indentation.
         needs: what a test lacks to run it, None if nothing.
@@ -36,10 +37,16 @@ class Block:
 
     path: Path
     line: int
+    heading: str
     language: str
     text: str
     needs: str | None
     title: str | None
+
+    @property
+    def runs(self) -> bool:
+        """Whether a test can run it, or save it as the file that it is."""
+        return self.needs is None and (self.language in ("bash", "python") or self.title is not None)
 
     @property
     def place(self) -> str:
@@ -94,10 +101,11 @@ def read_blocks(path: Path) -> list[Block]:
         ValueError: a fence is not closed; the message has its place.
     """
     blocks, lines = [], path.read_text(encoding="utf-8").splitlines()
-    number = 0
+    number, heading = 0, ""
     while number < len(lines):
         opening = _FENCE.fullmatch(lines[number])
         if opening is None:
+            heading = lines[number].lstrip("# ") if re.match(r"#+ ", lines[number]) else heading
             number += 1
             continue
         indent, closing = len(opening["indent"]), opening["ticks"]
@@ -109,7 +117,8 @@ def read_blocks(path: Path) -> list[Block]:
         title = _TITLE.search(opening["rest"])
         text = "".join(f"{one[indent:]}\n" for one in lines[number + 1 : end])
         needs = marker[1] if marker else None
-        blocks.append(Block(path, number + 1, opening["language"], text, needs, title[1] if title else None))
+        name = title[1] if title else None
+        blocks.append(Block(path, number + 1, heading, opening["language"], text, needs, name))
         number = end + 1
     return blocks
 

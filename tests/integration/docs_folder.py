@@ -57,7 +57,7 @@ def write_own_data(folder: Path, max_rows: int | None = None) -> None:
     """Write ratings.csv, items.csv and events.csv, with strings as ids and dates as times."""
     write_ratings(folder / "ratings.csv")
     write_items(folder / "items.csv")
-    start = datetime(2024, 1, 1)  # noqa: DTZ001 - logs seldom say where they are from
+    start = datetime(2024, 1, 1)
     ratings = [
         {
             "user_id": f"u{row['user_id']}",
@@ -113,12 +113,8 @@ def run_block(block: Block, folder: Path) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(block.text, encoding="utf-8")
         return ""
-    if block.language == "bash":
-        command = ["bash", "-euo", "pipefail", "-c", block.text]
-    elif block.language == "python":
-        command = [sys.executable, "-c", block.text]
-    else:
-        return ""
+    shell, python = ["bash", "-euo", "pipefail", "-c"], [sys.executable, "-c"]
+    command = [*(shell if block.language == "bash" else python), block.text]
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     output = folder / ".output"
     with output.open("w+", encoding="utf-8") as file:
