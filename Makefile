@@ -39,7 +39,7 @@ reference: environment
 	$(PYTHON) -m collm_dist.config_reference configs/README.md
 
 docs: environment
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 ifeq ($(origin VENV),file)

@@ -19,6 +19,7 @@ _FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,}) *(?P<language>[\w+-]*) *(?P
 _NEEDS = re.compile(r"<!-- needs: (.*) -->")
 _TITLE = re.compile(r'title="([^"]+)"')
 _OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)+=")
+_INLINE = re.compile(r"`((?:python|deepspeed|torchrun|make) [^`]+)`")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
@@ -147,6 +148,16 @@ def list_commands(block: Block) -> Iterator[Command]:
             yield Command(first, tuple(words))
     if pending.strip():
         raise ValueError(f"{block.path}:{first}: a quotation is not closed")
+
+
+def list_page_commands(path: Path) -> Iterator[Command]:
+    """Yield all commands of a page: those of its bash blocks, then those in its sentences and tables."""
+    for block in read_blocks(path):
+        if block.language == "bash":
+            yield from list_commands(block)
+    for number, line in strip_blocks(path):
+        for text in _INLINE.findall(line):
+            yield Command(number, tuple(shlex.split(text)))
 
 
 def strip_blocks(path: Path) -> list[tuple[int, str]]:

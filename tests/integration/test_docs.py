@@ -1,6 +1,7 @@
 """What README and the pages say holds: commands run, settings exist, links lead somewhere, the site builds."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 from collm_dist.config import Config
 from collm_dist.config_io import load_config
 from collm_dist.errors import CollmError
-from tests.doc_blocks import NEEDS, ROOT, list_anchors, list_commands, list_pages, read_blocks, strip_blocks
+from tests.doc_blocks import NEEDS, ROOT, list_anchors, list_page_commands, list_pages, read_blocks, strip_blocks
 from tests.integration.docs_folder import prepare_folder, run_block
 
 PAGES = list_pages()
@@ -41,34 +42,35 @@ def test_no_command_hides_from_the_tests(page):
 
 
 @by_page
-def test_commands_parse_and_name_what_is_there(page):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+def test_bash_parses(page):
     for block in read_blocks(page):
-        if block.language != "bash":
-            continue
-        checked = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True)
-        assert checked.returncode == 0, f"{block.place}: {checked.stderr}\n{block.text}"
-        for command in list_commands(block):
-            place = f"{page.name}:{command.line}"
-            for program in command.programs:
-                is_module = program.startswith("-m ")
-                found = importlib.util.find_spec(program[3:]) if is_module else (ROOT / program).is_file()
-                assert found, f"{place}: there is no {program}"
-            if command.words[0] == "make":
-                missing = {one for one in command.words[1:] if "=" not in one and not one.startswith("-")} - targets
-                assert not missing, f"{place}: the Makefile has no target {', '.join(missing)}"
+        if block.language == "bash":
+            checked = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True)
+            assert checked.returncode == 0, f"{block.place}: {checked.stderr}\n{block.text}"
+
+
+@by_page
+def test_commands_name_what_is_there(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for command in list_page_commands(page):
+        for program in command.programs:
+            is_module = program.startswith("-m ")
+            found = importlib.util.find_spec(program[3:]) if is_module else (ROOT / program).is_file()
+            assert found, f"{page.name}:{command.line}: there is no {program}"
+        if command.words[0] == "make":
+            missing = {one for one in command.words[1:] if "=" not in one and not one.startswith("-")} - targets
+            assert not missing, f"{page.name}:{command.line}: the Makefile has no target {', '.join(missing)}"
 
 
 @by_page
 def test_settings_on_command_lines_exist(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for block in read_blocks(page):
-        for command in list_commands(block) if block.language == "bash" else ():
-            given = Path(command.config or STAND_IN)
-            try:
-                load_config(given if given.parts[0] == "configs" else STAND_IN, command.overrides)
-            except CollmError as error:
-                pytest.fail(f"{page.name}:{command.line}: {' '.join(command.words)}\n{error}")
+    for command in list_page_commands(page):
+        given = Path(command.config or STAND_IN)
+        try:
+            load_config(given if given.parts[0] == "configs" else STAND_IN, command.overrides)
+        except CollmError as error:
+            pytest.fail(f"{page.name}:{command.line}: {' '.join(command.words)}\n{error}")
 
 
 @by_page
@@ -129,6 +131,18 @@ def test_the_site_asks_nobody_else_for_anything(site):
         assert found is None, f"{path.relative_to(site)}: {found[0]}"
     for path in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", path.read_text(encoding="utf-8")), path.name
+
+
+def test_figures_are_drawn_and_shown(tmp_path):
+    command = [sys.executable, "docs/figures.py", str(tmp_path)]
+    drawn = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names <= {path.name for path in (ROOT / "docs" / "images").iterdir()}, "run: python docs/figures.py"
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert all(f"images/{name}" in text for name in names)
 
 
 @pytest.fixture(scope="module")
