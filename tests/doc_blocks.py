@@ -124,16 +124,16 @@ def read_blocks(path: Path) -> list[Block]:
     return blocks
 
 
-def list_commands(block: Block) -> Iterator[Command]:
-    """Yield the commands of a bash block.
+def list_commands(text: str, first_line: int = 1) -> Iterator[Command]:
+    """Yield the commands of a shell text that starts in that line.
 
     Raises:
-        ValueError: a quotation is not closed; the message has its place.
+        ValueError: a quotation is not closed; the message has its line.
     """
-    pending, first = "", block.line + 1
-    for number, line in enumerate(block.text.splitlines(), start=block.line + 1):
+    pending, start = "", first_line
+    for number, line in enumerate(text.splitlines(), start=first_line):
         if not pending:
-            first = number
+            start = number
         pending += line
         if pending.endswith("\\"):
             pending = pending[:-1] + " "
@@ -145,16 +145,16 @@ def list_commands(block: Block) -> Iterator[Command]:
             continue
         pending = ""
         if words:
-            yield Command(first, tuple(words))
+            yield Command(start, tuple(words))
     if pending.strip():
-        raise ValueError(f"{block.path}:{first}: a quotation is not closed")
+        raise ValueError(f"line {start}: a quotation is not closed")
 
 
 def list_page_commands(path: Path) -> Iterator[Command]:
     """Yield all commands of a page: those of its bash blocks, then those in its sentences and tables."""
     for block in read_blocks(path):
         if block.language == "bash":
-            yield from list_commands(block)
+            yield from list_commands(block.text, block.line + 1)
     for number, line in strip_blocks(path):
         for text in _INLINE.findall(line):
             yield Command(number, tuple(shlex.split(text)))

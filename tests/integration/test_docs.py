@@ -14,10 +14,20 @@ import yaml
 from collm_dist.config import Config
 from collm_dist.config_io import load_config
 from collm_dist.errors import CollmError
-from tests.doc_blocks import NEEDS, ROOT, list_anchors, list_page_commands, list_pages, read_blocks, strip_blocks
+from tests.doc_blocks import (
+    NEEDS,
+    ROOT,
+    list_anchors,
+    list_commands,
+    list_page_commands,
+    list_pages,
+    read_blocks,
+    strip_blocks,
+)
 from tests.integration.docs_folder import prepare_folder, run_block
 
 PAGES = list_pages()
+SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 LANGUAGES = {"bash", "python", "yaml", "json", "csv", "text", "dockerfile", "ini", "toml"}
 # Where a page's command names a configuration that only its reader has.
 STAND_IN = ROOT / "configs" / "own_ratings.yaml"
@@ -50,27 +60,42 @@ def test_bash_parses(page):
 
 
 @by_page
-def test_commands_name_what_is_there(page):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    for command in list_page_commands(page):
-        for program in command.programs:
-            is_module = program.startswith("-m ")
-            found = importlib.util.find_spec(program[3:]) if is_module else (ROOT / program).is_file()
-            assert found, f"{page.name}:{command.line}: there is no {program}"
-        if command.words[0] == "make":
-            missing = {one for one in command.words[1:] if "=" not in one and not one.startswith("-")} - targets
-            assert not missing, f"{page.name}:{command.line}: the Makefile has no target {', '.join(missing)}"
-
-
-@by_page
-def test_settings_on_command_lines_exist(page, monkeypatch):
+def test_commands_name_what_is_there(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in list_page_commands(page):
-        given = Path(command.config or STAND_IN)
-        try:
-            load_config(given if given.parts[0] == "configs" else STAND_IN, command.overrides)
-        except CollmError as error:
-            pytest.fail(f"{page.name}:{command.line}: {' '.join(command.words)}\n{error}")
+        check_command(command, f"{page.name}:{command.line}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_teaches_by_commands_that_are_right(script, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    assert module.main() == 0
+    printed = capsys.readouterr().out
+    examples = re.findall(r"^  ((?:python|deepspeed|torchrun|ray) (?:.*\\\n)*.*)", printed, re.MULTILINE)
+    assert any(script.name in one for one in examples), printed
+    for command in (one for text in examples for one in list_commands(text)):
+        check_command(command, f"{script.name} --help")
+
+
+def check_command(command, place):
+    """Assert that what a command names exists: scripts, modules, targets of the Makefile, settings."""
+    for program in command.programs:
+        is_module = program.startswith("-m ")
+        found = importlib.util.find_spec(program[3:]) if is_module else (ROOT / program).is_file()
+        assert found, f"{place}: there is no {program}"
+    if command.words[0] == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        missing = {one for one in command.words[1:] if "=" not in one and not one.startswith("-")} - targets
+        assert not missing, f"{place}: the Makefile has no target {', '.join(missing)}"
+    given = Path(command.config or STAND_IN)
+    try:
+        load_config(given if given.parts[0] == "configs" else STAND_IN, command.overrides)
+    except CollmError as error:
+        pytest.fail(f"{place}: {' '.join(command.words)}\n{error}")
 
 
 @by_page
