@@ -181,6 +181,7 @@ def prepared(tmp_path_factory, tiny_backbone_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @by_page
 def test_what_a_page_shows_runs(page, prepared, tmp_path):
     """All of a page's blocks, in its order, in one folder with a finished run."""

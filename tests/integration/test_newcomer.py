@@ -14,6 +14,7 @@ RANKED_LINE = re.compile(r"(\d+) (B\d{3}) ([+-]\d+\.\d+) (.+)")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_from_a_csv_to_a_ranked_list_and_the_next_night(tiny_backbone_dir, tmp_path):
     folder = prepare_folder(tmp_path / "newcomer", tiny_backbone_dir, max_rows=FIRST_ROWS)
     blocks = [one for one in read_blocks(ROOT / "README.md") if one.runs]
