@@ -58,7 +58,7 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
         where = f"Ray at '{address}'" if address else "a local Ray"
         raise LaunchError(
             f"cluster.ray_address: {where} cannot be reached or started: {error}. Start a cluster there (ray start "
-            "--head), or unset the address (also RAY_ADDRESS) to use this machine alone; on a very busy machine try again"
+            "--head), or unset the address (also RAY_ADDRESS) to use this machine alone; on a busy machine, try again"
         ) from error
     try:
         yield
