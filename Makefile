@@ -3,6 +3,7 @@
 # make faults processes killed, files cut, disks filled, for half an hour; goes on where it was stopped
 # make check  format, lint, types, fast tests
 # make lock   requirements/*.lock: the versions of this environment, with hashes
+# make docs   the pages as a site, in build/site
 # VENV=DIR takes an existing environment as it is; by default .venv is made here.
 
 VENV ?= .venv
@@ -15,7 +16,7 @@ TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.
 
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slow faults check reference lock environment
+.PHONY: demo test test-slow faults check reference lock docs environment
 
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
@@ -47,6 +48,10 @@ lock: environment
 	echo 'torch; python_version < "3"' > build/without-torch.txt
 	$(LOCK) --output-file requirements/gpu.lock
 	$(LOCK) --overrides build/without-torch.txt --output-file requirements/cpu.lock
+
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 ifeq ($(origin VENV),file)
 environment: $(STAMP)

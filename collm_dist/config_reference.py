@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -28,22 +29,31 @@ Settings marked with * say how the work is done, not what comes out: changing on
 
 *This file is made by `python -m collm_dist.config_reference configs/README.md`; do not edit it.*
 
-| config | what it is |
-|---|---|
 """
 
 
 def render_reference(configs: Path) -> str:
-    """Return the reference as Markdown, with the experiments of a folder by the first comment of each."""
-    lines = [_HEAD.rstrip()]
-    for path in sorted(configs.glob("*.yaml")):
-        lines.append(f"| `{path.name}` | {_read_first_sentence(path)} |")
+    """Return the reference as Markdown: head, the experiments of a folder, all settings."""
+    return f"{_HEAD}{render_experiments(configs)}\n{render_settings()}"
+
+
+def render_experiments(configs: Path) -> str:
+    """Return a table of a folder's experiments by the first comment of each."""
+    lines = ["| config | what it is |", "|---|---|"]
+    lines += [f"| `{path.name}` | {_read_first_sentence(path)} |" for path in sorted(configs.glob("*.yaml"))]
+    return "\n".join(lines) + "\n"
+
+
+def render_settings() -> str:
+    """Return a heading and a table for each section."""
+    parts: list[str] = []
     for name, field in Config.model_fields.items():
         section = get_section(field.annotation)
         assert section is not None
-        lines += ["", f"## {name}", "", _cell((section.__doc__ or "").strip().split("\n\n")[0]), ""]
-        lines += ["| setting | default | meaning |", "|---|---|---|", *_render_fields(section, f"{name}.")]
-    return "\n".join(lines) + "\n"
+        about = _cell((section.__doc__ or "").strip().split("\n\n")[0])
+        head = [f"## {name}", "", about, "", "| setting | default | meaning |", "|---|---|---|"]
+        parts.append("\n".join([*head, *_render_fields(section, f"{name}.")]) + "\n")
+    return "\n".join(parts)
 
 
 def _read_first_sentence(path: Path) -> str:
@@ -84,9 +94,16 @@ def _describe_default(field: FieldInfo) -> str:
 
 
 def _describe_type(field: FieldInfo) -> str:
-    bounds = [f"{sign} {getattr(one, name):g}" for one in field.metadata for kind, (sign, name) in _BOUNDS.items()
-              if isinstance(one, kind)]  # fmt: skip
-    return " ".join([_name_type(field.annotation), " and ".join(bounds)]).strip()
+    return f"{_name_type(field.annotation)} {_name_bounds(field.metadata)}".strip()
+
+
+def _name_bounds(metadata: Sequence[Any]) -> str:
+    return " and ".join(
+        f"{sign} {getattr(one, name):g}"
+        for one in metadata
+        for kind, (sign, name) in _BOUNDS.items()
+        if isinstance(one, kind)
+    )
 
 
 def _name_type(annotation: Any) -> str:
@@ -95,6 +112,9 @@ def _name_type(annotation: Any) -> str:
         return " | ".join(str(one) for one in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_name_type(one) for one in arguments)
+    if origin is Annotated:
+        bounds = [one for part in arguments[1:] if isinstance(part, FieldInfo) for one in part.metadata]
+        return f"{_name_type(arguments[0])} {_name_bounds(bounds)}".strip()
     if origin is tuple:
         inner = [one for one in arguments if one is not Ellipsis]
         return f"list of {_name_type(inner[0])}" if Ellipsis in arguments else f"{len(inner)} x {_name_type(inner[0])}"
@@ -109,12 +129,14 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Write the reference beside the configs that it lists, or print it."""
-    paths = sys.argv[1:] if arguments is None else arguments
-    text = render_reference(Path(paths[0]).parent if paths else Path("configs"))
-    if paths:
-        with open_atomic(Path(paths[0])) as file:
+    parser = argparse.ArgumentParser(prog="python -m collm_dist.config_reference", description="List all settings.")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="beside the configs; default: print it")
+    path = parser.parse_args().file
+    text = render_reference(path.parent if path else Path("configs"))
+    if path:
+        with open_atomic(path) as file:
             file.write(text)
     else:
         print(text, end="")

@@ -9,9 +9,7 @@ from pathlib import Path
 from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
-from collm_dist.evaluation.report import run_evaluation
 from collm_dist.orchestration.run_lock import hold_run_lock
-from collm_dist.tuning.engine import leave_distributed
 
 EXAMPLES = """examples:
   python launch/evaluate_model.py --config configs/ml100k_demo.yaml
@@ -20,6 +18,10 @@ EXAMPLES = """examples:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    # Late: --help and mistakes need no DeepSpeed, which takes seconds to import and has things to say.
+    from collm_dist.evaluation.report import run_evaluation
+    from collm_dist.tuning.engine import leave_distributed
+
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
         run_evaluation(config, run_dir, force="eval" in arguments.force)
@@ -28,7 +30,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command; returns its exit code."""
-    return run_command("Evaluate every model of a run and write its report.", _run, EXAMPLES)
+    description = "The step 'eval': score every model that the run has, beside baselines, and write the report."
+    return run_command(description, _run, EXAMPLES)
 
 
 if __name__ == "__main__":

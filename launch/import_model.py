@@ -11,11 +11,20 @@ from collm_dist.cli import report_error
 
 DESCRIPTION = """Make a run directory out of what launch/export_model.py wrote. collm_dist.load_recommender and
 launch/score_candidates.py --config R/config.yaml then give the scores of the run that was exported."""
+EPILOG = """example:
+  python launch/import_model.py --input exported --run-dir runs/imported
+
+Every file is compared with its checksum first. exit codes: 0 done, 2 the export is damaged or the folder is there."""
 
 
 def main() -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the export")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="R", help="new folder")
     try:

@@ -14,7 +14,8 @@ from collm_dist.orchestration.run_lock import hold_run_lock
 
 EXAMPLES = """examples:
   python launch/preprocess_data.py --config configs/ml100k_demo.yaml
-  python launch/preprocess_data.py --config configs/own_ratings.yaml dataset.path=ratings.csv --preview 3
+  python launch/preprocess_data.py --config configs/own_ratings.yaml dataset.path=ratings.csv \\
+      dataset.items_path=items.csv run.dir=runs/mine --preview 3
 """
 
 
@@ -44,7 +45,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command; returns its exit code."""
-    description = "Turn raw logs into samples, shards and a manifest, on Ray."
+    description = "The step 'data', the first: turn raw logs into samples, shards and a manifest, on Ray."
     return run_command(description, _run, EXAMPLES, _add_arguments)
 
 

@@ -26,7 +26,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command; returns its exit code."""
-    return run_command("Train the collaborative-filtering model, on Ray Train.", _run, EXAMPLES)
+    description = "The step 'cf': train the collaborative-filtering model, on Ray Train. Before it: 'data'."
+    return run_command(description, _run, EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from collm_dist.orchestration.pipeline import describe_plan, run_pipeline
 
 EXAMPLES = """examples:
   python launch/run_pipeline.py --config configs/ml100k_demo.yaml
-  python launch/run_pipeline.py --config configs/own_ratings.yaml dataset.path=logs/ratings.parquet --dry-run
+  python launch/run_pipeline.py --config configs/own_ratings.yaml dataset.path=ratings.csv \\
+      dataset.items_path=items.csv run.dir=runs/mine --dry-run
   python launch/run_pipeline.py --config configs/ml100k_demo.yaml stage2.learning_rate=3e-3 --force stage2
   ray job submit --working-dir . -- python launch/run_pipeline.py --config configs/ml1m_official.yaml run.dir=/shared/a
 

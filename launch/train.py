@@ -12,28 +12,24 @@ from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.run_lock import hold_run_lock
-from collm_dist.tuning.engine import leave_distributed
-from collm_dist.tuning.plan_report import describe_stage_plan
-from collm_dist.tuning.run import run_stage
-from collm_dist.tuning.watchdog import explain_lost_workers
 
+DESCRIPTION = "The steps 'stage1' and 'stage2': tune the language model with DeepSpeed. Before them: 'data', 'cf'."
 EXAMPLES = """examples:
-  deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, in order
+  deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, on all GPUs
   torchrun --nproc_per_node 2 launch/train.py --config configs/ml1m_official.yaml --stage 2 cluster.zero_stage=3
 """
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), help="1: LoRA on text, 2: the mapping; default: both")
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        metavar="JSON",
-        help="merged into cluster.deepspeed_extra; keys we own are refused",
-    )
+    parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="file for cluster.deepspeed_extra")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    from collm_dist.tuning.engine import leave_distributed  # late: --help needs no DeepSpeed, which takes seconds
+    from collm_dist.tuning.run import run_stage
+    from collm_dist.tuning.watchdog import explain_lost_workers
+
     if arguments.deepspeed_config is not None:
         try:
             extra = json.loads(arguments.deepspeed_config.read_text(encoding="utf-8"))
@@ -41,10 +37,9 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--deepspeed_config {arguments.deepspeed_config}: {error}") from None
         merged = {**config.cluster.deepspeed_extra, **extra}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
-    stages = [f"stage{arguments.stage}"] if arguments.stage else ["stage1"] * config.stage1.enabled + ["stage2"]
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
-        for name in stages:
+        for name in [f"stage{arguments.stage}"] if arguments.stage else ["stage1"] * config.stage1.enabled + ["stage2"]:
             with explain_lost_workers(lambda stage=name: stage):
                 run_stage(config, run_dir, name, force=name in arguments.force)
     leave_distributed()
@@ -52,8 +47,13 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command; returns its exit code."""
-    description = "Tune the language model with DeepSpeed, in two stages."
-    return run_command(description, _run, EXAMPLES, _add_arguments, describe=describe_stage_plan)
+
+    def describe(config: Config, run_dir: RunDir) -> list[str]:
+        from collm_dist.tuning.plan_report import describe_stage_plan
+
+        return describe_stage_plan(config, run_dir)
+
+    return run_command(DESCRIPTION, _run, EXAMPLES, _add_arguments, describe)
 
 
 if __name__ == "__main__":

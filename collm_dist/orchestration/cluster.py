@@ -50,11 +50,13 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
     try:
         # Without "local" Ray would take any cluster that it finds on this machine, with these options refused.
         ray.init(address=address or "local", **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except CollmError:  # asked to stop
+        raise
+    except Exception as error:  # Ray raises bare ones where its processes do not come up in time
         where = f"Ray at '{address}'" if address else "a local Ray"
         raise LaunchError(
             f"cluster.ray_address: {where} cannot be reached or started: {error}. Start a cluster there (ray start "
-            "--head), or unset the address (also RAY_ADDRESS) to use this machine alone"
+            "--head), or unset the address (also RAY_ADDRESS) to use this machine alone; on a busy machine, try again"
         ) from error
     try:
         yield

@@ -138,7 +138,8 @@ class Source:
         return {
             "files": sorted({chunk.uri for chunk in self.chunks}),
             "columns": {key: value for key, value in self.columns.model_dump().items() if value is not None},
-            "types": self.column_types,
+            # CSV is read as bytes, so that text that is no UTF-8 can be counted.
+            "types": {name: "text" if kind == "binary" else kind for name, kind in self.column_types.items()},
             "timestamp_unit": self.timestamp_unit,
             "items": list(self.items_uris) or "none: the item id stands for its text",
         }
