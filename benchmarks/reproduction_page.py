@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduction_names import name_cell
+from benchmarks.reproduction_parts import render_leak, render_llm_share, render_parts
 from collm_dist.artifacts import open_atomic
 from collm_dist.evaluation.plots import plot_forest, save_figure
 from collm_dist.evaluation.render import MODEL_NAMES, render_differences, render_results, render_slices, render_table
@@ -30,15 +32,6 @@ PUBLISHED = (
     ("GraphLoRA", ".7472 / .7102"),
     ("SAILRec", ".7571 / not given"),
 )
-VARIANT_NAMES = {
-    "stage2": "the paper's two slots",
-    "train_cf": "two slots, CF model trained on",
-    "item_ids": "slots of the history's items",
-    "pair": "also the pair slot",
-    "pair_cross_fit": "pair slot, cross-fitted",
-    "pair_all": "pair slot, cross-fitted, all feedback",
-}
-CF_NAMES = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN"}
 # What does not depend on the variant is shown once: the baselines for all, the CF model for each of its fits.
 _OF_CELLS = ("cf", "stage2", "slots_without_llm", "slots_shuffled")
 
@@ -49,7 +42,7 @@ def name_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         name = MODEL_NAMES.get(row["model"], row["model"])
         if row["model"] in _OF_CELLS:
-            name = f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}: {name}"
+            name = f"{name_cell(row)}: {name}"
         named.setdefault(f"{row['slice']} {name}", {**row, "model": name})
     order = {False: 0, True: 1}
     return sorted(named.values(), key=lambda row: order[": " in row["model"]])
@@ -62,8 +55,8 @@ def select(rows: Sequence[Mapping[str, Any]], slices: Sequence[str] = ("all",)) 
 
 def describe_difference(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a difference whose ``model`` says the cell; ``compared`` is the model's own name."""
-    cell = f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}: "
-    return {**row, "compared": row["model"], "model": cell + MODEL_NAMES.get(row["model"], row["model"])}
+    name = f"{name_cell(row)}: {MODEL_NAMES.get(row['model'], row['model'])}"
+    return {**row, "compared": row["model"], "model": name}
 
 
 def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -80,12 +73,13 @@ def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def write_page(result: Mapping[str, Any], path: Path) -> None:
+def write_page(result: Mapping[str, Any], path: Path, results: Path) -> None:
     """Write the page and, beside it, its plots.
 
     Args:
         result: what benchmarks/reproduce_ml1m.py found.
         path: the page, Markdown.
+        results: folder of the other benchmarks' results, of which the page shows one.
     """
     rows, differences = name_rows(select(result["rows"])), select(result["differences"])
     plots = {"auc": plot_forest(rows, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
@@ -102,8 +96,14 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
                 figure.axes[0].axvline(0, color="0.4", linewidth=0.8)
                 figure.axes[0].set_xlim(*_span(told))
             save_figure(figure, path.parent / "images" / f"reproduction_{result['profile']}_{name}.png")
+    names = [name for name in plots if plots[name] is not None]
+    parts = [
+        *render_parts([row for row in result["against"] if row["split"] == "test"]),
+        *render_llm_share(differences),
+        *render_leak(results),
+    ]
     with open_atomic(path) as file:
-        file.write(_render(result, rows, differences, [name for name in plots if plots[name] is not None]))
+        file.write(_render(result, rows, differences, names, parts))
 
 
 def _span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -117,6 +117,7 @@ def _render(
     rows: Sequence[Mapping[str, Any]],
     differences: Sequence[Mapping[str, Any]],
     plots: Sequence[str],
+    parts: Sequence[str],
 ) -> str:
     profile, hardware = result["profile"], result["hardware"]
     machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
@@ -132,6 +133,11 @@ def _render(
         "",
         *judge(differences),
         "",
+        "## What each part brings",
+        "",
+        "`docs/recipes.md` says what each part is and how it is set.",
+        "",
+        *parts,
         "## Every model",
         "",
         render_results(rows),
@@ -164,8 +170,7 @@ def _render(
 
 
 def _describe_cell(cell: Mapping[str, Any]) -> list[str]:
-    name = f"{CF_NAMES[cell['cf']]}, {VARIANT_NAMES[cell['variant']]}"
-    return [name, str(cell["seed"]), f"{cell['seconds'] / 60:.0f}"]
+    return [name_cell(cell), str(cell["seed"]), f"{cell['seconds'] / 60:.0f}"]
 
 
 def _describe_size(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
