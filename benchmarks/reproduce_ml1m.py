@@ -7,8 +7,8 @@ variant of the recipe and a seed: a whole run of launch/run_pipeline.py, which t
 already. Cells run in the order of the list, the most valuable first; after --minutes the one at work writes a
 checkpoint and stops, and the same command goes on from there. After each cell comes its record, a file in
 benchmarks/results/reproduce_ml1m_<profile>/, which counts for as long as the settings are the same, whatever becomes of
-the run directory; out of all records reproduce_ml1m_<profile>.json (rows and paired differences of eval/report.json with
-``cf``, ``variant`` and ``seeds``; ``against``: stage 2 less that of the cell that lacks one part of it) and, by
+the run directory; out of all records reproduce_ml1m_<profile>.json (rows and paired differences of eval/report.json
+with ``cf``, ``variant`` and ``seeds``; ``against``: stage 2 less that of the cell that lacks one part of it) and, by
 benchmarks/reproduction_page.py, docs/results.md with its plots.
 
 The profile cpu trains each stage once on about 2,000 rows and tests some of the users: it shows what the parts do to

@@ -40,7 +40,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
-    """Show one number of a row: ``value [low, high]``, without the interval where there is none, a dash where there is no number."""
+    """Return a row's ``value [low, high]``: no interval where there is none, a dash where there is no number."""
     if row.get(metric) is None:
         return "-"
     sign = "+" if signed else ""

@@ -90,7 +90,7 @@ def save_mapper(path: Path, weights: dict[str, Tensor]) -> Path:
 
 
 def load_mapper(mapper: SlotMapper | None, cf_model: Any, path: Path) -> None:
-    """Load what ``save_mapper`` wrote into a mapper (None: passed over) and, where it was trained, a collaborative model.
+    """Load what ``save_mapper`` wrote into a mapper, if one is given, and a collaborative model, if one was trained.
 
     Raises:
         ArtifactError: the file is missing or does not fit.

@@ -117,8 +117,8 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
         )
         mapper = _build_mapper(config, collator, backbone.model, cf_model.embedding_dim)
         if stage.train_cf and mapper.cf is None:
-            raise ConfigError("stage2.train_cf: no slot of prompt.stage2 reads the collaborative model; add <UserID> or "
-                              "<TargetItemID> to the prompt, or set stage2.train_cf to false")  # fmt: skip
+            raise ConfigError("stage2.train_cf: no slot of prompt.stage2 reads the collaborative model; add <UserID> "
+                              "or <TargetItemID> to the prompt, or set stage2.train_cf to false")  # fmt: skip
         cf_model.to(device)
     train_cf = isinstance(stage, Stage2) and stage.train_cf is not False
     model = CollmModel(

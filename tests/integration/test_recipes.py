@@ -138,8 +138,17 @@ def test_a_stopped_stage_goes_on_as_if_nothing_had_been(finished_run, tmp_path, 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("model", ["mf", "sasrec"])
+def test_tables_train_in_half_precision_under_zero_2(finished_run, tmp_path, model):
+    settings = [f"cf.model={model}", "stage2.train_cf=true", "llm.dtype=bfloat16", "cluster.zero_stage=2"]
+    config, run_dir = prepare(tmp_path / "run", finished_run, settings)
+    summary = run_stage(config, run_dir, "stage2")
+    assert summary["global_steps"] == 4
+    assert all(torch.isfinite(one).all() for one in load_weights(run_dir).values())
+
+
 def test_training_a_model_that_no_slot_reads_is_refused(finished_run, tmp_path):
     prompt = 'prompt.stage2="Like <TargetItemTitle> <MatchID>? Answer:"'
     config, run_dir = prepare(tmp_path / "run", finished_run, [*VARIANTS["id tokens"], prompt])
-    with pytest.raises(ConfigError, match="no slot of prompt.stage2 reads"):
+    with pytest.raises(ConfigError, match=r"no slot of prompt\.stage2 reads"):
         run_stage(config, run_dir, "stage2")

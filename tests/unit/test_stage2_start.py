@@ -73,7 +73,7 @@ def test_from_scratch_nothing_of_the_fit_is_left_but_who_is_known(fitted):
 def test_a_model_that_stage_2_cannot_train_is_refused():
     check_tuning("mf")
     check_tuning("none")
-    with pytest.raises(ConfigError, match="lightgcn.*stage2.train_cf to false"):
+    with pytest.raises(ConfigError, match=r"lightgcn.*stage2\.train_cf to false"):
         check_tuning("lightgcn")
 
 
