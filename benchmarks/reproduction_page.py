@@ -36,13 +36,16 @@ PUBLISHED = (
 _OF_CELLS = ("cf", "stage2", "slots_without_llm", "slots_shuffled")
 
 
-def name_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows whose ``model`` says the cell too; rows that every cell has, once."""
+def name_rows(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows whose ``model`` says the cell too; rows that every cell has, once for each precision."""
     named: dict[str, dict[str, Any]] = {}
+    precisions = {(cell["cf"], cell["variant"]): cell["precision"] for cell in cells}
     for row in rows:
         name = MODEL_NAMES.get(row["model"], row["model"])
         if row["model"] in _OF_CELLS:
             name = f"{name_cell(row)}: {name}"
+        elif row["model"] == "stage1" and len(set(precisions.values())) > 1:
+            name = f"{name}, {precisions[row['cf'], row['variant']]}"
         named.setdefault(f"{row['slice']} {name}", {**row, "model": name})
     order = {False: 0, True: 1}
     return sorted(named.values(), key=lambda row: order[": " in row["model"]])
@@ -81,7 +84,7 @@ def write_page(result: Mapping[str, Any], path: Path, results: Path) -> None:
         path: the page, Markdown.
         results: folder of the other benchmarks' results, of which the page shows one.
     """
-    rows, differences = name_rows(select(result["rows"])), select(result["differences"])
+    rows, differences = name_rows(select(result["rows"]), result["cells"]), select(result["differences"])
     plots = {"auc": plot_forest(rows, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
     told = [
         {**row, "model": f"{row['model']} less {MODEL_NAMES.get(row['versus'], row['versus'])}"}
@@ -121,7 +124,7 @@ def _render(
 ) -> str:
     profile, hardware = result["profile"], result["hardware"]
     machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
-    sliced = name_rows(select(result["rows"], ("all", "warm", "cold_user", "cold_item")))
+    sliced = name_rows(select(result["rows"], ("all", "warm", "cold_user", "cold_item")), result["cells"])
     lines = [
         "# Results on MovieLens-1M, as the CoLLM authors split it",
         "",
@@ -159,10 +162,10 @@ def _render(
         "",
         "## Cells",
         "",
-        render_table(["cell", "seed", "minutes"], [_describe_cell(one) for one in result["cells"]]),
+        render_table(["cell", "seed", "precision", "minutes"], [_describe_cell(one) for one in result["cells"]]),
         "",
-        "Minutes are of the cell's own steps; data, CF model and stage 1 are taken from an earlier cell where they are "
-        "the same.",
+        "All cells are tested on the same rows. Minutes are of the cell's own steps, on a machine that may have done "
+        "other work beside them; data, CF model and stage 1 are taken from an earlier cell where they are the same.",
     ]
     if result["not_run"]:
         lines += ["", f"Not run yet: {', '.join(result['not_run'])}."]
@@ -170,7 +173,7 @@ def _render(
 
 
 def _describe_cell(cell: Mapping[str, Any]) -> list[str]:
-    return [name_cell(cell), str(cell["seed"]), f"{cell['seconds'] / 60:.0f}"]
+    return [name_cell(cell), str(cell["seed"]), cell["precision"], f"{cell['seconds'] / 60:.0f}"]
 
 
 def _describe_size(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.machine import describe_hardware
 from collm_dist.artifacts import RunDir, write_json
+from collm_dist.config_io import load_config
 from collm_dist.evaluation.table import EvaluatedRows, ScoredModel, TableSettings, compute_table
 
 # The variant that each one is compared with: they differ in one part of the recipe.
@@ -71,8 +72,10 @@ def read_record(cell: Cell, folder: Path, settings: Sequence[str]) -> dict[str, 
 
 def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -> None:
     """Keep what the report of a cell's finished run says."""
-    report = RunDir(run).read_record("eval")
-    seconds = run / "seconds.json"
+    report, hardware = RunDir(run).read_record("eval"), describe_hardware()
+    dtype, seconds = load_config(run / "config.yaml").llm.dtype, run / "seconds.json"
+    if dtype == "auto":
+        dtype = "bfloat16" if "gpu" in hardware else "float32"
     write_json(
         cell.find_record(folder),
         {
@@ -80,7 +83,8 @@ def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -
             "variant": cell.variant,
             "seed": cell.seed,
             "settings": list(settings),
-            "hardware": describe_hardware(),
+            "precision": dtype,
+            "hardware": hardware,
             "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "seconds": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else 0.0,
             **{key: report[key] for key in ("rows", "differences", "warnings")},
