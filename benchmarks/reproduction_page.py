@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reproduction_names import name_cell
-from benchmarks.reproduction_parts import render_leak, render_llm_share, render_parts
+from benchmarks.reproduction_parts import render_leak, render_llm_share, render_parts, render_without_titles
 from collm_dist.artifacts import open_atomic
 from collm_dist.evaluation.plots import plot_forest, save_figure
 from collm_dist.evaluation.render import MODEL_NAMES, render_differences, render_results, render_slices, render_table
@@ -76,14 +77,17 @@ def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def write_page(result: Mapping[str, Any], path: Path, results: Path) -> None:
-    """Write the page and, beside it, its plots.
+def write_page(path: Path, results: Path) -> None:
+    """Write the page and, beside it, its plots, of the largest profile that has results; without any, nothing.
 
     Args:
-        result: what benchmarks/reproduce_ml1m.py found.
         path: the page, Markdown.
-        results: folder of the other benchmarks' results, of which the page shows one.
+        results: folder of the benchmarks' results.
     """
+    found = {one: _load(results / f"reproduce_ml1m_{one}.json") for one in ("gpu", "cpu", "slots")}
+    result = found["gpu"] or found["cpu"]
+    if result is None:
+        return
     rows, differences = name_rows(select(result["rows"]), result["cells"]), select(result["differences"])
     plots = {"auc": plot_forest(rows, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
     told = [
@@ -103,10 +107,15 @@ def write_page(result: Mapping[str, Any], path: Path, results: Path) -> None:
     parts = [
         *render_parts([row for row in result["against"] if row["split"] == "test"]),
         *render_llm_share(differences),
+        *(render_without_titles(found["slots"]) if found["slots"] else []),
         *render_leak(results),
     ]
     with open_atomic(path) as file:
         file.write(_render(result, rows, differences, names, parts))
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

@@ -74,6 +74,29 @@ def render_llm_share(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["What the language model adds to what its slots carry:", "", *lines, ""] if lines else []
 
 
+def render_without_titles(result: Mapping[str, Any]) -> list[str]:
+    """Return what the profile slots found: the parts where the language model reads slots alone."""
+    shown = {"cf": "collaborative model", "slots_without_llm": "slots without LLM", "stage2": "stage 2"}
+    rows = [row for row in result["rows"] if (row["split"], row["slice"]) == ("test", "all")]
+    by_model = {(row["cf"], row["variant"], row["model"]): row for row in rows}
+    cells = []
+    for cell in result["cells"]:
+        found = [by_model.get((cell["cf"], cell["variant"], model)) for model in shown]
+        cells.append([name_cell(cell), *("-" if row is None else format_number(row, "auc") for row in found)])
+    test_rows = rows[0]["rows"]
+    return [
+        "### Without titles",
+        "",
+        "The same parts on prompts that hold slots and no titles, without stage 1 (`--profile slots`, "
+        f"`benchmarks/results/reproduce_ml1m_slots.json`): the language model is a frozen reader of the slots. About "
+        f"2,000 training rows, {test_rows:,} test rows, {result['cells'][0]['precision']}.",
+        "",
+        render_table(["AUC on test", *shown.values()], cells),
+        "",
+        *render_parts(result["against"]),
+    ]
+
+
 def render_leak(results: Path) -> list[str]:
     """Return the table of what the leak costs on all training rows, as benchmarks/cross_fit_leak.py measured it."""
     path = results / _LEAK_FILE

@@ -83,10 +83,15 @@ def test_a_part_is_compared_with_the_cell_that_lacks_it(monkeypatch, tmp_path):
     assert 0 < against["auc_low"] < against["auc"] < against["auc_high"]
     assert against["versus"] == "mf/stage2"
     page = tmp_path / "docs" / "results.md"
-    write_page(reproduce_ml1m.collect(arguments), page, tmp_path)
+    for profile in ("cpu", "slots"):
+        result = reproduce_ml1m.collect(arguments) | {"profile": profile}
+        write_json(tmp_path / f"reproduce_ml1m_{profile}.json", result)
+    write_page(page, tmp_path)
     text = page.read_text()
     assert "| MF: pair slot: as-of statistics of user and item |" in text
     assert "**no gain from the language model can be seen**" in text
+    without_titles = text[text.index("### Without titles") :]
+    assert "| MF, also the pair slot   |                   - |" in without_titles
     assert "Not run yet: mf/pair_cross_fit/0" in text
     assert (tmp_path / "docs" / "images" / "reproduction_cpu_auc.png").stat().st_size > 5000
 
@@ -111,6 +116,6 @@ def test_the_gpu_profile_has_twelve_cells_and_several_seeds_of_the_best():
     cells = reproduce_ml1m.PROFILES["gpu"][0]
     assert len(set(cells)) == len(cells) <= 12
     assert len([cell for cell in cells if cell[:2] == cells[0][:2]]) == 3
-    for cf, variant, _ in [*cells, *reproduce_ml1m.PROFILES["cpu"][0]]:
+    for cf, variant, _ in [cell for cells, _ in reproduce_ml1m.PROFILES.values() for cell in cells]:
         assert cf in reproduce_ml1m.CONFIGS
         assert variant in reproduce_ml1m.VARIANTS
