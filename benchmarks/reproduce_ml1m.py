@@ -1,6 +1,6 @@
 """What does each part of CoLLM bring on its own MovieLens-1M split, beside baselines that anybody can have?
 
-    python -m benchmarks.reproduce_ml1m --data DIR --profile cpu|slots|gpu [--minutes 25] [--cells mf/stage2 ...] [--list]
+    python -m benchmarks.reproduce_ml1m --data DIR --profile cpu|slots|gpu [--minutes 25] [--cells mf/pair ...] [--list]
 
 DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. A cell is a CF model with one
 variant of the recipe and a seed: a whole run of launch/run_pipeline.py, which takes what an earlier cell has done

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reproduction_names import name_cell
+from benchmarks.reproduction_names import name_cell, name_model
 from benchmarks.reproduction_parts import render_leak, render_llm_share, render_parts, render_without_titles
 from collm_dist.artifacts import open_atomic
 from collm_dist.evaluation.plots import plot_forest, save_figure
@@ -33,8 +33,8 @@ PUBLISHED = (
     ("GraphLoRA", ".7472 / .7102"),
     ("SAILRec", ".7571 / not given"),
 )
-# What does not depend on the variant is shown once: the baselines for all, the CF model for each of its fits.
-_OF_CELLS = ("cf", "stage2", "slots_without_llm", "slots_shuffled")
+# What stage 2 is compared with in the plot.
+_TOLD = ("slots_without_llm", "cf", "as_of_logistic")
 
 
 def name_rows(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -42,10 +42,8 @@ def name_rows(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, An
     named: dict[str, dict[str, Any]] = {}
     precisions = {(cell["cf"], cell["variant"]): cell["precision"] for cell in cells}
     for row in rows:
-        name = MODEL_NAMES.get(row["model"], row["model"])
-        if row["model"] in _OF_CELLS:
-            name = f"{name_cell(row)}: {name}"
-        elif row["model"] == "stage1" and len(set(precisions.values())) > 1:
+        name = name_model(row, row["model"])
+        if row["model"] == "stage1" and len(set(precisions.values())) > 1:
             name = f"{name}, {precisions[row['cf'], row['variant']]}"
         named.setdefault(f"{row['slice']} {name}", {**row, "model": name})
     order = {False: 0, True: 1}
@@ -57,10 +55,13 @@ def select(rows: Sequence[Mapping[str, Any]], slices: Sequence[str] = ("all",)) 
     return [row for row in rows if row["split"] == "test" and row["slice"] in slices]
 
 
-def describe_difference(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a difference whose ``model`` says the cell; ``compared`` is the model's own name."""
-    name = f"{name_cell(row)}: {MODEL_NAMES.get(row['model'], row['model'])}"
-    return {**row, "compared": row["model"], "model": name}
+def name_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return differences whose ``model`` says the cell, each once; ``pair`` holds the models' own names."""
+    named: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = name_model(row, row["model"]), MODEL_NAMES.get(row["versus"], row["versus"])
+        named.setdefault(key, {**row, "pair": (row["model"], row["versus"]), "model": key[0], "versus": key[1]})
+    return list(named.values())
 
 
 def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -89,11 +90,12 @@ def write_page(path: Path, results: Path) -> None:
     if result is None:
         return
     rows, differences = name_rows(select(result["rows"]), result["cells"]), select(result["differences"])
-    plots = {"auc": plot_forest(rows, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
+    shown = [row for row in rows if not row["model"].endswith(MODEL_NAMES["slots_shuffled"])]
+    plots = {"auc": plot_forest(shown, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
     told = [
-        {**row, "model": f"{row['model']} less {MODEL_NAMES.get(row['versus'], row['versus'])}"}
-        for row in map(describe_difference, differences)
-        if row["compared"] == "stage2"
+        {**row, "model": f"{row['model']} less {row['versus']}"}
+        for row in name_differences(differences)
+        if row["pair"][0] == "stage2" and row["pair"][1] in _TOLD
     ]
     plots["differences"] = plot_forest(told, {}, "auc", "Paired differences in AUC")
     for name, figure in plots.items():
@@ -157,7 +159,7 @@ def _render(
         *(f"![{name}](images/reproduction_{profile}_{name}.png)\n" for name in plots),
         "## Differences",
         "",
-        render_differences([describe_difference(row) for row in differences]),
+        render_differences(name_differences(differences)),
         "",
         "## Warm and cold",
         "",

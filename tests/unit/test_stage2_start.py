@@ -13,6 +13,7 @@ from collm_dist.errors import ConfigError
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step
 
+DATASET = {"path": "x", "columns": {"rating": "rating"}}
 # What makes scores but no vectors that slots read.
 FROZEN = {
     "mf": {"global_bias"},
@@ -96,4 +97,4 @@ def test_a_model_that_stage_2_cannot_train_is_refused():
 )
 def test_settings_that_contradict_each_other_are_refused(sections, message):
     with pytest.raises(ValidationError, match=message):
-        Config.model_validate({"run": {"dir": "x"}, "dataset": {"path": "x"}, **sections})
+        Config.model_validate({"run": {"dir": "x"}, "dataset": DATASET, **sections})
