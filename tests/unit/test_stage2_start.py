@@ -4,12 +4,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from collm_dist.artifacts import RunDir
 from collm_dist.cf.export import load_cf_model
 from collm_dist.cf.models import check_tuning
 from collm_dist.cf.stage2_start import load_for_tuning
 from collm_dist.config import Config
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ConfigError
+from collm_dist.orchestration.search import describe_search
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step
 
@@ -76,6 +78,13 @@ def test_a_model_that_stage_2_cannot_train_is_refused():
     check_tuning("none")
     with pytest.raises(ConfigError, match=r"lightgcn.*stage2\.train_cf to false"):
         check_tuning("lightgcn")
+
+
+def test_there_is_nothing_to_search_for_where_no_model_is_fitted(tmp_path):
+    sections = {"cf": {"model": "none"}, "stage2": {"train_cf": "scratch"}}
+    config = Config.model_validate({"run": {"dir": str(tmp_path)}, "dataset": DATASET, **sections})
+    with pytest.raises(ConfigError, match="name a collaborative model"):
+        describe_search(config, RunDir(tmp_path))
 
 
 @pytest.mark.parametrize(
