@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reproduction_names import name_cell, name_model
-from benchmarks.reproduction_parts import render_leak, render_llm_share, render_parts, render_without_titles
+from benchmarks.reproduction_parts import (
+    render_leak,
+    render_llm_share,
+    render_parts,
+    render_tables,
+    render_without_titles,
+)
 from collm_dist.artifacts import open_atomic
 from collm_dist.evaluation.plots import plot_forest, save_figure
 from collm_dist.evaluation.render import MODEL_NAMES, render_differences, render_results, render_slices, render_table
@@ -111,6 +117,7 @@ def write_page(path: Path, results: Path) -> None:
         *render_llm_share(differences),
         *(render_without_titles(found["slots"]) if found["slots"] else []),
         *render_leak(results),
+        *render_tables(results),
     ]
     with open_atomic(path) as file:
         file.write(_render(result, rows, differences, names, parts))

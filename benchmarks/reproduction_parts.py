@@ -21,6 +21,12 @@ _PARTS = {
     "item_ids": "a slot for each item of the history",
 }
 _LEAK_FILE = "cross_fit_ml1m.json"
+_TABLES_FILE = "tuned_tables_ml1m.json"
+_WAYS = {
+    "frozen": "frozen as the CF step left it (the paper's recipe)",
+    "T1": "trained on (T1)",
+    "T2": "trained from scratch (T2)",
+}
 _KINDS = {"vectors": "user and item vector", "statistics": "pair slot alone", "both": "both"}
 
 
@@ -107,7 +113,7 @@ def render_leak(results: Path) -> list[str]:
     for kind, name in _KINDS.items():
         for folds in sorted(runs, key=int)[: 1 if kind == "statistics" else None]:  # counts have no folds
             found = runs[folds][kind]
-            shown = [f"{found[key]['mean']:.4f} ± {found[key]['std']:.4f}" for key in ("train", "test", "test_uauc")]
+            shown = _show_spread(found, ("train", "test", "test_uauc"))
             label = name if kind == "statistics" else f"{name}, {_name_folds(folds)}"
             cells.append([label, *shown, f"{found['gap']:+.3f}"])
     return [
@@ -119,6 +125,31 @@ def render_leak(results: Path) -> list[str]:
         render_table(["slots, folds", "AUC on train", "AUC on test", "UAUC on test", "train less test"], cells),
         "",
     ]
+
+
+def render_tables(results: Path) -> list[str]:
+    """Return the table of the ways to train what slots read, as benchmarks/tuned_tables.py measured it."""
+    path = results / _TABLES_FILE
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    cells = []
+    for name, found in record["runs"].items():
+        model, _, way = name.partition(" ")
+        label = f"{CF_NAMES[model]}, {_WAYS[way]}" if way in _WAYS else "id tokens, no CF model"
+        cells.append([label, *_show_spread(found, ("train", "valid", "test", "test_uauc"))])
+    return [
+        "What training the tables brings, without a language model and on all training rows: a small network in the "
+        f"language model's place reads user and item vector, mean over {record['seeds']} seeds "
+        f"(`benchmarks/results/{_TABLES_FILE}`).",
+        "",
+        render_table(["tables", "AUC on train", "AUC on valid", "AUC on test", "UAUC on test"], cells),
+        "",
+    ]
+
+
+def _show_spread(found: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [f"{found[key]['mean']:.4f} ± {found[key]['std']:.4f}" for key in keys]
 
 
 def _name_folds(folds: str) -> str:
