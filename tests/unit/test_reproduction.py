@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import reproduce_ml1m
 from benchmarks.reproduction_page import write_page
-from benchmarks.reproduction_parts import render_leak, render_llm_share
+from benchmarks.reproduction_parts import render_leak, render_llm_share, render_tables
 from benchmarks.reproduction_records import Cell, compare_cells, read_record
 from collm_dist.artifacts import write_json
 from collm_dist.evaluation.metrics import compute_auc
@@ -90,8 +90,8 @@ def test_a_part_is_compared_with_the_cell_that_lacks_it(monkeypatch, tmp_path):
     text = page.read_text()
     assert "| MF: pair slot: as-of statistics of user and item |" in text
     assert "**no gain from the language model can be seen**" in text
-    without_titles = text[text.index("### Without titles") :]
-    assert "| MF, also the pair slot   |                   - |" in without_titles
+    without_titles = " ".join(text[text.index("### Without titles") :].split())
+    assert "| MF, also the pair slot | - | - | 0.6000 [0.500, 0.900] |" in without_titles
     assert "Not run yet: mf/pair_cross_fit/0" in text
     assert (tmp_path / "docs" / "images" / "reproduction_cpu_auc.png").stat().st_size > 5000
 
@@ -110,6 +110,16 @@ def test_the_language_models_share_and_the_leak_are_told_as_measured(repository)
     assert f"{runs['0']['both']['test']['mean']:.4f}" in leak
     assert f"{runs['8']['both']['test']['mean']:.4f}" in leak
     assert render_leak(repository / "docs") == []
+
+
+def test_ways_to_train_the_tables_are_told_as_measured(tmp_path):
+    found = {key: {"mean": 0.7 + place / 100, "std": 0.001} for place, key in enumerate(("train", "valid", "test"))}
+    found["test_uauc"] = {"mean": 0.65, "std": 0.002}
+    assert render_tables(tmp_path) == []
+    write_json(tmp_path / "tuned_tables_ml1m.json", {"seeds": 3, "runs": {"mf T2": found, "id tokens": found}})
+    text = "\n".join(render_tables(tmp_path))
+    assert "| MF, trained from scratch (T2) | 0.7000 ± 0.0010 | 0.7100 ± 0.0010 | 0.7200 ± 0.0010 |" in text
+    assert "| id tokens, no CF model        |" in text
 
 
 def test_the_gpu_profile_has_twelve_cells_and_several_seeds_of_the_best():
