@@ -4,6 +4,7 @@ import os
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -24,6 +25,7 @@ from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
 from collm_dist.tuning.run import run_stage
 from tests.conftest import REPOSITORY
+from tests.unit.evaluation_run import NUM_ITEMS, write_data_step
 
 # Float32 sums in another order.
 TOLERANCE = 1e-5
@@ -49,14 +51,19 @@ def prepare(folder, finished_run, overrides):
     (run_dir.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     if config.cf.model == "none":
         run_pretrain(config, run_dir)
-        return config, run_dir
+    else:
+        fit_cf(config, run_dir)
+    return config, run_dir
+
+
+def fit_cf(config, run_dir):
+    """Do the CF step on this process, without Ray."""
     data_dir = run_dir.step_dir("data")
-    job = Job(data_dir, folder / "states", "key", config.cf, config.run.seed)
+    job = Job(data_dir, run_dir.path / "states", "key", config.cf, config.run.seed)
     fit(job, torch.device("cpu"), 0, 1, lambda *_: None)
     content_hash = export_models(job, run_dir.step_dir("cf"), load_manifest(data_dir))
     fingerprint = compute_step_fingerprint(config, run_dir, "cf")
     write_json(run_dir.record_path("cf"), {"content_hash": content_hash, "fingerprint": fingerprint})
-    return config, run_dir
 
 
 @pytest.fixture(autouse=True)
@@ -138,17 +145,34 @@ def test_a_stopped_stage_goes_on_as_if_nothing_had_been(finished_run, tmp_path, 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def prepare_small(folder, backbone, overrides):
+    """Return (config, run directory) of a few hundred rows, without stage 1, with the CF step done."""
+    config = load_config(
+        REPOSITORY / "configs" / "tiny_cpu.yaml",
+        [f"run.dir={folder}", f"llm.backbone={backbone}", "stage1.enabled=false", "cf.num_epochs=1", *overrides],
+    )
+    run_dir = write_data_step(folder)
+    texts = [f"film {number}" for number in range(NUM_ITEMS)]
+    items = {"item_idx": range(NUM_ITEMS), "item_id": texts, "title": texts, "text": texts}
+    pq.write_table(pa.table(items), run_dir.step_dir("data") / "items.parquet")
+    if config.cf.model == "none":
+        run_pretrain(config, run_dir)
+    else:
+        fit_cf(config, run_dir)
+    return config, run_dir
+
+
 @pytest.mark.parametrize("model", ["mf", "sasrec"])
-def test_tables_train_in_half_precision_under_zero_2(finished_run, tmp_path, model):
+def test_tables_train_in_half_precision_under_zero_2(tiny_backbone_dir, tmp_path, model):
     settings = [f"cf.model={model}", "stage2.train_cf=true", "llm.dtype=bfloat16", "cluster.zero_stage=2"]
-    config, run_dir = prepare(tmp_path / "run", finished_run, settings)
+    config, run_dir = prepare_small(tmp_path, tiny_backbone_dir, settings)
     summary = run_stage(config, run_dir, "stage2")
     assert summary["global_steps"] == 4
     assert all(torch.isfinite(one).all() for one in load_weights(run_dir).values())
 
 
-def test_training_a_model_that_no_slot_reads_is_refused(finished_run, tmp_path):
+def test_training_a_model_that_no_slot_reads_is_refused(tiny_backbone_dir, tmp_path):
     prompt = 'prompt.stage2="Like <TargetItemTitle> <MatchID>? Answer:"'
-    config, run_dir = prepare(tmp_path / "run", finished_run, [*VARIANTS["id tokens"], prompt])
+    config, run_dir = prepare_small(tmp_path, tiny_backbone_dir, [*VARIANTS["id tokens"], prompt])
     with pytest.raises(ConfigError, match=r"no slot of prompt\.stage2 reads"):
         run_stage(config, run_dir, "stage2")
