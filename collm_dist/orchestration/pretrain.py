@@ -90,13 +90,17 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     jobs = _plan_jobs(config, data_dir, manifest, checkpoints, compute_json_hash(fingerprint))
     if config.cf.model == "none":
         _save_untrained(jobs[0], manifest)
-        content_hash = export_models(jobs[0], folder, manifest)
-        summary = {"model": "none", "metrics": {}, "fold_starts": []}
-        summary |= {"content_hash": content_hash, "fingerprint": fingerprint}
-        write_json(run_dir.record_path("cf"), summary)
+        record: dict[str, Any] = {
+            "model": "none",
+            "metrics": {},
+            "fold_starts": [],
+            "content_hash": export_models(jobs[0], folder, manifest),
+            "fingerprint": fingerprint,
+        }
+        write_json(run_dir.record_path("cf"), record)
         shutil.rmtree(checkpoints)
         print("cf: no collaborative model (cf.model: none); stage 2 learns a token for each user and item")
-        return summary
+        return record
     if any(job.read_result() is None for job in jobs):
         with connect_ray(config.cluster), _show_progress(folder, config):
             _fit_on_ray(jobs, folder, config)
