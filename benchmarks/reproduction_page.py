@@ -65,7 +65,10 @@ def name_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return differences whose ``model`` says the cell, each once; ``pair`` holds the models' own names."""
     named: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        key = name_model(row, row["model"]), MODEL_NAMES.get(row["versus"], row["versus"])
+        versus = MODEL_NAMES.get(row["versus"], row["versus"])
+        if row["model"] == "stage1":  # which does not name the collaborative model
+            versus = name_model(row, row["versus"])
+        key = name_model(row, row["model"]), versus
         named.setdefault(key, {**row, "pair": (row["model"], row["versus"]), "model": key[0], "versus": key[1]})
     return list(named.values())
 
@@ -77,9 +80,10 @@ def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
         found = [row for row in differences if (row["model"], row["versus"]) == ("stage2", versus)]
         above = sum(row["auc_low"] is not None and row["auc_low"] > 0 for row in found)
         below = sum(row["auc_high"] is not None and row["auc_high"] < 0 for row in found)
+        first = f"above in {above}" if above else "**above in none**"
         lines.append(
-            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: above in {above} of {len(found)} cells, below "
-            f"in {below}; in the others the interval includes zero."
+            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: {first} of {len(found)} cells, below in {below}; "
+            "in the others the interval includes zero."
         )
     return lines
 
