@@ -82,8 +82,8 @@ def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
         below = sum(row["auc_high"] is not None and row["auc_high"] < 0 for row in found)
         first = f"above in {above}" if above else "**above in none**"
         lines.append(
-            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: {first} of {len(found)} cells, below in {below}; "
-            "in the others the interval includes zero."
+            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: {first} of {len(found)} cells, below in "
+            f"{below}; in the others the interval includes zero."
         )
     return lines
 
