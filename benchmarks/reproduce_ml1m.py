@@ -1,98 +1,101 @@
 """What does each part of CoLLM bring on its own MovieLens-1M split, beside baselines that anybody can have?
 
-    python -m benchmarks.reproduce_ml1m --data DIR --profile cpu|gpu [--minutes 25] [--cells mf/stage2 ...] [--list]
+    python -m benchmarks.reproduce_ml1m --data DIR --profile cpu|slots|gpu [--minutes 25] [--cells mf/pair ...] [--list]
 
 DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. A cell is a CF model with one
 variant of the recipe and a seed: a whole run of launch/run_pipeline.py, which takes what an earlier cell has done
 already. Cells run in the order of the list, the most valuable first; after --minutes the one at work writes a
-checkpoint and stops, and the same command goes on from there. After each cell come
-benchmarks/results/reproduce_ml1m_<profile>.json (rows and paired differences of eval/report.json with ``cf``,
-``variant`` and ``seeds``) and, by benchmarks/reproduction_page.py, docs/results.md with its plots.
+checkpoint and stops, and the same command goes on from there. After each cell comes its record, a file in
+benchmarks/results/reproduce_ml1m_<profile>/, which counts for as long as the settings are the same, whatever becomes of
+the run directory; out of all records reproduce_ml1m_<profile>.json (rows and paired differences of eval/report.json
+with ``cf``, ``variant`` and ``seeds``; ``against``: stage 2 less that of the cell that lacks one part of it) and, by
+benchmarks/reproduction_page.py, docs/results.md with its plots.
 
 The profile cpu trains each stage once on about 2,000 rows and tests some of the users: it shows what the parts do to
-each other, not how good they can be. The profile gpu trains on everything.
+each other, not how good they can be; on CPUs with instructions for it, --overrides llm.dtype=bfloat16 takes a fraction
+of the time. The profile slots does the same on prompts without titles, in an eighth of the time: what the parts do
+where the language model has nothing but slots to read. The profile gpu trains on everything.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.machine import describe_hardware
 from benchmarks.reproduction_page import write_page
-from collm_dist.artifacts import RunDir, write_json
+from benchmarks.reproduction_records import Cell, compare_cells, read_record, summarize_seeds, write_record
+from collm_dist.artifacts import write_json
 from collm_dist.errors import Preempted
 
+_PRECISION = "llm.dtype="
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"mf": "ml1m_official", "lightgcn": "ml1m_lightgcn", "sasrec": "ml1m_sasrec", "din": "ml1m_din"}
+CONFIGS = {
+    "mf": "ml1m_official",
+    "none": "ml1m_official",
+    "lightgcn": "ml1m_lightgcn",
+    "sasrec": "ml1m_sasrec",
+    "din": "ml1m_din",
+}
 # What each variant changes against the configuration: the recipe of the paper has two slots and one CF model of all
 # training rows.
 VARIANTS = {
     "stage2": ["prompt.stage2=configs/prompts/stage2.txt"],
     "train_cf": ["prompt.stage2=configs/prompts/stage2.txt", "stage2.train_cf=true"],
+    "scratch": ["prompt.stage2=configs/prompts/stage2.txt", "stage2.train_cf=scratch"],
+    "ui_tokens": ["prompt.stage2=configs/prompts/stage2.txt", "cf.model=none", "stage2.train_cf=scratch"],
     "item_ids": ["prompt.stage2=configs/prompts/stage2_ids.txt"],
     "pair": ["prompt.stage2=configs/prompts/stage2_pair.txt"],
     "pair_cross_fit": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8"],
     "pair_all": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8", "cf.feedback=all"],
 }
+# A quick look at stage 2 alone: 2,000 rows a stage, some of the users.
+_SHORT = ("max_train_contexts=1100", "num_epochs=1", "warmup_steps=6", "eval_every_steps=20", "max_valid_contexts=120",
+          "checkpoint_every_steps=20")  # fmt: skip
+_SOME_USERS = ["evaluation.splits=[test]", "evaluation.max_users=100", "evaluation.train_contexts=100"]
 PROFILES: dict[str, tuple[list[tuple[str, str, int]], list[str]]] = {
     "cpu": (
-        [(cf, variant, 0) for cf in ("mf", "din") for variant in ("stage2", "pair")],
-        [f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in (
-            "max_train_contexts=1100", "num_epochs=1", "warmup_steps=6", "eval_every_steps=20",
-            "max_valid_contexts=120", "checkpoint_every_steps=20",
-        )] + ["evaluation.splits=[test]", "evaluation.max_users=100", "evaluation.train_contexts=100"],
+        [("mf", "stage2", 0), ("mf", "pair", 0), ("mf", "pair_cross_fit", 0), ("mf", "train_cf", 0),
+         ("din", "stage2", 0), ("din", "pair", 0), ("mf", "scratch", 0), ("none", "ui_tokens", 0),
+         ("mf", "item_ids", 0), ("mf", "pair_all", 0)],
+        [f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in _SHORT] + _SOME_USERS,
+    ),
+    "slots": (
+        [("mf", "stage2", 0), ("mf", "pair", 0), ("mf", "pair_cross_fit", 0), ("mf", "train_cf", 0),
+         ("mf", "scratch", 0), ("none", "ui_tokens", 0), ("mf", "pair_all", 0)],
+        ["stage1.enabled=false", *(f"stage2.{setting}" for setting in _SHORT), *_SOME_USERS],
     ),
     "gpu": (
         [("din", "pair_all", 0), ("mf", "stage2", 0), ("din", "stage2", 0), ("din", "pair", 0),
-         ("sasrec", "stage2", 0), ("sasrec", "pair_all", 0), ("mf", "pair", 0), ("mf", "train_cf", 0),
-         ("din", "pair_cross_fit", 0), ("sasrec", "item_ids", 0), ("din", "pair_all", 1), ("din", "pair_all", 2)],
+         ("din", "pair_cross_fit", 0), ("mf", "train_cf", 0), ("mf", "scratch", 0), ("none", "ui_tokens", 0),
+         ("mf", "item_ids", 0), ("sasrec", "pair_all", 0), ("din", "pair_all", 1), ("din", "pair_all", 2)],
         ["evaluation.splits=[valid,test]"],
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
-
-    cf: str
-    variant: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """What it is chosen by."""
-        return f"{self.cf}/{self.variant}/{self.seed}"
-
-    def find_run(self, folder: Path) -> Path:
-        """Return its run directory."""
-        return folder / self.name.replace("/", "-")
+# What the profile slots asks in place of the prompts with titles.
+_WITHOUT_TITLES = {
+    "prompt.stage2=configs/prompts/stage2.txt": "prompt.stage2=User <UserID>. Film <TargetItemID>. Liked?",
+    "prompt.stage2=configs/prompts/stage2_pair.txt": "prompt.stage2=User <UserID>. Film <TargetItemID>. "
+    "Both <MatchID>. Liked?",
+}
 
 
 def build_settings(cell: Cell, arguments: argparse.Namespace) -> list[str]:
     """Return the settings of a cell's run."""
-    others = [other.find_run(arguments.work) for other in arguments.chosen if other != cell]
+    others = [other.find_run(arguments.work) for other in list_cells(arguments) if other != cell]
     return [
         f"run.dir={cell.find_run(arguments.work)}",
         f"run.seed={cell.seed}",
         f"run.reuse=[{','.join(str(other) for other in others if other.exists())}]",
         f"dataset.path={arguments.data / 'interactions.parquet'}",
         f"dataset.items_path={arguments.data / 'items.parquet'}",
-        *VARIANTS[cell.variant],
-        *PROFILES[arguments.profile][1],
-        *arguments.overrides,
+        *list_settings(cell, arguments),
+        *(one for one in arguments.overrides if one.startswith(_PRECISION)),
     ]
 
 
@@ -116,51 +119,63 @@ def run_cell(cell: Cell, arguments: argparse.Namespace, deadline: float) -> int:
     return code
 
 
-def summarize_seeds(found: Iterable[tuple[Cell, dict[str, Any]]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return one row for each of what ``keys`` tell apart: numbers are means over seeds.
+def list_settings(cell: Cell, arguments: argparse.Namespace) -> list[str]:
+    """Return what a cell's run sets beside its places: a record is of use as long as this is the same.
 
-    ``auc_std`` and ``uauc_std`` are added where there are several; ends of intervals are means too.
+    The precision of the arithmetic is not among it: it is noted in the record and shown.
     """
-    groups: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
-    for cell, row in found:
-        groups[cell.cf, cell.variant, *(row[key] for key in keys)].append((cell.seed, row))
-    merged = []
-    for (cf, variant, *_), members in groups.items():
-        first = members[0][1]
-        row: dict[str, Any] = {"cf": cf, "variant": variant, "seeds": [seed for seed, _ in members]}
-        for key, value in first.items():
-            numbers = [one[key] for _, one in members]
-            averaged = isinstance(value, float) and None not in numbers
-            row[key] = fmean(numbers) if averaged else value
-            if averaged and len(numbers) > 1 and key in ("auc", "uauc"):
-                row[f"{key}_std"] = stdev(numbers)
-        merged.append(row)
-    return merged
+    variant = VARIANTS[cell.variant]
+    if arguments.profile == "slots":
+        variant = [_WITHOUT_TITLES.get(one, one) for one in variant]
+    settings = [*variant, *PROFILES[arguments.profile][1], *arguments.overrides]
+    return [one for one in settings if not one.startswith(_PRECISION)]
+
+
+def find_records(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the cells' records."""
+    folder: Path = arguments.output / f"reproduce_ml1m_{arguments.profile}"
+    return folder
+
+
+def list_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """Return all cells of the profile."""
+    return [Cell(*one) for one in PROFILES[arguments.profile][0]]
 
 
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the result of the cells that are done."""
-    done = [cell for cell in arguments.chosen if RunDir(cell.find_run(arguments.work)).is_done("eval")]
-    reports = {cell: RunDir(cell.find_run(arguments.work)).read_record("eval") for cell in done}
-    rows = [(cell, row) for cell, report in reports.items() for row in report["rows"]]
-    differences = [(cell, row) for cell, report in reports.items() for row in report["differences"]]
-    seconds = {cell: cell.find_run(arguments.work) / "seconds.json" for cell in done}
+    """Return the result of all cells of the profile that have a record, whether chosen today or not."""
+    cells, folder = list_cells(arguments), find_records(arguments)
+    found = {cell: read_record(cell, folder, list_settings(cell, arguments)) for cell in cells}
+    records = [record for record in found.values() if record]
+    rows = [(record, row) for record in records for row in record["rows"]]
+    differences = [(record, row) for record in records for row in record["differences"]]
+    against = [(record, record["against"]) for record in records if record["against"]]
+    told = ("cf", "variant", "seed", "seconds", "precision", "warnings", "hardware", "versions")
     return {
         "question": __doc__.splitlines()[0],
         "profile": arguments.profile,
-        "hardware": describe_hardware(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+        "hardware": records[-1]["hardware"],
+        "versions": records[-1]["versions"],
         "settings": [*PROFILES[arguments.profile][1], *arguments.overrides],
         "variants": VARIANTS,
-        "cells": [
-            {"cf": cell.cf, "variant": cell.variant, "seed": cell.seed, "warnings": reports[cell]["warnings"],
-             "seconds": json.loads(seconds[cell].read_text(encoding="utf-8"))}
-            for cell in done
-        ],
-        "not_run": [cell.name for cell in arguments.chosen if cell not in reports],
+        "cells": [{key: record[key] for key in told} for record in records],
+        "not_run": [cell.name for cell, record in found.items() if not record],
         "rows": summarize_seeds(rows, ("model", "split", "slice")),
         "differences": summarize_seeds(differences, ("model", "versus", "split", "slice")),
-    }  # fmt: skip
+        "against": summarize_seeds(against, ("versus", "split", "slice")),
+    }
+
+
+def keep(cell: Cell, arguments: argparse.Namespace) -> None:
+    """Keep a finished cell's record, and with its help what the cells beside it bring; then write result and page."""
+    folder = find_records(arguments)
+    write_record(cell, folder, list_settings(cell, arguments), cell.find_run(arguments.work))
+    for other in list_cells(arguments):
+        if cell in (other, other.base):
+            compare_cells(other, folder, arguments.work)
+    result = collect(arguments)
+    write_json(arguments.output / f"reproduce_ml1m_{arguments.profile}.json", result)
+    write_page(arguments.page, arguments.output)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -178,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.data = arguments.data.resolve()
     arguments.work = (arguments.work or ROOT / "runs" / f"reproduce_ml1m_{arguments.profile}").resolve()
-    cells = [Cell(*one) for one in PROFILES[arguments.profile][0]]
+    cells = list_cells(arguments)
     wanted = tuple(arguments.cells or [""])
     arguments.chosen = [cell for cell in cells if cell.name.startswith(wanted)]
     if not arguments.chosen:
@@ -191,7 +206,7 @@ def main() -> int:
     arguments = parse_arguments()
     deadline = time.monotonic() + 60 * arguments.minutes
     for cell in arguments.chosen:
-        done = RunDir(cell.find_run(arguments.work)).is_done("eval")
+        done = read_record(cell, find_records(arguments), list_settings(cell, arguments)) is not None
         if arguments.list or done:
             print(f"{cell.name}: {'done' if done else 'to do'}")
             continue
@@ -202,10 +217,7 @@ def main() -> int:
             return code
         if code:
             return code
-        result = collect(arguments)
-        path = arguments.output / f"reproduce_ml1m_{arguments.profile}.json"
-        write_json(path, result)
-        write_page(result, arguments.page)
+        keep(cell, arguments)
     return 0
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduction_names import name_cell, name_model
+from benchmarks.reproduction_parts import (
+    render_leak,
+    render_llm_share,
+    render_parts,
+    render_tables,
+    render_without_titles,
+)
 from collm_dist.artifacts import open_atomic
 from collm_dist.evaluation.plots import plot_forest, save_figure
 from collm_dist.evaluation.render import MODEL_NAMES, render_differences, render_results, render_slices, render_table
@@ -30,26 +39,18 @@ PUBLISHED = (
     ("GraphLoRA", ".7472 / .7102"),
     ("SAILRec", ".7571 / not given"),
 )
-VARIANT_NAMES = {
-    "stage2": "the paper's two slots",
-    "train_cf": "two slots, CF model trained on",
-    "item_ids": "slots of the history's items",
-    "pair": "also the pair slot",
-    "pair_cross_fit": "pair slot, cross-fitted",
-    "pair_all": "pair slot, cross-fitted, all feedback",
-}
-CF_NAMES = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN"}
-# What does not depend on the variant is shown once: the baselines for all, the CF model for each of its fits.
-_OF_CELLS = ("cf", "stage2", "slots_without_llm", "slots_shuffled")
+# What stage 2 is compared with in the plot.
+_TOLD = ("slots_without_llm", "cf", "as_of_logistic")
 
 
-def name_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows whose ``model`` says the cell too; rows that every cell has, once."""
+def name_rows(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows whose ``model`` says the cell too; rows that every cell has, once for each precision."""
     named: dict[str, dict[str, Any]] = {}
+    precisions = {(cell["cf"], cell["variant"]): cell["precision"] for cell in cells}
     for row in rows:
-        name = MODEL_NAMES.get(row["model"], row["model"])
-        if row["model"] in _OF_CELLS:
-            name = f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}: {name}"
+        name = name_model(row, row["model"])
+        if row["model"] == "stage1" and len(set(precisions.values())) > 1:
+            name = f"{name}, {precisions[row['cf'], row['variant']]}"
         named.setdefault(f"{row['slice']} {name}", {**row, "model": name})
     order = {False: 0, True: 1}
     return sorted(named.values(), key=lambda row: order[": " in row["model"]])
@@ -60,10 +61,16 @@ def select(rows: Sequence[Mapping[str, Any]], slices: Sequence[str] = ("all",)) 
     return [row for row in rows if row["split"] == "test" and row["slice"] in slices]
 
 
-def describe_difference(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a difference whose ``model`` says the cell; ``compared`` is the model's own name."""
-    cell = f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}: "
-    return {**row, "compared": row["model"], "model": cell + MODEL_NAMES.get(row["model"], row["model"])}
+def name_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return differences whose ``model`` says the cell, each once; ``pair`` holds the models' own names."""
+    named: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        versus = MODEL_NAMES.get(row["versus"], row["versus"])
+        if row["model"] == "stage1":  # which does not name the collaborative model
+            versus = name_model(row, row["versus"])
+        key = name_model(row, row["model"]), versus
+        named.setdefault(key, {**row, "pair": (row["model"], row["versus"]), "model": key[0], "versus": key[1]})
+    return list(named.values())
 
 
 def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -73,26 +80,32 @@ def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
         found = [row for row in differences if (row["model"], row["versus"]) == ("stage2", versus)]
         above = sum(row["auc_low"] is not None and row["auc_low"] > 0 for row in found)
         below = sum(row["auc_high"] is not None and row["auc_high"] < 0 for row in found)
+        first = f"above in {above}" if above else "**above in none**"
         lines.append(
-            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: above in {above} of {len(found)} cells, below "
-            f"in {below}; in the others the interval includes zero."
+            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: {first} of {len(found)} cells, below in "
+            f"{below}; in the others the interval includes zero."
         )
     return lines
 
 
-def write_page(result: Mapping[str, Any], path: Path) -> None:
-    """Write the page and, beside it, its plots.
+def write_page(path: Path, results: Path) -> None:
+    """Write the page and, beside it, its plots, of the largest profile that has results; without any, nothing.
 
     Args:
-        result: what benchmarks/reproduce_ml1m.py found.
         path: the page, Markdown.
+        results: folder of the benchmarks' results.
     """
-    rows, differences = name_rows(select(result["rows"])), select(result["differences"])
-    plots = {"auc": plot_forest(rows, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
+    found = {one: _load(results / f"reproduce_ml1m_{one}.json") for one in ("gpu", "cpu", "slots")}
+    result = found["gpu"] or found["cpu"]
+    if result is None:
+        return
+    rows, differences = name_rows(select(result["rows"]), result["cells"]), select(result["differences"])
+    shown = [row for row in rows if not row["model"].endswith(MODEL_NAMES["slots_shuffled"])]
+    plots = {"auc": plot_forest(shown, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
     told = [
-        {**row, "model": f"{row['model']} less {MODEL_NAMES.get(row['versus'], row['versus'])}"}
-        for row in map(describe_difference, differences)
-        if row["compared"] == "stage2"
+        {**row, "model": f"{row['model']} less {row['versus']}"}
+        for row in name_differences(differences)
+        if row["pair"][0] == "stage2" and row["pair"][1] in _TOLD
     ]
     plots["differences"] = plot_forest(told, {}, "auc", "Paired differences in AUC")
     for name, figure in plots.items():
@@ -102,8 +115,20 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
                 figure.axes[0].axvline(0, color="0.4", linewidth=0.8)
                 figure.axes[0].set_xlim(*_span(told))
             save_figure(figure, path.parent / "images" / f"reproduction_{result['profile']}_{name}.png")
+    names = [name for name in plots if plots[name] is not None]
+    parts = [
+        *render_parts([row for row in result["against"] if row["split"] == "test"]),
+        *render_llm_share(differences),
+        *(render_without_titles(found["slots"]) if found["slots"] else []),
+        *render_leak(results),
+        *render_tables(results),
+    ]
     with open_atomic(path) as file:
-        file.write(_render(result, rows, differences, [name for name in plots if plots[name] is not None]))
+        file.write(_render(result, rows, differences, names, parts))
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -117,10 +142,11 @@ def _render(
     rows: Sequence[Mapping[str, Any]],
     differences: Sequence[Mapping[str, Any]],
     plots: Sequence[str],
+    parts: Sequence[str],
 ) -> str:
     profile, hardware = result["profile"], result["hardware"]
     machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
-    sliced = name_rows(select(result["rows"], ("all", "warm", "cold_user", "cold_item")))
+    sliced = name_rows(select(result["rows"], ("all", "warm", "cold_user", "cold_item")), result["cells"])
     lines = [
         "# Results on MovieLens-1M, as the CoLLM authors split it",
         "",
@@ -132,6 +158,11 @@ def _render(
         "",
         *judge(differences),
         "",
+        "## What each part brings",
+        "",
+        "`docs/recipes.md` says what each part is and how it is set.",
+        "",
+        *parts,
         "## Every model",
         "",
         render_results(rows),
@@ -139,7 +170,7 @@ def _render(
         *(f"![{name}](images/reproduction_{profile}_{name}.png)\n" for name in plots),
         "## Differences",
         "",
-        render_differences([describe_difference(row) for row in differences]),
+        render_differences(name_differences(differences)),
         "",
         "## Warm and cold",
         "",
@@ -153,10 +184,10 @@ def _render(
         "",
         "## Cells",
         "",
-        render_table(["cell", "seed", "minutes"], [_describe_cell(one) for one in result["cells"]]),
+        render_table(["cell", "seed", "precision", "minutes"], [_describe_cell(one) for one in result["cells"]]),
         "",
-        "Minutes are of the cell's own steps; data, CF model and stage 1 are taken from an earlier cell where they are "
-        "the same.",
+        "All cells are tested on the same rows. Minutes are of the cell's own steps, on a machine that may have done "
+        "other work beside them; data, CF model and stage 1 are taken from an earlier cell where they are the same.",
     ]
     if result["not_run"]:
         lines += ["", f"Not run yet: {', '.join(result['not_run'])}."]
@@ -164,8 +195,7 @@ def _render(
 
 
 def _describe_cell(cell: Mapping[str, Any]) -> list[str]:
-    name = f"{CF_NAMES[cell['cf']]}, {VARIANT_NAMES[cell['variant']]}"
-    return [name, str(cell["seed"]), f"{cell['seconds'] / 60:.0f}"]
+    return [name_cell(cell), str(cell["seed"]), cell["precision"], f"{cell['seconds'] / 60:.0f}"]
 
 
 def _describe_size(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

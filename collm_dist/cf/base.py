@@ -160,13 +160,13 @@ class TrainableCfModel(ABC, nn.Module):
         """(B,), (B, H), (B,) -> (B, E + 1) exported vectors."""
         batch = CfBatch.from_pairs(user_idx, self._cut(history), target)
         nobody = CfBatch.from_pairs(user_idx.new_full((1,), -1), history.new_empty(1, 0), user_idx.new_full((1,), -1))
-        relative = (self.compute_user_vectors(batch) - self.compute_user_vectors(nobody)) @ self.rotation
+        relative = self._rotate(self.compute_user_vectors(batch) - self.compute_user_vectors(nobody))
         return torch.cat([relative, self.user_biases(batch)[:, None]], dim=1) * self.user_scale
 
     def item_vectors(self, item_idx: Tensor) -> Tensor:
         """(M,) -> (M, E + 1) exported vectors."""
         relative = self.item_rows(item_idx) - self.item_rows(item_idx.new_full((1,), -1))
-        return torch.cat([relative[:, :-1] @ self.rotation, relative[:, -1:]], dim=1) * self.item_scale
+        return torch.cat([self._rotate(relative[:, :-1]), relative[:, -1:]], dim=1) * self.item_scale
 
     def init_weights(
         self, user_counts: Tensor, item_counts: Tensor, user_numbers: Tensor, *, scale: float, seed: int
@@ -194,6 +194,10 @@ class TrainableCfModel(ABC, nn.Module):
 
     def refresh(self) -> None:
         """Bring up to date what scoring reads beside the weights; all workers call it together. Nothing by default."""
+
+    def _rotate(self, vectors: Tensor) -> Tensor:
+        """(R, E) -> (R, E), in the precision of the rotation: in stage 2 the tables may be in bfloat16."""
+        return vectors.to(self.rotation.dtype) @ self.rotation
 
     def _cut(self, history: Tensor) -> Tensor:
         return history[:, max(history.shape[1] - self.history_length, 0) :]

@@ -47,7 +47,7 @@ class MatrixFactorization(TrainableCfModel):
 
     def _fold_in(self, history_CH: Tensor) -> Tensor:
         """(C, H) -> (C, E): (Q'WQ + lambda)^-1 Q'(1 - p) = Q'(W QQ' + lambda)^-1 (1 - p), a system of H unknowns."""
-        rows = self.items(history_CH)
+        rows = self.items(history_CH).float()  # in stage 2 the tables may be in bfloat16, for which there is no solver
         is_item = history_CH >= 0
         items_CHE: Tensor = rows[..., :-1] * is_item[..., None]
         likely = torch.sigmoid(self.global_bias + rows[..., -1])
@@ -55,4 +55,4 @@ class MatrixFactorization(TrainableCfModel):
         precision = max(self.prior_precision, 1e-3)  # none at all would leave a singular system
         system = gram + precision * torch.eye(gram.shape[-1], device=gram.device)
         weights: Tensor = torch.linalg.solve(system, ((1 - likely) * is_item)[..., None])
-        return (items_CHE.mT @ weights).squeeze(-1)
+        return (items_CHE.mT @ weights).squeeze(-1).to(self.items.weight.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 from collm_dist.cf.base import TrainableCfModel
 from collm_dist.cf.din import Din
+from collm_dist.cf.id_tokens import IdTokens
 from collm_dist.cf.lightgcn import LightGcn
 from collm_dist.cf.mf import MatrixFactorization
 from collm_dist.cf.sasrec import SasRec
@@ -21,6 +22,7 @@ MODEL_CLASSES: dict[str, type[TrainableCfModel]] = {
     "sasrec": SasRec,
     "din": Din,
     "table": VectorTable,
+    "none": IdTokens,
 }
 
 # What every class is built with, whatever the arguments.
@@ -49,6 +51,17 @@ def get_model_class(name: str) -> type[TrainableCfModel]:
     return found
 
 
+def check_tuning(name: str) -> None:
+    """Refuse a model that stage 2 cannot go on training.
+
+    Raises:
+        ConfigError: its class says so; see also ``get_model_class``.
+    """
+    if not get_model_class(name).supports_tuning:
+        raise ConfigError(f"stage2.train_cf: cf.model '{name}' says that stage 2 cannot train it (supports_tuning); "
+                          "set stage2.train_cf to false")  # fmt: skip
+
+
 def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str, Any]:
     """Return what a model's class is built with beside the numbers of users and items: plain JSON values."""
     common = {
@@ -66,6 +79,7 @@ def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str
             "seed": seed,
         },
         "table": {},
+        "none": {},
     }
     return common | own.get(cf.model, dict(cf.arguments))
 

@@ -65,10 +65,19 @@ class Config(Section):
                 f"cf.history_length {read} exceeds preprocessing.max_history_length {stored}, which is all that the "
                 "shards hold: raise the latter"
             )
+        if self.cf.model == "none" and self.stage2.train_cf != "scratch":
+            raise ValueError(
+                "cf.model 'none' leaves its id tokens to stage 2, which must learn them: set stage2.train_cf to scratch"
+            )
+        if self.cf.model == "none" and self.promotion.baseline == "cf":
+            raise ValueError(
+                "promotion.baseline cf: with cf.model 'none' there is no collaborative model to compare with; choose "
+                "another baseline"
+            )
         if self.stage2.train_cf and (self.cf.cross_fit != "off" or self.cf.model in ("lightgcn", "table")):
             raise ValueError(
                 "stage2.train_cf goes on training one model's own weights: set cf.cross_fit to off, and cf.model to "
-                "mf, sasrec or din"
+                "mf, sasrec, din or none"
             )
         if self.stage2.train_cf and self.cluster.zero_stage == 3:
             raise ValueError(

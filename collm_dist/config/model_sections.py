@@ -16,7 +16,8 @@ class CfConfig(Section):
     model: str = Field(
         "mf",
         description="mf: matrix factorization; lightgcn; sasrec; din; table: vectors from elsewhere; or the import "
-        "path of a class of your own, package.module:Class. All have user, item and global biases.",
+        "path of a class of your own, package.module:Class. All have user, item and global biases. none: no such "
+        "model, but a token for each user and item that stage 2 learns from scratch (stage2.train_cf: scratch).",
     )
     embedding_dim: int = Field(64, ge=1, description="Width of the user and item vectors, without the bias.")
     history_length: int | None = Field(
@@ -95,6 +96,10 @@ class CfConfig(Section):
             raise ValueError("cf.model 'table' needs cf.item_vectors, a Parquet file with columns id, vector")
         if self.model == "table" and self.cross_fit != "off":
             raise ValueError("cf.cross_fit fits models to folds; the vectors of cf.model 'table' are given: set off")
+        if self.model == "none" and (self.cross_fit != "off" or self.feedback != "likes"):
+            raise ValueError(
+                "cf.model 'none' fits and scores nothing by itself: set cf.cross_fit to off and cf.feedback to likes"
+            )
         if self.model == "sasrec" and self.embedding_dim % self.num_heads:
             raise ValueError(f"cf.num_heads {self.num_heads} does not divide cf.embedding_dim {self.embedding_dim}")
         if len(set(self.seeds)) != len(self.seeds):

@@ -65,7 +65,11 @@ class Stage2Config(StageConfig):
     """Stage 2: the mapping alone, on prompts with slots; language model and adapter frozen."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    train_cf: bool = Field(False, description="Also train the collaborative model (the paper's variant T1).")
+    train_cf: bool | Literal["scratch"] = Field(
+        False,
+        description="Also train the collaborative model. true: from where its own step left it (the paper's variant "
+        "T1). scratch: from weights drawn anew (T2; what its own step trained is then only compared with).",
+    )
     context_cache: Literal["none", "memory"] = operational(
         "none",
         "memory: keep the keys and values of constant prefixes from epoch to epoch. Pays where few contexts are "

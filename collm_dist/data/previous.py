@@ -29,7 +29,9 @@ def find_previous_file(config: Config, step: Step) -> Path | None:
     previous = find_previous(config)
     if previous is None or not previous.is_done(step) or not config.cf.warm_start:
         return None
-    if step == "cf" and config.cf.model == "table":  # given vectors are not trained
+    if step == "cf" and config.cf.model in ("table", "none"):  # given vectors, or none: not trained
+        return None
+    if step == "stage2" and config.stage2.train_cf == "scratch":  # a mapping of other vectors says nothing of new ones
         return None
     return previous.step_dir(step) / _PRODUCTS[step]
 

@@ -30,7 +30,7 @@ from collm_dist.evaluation.slots_mlp import build_slot_inputs, find_slots, fit_s
 from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
 from collm_dist.tuning.previous import build_view, load_previous_config
 from collm_dist.tuning.scoring import score_split
-from collm_dist.tuning.stages import load_stage_model
+from collm_dist.tuning.stages import load_slot_vectors, load_stage_model
 
 # Rows handed to the models at once; every process sees a batch whole and takes its share.
 _BATCH_ROWS = 1024
@@ -165,8 +165,12 @@ def collect_models(
     slots = find_slots(load_prompt_text(config.prompt.stage2))
     if cf_model is None:
         collected.left_out["cf"] = "the step 'cf' has not run"
+    elif config.cf.model == "none":
+        collected.left_out["cf"] = "cf.model is none"
     else:
         fitted.append(_describe_cf(cf_model, manifest))
+    if cf_model is not None and run_dir.is_done("stage2"):
+        cf_model = load_slot_vectors(config, run_dir, manifest)
     without_llm = _fit_slots_without_llm(config, run_dir, manifest, cf_model, slots, collected.left_out)
     for stage in ("stage1", "stage2"):
         if not any(name == stage for name, _ in stage_scores):

@@ -122,12 +122,22 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
         "only has no AUC and is not in UAUC."
     )
     notes.append(
-        f"Checkpoints were selected on valid: collaborative model by {config.cf.select_metric}, stage 1 by "
-        f"{config.stage1.select_metric}, stage 2 by {config.stage2.select_metric}. The trivial baseline that the "
-        f"others are compared with is {MODEL_NAMES[report['best_trivial']]}, "
+        "Checkpoints were selected on valid: "
+        + ("" if config.cf.model == "none" else f"collaborative model by {config.cf.select_metric}, ")
+        + f"stage 1 by {config.stage1.select_metric}, stage 2 by {config.stage2.select_metric}. The trivial baseline "
+        f"that the others are compared with is {MODEL_NAMES[report['best_trivial']]}, "
         + ("the best on valid." if "valid" in evaluation.splits else "named in advance, since valid is not evaluated.")
     )
-    if config.cf.cross_fit == "off":
+    if config.stage2.train_cf:
+        notes.append(
+            ("Id tokens were" if config.cf.model == "none" else "The collaborative model was")
+            + " trained in stage 2 too"
+            + (", from weights drawn anew" if config.stage2.train_cf == "scratch" else "")
+            + " (stage2.train_cf). Slots without LLM read the vectors that stage 2 ended with."
+        )
+    if config.stage2.train_cf == "scratch":
+        notes.append("Stage 2's vectors have seen the labels of the rows that it was trained on, and no others.")
+    elif config.cf.cross_fit == "off":
         notes.append(
             "Stage 2 was trained on rows that the collaborative model was fitted to (cf.cross_fit: off, the paper's "
             "way): its vectors look better there than they are."

@@ -39,8 +39,8 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([render(cells[0]), rule, *(render(row) for row in cells[1:])])
 
 
-def _format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
-    """Return ``value [low, high]``, without the interval where there is none, a dash where there is no number."""
+def format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
+    """Return a row's ``value [low, high]``: no interval where there is none, a dash where there is no number."""
     if row.get(metric) is None:
         return "-"
     sign = "+" if signed else ""
@@ -63,7 +63,7 @@ def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             MODEL_NAMES.get(row["model"], row["model"]),
-            *(_format_number(row, metric) for metric in metrics),
+            *(format_number(row, metric) for metric in metrics),
             "-" if row["logloss"] is None else f"{row['logloss']:.4f}",
             row["training_labels"],
             row["inputs"],
@@ -96,7 +96,7 @@ def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             f"{MODEL_NAMES.get(row['model'], row['model'])} vs {MODEL_NAMES.get(row['versus'], row['versus'])}",
-            *(_format_number(row, metric, signed=True) for metric in metrics),
+            *(format_number(row, metric, signed=True) for metric in metrics),
         ]
         for row in differences
     ]

@@ -89,8 +89,8 @@ def save_mapper(path: Path, weights: dict[str, Tensor]) -> Path:
     return path
 
 
-def load_mapper(mapper: SlotMapper, cf_model: Any, path: Path) -> None:
-    """Load what ``save_mapper`` wrote into a mapper and, where it was trained, a collaborative model.
+def load_mapper(mapper: SlotMapper | None, cf_model: Any, path: Path) -> None:
+    """Load what ``save_mapper`` wrote into a mapper, if one is given, and a collaborative model, if one was trained.
 
     Raises:
         ArtifactError: the file is missing or does not fit.
@@ -100,7 +100,7 @@ def load_mapper(mapper: SlotMapper, cf_model: Any, path: Path) -> None:
         parts = {"slot_mapper.": mapper, "cf_model.": cf_model}
         for prefix, module in parts.items():
             own = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
-            if own:
+            if own and module is not None:
                 module.load_state_dict(own, strict=prefix == "slot_mapper.")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be loaded ({error}); run stage 2 again with --force stage2") from error

@@ -24,14 +24,15 @@ from collm_dist.artifacts import (
     write_json,
 )
 from collm_dist.cf.base import TrainableCfModel
-from collm_dist.cf.checkpoint import read_state
+from collm_dist.cf.checkpoint import Progress, read_state, save_state
 from collm_dist.cf.export import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
-from collm_dist.cf.fitting import Job, OnEpoch, compute_fold_starts, fit
-from collm_dist.cf.models import check_arguments, list_arguments
-from collm_dist.cf.ownership import load_worker_data
+from collm_dist.cf.fitting import Job, OnEpoch, build_untrained, compute_fold_starts, fit
+from collm_dist.cf.models import check_arguments, check_tuning, list_arguments
+from collm_dist.cf.optimizer import Optimizers
+from collm_dist.cf.ownership import load_worker_data, number_globally
 from collm_dist.cf.rows import take_before
 from collm_dist.cf.table import read_vectors, read_width
-from collm_dist.cf.trainer import check_metric
+from collm_dist.cf.trainer import check_metric, copy_weights
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
@@ -79,12 +80,27 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
     manifest = load_manifest(data_dir)
     check_inputs(config.cf, data_dir)
+    if config.stage2.train_cf:
+        check_tuning(config.cf.model)
     run_dir.withdraw("cf")
     checkpoints = folder / "checkpoints"
     if force:
         shutil.rmtree(checkpoints, ignore_errors=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
     jobs = _plan_jobs(config, data_dir, manifest, checkpoints, compute_json_hash(fingerprint))
+    if config.cf.model == "none":
+        _save_untrained(jobs[0], manifest)
+        record: dict[str, Any] = {
+            "model": "none",
+            "metrics": {},
+            "fold_starts": [],
+            "content_hash": export_models(jobs[0], folder, manifest),
+            "fingerprint": fingerprint,
+        }
+        write_json(run_dir.record_path("cf"), record)
+        shutil.rmtree(checkpoints)
+        print("cf: no collaborative model (cf.model: none); stage 2 learns a token for each user and item")
+        return record
     if any(job.read_result() is None for job in jobs):
         with connect_ray(config.cluster), _show_progress(folder, config):
             _fit_on_ray(jobs, folder, config)
@@ -98,6 +114,15 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     shutil.rmtree(checkpoints)
     print_summary(summary, run_dir.record_path("cf"))
     return summary
+
+
+def _save_untrained(job: Job, manifest: Manifest) -> None:
+    """Leave the state of a training that makes no pass: initial rows for the users and items of the training rows."""
+    data = load_worker_data(job.data_dir, manifest)
+    model = build_untrained(job.cf, manifest, data.users, number_globally(data.splits["train"]), job.seed)
+    optimizers = Optimizers(model, job.cf.learning_rate)
+    folder = job.checkpoints / job.name_part(1)
+    save_state(folder, job.key, model, optimizers, copy_weights(model), Progress(finished=True), data.users)
 
 
 def check_inputs(cf: CfConfig, data_dir: Path) -> None:

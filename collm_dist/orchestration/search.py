@@ -79,6 +79,8 @@ def describe_search(config: Config, run_dir: RunDir) -> list[str]:
 
 
 def _plan_trials(config: Config) -> list[Settings]:
+    if config.cf.model == "none":
+        raise ConfigError("cf_search: cf.model 'none' trains nothing by itself; name a collaborative model")
     if config.cf_search.grace_epochs > config.cf.num_epochs:
         raise ConfigError(f"cf_search.grace_epochs {config.cf_search.grace_epochs} exceeds cf.num_epochs "
                           f"{config.cf.num_epochs}: no trial could be stopped; lower it")  # fmt: skip

@@ -88,7 +88,10 @@ class Recommender:
             every_event_is_a_like=manifest.feedback == "implicit",
         )
         self._cf: SlotVectors | None = loaded.model.cf_model
-        if run_dir.is_done("cf") and (stage == "stage1" or config.stage2.train_cf):  # not the one that stage 2 changed
+        if config.cf.model == "none":  # id tokens order nothing by themselves
+            self._cf = None
+        elif run_dir.is_done("cf") and (stage == "stage1" or config.stage2.train_cf):
+            # Not the one that stage 2 changed.
             self._cf = load_cf_model(run_dir, manifest).to(loaded.device)
         tokens = config.evaluation.max_tokens_per_micro_batch
         self._max_tokens = AUTO_TOKENS[loaded.device.type] if tokens == "auto" else tokens

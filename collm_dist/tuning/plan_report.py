@@ -11,9 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.artifacts import RunDir
 from collm_dist.assets import resolve_backbone
-from collm_dist.config import Config, StageConfig
+from collm_dist.cf.models import get_model_class, list_arguments
+from collm_dist.config import Config
 from collm_dist.data.collate import PromptCollator, build_collator
 from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.manifest import load_manifest
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
@@ -99,7 +101,7 @@ def _describe_stage(config: Config, run_dir: RunDir, name: StageName, skeleton: 
         f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens a step; padded rows "
         f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times as many operations. "
         f"{minutes:,.1f} GPU minutes at {ASSUMED_TFLOPS:.0f} TFLOP/s, validation not counted",
-        *_describe_memory(config, name, settings, skeleton, shape, layers, sample, dtype),
+        *_describe_memory(config, run_dir, name, skeleton, shape, layers, sample, dtype),
     ]
     if name == "stage2":
         size = 2 * shape.num_layers * shape.key_width * dtype.itemsize * sample.prefix_tokens / sample.contexts
@@ -133,22 +135,35 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
     return _Sample(shared, padded, contexts, prefix_tokens, largest[1], largest[0])
 
 
+def _count_tuned(config: Config, run_dir: RunDir) -> int:
+    """Return how many numbers of the collaborative model stage 2 trains, at most."""
+    if not config.stage2.train_cf:
+        return 0
+    manifest = load_manifest(run_dir.step_dir("data"))
+    arguments = list_arguments(config.cf, manifest.max_history_length, config.run.seed)
+    with torch.device("meta"):
+        model = get_model_class(config.cf.model)(manifest.num_users, manifest.num_items, **arguments)
+    return sum(one.numel() for one in model.parameters())
+
+
 def _describe_memory(
     config: Config,
+    run_dir: RunDir,
     name: StageName,
-    settings: StageConfig,
     skeleton: Any,
     shape: DecoderShape,
     layers: LayerMemory,
     sample: _Sample,
     dtype: torch.dtype,
 ) -> list[str]:
-    mapped = config.mapping.hidden_multiple * (config.cf.embedding_dim + 1)
+    width = config.cf.embedding_dim + 1
+    mapped = config.mapping.hidden_multiple * width
     pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
     out = config.mapping.tokens_per_slot * shape.hidden_size
+    in_stage2 = (mapped + pairs) * out + mapped * width + _count_tuned(config, run_dir)
     arguments: dict[str, Any] = {
         "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
-        "other_trainable": 0 if name == "stage1" else (mapped + pairs) * out + mapped * (config.cf.embedding_dim + 1),
+        "other_trainable": 0 if name == "stage1" else in_stage2,
         "tree_tokens": sample.largest_tree,
         "prefix_tokens": sample.largest_prefix,
         "element_size": dtype.itemsize,

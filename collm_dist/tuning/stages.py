@@ -10,13 +10,15 @@ import torch
 
 from collm_dist.artifacts import RunDir
 from collm_dist.cf.export import load_cf_model
+from collm_dist.cf.slot_vectors import SlotVectors
+from collm_dist.cf.stage2_start import load_for_tuning
 from collm_dist.config import Config, LlmConfig, StageConfig
 from collm_dist.data.collate import PromptCollator, build_collator
 from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.data.manifest import load_manifest
+from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.compiled_layers import compile_layers
@@ -40,7 +42,7 @@ class Stage1:
 class Stage2:
     """The mapping trains (and, if asked, the collaborative model), on prompts with slots; the rest is frozen."""
 
-    train_cf: bool = False
+    train_cf: bool | Literal["scratch"] = False
     name: ClassVar[StageName] = "stage2"
 
 
@@ -104,7 +106,7 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
             seed=config.run.seed,
         )
     else:
-        cf_model = load_cf_model(run_dir, manifest)
+        cf_model = _load_start(config, run_dir, manifest)
         collator = build_collator(
             config,
             run_dir,
@@ -114,8 +116,11 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
             time_cuts=cf_model.fold_starts,
         )
         mapper = _build_mapper(config, collator, backbone.model, cf_model.embedding_dim)
-        cf_model.requires_grad_(stage.train_cf).to(device)
-    train_cf = isinstance(stage, Stage2) and stage.train_cf
+        if stage.train_cf and mapper.cf is None:
+            raise ConfigError("stage2.train_cf: no slot of prompt.stage2 reads the collaborative model; add <UserID> "
+                              "or <TargetItemID> to the prompt, or set stage2.train_cf to false")  # fmt: skip
+        cf_model.to(device)
+    train_cf = isinstance(stage, Stage2) and stage.train_cf is not False
     model = CollmModel(
         backbone.model,
         answers,
@@ -127,6 +132,28 @@ def build_stage(config: Config, run_dir: RunDir, stage: Stage, device: torch.dev
     )
     _wrap_layers(config, model)
     return LoadedStage(model.to(device), collator, backbone, adapter, device)
+
+
+def _load_start(config: Config, run_dir: RunDir, manifest: Manifest) -> SlotVectors:
+    """Load the collaborative model as stage 2 begins with it."""
+    if not config.stage2.train_cf:
+        return load_cf_model(run_dir, manifest)
+    is_anew = config.stage2.train_cf == "scratch"
+    return load_for_tuning(
+        run_dir, manifest, from_scratch=is_anew, init_scale=config.cf.init_scale, seed=config.run.seed
+    )
+
+
+def load_slot_vectors(config: Config, run_dir: RunDir, manifest: Manifest) -> SlotVectors:
+    """Load the collaborative model that a finished stage 2 reads, on the CPU: where it trained along, as it ended.
+
+    Raises:
+        ArtifactError: the CF step or stage 2 is not done, or damaged.
+    """
+    cf_model = _load_start(config, run_dir, manifest).requires_grad_(False)
+    if config.stage2.train_cf:
+        load_mapper(None, cf_model, run_dir.step_dir("stage2") / "mapping.safetensors")
+    return cf_model
 
 
 def load_llm(llm: LlmConfig, folder: Path | None = None, *, may_quantize: bool = True) -> Backbone:

@@ -72,7 +72,7 @@ def test_a_table_of_vectors_is_read_and_only_biases_and_gain_are_learned(tmp_pat
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("svd", "none of mf, lightgcn, sasrec, din, table, nor an import path"),
+        ("svd", "none of mf, lightgcn, sasrec, din, table, none, nor an import path"),
         ("no.such.module:Model", r"cannot be imported.*PYTHONPATH"),
         ("tests.examples.own_cf_model:Nothing", "cannot be imported"),
         ("collections:OrderedDict", r"no subclass of collm_dist\.cf\.base\.TrainableCfModel"),

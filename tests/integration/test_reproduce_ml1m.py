@@ -1,0 +1,64 @@
+"""The reproduction's largest profile at tiny size: two cells by the command, in pieces, with record and page."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SMALL = [
+    *("preprocessing.num_user_buckets=2", "preprocessing.num_shards=2", "cf.embedding_dim=4", "cf.num_epochs=2"),
+    *("prompt.history_length=2", "mapping.hidden_multiple=2", "evaluation.bootstrap_samples=20"),
+    *(f"{stage}.max_steps=2" for stage in ("stage1", "stage2")),
+    *("cluster.zero_stage=0", "cluster.ray_num_cpus=2", "cluster.object_store_gb=0.1"),
+    *("monitoring.tensorboard=false", "monitoring.progress_bar=false"),
+]
+
+
+@pytest.fixture
+def released(tiny_ratings, tmp_path):
+    """The tiny ratings in the form of the released split."""
+    ratings = csv.read_csv(tiny_ratings / "ratings.csv")
+    label = (ratings.column("rating").to_numpy() >= 4).astype(np.int8)
+    place = np.arange(len(ratings)) / len(ratings)
+    split = np.where(place < 0.6, "train", np.where(place < 0.8, "valid", "test"))
+    folder = tmp_path / "released"
+    folder.mkdir()
+    columns = {name: ratings.column(name) for name in ("user_id", "item_id", "timestamp")}
+    pq.write_table(pa.table(columns | {"label": label, "split": split}), folder / "interactions.parquet")
+    pq.write_table(csv.read_csv(tiny_ratings / "items.csv"), folder / "items.parquet")
+    return folder
+
+
+@pytest.mark.slow
+def test_cells_of_the_gpu_profile_run_stop_and_are_kept(released, tiny_backbone_dir, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.reproduce_ml1m", "--data", str(released), "--profile", "gpu"]
+    command += ["--work", str(tmp_path / "runs"), "--output", str(tmp_path), "--page", str(tmp_path / "results.md")]
+    command += ["--cells", "mf/stage2", "none/ui_tokens", "--overrides", f"llm.backbone={tiny_backbone_dir}", *SMALL]
+
+    def run(*more):
+        return subprocess.run([*command, *more], cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
+
+    early = run("--minutes", "0.05")
+    assert early.returncode == 75, early.stdout + early.stderr
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "reproduce_ml1m_gpu.json").read_text())
+    assert [(one["cf"], one["variant"]) for one in result["cells"]] == [("mf", "stage2"), ("none", "ui_tokens")]
+    assert len(result["not_run"]) == 10
+    (against,) = result["against"]
+    assert (against["cf"], against["versus"], against["split"]) == ("none", "mf/stage2", "test")
+    models = {(row["cf"], row["model"]) for row in result["rows"]}
+    assert ("mf", "cf") in models
+    assert ("none", "cf") not in models
+    assert "id tokens in place of a CF model" in (tmp_path / "results.md").read_text()
+    shutil.rmtree(tmp_path / "runs")
+    again = run()
+    assert again.stdout.count("done") == 2, again.stdout + again.stderr
