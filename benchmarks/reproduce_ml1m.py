@@ -112,6 +112,8 @@ def run_cell(cell: Cell, arguments: argparse.Namespace, deadline: float) -> int:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # a checkpoint at the next step's end, then exit code 75
         code = process.wait()
+        if code == -signal.SIGTERM:  # it was not yet listening, so there is nothing to lose
+            code = Preempted.exit_code
     except KeyboardInterrupt:
         process.wait()
         raise

@@ -134,8 +134,8 @@ def render_tables(results: Path) -> list[str]:
         return []
     record = json.loads(path.read_text(encoding="utf-8"))
     cells = []
-    for name, found in record["runs"].items():
-        model, _, way = name.partition(" ")
+    for name in sorted(record["runs"], key=_place_way):
+        found, (model, _, way) = record["runs"][name], name.partition(" ")
         label = f"{CF_NAMES[model]}, {_WAYS[way]}" if way in _WAYS else "id tokens, no CF model"
         cells.append([label, *_show_spread(found, ("train", "valid", "test", "test_uauc"))])
     return [
@@ -146,6 +146,12 @@ def render_tables(results: Path) -> list[str]:
         render_table(["tables", "AUC on train", "AUC on valid", "AUC on test", "UAUC on test"], cells),
         "",
     ]
+
+
+def _place_way(name: str) -> tuple[bool, str, int]:
+    """Order model by model, from the paper's way on; id tokens last."""
+    model, _, way = name.partition(" ")
+    return way not in _WAYS, model, list(_WAYS).index(way) if way in _WAYS else 0
 
 
 def _show_spread(found: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

@@ -120,7 +120,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], shared: Pa
             with handle_stop_signals(pass_on):
                 code = _wait(child, None if shared is None else pass_on)
         end_processes(ERROR_FILE_VARIABLE, str(error_file))  # of a launcher that was killed
-        if code == 0:
+        if code == 0 and not asked:  # asked in its last moments, it may have ended well all the same
             return
         said = read_error(error_file)
     if signal.SIGINT in asked or code in (INTERRUPTED_EXIT_CODE, -signal.SIGINT):
