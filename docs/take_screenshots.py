@@ -79,7 +79,7 @@ class Picture:
 
 
 PICTURES = (
-    Picture("scalars", "?tagFilter=train/loss|valid/|samples&smoothing=0#timeseries", 1000, "line-chart", 2),
+    Picture("scalars", "?tagFilter=train/loss|valid/&smoothing=0#timeseries", 1000, "line-chart", 2),
     Picture("custom_scalars", "#custom_scalars", 1250, "vz-line-chart2", 3),
     Picture("hparams", "#hparams", 700, "vaadin-grid-cell-content", 8),
     Picture("projector", "#projector", 900, "canvas", settle_seconds=8.0, searches=True),
