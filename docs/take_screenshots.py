@@ -63,7 +63,7 @@ class Picture:
     Attributes:
         name: of the file, after ``tensorboard_``.
         page: TensorBoard's address of it: its name, after what it is asked for.
-        height: of the window in pixels.
+        height, width: of the window in pixels.
         ready: selector of what the page shows once it has its data; at least ``least`` of it.
         settle_seconds: waited then, for what is still drawn or turned.
         searches: whether the text of ``--search`` is put into the projector's search box.
@@ -76,12 +76,13 @@ class Picture:
     least: int = 1
     settle_seconds: float = 3.0
     searches: bool = False
+    width: int = 1400
 
 
 PICTURES = (
     Picture("scalars", "?tagFilter=train/loss|valid/&smoothing=0#timeseries", 1000, "line-chart", 2),
     Picture("custom_scalars", "#custom_scalars", 1250, "vz-line-chart2", 3),
-    Picture("hparams", "#hparams", 700, "vaadin-grid-cell-content", 8),
+    Picture("hparams", "#hparams", 560, "vaadin-grid-cell-content", 8, width=2100),
     Picture("projector", "#projector", 900, "canvas", settle_seconds=8.0, searches=True),
     Picture("images", "#images", 1000, "img"),
 )
@@ -144,7 +145,7 @@ def open_browser() -> Iterator[Any]:
 
 def take(window: Any, address: str, picture: Picture, search: str) -> Image.Image:
     """Open a page, wait until it shows its data, and return what is seen; the projector marks what ``search`` finds."""
-    window.set_window_size(1400, picture.height)
+    window.set_window_size(picture.width, picture.height)
     window.get("about:blank")  # a change of the fragment alone would not load the page anew
     window.get(f"{address}/{picture.page}")
 
