@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
 from collm_dist.evaluation.metrics import FloatArray
 from collm_dist.monitoring import read_metrics
 
 _DPI = 110
-_CALIBRATION_BINS = 10
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -54,19 +54,8 @@ def plot_forest(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], met
     return figure
 
 
-def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the mean predicted and the observed share of likes in bins of (almost) equally many rows."""
-    predicted = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
-    order = np.argsort(predicted, kind="stable")
-    bins = [rows for rows in np.array_split(order, _CALIBRATION_BINS) if len(rows)]
-    return (
-        np.array([predicted[rows].mean() for rows in bins]),
-        np.array([labels[rows].mean() for rows in bins], dtype=np.float64),
-    )
-
-
 def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], title: str) -> Figure:
-    """Draw the observed against the predicted share of likes, one line a model.
+    """Draw the observed against the predicted share of likes, one line a model, with its calibration error.
 
     Args:
         labels: (N,) 0 or 1.
@@ -77,7 +66,10 @@ def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], tit
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
     for name, scores in logits.items():
-        axes.plot(*compute_calibration(labels, scores), marker="o", markersize=3, label=name)
+        bins = compute_calibration(labels, scores)
+        predicted, observed = [one.predicted for one in bins], [one.observed for one in bins]
+        error = compute_calibration_error(bins)
+        axes.plot(predicted, observed, marker="o", markersize=3, label=f"{name} (error {error:.3f})")
     axes.set_xlabel("predicted share of likes")
     axes.set_ylabel("observed share of likes")
     axes.set_title(title)

@@ -103,6 +103,16 @@ def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
     return render_table(["difference", *(metric.upper() for metric in metrics)], cells)
 
 
+def render_calibration(calibration: Sequence[Mapping[str, Any]]) -> str:
+    """Return the expected calibration error and, of the lowest and the highest bin, predicted and observed shares."""
+    cells = []
+    for one in calibration:
+        ends = [f"{found['predicted']:.3f} / {found['observed']:.3f}" for found in (one["bins"][0], one["bins"][-1])]
+        cells.append([MODEL_NAMES.get(one["model"], one["model"]), f"{one['error']:.4f}", *ends])
+    header = ["model", "expected calibration error", "lowest tenth, predicted / observed", "highest tenth"]
+    return render_table(header, cells)
+
+
 def _render_header(report: Mapping[str, Any]) -> list[str]:
     data, lines = report["data"], ["# Evaluation report", ""]
     lines += [f"**{warning}**\n" for warning in report["warnings"]]
@@ -156,6 +166,10 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         differences = [row for row in report["differences"] if (row["split"], row["slice"]) == (split, "all")]
         if differences:
             lines += ["Paired differences on the same resamples of users:", "", render_differences(differences), ""]
+        calibration = [one for one in report["calibration"] if one["split"] == split]
+        if calibration:
+            text = "Predicted and observed shares of likes, in tenths of the rows; all bins are in `calibration.csv`:"
+            lines += [text, "", render_calibration(calibration), ""]
         lines += [line for name in report["plots"] if name.endswith(f"-{split}.png") for line in _link(name)]
     lines += [line for name in report["plots"] if name == "training.png" for line in ["## Training", "", *_link(name)]]
     return "\n".join(lines).rstrip() + "\n"

@@ -23,12 +23,14 @@ from collm_dist.config import Config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.data.prompts import load_prompt_text
+from collm_dist.evaluation.calibration import list_calibration, write_calibration
 from collm_dist.evaluation.deviations import choose_recipe, list_deviations
 from collm_dist.evaluation.metrics import compute_auc, compute_ndcg
 from collm_dist.evaluation.models import EvaluatedSplit, ModelScores, collect_models, load_splits, score_stages
 from collm_dist.evaluation.notes import describe_data, list_notes, list_warnings
 from collm_dist.evaluation.plots import plot_calibration, plot_forest, plot_training, save_figure
 from collm_dist.evaluation.render import MODEL_NAMES, list_metrics, render_markdown, render_results
+from collm_dist.evaluation.run_settings import build_run_settings
 from collm_dist.evaluation.score_files import write_scores
 from collm_dist.evaluation.slots_mlp import find_slots
 from collm_dist.evaluation.table import TableSettings, compute_table
@@ -155,6 +157,9 @@ def build_report(
         "best_trivial": best_trivial,
         "left_out": scores.left_out,
     }
+    report["calibration"] = [
+        one for name in config.evaluation.splits for one in list_calibration(splits[name].rows, scores.models[name])
+    ]
     report["warnings"] = list_warnings(report, evaluation.confidence)
     report["notes"] = list_notes(config, report)
     report["content_hash"] = compute_json_hash(report)
@@ -214,11 +219,14 @@ def write_report(
     for file_name, figure in figures.items():
         save_figure(figure, folder / file_name)
     report["plots"] = list(figures)
+    with open_atomic(folder / "calibration.csv") as file:
+        write_calibration(file, report["calibration"])
     markdown = render_markdown(report)
     with open_atomic(folder / "report.md") as file:
         file.write(markdown)
     if config.monitoring.tensorboard:
-        monitoring.log_report(folder / "tensorboard", markdown, {name: folder / name for name in figures})
+        paths = {name: folder / name for name in figures}
+        monitoring.log_report(folder / "tensorboard", markdown, paths, build_run_settings(config, report))
     write_json(run_dir.record_path("eval"), report)
     for shown in config.evaluation.splits:
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (shown, "all")]

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from collm_dist.artifacts import open_atomic
 from collm_dist.errors import ArtifactError
@@ -80,6 +81,17 @@ class SlotMapper(nn.Module):
 
             self.cf = build(cf_dim)
             self.pair = build(pair_dim)
+
+
+def map_vectors(weights: dict[str, Tensor], vectors_NE: Tensor) -> Tensor:
+    """Map (N, E) collaborative vectors to (N, K D) soft tokens, by what ``save_mapper`` writes.
+
+    A mapping that DeepSpeed has taken over runs on all processes together or not at all; this runs anywhere.
+    """
+    prefix = "slot_mapper.cf."
+    weights = {name.removeprefix(prefix): one.float() for name, one in weights.items() if name.startswith(prefix)}
+    hidden = torch.relu(functional.linear(vectors_NE, weights["hidden.weight"], weights["hidden.bias"]))
+    return functional.linear(hidden, weights["out.weight"], weights["out.bias"])
 
 
 def save_mapper(path: Path, weights: dict[str, Tensor]) -> Path:

@@ -17,6 +17,7 @@ from collm_dist.config import Config
 from collm_dist.config_io import dump_config
 from collm_dist.data.fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
+from collm_dist.monitoring import StateTextfile, check_textfile_dir
 from collm_dist.orchestration.children import StepError, build_command, build_environment, preemptible, run_child
 from collm_dist.orchestration.hosts import load_hostfile, run_on_hosts
 from collm_dist.orchestration.promotion import pin_previous, promote
@@ -37,10 +38,11 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
         force: steps to redo; those after the first of them follow.
     """
     run_dir = RunDir(Path(config.run.dir))
-    status = RunStatus(run_dir.path / "status.json")
+    status = RunStatus(run_dir.path / "status.json", _build_textfile(config))
     report, decision = None, None
     try:
         _check_places(config)
+        check_textfile_dir(config.monitoring.prometheus_dir)
         config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
             status.begin()
@@ -58,6 +60,11 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
         status.end(report)
     print(status.line, flush=True)
     return report.exit_code if report else 0
+
+
+def _build_textfile(config: Config) -> StateTextfile | None:
+    folder = config.monitoring.prometheus_dir
+    return StateTextfile(Path(folder), run=config.run.dir, steps=list_steps(config)) if folder is not None else None
 
 
 def _promote(config: Config, run_dir: RunDir) -> dict[str, Any] | None:

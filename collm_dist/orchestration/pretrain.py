@@ -45,6 +45,8 @@ from collm_dist.monitoring import (
     TRAIN_LOSS,
     VALID_AUC,
     RunLogger,
+    TrainingTextfile,
+    check_textfile_dir,
     measure_peak_gib,
     read_metrics,
 )
@@ -163,7 +165,8 @@ def _fit_on_ray(jobs: Sequence[Job], folder: Path, config: Config) -> None:
     pending = [job for job in jobs if job.read_result() is None]
     settings = [
         {"job": job, "log": folder if job is jobs[0] else folder / "seeds" / str(job.seed),
-         "tensorboard": config.monitoring.tensorboard} for job in pending
+         "tensorboard": config.monitoring.tensorboard,
+         "textfile": (config.monitoring.prometheus_dir, config.run.dir) if job is jobs[0] else None} for job in pending
     ]  # fmt: skip
     if num_workers > 1:
         for one in settings:
@@ -226,7 +229,8 @@ def fit_alone(settings: Mapping[str, Any], report: OnEpoch | None = None) -> Non
     """Train as a single Ray task.
 
     Args:
-        settings: job; log, the folder of its log; tensorboard, whether to write that too.
+        settings: job; log, the folder of its log; tensorboard, whether to write that too; textfile, folder of one and
+            the run's name, or nothing.
         report: called after each epoch, once it is logged.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,6 +248,10 @@ def fit_alone(settings: Mapping[str, Any], report: OnEpoch | None = None) -> Non
 def _open_log(settings: Mapping[str, Any], device: torch.device, *, is_main: bool) -> Iterator[OnEpoch]:
     job: Job = settings["job"]
     state = job.read_part("final")
+    textfile, (prometheus_dir, run) = None, settings.get("textfile") or (None, "")
+    if is_main and prometheus_dir is not None:
+        check_textfile_dir(prometheus_dir)  # on this node
+        textfile = TrainingTextfile(Path(prometheus_dir), run=run, step="cf", total_steps=job.cf.num_epochs)
     logger = RunLogger(
         settings["log"],
         is_main=is_main,
@@ -251,6 +259,7 @@ def _open_log(settings: Mapping[str, Any], device: torch.device, *, is_main: boo
         progress_bar=False,
         start_step=state.progress.epoch if state else 0,
         total_steps=job.cf.num_epochs,
+        textfile=textfile,
     )
 
     started = time.perf_counter()

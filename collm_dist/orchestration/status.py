@@ -16,6 +16,7 @@ from typing import Any
 from collm_dist.artifacts import Step, write_json
 from collm_dist.cli import ErrorReport
 from collm_dist.errors import CollmError, DiskError
+from collm_dist.monitoring import StateTextfile
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,14 @@ class RunStatus:
     heartbeat_at (UTC).
     """
 
-    def __init__(self, path: Path) -> None:
-        """Nothing is written before ``begin``: until the lock is held, the file is somebody else's."""
-        self._path = path
+    def __init__(self, path: Path, textfile: StateTextfile | None = None) -> None:
+        """Nothing is written before ``begin``: until the lock is held, the file is somebody else's.
+
+        Args:
+            path: of the file.
+            textfile: gets each status too.
+        """
+        self._path, self._textfile = path, textfile
         self._is_ours = False
         self._mutex = threading.Lock()
         self._values: dict[str, Any] = {
@@ -106,6 +112,8 @@ class RunStatus:
             if self._is_ours:
                 try:
                     write_json(self._path, self._values)
+                    if self._textfile is not None:
+                        self._textfile.update(self._values)
                 except DiskError as error:  # whoever cannot go on without the disk says so himself
                     logger.warning("%s", error)
 

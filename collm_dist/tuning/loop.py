@@ -95,6 +95,7 @@ class TuningLoop:
         progress: Progress,
         best_weights: dict[str, Tensor],
         logger: monitoring.RunLogger,
+        profiler: monitoring.StepProfiler,
         log_every_steps: int,
         timeout_minutes: float,
         stop: threading.Event,
@@ -110,7 +111,7 @@ class TuningLoop:
             folder: of checkpoints.
             fingerprint: of the stage.
             progress, best_weights: where to go on; see ``Checkpoint``.
-            logger: for numbers.
+            logger, profiler: for numbers, and for a trace of some steps.
             log_every_steps: steps between points.
             timeout_minutes: a process that completes no step and no validation batch for so long ends the job.
             stop: set on any process, it ends the training of all after the step, with a checkpoint.
@@ -119,7 +120,7 @@ class TuningLoop:
         self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
         self.folder, self.fingerprint = folder, fingerprint
         self.progress, self.best_weights = progress, best_weights
-        self.logger, self.log_every_steps = logger, log_every_steps
+        self.logger, self.profiler, self.log_every_steps = logger, profiler, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
         self.trained_rows, self.train_seconds = 0, 0.0
         self._stop = stop
@@ -161,7 +162,8 @@ class TuningLoop:
             waited = time.perf_counter()
             for prepared in self.prepare_epoch(epoch, start):
                 window.waited += time.perf_counter() - waited
-                agreed = self.train_step(prepared)
+                with self.profiler.watch(self.progress.global_step + 1):
+                    agreed = self.train_step(prepared)
                 self._watchdog.beat()
                 step = self.progress.global_step
                 is_last = step == self.total_steps
@@ -332,8 +334,10 @@ class TuningLoop:
                 monitoring.GRAD_NORM: float(window.grad_norm),
                 monitoring.SAMPLES_PER_SECOND: window.rows / seconds,
                 monitoring.TOKENS_PER_SECOND: window.tokens / seconds,
+                monitoring.STEP_SECONDS: seconds / window.steps,
                 monitoring.DATA_WAIT_SHARE: window.waited / seconds,
                 monitoring.PEAK_MEMORY: monitoring.measure_peak_gib(self.engine.device),
+                monitoring.TOTAL_MEMORY: monitoring.measure_total_gib(self.engine.device),
             },
         )
         window.restart()

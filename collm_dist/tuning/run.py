@@ -30,6 +30,7 @@ from collm_dist.tuning.engine import (
     init_distributed,
     run_on_first,
 )
+from collm_dist.tuning.item_map import write_item_map
 from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
 from collm_dist.tuning.previous import explain_refresh, start_mapping, take_stage1
 from collm_dist.tuning.stages import (
@@ -66,6 +67,7 @@ def run_stage(
     Raises:
         CollmError: see ``TuningLoop.run`` and ``build_stage``.
     """
+    monitoring.check_textfile_dir(config.monitoring.prometheus_dir)
     fingerprint = compute_stage_fingerprint(config, run_dir, name)
     folder = run_dir.step_dir(name)
     if not force and is_step_current(run_dir, name, fingerprint):
@@ -87,6 +89,7 @@ def run_stage(
     try:
         loop.run()
     finally:
+        loop.profiler.stop()
         loop.logger.close()
     run_on_first(lambda: _finish(config, run_dir, name, loop, loaded))
     return run_dir.read_record(name)
@@ -103,6 +106,9 @@ def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, 
     folder, progress = run_dir.step_dir(name), loop.progress
     with explain_disk_errors(folder):
         product = _write_product(config, folder, get_stage(config, name), loaded, loop.best_weights)
+        if name == "stage2" and config.monitoring.tensorboard and config.monitoring.projector_items:
+            most = config.monitoring.projector_items
+            write_item_map(folder / "tensorboard", run_dir.step_dir("data"), loaded, loop.best_weights, most)
     summary = {
         "stage": name,
         "global_steps": progress.global_step,
@@ -144,13 +150,8 @@ def build_loop(
     settings, folder = get_stage_config(config, get_stage(config, name)), run_dir.step_dir(name)
     train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
-    logger = monitoring.RunLogger(
-        folder,
-        is_main=get_rank() == 0,
-        tensorboard=config.monitoring.tensorboard,
-        progress_bar=config.monitoring.progress_bar,
-        start_step=checkpoint.progress.global_step,
-        total_steps=count_total_steps(settings, train_order),
+    logger, profiler = _build_monitors(
+        config, folder, checkpoint.progress.global_step, count_total_steps(settings, train_order)
     )
     max_tokens = _resolve_max_tokens(settings, loaded, train_order)
     return TuningLoop(
@@ -167,10 +168,34 @@ def build_loop(
         progress=checkpoint.progress,
         best_weights=checkpoint.best_weights if get_rank() == 0 else {},
         logger=logger,
+        profiler=profiler,
         log_every_steps=config.monitoring.log_every_steps,
         timeout_minutes=config.cluster.collective_timeout_minutes,
         stop=stop or threading.Event(),
     )
+
+
+def _build_monitors(
+    config: Config, folder: Path, start_step: int, total_steps: int
+) -> tuple[monitoring.RunLogger, monitoring.StepProfiler]:
+    """Return what shows the training; the first process alone shows anything."""
+    settings, is_main = config.monitoring, get_rank() == 0
+    textfile = None
+    if is_main and settings.prometheus_dir is not None:
+        textfile = monitoring.TrainingTextfile(
+            Path(settings.prometheus_dir), run=config.run.dir, step=folder.name, total_steps=total_steps
+        )
+    logger = monitoring.RunLogger(
+        folder,
+        is_main=is_main,
+        tensorboard=settings.tensorboard,
+        progress_bar=settings.progress_bar,
+        start_step=start_step,
+        total_steps=total_steps,
+        textfile=textfile,
+    )
+    steps = settings.profile_steps if is_main else None
+    return logger, monitoring.StepProfiler(folder / "profile", steps, start_step=start_step, total_steps=total_steps)
 
 
 def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order: GlobalOrder) -> int:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from collm_dist.artifacts import STEPS, RunDir
 from collm_dist.data.manifest import compute_content_hash
+from collm_dist.monitoring import VALID_AUC, read_metrics
 from collm_dist.orchestration.run_lock import hold_run_lock
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,7 @@ def clicks_run(tmp_path_factory, tiny_clicks, tiny_backbone_dir):
     log = folder / "clicks.csv"
     shutil.copy(tiny_clicks, log)
     overrides = [f"run.dir={folder}/run", f"dataset.path={log}", f"llm.backbone={tiny_backbone_dir}", *CLICKS]
+    overrides += [f"monitoring.prometheus_dir={folder}/prometheus"]
     command = [sys.executable, "launch/run_pipeline.py", "--config", "configs/tiny_cpu.yaml", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,6 +87,23 @@ def test_from_clicks_to_report(clicks_run):
     assert status == json.loads((run_dir.path / "status.json").read_text())
     assert "tensorboard --logdir" in output
     assert (run_dir.path / "config.yaml").exists()
+
+
+def test_prometheus_hears_of_each_step(clicks_run):
+    run_dir, found = clicks_run[0], {}
+    for path in (run_dir.path.parent / "prometheus").iterdir():
+        assert path.suffix == ".prom"
+        for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
+            found |= {(one.name, one.labels.get("step"), one.labels.get("state")): one.value for one in family.samples}
+            assert all(one.labels["run"] == str(run_dir.path) for one in family.samples)
+    assert found["collm_run_state", None, "done"] == 1
+    assert found["collm_run_step", "eval", None] == 1
+    for stage in ("stage1", "stage2"):
+        assert found["collm_training_steps", stage, None] == run_dir.read_record(stage)["global_steps"]
+        last = read_metrics(run_dir.path / stage / "metrics.jsonl")
+        assert found["collm_valid_auc", stage, None] == [one for one in last if VALID_AUC in one][-1][VALID_AUC]
+        assert found["collm_memory_peak_bytes", stage, None] > 2**26
+    assert found["collm_training_epoch_seconds", "cf", None] > 0
 
 
 def test_a_finished_run_is_told_at_once(clicks_run, launch):

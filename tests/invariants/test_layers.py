@@ -32,7 +32,8 @@ WALLS = {
     "deepspeed": ("tuning/engine.py",),
     "peft": ("llm/lora.py",),
     "webdataset": ("data/shard_writer.py", "data/shard_reader.py"),
-    "tensorboard": ("monitoring.py",),
+    "tensorboard": ("monitoring/",),
+    "prometheus_client": ("monitoring/prometheus.py",),
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,5 +1,6 @@
 """The evaluation step on a hand-made run in which only the data step is done: report, plots, score files."""
 
+import csv
 import json
 
 import numpy as np
@@ -12,10 +13,11 @@ from collm_dist.cf.export import load_cf_model
 from collm_dist.data.interactions import load_interactions
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError
+from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
 from collm_dist.evaluation.metrics import compute_auc, compute_ndcg, compute_uauc
 from collm_dist.evaluation.models import collect_models, load_splits
 from collm_dist.evaluation.notes import estimate_standard_error
-from collm_dist.evaluation.plots import compute_calibration, plot_training, read_curves
+from collm_dist.evaluation.plots import plot_training, read_curves
 from collm_dist.evaluation.render import render_markdown, render_table
 from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.score_files import align_scores
@@ -157,9 +159,40 @@ def test_calibration_of_true_probabilities():
     random = np.random.default_rng(0)
     probability = random.uniform(size=20000)
     labels = (random.uniform(size=20000) < probability).astype(int)
-    predicted, observed = compute_calibration(labels, np.log(probability / (1 - probability)))
-    assert len(predicted) == 10
-    assert observed == pytest.approx(predicted, abs=0.04)
+    logits = np.log(probability / (1 - probability))
+    bins = compute_calibration(labels, logits)
+    assert [one.rows for one in bins] == [2000] * 10
+    assert [one.observed for one in bins] == pytest.approx([one.predicted for one in bins], abs=0.04)
+    assert compute_calibration_error(bins) < 0.02
+    # Twice as far from even odds as it should be: too sure at both ends.
+    sure = compute_calibration(labels, 2 * logits)
+    assert sure[0].predicted < sure[0].observed
+    assert sure[-1].predicted > sure[-1].observed
+    assert compute_calibration_error(sure) > 0.08
+
+
+def test_calibration_error_by_hand():
+    bins = compute_calibration(
+        np.array([0, 1, 1, 1]), np.log(np.array([0.25, 0.5, 0.5, 0.75]) / [0.75, 0.5, 0.5, 0.25])
+    )
+    assert [(one.rows, one.predicted, one.observed) for one in bins] == [
+        (1, pytest.approx(0.25), 0), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.75), 1)
+    ]  # fmt: skip
+    assert compute_calibration_error(bins) == pytest.approx(0.375)
+
+
+def test_calibration_is_in_the_report(explicit):
+    _, run_dir, report = explicit
+    assert {one["split"] for one in report["calibration"]} == {"valid", "test"}
+    text = (run_dir.step_dir("eval") / "report.md").read_text()
+    with (run_dir.step_dir("eval") / "calibration.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == sum(len(one["bins"]) for one in report["calibration"])
+    for one in report["calibration"]:
+        assert sum(found["rows"] for found in one["bins"]) == report["data"]["evaluated"][one["split"]]["rows"]
+        assert f"{one['error']:.4f}" in text
+        ours = [row for row in written if (row["split"], row["model"]) == (one["split"], one["model"])]
+        assert [float(row["observed"]) for row in ours] == pytest.approx([f["observed"] for f in one["bins"]], abs=1e-6)
 
 
 def test_training_curves_survive_a_crash_in_the_last_line(tmp_path):

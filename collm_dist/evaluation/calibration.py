@@ -1,0 +1,63 @@
+"""Whether a predicted share of likes is the observed one: bins of a reliability diagram, and their mean error."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm_dist.evaluation.metrics import FloatArray
+from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
+
+NUM_BINS = 10
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Rows of similar predictions: how many, the mean predicted and the observed share of likes."""
+
+    rows: int
+    predicted: float
+    observed: float
+
+
+def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> list[CalibrationBin]:
+    """Return bins of (almost) equally many rows, from the lowest predictions to the highest; N rows, N logits."""
+    predicted = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+    order = np.argsort(predicted, kind="stable")
+    return [
+        CalibrationBin(len(rows), float(predicted[rows].mean()), float(labels[rows].mean()))
+        for rows in np.array_split(order, NUM_BINS)
+        if len(rows)
+    ]
+
+
+def compute_calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """Return the expected calibration error: the mean distance of predicted and observed, weighted by rows."""
+    total = sum(one.rows for one in bins)
+    return sum(one.rows * abs(one.predicted - one.observed) for one in bins) / total
+
+
+def list_calibration(rows: EvaluatedRows, models: Sequence[ScoredModel]) -> list[dict[str, Any]]:
+    """Return ``{split, model, error, bins}`` of each model whose scores are log-odds."""
+    found = []
+    for model in models:
+        if model.has_logits and len(rows.label):
+            bins = compute_calibration(rows.label, model.scores)
+            error = compute_calibration_error(bins)
+            found.append({"split": rows.split, "model": model.name, "error": error, "bins": list(map(asdict, bins))})
+    return found
+
+
+def write_calibration(file: TextIO, calibration: Sequence[Mapping[str, Any]]) -> None:
+    """Write the bins of ``list_calibration`` as CSV: one row a bin."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["split", "model", "bin", "rows", "predicted", "observed"])
+    for one in calibration:
+        for number, found in enumerate(one["bins"], start=1):
+            shares = (f"{found[name]:.6f}" for name in ("predicted", "observed"))
+            writer.writerow([one["split"], one["model"], number, found["rows"], *shares])

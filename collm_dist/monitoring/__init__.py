@@ -1,0 +1,55 @@
+"""What a run shows while it works: TensorBoard, metrics.jsonl, progress, peak memory, traces, Prometheus text files.
+
+Nothing here waits for a GPU, but a profiler's end: what is shown are numbers that the host has anyway.
+"""
+
+from collm_dist.monitoring.memory import PeakMeter, measure_peak_gib, measure_total_gib
+from collm_dist.monitoring.profiling import StepProfiler
+from collm_dist.monitoring.projector import VectorSet, write_projector
+from collm_dist.monitoring.prometheus import StateTextfile, TrainingTextfile, check_textfile_dir
+from collm_dist.monitoring.report_log import RunSettings, log_report
+from collm_dist.monitoring.run_log import RunLogger, read_metrics
+from collm_dist.monitoring.tags import (
+    DATA_WAIT_SHARE,
+    EPOCH_SECONDS,
+    GRAD_NORM,
+    LEARNING_RATE,
+    PEAK_MEMORY,
+    SAMPLES_PER_SECOND,
+    STEP_SECONDS,
+    TOKENS_PER_SECOND,
+    TOTAL_MEMORY,
+    TRAIN_LOSS,
+    VALID_AUC,
+    VALID_LOGLOSS,
+    VALID_UAUC,
+)
+
+__all__ = [
+    "DATA_WAIT_SHARE",
+    "EPOCH_SECONDS",
+    "GRAD_NORM",
+    "LEARNING_RATE",
+    "PEAK_MEMORY",
+    "SAMPLES_PER_SECOND",
+    "STEP_SECONDS",
+    "TOKENS_PER_SECOND",
+    "TOTAL_MEMORY",
+    "TRAIN_LOSS",
+    "VALID_AUC",
+    "VALID_LOGLOSS",
+    "VALID_UAUC",
+    "PeakMeter",
+    "RunLogger",
+    "RunSettings",
+    "StateTextfile",
+    "StepProfiler",
+    "TrainingTextfile",
+    "VectorSet",
+    "check_textfile_dir",
+    "log_report",
+    "measure_peak_gib",
+    "measure_total_gib",
+    "read_metrics",
+    "write_projector",
+]

@@ -1,0 +1,82 @@
+"""How much memory a process takes, and how much there is. Torch is imported late: who only watches needs none of it."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from collm_dist.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def measure_peak_gib(device: torch.device) -> float:
+    """Return the peak memory of this process so far, in GiB: of the GPU if it has one, else resident memory."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def measure_total_gib(device: torch.device) -> float:
+    """Return the memory that there is, in GiB: the GPU's, else the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return psutil.virtual_memory().total / 2**30
+
+
+class PeakMeter:
+    """A context that measures how far memory rises above where it stood on entry.
+
+    Attributes:
+        extra_bytes: known on leaving; of the GPU, else of this process's resident memory (Linux).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure a device."""
+        self._device, self._start, self.extra_bytes = device, 0, 0
+
+    def __enter__(self) -> PeakMeter:
+        """Start from what is in use now."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+        else:
+            if sys.platform != "linux":
+                raise LaunchError(
+                    "memory can be measured on Linux or a GPU: set max_tokens_per_micro_batch to a number"
+                )
+            # What the allocator keeps for later would hide the same amount taken again.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self._start = _read_status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Read the peak."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+            self.extra_bytes = torch.cuda.max_memory_allocated(self._device) - self._start
+        else:
+            self.extra_bytes = max(_read_status("VmHWM") - self._start, 0)
+
+
+def _read_status(field: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,42 @@
+"""The report in TensorBoard, and the run's settings beside its final metrics, by which runs are compared there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from collm_dist.monitoring.tags import build_layout
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A row of TensorBoard's hyper-parameter table.
+
+    Attributes:
+        run: what the run is called; runs of one name share a row.
+        settings: numbers, truth values and texts by name.
+        metrics: final ones by tag.
+    """
+
+    run: str
+    settings: Mapping[str, float | bool | str]
+    metrics: Mapping[str, float]
+
+
+def log_report(folder: Path, markdown: str, figures: Mapping[str, Path], settings: RunSettings) -> None:
+    """Show a report, its figures (PNG files), and the run among others in TensorBoard."""
+    from matplotlib.image import imread
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_custom_scalars(build_layout())
+        writer.add_text("report", markdown, 0)
+        for name, path in figures.items():
+            writer.add_image(f"report/{Path(name).stem}", imread(str(path))[..., :3], 0, dataformats="HWC")
+        # No description of the experiment goes along: TensorBoard takes one for all runs, where it finds any, and would
+        # hide the settings that this run lacks.
+        writer.file_writer.add_summary(hparams_pb(settings.settings, trial_id=settings.run))
+        for tag, value in settings.metrics.items():
+            writer.add_scalar(tag, value, 0)

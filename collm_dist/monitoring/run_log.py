@@ -1,0 +1,103 @@
+"""The numbers of a training step: metrics.jsonl, TensorBoard, Prometheus and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from collm_dist.artifacts import open_atomic
+from collm_dist.monitoring.prometheus import TrainingTextfile
+from collm_dist.monitoring.tags import build_layout
+
+
+class RunLogger:
+    """Writes one step's numbers wherever they are wanted, and shows a progress bar; rank 0 only."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        tensorboard: bool,
+        progress_bar: bool,
+        start_step: int,
+        total_steps: int,
+        textfile: TrainingTextfile | None = None,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            folder: of the stage.
+            is_main: whether this process shows anything.
+            tensorboard, progress_bar: whether to write and show them.
+            start_step: points after it, left by an interrupted run, are taken back.
+            total_steps: most steps.
+            textfile: gets each point too; of the first process.
+        """
+        self._textfile = textfile
+        self._writer: Any = None
+        self._known: set[tuple[Any, ...]] = set()
+        self._file: Any = None
+        self._bar: Any = tqdm(
+            total=total_steps, initial=start_step, desc=folder.name, disable=not (is_main and progress_bar), unit="step"
+        )
+        if not is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+        with open_atomic(path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        # A run that went on from here before, and was killed again, may have made the last step's points already.
+        self._known = {(line["step"], *list(line)[1:]) for line in kept if line["step"] == start_step}
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+            self._writer.add_custom_scalars(build_layout())
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers of a step; the same ones again are left out."""
+        if self._file is None or (step, *values) in self._known:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._textfile is not None:
+            self._textfile.update(step, values)
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def log_text(self, tag: str, text: str) -> None:
+        """Record a text as it is, such as the first prompt."""
+        if self._writer is not None:
+            self._writer.add_text(tag, f"```\n{text}\n```", 0)
+
+    def advance(self, step: int, shown: Mapping[str, str]) -> None:
+        """Move the progress bar."""
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Close the files; safe to call twice."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl; a last line that a crash cut off is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,46 @@
+"""Names of what is logged, ``group/name_unit``, and how TensorBoard's custom scalars lay them out."""
+
+from __future__ import annotations
+
+TRAIN_LOSS = "train/loss"
+LEARNING_RATE = "train/learning_rate"
+GRAD_NORM = "train/grad_norm"
+SAMPLES_PER_SECOND = "speed/samples_per_second"
+TOKENS_PER_SECOND = "speed/tokens_per_second_per_device"
+STEP_SECONDS = "speed/step_seconds"
+EPOCH_SECONDS = "speed/epoch_seconds"
+DATA_WAIT_SHARE = "speed/data_wait_share"
+PEAK_MEMORY = "memory/peak_gib"
+TOTAL_MEMORY = "memory/total_gib"
+VALID_AUC = "valid/auc"
+VALID_UAUC = "valid/uauc"
+VALID_LOGLOSS = "valid/logloss"
+
+# Category, chart, its tags. A chart has one line for each of its tags in each step of each run that is shown.
+LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
+    "loss": {
+        "training loss": (TRAIN_LOSS,),
+        "training loss and validation log-loss": (TRAIN_LOSS, VALID_LOGLOSS),
+        "gradient norm": (GRAD_NORM,),
+        "learning rate": (LEARNING_RATE,),
+    },
+    "quality": {
+        "validation AUC and UAUC": (VALID_AUC, VALID_UAUC),
+        "validation log-loss": (VALID_LOGLOSS,),
+    },
+    "speed": {
+        "samples a second": (SAMPLES_PER_SECOND,),
+        "tokens a second on each device": (TOKENS_PER_SECOND,),
+        "seconds a step, or an epoch of the collaborative model": (STEP_SECONDS, EPOCH_SECONDS),
+        "share of the time spent waiting for data": (DATA_WAIT_SHARE,),
+    },
+    "memory": {"peak and total, GiB": (PEAK_MEMORY, TOTAL_MEMORY)},
+}
+
+
+def build_layout() -> dict[str, dict[str, list[object]]]:
+    """Return the layout as ``SummaryWriter.add_custom_scalars`` wants it; tags are regular expressions there."""
+    return {
+        category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in charts.items()}
+        for category, charts in LAYOUT.items()
+    }

@@ -1,0 +1,72 @@
+"""Items as the language model gets them: their mapped vectors, with titles, for TensorBoard's projector."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collm_dist import monitoring
+from collm_dist.data.interactions import load_item_table, read_bucket
+from collm_dist.data.manifest import load_manifest
+from collm_dist.llm.mapping import map_vectors
+from collm_dist.tuning.stages import LoadedStage
+
+# Later than any row: what serves rows after the last fold.
+_LATEST = 2**62
+
+
+def write_item_map(folder: Path, data_dir: Path, loaded: LoadedStage, weights: dict[str, Tensor], most: int) -> None:
+    """Write the vectors of the items that training rows name most often, before and after the mapping.
+
+    Args:
+        folder: of the stage's event files.
+        data_dir: of the run.
+        loaded: stage 2; where no slot reads collaborative vectors, there is nothing to write.
+        weights: what it trained, by name, whole and on the CPU.
+        most: items.
+    """
+    if "slot_mapper.cf.out.weight" not in weights:
+        return
+    cf_model: Any = loaded.model.cf_model
+    rows, likes = count_train_rows(data_dir)
+    items = np.argsort(-rows, kind="stable")[:most]
+    items = items[rows[items] > 0]
+    trained = {name.removeprefix("cf_model."): one for name, one in weights.items() if name.startswith("cf_model.")}
+    if trained:  # the best step's, where the model itself has the last step's
+        cf_model = copy.deepcopy(cf_model)
+        cf_model.load_state_dict(trained, strict=False)
+    with torch.no_grad():
+        indices = torch.from_numpy(items).to(loaded.device)
+        vectors = cf_model.item_vectors(indices, torch.full_like(indices, _LATEST)).float().cpu()
+        mapped = map_vectors(weights, vectors)
+    table = load_item_table(data_dir)
+    monitoring.write_projector(
+        folder,
+        [
+            monitoring.VectorSet("items, as mapped", mapped.numpy()),
+            monitoring.VectorSet("items, collaborative", vectors.numpy()),
+        ],
+        {
+            "title": [table["title"][item] for item in items],
+            "item_id": [table["item_id"][item] for item in items],
+            "training rows": rows[items].tolist(),
+            "share of likes": [f"{share:.3f}" for share in likes[items] / rows[items]],
+        },
+    )
+
+
+def count_train_rows(data_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return (num_items,) training rows and likes of each item, real ones alone; reads one bucket after the other."""
+    manifest = load_manifest(data_dir)
+    rows, likes = np.zeros((2, manifest.num_items), dtype=np.int64)
+    for bucket in manifest.buckets:
+        table = read_bucket(data_dir, bucket, ["item_idx", "label", "split", "sampled"]).to_pandas()
+        found = table[(table["split"] == "train") & (table["sampled"] == 0)]
+        rows += np.bincount(found["item_idx"], minlength=manifest.num_items)
+        likes += np.bincount(found["item_idx"][found["label"] == 1], minlength=manifest.num_items)
+    return rows, likes

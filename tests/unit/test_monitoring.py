@@ -1,0 +1,179 @@
+"""What TensorBoard makes of the files of a run: read back by TensorBoard's own code."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
+from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
+from werkzeug.test import Client
+
+from collm_dist import monitoring
+from collm_dist.monitoring import tags
+
+
+def open_board(logdir) -> TBContext:
+    """What TensorBoard's plugins get for a folder of runs."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logdir))
+    return TBContext(data_provider=provider, logdir=str(logdir), multiplexer=multiplexer)
+
+
+def read_scalars(folder, tag):
+    """Steps and values in the event files of a step that trains."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [(point.step, point.value) for point in events.Scalars(tag)]
+
+
+def log_training(folder, values):
+    logger = monitoring.RunLogger(
+        folder,
+        is_main=True,
+        tensorboard=True,
+        progress_bar=False,
+        start_step=0,
+        total_steps=9,
+    )
+    for step, one in enumerate(values, start=1):
+        logger.log(step, one)
+    logger.close()
+
+
+def list_sessions(board):
+    """The rows of the hyper-parameter table."""
+    context = backend_context.Context(board)
+    found = get_experiment.Handler(RequestContext(), context, "", api_pb2.GetExperimentRequest()).run()
+    request = api_pb2.ListSessionGroupsRequest(
+        slice_size=99,
+        allowed_statuses=api_pb2.Status.values(),
+        col_params=[
+            *(api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in found.hparam_infos),
+            *(api_pb2.ColParams(metric=info.name) for info in found.metric_infos),
+        ],
+    )
+    return found, list_session_groups.Handler(RequestContext(), context, "", request).run().session_groups
+
+
+def test_custom_scalars_are_laid_out_once_for_all_steps(tmp_path):
+    for stage in ("stage1", "stage2"):
+        log_training(tmp_path / stage, [{tags.TRAIN_LOSS: 0.7, tags.VALID_AUC: 0.6}])
+    layout = json.loads(CustomScalarsPlugin(open_board(tmp_path)).layout_impl(RequestContext(), ""))
+    charts = {one["title"]: {chart["title"]: chart["multiline"]["tag"] for chart in one["chart"]}
+              for one in layout["category"]}  # fmt: skip
+    assert list(charts) == ["loss", "quality", "speed", "memory"]
+    assert {title: list(found) for title, found in charts.items()} == {
+        title: list(found) for title, found in tags.LAYOUT.items()
+    }
+    # Each number that is logged is on a chart, and a chart shows no number but its own.
+    logged = {value for name, value in vars(monitoring).items() if name.isupper()}
+    patterns = [pattern for one in charts.values() for found in one.values() for pattern in found]
+    for tag in logged:
+        assert any(re.match(pattern, tag) for pattern in patterns), tag
+    for title, one in charts.items():
+        for chart, found in one.items():
+            shown = {tag for tag in logged if any(re.match(pattern, tag) for pattern in found)}
+            assert shown == set(tags.LAYOUT[title][chart])
+    for stage in ("stage1", "stage2"):
+        assert read_scalars(tmp_path / stage, tags.TRAIN_LOSS) == [(1, pytest.approx(0.7))]
+
+
+def test_runs_are_rows_of_the_hyper_parameter_table(tmp_path):
+    for number, rate in enumerate((1e-3, 1e-4)):
+        settings = {"stage2.learning_rate": rate, "cf.model": "mf", "stage1.enabled": True}
+        if number == 1:  # of a later release
+            settings["new.setting"] = "x"
+        shown = monitoring.RunSettings(f"runs/{number}", settings, {"final/stage2_test_auc": 0.6 + number / 10})
+        monitoring.log_report(tmp_path / str(number) / "eval", "# Report", {}, shown)
+    experiment, groups = list_sessions(open_board(tmp_path))
+    assert {info.name for info in experiment.hparam_infos} == {
+        "stage2.learning_rate", "cf.model", "stage1.enabled", "new.setting"
+    }  # fmt: skip
+    assert {info.name.tag for info in experiment.metric_infos} == {"final/stage2_test_auc"}
+    rows = {group.name: group for group in groups}
+    assert set(rows) == {"runs/0", "runs/1"}
+    assert rows["runs/1"].hparams["stage2.learning_rate"].number_value == 1e-4
+    assert rows["runs/1"].hparams["cf.model"].string_value == "mf"
+    assert rows["runs/1"].hparams["stage1.enabled"].bool_value is True
+    assert rows["runs/1"].metric_values[0].value == pytest.approx(0.7)
+
+
+def test_names_in_the_projector_keep_to_their_cells(tmp_path):
+    titles = ["Tab\there", "Two\r\nlines", "  ", "Amélie\u2028"]
+    vectors = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
+    monitoring.write_projector(
+        tmp_path / "run",
+        [
+            monitoring.VectorSet("items, as mapped", vectors),
+            monitoring.VectorSet("items, collaborative", vectors[:, :2]),
+        ],
+        {"title": titles, "rows": [4, 3, 2, 1]},
+    )
+    (tmp_path / "run" / "events.out.tfevents.0.x").touch()  # what makes it a run
+    apps = ProjectorPlugin(open_board(tmp_path)).get_plugin_apps()
+    config = Client(apps["/info"]).get("?run=run").json
+    assert [one["tensorName"] for one in config["embeddings"]] == ["items, as mapped", "items, collaborative"]
+    assert config["embeddings"][0]["tensorShape"] == [4, 3]
+    data = Client(apps["/tensor"]).get("?run=run&name=items, as mapped").data
+    assert np.frombuffer(data, dtype=np.float32).reshape(4, 3) == pytest.approx(vectors, rel=1e-4)
+    metadata = Client(apps["/metadata"]).get("?run=run&name=items, collaborative").text.splitlines()
+    assert metadata == ["title\trows", "Tab here\t4", "Two lines\t3", "-\t2", "Amélie\t1"]
+
+
+def test_a_finished_run_in_tensorboard(finished_run):
+    board = open_board(finished_run)
+    text = board.multiplexer.Tensors("stage1/tensorboard", "prompt/text_summary")
+    assert b"Answer:" in text[0].tensor_proto.string_val[0]
+    images = board.multiplexer.PluginRunToTagToContent("images")["eval/tensorboard"]
+    assert {"report/calibration-valid", "report/calibration-test", "report/training"} <= set(images)
+    _, groups = list_sessions(board)
+    report = json.loads((finished_run / "eval" / "report.json").read_text())
+    wanted = {
+        f"final/{row['model']}_{row['split']}_{name}": row[name]
+        for row in report["rows"]
+        for name in ("auc", "uauc", "logloss")
+        if row["slice"] == "all" and row["model"] in ("cf", "stage1", "stage2") and row["split"] != "train"
+    }
+    assert len(wanted) == 18
+    assert {one.name.tag: one.value for one in groups[0].metric_values} == pytest.approx(wanted)
+    assert groups[0].hparams["lora.rank"].number_value == 2
+    assert groups[0].hparams["prompt.stage1"].string_value.startswith("Liked: <ItemTitleList>")
+    for stage in ("stage1", "stage2"):
+        assert [step for step, _ in read_scalars(finished_run / stage, tags.STEP_SECONDS)] == [1, 2, 3, 4]
+
+
+def test_the_projector_shows_what_stage_2_maps_items_to(finished_run):
+    import safetensors.torch
+    import torch
+
+    apps = ProjectorPlugin(open_board(finished_run)).get_plugin_apps()
+    query = "?run=stage2/tensorboard&name="
+    lines = Client(apps["/metadata"]).get(query + "items, as mapped").text.splitlines()
+    names = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
+    rows = [int(one["training rows"]) for one in names]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] >= 1
+    train = json.loads((finished_run / "data" / "manifest.json").read_text())["splits"]["train"]
+    assert sum(rows) == train["rows"]
+    assert {"Amélie — 2001", "千と千尋の神隠し"} <= {one["title"] for one in names}
+    items, mapped = (
+        np.frombuffer(Client(apps["/tensor"]).get(query + name).data, dtype=np.float32).reshape(len(names), -1)
+        for name in ("items, collaborative", "items, as mapped")
+    )
+    weights = safetensors.torch.load_file(str(finished_run / "stage2" / "mapping.safetensors"))
+    layers = {name.removeprefix("slot_mapper.cf."): value for name, value in weights.items() if ".cf." in name}
+    module = torch.nn.Sequential(torch.nn.Linear(*reversed(layers["hidden.weight"].shape)), torch.nn.ReLU(),
+                                 torch.nn.Linear(*reversed(layers["out.weight"].shape)))  # fmt: skip
+    module.load_state_dict(
+        {f"{0 if 'hidden' in name else 2}.{name.split('.')[1]}": one for name, one in layers.items()}
+    )
+    with torch.no_grad():
+        expected = module(torch.from_numpy(items.copy())).numpy()
+    assert mapped == pytest.approx(expected, rel=1e-2, abs=1e-3 * float(np.abs(expected).max()))
