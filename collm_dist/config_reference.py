@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -91,6 +91,8 @@ def _describe_type(field: FieldInfo) -> str:
 
 def _name_type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _name_type(arguments[0])
     if origin is Literal:
         return " | ".join(str(one) for one in arguments)
     if origin in (Union, types.UnionType):

@@ -113,19 +113,22 @@ def test_weights_find_their_rows_in_tables_that_have_grown(nights):
         after.num_users, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
     )
     users = UserRanges(((before.num_users - 1, 2), (0, before.num_users - 1)))  # a worker's own order
-    weights, sentence = load_previous_weights(path, "mf", model, users)
+    weights, sentence = load_previous_weights(path, "mf", model, users, torch.tensor([0]))
     assert "begins with the weights" in sentence
     assert torch.equal(weights["users.weight"][0], old.users.weight[-1] * old.users.known[-1])
-    assert torch.equal(weights["users.weight"][2:], old.users.weight[:-1] * old.users.known[:-1, None])
+    assert torch.equal(weights["users.weight"][3:], old.users.weight[1:-1] * old.users.known[1:-1, None])
+    assert old.users.known[0]
+    assert not weights["users.weight"][2].any()  # forgotten
+    assert not weights["users.known"][2]
     assert not weights["users.known"][1]
     assert torch.equal(weights["items.weight"][: before.num_items], old.items.weight[:-1])
     assert torch.equal(weights["items.weight"][-1], old.items.weight[-1])
     assert not weights["items.known"][before.num_items : -1].any()
-    assert load_previous_weights(path, "din", model, users)[0] is None
+    assert load_previous_weights(path, "din", model, users, torch.tensor([]))[0] is None
     wider = MatrixFactorization(
         after.num_users, after.num_items, embedding_dim=5, history_length=8, prior_precision=1.0
     )
-    assert load_previous_weights(path, "mf", wider, users)[0] is None
+    assert load_previous_weights(path, "mf", wider, users, torch.tensor([]))[0] is None
 
 
 def make_config(tmp_path, *overrides):
