@@ -1,6 +1,7 @@
 """Night after night: a run extends the one in use, takes over what it can, and replaces it only if the rule says so."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import collm_dist
 from collm_dist.artifacts import RunDir
 from collm_dist.cf.export import load_model
 from collm_dist.cf.mf import MatrixFactorization
 from collm_dist.cf.ownership import UserRanges
 from collm_dist.cf.previous import load_previous_weights
 from collm_dist.config_io import load_config
+from collm_dist.data.forgetting import find_tombstones
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.orchestration.promotion import decide, find_pointer, move_pointer, pin_previous
+from tests.integration.byte_search import find_text
 
 ROOT = Path(__file__).parents[2]
+FORGOTTEN = ("member-07", "member-31")
 CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
 
 
@@ -33,10 +38,15 @@ def run_night(folder, name, overrides, *more):
 
 @pytest.fixture(scope="module")
 def nights(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
-    """Two nights over a log that grows, the second one first refused, then let through: folder and statuses."""
+    """A log of 1,000 rows with strings as ids; the next night 100 more, refused first, then let through.
+
+    The second night forgets two users, is published, and reads its shards on a local disk. Folder and statuses.
+    """
     folder = tmp_path_factory.mktemp("nights")
-    lines = (tiny_ratings / "ratings.csv").read_text().splitlines(keepends=True)
+    header, *rows = (tiny_ratings / "ratings.csv").read_text().splitlines(keepends=True)
+    lines = [header, *(f"member-{int(user):02d},{rest}" for user, rest in (row.split(",", 1) for row in rows))]
     log = folder / "ratings.csv"
+    (folder / "forget.csv").write_text("user_id\n" + "\n".join(FORGOTTEN) + "\n")
     overrides = [
         f"dataset.path={log}",
         f"dataset.items_path={tiny_ratings / 'items.csv'}",
@@ -45,10 +55,15 @@ def nights(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
         "promotion.min_paired_difference=-1",
         "evaluation.bootstrap_samples=50",
     ]
-    log.write_text("".join(lines[:1300]))
+    log.write_text("".join(lines[:1001]))
     found = {"first": run_night(folder, "one", overrides)}
     found["pointer after the first"] = str((folder / "current").readlink())
-    log.write_text("".join(lines[:1400]) + "new-user,1,5,1025000000\n")
+    log.write_text("".join(lines[:1100]) + "new-user,1,5,1025000000\n")
+    overrides += [
+        f"dataset.forget={folder / 'forget.csv'}",
+        f"run.publish_to={folder / 'published'}",
+        f"cluster.local_scratch={folder / 'local'}",
+    ]
     found["refused"] = run_night(folder, "two", overrides, "promotion.min_paired_difference=1")
     found["pointer after the refused"] = str((folder / "current").readlink())
     found["second"] = run_night(folder, "two", overrides)
@@ -76,6 +91,71 @@ def test_the_second_night_extends_the_first(nights):
     assert (folder / "two" / "stage1" / "merged").resolve() == folder / "one" / "stage1" / "merged"
     fingerprint = RunDir(folder / "two").read_record("stage2")["fingerprint"]
     assert fingerprint["input.previous.stage2"] == RunDir(folder / "one").read_record("stage2")["content_hash"]
+
+
+def test_nothing_of_a_forgotten_user_is_left(nights):
+    folder, _ = nights
+    assert find_text(folder / "one", FORGOTTEN[0])
+    for name in ("two", "published/two", "local"):
+        assert not any(find_text(folder / name, one) for one in FORGOTTEN), name
+    places = find_tombstones(folder / "two" / "data")
+    before, after = (load_model(folder / name / "cf" / "model.safetensors")[1] for name in ("one", "two"))
+    assert len(places) == 2
+    assert before.users.known[places].all()
+    assert not after.users.known[places].any()
+    assert not after.users.weight[places].any()
+    shown = RunDir(folder / "two").read_record("data")["forgotten"]
+    assert (shown["users_asked"], shown["users_in_log"], shown["users_in_extended_run"]) == (2, 2, 2)
+
+
+def test_what_is_published_is_a_run(nights):
+    folder, found = nights
+    assert found["refused"][1].count(": published ") == 5
+    assert found["second"][1].count("published already") == 5
+    published = folder / "published" / "two"
+    assert json.loads((published / "promotion.json").read_text())["state"] == "promoted"
+    ours, theirs = (collm_dist.load_recommender(one, device="cpu") for one in (folder / "two", published))
+    request = {"history": ["3", "5", "8"], "candidates": ["1", "2", "4"]}
+    assert ours.rank(**request) == theirs.rank(**request)
+    shards = load_manifest(folder / "two" / "data").shards
+    assert {one.stem for one in (folder / "local").glob("*.tar")} <= {one.sha256 for one in shards}
+    assert len(list((folder / "local").glob("*.tar"))) >= 3
+
+
+def test_earlier_runs_that_hold_forgotten_users_are_found_and_removed(nights, tmp_path):
+    folder = tmp_path / "nights"
+    shutil.copytree(nights[0], folder, symlinks=True)
+    before = collm_dist.load_recommender(folder / "two", device="cpu").rank(history=["3"], candidates=["1", "2"])
+    command = [sys.executable, "launch/forget_users.py", "--users", str(folder / "forget.csv"), "--runs"]
+
+    def run(*more):
+        done = subprocess.run([*command, *map(str, more)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    code, shown = run(folder / "one", folder / "two", folder / "current")
+    assert (code, shown.count("users of the list")) == (0, 3)
+    assert f"{folder / 'one'}: 2 users of the list\n{folder / 'two'}: 0 users of the list" in shown
+    code, shown = run(folder / "one", "--apply")
+    assert code == 2
+    assert f"name {folder / 'two'} among the runs too" in shown
+    (folder / "in-use").symlink_to("one")
+    code, shown = run(folder / "one", folder / "two", "--apply")
+    assert code == 2
+    assert "which is in use" in shown
+    assert (folder / "two" / "stage1" / "merged").is_symlink()
+    (folder / "in-use").unlink()
+    code, shown = run(folder / "one", folder / "two", "--apply")
+    assert code == 0, shown
+    assert {path.name for path in folder.iterdir()} >= {"two", "current"}
+    assert not [path for path in folder.iterdir() if "one" in path.name]
+    assert not (folder / "two" / "stage1" / "merged").is_symlink()
+    after = collm_dist.load_recommender(folder / "two", device="cpu").rank(history=["3"], candidates=["1", "2"])
+    assert after == before
+    (folder / "two" / "data" / "users.parquet").unlink()
+    code, shown = run(folder / "two", "--apply")
+    assert code == 2
+    assert "nobody knows whom it holds" in shown
+    assert (folder / "two").exists()
 
 
 def test_both_models_score_the_same_rows(nights):

@@ -99,6 +99,12 @@ def split_query(uri: str) -> tuple[str, str]:
     return head, mark + query
 
 
+def join_uri(uri: str, *parts: str) -> str:
+    """Return a URI further down, with the same options."""
+    head, query = split_query(uri)
+    return "/".join([head.rstrip("/"), *parts]) + query
+
+
 def list_files(uri: str, key: str) -> list[str]:
     """Return the files behind a URI (file, folder or glob) in sorted order; hidden files are left out.
 
