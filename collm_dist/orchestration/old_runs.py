@@ -55,7 +55,7 @@ def find_held_users(runs: Iterable[Path], forgotten: Any) -> list[HeldUsers]:
         if path.is_symlink() or not (path / "data").is_dir():
             continue
         settings = path / "config.yaml"
-        document = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        document = (yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None) or {}
         published_to = (document.get("run") or {}).get("publish_to")
         try:
             held = int(pc.is_in(pa.array(load_user_ids(path / "data"), pa.string()), forgotten).to_numpy(False).sum())

@@ -88,7 +88,9 @@ class Publisher:
             LaunchError: it cannot be written there, or does not read back as it was sent.
         """
         files = list_step_files(self._run_dir.step_dir(step))
-        index = {name: {"bytes": one.stat().st_size, "sha256": compute_file_hash(one)} for name, one in files.items()}
+        index: dict[str, dict[str, Any]] = {
+            name: {"bytes": one.stat().st_size, "sha256": compute_file_hash(one)} for name, one in files.items()
+        }
         record, there = self._run_dir.record_path(step).name, self._list(step)
         text = json.dumps({"files": index}, indent=2, sort_keys=True).encode() + b"\n"
         sizes = {name: entry["bytes"] for name, entry in index.items()} | {INDEX: len(text)}

@@ -32,7 +32,9 @@ def test_copies_are_made_once_and_mended(data_dir, tmp_path):
     path = local.fetch(shard)
     assert path.read_bytes() == (data_dir / shard.path).read_bytes()
     made = path.stat().st_ino
-    assert LocalShards(tmp_path / "local", tmp_path / "nowhere").fetch(shard) == path  # another run's, of the same bytes
+    assert (
+        LocalShards(tmp_path / "local", tmp_path / "nowhere").fetch(shard) == path
+    )  # another run's, of the same bytes
     assert local.fetch(shard).stat().st_ino == made
     path.write_bytes(path.read_bytes()[:-5] + b"wrong")
     (tmp_path / "local" / f".{path.name}.left.tmp").write_bytes(b"of a process that was killed")
