@@ -16,7 +16,8 @@ from collm_dist.cf.mf import MatrixFactorization
 from collm_dist.cf.ownership import UserRanges
 from collm_dist.cf.previous import load_previous_weights
 from collm_dist.config_io import load_config
-from collm_dist.data.forgetting import find_tombstones
+from collm_dist.data.forgetting import find_tombstones, write_tombstone
+from collm_dist.data.interactions import load_user_ids
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.orchestration.promotion import decide, find_pointer, move_pointer, pin_previous
@@ -31,7 +32,7 @@ def run_night(folder, name, overrides, *more):
     """Run the pipeline of one night and return its status and what it printed."""
     command = [sys.executable, "launch/run_pipeline.py", "--config", str(CONFIG), f"run.dir={folder / name}"]
     command += [*overrides, f"dataset.extend_from={folder / 'current'}", *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / name / "status.json").read_text()), done.stdout
 
@@ -83,7 +84,12 @@ def test_the_rule_moves_the_pointer_or_leaves_it(nights):
 def test_the_second_night_extends_the_first(nights):
     folder, found = nights
     before, after = (load_manifest(folder / name / "data") for name in ("one", "two"))
-    assert after.num_users == before.num_users + 1
+    users = [load_user_ids(folder / name / "data") for name in ("one", "two")]
+    assert "new-user" in users[1][before.num_users :]
+    assert len(users[1]) == after.num_users > before.num_users
+    assert [one for one, then in zip(users[1], users[0], strict=False) if one != then] == [
+        write_tombstone(users[0].index(one)) for one in sorted(FORGOTTEN, key=users[0].index)
+    ]
     assert RunDir(folder / "two").read_record("data")["extends"]["users_hash"] == before.users_hash
     record = RunDir(folder / "two").read_record("stage1")
     assert record["taken_from"] == str(folder / "one")
@@ -193,13 +199,15 @@ def test_weights_find_their_rows_in_tables_that_have_grown(nights):
         after.num_users, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
     )
     users = UserRanges(((before.num_users - 1, 2), (0, before.num_users - 1)))  # a worker's own order
-    weights, sentence = load_previous_weights(path, "mf", model, users, torch.tensor([0]))
+    first = int(old.users.known.nonzero()[0])  # a user who is forgotten tonight
+    weights, sentence = load_previous_weights(path, "mf", model, users, torch.tensor([first]))
     assert "begins with the weights" in sentence
     assert torch.equal(weights["users.weight"][0], old.users.weight[-1] * old.users.known[-1])
-    assert torch.equal(weights["users.weight"][3:], old.users.weight[1:-1] * old.users.known[1:-1, None])
-    assert old.users.known[0]
-    assert not weights["users.weight"][2].any()  # forgotten
-    assert not weights["users.known"][2]
+    kept = old.users.weight[:-1] * old.users.known[:-1, None]
+    assert kept[first].any()
+    kept[first] = 0
+    assert torch.equal(weights["users.weight"][2:], kept)
+    assert not weights["users.known"][2 + first]
     assert not weights["users.known"][1]
     assert torch.equal(weights["items.weight"][: before.num_items], old.items.weight[:-1])
     assert torch.equal(weights["items.weight"][-1], old.items.weight[-1])
