@@ -33,11 +33,17 @@ def store(tmp_path_factory, tiny_ratings):
         header, *lines = (tiny_ratings / "ratings.csv").read_text().splitlines(keepends=True)
         (folder / "parts" / "part-0.csv").write_text(header + "".join(lines[:700]))
         (folder / "parts" / "part-1.csv").write_text(header + "".join(lines[700:]))
-        config = make_config({"path": "unused", "columns": {"label": "label"}}, "unused")
-        with connect_ray(config.cluster):  # workers find the keys in the environment of the first of them
-            yield store
+        yield store
 
 
+@pytest.fixture
+def _ray(store):
+    """Workers have the environment of the process that starts Ray: the keys must be there before."""
+    with connect_ray(make_config({"path": "unused", "columns": {"label": "label"}}, "unused").cluster):
+        yield
+
+
+@pytest.mark.usefixtures("_ray")
 def test_a_log_in_a_store_is_the_log(store, tmp_path, tiny_ratings):
     """As a file, by a glob, and as a folder whose URI says where the store is."""
     local = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "local"))
