@@ -92,21 +92,24 @@ def test_order_and_losses_are_the_same(finished_run, tmp_path):
     orders = [GlobalOrder(data_dir, manifest, "train", 7, 16, local_shards=one) for one in (None, local)]
     for ours, theirs in zip(*(order.iter_batches(1) for order in orders), strict=True):
         assert all(np.array_equal(getattr(ours, name), one) for name, one in vars(theirs).items())
-    run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
-    for path in (run / "data" / "shards").iterdir():  # there is nowhere else to read from
-        path.unlink()
-    settings = [f"run.dir={run}", f"cluster.local_scratch={tmp_path / 'local'}"]
     for shard in manifest.shards:
         local.fetch(shard)
+    trained = [train_stage2(finished_run, tmp_path / "plain"), train_stage2(finished_run, tmp_path / "run", local)]
+    assert trained[0][0]
+    assert trained[0] == trained[1]
+
+
+def train_stage2(finished_run, folder, local=None):
+    """Train it in a copy of a run and return losses and the mapping's bytes; with local shards there are no others."""
+    run, settings = Path(shutil.copytree(finished_run, folder, symlinks=True)), [f"run.dir={folder}"]
+    if local is not None:
+        settings.append(f"cluster.local_scratch={local.fetch(load_manifest(run / 'data').shards[0]).parent}")
+        for path in (run / "data" / "shards").iterdir():
+            path.unlink()
     before = dict(os.environ)
     run_stage(load_config(finished_run / "config.yaml", settings), RunDir(run), "stage2", force=True)
     for name in set(os.environ) - set(before):
         del os.environ[name]
-    losses = [
-        [line[TRAIN_LOSS] for line in read_metrics(one / "stage2" / "metrics.jsonl") if TRAIN_LOSS in line]
-        for one in (finished_run, run)
-    ]
-    mapping = [(one / "stage2" / "mapping.safetensors").read_bytes() for one in (finished_run, run)]
-    assert mapping[0] == mapping[1]
-    assert losses[0]
-    assert losses[0] == losses[1]
+    metrics = read_metrics(run / "stage2" / "metrics.jsonl")
+    losses = [line[TRAIN_LOSS] for line in metrics if TRAIN_LOSS in line]
+    return losses, (run / "stage2" / "mapping.safetensors").read_bytes()
