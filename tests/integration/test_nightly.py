@@ -196,7 +196,7 @@ def test_weights_find_their_rows_in_tables_that_have_grown(nights):
     path = folder / "one" / "cf" / "model.safetensors"
     old = load_model(path)[1]
     model = MatrixFactorization(
-        after.num_users, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
+        before.num_users + 1, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
     )
     users = UserRanges(((before.num_users - 1, 2), (0, before.num_users - 1)))  # a worker's own order
     first = int(old.users.known.nonzero()[0])  # a user who is forgotten tonight
@@ -214,7 +214,7 @@ def test_weights_find_their_rows_in_tables_that_have_grown(nights):
     assert not weights["items.known"][before.num_items : -1].any()
     assert load_previous_weights(path, "din", model, users, torch.tensor([]))[0] is None
     wider = MatrixFactorization(
-        after.num_users, after.num_items, embedding_dim=5, history_length=8, prior_precision=1.0
+        before.num_users + 1, after.num_items, embedding_dim=5, history_length=8, prior_precision=1.0
     )
     assert load_previous_weights(path, "mf", wider, users, torch.tensor([]))[0] is None
 
