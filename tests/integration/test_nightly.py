@@ -116,7 +116,7 @@ def test_nothing_of_a_forgotten_user_is_left(nights):
 
 def test_what_is_published_is_a_run(nights):
     folder, found = nights
-    assert found["refused"][1].count(": published ") == 5
+    assert found["refused"][1].count(" there before (") == 5
     assert found["second"][1].count("published already") == 5
     published = folder / "published" / "two"
     assert json.loads((published / "promotion.json").read_text())["state"] == "promoted"
