@@ -108,6 +108,8 @@ def _name_bounds(metadata: Sequence[Any]) -> str:
 
 def _name_type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _name_type(arguments[0])
     if origin is Literal:
         return " | ".join(str(one) for one in arguments)
     if origin in (Union, types.UnionType):

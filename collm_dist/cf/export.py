@@ -241,7 +241,11 @@ def _check_tables(path: Path, header: ModelHeader, data_dir: Path, manifest: Man
         ("items", manifest.items_hash, manifest.num_items),
     ):
         found, size = getattr(header, f"{kind}_hash"), int(getattr(header, f"num_{kind}"))
-        if found == expected:
+        # Users who have been forgotten since have other names in today's table; who made it knew the one of then.
+        if found == expected or (found, size) == (
+            manifest.extends.get(f"{kind}_hash"),
+            manifest.extends.get(f"num_{kind}"),
+        ):
             continue
         if size < count:  # the tables may have grown
             ids = load_user_ids(data_dir) if kind == "users" else load_item_table(data_dir)["item_id"]

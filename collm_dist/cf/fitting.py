@@ -26,6 +26,7 @@ from collm_dist.cf.rows import Rows, take_before
 from collm_dist.cf.table import VectorTable, read_vectors, read_width
 from collm_dist.cf.trainer import TrainingPlan, gather_metrics, train_cf
 from collm_dist.config import CfConfig
+from collm_dist.data.forgetting import find_tombstones
 from collm_dist.data.interactions import load_item_table, load_user_ids, read_bucket
 from collm_dist.data.manifest import Manifest, load_manifest
 from collm_dist.errors import DataError
@@ -188,7 +189,8 @@ def fit_model(
     if previous is not None:
         warm_start(model, previous.read_shared("best") | previous.read_owned("best", users))
     elif job.previous is not None and not job.fold_starts:  # it has seen labels that the first folds must not
-        weights, sentence = load_previous_weights(job.previous, job.cf.model, model, users)
+        forgotten = torch.from_numpy(find_tombstones(job.data_dir))
+        weights, sentence = load_previous_weights(job.previous, job.cf.model, model, users, forgotten)
         logger.info("cf: %s", sentence)
         if weights is not None:
             warm_start(model, weights)

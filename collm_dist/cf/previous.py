@@ -14,7 +14,7 @@ from collm_dist.cf.ownership import UserRanges
 
 
 def load_previous_weights(
-    path: Path, name: str, model: TrainableCfModel, users: UserRanges
+    path: Path, name: str, model: TrainableCfModel, users: UserRanges, forgotten: Tensor
 ) -> tuple[Mapping[str, Tensor] | None, str]:
     """Return an earlier model's weights with the rows of today's tables, and a sentence about what was found.
 
@@ -23,6 +23,7 @@ def load_previous_weights(
         name: ``cf.model`` of today.
         model: of today, untrained.
         users: whom this worker owns.
+        forgotten: indices of users whose rows are not taken.
 
     Returns:
         Weights as ``warm_start`` takes them, rows that are new being unknown; None where the models do not match.
@@ -36,9 +37,10 @@ def load_previous_weights(
     weights = {key: one.detach() for key, one in old.named_parameters()}
     num_items = len(old.items.known) - 1
     owned = users.to_dense()
+    kept = (owned < len(old.users.known)) & ~torch.isin(owned, forgotten)
     for table, known, rows in (
         ("items", old.items.known, _place_items(num_items, len(model.items.known))),
-        ("users", old.users.known, torch.where(owned < len(old.users.known), owned, -1)),
+        ("users", old.users.known, torch.where(kept, owned, -1)),
     ):
         found = rows >= 0
         taken = rows.clamp(min=0)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from collm_dist.config.base import Section, operational
+from collm_dist.config.base import Section, Uri, operational
 
 MAX_MONTHS = 12 * 1000
 
@@ -20,6 +20,11 @@ class RunConfig(Section):
     )
     reuse: tuple[str, ...] = operational(
         (), "Other run directories whose finished steps are linked in when their fingerprint equals this run's."
+    )
+    publish_to: Uri | None = operational(
+        None,
+        "The pipeline copies every finished step to a folder of the run's name below this URI (a path, s3://, gs://): "
+        "its record last, and only what is not there yet.",
     )
 
 
@@ -89,11 +94,11 @@ class DatasetConfig(Section):
         description="table: CSV, TSV or Parquet with the columns named below. recbole: atomic files. collm: the "
         "authors' released pickles. The others: the publishers' own layouts.",
     )
-    path: str | None = Field(
+    path: Uri | None = Field(
         None, description="URI of the interactions: file, folder, glob, s3://, gs://. Fixed layouts: their folder."
     )
     asset: str | None = Field(None, description="Name of a known dataset to fetch instead of path: movielens-100k.")
-    items_path: str | None = Field(None, description="URI of the item file (table format).")
+    items_path: Uri | None = Field(None, description="URI of the item file (table format).")
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Columns of the interactions.")
     item_columns: ItemColumnsConfig = Field(default_factory=ItemColumnsConfig, description="Columns of the items.")
     row_filter: str | None = Field(
@@ -132,6 +137,11 @@ class DatasetConfig(Section):
     expect: ExpectConfig = Field(default_factory=ExpectConfig, description="Checks of the input before work.")
     extend_from: str | None = Field(
         None, description="Run directory whose user and item indices are kept; new ids are appended."
+    )
+    forget: Uri | None = Field(
+        None,
+        description="URI of a list of users (Parquet, CSV; column user_id) who are to be forgotten: their rows are "
+        "passed over, and what extend_from has of them is not carried over.",
     )
 
     @model_validator(mode="after")

@@ -31,8 +31,8 @@ def check_reads(
     _check_bad_rows(dataset, reads, unknown, total)
     if sum(read["usable"] for read in reads) == 0:
         raise DataError(
-            f"dataset: none of the {total} rows can be used: dataset.row_filter or the window of dataset.split leave "
-            "nothing; loosen them"
+            f"dataset: none of the {total} rows can be used: dataset.row_filter, dataset.forget or the window of "
+            "dataset.split leave nothing; loosen them"
         )
     expect = dataset.expect
     if total < expect.min_rows:

@@ -11,6 +11,7 @@ from collm_dist.data.id_tables import describe_previous
 from collm_dist.data.previous import describe_previous_step
 from collm_dist.data.prompts import load_prompt_text
 from collm_dist.data.readers import open_source
+from collm_dist.data.readers.locations import describe_files, list_files
 
 
 def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
     """
     if step == "data":
         inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
+        if config.dataset.forget is not None:
+            inputs |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
         return compute_fingerprint(config, step, run_dir, inputs)
     if step == "cf":
         vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}

@@ -17,6 +17,7 @@ import numpy as np
 
 from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock, IntArray, concatenate_blocks
 from collm_dist.data.hashing import hash_integers
+from collm_dist.data.local_shards import LocalShards
 from collm_dist.data.manifest import Manifest, ShardInfo
 from collm_dist.data.ragged import to_offsets
 from collm_dist.data.shard_reader import read_shard
@@ -30,13 +31,18 @@ _SHARD_DRAW, _CONTEXT_DRAW = 1, 2
 _verified: set[tuple[Path, str, int]] = set()
 
 
-def read_verified(data_dir: Path, shard: ShardInfo) -> ContextBlock:
+def read_verified(data_dir: Path, shard: ShardInfo, local_shards: LocalShards | None = None) -> ContextBlock:
     """Read a whole shard; its checksum is compared once in a process, and again if the file changes.
+
+    Args:
+        data_dir: a run's data folder.
+        shard: from its manifest.
+        local_shards: copies to read instead, if this machine keeps any.
 
     Raises:
         ArtifactError: it is missing or damaged, or is not what the manifest says.
     """
-    path = data_dir / shard.path
+    path = data_dir / shard.path if local_shards is None else local_shards.fetch(shard)
     key = (path, shard.sha256, path.stat().st_mtime_ns if path.exists() else 0)
     blocks = list(read_shard(path, None if key in _verified else shard.sha256))
     block = concatenate_blocks(blocks) if blocks else None
@@ -86,6 +92,7 @@ class GlobalOrder:
         max_contexts: int | None = None,
         max_users: int | None = None,
         shuffle: bool = True,
+        local_shards: LocalShards | None = None,
     ) -> None:
         """Decide what is iterated over; shards are read here only if something is to be chosen.
 
@@ -98,12 +105,13 @@ class GlobalOrder:
             max_contexts: keep this many contexts, those with the smallest hash of seed, user and number of likes.
             max_users: keep this many users, those with the smallest hash of seed and user; before ``max_contexts``.
             shuffle: False = the manifest's order in every epoch (evaluation).
+            local_shards: copies to read instead of the shards themselves.
 
         Raises:
             DataError: the split has no rows.
             ArtifactError: a shard is missing or damaged.
         """
-        self._data_dir, self._seed, self._shuffle = data_dir, seed, shuffle
+        self._data_dir, self._seed, self._shuffle, self._local_shards = data_dir, seed, shuffle, local_shards
         self.global_batch_size = global_batch_size
         self._shards = [shard for shard in manifest.list_shards(split) if shard.rows > 0]
         if not self._shards:
@@ -150,7 +158,7 @@ class GlobalOrder:
 
     def _choose(self, max_contexts: int | None, max_users: int | None) -> None:
         """Find the chosen contexts of every shard in one pass."""
-        blocks = (read_verified(self._data_dir, shard) for shard in self._shards)
+        blocks = (read_verified(self._data_dir, shard, self._local_shards) for shard in self._shards)
         keys = [(block.user_idx, block.num_likes, np.diff(block.target_offsets)) for block in blocks]
         users, likes, rows = (np.concatenate(parts) for parts in zip(*keys, strict=True))
         kept = np.arange(len(users))
@@ -186,7 +194,7 @@ class GlobalOrder:
                 yield block
 
     def _load_window(self, shards: list[int], epoch: int) -> ContextBlock:
-        blocks = [read_verified(self._data_dir, self._shards[shard]) for shard in shards]
+        blocks = [read_verified(self._data_dir, self._shards[shard], self._local_shards) for shard in shards]
         block = concatenate_blocks(blocks)
         contexts = np.arange(block.num_contexts)
         if self._chosen is not None:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collm_dist.artifacts import RunDir, open_atomic
+from collm_dist.config import DatasetConfig
+from collm_dist.data.forgetting import write_tombstone
 from collm_dist.data.interactions import load_item_table, load_user_ids
 from collm_dist.data.manifest import BucketInfo, load_manifest
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, ConfigError
 
 
 def compute_ids_hash(ids: Iterable[str]) -> str:
@@ -33,12 +36,16 @@ def sort_naturally(ids: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class PreviousTables:
-    """The id tables of a run that this one extends, and the raw rows it was made from; empty without one."""
+    """The id tables of a run that this one extends, and the raw rows it was made from; empty without one.
+
+    ``num_forgotten`` users have tombstones in the place of the ids that they have there.
+    """
 
     user_ids: tuple[str, ...] = ()
     item_ids: tuple[str, ...] = ()
     buckets: tuple[BucketInfo, ...] = ()
     rows: int = 0
+    num_forgotten: int = 0
 
 
 def describe_previous(run: str | None) -> dict[str, Any]:
@@ -56,12 +63,14 @@ def describe_previous(run: str | None) -> dict[str, Any]:
     return {"dataset.extend_from": {name: getattr(manifest, name) for name in names}}
 
 
-def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
-    """Load the id tables of ``dataset.extend_from``.
+def load_previous_tables(dataset: DatasetConfig, num_buckets: int, forgotten: Any) -> PreviousTables:
+    """Load the id tables of ``dataset.extend_from``, with tombstones in the place of users who are to be forgotten.
 
     Raises:
         ArtifactError: that run has no data or damaged ones, or another number of user buckets.
+        ConfigError: that run has forgotten users, and this one has no list of them.
     """
+    run = dataset.extend_from
     if run is None:
         return PreviousTables()
     data_dir = Path(run) / "data"
@@ -71,11 +80,21 @@ def load_previous_tables(run: str | None, num_buckets: int) -> PreviousTables:
             f"dataset.extend_from: {run} has {len(manifest.buckets)} user buckets, this run {num_buckets}; set "
             f"preprocessing.num_user_buckets={len(manifest.buckets)}"
         )
+    record, ids = RunDir(Path(run)).read_record("data"), load_user_ids(data_dir)
+    if "forgotten" in record and dataset.forget is None:
+        raise ConfigError(
+            f"dataset.forget: {run} was made without the users of a list; what the log still has of them would come "
+            "back: give the list again (once the log is clean, one without rows will do)"
+        )
+    found = np.flatnonzero(pc.is_in(pa.array(ids, pa.string()), forgotten).to_numpy(zero_copy_only=False))
+    for index in found.tolist():
+        ids[index] = write_tombstone(index)
     return PreviousTables(
-        user_ids=tuple(load_user_ids(data_dir)),
+        user_ids=tuple(ids),
         item_ids=tuple(load_item_table(data_dir)["item_id"]),
         buckets=manifest.buckets,
-        rows=RunDir(Path(run)).read_record("data")["input"]["rows"],
+        rows=record["input"]["rows"],
+        num_forgotten=len(found),
     )
 
 

@@ -32,14 +32,19 @@ from collm_dist.data.readers.normalize import SCHEMA
 from collm_dist.data.splits import OUTSIDE, SplitRule, get_amazon_book_window
 
 
-def read_chunk(plan: Plan, source: Source, index: int, chunk: Chunk) -> dict[str, Any]:
-    """Part a raw file's rows by user bucket; count rows, losses, and rows of each item."""
+def read_chunk(plan: Plan, source: Source, index: int, chunk: Chunk, forgotten: Any) -> dict[str, Any]:
+    """Part a raw file's rows by user bucket; count rows, losses, and rows of each item.
+
+    Args:
+        plan, source, index, chunk: which one.
+        forgotten: users whose rows are passed over, as an Arrow array.
+    """
     path, items_path = plan.work / f"chunk-{index:05d}.arrow", plan.work / f"items-{index:05d}.arrow"
     marker = path.with_suffix(".json")
     if (finished := find_finished(marker, path, items_path)) is not None:
         return finished
     losses, items, rows_read = Losses(), [], 0
-    counts = Counter[str]()
+    counts, met = Counter[str](), pa.array([], pa.int32())
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     with PartitionWriter(path, SCHEMA, plan.num_buckets) as writer:
         for batch in source.read_chunk(chunk):
@@ -50,6 +55,11 @@ def read_chunk(plan: Plan, source: Source, index: int, chunk: Chunk) -> dict[str
                 start, _, end = get_amazon_book_window()
                 table = table.filter((pc.field("timestamp") >= start) & (pc.field("timestamp") < end))
                 counts["outside"] += batch.table.num_rows - table.num_rows
+            if len(forgotten):
+                places = pc.index_in(table.column("user_id"), forgotten)
+                counts["forgotten"] += table.num_rows - places.null_count
+                met = pa.concat_arrays([met, places.drop_null().combine_chunks()]).unique()
+                table = table.filter(places.is_null())
             if table.num_rows == 0:
                 continue
             counts["usable"] += table.num_rows
@@ -60,6 +70,7 @@ def read_chunk(plan: Plan, source: Source, index: int, chunk: Chunk) -> dict[str
             items.append(count_items_by_month(table))
     write_table(items_path, sum_item_counts(items))
     return finish_task(marker, {"rows_read": rows_read, "usable": counts["usable"], "outside": counts["outside"],
+                                "forgotten": counts["forgotten"], "forgotten_users": met.to_pylist(),
                                 "bad": losses.counts, "examples": losses.examples,
                                 "first": int(first), "last": int(last)})  # fmt: skip
 

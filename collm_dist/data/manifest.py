@@ -70,6 +70,7 @@ class Manifest:
     Attributes:
         users_hash, items_hash: of the raw ids in the order of their indices.
         tables: SHA-256 of users.parquet and items.parquet.
+        extends: sizes and hashes of the id tables that these begin with, forgotten users aside; empty without any.
         content_hash: of ``HASHED_FIELDS``; names these data in whatever is made from them.
     """
 
@@ -86,6 +87,7 @@ class Manifest:
     dropped: Mapping[str, int]
     content_hash: str
     tables: Mapping[str, str] = field(default_factory=dict)
+    extends: Mapping[str, Any] = field(default_factory=dict)
 
     def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
         """Return a split's shards in order."""
@@ -138,6 +140,7 @@ def _build_manifest(record: Mapping[str, Any]) -> Manifest:
             for info in record["buckets"]
         ),
         tables=record.get("tables", {}),
+        extends=record.get("extends") or {},
         **{name: record[name] for name in _PLAIN_FIELDS},
     )
 

@@ -18,6 +18,7 @@ from collm_dist.config import Config
 from collm_dist.data.context_block import ContextBlock, concatenate_blocks
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.interactions import load_interactions
+from collm_dist.data.local_shards import build_local_shards
 from collm_dist.data.manifest import Manifest
 from collm_dist.data.previous import compares_with_previous, find_previous
 from collm_dist.data.prompts import load_prompt_text
@@ -73,6 +74,7 @@ def load_split(order: GlobalOrder, split: str) -> EvaluatedSplit:
 def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str, EvaluatedSplit]:
     """Load the splits of the report, and if stage 1 is done, a sample of its training rows under the name train."""
     data_dir = run_dir.step_dir("data")
+    local_shards = build_local_shards(config, data_dir)
     found: dict[str, EvaluatedSplit] = {}
     for split in dict.fromkeys(config.evaluation.splits):
         order = GlobalOrder(
@@ -83,12 +85,22 @@ def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str
             _BATCH_ROWS,
             max_users=config.evaluation.max_users,
             shuffle=False,
+            local_shards=local_shards,
         )
         found[split] = load_split(order, split)
     most = min(config.evaluation.train_contexts, config.stage1.max_train_contexts or config.evaluation.train_contexts)
     if most == 0 or not _is_there(config, run_dir, "stage1"):
         return found
-    order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_contexts=most, shuffle=False)
+    order = GlobalOrder(
+        data_dir,
+        manifest,
+        "train",
+        config.run.seed,
+        _BATCH_ROWS,
+        max_contexts=most,
+        shuffle=False,
+        local_shards=local_shards,
+    )
     found["train"] = load_split(order, "train")
     return found
 
@@ -262,13 +274,27 @@ def _fit_slots_without_llm(
         return build_slot_inputs(block, slots, cf_model, manifest.max_history_length, config.prompt.history_length)
 
     stage, seed, data_dir = config.stage2, config.run.seed, run_dir.step_dir("data")
+    local = build_local_shards(config, data_dir)
     steps = int(run_dir.read_record("stage2")["global_steps"])
     train_order = GlobalOrder(
-        data_dir, manifest, "train", seed, stage.global_batch_size, max_contexts=stage.max_train_contexts
+        data_dir,
+        manifest,
+        "train",
+        seed,
+        stage.global_batch_size,
+        max_contexts=stage.max_train_contexts,
+        local_shards=local,
     )
     train = concatenate_blocks(list(islice(train_order.iter_batches(0), max(steps, 1))))
     valid_order = GlobalOrder(
-        data_dir, manifest, "valid", seed, _BATCH_ROWS, max_contexts=stage.max_valid_contexts, shuffle=False
+        data_dir,
+        manifest,
+        "valid",
+        seed,
+        _BATCH_ROWS,
+        max_contexts=stage.max_valid_contexts,
+        shuffle=False,
+        local_shards=local,
     )
     valid = concatenate_blocks(list(valid_order.iter_batches(0)))
     model = fit_slots_mlp((build_inputs(train), train.label), (build_inputs(valid), valid.label), seed)

@@ -20,11 +20,13 @@ from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostErro
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
 from collm_dist.orchestration.children import StepError, build_command, build_environment, preemptible, run_child
 from collm_dist.orchestration.hosts import load_hostfile, run_on_hosts
-from collm_dist.orchestration.promotion import pin_previous, promote
+from collm_dist.orchestration.promotion import RECORD, pin_previous, promote
+from collm_dist.orchestration.publish import Publisher, build_publisher
 from collm_dist.orchestration.reuse import find_reusable, link_step
 from collm_dist.orchestration.run_lock import hold_run_lock
 from collm_dist.orchestration.status import RunStatus
 
+CONFIG_FILE = "config.yaml"
 # Ray's job supervisor sets this for a job's entry point.
 _RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -48,8 +50,11 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
             status.begin()
             try:
                 with preemptible(), explain_disk_errors(run_dir.path):
-                    _run_steps(config, run_dir, launch_dir, force, status)
+                    publisher = build_publisher(config, run_dir)
+                    _run_steps(config, run_dir, launch_dir, force, status, publisher)
                     decision = _promote(config, run_dir)
+                    if publisher is not None:
+                        publisher.publish_file(RECORD)
             except StepError as error:  # its process has printed it
                 report = describe_error(error)
             except (Exception, KeyboardInterrupt) as error:
@@ -90,25 +95,39 @@ def _check_places(config: Config) -> None:
         )
 
 
-def _run_steps(config: Config, run_dir: RunDir, launch_dir: Path, force: Sequence[Step], status: RunStatus) -> None:
-    with open_atomic(run_dir.path / "config.yaml") as file:
+def _run_steps(
+    config: Config,
+    run_dir: RunDir,
+    launch_dir: Path,
+    force: Sequence[Step],
+    status: RunStatus,
+    publisher: Publisher | None,
+) -> None:
+    with open_atomic(run_dir.path / CONFIG_FILE) as file:
         file.write(dump_config(config))
+    if publisher is not None:  # now, so that a place where nothing can be written is found before the work
+        publisher.publish_file(CONFIG_FILE)
     forced = False
     with ExitStack() as ray_session:
         for step in list_steps(config):
             status.enter(step)
             forced = forced or step in force
-            if not forced and _is_there(config, run_dir, step):
-                continue
-            print(f"== {step}", flush=True)
-            if step in ("data", "cf"):
-                _run_on_ray(config, run_dir, step, forced, ray_session)
-            else:
-                if config.cluster.tuning == "launcher":
-                    ray_session.close()  # its memory is wanted
-                cluster, child = config.cluster, _Child(config, run_dir, step, launch_dir, forced)
-                with preemptible():  # Ray may have left its own handler
-                    run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
+            if forced or not _is_there(config, run_dir, step):
+                print(f"== {step}", flush=True)
+                if step in ("data", "cf"):
+                    _run_on_ray(config, run_dir, step, forced, ray_session)
+                else:
+                    if config.cluster.tuning == "launcher":
+                        ray_session.close()  # its memory is wanted
+                    _run_child(_Child(config, run_dir, step, launch_dir, forced), status)
+            if publisher is not None:
+                publisher.publish_step(step)
+
+
+def _run_child(child: _Child, status: RunStatus) -> None:
+    cluster = child.config.cluster
+    with preemptible():  # Ray may have left its own handler
+        run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
 
 
 def _is_there(config: Config, run_dir: RunDir, step: Step) -> bool:
@@ -214,7 +233,7 @@ class _Child:
         config, step = self.config, self.step
         script = "evaluate_model.py" if step == "eval" else "train.py"
         # The settings of this run, whatever happens to the file that they came from.
-        arguments = ["--config", str(self.run_dir.path / "config.yaml")]
+        arguments = ["--config", str(self.run_dir.path / CONFIG_FILE)]
         if step != "eval":
             arguments += ["--stage", step.removeprefix("stage")]
         if self.force:

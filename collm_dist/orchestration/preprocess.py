@@ -19,6 +19,7 @@ from collm_dist.data import ingest_tasks, sample_tasks
 from collm_dist.data.checks import check_reads, check_splits
 from collm_dist.data.filters import select_ids, sum_item_counts, sum_over_months
 from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.data.forgetting import find_tombstones, load_forgotten
 from collm_dist.data.hashing import hash_integers
 from collm_dist.data.id_tables import (
     PreviousTables,
@@ -73,7 +74,8 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     if not force and is_step_current(run_dir, "data", fingerprint):
         print(f"data: done already ({data_dir})")
         return run_dir.read_record("data")
-    previous = load_previous_tables(config.dataset.extend_from, config.preprocessing.num_user_buckets)
+    forgotten = load_forgotten(config.dataset.forget)
+    previous = load_previous_tables(config.dataset, config.preprocessing.num_user_buckets, forgotten)
     work = _open_work_folder(run_dir, compute_json_hash(fingerprint)[:12])
     plan = Plan(
         work=work.absolute(),
@@ -95,7 +97,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
                 progress_bar=config.monitoring.progress_bar,
             )
 
-        manifest = _preprocess(plan, source, previous, run)
+        manifest = _preprocess(plan, source, previous, forgotten, run)
     manifest["fingerprint"] = fingerprint
     _remove_others(data_dir, manifest)
     write_json(run_dir.record_path("data"), manifest)
@@ -125,10 +127,14 @@ def _remove_others(data_dir: Path, manifest: dict[str, Any]) -> None:
                 path.unlink()
 
 
-def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runner) -> dict[str, Any]:
+def _preprocess(plan: Plan, source: Source, previous: PreviousTables, forgotten: Any, run: Runner) -> dict[str, Any]:
     plan_ref, source_ref, buckets = ray.put(plan), ray.put(source), range(plan.num_buckets)
-    chunks = list(enumerate(source.chunks))
-    reads = run("reading", ingest_tasks.read_chunk, [(plan_ref, source_ref, index, chunk) for index, chunk in chunks])
+    chunks, users_ref = list(enumerate(source.chunks)), ray.put(forgotten)
+    reads = run(
+        "reading",
+        ingest_tasks.read_chunk,
+        [(plan_ref, source_ref, index, chunk, users_ref) for index, chunk in chunks],
+    )
     items, mended = source.read_items()
     known = items.column("item_id").combine_chunks() if source.items_uris else None
     counts = sum_item_counts([read_table(plan.work / f"items-{index:05d}.arrow") for index, _ in chunks])
@@ -178,12 +184,14 @@ def _preprocess(plan: Plan, source: Source, previous: PreviousTables, run: Runne
         sample_tasks.write_split_shard,
         [(plan_ref, split, shard) for split in range(len(SPLITS)) for shard in range(plan.preprocessing.num_shards)],
     )
-    dropped = Counter[str]({"outside the split windows": sum(read["outside"] for read in reads)})
+    dropped = Counter[str]({"outside the split windows": sum(read["outside"] for read in reads),
+                            "forgotten users": sum(read["forgotten"] for read in reads)})  # fmt: skip
     for causes in [read["bad"] for read in reads] + [one["dropped"] for one in filtered]:
         dropped.update(causes)
     return _describe(plan, user_ids, item_ids, texts_hash, split_rows, shards, joined, user_ranges) | {
         "extends": describe_previous(plan.dataset.extend_from).get("dataset.extend_from"),
         "dropped": {cause: count for cause, count in sorted(dropped.items()) if count},
+        **_describe_forgotten(plan, source, reads, len(forgotten), previous),
         "items_without_text": without_text,
         "items_mended": dict(sorted(mended.items())),
         "tables": {name: compute_file_hash(plan.data_dir / name) for name in ("users.parquet", "items.parquet")},
@@ -299,10 +307,32 @@ def _describe(
     return manifest | {"content_hash": compute_content_hash(manifest)}
 
 
+def _describe_forgotten(
+    plan: Plan, source: Source, reads: list[dict[str, Any]], asked: int, previous: PreviousTables
+) -> dict[str, Any]:
+    """Return what became of ``dataset.forget``, in numbers alone."""
+    if plan.dataset.forget is None:
+        return {}
+    rows = Counter[str]()
+    for chunk, read in zip(source.chunks, reads, strict=True):
+        rows[chunk.uri] += read["forgotten"]
+    forgotten = {
+        "users_asked": asked,
+        "users_in_log": len({user for read in reads for user in read["forgotten_users"]}),
+        "rows_passed_over": {uri: count for uri, count in rows.items() if count},
+        "users_in_extended_run": previous.num_forgotten,
+        "tombstones": len(find_tombstones(plan.data_dir)),
+    }
+    return {"forgotten": forgotten}
+
+
 def _print_summary(manifest: dict[str, Any], data_dir: Path) -> None:
     print(f"data: {manifest['num_users']:,} users, {manifest['num_items']:,} items")
     for name, split in manifest["splits"].items():
         print(f"  {name:5} {split['rows']:>12,} rows  {split['contexts']:>12,} contexts")
     for cause, count in manifest["dropped"].items():
         print(f"  left out: {count:,} rows, {cause}")
+    if found := manifest.get("forgotten"):
+        print(f"  to be forgotten: {found['users_asked']:,} users, {found['users_in_log']:,} of them in the log, "
+              f"{found['users_in_extended_run']:,} in the run that is extended")  # fmt: skip
     print(f"  {data_dir / 'manifest.json'}")

@@ -16,6 +16,7 @@ from collm_dist import monitoring
 from collm_dist.artifacts import RunDir, compute_file_hash, explain_disk_errors, is_step_current, sync_files, write_json
 from collm_dist.config import Config, StageConfig
 from collm_dist.data.global_order import GlobalOrder
+from collm_dist.data.local_shards import build_local_shards
 from collm_dist.data.manifest import load_manifest
 from collm_dist.data.preview import render_example
 from collm_dist.llm.lora import merge_adapter, save_adapter
@@ -248,7 +249,7 @@ def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
 def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tuple[GlobalOrder, GlobalOrder]:
     """Return a stage's training and validation rows in their order."""
     data_dir = run_dir.step_dir("data")
-    manifest = load_manifest(data_dir)
+    manifest, local_shards = load_manifest(data_dir), build_local_shards(config, data_dir)
     train = GlobalOrder(
         data_dir,
         manifest,
@@ -256,6 +257,7 @@ def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tupl
         config.run.seed,
         settings.global_batch_size,
         max_contexts=settings.max_train_contexts,
+        local_shards=local_shards,
     )
     valid = GlobalOrder(
         data_dir,
@@ -265,6 +267,7 @@ def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tupl
         VALID_BATCH_ROWS,
         max_contexts=settings.max_valid_contexts,
         shuffle=False,
+        local_shards=local_shards,
     )
     return train, valid
 

@@ -1,6 +1,7 @@
 """Night after night: a run extends the one in use, takes over what it can, and replaces it only if the rule says so."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import collm_dist
 from collm_dist.artifacts import RunDir
 from collm_dist.cf.export import load_model
 from collm_dist.cf.mf import MatrixFactorization
 from collm_dist.cf.ownership import UserRanges
 from collm_dist.cf.previous import load_previous_weights
 from collm_dist.config_io import load_config
+from collm_dist.data.forgetting import find_tombstones, write_tombstone
+from collm_dist.data.interactions import load_user_ids
 from collm_dist.data.manifest import load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.orchestration.promotion import decide, find_pointer, move_pointer, pin_previous
+from tests.integration.byte_search import find_text
 
 ROOT = Path(__file__).parents[2]
+FORGOTTEN = ("member-07", "member-31")
 CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
 
 
@@ -26,17 +32,22 @@ def run_night(folder, name, overrides, *more):
     """Run the pipeline of one night and return its status and what it printed."""
     command = [sys.executable, "launch/run_pipeline.py", "--config", str(CONFIG), f"run.dir={folder / name}"]
     command += [*overrides, f"dataset.extend_from={folder / 'current'}", *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / name / "status.json").read_text()), done.stdout
 
 
 @pytest.fixture(scope="module")
 def nights(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
-    """Two nights over a log that grows, the second one first refused, then let through: folder and statuses."""
+    """A log of 1,000 rows with strings as ids; the next night 100 more, refused first, then let through.
+
+    The second night forgets two users, is published, and reads its shards on a local disk. Folder and statuses.
+    """
     folder = tmp_path_factory.mktemp("nights")
-    lines = (tiny_ratings / "ratings.csv").read_text().splitlines(keepends=True)
+    header, *rows = (tiny_ratings / "ratings.csv").read_text().splitlines(keepends=True)
+    lines = [header, *(f"member-{int(user):02d},{rest}" for user, rest in (row.split(",", 1) for row in rows))]
     log = folder / "ratings.csv"
+    (folder / "forget.csv").write_text("user_id\n" + "\n".join(FORGOTTEN) + "\n")
     overrides = [
         f"dataset.path={log}",
         f"dataset.items_path={tiny_ratings / 'items.csv'}",
@@ -45,10 +56,15 @@ def nights(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
         "promotion.min_paired_difference=-1",
         "evaluation.bootstrap_samples=50",
     ]
-    log.write_text("".join(lines[:1300]))
+    log.write_text("".join(lines[:1001]))
     found = {"first": run_night(folder, "one", overrides)}
     found["pointer after the first"] = str((folder / "current").readlink())
-    log.write_text("".join(lines[:1400]) + "new-user,1,5,1025000000\n")
+    log.write_text("".join(lines[:1100]) + "new-user,1,5,1025000000\n")
+    overrides += [
+        f"dataset.forget={folder / 'forget.csv'}",
+        f"run.publish_to={folder / 'published'}",
+        f"cluster.local_scratch={folder / 'local'}",
+    ]
     found["refused"] = run_night(folder, "two", overrides, "promotion.min_paired_difference=1")
     found["pointer after the refused"] = str((folder / "current").readlink())
     found["second"] = run_night(folder, "two", overrides)
@@ -68,7 +84,12 @@ def test_the_rule_moves_the_pointer_or_leaves_it(nights):
 def test_the_second_night_extends_the_first(nights):
     folder, found = nights
     before, after = (load_manifest(folder / name / "data") for name in ("one", "two"))
-    assert after.num_users == before.num_users + 1
+    users = [load_user_ids(folder / name / "data") for name in ("one", "two")]
+    assert "new-user" in users[1][before.num_users :]
+    assert len(users[1]) == after.num_users > before.num_users
+    assert [one for one, then in zip(users[1], users[0], strict=False) if one != then] == [
+        write_tombstone(users[0].index(one)) for one in sorted(FORGOTTEN, key=users[0].index)
+    ]
     assert RunDir(folder / "two").read_record("data")["extends"]["users_hash"] == before.users_hash
     record = RunDir(folder / "two").read_record("stage1")
     assert record["taken_from"] == str(folder / "one")
@@ -76,6 +97,71 @@ def test_the_second_night_extends_the_first(nights):
     assert (folder / "two" / "stage1" / "merged").resolve() == folder / "one" / "stage1" / "merged"
     fingerprint = RunDir(folder / "two").read_record("stage2")["fingerprint"]
     assert fingerprint["input.previous.stage2"] == RunDir(folder / "one").read_record("stage2")["content_hash"]
+
+
+def test_nothing_of_a_forgotten_user_is_left(nights):
+    folder, _ = nights
+    assert find_text(folder / "one", FORGOTTEN[0])
+    for name in ("two", "published/two", "local"):
+        assert not any(find_text(folder / name, one) for one in FORGOTTEN), name
+    places = find_tombstones(folder / "two" / "data")
+    before, after = (load_model(folder / name / "cf" / "model.safetensors")[1] for name in ("one", "two"))
+    assert len(places) == 2
+    assert before.users.known[places].all()
+    assert not after.users.known[places].any()
+    assert not after.users.weight[places].any()
+    shown = RunDir(folder / "two").read_record("data")["forgotten"]
+    assert (shown["users_asked"], shown["users_in_log"], shown["users_in_extended_run"]) == (2, 2, 2)
+
+
+def test_what_is_published_is_a_run(nights):
+    folder, found = nights
+    assert found["refused"][1].count(" there before (") == 5
+    assert found["second"][1].count("published already") == 5
+    published = folder / "published" / "two"
+    assert json.loads((published / "promotion.json").read_text())["state"] == "promoted"
+    ours, theirs = (collm_dist.load_recommender(one, device="cpu") for one in (folder / "two", published))
+    request = {"history": ["3", "5", "8"], "candidates": ["1", "2", "4"]}
+    assert ours.rank(**request) == theirs.rank(**request)
+    shards = load_manifest(folder / "two" / "data").shards
+    assert {one.stem for one in (folder / "local").glob("*.tar")} <= {one.sha256 for one in shards}
+    assert len(list((folder / "local").glob("*.tar"))) >= 3
+
+
+def test_earlier_runs_that_hold_forgotten_users_are_found_and_removed(nights, tmp_path):
+    folder = tmp_path / "nights"
+    shutil.copytree(nights[0], folder, symlinks=True)
+    before = collm_dist.load_recommender(folder / "two", device="cpu").rank(history=["3"], candidates=["1", "2"])
+    command = [sys.executable, "launch/forget_users.py", "--users", str(folder / "forget.csv"), "--runs"]
+
+    def run(*more):
+        done = subprocess.run([*command, *map(str, more)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    code, shown = run(folder / "one", folder / "two", folder / "current")
+    assert (code, shown.count("users of the list")) == (0, 3)
+    assert f"{folder / 'one'}: 2 users of the list\n{folder / 'two'}: 0 users of the list" in shown
+    code, shown = run(folder / "one", "--apply")
+    assert code == 2
+    assert f"name {folder / 'two'} among the runs too" in shown
+    (folder / "in-use").symlink_to("one")
+    code, shown = run(folder / "one", folder / "two", "--apply")
+    assert code == 2
+    assert "which is in use" in shown
+    assert (folder / "two" / "stage1" / "merged").is_symlink()
+    (folder / "in-use").unlink()
+    code, shown = run(folder / "one", folder / "two", "--apply")
+    assert code == 0, shown
+    assert {path.name for path in folder.iterdir()} >= {"two", "current"}
+    assert not [path for path in folder.iterdir() if "one" in path.name]
+    assert not (folder / "two" / "stage1" / "merged").is_symlink()
+    after = collm_dist.load_recommender(folder / "two", device="cpu").rank(history=["3"], candidates=["1", "2"])
+    assert after == before
+    (folder / "two" / "data" / "users.parquet").unlink()
+    code, shown = run(folder / "two", "--apply")
+    assert code == 2
+    assert "nobody knows whom it holds" in shown
+    assert (folder / "two").exists()
 
 
 def test_both_models_score_the_same_rows(nights):
@@ -110,22 +196,27 @@ def test_weights_find_their_rows_in_tables_that_have_grown(nights):
     path = folder / "one" / "cf" / "model.safetensors"
     old = load_model(path)[1]
     model = MatrixFactorization(
-        after.num_users, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
+        before.num_users + 1, after.num_items + 2, embedding_dim=4, history_length=8, prior_precision=1.0
     )
     users = UserRanges(((before.num_users - 1, 2), (0, before.num_users - 1)))  # a worker's own order
-    weights, sentence = load_previous_weights(path, "mf", model, users)
+    first = int(old.users.known.nonzero()[0])  # a user who is forgotten tonight
+    weights, sentence = load_previous_weights(path, "mf", model, users, torch.tensor([first]))
     assert "begins with the weights" in sentence
     assert torch.equal(weights["users.weight"][0], old.users.weight[-1] * old.users.known[-1])
-    assert torch.equal(weights["users.weight"][2:], old.users.weight[:-1] * old.users.known[:-1, None])
+    kept = old.users.weight[:-1] * old.users.known[:-1, None]
+    assert kept[first].any()
+    kept[first] = 0
+    assert torch.equal(weights["users.weight"][2:], kept)
+    assert not weights["users.known"][2 + first]
     assert not weights["users.known"][1]
     assert torch.equal(weights["items.weight"][: before.num_items], old.items.weight[:-1])
     assert torch.equal(weights["items.weight"][-1], old.items.weight[-1])
     assert not weights["items.known"][before.num_items : -1].any()
-    assert load_previous_weights(path, "din", model, users)[0] is None
+    assert load_previous_weights(path, "din", model, users, torch.tensor([]))[0] is None
     wider = MatrixFactorization(
-        after.num_users, after.num_items, embedding_dim=5, history_length=8, prior_precision=1.0
+        before.num_users + 1, after.num_items, embedding_dim=5, history_length=8, prior_precision=1.0
     )
-    assert load_previous_weights(path, "mf", wider, users)[0] is None
+    assert load_previous_weights(path, "mf", wider, users, torch.tensor([]))[0] is None
 
 
 def make_config(tmp_path, *overrides):

@@ -140,3 +140,14 @@ def test_foreign_names_are_no_names_of_ours_and_point_to_some():
         ours = [word.strip(",;:()") for word in hint.split() if "." in word]
         assert all(word.rstrip(".") in paths for word in ours), (foreign, hint)
         assert ours or hint.startswith("none") or any(name in hint for name in last), (foreign, hint)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://KEY:hidden@bucket/x", "s3://bucket/x?secret_key=hidden", "gs://b/x?a=1&token=hidden"]
+)
+@pytest.mark.parametrize("key", ["dataset.path", "dataset.items_path", "dataset.forget", "run.publish_to"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(write, key, uri):
+    with pytest.raises(ConfigError, match=f"{key}: a URI with credentials in it would be written") as caught:
+        load_config(write(GOOD), [f"{key}={uri}"])
+    assert "hidden" not in str(caught.value)
+    assert load_config(write(GOOD), [f"{key}=s3://bucket/x@y?region=eu-central-1"])

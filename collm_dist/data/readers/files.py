@@ -1,25 +1,23 @@
-"""Finding and streaming files behind a URI: local paths, folders, globs, hive partitions, s3://, gs://, memory://."""
+"""Streaming the files behind a URI as tables: text, Parquet, JSON lines, hive partitions."""
 
 from __future__ import annotations
 
 import codecs
-import fnmatch
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.fs as pa_fs
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from collm_dist.data.readers.released_pickles import get_outer_file, read_released_table
+from collm_dist.data.readers.locations import explain_store_errors, open_filesystem, split_query
+from collm_dist.data.readers.released_pickles import read_released_table
 from collm_dist.errors import DataError
 
 BLOCK_BYTES = 8 << 20
@@ -68,96 +66,11 @@ class Losses:
         self.examples = (self.examples + other.examples)[:5]
 
 
-def open_filesystem(uri: str) -> tuple[Any, str]:
-    """Return the file system and the path in it.
-
-    Raises:
-        DataError: the scheme is not known here.
-    """
-    if "://" not in uri:
-        try:
-            return pa_fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-        except RuntimeError as error:  # a home directory that does not exist
-            raise DataError(f"dataset.path: '{uri}' cannot be opened: {error}") from None
-    try:
-        return pa_fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        import fsspec
-
-        try:
-            filesystem, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise DataError(f"dataset.path: '{uri}' cannot be opened: {error}") from error
-        return pa_fs.PyFileSystem(pa_fs.FSSpecHandler(filesystem)), path
-
-
-def list_files(uri: str, key: str) -> list[str]:
-    """Return the files behind a URI (file, folder or glob) in sorted order; hidden files are left out.
-
-    Raises:
-        DataError: there are none, or they cannot be listed; the message names the config key.
-    """
-    filesystem, path = open_filesystem(uri)
-    magic = re.search(r"[*?\[]", path)
-    base = path[: magic.start()].rpartition("/")[0] if magic else path
-    try:
-        info = filesystem.get_file_info(base)
-        found = _list_folder(filesystem, base) if info.type == pa_fs.FileType.Directory else []
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{key}: {uri!r} cannot be listed: {error}") from None
-    if info.type == pa_fs.FileType.NotFound:
-        raise DataError(f"{key}: there is no file or folder '{uri}'")
-    if info.type == pa_fs.FileType.Unknown:
-        raise DataError(f"{key}: '{uri}' is neither a file nor a folder, but a pipe or a device: save it as a file")
-    if info.type == pa_fs.FileType.File:
-        return [uri]
-    prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else ""
-    found = [one for one in found if not any(part[0] in "._" for part in PurePosixPath(one[len(base) :]).parts[1:])]
-    if magic:
-        found = [one for one in found if fnmatch.fnmatch(one, path)]
-    if not found:
-        raise DataError(f"{key}: '{uri}' holds no files")
-    return [prefix + one for one in sorted(found)]
-
-
-def _list_folder(filesystem: Any, base: str) -> list[str]:
-    """Return the paths of all files below a folder; local ones once each, whatever links lead to them or back."""
-    if not isinstance(filesystem, pa_fs.LocalFileSystem):
-        entries = filesystem.get_file_info(pa_fs.FileSelector(base, recursive=True))
-        return [entry.path for entry in entries if entry.type == pa_fs.FileType.File]
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    found: dict[Path, str] = {}
-    folders_seen: set[Path] = set()
-    for folder, folders, names in os.walk(base, followlinks=True, onerror=stop):
-        folders.sort()
-        if (real := Path(folder).resolve()) in folders_seen:
-            folders.clear()
-            continue
-        folders_seen.add(real)
-        for path in (Path(folder, name) for name in sorted(names)):
-            if path.is_file():  # no pipe, no device, no link to nowhere
-                found.setdefault(path.resolve() if path.is_symlink() else real / path.name, str(path))
-    return list(found.values())
-
-
-def describe_files(uris: list[str]) -> dict[str, Any]:
-    """Return size and modification time of each file, for fingerprints."""
-    described = {}
-    for uri in dict.fromkeys(get_outer_file(one) for one in uris):
-        filesystem, path = open_filesystem(uri)
-        info = filesystem.get_file_info(path)
-        described[uri] = {"size": info.size, "mtime_ns": info.mtime_ns}
-    return described
-
-
 def find_kind(uri: str, layout: Layout) -> str:
     """Return text, parquet or json."""
     if layout.kind != "auto":
         return layout.kind
-    name = uri.lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
+    name = split_query(uri)[0].lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
     if name.endswith((".parquet", ".pq")):
         return "parquet"
     return "json" if name.endswith((".json", ".jsonl", ".ndjson")) else "text"
@@ -167,7 +80,8 @@ def count_row_groups(uri: str) -> int:
     """Number of row groups of a Parquet file."""
     filesystem, path = open_filesystem(uri)
     try:
-        return int(pq.read_metadata(path, filesystem=filesystem).num_row_groups)
+        with explain_store_errors(filesystem, f"{uri}: cannot be read"):
+            return int(pq.read_metadata(path, filesystem=filesystem).num_row_groups)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: not a Parquet file, or a damaged one ({error})") from error
 
@@ -183,6 +97,7 @@ def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int,
 
     Raises:
         DataError: the file as a whole cannot be read.
+        LaunchError: it lies in an object store that cannot be reached or refuses.
     """
     if layout.kind == "pickle":
         yield read_released_table(uri)
@@ -190,11 +105,12 @@ def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int,
     filesystem, path = open_filesystem(uri)
     partition = dict(part.split("=", 1) for part in PurePosixPath(path).parts[:-1] if part.count("=") == 1)
     try:
-        for table in _stream(uri, filesystem, path, layout, losses, row_groups):
-            for name, value in partition.items():
-                if name not in table.column_names:
-                    table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
-            yield table
+        with explain_store_errors(filesystem, f"{uri}: cannot be read"):
+            for table in _stream(uri, filesystem, path, layout, losses, row_groups):
+                for name, value in partition.items():
+                    if name not in table.column_names:
+                        table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
+                yield table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri}: cannot be read as {find_kind(uri, layout)}: {error}") from error
 
@@ -227,7 +143,9 @@ def _stream(
 
 def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses) -> Iterator[Any]:
     """Stream a text table with every column as bytes: a value that does not parse is one bad row, not a dead file."""
-    delimiter = layout.delimiter or ("\t" if re.search(r"\.(tsv|inter|item)(\.|$)", uri.lower()) else ",")
+    delimiter = layout.delimiter or (
+        "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
+    )
     if len(delimiter) == 2:
         stream, delimiter = pa.PythonFile(_FoldedDelimiter(stream, delimiter.encode()), mode="r"), "\t"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
-from collm_dist.data.readers.files import Layout, list_files
+from collm_dist.data.readers.files import Layout
+from collm_dist.data.readers.locations import list_files, split_query
 from collm_dist.data.readers.released_pickles import list_released_files
 from collm_dist.errors import DataError
 
@@ -40,7 +41,7 @@ def find_fixed_layout(name: str, folder: str, dataset: DatasetConfig) -> FixedLa
     files = list_files(folder, "dataset.path")
 
     def find(*endings: str, required: bool = True) -> tuple[str, ...]:
-        found = tuple(one for one in files if one.endswith(endings))
+        found = tuple(one for one in files if split_query(one)[0].endswith(endings))
         if required and not found:
             raise DataError(f"dataset.path: '{folder}' has no file that ends in {' or '.join(endings)} ({name})")
         return found

@@ -15,13 +15,12 @@ from collm_dist.data.readers.files import (
     Layout,
     Losses,
     count_row_groups,
-    describe_files,
     find_kind,
-    list_files,
     read_tables,
 )
 from collm_dist.data.readers.items import build_item_table, list_template_columns
 from collm_dist.data.readers.layouts import FixedLayout, find_fixed_layout
+from collm_dist.data.readers.locations import describe_files, list_files
 from collm_dist.data.readers.normalize import ROW_COLUMN, guess_unit, has_dates, normalize_batch, to_numbers
 from collm_dist.data.readers.row_filter import infer_types, parse_row_filter
 from collm_dist.errors import DataError

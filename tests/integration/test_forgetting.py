@@ -1,0 +1,135 @@
+"""Users who are to be forgotten: their rows are passed over, and tables that are extended forget their names."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from collm_dist.artifacts import RunDir
+from collm_dist.data.forgetting import find_tombstones, load_forgotten
+from collm_dist.data.interactions import load_user_ids
+from collm_dist.errors import ArtifactError, ConfigError, DataError
+from collm_dist.orchestration.cluster import connect_ray
+from tests.integration.byte_search import find_text
+from tests.integration.preprocess_runs import list_samples, make_config, preprocess
+
+USERS, FORGOTTEN = [f"member-{number:02d}" for number in range(12)], ["member-03", "member-08"]
+NOT_IN_ANY_LOG = "member-99"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    with connect_ray(make_config({"path": "unused", "columns": {"label": "label"}}, "unused").cluster):
+        yield
+
+
+def write_log(path, users, rows):
+    """Write the first rows of a log of all users, those of the given users alone."""
+    lines = [
+        f"{USERS[row % 12]},item-{row * 7 % 23},{1_000_000_000 + 3600 * row},{row * 5 % 7 % 5 + 1}"
+        for row in range(rows)
+    ]
+    kept = [line for line in lines if line.split(",")[0] in users]
+    path.write_text("user_id,item_id,timestamp,rating\n" + "\n".join(kept) + "\n")
+
+
+def run(folder, name, log, **dataset):
+    """Run the data step and return its manifest."""
+    settings = {"path": str(log), "columns": {"rating": "rating"}, **dataset}
+    return preprocess(make_config(settings, folder / name))
+
+
+def without_rows(samples):
+    """Samples without their row ids, which count the lines of a log."""
+    return sorted((split, *rest) for split, _, *rest in samples)
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "log.csv"
+    write_log(path, USERS, 240)
+    (tmp_path / "users.csv").write_text("user_id\n" + "\n".join([*FORGOTTEN, NOT_IN_ANY_LOG]) + "\n")
+    return path
+
+
+def test_a_log_with_users_to_forget_is_one_without_them(tmp_path, log):
+    forget = str(tmp_path / "users.csv")
+    manifest = run(tmp_path, "forgetting", log, forget=forget)
+    filtered = run(tmp_path, "filtered", log, row_filter=f"user_id not in {FORGOTTEN}")
+    assert manifest["content_hash"] == filtered["content_hash"]
+    assert manifest["forgotten"] == {
+        "users_asked": 3, "users_in_log": 2, "rows_passed_over": {str(log): 40}, "users_in_extended_run": 0,
+        "tombstones": 0,
+    }  # fmt: skip
+    assert manifest["dropped"] == {"forgotten users": 40}
+    assert not any(find_text(tmp_path / "forgetting", one) for one in FORGOTTEN)
+    assert find_text(tmp_path / "forgetting", USERS[0]) == ["data/users.parquet"]  # the search finds what there is
+
+
+@pytest.mark.parametrize("feedback", ["explicit", "implicit"])
+def test_an_extended_table_forgets_names_and_keeps_indices(tmp_path, log, feedback):
+    options = {"feedback": feedback}
+    run(tmp_path, "one", log, **options)
+    before = load_user_ids(tmp_path / "one" / "data")
+    write_log(log, USERS, 264)
+    options |= {"extend_from": str(tmp_path / "one"), "forget": str(tmp_path / "users.csv")}
+    manifest = run(tmp_path, "two", log, **options)
+    after = load_user_ids(tmp_path / "two" / "data")
+    places = [before.index(one) for one in FORGOTTEN]
+    assert find_tombstones(tmp_path / "two" / "data").tolist() == sorted(places)
+    assert [one for index, one in enumerate(after) if index not in places] == [
+        one for one in before if one not in FORGOTTEN
+    ]
+    assert (manifest["forgotten"]["users_in_extended_run"], manifest["forgotten"]["tombstones"]) == (2, 2)
+    assert not any(find_text(tmp_path / "two", one) for one in FORGOTTEN)
+
+    # A third night whose log is clean at last: the list has nobody left, the tombstones stay.
+    write_log(log, [one for one in USERS if one not in FORGOTTEN], 264)
+    (tmp_path / "nobody.csv").write_text("user_id\n")
+    options |= {"extend_from": str(tmp_path / "two")}
+    with pytest.raises(ConfigError, match="would come back: give the list again"):
+        run(tmp_path, "three", log, **options | {"forget": None})
+    third = run(tmp_path, "three", log, **options | {"forget": str(tmp_path / "nobody.csv")})
+    assert third["forgotten"]["tombstones"] == 2
+    if feedback == "explicit":  # sampled dislikes are drawn by the numbers of lines
+        run(tmp_path, "never", log)
+        samples = [without_rows(list_samples(tmp_path / name)) for name in ("two", "three", "never")]
+        assert samples[0] == samples[1] == samples[2]
+
+
+def test_a_list_is_part_of_what_the_step_depends_on(tmp_path, log):
+    forget = tmp_path / "users.parquet"
+    pd.DataFrame({"user_id": FORGOTTEN}).to_parquet(forget)
+    run(tmp_path, "one", log, forget=str(forget))
+    pd.DataFrame({"user_id": FORGOTTEN[:1]}).to_parquet(forget)
+    with pytest.raises(ArtifactError, match=r"users\.parquet"):
+        run(tmp_path, "one", log, forget=str(forget))
+    fingerprint = RunDir(tmp_path / "one").read_record("data")["fingerprint"]
+    assert fingerprint["config.dataset.forget"] == str(forget)
+    assert "member" not in json.dumps(fingerprint)
+
+
+def test_lists_are_read_as_logs_are(tmp_path):
+    path = tmp_path / "users.parquet"
+    pd.DataFrame({"user_id": [3.0, 4.0, 3.0]}).to_parquet(path)
+    assert load_forgotten(str(path)).to_pylist() == ["3", "4"]
+    (tmp_path / "users.csv").write_text("name,user_id\nA, 17 \nB,u18\n")
+    assert load_forgotten(str(tmp_path / "users.csv")).to_pylist() == ["17", "u18"]
+    assert load_forgotten(None).to_pylist() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user\nu1\n", r"users\.csv has no column 'user_id' \(has user\)"),
+        ("user_id,x\nu1,1\n,2\n", r"users\.csv, row 2: user_id is empty"),
+        ("user_id\nu1\nu2,3\n", r"users\.csv:3: wrong number of columns; mend the list, it must be whole"),
+    ],
+)
+def test_a_list_that_is_not_whole_is_refused(tmp_path, log, text, message):
+    (tmp_path / "users.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, "one", log, forget=str(tmp_path / "users.csv"))
+    with pytest.raises(DataError, match=r"dataset\.forget: there is no file"):
+        run(tmp_path, "one", log, forget=str(tmp_path / "absent.csv"))
+    assert not (tmp_path / "one" / "data").exists()
