@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -127,27 +128,38 @@ def _stream(
                 yield pa.Table.from_batches([batch])
         return
     stream = filesystem.open_input_stream(path, compression="detect")
+    filters: list[_Filter] = []
     if layout.encoding == "utf8":
-        stream = pa.PythonFile(_ValidText(uri, stream, is_table=kind == "text"), mode="r")
+        stream = _filter(_ValidText(uri, stream, is_table=kind == "text"), filters)
     if kind == "json":
-        stream = pa.PythonFile(_NoNullLines(uri, stream), mode="r")
+        stream = _filter(_NoNullLines(uri, stream), filters)
         schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in layout.schema]) or None
         behaviour = "ignore" if layout.schema else "infer"
         parse = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behaviour)
         with pa_json.open_json(stream, pa_json.ReadOptions(block_size=BLOCK_BYTES), parse) as reader:
-            for batch in reader:
-                yield pa.Table.from_batches([batch])
+            try:
+                for batch in reader:
+                    yield pa.Table.from_batches([batch])
+            finally:
+                _end(reader, filters)
         return
-    yield from _stream_text(uri, stream, layout, losses)
+    yield from _stream_text(uri, stream, layout, losses, filters)
 
 
-def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses) -> Iterator[Any]:
+def _filter(one: _Filter, filters: list[_Filter]) -> Any:
+    filters.append(one)
+    return pa.PythonFile(one, mode="r")
+
+
+def _stream_text(
+    uri: str, stream: Any, layout: Layout, losses: Losses, filters: list[tuple[_Filter, Any]]
+) -> Iterator[Any]:
     """Stream a text table with every column as bytes: a value that does not parse is one bad row, not a dead file."""
     delimiter = layout.delimiter or (
         "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
     )
     if len(delimiter) == 2:
-        stream, delimiter = pa.PythonFile(_FoldedDelimiter(stream, delimiter.encode()), mode="r"), "\t"
+        stream, delimiter = _filter(_FoldedDelimiter(stream, delimiter.encode()), filters), "\t"
 
     def skip(row: Any) -> str:
         # A quote that is never closed makes one row of all lines that follow: each of them is lost.
@@ -165,12 +177,15 @@ def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses) -> Itera
         ),
         pa_csv.ConvertOptions(default_column_type=pa.binary(), null_values=NULLS, strings_can_be_null=True),
     ) as reader:
-        check_names(uri, list(reader.schema.names))
-        for batch in reader:
-            table = pa.Table.from_batches([batch])
-            if layout.typed_header:
-                table = table.rename_columns([name.partition(":")[0] for name in table.column_names])
-            yield table
+        try:
+            check_names(uri, list(reader.schema.names))
+            for batch in reader:
+                table = pa.Table.from_batches([batch])
+                if layout.typed_header:
+                    table = table.rename_columns([name.partition(":")[0] for name in table.column_names])
+                yield table
+        finally:
+            _end(reader, filters)
 
 
 def check_names(uri: str, names: list[str]) -> None:
@@ -184,7 +199,41 @@ def check_names(uri: str, names: list[str]) -> None:
         raise DataError(f"{uri}: there are several columns '{twice[0]}'; rename all but one")
 
 
-class _ValidText(io.RawIOBase):
+class _Filter(io.RawIOBase):
+    """A stream that changes what it reads, on Arrow's own threads, which read ahead: see ``_end``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return b"" if self.is_ended else self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        raise NotImplementedError
+
+
+def _end(reader: Any, filters: list[_Filter]) -> None:
+    """End the streams of a reader that may not have been read to its end.
+
+    One of Arrow's threads that reads through them, or is the last to let go of them, while the interpreter ends would
+    abort the process. So what is on its way is waited for, and the last few readers are never let go of there.
+    """
+    for one in filters:
+        one.is_ended = True
+    with contextlib.suppress(pa.ArrowException, OSError, DataError):
+        for _ in reader:
+            pass
+    _RECENT.append(reader)
+
+
+_RECENT: deque[Any] = deque(maxlen=4)
+
+
+class _ValidText(_Filter):
     """A stream in which bytes that are no UTF-8 are U+FFFD: the parser would give up a file for one such line."""
 
     def __init__(self, uri: str, stream: Any, is_table: bool) -> None:
@@ -193,10 +242,7 @@ class _ValidText(io.RawIOBase):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
+    def _read(self, size: int) -> bytes:
         while True:
             data: bytes = self._stream.read(size if size >= 0 else None)
             if self._at_start:
@@ -217,17 +263,14 @@ class _ValidText(io.RawIOBase):
             raise DataError(f"{self._uri}: has more than {MAX_COLUMNS:,} columns")
 
 
-class _FoldedDelimiter(io.RawIOBase):
+class _FoldedDelimiter(_Filter):
     """A stream in which a delimiter of two characters is one tab; the text parser knows single characters only."""
 
     def __init__(self, stream: Any, delimiter: bytes) -> None:
         super().__init__()
         self._stream, self._delimiter, self._held = stream, delimiter, b""
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
+    def _read(self, size: int) -> bytes:
         data: bytes = self._held + self._stream.read(size if size >= 0 else None)
         # Half a delimiter at the end of a piece may be completed by the next one.
         cut = len(data) - (1 if size >= 0 and len(data) > len(self._held) and data.endswith(self._delimiter[:1]) else 0)
@@ -235,7 +278,7 @@ class _FoldedDelimiter(io.RawIOBase):
         return data.replace(b"\t", b" ").replace(self._delimiter, b"\t")
 
 
-class _NoNullLines(io.RawIOBase):
+class _NoNullLines(_Filter):
     """A stream that refuses lines that begin with ``null``: Arrow's parser dies of one at the start of a block."""
 
     def __init__(self, uri: str, stream: Any) -> None:
@@ -243,10 +286,7 @@ class _NoNullLines(io.RawIOBase):
         self._uri, self._stream = uri, stream
         self._line, self._begun = 1, b""  # number of the line that the last bytes belong to, and its first bytes
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
+    def _read(self, size: int) -> bytes:
         data: bytes = self._stream.read(size if size >= 0 else None)
         text = self._begun + data
         found = re.search(rb"(?:\A|[\r\n])[\s\xef\xbb\xbf]*null", text)
