@@ -11,6 +11,10 @@ from collm_dist.cli import report_error
 DESCRIPTION = """List the run directories that still hold users who are to be forgotten, and with --apply remove those
 runs whole. A run that is made without these users (dataset.forget) stays; where it had taken stage 1 from one of the
 others, it gets the weights as its own."""
+EXAMPLES = """examples:
+  python launch/forget_users.py --users forget.csv --runs runs/*              which runs hold them
+  python launch/forget_users.py --users forget.csv --runs runs/* --apply      remove these runs
+"""
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -33,7 +37,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, allow_abbrev=False)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--users", required=True, metavar="URI", help="Parquet or CSV with a column user_id")
     parser.add_argument("--runs", required=True, nargs="+", type=Path, metavar="R", help="run directories, all of them")
     parser.add_argument("--apply", action="store_true", help="remove them; without it they are only listed")

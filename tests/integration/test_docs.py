@@ -95,7 +95,10 @@ def check_command(command, place):
         assert not missing, f"{place}: the Makefile has no target {', '.join(missing)}"
     given = Path(command.config or STAND_IN)
     try:
-        load_config(given if given.parts[0] == "configs" else STAND_IN, command.overrides)
+        load_config(
+            given if given.parts[0] == "configs" else STAND_IN,
+            [one.replace("$PWD", str(ROOT)) for one in command.overrides],
+        )
     except CollmError as error:
         pytest.fail(f"{place}: {' '.join(command.words)}\n{error}")
 
