@@ -48,7 +48,8 @@ def serve_object_store(folder: Path) -> Iterator[ObjectStore]:
     (folder / "root" / "bucket").mkdir(parents=True)
     log = folder / "server.log"
     command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
-    command += ["--config", os.devnull, "--vfs-cache-mode", "off", "--dir-cache-time", "0s", str(folder / "root")]
+    # A directory cache of no time at all makes the server spin and answer nothing after a while.
+    command += ["--config", os.devnull, "--vfs-cache-mode", "off", "--dir-cache-time", "1s", str(folder / "root")]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
             deadline = time.monotonic() + START_SECONDS

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import io
 import re
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -212,8 +213,9 @@ class _Filter(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         return b"" if self.is_ended else self._read(size)
 
+    @abstractmethod
     def _read(self, size: int) -> bytes:
-        raise NotImplementedError
+        """Return the next bytes, at most ``size`` if that is not negative; none at the end."""
 
 
 def _end(reader: Any, filters: list[_Filter]) -> None:
