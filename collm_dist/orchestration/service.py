@@ -87,7 +87,7 @@ def run_service(config: Config, run_dir: RunDir, options: ServiceOptions) -> Non
     Raises:
         ArtifactError: the run is not done, does not fit together, or is damaged; the port has not been opened.
         LaunchError: the port is taken, devices are wanting, Ray does not start, or Serve runs on the cluster already.
-        KeyboardInterrupt: it was stopped before it was ready, or twice.
+        KeyboardInterrupt: it was stopped twice, or before it started models.
     """
     run_dir = RunDir(run_dir.path.resolve())
     config = check_settings(config, run_dir)
@@ -96,17 +96,18 @@ def run_service(config: Config, run_dir: RunDir, options: ServiceOptions) -> Non
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)
     with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(options.host, port, options):
         replicas, devices = plan_replicas(options.replicas)
-        _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
-        metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
-        print(
-            f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
-            f"http://{_spell_host(options.host)}:{port} - POST /rank, GET /healthz, /docs; metrics for Prometheus at "
-            f"port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it",
-            flush=True,
-        )
         try:
+            _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
+            metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
+            print(
+                f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
+                f"http://{_spell_host(options.host)}:{port} - POST /rank, GET /healthz, /docs; metrics for Prometheus "
+                f"at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it",
+                flush=True,
+            )
             threading.Event().wait()
         except KeyboardInterrupt:
+            # Also from its first answer on, which it may give before Serve says here that it is ready.
             print("stopping: no new requests; those that have arrived are being answered", flush=True)
 
 

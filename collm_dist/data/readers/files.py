@@ -152,9 +152,7 @@ def _filter(one: _Filter, filters: list[_Filter]) -> Any:
     return pa.PythonFile(one, mode="r")
 
 
-def _stream_text(
-    uri: str, stream: Any, layout: Layout, losses: Losses, filters: list[tuple[_Filter, Any]]
-) -> Iterator[Any]:
+def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses, filters: list[_Filter]) -> Iterator[Any]:
     """Stream a text table with every column as bytes: a value that does not parse is one bad row, not a dead file."""
     delimiter = layout.delimiter or (
         "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
