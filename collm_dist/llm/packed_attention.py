@@ -148,9 +148,15 @@ def prepare_decoder(decoder: nn.Module) -> None:
     layers: Any = find_layers(decoder)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
-    if isinstance(getattr(layers[-1], "mlp", None), nn.Module) and not hasattr(layers[-1].mlp, "experts"):
-        layers[-1].mlp.forward = functools.partial(_run_on_needed, layers[-1], layers[-1].mlp.forward)
+    network = getattr(layers[-1], "mlp", None)
+    if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
+        network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
     decoder.__dict__["_runs_packed"] = is_plain
+
+
+def _is_adapted(network: nn.Module) -> bool:
+    """Return whether a network has adapters: their dropout is drawn for every token, needed or not."""
+    return any("lora_" in name for name, _ in network.named_parameters())
 
 
 def find_layers(decoder: nn.Module) -> Sequence[nn.Module]:

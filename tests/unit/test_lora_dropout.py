@@ -22,11 +22,11 @@ CONTEXTS = [3, 1, 7, 4, 1, 2]
 TOLERANCE = 2e-5
 
 
-def build(probability: float, tmp_path, architecture="llama"):
+def build(probability: float, tmp_path, architecture="llama", targets=("q_proj", "v_proj")):
     """A model whose adapter matters, its collator, and a block."""
     tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
     backbone = make_model(architecture, dtype=torch.float32)
-    add_lora(backbone, rank=2, alpha=4, dropout=probability, target_modules=("q_proj", "v_proj"), seed=1)
+    add_lora(backbone, rank=2, alpha=4, dropout=probability, target_modules=targets, seed=1)
     torch.manual_seed(3)
     for name, parameter in backbone.named_parameters():
         if "lora_B" in name:
@@ -70,6 +70,13 @@ def test_masks_do_not_depend_on_micro_batches_and_processes(tmp_path, max_tokens
     if checkpointing:
         enable_activation_checkpointing(model.decoder)
     assert_same(work(model, list_batches(collator, block, max_tokens, processes)), plain)
+
+
+def test_adapters_of_the_layers_networks_drop_too(tmp_path):
+    """Of the last layer's as well, which runs on fewer tokens where it has no adapter."""
+    model, collator, block = build(0.3, tmp_path, targets=("v_proj", "up_proj", "down_proj"))
+    whole = work(model, list_batches(collator, block, 10**6))
+    assert_same(work(model, list_batches(collator, block, 130)), whole)
 
 
 def test_they_depend_on_all_the_rest(tmp_path):

@@ -198,6 +198,9 @@ def check_names(uri: str, names: list[str]) -> None:
         raise DataError(f"{uri}: there are several columns '{twice[0]}'; rename all but one")
 
 
+_RECENT: deque[Any] = deque(maxlen=4)
+
+
 class _Filter(io.RawIOBase):
     """A stream that changes what it reads, on Arrow's own threads, which read ahead: see ``_end``."""
 
@@ -228,9 +231,6 @@ def _end(reader: Any, filters: list[_Filter]) -> None:
         for _ in reader:
             pass
     _RECENT.append(reader)
-
-
-_RECENT: deque[Any] = deque(maxlen=4)
 
 
 class _ValidText(_Filter):
