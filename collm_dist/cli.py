@@ -11,8 +11,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from collm_dist.artifacts import STEPS, RunDir, explain_disk_errors, write_json
 from collm_dist.config import Config
@@ -86,6 +88,19 @@ def run_command(
             return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this process once what it has printed is out, without taking the interpreter down.
+
+    For commands that have been in a process group: DeepSpeed keeps the group, and so its threads, for good, and one
+    that lets go of a tensor while the interpreter ends would abort a process whose work is done.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it may be gone
+            stream.flush()
+    os._exit(exit_code)
 
 
 def build_parser(description: str, examples: str) -> argparse.ArgumentParser:

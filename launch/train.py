@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from collm_dist.artifacts import RunDir
-from collm_dist.cli import run_command
+from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.run_lock import hold_run_lock
@@ -57,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,6 +46,8 @@ def init_distributed(timeout_minutes: float) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs on first use: a minute, for nothing here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Newer PyTorch has other names for collectives that DeepSpeed calls: nothing that our user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # A group that Ray Train has made already it takes as it is.
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
@@ -53,7 +56,7 @@ def init_distributed(timeout_minutes: float) -> torch.device:
 
 
 def leave_distributed() -> None:
-    """Leave the process group, whose own threads otherwise outlive the interpreter and may abort the process.
+    """Leave the process group in good order, so that no other process takes this one for lost.
 
     A group of one stays: it has nobody to talk to, and DeepSpeed cannot make a second one.
     """

@@ -64,7 +64,8 @@ def test_zero_stages_train_alike(copy_run, zero_stage):
     plain, overrides = copy_run("plain")
     run(PYTHON, overrides)
     other, overrides = copy_run(f"zero{zero_stage}")
-    run(TORCHRUN, [*overrides, f"cluster.zero_stage={zero_stage}"])
+    output = run(TORCHRUN, [*overrides, f"cluster.zero_stage={zero_stage}"])
+    assert "FutureWarning" not in output
     assert_same_training(other, plain)
 
 

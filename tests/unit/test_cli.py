@@ -1,6 +1,7 @@
 """Commands: arguments, dry run, and how they end."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -107,3 +108,12 @@ def test_dry_run_shows_settings_and_plan(run):
     assert "learning_rate:" in printed.out
     assert printed.out.splitlines()[-1] == "# rank 2"
     assert "# data    not done" in run("--dry-run")[2].out
+
+
+def test_a_process_ends_with_its_output_and_without_taking_the_interpreter_down():
+    program = (
+        "import atexit, os; from collm_dist.cli import end_process; "
+        "atexit.register(os.abort); print('done'); end_process(3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (3, "done\n")
