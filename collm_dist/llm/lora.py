@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,8 @@ def add_lora(
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), _hide_old_words():
         torch.manual_seed(seed)
-        # peft asks a question in words that newer transformers call old; nobody here can act on it.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         try:
             return get_peft_model(backbone, config)
         except ValueError as error:
@@ -69,7 +68,16 @@ def save_adapter(
 
 def load_adapter(backbone: Any, folder: Path) -> PeftModel:
     """Load an adapter into a backbone, in place, frozen."""
-    return PeftModel.from_pretrained(backbone, str(folder))
+    with _hide_old_words():
+        return PeftModel.from_pretrained(backbone, str(folder))
+
+
+@contextmanager
+def _hide_old_words() -> Iterator[None]:
+    """Hide that peft asks a question in words that newer transformers call old: nobody here can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
 
 
 def merge_adapter(backbone: Any, folder: Path) -> Any:

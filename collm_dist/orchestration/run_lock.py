@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import uuid
@@ -143,6 +144,9 @@ def _beat(
     while not stop.wait(beat_seconds):
         if _read_holder(path) != own:
             logger.error("%s: the lock was taken over by another process; stopping", path.parent)
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell script
+                end_processes(TOKEN_VARIABLE, own.token)
+                os._exit(LaunchError.exit_code)
             _thread.interrupt_main()
             return
         os.utime(path)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from collm_dist.errors import LaunchError
@@ -84,9 +86,39 @@ def test_heartbeats(tmp_path):
     assert len(beats) > 2
 
 
+THEIRS = json.dumps({"host": "a", "pid": 1, "started": 0.0, "token": "b"})
+
+
+@pytest.fixture
+def interruptible():
+    """Interrupts as in a terminal, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_who_loses_the_lock_stops(tmp_path):
     with pytest.raises(KeyboardInterrupt), hold_run_lock(tmp_path, beat_seconds=0.02):  # noqa: PT012
-        (tmp_path / LOCK_NAME).write_text(json.dumps({"host": "a", "pid": 1, "started": 0.0, "token": "b"}))
+        (tmp_path / LOCK_NAME).write_text(THEIRS)
         time.sleep(5)
     assert (tmp_path / LOCK_NAME).exists()
     assert run_lock.LOCK_NAME == ".lock"
+
+
+def test_who_loses_the_lock_stops_where_interrupts_are_ignored(tmp_path):
+    program = (
+        "import signal, subprocess, sys, time; from pathlib import Path\n"
+        "from collm_dist.orchestration.run_lock import hold_run_lock\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "with hold_run_lock(Path(sys.argv[1]), beat_seconds=0.02):\n"
+        "    child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(holder.stdout.readline()))
+    (tmp_path / LOCK_NAME).write_text(THEIRS)
+    assert holder.wait(30) == LaunchError.exit_code
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert (tmp_path / LOCK_NAME).read_text() == THEIRS
