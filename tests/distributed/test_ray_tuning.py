@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 
 import psutil
@@ -103,7 +104,9 @@ def test_a_worker_and_a_node_that_are_lost(cluster, copy_run, one_process):
 def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process, tmp_path):
     """As ``ray job submit`` runs it: through the cluster's job service, which uploads a working directory.
 
-    Data and collaborative model are made there too, on both nodes.
+    Data and collaborative model are made there too, on both nodes. Each node has a folder of its own for what Ray
+    keeps, as a machine would: in a common one a node that is done with
+    the working directory deletes it under the others' feet. Sockets lie there, whose paths must be short.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -115,9 +118,10 @@ def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process,
     folder = tmp_path / "run"
     settings = [*prepared_run[1], f"run.dir={folder}", "cf.num_workers=2", *ON_RAY, *LONGER]
     killed = False
+    folders = [tempfile.mkdtemp(prefix="ray-") for _ in range(2)]
     try:
-        for _ in range(2):
-            made.add_node(num_cpus=1)
+        for one in folders:
+            made.add_node(num_cpus=1, temp_dir=one)
         made.wait_for_nodes()
         client, deadline = JobSubmissionClient(f"http://127.0.0.1:{port}"), time.monotonic() + 400
         job = submit(client, settings, tmp_path / "work", deadline)
@@ -131,6 +135,8 @@ def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process,
         assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
     finally:
         made.shutdown()
+        for one in folders:
+            shutil.rmtree(one, ignore_errors=True)
     assert killed
     assert (read_status(folder)["state"], read_status(folder)["restarts"]) == ("done", 1)
     assert_same_training(folder, one_process)

@@ -1,6 +1,6 @@
 """The documentation's pictures can be taken again, where there is a browser."""
 
-import importlib.util
+import importlib
 import shutil
 
 import numpy as np
@@ -8,13 +8,11 @@ import pytest
 
 
 @pytest.fixture
-def script(repository):
+def script(repository, monkeypatch):
     """docs/take_screenshots.py as a module."""
     pytest.importorskip("selenium", reason="needs pip install 'collm-dist[docs]'")
-    path = repository / "docs" / "take_screenshots.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(repository / "docs")
+    module = importlib.import_module("take_screenshots")
     if not any(map(shutil.which, module.BROWSERS)) or not any(map(shutil.which, module.DRIVERS)):
         pytest.skip("needs Chromium and its driver")
     return module
