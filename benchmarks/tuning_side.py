@@ -49,6 +49,7 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
     run_dir, name = RunDir(Path(config.run.dir)), "stage1" if phase.startswith("stage1") else "stage2"
     device = init_distributed(5)
     loaded = build_stage(config, run_dir, get_stage(config, name), device)
+    touch_weights(loaded.model)
     blocks = choose_blocks(config, phase, num_batches)
     settings = config.stage1 if name == "stage1" else config.stage2
     if not phase.startswith(TRAINING):
@@ -164,7 +165,14 @@ def build_plain_model(config: Config, rows: dict[str, Any], phase: str) -> Plain
     """Return the peers' model of a phase, from the backbone as it is published."""
     backbone = load_backbone(config.llm.backbone, dtype=config.llm.dtype, attention=config.llm.attention).model
     widths = {kind: len(vector) for _, kind, vector in rows["batches"][0][0]["slots"]}
+    touch_weights(backbone)
     return PlainModel(backbone, config, widths, lora=phase == "stage1")
+
+
+def touch_weights(model: nn.Module) -> None:
+    """Bring weights that are mapped from a file into memory: their first use would count as a pass's own memory."""
+    for one in model.parameters():
+        one.sum()
 
 
 def serve(work: Work, device: torch.device, ready: dict[str, Any], channel: Any) -> None:

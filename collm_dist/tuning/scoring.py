@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collm_dist.tuning.stages import LoadedStage
 
 
-AUTO_TOKENS = {"cuda": 16384, "cpu": 2048}
+AUTO_TOKENS = {"cuda": 16384, "cpu": 1024}
 
 
 def score_split(
