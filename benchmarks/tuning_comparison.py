@@ -142,7 +142,7 @@ def _write_workload(config: Config, folder: Path, phase: str, count: int) -> dic
 def describe_workload(loaded: LoadedStage, phase: str, blocks: list[Any], batches: list[Any]) -> dict[str, Any]:
     """Return rows, contexts, useful tokens and operations of a phase's batches."""
     shape, training = DecoderShape.from_model(loaded.backbone.model), phase in TRAINING
-    collator = loaded.collator if training else loaded.collator.for_scoring()
+    collator = loaded.collator if training else loaded.scoring_collator
     ours = [
         count_shared(shape, collator.collate(block, block), training=training, cached=phase == "stage2_cached")
         for block in blocks

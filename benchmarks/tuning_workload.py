@@ -119,8 +119,7 @@ def spell_rows(loaded: LoadedStage, block: ContextBlock) -> list[dict[str, Any]]
     rows = []
     for target in range(block.num_targets):
         batch = collator.collate(block.take_targets(np.array([target])), block)
-        first = batch.header_ids.tolist() + batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist()
-        start, ids = len(first), first + batch.tree_ids[0].tolist()
+        ids = batch.header_ids.tolist() + batch.prefix_ids.flatten().tolist() + batch.tree_ids.flatten().tolist()
         slots: list[Any] = []
         if vectors is not None:
             user_inputs = batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps
@@ -131,8 +130,8 @@ def spell_rows(loaded: LoadedStage, block: ContextBlock) -> list[dict[str, Any]]
             }
             for kind, (places, values) in found.items():
                 slots += [
-                    (start + column, kind, value)
-                    for column, value in zip(places.cols.tolist(), values.tolist(), strict=True)
+                    (len(batch.header_ids) + place, kind, value)
+                    for place, value in zip(places.places.tolist(), values.tolist(), strict=True)
                 ]
         rows.append({"ids": ids, "label": int(block.label[target]), "slots": slots})
     return rows

@@ -1,8 +1,9 @@
 """The tensors of one micro-batch: what data/ renders and llm/ reads, so that neither imports the other.
 
 A context is computed once and shared by all its targets; the *header*, the text that all prompts begin with, once for
-all contexts. A context's other tokens come in up to three regions: the *constant prefix* (before the first slot; in
-stage 2 nothing in it trains), the *context tail* and one *branch* for each target. Prefix and tree are two padded
+all contexts. A context's other tokens come in up to three regions: the *constant prefix* (in training stage 2, what
+stands before the first slot; where nothing trains, all of the context), the *context tail* and one *branch* for each
+target. Prefix and tree are two padded
 matrices; a tree row holds a context's tail, then the branches one after the other, and rows whose prefixes are equal
 name the same one. A token sees the header, its row's prefix, the tail before it, and its own branch before it; never
 another branch. Position ids say where a token would stand in the plain prompt of its own target.
@@ -25,17 +26,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slots:
-    """Where soft tokens go in the tree, and where their vectors come from.
+    """Where soft tokens go, and where their vectors come from.
 
     Attributes:
-        rows, cols: (S,) int64, row and first column in the tree; a slot covers ``tokens_per_slot`` columns.
+        places: (S,) int64, a slot's first token among the (U * P) of the prefixes and, after them, the (C * T) of the
+            tree; a slot covers ``tokens_per_slot`` of them.
         sources: (S,) int64, what the vector is made of: a user query q, a dense item index (-1 = unknown), or a
             target n for pair slots.
         masked: (S,) bool, the vector is replaced by that of an unknown user or item.
     """
 
-    rows: Tensor
-    cols: Tensor
+    places: Tensor
     sources: Tensor
     masked: Tensor
 
@@ -46,7 +47,8 @@ class PromptBatch:
 
     Attributes:
         header_ids: token ids of the header; empty where rows do not differ after it.
-        prefix_ids: (U, P) token ids, right-padded, no two rows alike; P is 0 where no prefix is split off (stage 1).
+        prefix_ids: (U, P) token ids, right-padded, no two rows alike in tokens and slots; a slot's columns hold any
+            valid id. P is 0 where no prefix is split off (stage 1).
         prefix_lengths: (U,) valid tokens of each.
         prefix_keys: (U,) uint64 array on the host, what the prefixes are known by.
         prefix_rows: (C,) the prefix of each context.

@@ -101,7 +101,7 @@ class EvaluationConfig(Section):
         True, description="Also report stage 2 with slots shuffled between rows, and the slots without the LLM."
     )
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
-        "auto", "Most tokens in one forward pass. auto: 16384 on a GPU, 1024 on a CPU. More ranks long lists faster."
+        "auto", "Most tokens in one forward pass. auto: 16384 on a GPU, 2048 on a CPU."
     )
 
 

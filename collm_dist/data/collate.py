@@ -1,6 +1,6 @@
 """From blocks of indices to the tensors that the model reads: prompts are laid out here, and nowhere else.
 
-While a prompt is laid out, slots are negative codes among the token ids; they end as positions, so nothing that a title
+While a prompt is laid out, slots are negative codes among the token ids; they end as places, so nothing that a title
 contains can be taken for one.
 
 Shapes: C contexts, N targets, T tree tokens, P prefix tokens, H history items.
@@ -22,17 +22,15 @@ import torch
 from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
 from collm_dist.data.context_block import ContextBlock, IntArray
-from collm_dist.data.hashing import hash_integers, to_unit_interval
+from collm_dist.data.hashing import hash_integers
 from collm_dist.data.interactions import load_item_table
 from collm_dist.data.item_tokens import ItemTokens, load_item_tokens
 from collm_dist.data.prompts import PromptTemplate, Segment, load_prompt_text
-from collm_dist.data.ragged import Ragged, join_columns, repeat_values, take_distinct, to_offsets
+from collm_dist.data.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct, to_offsets
+from collm_dist.data.slots import CONTINUED, HISTORY, SLOT_CODES, LaidOut, Masking, find_slots
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.errors import ConfigError
-from collm_dist.prompt_batch import PromptBatch, Slots
-
-USER, ITEM, PAIR, HISTORY, CONTINUED = -1, -2, -3, -4, -5
-_SLOT_CODES = {"<UserID>": USER, "<TargetItemID>": ITEM, "<MatchID>": PAIR}
+from collm_dist.prompt_batch import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,6 @@ class TokenCounts:
     tail: IntArray
     branch: IntArray
     header: int = 0
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Which training slots lose their vector: a share, drawn by hash of seed and epoch."""
-
-    probability: float
-    seed: int
-    epoch: int
 
 
 class PromptCollator:
@@ -144,9 +133,14 @@ class PromptCollator:
                 total += len(self._texts[segment.text])
         return total
 
-    def for_scoring(self) -> PromptCollator:
-        """Return a collator for passes that train nothing: all of a context that has no slot is constant then."""
-        if any(segment.is_slot for segment in self.template.tail):
+    def for_scoring(self, *, slots: bool = True) -> PromptCollator:
+        """Return a collator for passes that train nothing: all of a context is constant then.
+
+        Args:
+            slots: whether a prefix may hold slots. Where it outlives a pass, or slots are filled anew, it may not, and
+                a context with slots stays divided.
+        """
+        if not slots and any(segment.is_slot for segment in self.template.tail):
             return self
         scoring = copy.copy(self)
         context = self.template.prefix + self.template.tail
@@ -201,12 +195,19 @@ class PromptCollator:
         last = branch.offsets[1:] - 1
 
         contexts = hash_integers(0, block.user_idx, block.num_likes).view(np.int64)
-        slots = self._find_slots(block, contexts, codes, tree_branches, shown, masking)
-        prefix, prefix_keys, prefix_rows = take_distinct(prefix)
+        prefix, prefix_keys, prefix_rows = take_distinct(prefix, self._describe_slots(block))
         prefix_width = int(prefix.lengths.max(initial=0))
+        prefix_codes = prefix.to_matrix(prefix_width, self._filler_id)
+        firsts = np.unique(prefix_rows, return_index=True)[1]
+        laid = LaidOut(
+            np.concatenate([prefix_codes.flatten(), codes.flatten()]),
+            np.concatenate([np.repeat(firsts, prefix_width), np.repeat(np.arange(block.num_contexts), width)]),
+            np.concatenate([np.zeros(prefix_codes.size, dtype=np.int64), tree_branches.flatten()]),
+        )
+        slots = find_slots(block, laid, shown, contexts, masking, user_depends_on_target=self._user_depends_on_target)
         arrays: dict[str, Any] = {
             "header_ids": np.array(self._header, dtype=np.int64),
-            "prefix_ids": prefix.to_matrix(prefix_width, self._filler_id),
+            "prefix_ids": np.where(prefix_codes < 0, self._filler_id, prefix_codes),
             "prefix_lengths": prefix.lengths,
             "prefix_rows": prefix_rows,
             "prefix_places": prefix.rows * prefix_width + prefix.columns,
@@ -225,6 +226,14 @@ class PromptCollator:
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
         return PromptBatch(**tensors, prefix_keys=prefix_keys, **slots)
+
+    def _describe_slots(self, block: ContextBlock) -> IntArray | None:
+        """Return (C,) hashes of all that the slots of a prefix are made of; None where it has none."""
+        if not any(segment.is_slot for segment in self.template.prefix):
+            return None
+        history = hash_rows(Ragged(block.history_offsets, block.history_items))
+        time = np.searchsorted(self._time_cuts, block.timestamp[block.target_offsets[:-1]], side="right")
+        return hash_integers(0, history, block.user_idx, block.num_likes, time).view(np.int64)
 
     def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
         """Return the items shown in each context, and how many were dropped because the prompt was too long."""
@@ -279,50 +288,8 @@ class PromptCollator:
 
     def _get_constant(self, segment: Segment) -> list[int]:
         if segment.is_slot:
-            return [_SLOT_CODES[segment.text]] + [CONTINUED] * (self.tokens_per_slot - 1)
+            return [SLOT_CODES[segment.text]] + [CONTINUED] * (self.tokens_per_slot - 1)
         return self._texts[segment.text]
-
-    def _find_slots(
-        self,
-        block: ContextBlock,
-        contexts: IntArray,
-        codes: IntArray,
-        branches: IntArray,
-        shown: Ragged,
-        masking: Masking | None,
-    ) -> dict[str, Any]:
-        """Return the positions and sources of all slots, read off the codes."""
-
-        def find(code: int) -> tuple[IntArray, IntArray, IntArray]:
-            rows, cols = np.nonzero(codes == code)
-            return rows, cols, block.target_offsets[rows] + branches[rows, cols] - 1  # the target, in a branch
-
-        user_rows, user_cols, user_targets = find(USER)
-        item_rows, item_cols, item_targets = find(ITEM)
-        list_rows, list_cols, _ = find(HISTORY)
-        pair_rows, pair_cols, pair_targets = find(PAIR)
-        item_sources = np.concatenate([block.item_idx[item_targets], shown.values[: len(list_rows)]])
-        query = user_targets if self._user_depends_on_target else user_rows
-        # A context's user slot is drawn by the context, so that a cut context is masked alike in both batches.
-        list_keys = hash_integers(
-            0, block.user_idx[list_rows], block.num_likes[list_rows], shown.values[: len(list_rows)]
-        )
-        keys = {
-            "user": block.row_id[user_targets] if self._user_depends_on_target else contexts[user_rows],
-            "item": np.concatenate([block.row_id[item_targets], list_keys.view(np.int64)]),
-            "pair": block.row_id[pair_targets],
-        }
-        first_targets = block.target_offsets[list_rows]
-        times = np.concatenate([block.timestamp[item_targets], block.timestamp[first_targets]])
-        return {
-            "item_timestamps": torch.from_numpy(times),
-            "user_slots": _to_slots(user_rows, user_cols, query, keys["user"], masking, USER),
-            "item_slots": _to_slots(
-                np.concatenate([item_rows, list_rows]), np.concatenate([item_cols, list_cols]), item_sources,
-                keys["item"], masking, ITEM
-            ),
-            "pair_slots": _to_slots(pair_rows, pair_cols, pair_targets, keys["pair"], masking, PAIR),
-        }  # fmt: skip
 
     def list_user_queries(self, block: ContextBlock) -> dict[str, IntArray]:
         """Return ``user_idx``, ``user_history``, ``user_target`` and ``user_timestamps``, as in ``PromptBatch``."""
@@ -344,15 +311,6 @@ class PromptCollator:
             "user_target": block.item_idx,
             "user_timestamps": block.timestamp,
         }
-
-
-def _to_slots(
-    rows: IntArray, cols: IntArray, sources: IntArray, keys: IntArray, masking: Masking | None, kind: int
-) -> Slots:
-    masked = np.zeros(len(rows), dtype=bool)
-    if masking is not None and masking.probability > 0:
-        masked = to_unit_interval(hash_integers(masking.seed, masking.epoch, kind, keys)) < masking.probability
-    return Slots(*(torch.from_numpy(np.ascontiguousarray(one)) for one in (rows, cols, sources, masked)))
 
 
 def build_collator(

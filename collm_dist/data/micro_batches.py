@@ -19,8 +19,9 @@ from collm_dist.data.context_block import ContextBlock, IntArray
 from collm_dist.errors import ConfigError
 
 # Of a row's tail and branches where the rows of a context share a prefix: beyond it attention between branches, all of
-# it masked, costs more than the tail costs again in one row more.
+# it masked, costs more than the tail costs again in one row more; or, without a tail, than a row costs.
 MAX_TREE_TOKENS = 256
+MAX_TREE_TOKENS_WITHOUT_TAIL = 128
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _list_units(block: ContextBlock, counts: TokenCounts, max_tokens: int) -> li
             )
         rows: list[IntArray] = []
         tree, tokens = 0, prefix
-        for row, size in _fill(targets, sizes, min(room, MAX_TREE_TOKENS - tail) if prefix else room):
+        longest = MAX_TREE_TOKENS - tail if tail else MAX_TREE_TOKENS_WITHOUT_TAIL
+        for row, size in _fill(targets, sizes, min(room, longest) if prefix else room):
             if rows and tokens + tail + size > max_tokens:
                 units.append(_Unit(rows, prefix, tree, tokens))
                 rows, tree, tokens = [], 0, prefix

@@ -24,8 +24,8 @@ def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any
     marks: dict[int, str] = {}
     kinds = {"UserID": batch.user_slots, "ItemID": batch.item_slots, "MatchID": batch.pair_slots}
     for name, slots in kinds.items():
-        for column in slots.cols.tolist():
-            marks[column] = f"⟦{name}⟧"
+        for place in slots.places.tolist():
+            marks[place - batch.prefix_ids.numel()] = f"⟦{name}⟧"
     header, prefix = batch.header_ids.tolist(), batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist()
     pieces: list[str] = [tokenizer.decode(header + prefix), "⟪"] if prefix else []
     pending: list[int] = [] if prefix else header

@@ -93,10 +93,23 @@ def join_columns(parts: Sequence[Ragged], num_rows: int) -> Ragged:
     return Ragged(offsets, values)
 
 
-def take_distinct(ragged: Ragged) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
-    """Return the rows that differ, in order of first occurrence, a hash of each, and which of them each row is."""
+def hash_rows(ragged: Ragged) -> NDArray[np.uint64]:
+    """Return (R,) hashes of the rows' values."""
     hashes = np.zeros(len(ragged.offsets) - 1, dtype=np.uint64)
     np.add.at(hashes, ragged.rows, hash_integers(0, ragged.columns, ragged.values))
+    return hashes
+
+
+def take_distinct(ragged: Ragged, others: IntArray | None = None) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
+    """Return the rows that differ, in order of first occurrence, a hash of each, and which of them each row is.
+
+    Args:
+        ragged: the rows.
+        others: (R,) what must be equal besides.
+    """
+    hashes = hash_rows(ragged)
+    if others is not None:
+        hashes = hash_integers(0, hashes, others)
     _, firsts, numbers = np.unique(hashes, return_index=True, return_inverse=True)
     kept = np.sort(firsts)
     return ragged.take(kept), hashes[kept], np.searchsorted(kept, firsts)[numbers]

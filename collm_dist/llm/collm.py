@@ -1,6 +1,6 @@
 """The CoLLM module: backbone, slots and a one-logit head (CoLLM, section 3.2).
 
-Shapes: C contexts, T tree tokens, N targets, S slots, Q user queries, K soft tokens a slot, D model width.
+Shapes: M tokens of prefixes and tree, N targets, S slots, Q user queries, K soft tokens a slot, D model width.
 """
 
 from __future__ import annotations
@@ -118,8 +118,11 @@ class CollmModel(nn.Module):
         embed = self.backbone.get_input_embeddings()
         has_prefix = batch.prefix_ids.shape[1] > 0
         header = embed(batch.header_ids) if len(batch.header_ids) else None
-        prefix = self._run_prefix(batch, header) if has_prefix else None
-        embeds = self._insert_slots(embed(batch.tree_ids), batch)
+        ids, split = torch.cat([batch.prefix_ids.flatten(), batch.tree_ids.flatten()]), batch.prefix_ids.numel()
+        tokens = self._insert_slots(embed(ids), batch)
+        of_prefix = tokens[:split].view(*batch.prefix_ids.shape, tokens.shape[1])
+        embeds = tokens[split:].view(*batch.tree_ids.shape, tokens.shape[1])
+        prefix = self._run_prefix(of_prefix, batch, header) if has_prefix else None
         branches, positions = batch.tree_branches, batch.tree_positions
         own_header = None if has_prefix else header
         last = batch.last_rows * branches.shape[1] + batch.last_cols
@@ -127,19 +130,17 @@ class CollmModel(nn.Module):
         return self._compute_scores(hidden[batch.last_rows, batch.last_cols])
 
     @torch.no_grad()
-    def _run_prefix(self, batch: PromptBatch, header: Tensor | None) -> Prefix:
+    def _run_prefix(self, embeds: Tensor, batch: PromptBatch, header: Tensor | None) -> Prefix:
         """Return the keys and values of each row's prefix; equal ones are computed once."""
-        embed = self.backbone.get_input_embeddings()
-        ids, lengths, places = batch.prefix_ids, batch.prefix_lengths, batch.prefix_places
+        lengths, places = batch.prefix_lengths, batch.prefix_places
         if self.prefix_cache is not None:
-            keys = batch.prefix_keys.tolist()
-            prefix = self.prefix_cache.run(self.decoder, embed, ids, lengths, keys, places, header)
+            prefix = self.prefix_cache.run(self.decoder, embeds, lengths, batch.prefix_keys.tolist(), places, header)
         else:
-            prefix = run_prefix(self.decoder, embed(ids), lengths, places, header)
-        return prefix.take_rows(batch.prefix_rows) if len(batch.prefix_rows) > len(ids) else prefix
+            prefix = run_prefix(self.decoder, embeds, lengths, places, header)
+        return prefix.take_rows(batch.prefix_rows) if len(batch.prefix_rows) > len(embeds) else prefix
 
     def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
-        """Put the soft tokens in their places; (C, T, D) -> (C, T, D)."""
+        """Put the soft tokens in their places; (M, D) -> (M, D)."""
         if self.slot_mapper is None:
             return embeds
         if self.slot_mapper.cf is not None and self.cf_model is not None:
@@ -178,12 +179,11 @@ def _mask(vectors: Tensor, masked: Tensor) -> Tensor:
 def _join_slots(first: Slots, second: Slots) -> Slots:
     """Two kinds of slots that share a mapping. Their sources mean different things and are no longer used."""
     return Slots(
-        *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("rows", "cols", "sources", "masked"))
+        *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("places", "sources", "masked"))
     )
 
 
 def _place(embeds: Tensor, slots: Slots, tokens_SKD: Tensor) -> Tensor:
-    """Return the (C, T, D) embeddings with the soft tokens of the slots in their columns."""
-    offsets = torch.arange(tokens_SKD.shape[1], device=embeds.device)
-    rows = slots.rows[:, None].expand(-1, len(offsets))
-    return embeds.index_put((rows, slots.cols[:, None] + offsets), tokens_SKD.to(embeds.dtype))
+    """Return the (M, D) embeddings with the soft tokens of the slots in their places."""
+    places = slots.places[:, None] + torch.arange(tokens_SKD.shape[1], device=embeds.device)
+    return embeds.index_put((places,), tokens_SKD.to(embeds.dtype))

@@ -41,8 +41,7 @@ class PrefixCache:
     def run(
         self,
         decoder: nn.Module,
-        embed: Callable[[Tensor], Tensor],
-        ids: Tensor,
+        embeds: Tensor,
         lengths: Tensor,
         keys: Sequence[int],
         places: Tensor | None = None,
@@ -52,8 +51,7 @@ class PrefixCache:
 
         Args:
             decoder: the model below the language-modelling head.
-            embed: (C, P) token ids -> (C, P, D).
-            ids, lengths: (C, P) right-padded prefixes and their (C,) lengths.
+            embeds, lengths: (C, P, D) right-padded prefixes and their (C,) lengths.
             keys: (C,) what the prefixes are known by.
             places, header: see ``run_prefix``.
         """
@@ -63,13 +61,13 @@ class PrefixCache:
         computed: Prefix | None = None
         if self._any_process(bool(missing)):
             if len(missing) == len(keys):
-                computed = run_prefix(decoder, embed(ids), lengths, places, header)
+                computed = run_prefix(decoder, embeds, lengths, places, header)
                 self._hold(computed, missing, keys)
                 return computed
-            rows = torch.tensor(missing or [0], device=ids.device)
-            computed = run_prefix(decoder, embed(ids[rows]), lengths[rows], header=header)
+            rows = torch.tensor(missing or [0], device=embeds.device)
+            computed = run_prefix(decoder, embeds[rows], lengths[rows], header=header)
         start = 0 if header is None else len(header)
-        whole = self._join(computed, missing, start + lengths, start + ids.shape[1], keys)
+        whole = self._join(computed, missing, start + lengths, start + embeds.shape[1], keys)
         if computed is not None and missing:
             self._hold(computed, missing, keys)
         return whole

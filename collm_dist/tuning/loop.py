@@ -20,9 +20,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from collm_dist import monitoring
 from collm_dist.config import StageConfig
-from collm_dist.data.collate import Masking, PromptCollator
+from collm_dist.data.collate import PromptCollator
 from collm_dist.data.global_order import GlobalOrder
 from collm_dist.data.hashing import hash_integers
+from collm_dist.data.slots import Masking
 from collm_dist.errors import LaunchError, Preempted
 from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.tuning.checkpointing import Checkpoint, Progress, save_checkpoint
@@ -83,6 +84,7 @@ class TuningLoop:
         self,
         engine: TuningEngine,
         collator: PromptCollator,
+        scoring_collator: PromptCollator,
         train_order: GlobalOrder,
         valid_rows: ValidRows,
         stage: StageConfig,
@@ -103,7 +105,7 @@ class TuningLoop:
         """Put the parts together.
 
         Args:
-            engine, collator, train_order, valid_rows: what trains on what.
+            engine, collator, scoring_collator, train_order, valid_rows: what trains on what.
             stage: its settings.
             max_tokens: most tokens of a micro-batch.
             seed: of dropout and of masking.
@@ -116,7 +118,8 @@ class TuningLoop:
             timeout_minutes: a process that completes no step and no validation batch for so long ends the job.
             stop: set on any process, it ends the training of all after the step, with a checkpoint.
         """
-        self.engine, self.collator, self.train_order, self.valid_rows = engine, collator, train_order, valid_rows
+        self.engine, self.collator, self.scoring_collator = engine, collator, scoring_collator
+        self.train_order, self.valid_rows = train_order, valid_rows
         self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
         self.folder, self.fingerprint = folder, fingerprint
         self.progress, self.best_weights = progress, best_weights
@@ -303,7 +306,7 @@ class TuningLoop:
         rows = self.valid_rows
         row_ids, scores = score_batches(
             self.engine,
-            self.collator,
+            self.scoring_collator,
             rows.order,
             self.max_tokens,
             self.engine.device,

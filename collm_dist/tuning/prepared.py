@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from collm_dist.data.collate import Masking, PromptCollator
+from collm_dist.data.collate import PromptCollator
 from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.prefetch import prefetch
+from collm_dist.data.slots import Masking
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.engine import get_rank, get_world_size
 

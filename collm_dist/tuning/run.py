@@ -158,6 +158,7 @@ def build_loop(
     return TuningLoop(
         _build_engine(config, settings, loaded, checkpoint.state, folder),
         loaded.collator,
+        loaded.scoring_collator,
         train_order,
         load_valid_rows(valid_order),
         settings,

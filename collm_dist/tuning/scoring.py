@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collm_dist.tuning.stages import LoadedStage
 
 
-AUTO_TOKENS = {"cuda": 16384, "cpu": 1024}
+AUTO_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 def score_split(
@@ -44,8 +44,9 @@ def score_split(
     """
     if max_tokens == "auto":
         max_tokens = AUTO_TOKENS[loaded.device.type]
+    collator = loaded.scoring_collator if shuffle_slots_seed is None else loaded.collator.for_scoring(slots=False)
     return score_batches(
-        loaded.model, loaded.collator, order, max_tokens, loaded.device, shuffle_slots_seed=shuffle_slots_seed
+        loaded.model, collator, order, max_tokens, loaded.device, shuffle_slots_seed=shuffle_slots_seed
     )
 
 
@@ -60,8 +61,10 @@ def score_batches(
     shuffle_slots_seed: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Score an order with a model in evaluation mode; see ``score_split``. ``on_batch`` is called after each batch."""
-    collator = collator.for_scoring()
+    """Score an order with a model in evaluation mode; see ``score_split``.
+
+    ``collator`` is one for scoring, ``on_batch`` is called after each batch.
+    """
     row_ids, weights, scores = [], [], []
     for prepared in prepare(order.iter_batches(), collator, max_tokens, device):
         for batch in prepared.micro_batches:
@@ -95,7 +98,7 @@ def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptColla
     are put in a circle by hash, and each takes what belongs to the one before.
 
     Args:
-        batch: a micro-batch of the block.
+        batch: a micro-batch of the block; no prefix has slots.
         block: where the other rows come from.
         collator: of the prompts.
         seed: of the circle.
@@ -109,8 +112,9 @@ def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptColla
 
     first = torch.searchsorted(batch.last_rows, torch.arange(len(batch.tree_ids)))  # each row's first target
     slots = batch.item_slots
-    branch = batch.tree_branches[slots.rows, slots.cols]
-    target = first[slots.rows] + (branch - 1).clamp(min=0)
+    places = slots.places - batch.prefix_ids.numel()
+    branch = batch.tree_branches.flatten()[places]
+    target = first[places // batch.tree_ids.shape[1]] + (branch - 1).clamp(min=0)
     queries: dict[str, Any] = {
         name: torch.from_numpy(values) for name, values in collator.list_user_queries(block).items()
     }

@@ -67,6 +67,11 @@ class LoadedStage:
     adapter: Any
     device: torch.device
 
+    @property
+    def scoring_collator(self) -> PromptCollator:
+        """Of the same prompts where nothing trains. Prefixes that are kept outlive a mapping, so they hold no slots."""
+        return self.collator.for_scoring(slots=self.model.prefix_cache is None)
+
 
 def get_stage(config: Config, name: StageName) -> Stage:
     """Return the stage that a name and the settings mean."""

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.data.collate import Masking, PromptCollator
+from collm_dist.data.collate import PromptCollator
 from collm_dist.data.context_block import concatenate_blocks
 from collm_dist.data.item_tokens import load_item_tokens
 from collm_dist.data.prompts import PromptTemplate
+from collm_dist.data.slots import Masking
 from collm_dist.data.statistics import PAIR_FEATURES, compute_pair_features
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import Slots
@@ -66,19 +67,22 @@ def read_back(batch, tokens_per_slot):
     for target in range(len(batch.labels)):
         row = int(batch.last_rows[target])
         branches[row] = branches.get(row, 0) + 1
-        shared = batch.prefix_rows[row]
+        shared = int(batch.prefix_rows[row])
         prefix = batch.header_ids.tolist() + batch.prefix_ids[shared, : batch.prefix_lengths[shared]].tolist()
         seen = (batch.tree_branches[row] == 0) | (batch.tree_branches[row] == branches[row])
         columns = torch.nonzero(seen)[:, 0].tolist()
         ids = prefix + batch.tree_ids[row, columns].tolist()
-        places = {column: len(prefix) + place for place, column in enumerate(columns)}
+        # Where in the plain prompt each token of prefixes and tree stands.
+        width, first = batch.prefix_ids.shape[1], batch.prefix_ids.numel() + row * batch.tree_ids.shape[1]
+        places = {shared * width + column: len(batch.header_ids) + column for column in range(width)}
+        places |= {first + column: len(prefix) + place for place, column in enumerate(columns)}
         assert columns[-1] == batch.last_cols[target]
         assert batch.tree_positions[row, columns].tolist() == list(range(len(prefix), len(ids)))
         found = {
             kind: [
-                (places[int(col)], int(source))
-                for slot_row, col, source in zip(one.rows, one.cols, one.sources, strict=True)
-                if slot_row == row and int(col) in places
+                (places[int(place)], int(source))
+                for place, source in zip(one.places, one.sources, strict=True)
+                if int(place) in places
             ]
             for kind, one in slots.items()
         }
@@ -99,9 +103,10 @@ def read_back(batch, tokens_per_slot):
     slack=st.integers(0, 40),
     adds_bos=st.booleans(),
     user_depends_on_target=st.booleans(),
+    scores=st.booleans(),
 )
 def test_every_prompt_equals_the_plain_one(
-    titles, name, counts, seed, tokens_per_slot, slack, adds_bos, user_depends_on_target
+    titles, name, counts, seed, tokens_per_slot, slack, adds_bos, user_depends_on_target, scores
 ):
     template, tokenizer = TEMPLATES[name], make_tokenizer(adds_bos=adds_bos)
     if user_depends_on_target and name == "slots_first":
@@ -115,6 +120,9 @@ def test_every_prompt_equals_the_plain_one(
     except ConfigError as error:
         least = int(re.search(r"needs (\d+) tokens", str(error)).group(1))
     collator = make_collator(template, titles, max_prompt_tokens=least + slack, **options)
+    if scores:
+        collator = collator.for_scoring()
+        assert not collator.template.tail
     batch = collator.collate(block, block)
     dropped = 0
     for target, (ids, slots) in enumerate(read_back(batch, tokens_per_slot)):
@@ -166,6 +174,28 @@ def test_equal_prefixes_are_laid_out_once_and_what_all_begin_with_is_the_header(
     ]
 
 
+def test_rows_share_a_prefix_with_slots_only_if_its_slots_are_equal():
+    """All contexts show the same two titles, since no more are shown."""
+    histories = [[1, 2], [1, 2], [3, 1, 2], [1, 2], [1, 2]]
+    offsets = np.cumsum([0, *map(len, histories)])
+    block = dataclasses.replace(
+        make_contexts([1] * 5),
+        user_idx=np.array([-1, -1, -1, 4, -1]),
+        num_likes=np.full(5, 7),
+        history_offsets=offsets,
+        history_items=np.concatenate(histories),
+        timestamp=np.array([10, 11, 10, 10, 20]),
+    )
+    titles = [f"Film {number}" for number in range(20)]
+    collator = make_collator(STAGE2, titles, history_length=2, time_cuts=[15])
+    assert collator.collate(block, block).prefix_rows.tolist() == [0, 0, 0, 0, 0]
+    batch = collator.for_scoring().collate(block, block)
+    # The second differs by its time alone, within the same cut; the others by an older like, the user, and a cut.
+    assert batch.prefix_rows.tolist() == [0, 0, 1, 2, 3]
+    assert batch.user_slots.sources.tolist() == [0, 2, 3, 4]
+    assert collator.for_scoring(slots=False) is collator
+
+
 def test_prompts_do_not_depend_on_their_batch():
     titles = [f"Movie number {n} " * (n % 4 + 1) for n in range(20)]
     block = make_contexts([2, 3, 1, 2])
@@ -204,7 +234,7 @@ def test_filler_has_the_same_parts_and_no_weight(name):
     assert filler.weights.tolist() == [0.0]
     assert (filler.prefix_ids.shape[1] > 0) == (real.prefix_ids.shape[1] > 0)
     for kind in ("user_slots", "item_slots", "pair_slots"):
-        assert (len(getattr(filler, kind).rows) > 0) == (len(getattr(real, kind).rows) > 0)
+        assert (len(getattr(filler, kind).places) > 0) == (len(getattr(real, kind).places) > 0)
     for part in dataclasses.fields(filler):
         value, other = getattr(filler, part.name), getattr(real, part.name)
         if not isinstance(value, Slots):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from collm_dist.data.collate import TokenCounts
 from collm_dist.data.context_block import concatenate_blocks
-from collm_dist.data.micro_batches import MAX_TREE_TOKENS, plan_micro_batches
+from collm_dist.data.micro_batches import MAX_TREE_TOKENS, MAX_TREE_TOKENS_WITHOUT_TAIL, plan_micro_batches
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_contexts
 from tests.unit.test_context_block import list_samples
@@ -90,6 +90,14 @@ def test_many_targets_stand_in_several_rows_that_share_their_prefix():
     several = plan_micro_batches(block, counts, 0, 1, 2048)
     assert all(measure(block, counts, one) <= 2048 for one in several)
     assert len(several) == 5  # four for the hundred, one for the other context
+
+
+def test_without_a_tail_to_repeat_rows_are_shorter():
+    block = make_contexts([100, 1])
+    counts = TokenCounts(np.array([146, 146]), np.array([0, 0]), np.full(101, 50))
+    (plan,) = plan_micro_batches(block, counts, 0, 1, 100_000)
+    assert (np.diff(plan.target_offsets) * 50).max() <= MAX_TREE_TOKENS_WITHOUT_TAIL
+    assert plan.num_contexts == 50 + 1
 
 
 def test_without_a_prefix_a_context_stays_one_row():
