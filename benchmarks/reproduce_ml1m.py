@@ -53,7 +53,10 @@ VARIANTS = {
     "pair": ["prompt.stage2=configs/prompts/stage2_pair.txt"],
     "pair_cross_fit": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8"],
     "pair_all": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8", "cf.feedback=all"],
-}
+    "pair_ask_first": [
+        "prompt.stage1=configs/prompts/stage1_ask_first.txt", "prompt.stage2=configs/prompts/stage2_pair_ask_first.txt"
+    ],
+}  # fmt: skip
 # A quick look at stage 2 alone: 2,000 rows a stage, some of the users.
 _SHORT = ("max_train_contexts=1100", "num_epochs=1", "warmup_steps=6", "eval_every_steps=20", "max_valid_contexts=120",
           "checkpoint_every_steps=20")  # fmt: skip
@@ -62,7 +65,7 @@ PROFILES: dict[str, tuple[list[tuple[str, str, int]], list[str]]] = {
     "cpu": (
         [("mf", "stage2", 0), ("mf", "pair", 0), ("mf", "pair_cross_fit", 0), ("mf", "train_cf", 0),
          ("din", "stage2", 0), ("din", "pair", 0), ("mf", "scratch", 0), ("none", "ui_tokens", 0),
-         ("mf", "item_ids", 0), ("mf", "pair_all", 0)],
+         ("mf", "item_ids", 0), ("mf", "pair_all", 0), ("mf", "pair_ask_first", 0)],
         [f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in _SHORT] + _SOME_USERS,
     ),
     "slots": (

@@ -16,12 +16,15 @@ VARIANT_NAMES = {
     "pair": "also the pair slot",
     "pair_cross_fit": "pair slot, cross-fitted",
     "pair_all": "pair slot, cross-fitted, all feedback",
+    "pair_ask_first": "pair slot, the question first",
 }
 _OF_CELLS = ("stage2", "slots_without_llm", "slots_shuffled")
 CF_NAMES = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN", "none": "id tokens"}
 
 # Of the collaborative model, which most variants share.
 _FITS = {"pair_cross_fit": ", cross-fitted", "pair_all": ", cross-fitted, all feedback"}
+# Of stage 1, which other variants share.
+_QUESTIONS = {"pair_ask_first": ", the question first"}
 
 
 def name_model(row: Mapping[str, Any], model: str) -> str:
@@ -29,6 +32,8 @@ def name_model(row: Mapping[str, Any], model: str) -> str:
     name = MODEL_NAMES.get(model, model)
     if model == "cf":
         return f"{CF_NAMES[row['cf']]}{_FITS.get(row['variant'], '')}: {name}"
+    if model == "stage1":
+        return f"{name}{_QUESTIONS.get(row['variant'], '')}"
     return f"{name_cell(row)}: {name}" if model in _OF_CELLS else name
 
 

@@ -19,6 +19,7 @@ _PARTS = {
     "scratch": "CF model trained in stage 2 alone (T2)",
     "ui_tokens": "id tokens in place of a CF model",
     "item_ids": "a slot for each item of the history",
+    "pair_ask_first": "a prompt that asks first",
 }
 _LEAK_FILE = "cross_fit_ml1m.json"
 _TABLES_FILE = "tuned_tables_ml1m.json"

@@ -28,6 +28,7 @@ BASES = {
     "pair": "stage2",
     "pair_cross_fit": "pair",
     "pair_all": "pair_cross_fit",
+    "pair_ask_first": "pair",
 }
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 
