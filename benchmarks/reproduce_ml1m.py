@@ -42,21 +42,27 @@ CONFIGS = {
     "sasrec": "ml1m_sasrec",
     "din": "ml1m_din",
 }
+_PROMPTS = "configs/prompts"
+
+
+def _ask(stage2: str, folder: str = f"{_PROMPTS}/question_last") -> list[str]:
+    """Return the settings of the prompts; the question last, as in the paper, where nothing else is said."""
+    return [f"prompt.stage1={folder}/stage1.txt", f"prompt.stage2={folder}/{stage2}.txt"]
+
+
 # What each variant changes against the configuration: the recipe of the paper has two slots and one CF model of all
 # training rows.
 VARIANTS = {
-    "stage2": ["prompt.stage2=configs/prompts/stage2.txt"],
-    "train_cf": ["prompt.stage2=configs/prompts/stage2.txt", "stage2.train_cf=true"],
-    "scratch": ["prompt.stage2=configs/prompts/stage2.txt", "stage2.train_cf=scratch"],
-    "ui_tokens": ["prompt.stage2=configs/prompts/stage2.txt", "cf.model=none", "stage2.train_cf=scratch"],
-    "item_ids": ["prompt.stage2=configs/prompts/stage2_ids.txt"],
-    "pair": ["prompt.stage2=configs/prompts/stage2_pair.txt"],
-    "pair_cross_fit": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8"],
-    "pair_all": ["prompt.stage2=configs/prompts/stage2_pair.txt", "cf.cross_fit=8", "cf.feedback=all"],
-    "pair_ask_first": [
-        "prompt.stage1=configs/prompts/stage1_ask_first.txt", "prompt.stage2=configs/prompts/stage2_pair_ask_first.txt"
-    ],
-}  # fmt: skip
+    "stage2": _ask("stage2"),
+    "train_cf": [*_ask("stage2"), "stage2.train_cf=true"],
+    "scratch": [*_ask("stage2"), "stage2.train_cf=scratch"],
+    "ui_tokens": [*_ask("stage2"), "cf.model=none", "stage2.train_cf=scratch"],
+    "item_ids": _ask("stage2_ids"),
+    "pair": _ask("stage2_pair"),
+    "pair_cross_fit": [*_ask("stage2_pair"), "cf.cross_fit=8"],
+    "pair_all": [*_ask("stage2_pair"), "cf.cross_fit=8", "cf.feedback=all"],
+    "pair_ask_first": _ask("stage2_pair", _PROMPTS),
+}
 # A quick look at stage 2 alone: 2,000 rows a stage, some of the users.
 _SHORT = ("max_train_contexts=1100", "num_epochs=1", "warmup_steps=6", "eval_every_steps=20", "max_valid_contexts=120",
           "checkpoint_every_steps=20")  # fmt: skip
@@ -82,8 +88,8 @@ PROFILES: dict[str, tuple[list[tuple[str, str, int]], list[str]]] = {
 }  # fmt: skip
 # What the profile slots asks in place of the prompts with titles.
 _WITHOUT_TITLES = {
-    "prompt.stage2=configs/prompts/stage2.txt": "prompt.stage2=User <UserID>. Film <TargetItemID>. Liked?",
-    "prompt.stage2=configs/prompts/stage2_pair.txt": "prompt.stage2=User <UserID>. Film <TargetItemID>. "
+    f"prompt.stage2={_PROMPTS}/question_last/stage2.txt": "prompt.stage2=User <UserID>. Film <TargetItemID>. Liked?",
+    f"prompt.stage2={_PROMPTS}/question_last/stage2_pair.txt": "prompt.stage2=User <UserID>. Film <TargetItemID>. "
     "Both <MatchID>. Liked?",
 }
 

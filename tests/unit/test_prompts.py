@@ -56,10 +56,11 @@ def test_mistakes_are_named(text, slots, message):
         PromptTemplate.parse(text, allow_slots=slots)
 
 
+@pytest.mark.parametrize("folder", ["configs/prompts", "configs/prompts/question_last"])
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_pair", "stage2_ids"])
-def test_shipped_prompts_parse(name, monkeypatch, tmp_path):
+def test_shipped_prompts_parse(name, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # found from anywhere
-    text = load_prompt_text(f"configs/prompts/{name}.txt")
+    text = load_prompt_text(f"{folder}/{name}.txt")
     is_second = name != "stage1"
     template = PromptTemplate.parse(text, allow_slots=is_second)
     assert text.endswith("Answer:")
