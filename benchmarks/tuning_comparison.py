@@ -74,7 +74,7 @@ class Comparison:
 
     def describe(self, threads: int) -> dict[str, Any]:
         """Return what a result says about its making."""
-        llm = self.config.llm
+        llm, prompt = self.config.llm, self.config.prompt
         return {
             "config": {
                 "backbone": llm.backbone,
@@ -84,6 +84,7 @@ class Comparison:
                 "batches": self.count,
                 "reference_rows": REFERENCE_ROWS,
                 "max_tokens": self.config.stage1.max_tokens_per_micro_batch,
+                "prompts": [prompt.stage1, prompt.stage2],
             },
             "hardware": describe_hardware(),
             "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
