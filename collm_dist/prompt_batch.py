@@ -47,6 +47,7 @@ class PromptBatch:
 
     Attributes:
         header_ids: token ids of the header; empty where rows do not differ after it.
+        header_key: what the header is known by.
         prefix_ids: (U, P) token ids, right-padded, no two rows alike in tokens and slots; a slot's columns hold any
             valid id. P is 0 where no prefix is split off (stage 1).
         prefix_lengths: (U,) valid tokens of each.
@@ -72,6 +73,7 @@ class PromptBatch:
     """
 
     header_ids: Tensor
+    header_key: int
     prefix_ids: Tensor
     prefix_lengths: Tensor
     prefix_keys: NDArray[np.uint64]

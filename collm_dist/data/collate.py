@@ -225,7 +225,7 @@ class PromptCollator:
             **self.list_user_queries(block),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
-        return PromptBatch(**tensors, prefix_keys=prefix_keys, **slots)
+        return PromptBatch(**tensors, header_key=hash(tuple(self._header)), prefix_keys=prefix_keys, **slots)
 
     def _describe_slots(self, block: ContextBlock) -> IntArray | None:
         """Return (C,) hashes of all that the slots of a prefix are made of; None where it has none."""

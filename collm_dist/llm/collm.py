@@ -5,6 +5,7 @@ Shapes: M tokens of prefixes and tree, N targets, S slots, Q user queries, K sof
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, Protocol
 
 import torch
@@ -83,6 +84,7 @@ class CollmModel(nn.Module):
         else:
             self.cf_model = cf_model
         self.detach_cf, self.prefix_cache = detach_cf, prefix_cache
+        self._kept_header: tuple[int, Prefix] | None = None
         self._dropout_masks = install_keyed_dropout(backbone)
         self.score = score
         head = backbone.get_output_embeddings()
@@ -99,7 +101,8 @@ class CollmModel(nn.Module):
         )
 
     def train(self, mode: bool = True) -> CollmModel:
-        """Switch dropout on or off; never on in a part that does not train."""
+        """Switch dropout on or off; never on in a part that does not train. Weights may have changed until then."""
+        self._kept_header = None
         super().train(mode)
         for part in (self.backbone, self.cf_model):
             if isinstance(part, nn.Module) and not any(one.requires_grad for one in part.parameters()):
@@ -133,11 +136,23 @@ class CollmModel(nn.Module):
     def _run_prefix(self, embeds: Tensor, batch: PromptBatch, header: Tensor | None) -> Prefix:
         """Return the keys and values of each row's prefix; equal ones are computed once."""
         lengths, places = batch.prefix_lengths, batch.prefix_places
+        before = None if header is None else self._run_header(header, batch.header_key)
         if self.prefix_cache is not None:
-            prefix = self.prefix_cache.run(self.decoder, embeds, lengths, batch.prefix_keys.tolist(), places, header)
+            prefix = self.prefix_cache.run(self.decoder, embeds, lengths, batch.prefix_keys.tolist(), places, before)
         else:
-            prefix = run_prefix(self.decoder, embeds, lengths, places, header)
-        return prefix.take_rows(batch.prefix_rows) if len(batch.prefix_rows) > len(embeds) else prefix
+            prefix = run_prefix(self.decoder, embeds, lengths, places, before)
+        return dataclasses.replace(prefix, rows=batch.prefix_rows)
+
+    def _run_header(self, embeds: Tensor, key: int) -> Prefix:
+        """Return the keys and values of a (U, D) header; kept while the weights that made them cannot change."""
+        if self._kept_header is not None and self._kept_header[0] == key:
+            return self._kept_header[1]
+        length = torch.full((1,), len(embeds), device=embeds.device)
+        places = torch.arange(len(embeds), device=embeds.device)
+        header = run_prefix(self.decoder, embeds[None], length, places)
+        if not (self.training and any(one.requires_grad for one in self.backbone.parameters())):
+            self._kept_header = key, header
+        return header
 
     def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
         """Put the soft tokens in their places; (M, D) -> (M, D)."""

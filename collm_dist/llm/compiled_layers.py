@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from collm_dist.llm.packed_attention import find_layers, prepare_decoder
+from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_networks
 
 # Graphs of one layer class: with and without gradients, with and without a prefix, and of one row, which torch never
 # treats like several. What comes beyond the limit runs uncompiled.
@@ -33,8 +33,9 @@ def compile_layers(decoder: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     prepare_decoder(decoder)
     layers: Any = find_layers(decoder)
-    # The last layer's network runs on all tokens again: one that leaves some out would need graphs of its own.
-    layers[-1].mlp.__dict__.pop("forward", None)
+    # A last network that leaves some tokens out would need graphs of its own; a compiler finds by itself what is cheap
+    # to compute again.
+    restore_networks(decoder)
     options: Any = {"fallback_random": True} if backend == "inductor" else None
     compiled = torch.compile(type(layers[0]).forward, dynamic=True, backend=backend, options=options)
     for layer in layers:

@@ -5,14 +5,14 @@ on one long row without padding; its attention, reached through transformers' at
 and values over padded rows, compares them there, and packs what it finds again. Tokens that all rows begin with, the
 header, are computed once, ahead of the others. Exact: no token's numbers change.
 
-Shapes: C rows, T columns, M packed tokens, U of them in the header, P prefix tokens, K = P + U + T keys; H query heads,
+Shapes: C rows, T columns, M packed tokens, U of them in the header, P past tokens, K = P + U + T keys; H query heads,
 G key/value heads, W width of a head, D of the decoder.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from collm_dist.errors import ConfigError
+from collm_dist.llm.gated_network import slim_down
 
 NAME = "collm_packed"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -45,6 +46,26 @@ class Masks:
     header: Tensor | None
 
 
+@dataclass(frozen=True)
+class Past:
+    """Keys and values that a layer's rows see before their own.
+
+    Attributes:
+        keys, values: (S, G, P, W), zero at padding; S is C, or one for all rows.
+        rows: (C,) which of the S each row sees; None = its own, or the one.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor | None = None
+
+    def take(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return (C, G, P, W) keys and values."""
+        if self.rows is not None:
+            return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
+        return self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
+
+
 @dataclass
 class LayerLayout:
     """How a layer's packed tokens stand in padded rows, and what they may see.
@@ -54,10 +75,9 @@ class LayerLayout:
         places: (M - U,) int64, where each packed token after the header stands in the rows laid end to end.
         header: U.
         masks: what is seen.
-        keys, values: (C, G, P, W) of the prefix; None without one. A prefix and a header exclude each other.
+        past: what rows see before their own tokens, in its order. A past and a header exclude each other.
         record: whether keys and values are asked for.
-        found: those of the header and the layer's own, (C, G, U + T, W).
-        needed: (N,) see ``run_packed``; for the last layer.
+        found: the rows' own, (C, G, T, W).
         plain: compute attention step by step instead of by PyTorch's fused kernels.
     """
 
@@ -65,11 +85,9 @@ class LayerLayout:
     places: Tensor
     header: int
     masks: Masks
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    past: tuple[Past, ...] = ()
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
-    needed: Tensor | None = None
     plain: bool = False
 
 
@@ -97,24 +115,24 @@ class _Spread(torch.autograd.Function):
 
 
 class _Pack(torch.autograd.Function):
-    """Rows laid end to end (size, ...) -> packed (M, ...)."""
+    """Rows laid end to end (size, ...) -> packed (1, M, ...), not a view: a compiled layer would ask of what."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
         ctx.size = rows.shape[0]
-        return rows.index_select(0, places)
+        return rows[None].index_select(1, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        packed = gradients[0]
+        packed = gradients[0][0]
         return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
 
 
 def pack(rows: Tensor, places: Tensor) -> Tensor:
     """(C, T, ...) -> (1, M, ...)."""
-    return _Pack.apply(rows.flatten(0, 1), places)[None]  # type: ignore[no-untyped-call, no-any-return]
+    return _Pack.apply(rows.flatten(0, 1), places)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def spread(packed: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
@@ -148,10 +166,25 @@ def prepare_decoder(decoder: nn.Module) -> None:
     layers: Any = find_layers(decoder)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
+    for network in _find_networks(decoder):
+        slim_down(network)
     network = getattr(layers[-1], "mlp", None)
     if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
         network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
     decoder.__dict__["_runs_packed"] = is_plain
+
+
+def restore_networks(decoder: nn.Module) -> None:
+    """Give the layers' networks their own code again."""
+    for network in _find_networks(decoder):
+        network.__dict__.pop("forward", None)
+
+
+def _find_networks(decoder: nn.Module) -> Iterator[nn.Module]:
+    """Yield the feed-forward networks of the layers that have one by its usual name."""
+    for layer in find_layers(decoder):
+        if isinstance(network := getattr(layer, "mlp", None), nn.Module):
+            yield network
 
 
 def _is_adapted(network: nn.Module) -> bool:
@@ -173,7 +206,7 @@ def run_packed(
     places: Tensor,
     masks: Masks,
     header: Tensor | None = None,
-    prefix: Sequence[tuple[Tensor, Tensor]] | None = None,
+    past: Sequence[tuple[Past, ...]] = (),
     *,
     needed: Tensor | None = None,
     record: bool = False,
@@ -186,14 +219,14 @@ def run_packed(
         places: see ``LayerLayout``.
         masks: what tokens see.
         header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
-        prefix: keys and values by layer.
+        past: by layer; none without any.
         needed: (N,) which of the M - U tokens' hidden states are asked for; None = all. The last layer's network is run
             on these alone.
-        record: return each layer's keys and values.
+        record: return each layer's keys and values of the rows.
 
     Returns:
         (1, M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer,
-        zero at padding.
+        (C, G, T, W), zero at padding.
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
@@ -201,14 +234,16 @@ def run_packed(
         LayerLayout(positions, places, length, masks, record=record, plain=decoder.__dict__["_runs_packed"])
         for _ in find_layers(decoder)
     ]
-    for layout, (keys, values) in zip(layouts, prefix or (), strict=False):
-        layout.keys, layout.values = keys, values
+    for layout, of_layer in zip(layouts, past, strict=False):
+        layout.past = of_layer
     packed, packed_positions = pack(embeds, places), positions.flatten()[places][None]
     if header is not None:
         packed = torch.cat([header[None], packed], dim=1)
         starts = torch.arange(length, device=positions.device)[None]
         packed_positions = torch.cat([starts, packed_positions], dim=1)
-    layouts[-1].needed = None if needed is None else length + needed
+    # Beside the layout, which compiled code reads and is made anew for. A layer that is recomputed belongs to the latest
+    # pass, since its backward pass comes before the next one.
+    find_layers(decoder)[-1].__dict__["_needed"] = None if needed is None else length + needed
     output = decoder(
         inputs_embeds=packed,
         # Nothing but its four dimensions counts: transformers takes it for a finished mask and makes none of its own.
@@ -225,17 +260,15 @@ def _hand_out(index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -
     """Give a layer its own part, so that compiled code is the same for all layers."""
     layouts: list[LayerLayout] | None = kwargs.get("layout")
     if layouts is not None:
-        kwargs = {**kwargs, "layout": layouts[index]}
-    # Found by the layer's network, which is handed nothing but hidden states. A layer that is recomputed belongs to the
-    # latest pass, since its backward pass comes before the next one.
-    layer.__dict__["_needed"] = None if layouts is None else layouts[index].needed
+        return args, {**kwargs, "layout": layouts[index]}
+    layer.__dict__["_needed"] = None  # a pass that is not ours
     return args, kwargs
 
 
 def _run_on_needed(layer: Any, forward: Any, hidden: Tensor) -> Tensor:
     """Run a layer's network on the tokens that are needed, and leave zeros for the others."""
     needed = layer.__dict__.get("_needed")
-    if needed is None or torch.compiler.is_compiling():
+    if needed is None:
         return forward(hidden)  # type: ignore[no-any-return]
     return spread(forward(pack(hidden, needed)), needed, 1, hidden.shape[1])
 
@@ -273,18 +306,20 @@ def _attend(
         header.append(compute(first_query, first_key, first_value, first_mask, options).transpose(1, 2))
         keys, values = [first_key.expand(rows, -1, -1, -1)], [first_value.expand(rows, -1, -1, -1)]
         query, key, value = (one[:, :, length:] for one in (query, key, value))
-    elif layout.keys is not None and layout.values is not None:
-        keys, values = [layout.keys], [layout.values]
+    for past in layout.past:
+        of_rows = past.take(rows)
+        keys.append(of_rows[0])
+        values.append(of_rows[1])
     query, key, value = (
         spread(one.transpose(1, 2), layout.places, rows, columns).transpose(1, 2) for one in (query, key, value)
     )
-    if keys:
-        key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
     if layout.record:
         layout.found = key, value
-    if mask is None and length:
+    if keys:
+        key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
+    if mask is None and keys:
         # A causal kernel wants as many queries as keys.
-        query = pad(query, (0, 0, length, 0))
+        query = pad(query, (0, 0, key.shape[2] - columns, 0))
     attended = compute(query, key, value, mask, options)[:, :, -columns:]
     return torch.cat([*header, pack(attended.transpose(1, 2), layout.places)], dim=1), None
 

@@ -5,6 +5,7 @@ Shapes: C contexts, P prefix tokens, D model width; L layers, H key/value heads,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class PrefixCache:
         lengths: Tensor,
         keys: Sequence[int],
         places: Tensor | None = None,
-        header: Tensor | None = None,
+        header: Prefix | None = None,
     ) -> Prefix:
         """Return what ``run_prefix`` would, computing only the prefixes that are not held.
 
@@ -66,11 +67,10 @@ class PrefixCache:
                 return computed
             rows = torch.tensor(missing or [0], device=embeds.device)
             computed = run_prefix(decoder, embeds[rows], lengths[rows], header=header)
-        start = 0 if header is None else len(header)
-        whole = self._join(computed, missing, start + lengths, start + embeds.shape[1], keys)
+        whole = self._join(computed, missing, lengths, embeds.shape[1], keys)
         if computed is not None and missing:
             self._hold(computed, missing, keys)
-        return whole
+        return dataclasses.replace(whole, header=header)
 
     def _hold(self, computed: Prefix, missing: list[int], keys: Sequence[int]) -> None:
         """Keep what has been computed, as far as it fits; (L, 2, H, p, d) for each prefix of p tokens."""

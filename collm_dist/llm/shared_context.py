@@ -10,7 +10,7 @@ Two building blocks, used together by ``collm.CollmModel``:
 Both run without padding (``packed_attention``). Any causal decoder that computes attention from keys, a mask and
 position ids gives the same hidden states this way as for one padded row a target.
 
-Shapes: C contexts, P prefix tokens, T tree tokens, M tokens without padding, D model width.
+Shapes: C tree rows, S prefixes, P prefix tokens, T tree tokens, M tokens without padding, D model width.
 """
 
 from __future__ import annotations
@@ -23,24 +23,43 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from collm_dist.llm.packed_attention import Masks, find_layers, run_packed, spread
+from collm_dist.llm.packed_attention import Masks, Past, find_layers, run_packed, spread
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of C constant prefixes.
+    """Keys and values of S constant prefixes.
 
     Attributes:
-        layers: by layer, keys and values (C, heads, P, width), zero at padding.
-        lengths: (C,) of the prefixes, their header included.
+        layers: by layer, keys and values (S, heads, P, width), zero at padding.
+        lengths: (S,) of the prefixes.
+        header: what stands before them all: a prefix alone. None where nothing does.
+        rows: (C,) the prefix of each tree row; None = one each.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     lengths: Tensor
+    header: Prefix | None = None
+    rows: Tensor | None = None
 
-    def take_rows(self, rows: Tensor) -> Prefix:
-        """Return those of these rows; one may come several times."""
-        return Prefix([(keys[rows], values[rows]) for keys, values in self.layers], self.lengths[rows])
+    @property
+    def start(self) -> int:
+        """Tokens of the header."""
+        return 0 if self.header is None else self.header.layers[0][0].shape[2]
+
+    def list_past(self) -> list[tuple[Past, ...]]:
+        """Return by layer what a row sees. Rows are taken one layer at a time: all at once they would fill memory."""
+        own = [(Past(keys, values, self.rows),) for keys, values in self.layers]
+        if self.header is None:
+            return own
+        return [(*first, *second) for first, second in zip(self.header.list_past(), own, strict=True)]
+
+    def find_visible(self) -> Tensor:
+        """Return which of a row's past tokens are no padding: (C, U + P) bool, U of the header."""
+        lengths = self.lengths if self.rows is None else self.lengths[self.rows]
+        return torch.arange(self.start + self.layers[0][0].shape[2], device=lengths.device) < (
+            self.start + lengths[:, None]
+        )
 
 
 def build_allowed(tree_branches: Tensor) -> Tensor:
@@ -85,32 +104,33 @@ def build_masks(
 
 @torch.no_grad()
 def run_prefix(
-    decoder: nn.Module, embeds: Tensor, lengths: Tensor, places: Tensor | None = None, header: Tensor | None = None
+    decoder: nn.Module, embeds: Tensor, lengths: Tensor, places: Tensor | None = None, header: Prefix | None = None
 ) -> Prefix:
-    """Run right-padded prefixes and return their keys and values, those of the header before them.
+    """Run right-padded prefixes and return their keys and values.
 
     Args:
         decoder: the model below the language-modelling head.
-        embeds: (C, P, D) input embeddings.
-        lengths: (C,) of the prefixes.
-        places: where in (C * P) the real tokens stand; without it the device is asked.
-        header: (U, D) input embeddings of what all prefixes begin with, computed once.
+        embeds: (S, P, D) input embeddings.
+        lengths: (S,) of the prefixes.
+        places: where in (S * P) the real tokens stand; without it the device is asked.
+        header: what all of them begin with, computed before as a prefix alone.
     """
-    start = 0 if header is None else len(header)
+    start = 0 if header is None else header.layers[0][0].shape[2]
     columns = torch.arange(embeds.shape[1], device=embeds.device)
     if places is None:
         places = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
     positions = start + columns[None]
     keys = torch.arange(start + embeds.shape[1], device=embeds.device)[None]
-    masks = build_masks(positions[:, :, None] >= keys[:, None, :], positions, keys, decoder.config, embeds.dtype, start)
+    masks = build_masks(positions[:, :, None] >= keys[:, None, :], positions, keys, decoder.config, embeds.dtype)
     if masks.window is None:
         # Tokens stand before the padding of their row, and so never see it: a causal kernel needs no mask.
         masks = Masks(None, None, None)
     positions = positions.expand(len(embeds), -1)
     # No hidden state is asked for; but quantized layers do not take nothing.
     one = places.new_zeros(1)
-    _, layers = run_packed(decoder, embeds, positions, places, masks, header, needed=one, record=True)
-    return Prefix(layers, start + lengths)
+    past = [] if header is None else header.list_past()
+    _, layers = run_packed(decoder, embeds, positions, places, masks, past=past, needed=one, record=True)
+    return Prefix(layers, lengths, header)
 
 
 def run_tree(
@@ -129,7 +149,7 @@ def run_tree(
         decoder: the model below the language-modelling head.
         embeds: (C, T, D) input embeddings.
         branches, positions: (C, T) as in ``PromptBatch``.
-        prefix: what ``run_prefix`` returned.
+        prefix: what ``run_prefix`` returned, with the rows' places in it.
         places: where in (C * T) the real tokens stand; without it the device is asked.
         header: (U, D) input embeddings of what all rows begin with, computed once.
         needed: (N,) where in (C * T) the tokens stand whose hidden states are asked for; None = all.
@@ -142,7 +162,7 @@ def run_tree(
     allowed, key_positions = build_allowed(branches), positions
     visible: Tensor | None = None
     if prefix is not None:
-        visible = torch.arange(prefix.layers[0][0].shape[2], device=embeds.device) < prefix.lengths[:, None]
+        visible = prefix.find_visible()
     elif header is not None:
         visible = torch.ones(1, len(header), dtype=torch.bool, device=embeds.device)
     if visible is not None:
@@ -151,10 +171,10 @@ def run_tree(
         key_positions = torch.cat([columns.expand(len(positions), -1), positions], dim=1)
     start = 0 if header is None else len(header)
     masks = build_masks(allowed, positions, key_positions, decoder.config, embeds.dtype, start)
-    layers = prefix.layers if prefix is not None else None
+    past = [] if prefix is None else prefix.list_past()
     if needed is not None:
         needed = torch.searchsorted(places, needed)
-    hidden, _ = run_packed(decoder, embeds, positions, places, masks, header, layers, needed=needed)
+    hidden, _ = run_packed(decoder, embeds, positions, places, masks, header, past, needed=needed)
     return spread(hidden, places, *branches.shape)
 
 

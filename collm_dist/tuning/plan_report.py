@@ -128,7 +128,7 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
         shared += count_shared(shape, whole, training=True)
         padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
         contexts += block.num_contexts
-        prefix_tokens += int((counts.header + counts.prefix)[counts.prefix > 0].sum())
+        prefix_tokens += int(counts.prefix.sum())
         for piece in plan_micro_batches(block, counts, 0, 1, budget):
             batch = collator.collate(piece, block)
             largest = max(largest, (len(batch.tree_places), len(batch.prefix_places)))

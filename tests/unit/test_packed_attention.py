@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,17 +92,31 @@ def test_the_last_network_runs_on_what_is_needed(architecture):
     assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_a_prefix_holds_its_header():
-    decoder = make_model("llama").get_decoder()
-    embeds, _, _ = make_rows()
-    lengths, header = torch.tensor(LENGTHS), torch.randn(2, 32, dtype=torch.float64)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prefix_goes_on_after_its_header(architecture):
+    """Header and prefixes one after the other, and tree rows over both, against each row with tokens of its own."""
+    decoder = make_model(architecture).get_decoder()
+    embeds, branches, positions = make_rows()
+    # Longer than the window that some models have.
+    lengths, start = torch.tensor(LENGTHS), torch.randn(10, 32, dtype=torch.float64)
+    header = run_prefix(decoder, start[None], torch.tensor([10]))
     together = run_prefix(decoder, embeds, lengths, header=header)
-    alone = run_prefix(decoder, torch.cat([header.expand(3, -1, -1), embeds], dim=1), 2 + lengths)
-    assert together.lengths.tolist() == alone.lengths.tolist() == [9, 5, 7]
-    for (keys, values), (their_keys, their_values) in zip(together.layers, alone.layers, strict=True):
-        for row, length in enumerate(alone.lengths.tolist()):
-            assert (keys[row, :, :length] - their_keys[row, :, :length]).abs().max() < TOLERANCE
-            assert (values[row, :, :length] - their_values[row, :, :length]).abs().max() < TOLERANCE
+    alone = run_prefix(decoder, torch.cat([start.expand(3, -1, -1), embeds], dim=1), 10 + lengths)
+    assert together.lengths.tolist() == list(LENGTHS)
+    parts = zip(header.layers, together.layers, alone.layers, strict=True)
+    for of_header, of_rows, whole in parts:
+        for first, second, expected in zip(of_header, of_rows, whole, strict=True):
+            for row, length in enumerate(LENGTHS):
+                found = torch.cat([first[0], second[row, :, :length]], dim=1)
+                assert (found - expected[row, :, : 10 + length]).abs().max() < TOLERANCE
+    for rows in (None, torch.tensor([2, 0, 2])):
+        taken = slice(None) if rows is None else rows
+        shifted = positions + 10 + lengths[taken, None]
+        found, expected = (
+            run_tree(decoder, embeds, branches, shifted, dataclasses.replace(one, rows=rows))
+            for one in (together, alone)
+        )
+        assert (found - expected).abs().max() < TOLERANCE
 
 
 def test_what_is_packed_comes_back_with_zeros_for_padding_and_its_gradients():
