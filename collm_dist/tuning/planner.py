@@ -176,8 +176,8 @@ def plan_memory(
         kept, working = shape.num_layers * layers.inputs * tree_tokens, of_layer
     else:
         kept, working = shape.num_layers * of_layer, 0.0
-    # On the way back the gradients of one layer's activations stand beside them, about as much again at most.
-    working += 0.5 * of_layer
+    # On the way back the gradients of one layer's activations stand beside them, about as much again.
+    working += of_layer
     trainable = layers.adapters * shape.num_layers + other_trainable
     return MemoryPlan(
         weights=weights // weight_shards,
