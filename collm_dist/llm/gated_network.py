@@ -27,7 +27,7 @@ class _GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         gate = gate.detach().requires_grad_()

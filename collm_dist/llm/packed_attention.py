@@ -166,8 +166,8 @@ def prepare_decoder(decoder: nn.Module) -> None:
     layers: Any = find_layers(decoder)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
-    for network in _find_networks(decoder):
-        slim_down(network)
+    for one in _find_networks(decoder):
+        slim_down(one)
     network = getattr(layers[-1], "mlp", None)
     if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
         network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
@@ -241,8 +241,8 @@ def run_packed(
         packed = torch.cat([header[None], packed], dim=1)
         starts = torch.arange(length, device=positions.device)[None]
         packed_positions = torch.cat([starts, packed_positions], dim=1)
-    # Beside the layout, which compiled code reads and is made anew for. A layer that is recomputed belongs to the latest
-    # pass, since its backward pass comes before the next one.
+    # Not in the layout, on whose every difference compiled code is made anew. A layer that is recomputed belongs to the
+    # latest pass, since its backward pass comes before the next one.
     find_layers(decoder)[-1].__dict__["_needed"] = None if needed is None else length + needed
     output = decoder(
         inputs_embeds=packed,

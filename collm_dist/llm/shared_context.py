@@ -49,10 +49,10 @@ class Prefix:
 
     def list_past(self) -> list[tuple[Past, ...]]:
         """Return by layer what a row sees. Rows are taken one layer at a time: all at once they would fill memory."""
-        own = [(Past(keys, values, self.rows),) for keys, values in self.layers]
-        if self.header is None:
-            return own
-        return [(*first, *second) for first, second in zip(self.header.list_past(), own, strict=True)]
+        before: list[tuple[Past, ...]] = [()] * len(self.layers) if self.header is None else self.header.list_past()
+        return [
+            (*first, Past(keys, values, self.rows)) for first, (keys, values) in zip(before, self.layers, strict=True)
+        ]
 
     def find_visible(self) -> Tensor:
         """Return which of a row's past tokens are no padding: (C, U + P) bool, U of the header."""

@@ -102,7 +102,7 @@ def test_layers_share_their_graphs(stage2, tmp_path):
     compile_layers(model.decoder, backend="aot_eager")
     work(model, batches)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # With and without gradients, of one row and of several, over a prefix, for one and for its header. Measured: 6 and 7.
+    # With and without gradients, of one row and of several, over a prefix, for one and for its header. Measured: 6, 7.
     assert 0 < graphs <= 8
     work(model, [*batches, *reversed(batches)])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
