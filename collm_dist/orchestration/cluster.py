@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # What a task ends with that was bound to a node which is no longer there.
 _GONE = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
+# For tasks in flight when one of them has failed.
+_GRACE_SECONDS = 5.0
 
 
 @contextmanager
@@ -122,8 +124,10 @@ def run_tasks(
             try:
                 results[running.pop(done[0])] = ray.get(done[0])
             except ray.exceptions.RayError as error:
-                for reference in running:
-                    ray.cancel(reference)
+                # Short tasks may end, others end with this process. None is cancelled: where that meets a task's end, Ray
+                # aborts the process (a race as in ray-project/ray#54798), and what to say of the error would be lost.
+                if running:
+                    ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
                 raise explain_task_error(error, description) from None
             bar.update()
     return results
