@@ -124,8 +124,8 @@ def run_tasks(
             try:
                 results[running.pop(done[0])] = ray.get(done[0])
             except ray.exceptions.RayError as error:
-                # Short tasks may end, others end with this process. None is cancelled: where that meets a task's end, Ray
-                # aborts the process (a race as in ray-project/ray#54798), and what to say of the error would be lost.
+                # Short tasks may end, others end with this process. None is cancelled: where that meets a task's end
+                # Ray aborts the process (a race as in ray-project/ray#54798), and what to say would be lost.
                 if running:
                     ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
                 raise explain_task_error(error, description) from None
