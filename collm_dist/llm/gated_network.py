@@ -38,7 +38,12 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def is_gated(network: nn.Module) -> bool:
-    """Return whether a layer's network computes what Llama's does, to the letter, whatever its class is called."""
+    """Return whether a layer's network computes what Llama's does, to the letter, whatever its class is called.
+
+    One whose ``forward`` somebody has replaced does not.
+    """
+    if "forward" in vars(network):
+        return False
     code, known = type(network).forward.__code__, LlamaMLP.forward.__code__
     return (code.co_code, code.co_names, code.co_consts) == (known.co_code, known.co_names, known.co_consts)
 

@@ -43,9 +43,9 @@ class Prefix:
     rows: Tensor | None = None
 
     @property
-    def start(self) -> int:
-        """Tokens of the header."""
-        return 0 if self.header is None else self.header.layers[0][0].shape[2]
+    def num_columns(self) -> int:
+        """Tokens that a row sees, padding and header included: U + P."""
+        return self.layers[0][0].shape[2] + (0 if self.header is None else self.header.num_columns)
 
     def list_past(self) -> list[tuple[Past, ...]]:
         """Return by layer what a row sees. Rows are taken one layer at a time: all at once they would fill memory."""
@@ -57,9 +57,8 @@ class Prefix:
     def find_visible(self) -> Tensor:
         """Return which of a row's past tokens are no padding: (C, U + P) bool, U of the header."""
         lengths = self.lengths if self.rows is None else self.lengths[self.rows]
-        return torch.arange(self.start + self.layers[0][0].shape[2], device=lengths.device) < (
-            self.start + lengths[:, None]
-        )
+        start = 0 if self.header is None else self.header.num_columns
+        return torch.arange(self.num_columns, device=lengths.device) < start + lengths[:, None]
 
 
 def build_allowed(tree_branches: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ def run_prefix(
         places: where in (S * P) the real tokens stand; without it the device is asked.
         header: what all of them begin with, computed before as a prefix alone.
     """
-    start = 0 if header is None else header.layers[0][0].shape[2]
+    start = 0 if header is None else header.num_columns
     columns = torch.arange(embeds.shape[1], device=embeds.device)
     if places is None:
         places = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
