@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.machine import describe_hardware
 from collm_dist.llm.dropout import DropoutMasks, install_keyed_dropout
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import enable_activation_checkpointing, run_tree
-from collm_dist.prompt_batch import PromptBatch
+from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_tree
+from collm_dist.prompt_batch import Mirrored, PromptBatch
 
 SIDES = ("none", "pytorch", "ours")
 PROBABILITY = 0.05
@@ -81,18 +81,16 @@ def build_decoder(arguments: argparse.Namespace, side: str, device: torch.device
 
 
 def build_batch(contexts: int, tokens: int, device: torch.device) -> PromptBatch:
-    """Return rows whose second half is branches; what dropout does not read is empty."""
+    """Return rows whose second half is a target's; what dropout does not read is empty."""
     empty = torch.zeros(0, dtype=torch.int64, device=device)
-    branches = (torch.arange(tokens, device=device) >= tokens // 2).long().expand(contexts, -1)
+    columns, rows = torch.arange(tokens, device=device), torch.arange(contexts, device=device)
     given = {
-        "prefix_ids": torch.zeros(1, 0, dtype=torch.int64, device=device),
-        "tree_places": torch.arange(contexts * tokens, device=device),
-        "tree_ids": torch.zeros(contexts, tokens, dtype=torch.int64, device=device),
-        "tree_branches": branches.contiguous(),
-        "tree_positions": torch.arange(tokens, device=device).expand(contexts, -1).contiguous(),
-        "last_rows": torch.arange(contexts, device=device),
-        "row_ids": torch.arange(contexts, device=device),
-        "context_keys": torch.arange(contexts, device=device),
+        "tree_ids": torch.zeros(contexts * tokens, dtype=torch.int64, device=device),
+        "tree_lengths": Mirrored.of([tokens] * contexts, device),
+        "tree_targets": torch.where(columns < tokens // 2, TAIL, rows[:, None]).flatten(),
+        "tree_positions": columns.repeat(contexts),
+        "row_ids": rows,
+        "context_keys": rows,
     }
     return PromptBatch(**{field.name: given.get(field.name, empty) for field in fields(PromptBatch)})
 
@@ -100,13 +98,13 @@ def build_batch(contexts: int, tokens: int, device: torch.device) -> PromptBatch
 def time_pass(decoder: nn.Module, masks: DropoutMasks | None, batch: PromptBatch, key: int) -> float:
     """Return the seconds of a forward and a backward pass."""
     weight = next(decoder.parameters())
-    embeds = torch.ones(*batch.tree_ids.shape, decoder.config.hidden_size, dtype=weight.dtype, device=weight.device)
+    embeds = torch.ones(len(batch.tree_ids), decoder.config.hidden_size, dtype=weight.dtype, device=weight.device)
     if weight.is_cuda:
         torch.cuda.synchronize()
     started = time.perf_counter()
     if masks is not None:
         masks.draw(batch, key)
-    hidden = run_tree(decoder, embeds, batch.tree_branches, batch.tree_positions, places=batch.tree_places)
+    hidden = run_tree(decoder, embeds, batch.tree_targets, batch.tree_positions, batch.tree_lengths)
     hidden.float().square().mean().backward()
     if weight.is_cuda:
         torch.cuda.synchronize()

@@ -119,7 +119,7 @@ def spell_rows(loaded: LoadedStage, block: ContextBlock) -> list[dict[str, Any]]
     rows = []
     for target in range(block.num_targets):
         batch = collator.collate(block.take_targets(np.array([target])), block)
-        ids = batch.header_ids.tolist() + batch.prefix_ids.flatten().tolist() + batch.tree_ids.flatten().tolist()
+        ids = torch.cat([batch.header_ids, batch.prefix_ids, batch.tree_ids]).tolist()
         slots: list[Any] = []
         if vectors is not None:
             user_inputs = batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps

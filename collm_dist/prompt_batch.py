@@ -3,18 +3,18 @@
 A context is computed once and shared by all its targets; the *header*, the text that all prompts begin with, once for
 all contexts. A context's other tokens come in up to three regions: the *constant prefix* (in training stage 2, what
 stands before the first slot; where nothing trains, all of the context), the *context tail* and one *branch* for each
-target. Prefix and tree are two padded
-matrices; a tree row holds a context's tail, then the branches one after the other, and rows whose prefixes are equal
-name the same one. A token sees the header, its row's prefix, the tail before it, and its own branch before it; never
-another branch. Position ids say where a token would stand in the plain prompt of its own target.
+target. Tokens are packed: prefixes are laid end to end, and so are tree rows, each a context's tail and then its
+branches one after the other. Rows whose prefixes are equal name the same one. A token sees the header, its row's
+prefix, the tail before it, and its own branch before it; never another branch. Position ids say where a token would
+stand in the plain prompt of its own target.
 
-Shapes: C contexts (rows), U prefixes, P prefix tokens, T tree tokens, N targets, Q user queries, H history items, F
-pair features.
+Shapes: C contexts (rows), U prefixes, P tokens of all prefixes, M tokens of all tree rows, N targets, Q user queries, H
+history items, F pair features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -25,12 +25,44 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Mirrored:
+    """A few integers that are wanted as numbers and as a tensor: nobody then has to wait for a device.
+
+    Attributes:
+        numbers: (K,) int64 array on the host.
+        tensor: (K,) the same.
+    """
+
+    numbers: NDArray[np.int64]
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, numbers: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> Mirrored:
+        """Return both."""
+        array = np.asarray(numbers, dtype=np.int64)
+        return cls(array, torch.from_numpy(array).to(device))
+
+    def __len__(self) -> int:
+        """Return K."""
+        return len(self.numbers)
+
+    def list_rows(self) -> Tensor:
+        """Of lengths: return the row of each packed token, (sum of the lengths,) int64."""
+        rows = torch.arange(len(self), device=self.tensor.device)
+        return rows.repeat_interleave(self.tensor, output_size=int(self.numbers.sum()))
+
+    def list_starts(self) -> Tensor:
+        """Of lengths: return where each row begins among the packed tokens, (K,) int64."""
+        return self.tensor.cumsum(0) - self.tensor
+
+
+@dataclass(frozen=True)
 class Slots:
     """Where soft tokens go, and where their vectors come from.
 
     Attributes:
-        places: (S,) int64, a slot's first token among the (U * P) of the prefixes and, after them, the (C * T) of the
-            tree; a slot covers ``tokens_per_slot`` of them.
+        places: (S,) int64, a slot's first token among the P of the prefixes and, after them, the M of the tree; a slot
+            covers ``tokens_per_slot`` of them.
         sources: (S,) int64, what the vector is made of: a user query q, a dense item index (-1 = unknown), or a
             target n for pair slots.
         masked: (S,) bool, the vector is replaced by that of an unknown user or item.
@@ -48,18 +80,17 @@ class PromptBatch:
     Attributes:
         header_ids: token ids of the header; empty where rows do not differ after it.
         header_key: what the header is known by.
-        prefix_ids: (U, P) token ids, right-padded, no two rows alike in tokens and slots; a slot's columns hold any
-            valid id. P is 0 where no prefix is split off (stage 1).
-        prefix_lengths: (U,) valid tokens of each.
+        prefix_ids: (P,) token ids of the prefixes, no two of them alike in tokens and slots, shortest first; a slot's
+            tokens hold any valid id. P is 0 where no prefix is split off (stage 1).
+        prefix_lengths: (U,) tokens of each.
         prefix_keys: (U,) uint64 array on the host, what the prefixes are known by.
-        prefix_rows: (C,) the prefix of each context.
-        prefix_places: where in the (U * P) columns the valid tokens stand.
+        prefix_rows: (C,) the prefix of each row.
         context_keys: (C,) hashes that name the rows' contexts.
-        tree_ids: (C, T) token ids, right-padded; a slot's columns hold any valid id.
-        tree_branches: (C, T) 0 = context tail, 1.. = target of the row, -1 = padding.
-        tree_positions: (C, T) position ids (header and prefix included), 0 at padding.
-        tree_places: where in the (C * T) columns the tokens stand that are no padding.
-        last_rows, last_cols: (N,) where each target's last token stands in the tree.
+        tree_ids: (M,) token ids of the rows; a slot's tokens hold any valid id.
+        tree_lengths: (C,) tokens of each row.
+        tree_targets: (M,) the target n of a branch's token, -1 in a tail.
+        tree_positions: (M,) position ids (header and prefix included).
+        last: (N,) where each target's last token stands among the M.
         user_slots, item_slots, pair_slots: the slots by kind.
         user_idx: (Q,) dense user of each query, -1 = unknown.
         user_history: (Q, H) dense liked items, oldest first, right-aligned, -1 = padding.
@@ -75,17 +106,15 @@ class PromptBatch:
     header_ids: Tensor
     header_key: int
     prefix_ids: Tensor
-    prefix_lengths: Tensor
+    prefix_lengths: Mirrored
     prefix_keys: NDArray[np.uint64]
-    prefix_rows: Tensor
-    prefix_places: Tensor
+    prefix_rows: Mirrored
     context_keys: Tensor
     tree_ids: Tensor
-    tree_branches: Tensor
+    tree_lengths: Mirrored
+    tree_targets: Tensor
     tree_positions: Tensor
-    tree_places: Tensor
-    last_rows: Tensor
-    last_cols: Tensor
+    last: Tensor
     user_slots: Slots
     item_slots: Slots
     pair_slots: Slots
@@ -101,8 +130,8 @@ class PromptBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model computes, padding left out."""
-        return len(self.header_ids) + len(self.prefix_places) + len(self.tree_places)
+        """Tokens that the model computes."""
+        return len(self.header_ids) + len(self.prefix_ids) + len(self.tree_ids)
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """Return the same batch on another device; copies from pinned memory do not block."""
@@ -123,6 +152,8 @@ def _map_tensors(batch: BatchT, function: Callable[[Tensor], Tensor]) -> BatchT:
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             value = function(value)
+        elif isinstance(value, Mirrored):
+            value = Mirrored(value.numbers, function(value.tensor))
         elif isinstance(value, Slots):
             value = _map_tensors(value, function)
         mapped[field.name] = value

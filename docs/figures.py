@@ -140,7 +140,7 @@ def draw_shared_context() -> Figure:
     axes.text(0.5, 15.2, "position ids: each token stands where it stands in its own plain prompt", size=8, color=MUTED)
     axes.text(0.5, 16.7, f"1 x {len(branches)} = {len(branches)} tokens", size=9, color=MUTED)
 
-    allowed = build_allowed(torch.tensor([branches]))[0].numpy()
+    allowed = build_allowed(torch.tensor([branches]) - 1)[0].numpy()  # -1: the context
     size, left, top = 17.0 / len(branches), 24.0, 2.4
     axes.text(left, 1.1, "who sees whom in the shared row", weight="bold", color=INK)
     axes.add_patch(Rectangle((left, top), 17.0, 17.0, facecolor=PADDING))

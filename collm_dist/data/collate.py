@@ -3,7 +3,7 @@
 While a prompt is laid out, slots are negative codes among the token ids; they end as places, so nothing that a title
 contains can be taken for one.
 
-Shapes: C contexts, N targets, T tree tokens, P prefix tokens, H history items.
+Shapes: C contexts, N targets, H history items.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collm_dist.data.ragged import Ragged, hash_rows, join_columns, repeat_value
 from collm_dist.data.slots import CONTINUED, HISTORY, SLOT_CODES, LaidOut, Masking, find_slots
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.errors import ConfigError
-from collm_dist.prompt_batch import PromptBatch
+from collm_dist.prompt_batch import Mirrored, PromptBatch
 
 
 @dataclass(frozen=True)
@@ -178,46 +178,34 @@ class PromptCollator:
         prefix, tail, branch = self._lay_out(block, shown)
         branches = branch.merge(block.target_offsets)
         tree = join_columns([tail, branches], block.num_contexts)
-        width = max(int(tree.lengths.max(initial=0)), 1)
-        codes = tree.to_matrix(width, self._filler_id)
 
-        # Where each branch token stands in the tree: its row, and a column after the tail.
+        # Where each branch token stands in the tree: after its row's tail.
         owner = block.target_contexts
-        branch_rows = owner[branch.rows]
-        branch_cols = tail.lengths[branch_rows] + np.arange(len(branch.values)) - branches.offsets[branch_rows]
-        number = np.arange(block.num_targets) - block.target_offsets[owner] + 1
-        tree_branches = np.where(np.arange(width) < tail.lengths[:, None], 0, -1)
-        tree_branches[branch_rows, branch_cols] = number[branch.rows]
+        rows = owner[branch.rows]
+        places = tree.offsets[rows] + tail.lengths[rows] + np.arange(len(branch.values)) - branches.offsets[rows]
+        targets = np.full(len(tree.values), -1)
+        targets[places] = branch.rows
         start = len(self._header) + prefix.lengths
-        tree_positions = np.where(tree_branches == 0, start[:, None] + np.arange(width), 0)
-        start = start + tail.lengths
-        tree_positions[branch_rows, branch_cols] = start[branch_rows] + branch.columns
-        last = branch.offsets[1:] - 1
+        positions = start[tree.rows] + tree.columns
+        positions[places] = (start + tail.lengths)[rows] + branch.columns
 
         contexts = hash_integers(0, block.user_idx, block.num_likes).view(np.int64)
         prefix, prefix_keys, prefix_rows = take_distinct(prefix, self._describe_slots(block))
-        prefix_width = int(prefix.lengths.max(initial=0))
-        prefix_codes = prefix.to_matrix(prefix_width, self._filler_id)
         firsts = np.unique(prefix_rows, return_index=True)[1]
         laid = LaidOut(
-            np.concatenate([prefix_codes.flatten(), codes.flatten()]),
-            np.concatenate([np.repeat(firsts, prefix_width), np.repeat(np.arange(block.num_contexts), width)]),
-            np.concatenate([np.zeros(prefix_codes.size, dtype=np.int64), tree_branches.flatten()]),
+            np.concatenate([prefix.values, tree.values]),
+            np.concatenate([firsts[prefix.rows], tree.rows]),
+            np.concatenate([np.full(len(prefix.values), -1), targets]),
         )
         slots = find_slots(block, laid, shown, contexts, masking, user_depends_on_target=self._user_depends_on_target)
         arrays: dict[str, Any] = {
             "header_ids": np.array(self._header, dtype=np.int64),
-            "prefix_ids": np.where(prefix_codes < 0, self._filler_id, prefix_codes),
-            "prefix_lengths": prefix.lengths,
-            "prefix_rows": prefix_rows,
-            "prefix_places": prefix.rows * prefix_width + prefix.columns,
+            "prefix_ids": np.where(prefix.values < 0, self._filler_id, prefix.values),
             "context_keys": contexts,
-            "tree_ids": np.where(codes < 0, self._filler_id, codes),
-            "tree_branches": tree_branches,
-            "tree_positions": tree_positions,
-            "tree_places": np.flatnonzero(tree_branches >= 0),
-            "last_rows": branch_rows[last],
-            "last_cols": branch_cols[last],
+            "tree_ids": np.where(tree.values < 0, self._filler_id, tree.values),
+            "tree_targets": targets,
+            "tree_positions": positions,
+            "last": places[branch.offsets[1:] - 1],
             "pair_features": compute_pair_features(block),
             "labels": block.label.astype(np.float32),
             "weights": np.full(block.num_targets, weight, dtype=np.float32),
@@ -225,7 +213,15 @@ class PromptCollator:
             **self.list_user_queries(block),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
-        return PromptBatch(**tensors, header_key=hash(tuple(self._header)), prefix_keys=prefix_keys, **slots)
+        return PromptBatch(
+            **tensors,
+            header_key=hash(tuple(self._header)),
+            prefix_lengths=Mirrored.of(prefix.lengths),
+            prefix_keys=prefix_keys,
+            prefix_rows=Mirrored.of(prefix_rows),
+            tree_lengths=Mirrored.of(tree.lengths),
+            **slots,
+        )
 
     def _describe_slots(self, block: ContextBlock) -> IntArray | None:
         """Return (C,) hashes of all that the slots of a prefix are made of; None where it has none."""

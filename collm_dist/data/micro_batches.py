@@ -30,15 +30,18 @@ class _Unit:
 
     Attributes:
         rows: the targets of each row.
+        sizes: tokens of each row.
         prefix: tokens that the rows share.
-        tree: tokens of the longest row.
-        tokens: of all rows, and of the prefix.
     """
 
     rows: list[IntArray]
+    sizes: list[int]
     prefix: int
-    tree: int
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, and of the prefix."""
+        return self.prefix + sum(self.sizes)
 
 
 def plan_micro_batches(
@@ -95,16 +98,13 @@ def _list_units(block: ContextBlock, counts: TokenCounts, max_tokens: int) -> li
                 f"{counts.header + prefix + tail + sizes[target]} tokens; raise it to at least that, or lower "
                 "prompt.max_prompt_tokens"
             )
-        rows: list[IntArray] = []
-        tree, tokens = 0, prefix
+        units.append(_Unit([], [], prefix))
         longest = MAX_TREE_TOKENS - tail if tail else MAX_TREE_TOKENS_WITHOUT_TAIL
         for row, size in _fill(targets, sizes, min(room, longest) if prefix else room):
-            if rows and tokens + tail + size > max_tokens:
-                units.append(_Unit(rows, prefix, tree, tokens))
-                rows, tree, tokens = [], 0, prefix
-            rows.append(row)
-            tree, tokens = max(tree, tail + size), tokens + tail + size
-        units.append(_Unit(rows, prefix, tree, tokens))
+            if units[-1].rows and units[-1].tokens + tail + size > max_tokens:
+                units.append(_Unit([], [], prefix))
+            units[-1].rows.append(row)
+            units[-1].sizes.append(tail + size)
     return units
 
 
@@ -120,13 +120,14 @@ def _fill(targets: IntArray, sizes: IntArray, room: int) -> Iterator[tuple[IntAr
 
 
 def _pack(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
-    """Pack units of similar length, whose rows attention pads least, into micro-batches and return their rows."""
-    batches: list[list[IntArray]] = []
+    """Pack units with prefixes of similar length into micro-batches; return their rows by length, as attention lays
+    them out."""
+    batches: list[list[tuple[int, IntArray]]] = []
     tokens = 0
-    for unit in sorted(units, key=lambda one: (one.prefix, one.tree, int(one.rows[0][0]))):
+    for unit in sorted(units, key=lambda one: (one.prefix, max(one.sizes), int(one.rows[0][0]))):
         if not batches or tokens + unit.tokens > max_tokens:
             batches.append([])
             tokens = 0
-        batches[-1] += unit.rows
+        batches[-1] += zip(unit.sizes, unit.rows, strict=True)
         tokens += unit.tokens
-    return batches
+    return [[row for _, row in sorted(batch, key=lambda one: one[0])] for batch in batches]

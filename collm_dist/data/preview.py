@@ -25,12 +25,12 @@ def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any
     kinds = {"UserID": batch.user_slots, "ItemID": batch.item_slots, "MatchID": batch.pair_slots}
     for name, slots in kinds.items():
         for place in slots.places.tolist():
-            marks[place - batch.prefix_ids.numel()] = f"⟦{name}⟧"
-    header, prefix = batch.header_ids.tolist(), batch.prefix_ids[0, : int(batch.prefix_lengths[0])].tolist()
+            marks[place - len(batch.prefix_ids)] = f"⟦{name}⟧"
+    header, prefix = batch.header_ids.tolist(), batch.prefix_ids.tolist()
     pieces: list[str] = [tokenizer.decode(header + prefix), "⟪"] if prefix else []
     pending: list[int] = [] if prefix else header
     skip = 0
-    for column, token in enumerate(batch.tree_ids[0].tolist()):
+    for column, token in enumerate(batch.tree_ids.tolist()):
         if column in marks:
             pieces += [tokenizer.decode(pending), marks[column]]
             pending, skip = [], collator.tokens_per_slot - 1

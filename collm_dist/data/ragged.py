@@ -67,12 +67,6 @@ class Ragged:
         """Lay neighbouring rows end to end: group g is made of rows ``group_offsets[g]:group_offsets[g + 1]``."""
         return Ragged(self.offsets[group_offsets], self.values)
 
-    def to_matrix(self, width: int, fill: int) -> IntArray:
-        """Return (R, width), padded on the right."""
-        matrix = np.full((len(self.offsets) - 1, width), fill, dtype=np.int64)
-        matrix[self.rows, self.columns] = self.values
-        return matrix
-
 
 def repeat_values(values: Sequence[int], where: NDArray[np.bool_]) -> Ragged:
     """Return rows that hold the same values where the (R,) mask is true, and nothing elsewhere."""
@@ -101,7 +95,7 @@ def hash_rows(ragged: Ragged) -> NDArray[np.uint64]:
 
 
 def take_distinct(ragged: Ragged, others: IntArray | None = None) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
-    """Return the rows that differ, in order of first occurrence, a hash of each, and which of them each row is.
+    """Return the rows that differ, shortest first, a hash of each, and which of them each row is.
 
     Args:
         ragged: the rows.
@@ -111,5 +105,6 @@ def take_distinct(ragged: Ragged, others: IntArray | None = None) -> tuple[Ragge
     if others is not None:
         hashes = hash_integers(0, hashes, others)
     _, firsts, numbers = np.unique(hashes, return_index=True, return_inverse=True)
-    kept = np.sort(firsts)
-    return ragged.take(kept), hashes[kept], np.searchsorted(kept, firsts)[numbers]
+    order = np.lexsort((firsts, ragged.lengths[firsts]))
+    kept = firsts[order]
+    return ragged.take(kept), hashes[kept], np.argsort(order)[numbers]

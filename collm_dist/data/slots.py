@@ -1,6 +1,6 @@
 """Slots of prompts that are being laid out: negative codes among the token ids, which end as places and sources.
 
-Shapes: C contexts, S slots, M tokens of a micro-batch's prefixes and tree, padding included.
+Shapes: C contexts, S slots, M tokens of a micro-batch's prefixes and tree.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class LaidOut:
     Attributes:
         codes: (M,) token ids and slot codes.
         contexts: (M,) the context that each belongs to; the first one of those that share a prefix.
-        branches: (M,) as in ``PromptBatch``, 0 in a prefix.
+        targets: (M,) the target of a branch's token, -1 elsewhere.
     """
 
     codes: IntArray
     contexts: IntArray
-    branches: IntArray
+    targets: IntArray
 
 
 def find_slots(
@@ -66,15 +66,15 @@ def find_slots(
 
     def find(code: int) -> tuple[IntArray, IntArray, IntArray]:
         places = np.flatnonzero(laid.codes == code)
-        contexts = laid.contexts[places]
-        return places, contexts, block.target_offsets[contexts] + laid.branches[places] - 1  # the target, in a branch
+        return places, laid.contexts[places], laid.targets[places]
 
     users, user_contexts, user_targets = find(USER)
     items, _, item_targets = find(ITEM)
     listed, list_contexts, _ = find(HISTORY)
     pairs, _, pair_targets = find(PAIR)
-    # A list's slots stand in a row as its items do, whatever rows there are.
-    listed_items = shown.take(np.unique(list_contexts)).values if len(listed) else listed
+    # A list's slots stand in a row as its items do; whose list comes first is up to the layout.
+    owners = list_contexts[np.sort(np.unique(list_contexts, return_index=True)[1])]
+    listed_items = shown.take(owners).values if len(listed) else listed
     item_sources = np.concatenate([block.item_idx[item_targets], listed_items])
     query = user_targets if user_depends_on_target else user_contexts
     # A context's user slot is drawn by the context, so that a cut context is masked alike in both batches.

@@ -1,6 +1,6 @@
 """The CoLLM module: backbone, slots and a one-logit head (CoLLM, section 3.2).
 
-Shapes: M tokens of prefixes and tree, N targets, S slots, Q user queries, K soft tokens a slot, D model width.
+Shapes: M tokens of prefixes and tree rows, N targets, S slots, Q user queries, K soft tokens a slot, D model width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.mapping import SlotMapper
 from collm_dist.llm.prefix_cache import PrefixCache
 from collm_dist.llm.shared_context import Prefix, run_prefix, run_tree
-from collm_dist.prompt_batch import PromptBatch, Slots
+from collm_dist.prompt_batch import Mirrored, PromptBatch, Slots
 
 
 class CollaborativeVectors(Protocol):
@@ -119,37 +119,39 @@ class CollmModel(nn.Module):
         if self._dropout_masks is not None and self.training:
             self._dropout_masks.draw(batch, dropout_key)
         embed = self.backbone.get_input_embeddings()
-        has_prefix = batch.prefix_ids.shape[1] > 0
         header = embed(batch.header_ids) if len(batch.header_ids) else None
-        ids, split = torch.cat([batch.prefix_ids.flatten(), batch.tree_ids.flatten()]), batch.prefix_ids.numel()
-        tokens = self._insert_slots(embed(ids), batch)
-        of_prefix = tokens[:split].view(*batch.prefix_ids.shape, tokens.shape[1])
-        embeds = tokens[split:].view(*batch.tree_ids.shape, tokens.shape[1])
-        prefix = self._run_prefix(of_prefix, batch, header) if has_prefix else None
-        branches, positions = batch.tree_branches, batch.tree_positions
-        own_header = None if has_prefix else header
-        last = batch.last_rows * branches.shape[1] + batch.last_cols
-        hidden = run_tree(self.decoder, embeds, branches, positions, prefix, batch.tree_places, own_header, last)
-        return self._compute_scores(hidden[batch.last_rows, batch.last_cols])
+        tokens = self._insert_slots(embed(torch.cat([batch.prefix_ids, batch.tree_ids])), batch)
+        of_prefix, of_tree = torch.split(tokens, [len(batch.prefix_ids), len(batch.tree_ids)])
+        prefix = self._run_prefix(of_prefix, batch, header) if len(of_prefix) else None
+        hidden = run_tree(
+            self.decoder,
+            of_tree,
+            batch.tree_targets,
+            batch.tree_positions,
+            batch.tree_lengths,
+            prefix,
+            header if prefix is None else None,
+            needed=batch.last,
+        )
+        return self._compute_scores(hidden[batch.last])
 
     @torch.no_grad()
     def _run_prefix(self, embeds: Tensor, batch: PromptBatch, header: Tensor | None) -> Prefix:
         """Return the keys and values of each row's prefix; equal ones are computed once."""
-        lengths, places = batch.prefix_lengths, batch.prefix_places
         before = None if header is None else self._run_header(header, batch.header_key)
         if self.prefix_cache is not None:
-            prefix = self.prefix_cache.run(self.decoder, embeds, lengths, batch.prefix_keys.tolist(), places, before)
+            prefix = self.prefix_cache.run(
+                self.decoder, embeds, batch.prefix_lengths, batch.prefix_keys.tolist(), before
+            )
         else:
-            prefix = run_prefix(self.decoder, embeds, lengths, places, before)
+            prefix = run_prefix(self.decoder, embeds, batch.prefix_lengths, before)
         return dataclasses.replace(prefix, rows=batch.prefix_rows)
 
     def _run_header(self, embeds: Tensor, key: int) -> Prefix:
         """Return the keys and values of a (U, D) header; kept while the weights that made them cannot change."""
         if self._kept_header is not None and self._kept_header[0] == key:
             return self._kept_header[1]
-        length = torch.full((1,), len(embeds), device=embeds.device)
-        places = torch.arange(len(embeds), device=embeds.device)
-        header = run_prefix(self.decoder, embeds[None], length, places)
+        header = run_prefix(self.decoder, embeds, Mirrored.of([len(embeds)], embeds.device))
         if not (self.training and any(one.requires_grad for one in self.backbone.parameters())):
             self._kept_header = key, header
         return header

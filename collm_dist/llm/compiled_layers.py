@@ -32,6 +32,7 @@ def compile_layers(decoder: nn.Module, backend: str = "inductor") -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     prepare_decoder(decoder)
+    decoder.__dict__["_is_compiled"] = True
     layers: Any = find_layers(decoder)
     # A last network that leaves some tokens out would need graphs of its own; a compiler finds by itself what is cheap
     # to compute again.

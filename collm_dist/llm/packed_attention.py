@@ -1,12 +1,12 @@
 """Decoders over packed tokens: everything but attention sees the real tokens alone, one after the other.
 
 Rows of a batch have different lengths, and nine tenths of a decoder's work is done token by token. So a decoder is run
-on one long row without padding; its attention, reached through transformers' attention interface, spreads queries, keys
-and values over padded rows, compares them there, and packs what it finds again. Tokens that all rows begin with, the
+on one long row without padding; its attention, reached through transformers' attention interface, lays out rows of
+similar length in blocks, compares them there, and packs what it finds again. Tokens that all rows begin with, the
 header, are computed once, ahead of the others. Exact: no token's numbers change.
 
-Shapes: C rows, T columns, M packed tokens, U of them in the header, P past tokens, K = P + U + T keys; H query heads,
-G key/value heads, W width of a head, D of the decoder.
+Shapes: M packed tokens, U of them in the header; a block has R rows, T columns, m tokens, P past tokens, K = P + U + T
+keys; H query heads, G key/value heads, W width of a head, D of the decoder.
 """
 
 from __future__ import annotations
@@ -26,66 +26,32 @@ from transformers.masking_utils import sdpa_mask
 
 from collm_dist.errors import ConfigError
 from collm_dist.llm.gated_network import slim_down
+from collm_dist.llm.row_blocks import Block
 
 NAME = "collm_packed"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-@dataclass(frozen=True)
-class Masks:
-    """What attention adds to its scores, in the layers' precision: 0 or minus infinity.
-
-    Attributes:
-        plain: (C, 1, T, K); None = each token sees the header and those before it in its row.
-        window: the same for layers that look back no further than a window; None where there are none.
-        header: (1, 1, U, U) for these layers; None where the window is wider.
-    """
-
-    plain: Tensor | None
-    window: Tensor | None
-    header: Tensor | None
-
-
-@dataclass(frozen=True)
-class Past:
-    """Keys and values that a layer's rows see before their own.
-
-    Attributes:
-        keys, values: (S, G, P, W), zero at padding; S is C, or one for all rows.
-        rows: (C,) which of the S each row sees; None = its own, or the one.
-    """
-
-    keys: Tensor
-    values: Tensor
-    rows: Tensor | None = None
-
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return (C, G, P, W) keys and values."""
-        if self.rows is not None:
-            return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
-        return self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
-
-
 @dataclass
 class LayerLayout:
-    """How a layer's packed tokens stand in padded rows, and what they may see.
+    """How a layer's packed tokens stand in rows, and what they may see.
 
     Attributes:
-        positions: (C, T) position ids.
-        places: (M - U,) int64, where each packed token after the header stands in the rows laid end to end.
+        blocks: of neighbouring rows, in the order of their tokens.
+        sizes: tokens of the header, if there is one, and of each block; None where one block is all there is.
         header: U.
-        masks: what is seen.
-        past: what rows see before their own tokens, in its order. A past and a header exclude each other.
+        header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
+        past: keys and values, (1, G, tokens, W) each, that blocks choose from. A past and a header exclude each other.
         record: whether keys and values are asked for.
-        found: the rows' own, (C, G, T, W).
+        found: the past's and the rows' own after it.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
     """
 
-    positions: Tensor
-    places: Tensor
+    blocks: list[Block]
+    sizes: list[int] | None
     header: int
-    masks: Masks
-    past: tuple[Past, ...] = ()
+    header_mask: Tensor | None
+    past: tuple[Tensor, Tensor] | None = None
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
     plain: bool = False
@@ -101,7 +67,7 @@ class _Options:
 
 
 class _Spread(torch.autograd.Function):
-    """Packed (M, ...) -> rows laid end to end (size, ...), zero at padding. No place occurs twice."""
+    """Packed (m, ...) -> rows laid end to end (size, ...), zero at padding. No place occurs twice."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, places: Tensor, size: int) -> Tensor:
@@ -115,7 +81,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Pack(torch.autograd.Function):
-    """Rows laid end to end (size, ...) -> packed (1, M, ...), not a view: a compiled layer would ask of what."""
+    """Rows laid end to end (size, ...) -> packed (1, m, ...), not a view: a compiled layer would ask of what."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
@@ -130,14 +96,18 @@ class _Pack(torch.autograd.Function):
         return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
 
 
-def pack(rows: Tensor, places: Tensor) -> Tensor:
-    """(C, T, ...) -> (1, M, ...)."""
+def pack(rows: Tensor, places: Tensor | None) -> Tensor:
+    """(R, T, ...) -> (1, m, ...)."""
+    if places is None:
+        return rows.flatten(0, 1)[None]
     return _Pack.apply(rows.flatten(0, 1), places)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def spread(packed: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
-    """(1, M, ...) -> (C, T, ...), zero at padding."""
-    spread_out: Tensor = _Spread.apply(packed[0], places, rows * columns)  # type: ignore[no-untyped-call]
+def spread(packed: Tensor, places: Tensor | None, rows: int, columns: int) -> Tensor:
+    """(1, m, ...) -> (R, T, ...), zero at padding."""
+    spread_out: Tensor = packed[0]
+    if places is not None:
+        spread_out = _Spread.apply(spread_out, places, rows * columns)  # type: ignore[no-untyped-call]
     return spread_out.view(rows, columns, *packed.shape[2:])
 
 
@@ -203,57 +173,55 @@ def run_packed(
     decoder: nn.Module,
     embeds: Tensor,
     positions: Tensor,
-    places: Tensor,
-    masks: Masks,
-    header: Tensor | None = None,
-    past: Sequence[tuple[Past, ...]] = (),
+    blocks: list[Block],
+    sizes: list[int],
     *,
+    header: Tensor | None = None,
+    header_mask: Tensor | None = None,
+    past: Sequence[tuple[Tensor, Tensor]] = (),
     needed: Tensor | None = None,
     record: bool = False,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run a decoder on the packed tokens of padded rows.
+    """Run a decoder on packed tokens.
 
     Args:
         decoder: the model below the language-modelling head.
-        embeds, positions: (C, T, D) input embeddings and (C, T) position ids.
-        places: see ``LayerLayout``.
-        masks: what tokens see.
+        embeds, positions: (M - U, D) input embeddings and (M - U,) position ids.
+        blocks, sizes: the rows, and how many of the tokens are in each block.
         header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
-        past: by layer; none without any.
-        needed: (N,) which of the M - U tokens' hidden states are asked for; None = all. The last layer's network is run
-            on these alone.
-        record: return each layer's keys and values of the rows.
+        header_mask, past: see ``LayerLayout``; the past by layer, none without any.
+        needed: (N,) which of the tokens' hidden states are asked for; None = all. The last layer's network is run on
+            these alone.
+        record: return each layer's keys and values: the past's and, after them, the tokens' own.
 
     Returns:
-        (1, M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer,
-        (C, G, T, W), zero at padding.
+        (M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer.
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
+    divided = [length, *sizes] if length else sizes
+    is_plain = decoder.__dict__["_runs_packed"]
+    of_layers: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(find_layers(decoder))
     layouts = [
-        LayerLayout(positions, places, length, masks, record=record, plain=decoder.__dict__["_runs_packed"])
-        for _ in find_layers(decoder)
+        LayerLayout(blocks, divided if len(sizes) > 1 else None, length, header_mask, one, record, plain=is_plain)
+        for one in of_layers
     ]
-    for layout, of_layer in zip(layouts, past, strict=False):
-        layout.past = of_layer
-    packed, packed_positions = pack(embeds, places), positions.flatten()[places][None]
     if header is not None:
-        packed = torch.cat([header[None], packed], dim=1)
-        starts = torch.arange(length, device=positions.device)[None]
-        packed_positions = torch.cat([starts, packed_positions], dim=1)
+        embeds = torch.cat([header, embeds])
+        positions = torch.cat([torch.arange(length, device=positions.device), positions])
     # Not in the layout, on whose every difference compiled code is made anew. A layer that is recomputed belongs to the
     # latest pass, since its backward pass comes before the next one.
     find_layers(decoder)[-1].__dict__["_needed"] = None if needed is None else length + needed
     output = decoder(
-        inputs_embeds=packed,
+        inputs_embeds=embeds[None],
         # Nothing but its four dimensions counts: transformers takes it for a finished mask and makes none of its own.
         attention_mask=embeds.new_zeros(1, 1, 1, 1),
-        position_ids=packed_positions,
+        position_ids=positions[None],
         use_cache=False,
         layout=layouts,
     )
     found = [layout.found for layout in layouts if layout.found is not None]
-    return output.last_hidden_state[:, length:], found
+    return output.last_hidden_state[0, length:], found
 
 
 def _hand_out(index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -293,35 +261,57 @@ def _attend(
         return _attend_plainly(module, query, key, value, attention_mask, options, others)
     if others.get("s_aux") is not None:
         raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
-    in_window = sliding_window is not None and layout.masks.window is not None
-    mask = layout.masks.window if in_window else layout.masks.plain
-    compute = _compare if layout.plain or softcap is not None else _compare_fused
-    length, (rows, columns) = layout.header, layout.positions.shape
-    header: list[Tensor] = []
-    keys, values = [], []
-    if length:
-        # Copies: kept for the backward pass, a part would keep the whole.
-        first_query, first_key, first_value = (one[:, :, :length].contiguous() for one in (query, key, value))
-        first_mask = layout.masks.header if in_window else None
-        header.append(compute(first_query, first_key, first_value, first_mask, options).transpose(1, 2))
-        keys, values = [first_key.expand(rows, -1, -1, -1)], [first_value.expand(rows, -1, -1, -1)]
-        query, key, value = (one[:, :, length:] for one in (query, key, value))
-    for past in layout.past:
-        of_rows = past.take(rows)
-        keys.append(of_rows[0])
-        values.append(of_rows[1])
-    query, key, value = (
-        spread(one.transpose(1, 2), layout.places, rows, columns).transpose(1, 2) for one in (query, key, value)
-    )
+    in_window = sliding_window is not None
+    compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
+    compute = functools.partial(compute, options=options)
+    ahead: Sequence[Tensor] | None = layout.past
+    attended, pieces = [], _divide(layout, (query, key, value))
     if layout.record:
-        layout.found = key, value
-    if keys:
-        key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
-    if mask is None and keys:
-        # A causal kernel wants as many queries as keys.
-        query = pad(query, (0, 0, key.shape[2] - columns, 0))
-    attended = compute(query, key, value, mask, options)[:, :, -columns:]
-    return torch.cat([*header, pack(attended.transpose(1, 2), layout.places)], dim=1), None
+        layout.found = (key, value) if ahead is None else (_join(ahead[0], key), _join(ahead[1], value))
+    if layout.header:
+        # Copies: kept for the backward pass, a part would keep the whole.
+        first_query, *ahead = (one.contiguous() for one in pieces.pop(0))
+        mask = layout.header_mask if in_window else None
+        attended.append(compute(first_query, ahead[0], ahead[1], mask).transpose(1, 2))
+    for block, piece in zip(layout.blocks, pieces, strict=True):
+        mask = block.masks.window if in_window and block.masks.window is not None else block.masks.plain
+        attended.append(_attend_in_block(block, piece, ahead, mask, compute))
+    return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1), None
+
+
+def _divide(layout: LayerLayout, tensors: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
+    """Return the header's part, if there is one, and each block's."""
+    if layout.sizes is not None:
+        return list(zip(*(torch.split(one, layout.sizes, dim=2) for one in tensors), strict=True))
+    if length := layout.header:
+        return [tuple(one[:, :, :length] for one in tensors), tuple(one[:, :, length:] for one in tensors)]
+    return [tensors]
+
+
+def _attend_in_block(
+    block: Block, piece: tuple[Tensor, ...], ahead: Sequence[Tensor] | None, mask: Tensor | None, compute: Any
+) -> Tensor:
+    """(1, H, m, W), (1, G, m, W) twice -> (1, m, H, W); ``ahead``: keys and values that rows choose from, or share."""
+    rows, columns = block.is_token.shape
+    query, key, value = (spread(one.transpose(1, 2), block.places, rows, columns).transpose(1, 2) for one in piece)
+    if ahead is not None:
+        key, value = _join(_take(ahead[0], block.past, rows), key), _join(_take(ahead[1], block.past, rows), value)
+        if mask is None:
+            # A causal kernel wants as many queries as keys.
+            query = pad(query, (0, 0, key.shape[2] - columns, 0))
+    attended = compute(query, key, value, mask)[:, :, -columns:]
+    return pack(attended.transpose(1, 2), block.places)
+
+
+def _take(tokens: Tensor, chosen: Tensor | None, rows: int) -> Tensor:
+    """(1, G, tokens, W) -> (R, G, P, W); None = all of them for every row."""
+    if chosen is None:
+        return tokens.expand(rows, -1, -1, -1)
+    return tokens[0].index_select(1, chosen.flatten()).view(-1, *chosen.shape, tokens.shape[3]).transpose(0, 1)
+
+
+def _join(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second], dim=2)
 
 
 def _compare_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:

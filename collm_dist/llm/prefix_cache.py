@@ -1,18 +1,17 @@
 """Keys and values of constant prefixes, kept from one epoch or validation to the next (stage 2, frozen backbone).
 
-Shapes: C contexts, P prefix tokens, D model width; L layers, H key/value heads, d width of a head.
+Shapes: S prefixes; L layers, H key/value heads, d width of a head.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.shared_context import Prefix, run_prefix
+from collm_dist.prompt_batch import Mirrored
 
 
 class PrefixCache:
@@ -40,63 +39,44 @@ class PrefixCache:
 
     @torch.no_grad()
     def run(
-        self,
-        decoder: nn.Module,
-        embeds: Tensor,
-        lengths: Tensor,
-        keys: Sequence[int],
-        places: Tensor | None = None,
-        header: Prefix | None = None,
+        self, decoder: nn.Module, embeds: Tensor, lengths: Mirrored, keys: Sequence[int], header: Prefix | None = None
     ) -> Prefix:
         """Return what ``run_prefix`` would, computing only the prefixes that are not held.
 
         Args:
-            decoder: the model below the language-modelling head.
-            embeds, lengths: (C, P, D) right-padded prefixes and their (C,) lengths.
-            keys: (C,) what the prefixes are known by.
-            places, header: see ``run_prefix``.
+            decoder, embeds, lengths, header: see ``run_prefix``.
+            keys: (S,) what the prefixes are known by.
         """
         missing = [row for row, key in enumerate(keys) if key not in self._held]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        computed: Prefix | None = None
+        computed: dict[int, Tensor] = {}
         if self._any_process(bool(missing)):
+            rows = missing or [0]
+            of_rows = torch.split(embeds, lengths.numbers.tolist())
+            taken = Mirrored.of(lengths.numbers[rows], embeds.device)
+            found = run_prefix(decoder, torch.cat([of_rows[row] for row in rows]), taken, header)
+            if len(missing) < len(keys) or self.num_bytes < self._max_bytes:
+                computed = dict(zip(missing, _divide(found), strict=False))
+            self._hold({keys[row]: entry for row, entry in computed.items()})
             if len(missing) == len(keys):
-                computed = run_prefix(decoder, embeds, lengths, places, header)
-                self._hold(computed, missing, keys)
-                return computed
-            rows = torch.tensor(missing or [0], device=embeds.device)
-            computed = run_prefix(decoder, embeds[rows], lengths[rows], header=header)
-        whole = self._join(computed, missing, lengths, embeds.shape[1], keys)
-        if computed is not None and missing:
-            self._hold(computed, missing, keys)
-        return dataclasses.replace(whole, header=header)
+                return found
+        entries = [computed[row] if row in computed else self._held[key] for row, key in enumerate(keys)]
+        before = [] if header is None else [torch.stack([torch.cat(layer) for layer in header.layers])]
+        whole = torch.cat([*before, *(one.to(embeds.device, non_blocking=True) for one in entries)], dim=3)
+        layers = [(of_keys[None], values[None]) for of_keys, values in whole]
+        return Prefix(layers, lengths, 0 if header is None else int(header.lengths.numbers[0]))
 
-    def _hold(self, computed: Prefix, missing: list[int], keys: Sequence[int]) -> None:
-        """Keep what has been computed, as far as it fits; (L, 2, H, p, d) for each prefix of p tokens."""
-        if self.num_bytes >= self._max_bytes:
-            return
-        sizes = computed.lengths.tolist()
-        for place, row in enumerate(missing):
-            parts = [torch.stack([one[place, :, : sizes[place]] for one in layer]) for layer in computed.layers]
-            entry = torch.stack(parts).cpu()
-            if self.num_bytes + entry.nbytes <= self._max_bytes and keys[row] not in self._held:
-                self._held[keys[row]] = entry
+    def _hold(self, entries: dict[int, Tensor]) -> None:
+        """Keep what has been computed, as far as it fits."""
+        for key, entry in entries.items():
+            if self.num_bytes + entry.nbytes <= self._max_bytes and key not in self._held:
+                self._held[key] = entry.cpu()
                 self.num_bytes += entry.nbytes
 
-    def _join(
-        self, computed: Prefix | None, missing: list[int], lengths: Tensor, columns: int, keys: Sequence[int]
-    ) -> Prefix:
-        """Put held and computed prefixes into one batch."""
-        found = {row: self._held[key] for row, key in enumerate(keys) if key in self._held}
-        sample: Any = next(iter(found.values()))
-        num_layers, _, heads, _, width = sample.shape
-        shape = (num_layers, 2, len(keys), heads, columns, width)
-        whole = torch.zeros(shape, dtype=sample.dtype, device=lengths.device)
-        for row, entry in found.items():
-            whole[:, :, row, :, : entry.shape[3]] = entry.to(lengths.device, non_blocking=True)
-        if computed is not None and missing:
-            rows = torch.tensor(missing, device=lengths.device)
-            for number, (their_keys, values) in enumerate(computed.layers):
-                whole[number, 0, rows], whole[number, 1, rows] = their_keys, values
-        return Prefix([(one[0], one[1]) for one in whole], lengths)
+
+def _divide(computed: Prefix) -> list[Tensor]:
+    """Return each prefix's keys and values without the header's, (L, 2, H, p, d) for one of p tokens."""
+    sizes = [computed.header, *computed.lengths.numbers.tolist()]
+    whole = torch.stack([torch.cat(layer) for layer in computed.layers])
+    return [one.clone() for one in torch.split(whole, sizes, dim=3)[1:]]

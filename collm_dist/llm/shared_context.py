@@ -10,20 +10,27 @@ Two building blocks, used together by ``collm.CollmModel``:
 Both run without padding (``packed_attention``). Any causal decoder that computes attention from keys, a mask and
 position ids gives the same hidden states this way as for one padded row a target.
 
-Shapes: C tree rows, S prefixes, P prefix tokens, T tree tokens, M tokens without padding, D model width.
+Shapes: C tree rows with M tokens in all, S prefixes with P tokens in all, U tokens of the header, D model width; a
+block of R rows has T columns and K keys.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from collm_dist.llm.packed_attention import Masks, Past, find_layers, run_packed, spread
+from collm_dist.llm.packed_attention import find_layers, run_packed
+from collm_dist.llm.row_blocks import BLOCK_COST, Block, Masks, RowSpan, split_rows
+from collm_dist.prompt_batch import Mirrored
+
+TAIL, PADDING = -1, -2
 
 
 @dataclass(frozen=True)
@@ -31,114 +38,132 @@ class Prefix:
     """Keys and values of S constant prefixes.
 
     Attributes:
-        layers: by layer, keys and values (S, heads, P, width), zero at padding.
-        lengths: (S,) of the prefixes.
-        header: what stands before them all: a prefix alone. None where nothing does.
+        layers: by layer, keys and values (1, heads, U + P, width), the header's first.
+        lengths: (S,) tokens of the prefixes.
+        header: U, tokens that stand before them all.
         rows: (C,) the prefix of each tree row; None = one each.
     """
 
     layers: list[tuple[Tensor, Tensor]]
-    lengths: Tensor
-    header: Prefix | None = None
-    rows: Tensor | None = None
+    lengths: Mirrored
+    header: int = 0
+    rows: Mirrored | None = None
 
-    @property
-    def num_columns(self) -> int:
-        """Tokens that a row sees, padding and header included: U + P."""
-        return self.layers[0][0].shape[2] + (0 if self.header is None else self.header.num_columns)
+    def list_lengths(self) -> Any:
+        """Return the (C,) lengths that the tree rows see, an array on the host."""
+        return self.lengths.numbers if self.rows is None else self.lengths.numbers[self.rows.numbers]
 
-    def list_past(self) -> list[tuple[Past, ...]]:
-        """Return by layer what a row sees. Rows are taken one layer at a time: all at once they would fill memory."""
-        before: list[tuple[Past, ...]] = [()] * len(self.layers) if self.header is None else self.header.list_past()
-        return [
-            (*first, Past(keys, values, self.rows)) for first, (keys, values) in zip(before, self.layers, strict=True)
-        ]
-
-    def find_visible(self) -> Tensor:
-        """Return which of a row's past tokens are no padding: (C, U + P) bool, U of the header."""
-        lengths = self.lengths if self.rows is None else self.lengths[self.rows]
-        start = 0 if self.header is None else self.header.num_columns
-        return torch.arange(self.num_columns, device=lengths.device) < start + lengths[:, None]
+    def choose(self, span: RowSpan) -> tuple[Tensor, Tensor]:
+        """Return which tokens the rows of a span see, and which of these are no padding: (R, U + span.past) each."""
+        lengths, starts = self.lengths.tensor, self.lengths.list_starts()
+        if self.rows is not None:
+            lengths, starts = lengths[self.rows.tensor], starts[self.rows.tensor]
+        columns = torch.arange(self.header + span.past, device=lengths.device)
+        visible = columns < self.header + lengths[span.rows, None]
+        chosen = columns + torch.where(columns < self.header, 0, starts[span.rows, None])
+        return chosen * visible, visible
 
 
-def build_allowed(tree_branches: Tensor) -> Tensor:
-    """Return which tree token may see which: (C, T, T) bool, [c, query, key].
+def build_allowed(targets: Tensor) -> Tensor:
+    """Return which token may see which: (R, T, T) bool, [r, query, key].
 
-    A key is seen if it stands before the query (or is it) and belongs to the context or to the query's own branch.
+    A key is seen if it stands before the query (or is it) and belongs to the tail or to the query's own target.
     Padding sees itself, since a softmax over nothing is NaN.
+
+    Args:
+        targets: (R, T) the target of each token, -1 in a tail and -2 at padding.
     """
-    num_tokens = tree_branches.shape[1]
-    query, key = tree_branches[:, :, None], tree_branches[:, None, :]
-    columns = torch.arange(num_tokens, device=tree_branches.device)
-    causal = columns[:, None] >= columns[None, :]
-    same = torch.eye(num_tokens, dtype=torch.bool, device=tree_branches.device)
-    return ((key >= 0) & ((key == 0) | (key == query)) & causal) | same
+    query, key = targets[:, :, None], targets[:, None, :]
+    columns = torch.arange(targets.shape[1], device=targets.device)
+    return ((key == TAIL) | (key == query)) & (columns[:, None] >= columns[None, :])
 
 
 def build_masks(
-    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype, header: int = 0
+    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype
 ) -> Masks:
-    """Return what attention adds to its scores: 0 or minus infinity, (C, 1, Q, K).
+    """Return what attention adds to its scores: 0 or minus infinity, (R, 1, T, K).
 
     Args:
-        allowed: (C, Q, K) bool.
-        query_positions, key_positions: (C, Q), (C, K) position ids; a window is measured in them.
+        allowed: (R, T, K) bool.
+        query_positions, key_positions: (R, T), (R, K) position ids; a window is measured in them.
         config: the decoder's configuration.
         dtype: of the result.
-        header: tokens of the header, which stand first among the keys.
     """
-
-    def finish(visible: Tensor) -> Tensor:
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
-
     window = getattr(config, "sliding_window", None)
     if window is None:
-        return Masks(finish(allowed), None, None)
+        return Masks(_finish(allowed, dtype))
     near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    starts = torch.arange(header, device=allowed.device)
+    return Masks(_finish(allowed, dtype), _finish(allowed & near, dtype))
+
+
+def _finish(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+def _build_header_mask(length: int, config: Any, like: Tensor) -> Tensor | None:
+    """Return what attention adds within a header, if it is longer than the window."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or length <= window:
+        return None
+    starts = torch.arange(length, device=like.device)
     distance = starts[:, None] - starts[None, :]
-    of_header = finish(((distance >= 0) & (distance < window))[None]) if header > window else None
-    return Masks(finish(allowed), finish(allowed & near), of_header)
+    return _finish(((distance >= 0) & (distance < window))[None], like.dtype)
+
+
+def _list_spans(decoder: nn.Module, lengths: Mirrored, pasts: Any, header: int) -> list[RowSpan]:
+    """Divide rows into blocks; compiled layers get a single one, since each number of them would be compiled anew."""
+    cost = BLOCK_COST.get(lengths.tensor.device.type, BLOCK_COST["cuda"])
+    return split_rows(lengths.numbers, pasts, header, None if "_is_compiled" in decoder.__dict__ else cost)
+
+
+def _lay_out(decoder: nn.Module, lengths: Mirrored, spans: list[RowSpan]) -> Iterator[tuple[RowSpan, Tensor, Any]]:
+    """Yield each span with its (R, T) bool ``is_token`` and ``places``; see ``Block``."""
+    rows = lengths.list_rows()
+    columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
+    for span in spans:
+        is_token = torch.arange(span.columns, device=rows.device) < lengths.tensor[span.rows, None]
+        places = (rows[span.tokens] - span.rows.start) * span.columns + columns[span.tokens]
+        is_whole = is_token.numel() == len(places) and "_is_compiled" not in decoder.__dict__
+        yield span, is_token, None if is_whole else places
 
 
 @torch.no_grad()
-def run_prefix(
-    decoder: nn.Module, embeds: Tensor, lengths: Tensor, places: Tensor | None = None, header: Prefix | None = None
-) -> Prefix:
-    """Run right-padded prefixes and return their keys and values.
+def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Prefix | None = None) -> Prefix:
+    """Run prefixes and return their keys and values.
 
     Args:
         decoder: the model below the language-modelling head.
-        embeds: (S, P, D) input embeddings.
-        lengths: (S,) of the prefixes.
-        places: where in (S * P) the real tokens stand; without it the device is asked.
+        embeds: (P, D) input embeddings.
+        lengths: (S,) tokens of each.
         header: what all of them begin with, computed before as a prefix alone.
     """
-    start = 0 if header is None else header.num_columns
-    columns = torch.arange(embeds.shape[1], device=embeds.device)
-    if places is None:
-        places = (columns < lengths[:, None]).flatten().nonzero()[:, 0]
-    positions = start + columns[None]
-    keys = torch.arange(start + embeds.shape[1], device=embeds.device)[None]
-    masks = build_masks(positions[:, :, None] >= keys[:, None, :], positions, keys, decoder.config, embeds.dtype)
-    if masks.window is None:
-        # Tokens stand before the padding of their row, and so never see it: a causal kernel needs no mask.
-        masks = Masks(None, None, None)
-    positions = positions.expand(len(embeds), -1)
+    start = 0 if header is None else int(header.lengths.numbers[0])
+    rows = lengths.list_rows()
+    positions = start + torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
+    windowed = getattr(decoder.config, "sliding_window", None) is not None
+    blocks, spans = [], _list_spans(decoder, lengths, np.zeros_like(lengths.numbers), start)
+    for span, is_token, places in _lay_out(decoder, lengths, spans):
+        masks = Masks(None)
+        if windowed:
+            keys = torch.arange(start + span.columns, device=rows.device)[None]
+            queries = keys[:, start:]
+            masks = build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, embeds.dtype)
+        # Without a window a causal kernel needs no mask: tokens stand before the padding of their row.
+        blocks.append(Block(is_token, places, masks))
+    sizes = [span.tokens.stop - span.tokens.start for span in spans]
     # No hidden state is asked for; but quantized layers do not take nothing.
-    one = places.new_zeros(1)
-    past = [] if header is None else header.list_past()
-    _, layers = run_packed(decoder, embeds, positions, places, masks, past=past, needed=one, record=True)
-    return Prefix(layers, lengths, header)
+    one, past = rows.new_zeros(1), () if header is None else header.layers
+    _, layers = run_packed(decoder, embeds, positions, blocks, sizes, past=past, needed=one, record=True)
+    return Prefix(layers, lengths, start)
 
 
 def run_tree(
     decoder: nn.Module,
     embeds: Tensor,
-    branches: Tensor,
+    targets: Tensor,
     positions: Tensor,
+    lengths: Mirrored,
     prefix: Prefix | None = None,
-    places: Tensor | None = None,
     header: Tensor | None = None,
     needed: Tensor | None = None,
 ) -> Tensor:
@@ -146,35 +171,46 @@ def run_tree(
 
     Args:
         decoder: the model below the language-modelling head.
-        embeds: (C, T, D) input embeddings.
-        branches, positions: (C, T) as in ``PromptBatch``.
+        embeds: (M, D) input embeddings.
+        targets, positions: (M,) as in ``PromptBatch``.
+        lengths: (C,) tokens of each row.
         prefix: what ``run_prefix`` returned, with the rows' places in it.
-        places: where in (C * T) the real tokens stand; without it the device is asked.
         header: (U, D) input embeddings of what all rows begin with, computed once.
-        needed: (N,) where in (C * T) the tokens stand whose hidden states are asked for; None = all.
+        needed: (N,) which tokens' hidden states are asked for; None = all.
 
     Returns:
-        (C, T, D), right where needed, zero at padding.
+        (M, D), right where needed.
     """
-    if places is None:
-        places = (branches >= 0).flatten().nonzero()[:, 0]
-    allowed, key_positions = build_allowed(branches), positions
-    visible: Tensor | None = None
-    if prefix is not None:
-        visible = prefix.find_visible()
-    elif header is not None:
-        visible = torch.ones(1, len(header), dtype=torch.bool, device=embeds.device)
-    if visible is not None:
-        columns = torch.arange(visible.shape[1], device=embeds.device)
-        allowed = torch.cat([visible[:, None, :].expand(*branches.shape, -1), allowed], dim=2)
-        key_positions = torch.cat([columns.expand(len(positions), -1), positions], dim=1)
     start = 0 if header is None else len(header)
-    masks = build_masks(allowed, positions, key_positions, decoder.config, embeds.dtype, start)
-    past = [] if prefix is None else prefix.list_past()
-    if needed is not None:
-        needed = torch.searchsorted(places, needed)
-    hidden, _ = run_packed(decoder, embeds, positions, places, masks, header, past, needed=needed)
-    return spread(hidden, places, *branches.shape)
+    ahead, pasts = start, np.zeros_like(lengths.numbers)
+    if prefix is not None:
+        ahead, pasts = prefix.header, prefix.list_lengths()
+    blocks, spans = [], _list_spans(decoder, lengths, pasts, ahead)
+    for span, is_token, places in _lay_out(decoder, lengths, spans):
+        rows_targets = torch.full(is_token.shape, PADDING, device=embeds.device)
+        rows_targets = rows_targets.masked_scatter(is_token, targets[span.tokens])
+        rows_positions = torch.zeros_like(rows_targets).masked_scatter(is_token, positions[span.tokens])
+        allowed, past = build_allowed(rows_targets), None
+        if prefix is not None:
+            past, visible = prefix.choose(span)
+        else:
+            visible = torch.ones(len(is_token), start, dtype=torch.bool, device=embeds.device)
+        allowed = torch.cat([visible[:, None].expand(-1, span.columns, -1), allowed], dim=2)
+        columns = torch.arange(visible.shape[1], device=embeds.device).expand(len(is_token), -1)
+        key_positions = torch.cat([columns, rows_positions], dim=1)
+        masks = build_masks(allowed, rows_positions, key_positions, decoder.config, embeds.dtype)
+        blocks.append(Block(is_token, places, masks, past))
+    return run_packed(
+        decoder,
+        embeds,
+        positions,
+        blocks,
+        [span.tokens.stop - span.tokens.start for span in spans],
+        header=header,
+        header_mask=_build_header_mask(start, decoder.config, embeds),
+        past=() if prefix is None else prefix.layers,
+        needed=needed,
+    )[0]
 
 
 def enable_activation_checkpointing(decoder: nn.Module) -> None:

@@ -104,16 +104,15 @@ def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cac
         training: whether there is a backward pass, over the tree alone.
         cached: whether the prefixes' keys and values are at hand.
     """
-    header, prefix = len(batch.header_ids), batch.prefix_lengths.tolist()
-    heads = (header + batch.prefix_lengths[batch.prefix_rows]).tolist()
-    branches = batch.tree_branches
-    tails = (branches == 0).sum(1).tolist()
-    constant, constant_pairs = sum(prefix), sum(one * (header + one) for one in prefix)
-    trained, trained_pairs = len(batch.tree_places), 0
-    for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-        trained_pairs += tail * (head + tail)
-        for size in torch.bincount(branches[row][branches[row] > 0]).tolist():
-            trained_pairs += size * (head + tail + size)
+    header, prefix = len(batch.header_ids), batch.prefix_lengths.numbers
+    before = header + prefix[batch.prefix_rows.numbers]
+    rows, targets = batch.tree_lengths.list_rows(), batch.tree_targets
+    tails = torch.bincount(rows[targets < 0], minlength=len(before)).numpy()
+    branches = torch.bincount(targets[targets >= 0], minlength=len(batch.last)).numpy()
+    own = (before + tails)[rows[batch.last].numpy()]  # what stands before each branch
+    constant, constant_pairs = int(prefix.sum()), int((prefix * (header + prefix)).sum())
+    trained = len(batch.tree_ids)
+    trained_pairs = int((tails * (before + tails)).sum() + (branches * (own + branches)).sum())
     if constant:
         constant, constant_pairs = constant + header, constant_pairs + header * header
     else:

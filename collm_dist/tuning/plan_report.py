@@ -131,7 +131,7 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
         prefix_tokens += int(counts.prefix.sum())
         for piece in plan_micro_batches(block, counts, 0, 1, budget):
             batch = collator.collate(piece, block)
-            largest = max(largest, (len(batch.tree_places), len(batch.prefix_places)))
+            largest = max(largest, (len(batch.tree_ids), len(batch.prefix_ids)))
     return _Sample(shared, padded, contexts, prefix_tokens, largest[1], largest[0])
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from collm_dist.llm.backbone import Quantization
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import run_tree
+from collm_dist.llm.shared_context import TAIL, run_tree
+from collm_dist.prompt_batch import Mirrored
 from collm_dist.tuning.costs import DecoderShape
 from collm_dist.tuning.token_budget import BYTES_PER_TRAINABLE, USABLE_SHARE
 
@@ -138,10 +139,10 @@ def _count_kept(decoder: nn.Module, width: int, dtype: torch.dtype) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    embeds = torch.zeros(1, TRIAL_TOKENS, width, dtype=dtype, requires_grad=True)
-    positions = torch.arange(TRIAL_TOKENS)[None]
+    embeds = torch.zeros(TRIAL_TOKENS, width, dtype=dtype, requires_grad=True)
+    positions = torch.arange(TRIAL_TOKENS)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = run_tree(decoder, embeds, torch.zeros_like(positions), positions)
+        hidden = run_tree(decoder, embeds, torch.full_like(positions, TAIL), positions, Mirrored.of([TRIAL_TOKENS]))
         assert hidden.requires_grad  # the graph, and so what it keeps, is alive until here
     return sum(kept.values())
 

@@ -110,11 +110,11 @@ def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptColla
     own = by_row[np.searchsorted(block.row_id[by_row], batch.row_ids.numpy())]
     donors = torch.from_numpy(before[own])  # (N,) targets of the block
 
-    first = torch.searchsorted(batch.last_rows, torch.arange(len(batch.tree_ids)))  # each row's first target
+    rows = batch.tree_lengths.list_rows()
+    first = torch.searchsorted(rows[batch.last], torch.arange(len(batch.tree_lengths)))  # each row's first target
     slots = batch.item_slots
-    places = slots.places - batch.prefix_ids.numel()
-    branch = batch.tree_branches.flatten()[places]
-    target = first[places // batch.tree_ids.shape[1]] + (branch - 1).clamp(min=0)
+    places = slots.places - len(batch.prefix_ids)
+    target = torch.where(batch.tree_targets[places] < 0, first[rows[places]], batch.tree_targets[places])
     queries: dict[str, Any] = {
         name: torch.from_numpy(values) for name, values in collator.list_user_queries(block).items()
     }

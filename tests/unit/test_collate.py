@@ -16,7 +16,7 @@ from collm_dist.data.prompts import PromptTemplate
 from collm_dist.data.slots import Masking
 from collm_dist.data.statistics import PAIR_FEATURES, compute_pair_features
 from collm_dist.errors import ConfigError
-from collm_dist.prompt_batch import Slots
+from collm_dist.prompt_batch import Mirrored, Slots
 from tests.reference.plain_prompts import build_plain_prompt
 from tests.unit.loader_data import make_contexts, make_tokenizer
 
@@ -62,22 +62,21 @@ def make_collator(template, titles, *, tokenizer=None, user_depends_on_target=Fa
 def read_back(batch, tokens_per_slot):
     """Undo the batch: for each target its token ids, position ids and slot starts in the plain prompt."""
     slots = {"user": batch.user_slots, "item": batch.item_slots, "pair": batch.pair_slots}
-    branches = {}
+    rows, starts = batch.tree_lengths.list_rows(), batch.prefix_lengths.list_starts()
     prompts = []
     for target in range(len(batch.labels)):
-        row = int(batch.last_rows[target])
-        branches[row] = branches.get(row, 0) + 1
-        shared = int(batch.prefix_rows[row])
-        prefix = batch.header_ids.tolist() + batch.prefix_ids[shared, : batch.prefix_lengths[shared]].tolist()
-        seen = (batch.tree_branches[row] == 0) | (batch.tree_branches[row] == branches[row])
+        row = int(rows[batch.last[target]])
+        shared = int(batch.prefix_rows.tensor[row])
+        own = torch.arange(int(batch.prefix_lengths.tensor[shared])) + starts[shared]
+        prefix = batch.header_ids.tolist() + batch.prefix_ids[own].tolist()
+        seen = (rows == row) & ((batch.tree_targets == -1) | (batch.tree_targets == target))
         columns = torch.nonzero(seen)[:, 0].tolist()
-        ids = prefix + batch.tree_ids[row, columns].tolist()
+        ids = prefix + batch.tree_ids[columns].tolist()
         # Where in the plain prompt each token of prefixes and tree stands.
-        width, first = batch.prefix_ids.shape[1], batch.prefix_ids.numel() + row * batch.tree_ids.shape[1]
-        places = {shared * width + column: len(batch.header_ids) + column for column in range(width)}
-        places |= {first + column: len(prefix) + place for place, column in enumerate(columns)}
-        assert columns[-1] == batch.last_cols[target]
-        assert batch.tree_positions[row, columns].tolist() == list(range(len(prefix), len(ids)))
+        places = {place: len(batch.header_ids) + column for column, place in enumerate(own.tolist())}
+        places |= {len(batch.prefix_ids) + column: len(prefix) + place for place, column in enumerate(columns)}
+        assert columns[-1] == batch.last[target]
+        assert batch.tree_positions[columns].tolist() == list(range(len(prefix), len(ids)))
         found = {
             kind: [
                 (places[int(place)], int(source))
@@ -86,8 +85,8 @@ def read_back(batch, tokens_per_slot):
             ]
             for kind, one in slots.items()
         }
-        for starts in found.values():
-            for place, _ in starts:
+        for taken in found.values():
+            for place, _ in taken:
                 assert ids[place : place + tokens_per_slot] == [0] * tokens_per_slot
         prompts.append((ids, found))
     return prompts
@@ -154,10 +153,10 @@ def test_every_prompt_equals_the_plain_one(
     assert collator.num_dropped_history == dropped
     tokens = collator.count_tokens(block)
     assert tokens.header == len(batch.header_ids)
-    assert tokens.prefix.tolist() == batch.prefix_lengths[batch.prefix_rows].tolist()
+    assert tokens.prefix.tolist() == batch.prefix_lengths.numbers[batch.prefix_rows.numbers].tolist()
     widths = tokens.tail + np.add.reduceat(tokens.branch, block.target_offsets[:-1])
-    assert widths.tolist() == (batch.tree_branches >= 0).sum(1).tolist()
-    assert batch.num_tokens == tokens.header + int(batch.prefix_lengths.sum()) + widths.sum()
+    assert widths.tolist() == batch.tree_lengths.numbers.tolist()
+    assert batch.num_tokens == tokens.header + batch.prefix_lengths.numbers.sum() + widths.sum()
 
 
 def test_equal_prefixes_are_laid_out_once_and_what_all_begin_with_is_the_header():
@@ -166,8 +165,9 @@ def test_equal_prefixes_are_laid_out_once_and_what_all_begin_with_is_the_header(
     block = concatenate_blocks([one.take_targets(np.array([0])), other, one.take_targets(np.array([1, 2]))])
     tokenizer = make_tokenizer(adds_bos=True)
     batch = make_collator(STAGE2, titles, tokenizer=tokenizer).collate(block, block)
-    assert batch.prefix_rows.tolist() == [0, 1, 0]
-    assert len(batch.prefix_ids) == len(batch.prefix_lengths) == len(batch.prefix_keys) == 2
+    assert batch.prefix_rows.numbers.tolist() == [1, 0, 1]  # the shortest is first
+    assert len(batch.prefix_lengths) == len(batch.prefix_keys) == 2
+    assert len(batch.prefix_ids) == batch.prefix_lengths.numbers.sum()
     assert batch.header_ids.tolist() == [
         tokenizer.bos_token_id,
         *tokenizer("Liked: ", add_special_tokens=False)["input_ids"],
@@ -188,10 +188,10 @@ def test_rows_share_a_prefix_with_slots_only_if_its_slots_are_equal():
     )
     titles = [f"Film {number}" for number in range(20)]
     collator = make_collator(STAGE2, titles, history_length=2, time_cuts=[15])
-    assert collator.collate(block, block).prefix_rows.tolist() == [0, 0, 0, 0, 0]
+    assert collator.collate(block, block).prefix_rows.numbers.tolist() == [0, 0, 0, 0, 0]
     batch = collator.for_scoring().collate(block, block)
     # The second differs by its time alone, within the same cut; the others by an older like, the user, and a cut.
-    assert batch.prefix_rows.tolist() == [0, 0, 1, 2, 3]
+    assert batch.prefix_rows.numbers.tolist() == [0, 0, 1, 2, 3]
     assert batch.user_slots.sources.tolist() == [0, 2, 3, 4]
     assert collator.for_scoring(slots=False) is collator
 
@@ -232,14 +232,14 @@ def test_filler_has_the_same_parts_and_no_weight(name):
     example = make_contexts([1], num_items=2, max_history=1, seed=3)
     real, filler = collator.collate(example, example), collator.collate(None, example)
     assert filler.weights.tolist() == [0.0]
-    assert (filler.prefix_ids.shape[1] > 0) == (real.prefix_ids.shape[1] > 0)
+    assert (len(filler.prefix_ids) > 0) == (len(real.prefix_ids) > 0)
     for kind in ("user_slots", "item_slots", "pair_slots"):
         assert (len(getattr(filler, kind).places) > 0) == (len(getattr(real, kind).places) > 0)
     for part in dataclasses.fields(filler):
         value, other = getattr(filler, part.name), getattr(real, part.name)
         if part.name == "header_key":
             assert value == other
-        elif not isinstance(value, Slots):
+        elif not isinstance(value, Mirrored | Slots):
             assert value.dtype == other.dtype, part.name
             assert value.ndim == other.ndim, part.name
 

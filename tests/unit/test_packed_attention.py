@@ -9,65 +9,64 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.errors import ConfigError
+from collm_dist.llm import row_blocks
 from collm_dist.llm.packed_attention import find_layers, pack, prepare_decoder, spread
-from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.prompt_batch import Mirrored
 from tests.tiny import ARCHITECTURES, make_model
 
 # float64. Measured: up to 2e-15; transformers' norms and rotary embeddings round to float32 alike on both sides.
 TOLERANCE = 1e-12
 LENGTHS = (7, 3, 5)
+BLOCKS = pytest.mark.parametrize("cost", [0, 1 << 20], ids=["blocks", "one_block"])
+
+
+@pytest.fixture(autouse=True)
+def divided(request, monkeypatch):
+    """Let attention lay out rows one by one, or all together with padding."""
+    if "cost" in request.fixturenames:
+        monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.getfixturevalue("cost"))
 
 
 def make_rows(width=32):
-    """Rows of several lengths, right-padded: embeddings, branches, positions."""
+    """Rows of several lengths without branches: embeddings, targets, positions, lengths."""
     generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(len(LENGTHS), max(LENGTHS), width, generator=generator, dtype=torch.float64)
-    columns = torch.arange(max(LENGTHS)).expand(len(LENGTHS), -1)
-    branches = torch.where(columns < torch.tensor(LENGTHS)[:, None], 0, -1)
-    return embeds, branches, columns
+    embeds = torch.randn(sum(LENGTHS), width, generator=generator, dtype=torch.float64)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    return embeds, torch.full_like(positions, TAIL), positions, Mirrored.of(LENGTHS)
 
 
-def run_alone(decoder, embeds, branches):
-    """Each row by itself, as transformers runs it."""
-    sizes = (branches >= 0).sum(1).tolist()
-    return [
-        decoder(inputs_embeds=row[None, :size]).last_hidden_state[0] for row, size in zip(embeds, sizes, strict=True)
-    ]
+def run_alone(decoder, embeds, before=None):
+    """Each row by itself, as transformers runs it, after tokens that all of them begin with."""
+    rows = [row if before is None else torch.cat([before, row]) for row in embeds.split(LENGTHS)]
+    start = 0 if before is None else len(before)
+    return torch.cat([decoder(inputs_embeds=row[None]).last_hidden_state[0, start:] for row in rows])
 
 
+@BLOCKS
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt2"])
-def test_rows_of_several_lengths_equal_rows_alone_and_plain_passes_stay_as_they_were(architecture):
+def test_rows_of_several_lengths_equal_rows_alone_and_plain_passes_stay_as_they_were(architecture, cost):
     decoder = make_gpt2() if architecture == "gpt2" else make_model(architecture).get_decoder()
-    embeds, branches, positions = make_rows()
-    plain = run_alone(decoder, embeds, branches)
-    hidden = run_tree(decoder, embeds, branches, positions)
-    assert (hidden[branches < 0] == 0).all()
-    for row, expected in zip(hidden, plain, strict=True):
-        assert (row[: len(expected)] - expected).abs().max() < TOLERANCE
-    for again, expected in zip(run_alone(decoder, embeds, branches), plain, strict=True):
-        assert (again - expected).abs().max() < TOLERANCE
+    embeds, *layout = make_rows()
+    plain = run_alone(decoder, embeds)
+    assert (run_tree(decoder, embeds, *layout) - plain).abs().max() < TOLERANCE
+    assert (run_alone(decoder, embeds) - plain).abs().max() < TOLERANCE
 
 
+@BLOCKS
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_header_is_shared_with_its_gradients(architecture, checkpointing):
+def test_a_header_is_shared_with_its_gradients(architecture, checkpointing, cost):
     """The first tokens of all rows at once, against each row with tokens of its own."""
     decoder = make_model(architecture).get_decoder()
-    rest, branches, _ = make_rows()
+    rest, targets, positions, lengths = make_rows()
     header = torch.randn(10, 32, dtype=torch.float64).requires_grad_()  # longer than the window that some models have
-    whole = torch.cat([header.expand(len(rest), -1, -1), rest], dim=1)
-    hidden = [
-        row[len(header) :]
-        for row in run_alone(decoder, whole, torch.cat([torch.zeros(len(rest), 10, dtype=torch.long), branches], dim=1))
-    ]
-    wanted = sum(row.square().sum() for row in hidden)
-    (expected,) = torch.autograd.grad(wanted, header)
+    hidden = run_alone(decoder, rest, header)
+    (expected,) = torch.autograd.grad(hidden.square().sum(), header)
     if checkpointing:
         enable_activation_checkpointing(decoder)
-    positions = 10 + torch.arange(rest.shape[1]).expand(len(rest), -1)
-    ours = run_tree(decoder, rest, branches, positions, header=header)
-    for row, alone in zip(ours, hidden, strict=True):
-        assert (row[: len(alone)] - alone).abs().max() < TOLERANCE
+    ours = run_tree(decoder, rest, targets, 10 + positions, lengths, header=header)
+    assert (ours - hidden).abs().max() < TOLERANCE
     (found,) = torch.autograd.grad(ours.square().sum(), header)
     # Norms round to float32 inside, and sums come in another order. Measured: up to 4e-8.
     assert (found - expected).norm() < 1e-6 * expected.norm()
@@ -76,44 +75,44 @@ def test_a_header_is_shared_with_its_gradients(architecture, checkpointing):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_last_network_runs_on_what_is_needed(architecture):
     decoder = make_model(architecture).get_decoder()
-    embeds, branches, positions = make_rows()
+    embeds, *layout = make_rows()
     rows = embeds.clone().requires_grad_()
-    hidden = run_tree(decoder, rows, branches, positions)
-    needed = torch.tensor([6, 9, 18])  # the last token of each row
-    (expected,) = torch.autograd.grad(hidden.flatten(0, 1)[needed].square().sum(), rows)
+    hidden = run_tree(decoder, rows, *layout)
+    needed = torch.tensor([6, 9, 14])  # the last token of each row
+    (expected,) = torch.autograd.grad(hidden[needed].square().sum(), rows)
     seen = []
     network = find_layers(decoder)[-1].mlp
     handle = next(network.children()).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    part = run_tree(decoder, rows, branches, positions, needed=needed)
+    part = run_tree(decoder, rows, *layout, needed=needed)
     handle.remove()
     assert seen == [3]
-    assert (part - hidden).flatten(0, 1)[needed].abs().max() < TOLERANCE
-    (found,) = torch.autograd.grad(part.flatten(0, 1)[needed].square().sum(), rows)
+    assert (part - hidden)[needed].abs().max() < TOLERANCE
+    (found,) = torch.autograd.grad(part[needed].square().sum(), rows)
     assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
+@BLOCKS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_prefix_goes_on_after_its_header(architecture):
+def test_a_prefix_goes_on_after_its_header(architecture, cost):
     """Header and prefixes one after the other, and tree rows over both, against each row with tokens of its own."""
     decoder = make_model(architecture).get_decoder()
-    embeds, branches, positions = make_rows()
-    # Longer than the window that some models have.
-    lengths, start = torch.tensor(LENGTHS), torch.randn(10, 32, dtype=torch.float64)
-    header = run_prefix(decoder, start[None], torch.tensor([10]))
-    together = run_prefix(decoder, embeds, lengths, header=header)
-    alone = run_prefix(decoder, torch.cat([start.expand(3, -1, -1), embeds], dim=1), 10 + lengths)
-    assert together.lengths.tolist() == list(LENGTHS)
-    parts = zip(header.layers, together.layers, alone.layers, strict=True)
-    for of_header, of_rows, whole in parts:
-        for first, second, expected in zip(of_header, of_rows, whole, strict=True):
-            for row, length in enumerate(LENGTHS):
-                found = torch.cat([first[0], second[row, :, :length]], dim=1)
-                assert (found - expected[row, :, : 10 + length]).abs().max() < TOLERANCE
-    for rows in (None, torch.tensor([2, 0, 2])):
-        taken = slice(None) if rows is None else rows
-        shifted = positions + 10 + lengths[taken, None]
+    embeds, targets, positions, lengths = make_rows()
+    start = torch.randn(10, 32, dtype=torch.float64)  # longer than the window that some models have
+    header = run_prefix(decoder, start, Mirrored.of([10]))
+    together = run_prefix(decoder, embeds, lengths, header)
+    whole = torch.cat([part for row in embeds.split(LENGTHS) for part in (start, row)])
+    alone = run_prefix(decoder, whole, Mirrored.of([10 + length for length in LENGTHS]))
+    assert (together.header, together.lengths.numbers.tolist()) == (10, list(LENGTHS))
+    sizes = [size for length in LENGTHS for size in (10, length)]
+    for ours, expected in zip(together.layers, alone.layers, strict=True):
+        for found, one in zip(ours, expected, strict=True):
+            parts = one.split(sizes, dim=2)
+            assert (found - torch.cat([parts[0], *parts[1::2]], dim=2)).abs().max() < TOLERANCE
+    for rows in (None, Mirrored.of([2, 0, 2])):
+        seen = lengths.tensor if rows is None else lengths.tensor[rows.tensor]
+        shifted = positions + 10 + seen[lengths.list_rows()]
         found, expected = (
-            run_tree(decoder, embeds, branches, shifted, dataclasses.replace(one, rows=rows))
+            run_tree(decoder, embeds, targets, shifted, lengths, dataclasses.replace(one, rows=rows))
             for one in (together, alone)
         )
         assert (found - expected).abs().max() < TOLERANCE
@@ -126,6 +125,7 @@ def test_what_is_packed_comes_back_with_zeros_for_padding_and_its_gradients():
     assert (again[0, 2] == 0).all()
     assert torch.equal(again.flatten(0, 1)[places], rows.flatten(0, 1)[places])
     assert torch.autograd.gradcheck(lambda one: spread(pack(one, places), places, 2, 3), (rows,))
+    assert torch.equal(spread(pack(rows, None), None, 2, 3), rows)
 
 
 def test_attention_in_a_way_of_its_own_is_refused():

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import enable_activation_checkpointing, run_tree
+from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_tree
+from collm_dist.prompt_batch import Mirrored
 from collm_dist.tuning.costs import DecoderShape, count_padded
 from collm_dist.tuning.planner import LoraSettings, find_fitting_tokens, measure_layers, plan_memory
 from tests.tiny import ARCHITECTURES, make_model
@@ -90,12 +91,13 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
         element_size=4,
         checkpointing=checkpointing,
     )
-    embeds = torch.randn(rows, tokens // rows, 512, requires_grad=lora is None)
-    positions = torch.arange(tokens // rows).expand(rows, -1)
+    embeds = torch.randn(tokens, 512, requires_grad=lora is None)
+    positions = torch.arange(tokens // rows).repeat(rows)
+    lengths, last = Mirrored.of([tokens // rows] * rows), torch.arange(1, rows + 1) * (tokens // rows) - 1
     wanted = [one for one in [*decoder.parameters(), embeds] if one.requires_grad]
 
     def run():
-        loss = run_tree(decoder, embeds, torch.zeros_like(positions), positions)[:, -1].sum()
+        loss = run_tree(decoder, embeds, torch.full_like(positions, TAIL), positions, lengths)[last].sum()
         torch.autograd.grad(loss, wanted)
 
     with LivePeak([*decoder.parameters(), *decoder.buffers(), embeds, positions]) as tracker:

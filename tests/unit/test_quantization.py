@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from collm_dist.errors import ConfigError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import run_prefix, run_tree
+from collm_dist.llm.shared_context import TAIL, run_prefix, run_tree
+from collm_dist.prompt_batch import Mirrored
 from collm_dist.tuning.costs import DecoderShape
 from collm_dist.tuning.planner import count_weight_bytes
 from tests.tiny import make_tokenizer
@@ -71,12 +72,11 @@ def test_gradients_pass_through_to_adapters_and_embeddings(folder, quantization)
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj",), seed=1)
         decoder = model.get_decoder()
         generator = torch.Generator().manual_seed(1)
-        prefix, embeds, weights = (torch.randn(2, size, WIDTH, generator=generator) for size in (5, 7, 7))
+        prefix, embeds, weights = (torch.randn(size, WIDTH, generator=generator) for size in (8, 14, 14))
         embeds.requires_grad_()
-        lengths = torch.tensor([5, 3])
-        positions = lengths[:, None] + torch.arange(7)
-        before = run_prefix(decoder, prefix, lengths)
-        hidden = run_tree(decoder, embeds, torch.zeros(2, 7, dtype=torch.long), positions, before)
+        before = run_prefix(decoder, prefix, Mirrored.of([5, 3]))
+        positions = torch.cat([length + torch.arange(7) for length in (5, 3)])
+        hidden = run_tree(decoder, embeds, torch.full((14,), TAIL), positions, Mirrored.of([7, 7]), before)
         adapter = [value for name, value in model.named_parameters() if "lora_B" in name]
         gradients = torch.autograd.grad((hidden * weights).sum(), [embeds, *adapter])
         found.append((hidden.detach(), *gradients))

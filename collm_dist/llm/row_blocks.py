@@ -1,0 +1,90 @@
+"""Which packed rows attention lays out together.
+
+Attention compares all of a block's queries with all of its keys, so a short row beside a long one costs as much as the
+long one. Small blocks waste fewer comparisons, but each costs a call: rows stay together while what they waste is less.
+
+Shapes: C rows in all; a block has R of them, T columns, m tokens, P past tokens, K = P + T keys, the header's among the
+past's or before them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Comparisons that take as long as one more block does: forward and backward, a CPU's operators cost some tenths of a
+# millisecond a layer. A GPU compares thousands of times as fast, and starts kernels no faster.
+BLOCK_COST = {"cpu": 1 << 11, "cuda": 1 << 19}
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What attention adds to its scores, in the layers' precision: 0 or minus infinity.
+
+    Attributes:
+        plain: (R, 1, T, K); None = each token sees the header and those before it in its row.
+        window: the same for layers that look back no further than a window; None where there are none.
+    """
+
+    plain: Tensor | None
+    window: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that attention lays out together.
+
+    Attributes:
+        is_token: (R, T) bool, False at padding.
+        places: (m,) int64, where each of its packed tokens stands in the R * T; None = there is no padding.
+        masks: what is seen.
+        past: (R, P) int64, which of the layer's past tokens its rows see before their own; any where the masks say no.
+    """
+
+    is_token: Tensor
+    places: Tensor | None
+    masks: Masks
+    past: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowSpan:
+    """Neighbouring rows.
+
+    Attributes:
+        rows: which.
+        tokens: their packed tokens.
+        columns: tokens of the longest row.
+        past: tokens of the longest past.
+    """
+
+    rows: slice
+    tokens: slice
+    columns: int
+    past: int
+
+
+def split_rows(lengths: NDArray[np.int64], pasts: NDArray[np.int64], header: int, cost: int | None) -> list[RowSpan]:
+    """Divide rows in their order; the closer that neighbours are in length, the fewer spans.
+
+    Args:
+        lengths: (C,) tokens of each row.
+        pasts: (C,) tokens that each sees before its own, besides the header.
+        header: tokens that all of them see.
+        cost: of a span, in comparisons; None = all rows are one.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    spans, start = [], 0
+    columns = past = needed = 0
+    for row, (length, before) in enumerate(zip(lengths.tolist(), pasts.tolist(), strict=True)):
+        own = length * (header + before + length)
+        wider, longer = max(columns, length), max(past, before)
+        compared = (row + 1 - start) * wider * (header + longer + wider)
+        if cost is not None and row > start and compared - needed - own > cost:
+            spans.append(RowSpan(slice(start, row), slice(ends[start], ends[row]), columns, past))
+            start, needed, wider, longer = row, 0, length, before
+        columns, past, needed = wider, longer, needed + own
+    return [*spans, RowSpan(slice(start, len(lengths)), slice(ends[start], ends[-1]), columns, past)]

@@ -1,0 +1,46 @@
+"""Which rows attention lays out together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from collm_dist.llm.row_blocks import split_rows
+
+
+def waste(spans, lengths, pasts, header):
+    """Comparisons that nobody asked for, of each span."""
+    needed = lengths * (header + pasts + lengths)
+    return [
+        (span.rows.stop - span.rows.start) * span.columns * (header + span.past + span.columns)
+        - int(needed[span.rows].sum())
+        for span in spans
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("cost", [0, 500, 10_000, None])
+def test_every_row_is_in_one_span_and_none_wastes_more_than_a_span_costs(seed, cost):
+    random = np.random.default_rng(seed)
+    lengths, pasts = np.sort(random.integers(1, 60, 30)), random.integers(0, 90, 30)
+    spans = split_rows(lengths, pasts, 7, cost)
+    assert np.concatenate([np.arange(30)[span.rows] for span in spans]).tolist() == list(range(30))
+    ends = np.cumsum(lengths)
+    for span in spans:
+        assert (span.columns, span.past) == (lengths[span.rows].max(), pasts[span.rows].max())
+        assert span.tokens == slice(ends[span.rows.start] - lengths[span.rows.start], ends[span.rows.stop - 1])
+    assert min(waste(spans, lengths, pasts, 7)) >= 0
+    if cost is None:
+        assert len(spans) == 1
+    else:
+        assert max(waste(spans, lengths, pasts, 7)) <= cost
+        # No span could have taken the next one's first row.
+        for span in spans[:-1]:
+            longer = [slice(span.rows.start, span.rows.stop + 1)]
+            (one,) = split_rows(lengths[longer[0]], pasts[longer[0]], 7, None)
+            assert waste([one], lengths[longer[0]], pasts[longer[0]], 7)[0] > cost
+
+
+def test_rows_alike_stay_together_whatever_a_span_costs():
+    alike = np.full(9, 12)
+    assert len(split_rows(alike, alike, 3, 0)) == 1
