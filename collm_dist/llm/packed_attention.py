@@ -206,14 +206,14 @@ def run_packed(
         LayerLayout(blocks, divided if len(sizes) > 1 else None, length, header_mask, one, record, plain=is_plain)
         for one in of_layers
     ]
-    if header is not None:
-        embeds = torch.cat([header, embeds])
-        positions = torch.cat([torch.arange(length, device=positions.device), positions])
+    # A copy even without a header: of a view of another tensor compiled code would ask of what.
+    whole = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
+    positions = torch.cat([torch.arange(length, device=positions.device), positions])
     # Not in the layout, on whose every difference compiled code is made anew. A layer that is recomputed belongs to the
     # latest pass, since its backward pass comes before the next one.
     find_layers(decoder)[-1].__dict__["_needed"] = None if needed is None else length + needed
     output = decoder(
-        inputs_embeds=embeds[None],
+        inputs_embeds=whole,
         # Nothing but its four dimensions counts: transformers takes it for a finished mask and makes none of its own.
         attention_mask=embeds.new_zeros(1, 1, 1, 1),
         position_ids=positions[None],
@@ -267,7 +267,8 @@ def _attend(
     ahead: Sequence[Tensor] | None = layout.past
     attended, pieces = [], _divide(layout, (query, key, value))
     if layout.record:
-        layout.found = (key, value) if ahead is None else (_join(ahead[0], key), _join(ahead[1], value))
+        before = ahead or (key[:, :, :0], value[:, :, :0])
+        layout.found = _join(before[0], key), _join(before[1], value)
     if layout.header:
         # Copies: kept for the backward pass, a part would keep the whole.
         first_query, *ahead = (one.contiguous() for one in pieces.pop(0))
