@@ -63,7 +63,7 @@ def measure_point(config: Config, stage: str, suffix: str, repeats: int) -> dict
     answers = resolve_answer_ids(loaded.backbone.tokenizer, config.prompt.yes, config.prompt.no)
     parameters = sum(one.numel() for one in loaded.backbone.model.parameters())
     del loaded
-    ours, device = build_ours(config, phase, 1)
+    ours, device, _ = build_ours(config, phase, 1)
     plain = Reference(config, {"batches": [batch], "answer_ids": answers}, stage, device, last=True)
     samples: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
     for _ in range(1 + repeats):

@@ -34,7 +34,7 @@ from collm_dist.monitoring import PeakMeter
 from collm_dist.tuning.engine import init_distributed
 from collm_dist.tuning.prepared import prepare
 from collm_dist.tuning.run import build_loop
-from collm_dist.tuning.scoring import score_split
+from collm_dist.tuning.scoring import AUTO_TOKENS, score_split
 from collm_dist.tuning.stages import build_stage, get_stage
 
 REFERENCE_ROWS = 16
@@ -44,8 +44,8 @@ IGNORED = -100
 Work = Callable[[int], None]
 
 
-def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torch.device]:
-    """Return the product's way of working through a batch."""
+def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torch.device, dict[str, Any]]:
+    """Return the product's way of working through a batch, and the tokens of a micro-batch at most."""
     run_dir, name = RunDir(Path(config.run.dir)), "stage1" if phase.startswith("stage1") else "stage2"
     device = init_distributed(5)
     loaded = build_stage(config, run_dir, get_stage(config, name), device)
@@ -59,7 +59,7 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
         def score(number: int) -> None:
             score_split(loaded, GivenBlocks((blocks[number],)), most)  # type: ignore[arg-type]
 
-        return score, device
+        return score, device, {"max_tokens": AUTO_TOKENS[device.type] if most == "auto" else most}
     loop = build_loop(config, run_dir, name, loaded, {})
 
     def train(number: int) -> None:
@@ -70,7 +70,7 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
         for number in range(num_batches):
             train(number)
     assert settings.global_batch_size == blocks[0].num_targets
-    return train, device
+    return train, device, {"max_tokens": loop.max_tokens}
 
 
 class PlainModel(nn.Module):
@@ -208,8 +208,7 @@ def main() -> None:
     config = load_config(arguments.config, [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.side == "ours":
-        work, device = build_ours(config, arguments.phase, arguments.batches)
-        serve(work, device, {}, channel)
+        serve(*build_ours(config, arguments.phase, arguments.batches), channel)
         return
     rows = json.loads(arguments.rows.read_text(encoding="utf-8"))
     if arguments.side == "hf_trainer":

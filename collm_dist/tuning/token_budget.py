@@ -51,7 +51,7 @@ class TokenBudget:
 def find_token_budget(
     model: CollmModel, collator: PromptCollator, block: ContextBlock, device: torch.device
 ) -> TokenBudget:
-    """Measure two forward and backward passes. Collective.
+    """Measure forward and backward passes at several sizes. Collective.
 
     Args:
         model: on the device and not yet wrapped; its gradients stay untouched.
@@ -64,20 +64,16 @@ def find_token_budget(
     rows = counts.header + counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
     whole = collator.collate(block, block).num_tokens
-    trials, seconds = [], []
+    trials = []
     for tokens in TRIAL_TOKENS[device.type]:
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
-        batches = [collator.collate(piece, block) for piece in pieces]
-        batch = max(batches, key=lambda one: one.num_tokens)
-        trials.append(_try(model, batch.to(device), max(tokens, longest), device))
-        # What the whole global batch would take: small micro-batches spend less on padding.
-        seconds.append(trials[-1].seconds / trials[-1].num_tokens * sum(one.num_tokens for one in batches))
+        batches = [collator.collate(piece, block).to(device) for piece in pieces]
+        trials.append(_try(model, batches, max(tokens, longest), device))
     free = _measure_free(model, device)
     slope = _fit_slope(trials)
     most = min(max(free / slope, longest), max(whole, longest))
     if device.type == "cpu":
-        fast = (one for one, took in zip(trials, seconds, strict=True) if took <= NEARLY_AS_FAST * min(seconds))
-        most = min(most, next(fast).max_tokens)
+        most = min(most, _choose_fast(trials).max_tokens)
     found = torch.tensor(float(most), device=device)
     if get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MIN)
@@ -86,7 +82,8 @@ def find_token_budget(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A forward and backward pass: its budget, its tokens, and what it took at its peak."""
+    """Of a budget: the tokens of its largest micro-batch, what that took at its peak, and on a CPU the seconds of all
+    micro-batches of the global batch."""
 
     max_tokens: int
     num_tokens: int
@@ -107,19 +104,31 @@ def _fit_slope(trials: list[_Trial]) -> float:
     return max(growth, through_zero, 1.0)
 
 
-def _try(model: CollmModel, batch: PromptBatch, max_tokens: int, device: torch.device) -> _Trial:
-    """Measure the second of two passes; the first one warms up."""
+def _choose_fast(trials: list[_Trial]) -> _Trial:
+    """Return the smallest of the trials that is nearly the fastest."""
+    fastest = min(one.seconds for one in trials)
+    return next(one for one in trials if one.seconds <= NEARLY_AS_FAST * fastest)
+
+
+def _try(model: CollmModel, batches: list[PromptBatch], max_tokens: int, device: torch.device) -> _Trial:
     model.train()
-    trainable = [one for one in model.parameters() if one.requires_grad]
-    seconds, peak = 0.0, 0
-    for _ in range(2):
+    largest = max(batches, key=lambda one: one.num_tokens)
+    peak = 0
+    for _ in range(2):  # the first pass warms up
         with PeakMeter(device) as meter:
-            started = time.perf_counter()
-            loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
-            torch.autograd.grad(loss, trainable, allow_unused=True)
-            seconds = time.perf_counter() - started
+            _run(model, largest)
         peak = max(peak, meter.extra_bytes)
-    return _Trial(max_tokens, batch.num_tokens, peak, seconds)
+    started = time.perf_counter()
+    if device.type == "cpu":
+        for batch in batches:
+            _run(model, batch)
+    return _Trial(max_tokens, largest.num_tokens, peak, time.perf_counter() - started)
+
+
+def _run(model: CollmModel, batch: PromptBatch) -> None:
+    trainable = [one for one in model.parameters() if one.requires_grad]
+    loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
+    torch.autograd.grad(loss, trainable, allow_unused=True)
 
 
 def _measure_free(model: CollmModel, device: torch.device) -> int:

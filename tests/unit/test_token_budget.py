@@ -7,7 +7,7 @@ from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
-from collm_dist.tuning.token_budget import TRIAL_TOKENS, find_token_budget
+from collm_dist.tuning.token_budget import TRIAL_TOKENS, _choose_fast, _Trial, find_token_budget
 from tests.parity.test_shared_context import STAGE1, make_block, make_collator
 from tests.tiny import make_model
 
@@ -46,3 +46,13 @@ def test_the_meter_sees_what_is_taken_and_given_back():
     with PeakMeter(torch.device("cpu")) as meter:
         np.ones(50_000_000 // 8)
     assert 45e6 < meter.extra_bytes < 80e6
+
+
+def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
+    def choose(*seconds):
+        trials = [_Trial(tokens, tokens, 1, took) for tokens, took in zip(TRIAL_TOKENS["cpu"], seconds, strict=True)]
+        return _choose_fast(trials).max_tokens
+
+    assert choose(1.04, 1.0, 1.0) == 512
+    assert choose(1.2, 1.04, 1.0) == 1024
+    assert choose(1.2, 1.1, 1.0) == 2048
