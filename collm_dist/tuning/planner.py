@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from collm_dist.llm.backbone import Quantization
+from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.shared_context import TAIL, run_tree
 from collm_dist.prompt_batch import Mirrored
@@ -105,6 +106,8 @@ def measure_layers(config: Any, dtype: torch.dtype, attention: str, lora: LoraSe
         model = _build_layers(config, layers, dtype, attention)
         if lora is not None:
             add_lora(model, **vars(lora), seed=0)
+            if (masks := install_keyed_dropout(model)) is not None:
+                masks.starts = torch.zeros(len(masks.starts), 1, TRIAL_TOKENS, dtype=torch.int64)
         model.train(lora is not None)
         decoder = model.get_decoder()
         kept.append(_count_kept(decoder, model.config.get_text_config().hidden_size, dtype))

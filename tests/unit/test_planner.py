@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_tree
 from collm_dist.prompt_batch import Mirrored
@@ -16,7 +17,7 @@ from collm_dist.tuning.planner import LoraSettings, find_fitting_tokens, measure
 from tests.tiny import ARCHITECTURES, make_model
 
 ROWS, WIDTH = 3, 20
-LORA = LoraSettings(4, 8, 0.0, ("q_proj", "v_proj"))
+LORA = LoraSettings(4, 8, 0.05, ("q_proj", "v_proj"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -77,6 +78,8 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     if lora is not None:
         add_lora(model, **vars(lora), seed=0)
+        masks = install_keyed_dropout(model)
+        masks.starts = torch.zeros(len(masks.starts), 1, tokens, dtype=torch.int64)
     decoder = model.get_decoder().train(lora is not None)
     if checkpointing:
         enable_activation_checkpointing(decoder)
