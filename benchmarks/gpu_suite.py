@@ -8,6 +8,7 @@ backbone on this machine, whose tokenizer the random ones of published shapes ta
     tests        tests/gpu
     throughput   benchmarks/throughput.py for each backbone, plain and with llm.compile
     attention    the first backbone with attention written out, to compare with the fused kernels of ``throughput``
+    kernels      benchmarks/attention_kernels.py for the first backbone's heads and each shape's
     memory       benchmarks/memory.py for each backbone
     zero         a few steps of both stages under ZeRO-0, -2 and -3
     growth       benchmarks/tuning_growth.py over the shapes
@@ -37,7 +38,7 @@ from benchmarks.random_backbone import SHAPES
 from collm_dist.artifacts import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-PIECES = ("tests", "throughput", "attention", "memory", "zero", "growth", "full")
+PIECES = ("tests", "throughput", "attention", "kernels", "memory", "zero", "growth", "full")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ def list_tasks(arguments: argparse.Namespace, scratch: Path) -> list[Task]:
             tasks.append(Task(f"memory_{name}", compare("memory", f"_{name}", path)))
     if "attention" in arguments.pieces:
         tasks.append(Task("attention", compare("throughput", f"_{first}_eager", folder, "llm.attention=eager")))
+    if "kernels" in arguments.pieces:
+        for shape in dict.fromkeys(("smollm2-135m", *arguments.shapes)):
+            one = SHAPES[shape]
+            heads = ("--heads", one.heads, "--key-heads", one.key_heads, "--width", one.width // one.heads)
+            compared = ("--rows", 24, 200, *heads, "--output", output, "--suffix", f"_{shape}")
+            tasks.append(Task(f"kernels_{shape}", (python, "-m", "benchmarks.attention_kernels", *map(str, compared))))
     if "zero" in arguments.pieces:
         few = (
             "stage1.max_steps=6",

@@ -69,7 +69,7 @@ def plan_micro_batches(
         least = loads.index(min(loads))
         slices[least].append(unit)
         loads[least] += unit.tokens
-    plans = [_pack(units, room) for units in slices]
+    plans = [_pack_evenly(units, room) for units in slices]
     most = max(len(plan) for plan in plans)
     mine: list[ContextBlock | None] = [_take_rows(block, rows) for rows in plans[rank]]
     return mine + [None] * (most - len(mine))
@@ -117,6 +117,16 @@ def _fill(targets: IntArray, sizes: IntArray, room: int) -> Iterator[tuple[IntAr
             start, used = place, 0
         used += size
     yield targets[start:], used
+
+
+def _pack_evenly(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
+    """Pack into as few micro-batches as fit, none of them a small remainder: that would read all weights for little."""
+    fewest = len(_pack(units, max_tokens))
+    enough, too_few = max_tokens, 0
+    while enough - too_few > max_tokens // 64 + 1:
+        tokens = (enough + too_few) // 2
+        enough, too_few = (tokens, too_few) if len(_pack(units, tokens)) == fewest else (enough, tokens)
+    return _pack(units, enough)
 
 
 def _pack(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:

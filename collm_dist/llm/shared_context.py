@@ -110,20 +110,19 @@ def _build_header_mask(length: int, config: Any, like: Tensor) -> Tensor | None:
     return _finish(((distance >= 0) & (distance < window))[None], like.dtype)
 
 
-def _list_spans(decoder: nn.Module, lengths: Mirrored, pasts: Any, header: int) -> list[RowSpan]:
-    """Divide rows into blocks; compiled layers get a single one, since each number of them would be compiled anew."""
-    cost = BLOCK_COST.get(lengths.tensor.device.type, BLOCK_COST["cuda"])
-    return split_rows(lengths.numbers, pasts, header, None if "_is_compiled" in decoder.__dict__ else cost)
+def _find_block_cost(decoder: nn.Module, device: torch.device) -> int | None:
+    """Return what a block costs; compiled layers get a single one, since each number of them would be compiled anew."""
+    return None if "_is_compiled" in decoder.__dict__ else BLOCK_COST.get(device.type, BLOCK_COST["cuda"])
 
 
-def _lay_out(decoder: nn.Module, lengths: Mirrored, spans: list[RowSpan]) -> Iterator[tuple[RowSpan, Tensor, Any]]:
+def _lay_out(lengths: Mirrored, spans: list[RowSpan], cost: int | None) -> Iterator[tuple[RowSpan, Tensor, Any]]:
     """Yield each span with its (R, T) bool ``is_token`` and ``places``; see ``Block``."""
     rows = lengths.list_rows()
     columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
     for span in spans:
         is_token = torch.arange(span.columns, device=rows.device) < lengths.tensor[span.rows, None]
         places = (rows[span.tokens] - span.rows.start) * span.columns + columns[span.tokens]
-        is_whole = is_token.numel() == len(places) and "_is_compiled" not in decoder.__dict__
+        is_whole = is_token.numel() == len(places) and cost is not None
         yield span, is_token, None if is_whole else places
 
 
@@ -141,8 +140,9 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
     rows = lengths.list_rows()
     positions = start + torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
     windowed = getattr(decoder.config, "sliding_window", None) is not None
-    blocks, spans = [], _list_spans(decoder, lengths, np.zeros_like(lengths.numbers), start)
-    for span, is_token, places in _lay_out(decoder, lengths, spans):
+    cost = _find_block_cost(decoder, rows.device)
+    blocks, spans = [], split_rows(lengths.numbers, np.zeros_like(lengths.numbers), start, cost)
+    for span, is_token, places in _lay_out(lengths, spans, cost):
         masks = Masks(None)
         if windowed:
             keys = torch.arange(start + span.columns, device=rows.device)[None]
@@ -182,35 +182,60 @@ def run_tree(
         (M, D), right where needed.
     """
     start = 0 if header is None else len(header)
-    ahead, pasts = start, np.zeros_like(lengths.numbers)
+    cost = _find_block_cost(decoder, embeds.device)
+    blocks, sizes = lay_out_tree(decoder.config, targets, positions, lengths, cost, embeds.dtype, prefix, start)
+    return run_packed(
+        decoder,
+        embeds,
+        positions,
+        blocks,
+        sizes,
+        header=header,
+        header_mask=_build_header_mask(start, decoder.config, embeds),
+        past=() if prefix is None else prefix.layers,
+        needed=needed,
+    )[0]
+
+
+def lay_out_tree(
+    config: Any,
+    targets: Tensor,
+    positions: Tensor,
+    lengths: Mirrored,
+    cost: int | None,
+    dtype: torch.dtype,
+    prefix: Prefix | None = None,
+    header: int = 0,
+) -> tuple[list[Block], list[int]]:
+    """Return the blocks in which attention compares tree rows, and how many tokens are in each.
+
+    Args:
+        config: the decoder's configuration.
+        targets, positions, lengths, prefix: see ``run_tree``.
+        cost: of a block, see ``row_blocks``; None = all rows are one, and laid out as if there were padding.
+        dtype: of the masks.
+        header: U, tokens that all rows begin with, where they are no prefix's.
+    """
+    ahead, pasts = header, np.zeros_like(lengths.numbers)
     if prefix is not None:
         ahead, pasts = prefix.header, prefix.list_lengths()
-    blocks, spans = [], _list_spans(decoder, lengths, pasts, ahead)
-    for span, is_token, places in _lay_out(decoder, lengths, spans):
-        rows_targets = torch.full(is_token.shape, PADDING, device=embeds.device)
+    device = targets.device
+    blocks, spans = [], split_rows(lengths.numbers, pasts, ahead, cost)
+    for span, is_token, places in _lay_out(lengths, spans, cost):
+        rows_targets = torch.full(is_token.shape, PADDING, device=device)
         rows_targets = rows_targets.masked_scatter(is_token, targets[span.tokens])
         rows_positions = torch.zeros_like(rows_targets).masked_scatter(is_token, positions[span.tokens])
         allowed, past = build_allowed(rows_targets), None
         if prefix is not None:
             past, visible = prefix.choose(span)
         else:
-            visible = torch.ones(len(is_token), start, dtype=torch.bool, device=embeds.device)
+            visible = torch.ones(len(is_token), header, dtype=torch.bool, device=device)
         allowed = torch.cat([visible[:, None].expand(-1, span.columns, -1), allowed], dim=2)
-        columns = torch.arange(visible.shape[1], device=embeds.device).expand(len(is_token), -1)
+        columns = torch.arange(visible.shape[1], device=device).expand(len(is_token), -1)
         key_positions = torch.cat([columns, rows_positions], dim=1)
-        masks = build_masks(allowed, rows_positions, key_positions, decoder.config, embeds.dtype)
+        masks = build_masks(allowed, rows_positions, key_positions, config, dtype)
         blocks.append(Block(is_token, places, masks, past))
-    return run_packed(
-        decoder,
-        embeds,
-        positions,
-        blocks,
-        [span.tokens.stop - span.tokens.start for span in spans],
-        header=header,
-        header_mask=_build_header_mask(start, decoder.config, embeds),
-        past=() if prefix is None else prefix.layers,
-        needed=needed,
-    )[0]
+    return blocks, [span.tokens.stop - span.tokens.start for span in spans]
 
 
 def enable_activation_checkpointing(decoder: nn.Module) -> None:

@@ -15,6 +15,7 @@ from collm_dist.data.item_tokens import load_item_tokens
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.llm import row_blocks
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.mapping import SlotMapper
@@ -31,6 +32,12 @@ TEXTS = ["Heat", 'A "quoted" one', "<UserID>", "<unk> </s>", "é漢字 \u202e", 
 # float64, but transformers' norms and rotary embeddings round to float32 inside (6e-8). Measured: errors up to 3e-16
 # for scores, where both ways round alike, and up to 3e-8 (relative) for gradients, where sums come in another order.
 SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
+
+
+@pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["blocks", "one-block"])
+def divided(request, monkeypatch):
+    """Let attention lay out rows in blocks without any padding, or all together."""
+    monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.param)
 
 
 def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:

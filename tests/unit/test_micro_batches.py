@@ -64,6 +64,13 @@ def test_ranks_get_about_the_same_number_of_tokens():
     assert max(loads) - min(loads) <= 0.02 * max(loads)
 
 
+def test_no_micro_batch_is_a_small_remainder():
+    block = make_contexts([1] * 11)
+    counts = TokenCounts(np.full(11, 50), np.full(11, 5), np.full(11, 45), header=20)
+    plan = plan_micro_batches(block, counts, 0, 1, 1030)  # ten contexts fit
+    assert [one.num_contexts for one in plan] == [6, 5]
+
+
 def test_more_ranks_than_contexts_get_fillers():
     block = make_contexts([2])
     counts = TokenCounts(np.array([3]), np.array([3]), np.array([4, 4]))
