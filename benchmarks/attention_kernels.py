@@ -5,9 +5,9 @@
 One layer's attention over the tree rows of a micro-batch as stage 2 has them: every row sees a header, a prefix of its
 own length, its tail, and its branches themselves alone. Forward and backward, sides in turn. *Blocks* are measured at
 several values of what a block is taken to cost (``collm_dist/llm/row_blocks.py``); *flex* compiles PyTorch's
-``flex_attention`` with a block mask over packed tokens, whose making is measured apart since all layers share it. A CPU
-has no backward pass for the compiled one, so flex is measured on a GPU, and with --eager-flex compared in its results
-anywhere. Writes attention_kernels_<device>.json.
+``flex_attention`` with a block mask over packed tokens, whose making is measured apart since all layers share it. It
+has no backward pass on a CPU, so it is measured on a GPU; with --eager-flex its results are compared anywhere.
+Writes attention_kernels_<device>.json.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ class Workload:
     def attend_by_flex(self, attend: Callable[..., Any], mask: BlockMask) -> Tensor:
         """Return (1, M, heads, width)."""
         key, value = (torch.cat(pair, dim=2) for pair in zip(self.past, (self.key, self.value), strict=True))
-        found: Tensor = attend(self.query, key, value, block_mask=mask, enable_gqa=True)
+        inputs = [self.query, key, value]
+        if not torch.is_grad_enabled():  # a CPU's refuses inputs that could ask for a gradient
+            inputs = [one.detach() for one in inputs]
+        found: Tensor = attend(*inputs, block_mask=mask, enable_gqa=True)
         return found.transpose(1, 2)
 
     def time(self, attend: Callable[[], Tensor]) -> float:
@@ -126,16 +129,19 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         blocks[name] = len(layout.blocks)
         sides[name] = lambda layout=layout: work.attend_in_blocks(layout)  # type: ignore[misc]
     record: dict[str, Any] = {"blocks": blocks}
-    expected = sides["one_block"]().detach().float()
     if device.type == "cuda" or arguments.eager_flex:
         started = time.perf_counter()
         mask = work.build_block_mask()
         record["block_mask_seconds"] = time.perf_counter() - started
         compiled: Any = flex_attention if arguments.eager_flex else torch.compile(flex_attention)
         sides["flex"] = lambda: work.attend_by_flex(compiled, mask)
+    with torch.no_grad():
+        results = {name: attend().float() for name, attend in sides.items()}
     record["largest_difference"] = {
-        name: float((attend().detach().float() - expected).abs().max()) for name, attend in sides.items()
+        name: float((found - results["one_block"]).abs().max()) for name, found in results.items()
     }
+    if arguments.eager_flex:
+        del sides["flex"]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, attend in sides.items():
@@ -157,7 +163,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eager-flex", action="store_true", help="flex step by step: its results, not its speed")
+    parser.add_argument("--eager-flex", action="store_true", help="flex step by step: results alone")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--suffix", default="", help="added to the name of the result")
     arguments = parser.parse_args()

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Comparisons that take as long as one more block does: forward and backward, a CPU's operators cost some tenths of a
-# millisecond a layer. A GPU compares thousands of times as fast, and starts kernels no faster.
-BLOCK_COST = {"cpu": 1 << 11, "cuda": 1 << 19}
+# Comparisons that take as long as one more block does. A CPU's was measured (benchmarks/attention_kernels.py: attention
+# 2.0 to 2.4 times as fast as in one block, and no worse with a quarter of it or four times as much); a GPU's is an
+# estimate: it compares some hundred times as fast, and starts kernels no faster.
+BLOCK_COST = {"cpu": 1 << 13, "cuda": 1 << 19}
 
 
 @dataclass(frozen=True)

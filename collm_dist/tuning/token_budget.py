@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from collm_dist.data.collate import PromptCollator
+from collm_dist.data.collate import PromptCollator, TokenCounts
 from collm_dist.data.context_block import ContextBlock
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.llm.collm import CollmModel
@@ -29,8 +29,8 @@ TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32 gradient, two moments and ZeRO's float32 copy.
 BYTES_PER_TRAINABLE = 16
-# A CPU takes the smallest of the trials that is as fast as this, since memory goes with it.
-NEARLY_AS_FAST = 1.05
+# A CPU takes the smallest of the trials that takes at most so many times as long as the fastest: memory goes with it.
+NEARLY_AS_FAST = 1.1
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def find_token_budget(
     longest = int((rows[block.target_contexts] + counts.branch).max())
     whole = collator.collate(block, block).num_tokens
     trials = []
-    for tokens in TRIAL_TOKENS[device.type]:
+    for tokens in _list_trials(counts, device):
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
         batches = [collator.collate(piece, block).to(device) for piece in pieces]
         trials.append(_try(model, batches, max(tokens, longest), device))
@@ -102,6 +102,19 @@ def _fit_slope(trials: list[_Trial]) -> float:
         return max(through_zero, 1.0)
     growth = (large.peak_bytes - small.peak_bytes) / (large.num_tokens - small.num_tokens)
     return max(growth, through_zero, 1.0)
+
+
+def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
+    """Return the budgets to be tried.
+
+    On a CPU time and memory are up to the tokens that train, so these are as many whatever share of a micro-batch they
+    are; a GPU, where a trial must surely fit, is asked about all tokens.
+    """
+    share = 1.0
+    if device.type == "cpu" and counts.prefix.any():
+        trained = counts.tail.sum() + counts.branch.sum()
+        share = float(trained / (trained + counts.prefix.sum()))
+    return [round(tokens / share) for tokens in TRIAL_TOKENS[device.type]]
 
 
 def _choose_fast(trials: list[_Trial]) -> _Trial:

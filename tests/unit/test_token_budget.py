@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 
+from collm_dist.data.collate import TokenCounts
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
-from collm_dist.tuning.token_budget import TRIAL_TOKENS, _choose_fast, _Trial, find_token_budget
+from collm_dist.tuning.token_budget import TRIAL_TOKENS, _choose_fast, _list_trials, _Trial, find_token_budget
 from tests.parity.test_shared_context import STAGE1, make_block, make_collator
 from tests.tiny import make_model
 
@@ -53,6 +54,14 @@ def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
         trials = [_Trial(tokens, tokens, 1, took) for tokens, took in zip(TRIAL_TOKENS["cpu"], seconds, strict=True)]
         return _choose_fast(trials).max_tokens
 
-    assert choose(1.04, 1.0, 1.0) == 512
-    assert choose(1.2, 1.04, 1.0) == 1024
-    assert choose(1.2, 1.1, 1.0) == 2048
+    assert choose(1.09, 1.0, 1.0) == 512
+    assert choose(1.2, 1.09, 1.0) == 1024
+    assert choose(1.2, 1.11, 1.0) == 2048
+
+
+def test_trials_on_a_cpu_are_of_tokens_that_train():
+    counts = TokenCounts(np.array([90, 60]), np.array([5, 5]), np.array([10, 10, 20]), header=30)
+    assert _list_trials(counts, torch.device("cpu")) == [4 * tokens for tokens in TRIAL_TOKENS["cpu"]]
+    assert _list_trials(counts, torch.device("cuda")) == list(TRIAL_TOKENS["cuda"])
+    nothing = TokenCounts(np.zeros(2, dtype=int), np.array([95, 65]), counts.branch, header=30)
+    assert _list_trials(nothing, torch.device("cpu")) == list(TRIAL_TOKENS["cpu"])
