@@ -300,7 +300,7 @@ def _attend_in_block(
         if mask is None:
             # A causal kernel wants as many queries as keys.
             query = pad(query, (0, 0, key.shape[2] - columns, 0))
-    attended = compute(query, key, value, mask)[:, :, -columns:]
+    attended = compute(query, key, value, mask)[:, :, query.shape[2] - columns :]
     return pack(attended.transpose(1, 2), block.places)
 
 

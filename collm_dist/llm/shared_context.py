@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,8 +50,8 @@ class Prefix:
     header: int = 0
     rows: Mirrored | None = None
 
-    def list_lengths(self) -> Any:
-        """Return the (C,) lengths that the tree rows see, an array on the host."""
+    def list_lengths(self) -> NDArray[np.int64]:
+        """Return the (C,) lengths that the tree rows see, on the host."""
         return self.lengths.numbers if self.rows is None else self.lengths.numbers[self.rows.numbers]
 
     def choose(self, span: RowSpan) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,9 @@ def _find_block_cost(decoder: nn.Module, device: torch.device) -> int | None:
     return None if "_is_compiled" in decoder.__dict__ else BLOCK_COST.get(device.type, BLOCK_COST["cuda"])
 
 
-def _lay_out(lengths: Mirrored, spans: list[RowSpan], cost: int | None) -> Iterator[tuple[RowSpan, Tensor, Any]]:
+def _lay_out(
+    lengths: Mirrored, spans: list[RowSpan], cost: int | None
+) -> Iterator[tuple[RowSpan, Tensor, Tensor | None]]:
     """Yield each span with its (R, T) bool ``is_token`` and ``places``; see ``Block``."""
     rows = lengths.list_rows()
     columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]

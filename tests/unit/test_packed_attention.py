@@ -118,6 +118,23 @@ def test_a_prefix_goes_on_after_its_header(architecture, cost):
         assert (found - expected).abs().max() < TOLERANCE
 
 
+@BLOCKS
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_prefix_may_be_empty(architecture, cost):
+    """As that of a user without a history, if nothing is said of that."""
+    decoder = make_model(architecture).get_decoder()
+    embeds, targets, positions, lengths = make_rows()
+    start = torch.randn(10, 32, dtype=torch.float64)
+    header = run_prefix(decoder, start, Mirrored.of([10]))
+    prefix = run_prefix(decoder, embeds[:4], Mirrored.of([0, 0, 4]), header)
+    shifted = positions + 10 + torch.tensor([0, 0, 4])[lengths.list_rows()]
+    found = run_tree(decoder, embeds, targets, shifted, lengths, prefix).split(LENGTHS)
+    rows = zip(found, embeds.split(LENGTHS), (embeds[:0], embeds[:0], embeds[:4]), strict=True)
+    for ours, row, before in rows:
+        whole = torch.cat([start, before, row])[None]
+        assert (ours - decoder(inputs_embeds=whole).last_hidden_state[0, -len(row) :]).abs().max() < TOLERANCE
+
+
 def test_what_is_packed_comes_back_with_zeros_for_padding_and_its_gradients():
     places = torch.tensor([0, 1, 3, 4, 5])
     rows = torch.arange(12, dtype=torch.float64).view(2, 3, 2).requires_grad_()
