@@ -27,8 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.machine import describe_hardware, name_device
 from collm_dist.artifacts import write_json
 from collm_dist.llm.packed_attention import NAME, LayerLayout
-from collm_dist.llm.shared_context import TAIL, Prefix, lay_out_tree
-from collm_dist.prompt_batch import Mirrored
+from collm_dist.llm.shared_context import Prefix, lay_out_tree
+from collm_dist.prompt_batch import TAIL, Mirrored
 
 COSTS = (0, 1 << 9, 1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21)
 HEADER, TAIL_TOKENS = 62, 7

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.machine import describe_hardware
 from collm_dist.llm.dropout import DropoutMasks, install_keyed_dropout
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_tree
-from collm_dist.prompt_batch import Mirrored, PromptBatch
+from collm_dist.llm.shared_context import enable_activation_checkpointing, run_tree
+from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch
 
 SIDES = ("none", "pytorch", "ours")
 PROBABILITY = 0.05

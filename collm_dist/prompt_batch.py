@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+TAIL = -1  # the target of a token that belongs to none
+
 
 @dataclass(frozen=True)
 class Mirrored:
@@ -88,7 +90,7 @@ class PromptBatch:
         context_keys: (C,) hashes that name the rows' contexts.
         tree_ids: (M,) token ids of the rows; a slot's tokens hold any valid id.
         tree_lengths: (C,) tokens of each row.
-        tree_targets: (M,) the target n of a branch's token, -1 in a tail.
+        tree_targets: (M,) the target n of a branch's token, ``TAIL`` in a tail.
         tree_positions: (M,) position ids (header and prefix included).
         last: (N,) where each target's last token stands among the M.
         user_slots, item_slots, pair_slots: the slots by kind.

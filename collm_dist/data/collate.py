@@ -30,7 +30,7 @@ from collm_dist.data.ragged import Ragged, hash_rows, join_columns, repeat_value
 from collm_dist.data.slots import CONTINUED, HISTORY, SLOT_CODES, LaidOut, Masking, find_slots
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.errors import ConfigError
-from collm_dist.prompt_batch import Mirrored, PromptBatch
+from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class PromptCollator:
         owner = block.target_contexts
         rows = owner[branch.rows]
         places = tree.offsets[rows] + tail.lengths[rows] + np.arange(len(branch.values)) - branches.offsets[rows]
-        targets = np.full(len(tree.values), -1)
+        targets = np.full(len(tree.values), TAIL)
         targets[places] = branch.rows
         start = len(self._header) + prefix.lengths
         positions = start[tree.rows] + tree.columns
@@ -195,7 +195,7 @@ class PromptCollator:
         laid = LaidOut(
             np.concatenate([prefix.values, tree.values]),
             np.concatenate([firsts[prefix.rows], tree.rows]),
-            np.concatenate([np.full(len(prefix.values), -1), targets]),
+            np.concatenate([np.full(len(prefix.values), TAIL), targets]),
         )
         slots = find_slots(block, laid, shown, contexts, masking, user_depends_on_target=self._user_depends_on_target)
         arrays: dict[str, Any] = {

@@ -120,7 +120,9 @@ def _fill(targets: IntArray, sizes: IntArray, room: int) -> Iterator[tuple[IntAr
 
 
 def _pack_evenly(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
-    """Pack into as few micro-batches as fit, none of them a small remainder: that would read all weights for little."""
+    """Pack units with prefixes of similar length into as few micro-batches as fit, none of them a small remainder: that
+    would read all weights for little."""
+    units = sorted(units, key=lambda one: (one.prefix, max(one.sizes), int(one.rows[0][0])))
     fewest = len(_pack(units, max_tokens))
     enough, too_few = max_tokens, 0
     while enough - too_few > max_tokens // 64 + 1:
@@ -130,11 +132,10 @@ def _pack_evenly(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
 
 
 def _pack(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
-    """Pack units with prefixes of similar length into micro-batches; return their rows by length, as attention lays
-    them out."""
+    """Pack units in their order into micro-batches; return their rows by length, as attention lays them out."""
     batches: list[list[tuple[int, IntArray]]] = []
     tokens = 0
-    for unit in sorted(units, key=lambda one: (one.prefix, max(one.sizes), int(one.rows[0][0]))):
+    for unit in units:
         if not batches or tokens + unit.tokens > max_tokens:
             batches.append([])
             tokens = 0

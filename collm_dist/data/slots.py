@@ -36,7 +36,7 @@ class LaidOut:
     Attributes:
         codes: (M,) token ids and slot codes.
         contexts: (M,) the context that each belongs to; the first one of those that share a prefix.
-        targets: (M,) the target of a branch's token, -1 elsewhere.
+        targets: (M,) the target of a branch's token, ``TAIL`` elsewhere.
     """
 
     codes: IntArray

@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from collm_dist.llm.packed_attention import find_layers, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Block, Masks, RowSpan, split_rows
-from collm_dist.prompt_batch import Mirrored
+from collm_dist.prompt_batch import TAIL, Mirrored
 
-TAIL, PADDING = -1, -2
+PADDING = -2
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def build_allowed(targets: Tensor) -> Tensor:
     Padding sees itself, since a softmax over nothing is NaN.
 
     Args:
-        targets: (R, T) the target of each token, -1 in a tail and -2 at padding.
+        targets: (R, T) the target of each token, ``TAIL`` in a tail and -2 at padding.
     """
     query, key = targets[:, :, None], targets[:, None, :]
     columns = torch.arange(targets.shape[1], device=targets.device)

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from collm_dist.errors import ConfigError
 from collm_dist.llm import row_blocks
 from collm_dist.llm.packed_attention import find_layers, pack, prepare_decoder, spread
-from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_prefix, run_tree
-from collm_dist.prompt_batch import Mirrored
+from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.prompt_batch import TAIL, Mirrored
 from tests.tiny import ARCHITECTURES, make_model
 
 # float64. Measured: up to 2e-15; transformers' norms and rotary embeddings round to float32 alike on both sides.

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import TAIL, enable_activation_checkpointing, run_tree
-from collm_dist.prompt_batch import Mirrored
+from collm_dist.llm.shared_context import enable_activation_checkpointing, run_tree
+from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.costs import DecoderShape, count_padded
 from collm_dist.tuning.planner import LoraSettings, find_fitting_tokens, measure_layers, plan_memory
 from tests.tiny import ARCHITECTURES, make_model
