@@ -117,12 +117,13 @@ def run_task(task: Task, arguments: argparse.Namespace, scratch: Path) -> dict[s
         for step in ("data", "cf"):
             shutil.copytree(arguments.run_dir / step, task.run / step)
     log = arguments.output / f"{task.name}.log"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         try:
             process = subprocess.run(
                 task.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=arguments.limit, check=False,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
+                env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
             status = "done" if process.returncode == 0 else f"failed with code {process.returncode}"
         except subprocess.TimeoutExpired:

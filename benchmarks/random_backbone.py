@@ -58,7 +58,8 @@ def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch
         **{name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     tokens.save_pretrained(folder)
 
 

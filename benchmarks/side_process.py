@@ -17,8 +17,10 @@ class SideProcess:
         ready: its first line.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """Start it and wait until it is ready."""
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, held: bool = False
+    ) -> None:
+        """Start it and wait until it is ready; one that is held waits for ``begin`` once it has imported what it needs."""
         self._name = " ".join(command[:6])
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(
@@ -30,9 +32,15 @@ class SideProcess:
             text=True,
             bufsize=1,
         )
-        while not (line := self._read_line()).startswith("{"):
-            pass  # what libraries print while they are imported
-        self.ready = json.loads(line)
+        self.ready: Any = None
+        if not held:
+            self._await_ready()
+
+    def begin(self) -> None:
+        """Let one that was held get ready, and wait for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("begin\n")
+        self._await_ready()
 
     def ask(self, request: str) -> Any:
         """Send a line and return the answer."""
@@ -46,6 +54,11 @@ class SideProcess:
         self._process.stdin.close()
         self._process.wait()
         self._errors.close()
+
+    def _await_ready(self) -> None:
+        while not (line := self._read_line()).startswith("{"):
+            pass  # what libraries print while they are imported
+        self.ready = json.loads(line)
 
     def _read_line(self) -> str:
         assert self._process.stdout is not None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,16 @@ class Comparison:
         folder: with the rows and configurations.
         work: by phase, what its rows cost and have.
         count: global batches of each phase.
+        rounds: through them; where there are several, the first only warms up.
+        held: sides by name and phase that have been started.
     """
 
     config: Config
     folder: Path
     work: dict[str, dict[str, Any]]
     count: int
+    rounds: int
+    held: dict[tuple[str, str], SideProcess] = field(default_factory=dict)
 
     def measure_phase(self, phase: str, peers: list[str]) -> dict[str, Any]:
         """Let ours and one peer after the other work through the batches of a phase, in turn.
@@ -55,22 +60,33 @@ class Comparison:
         Returns:
             ``samples`` by peer and side, what the sides said when they were ready, and the load average at each batch.
         """
-        ours = self._start("ours", phase)
+        ours = self._begin("ours", phase)
         samples: dict[str, dict[str, list[Any]]] = {}
         ready, loads = {"ours": ours.ready}, []
         for peer in peers:
-            process = self._start(peer, phase)
-            ready[peer], samples[peer] = process.ready, {"ours": [], peer: []}
-            for number in range(self.count):
-                loads.append(round(os.getloadavg()[0], 2))
-                for side, one in (("ours", ours), (peer, process)):
-                    took = one.ask(str(number))
-                    samples[peer][side].append(took)
-                    shown = f"{took['seconds']:.2f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
-                    print(f"{phase} {number} {side}: {shown}", flush=True)
+            process = self._begin(peer, phase)
+            ready[peer] = process.ready
+            taken: dict[str, list[list[Any]]] = {"ours": [], peer: []}
+            for _ in range(self.rounds):
+                for found in taken.values():
+                    found.append([])
+                for number in range(self.count):
+                    loads.append(round(os.getloadavg()[0], 2))
+                    for side, one in (("ours", ours), (peer, process)):
+                        took = one.ask(str(number))
+                        taken[side][-1].append(took)
+                        shown = f"{took['seconds']:.3f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
+                        print(f"{phase} {number} {side}: {shown}", flush=True)
             process.close()
+            samples[peer] = {side: merge_rounds(found) for side, found in taken.items()}
         ours.close()
         return {"samples": samples, "ready": ready, "load_average": loads}
+
+    def start(self, phases: list[str], peers: list[str]) -> None:
+        """Start all sides. They import their libraries at the same time, and wait."""
+        for phase in phases:
+            for side in ("ours", *peers):
+                self.held[side, phase] = self._start(side, phase)
 
     def describe(self, threads: int) -> dict[str, Any]:
         """Return what a result says about its making."""
@@ -82,19 +98,41 @@ class Comparison:
                 "compile": llm.compile,
                 "threads": threads,
                 "batches": self.count,
+                "rounds": self.rounds,
                 "reference_rows": REFERENCE_ROWS,
                 "max_tokens": self.config.stage1.max_tokens_per_micro_batch,
+                "global_batch_size": self.config.stage1.global_batch_size,
                 "prompts": [prompt.stage1, prompt.stage2],
             },
             "hardware": describe_hardware(),
             "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
         }
 
+    def _begin(self, side: str, phase: str) -> SideProcess:
+        process = self.held.pop((side, phase), None) or self._start(side, phase)
+        process.begin()
+        return process
+
     def _start(self, side: str, phase: str) -> SideProcess:
         command = [sys.executable, "-m", "benchmarks.tuning_side", "--side", side, "--phase", phase]
         command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
-        return SideProcess(command, os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"})
+        command += ["--rounds", str(self.rounds)]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return SideProcess(command, os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}, held=True)
+
+
+def merge_rounds(rounds: list[list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Return a batch's median seconds and largest memory, the first of several rounds left out."""
+    kept = rounds[1:] or rounds
+    return [
+        {
+            "seconds": statistics.median(one["seconds"] for one in taken),
+            "extra_bytes": max(one["extra_bytes"] for one in taken),
+            "all_seconds": [one["seconds"] for one in taken],
+        }
+        for taken in zip(*kept, strict=True)
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
@@ -105,6 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--batches", type=int, default=batches, help="global batches of each phase")
+    rounds = 5 if torch.cuda.is_available() else 1
+    parser.add_argument("--rounds", type=int, default=rounds, help="through them; the first of several warms up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side, on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--suffix", default="", help="added to the names of the results, such as _compiled")
@@ -125,7 +165,10 @@ def prepare_comparison(arguments: argparse.Namespace) -> Iterator[Comparison]:
         for file, one in (("config.yaml", config), ("cached.yaml", cached)):
             (folder / file).write_text(yaml.safe_dump(one.model_dump(mode="json")), encoding="utf-8")
         work = {phase: _write_workload(config, folder, phase, arguments.batches) for phase in arguments.phases}
-        yield Comparison(config, folder, work, arguments.batches)
+        comparison = Comparison(config, folder, work, arguments.batches, arguments.rounds)
+        if torch.cuda.is_available():  # its minutes are dear, and its machines have the cores
+            comparison.start(arguments.phases, arguments.peers)
+        yield comparison
 
 
 def _write_workload(config: Config, folder: Path, phase: str, count: int) -> dict[str, Any]:

@@ -91,11 +91,13 @@ def _pick(logits: torch.Tensor, labels: torch.Tensor, answers: list[int]) -> tor
     return logits[torch.arange(len(logits)), last][:, answers]
 
 
-def run_hf_trainer(config: Config, rows: dict[str, Any], phase: str, device: torch.device, channel: Any) -> None:
+def run_hf_trainer(
+    config: Config, rows: dict[str, Any], phase: str, device: torch.device, channel: Any, rounds: int
+) -> None:
     """Find the fastest micro-batch, say so, and work in turn."""
     answers, batches = rows["answer_ids"], rows["batches"]
     rows_of_batch = len(batches[0])
-    sizes = [size for size in TRIED_ROWS if phase not in TRAINING or rows_of_batch % size == 0]
+    sizes = [size for size in TRIED_ROWS[device.type] if phase not in TRAINING or rows_of_batch % size == 0]
     model = build_plain_model(config, rows, phase).to(device)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -105,14 +107,20 @@ def run_hf_trainer(config: Config, rows: dict[str, Any], phase: str, device: tor
         def try_size(size: int) -> float:
             trainer = build(batches[:1], size)
             run = trainer.train if phase in TRAINING else lambda: trainer.predict(trainer.train_dataset)
-            return measure(lambda _: run() and None, 0, device)["seconds"]  # type: ignore[func-returns-value]
+            try:
+                # On a GPU the first pass of each size asks for memory and chooses kernels.
+                return min(measure(lambda _: run() and None, 0, device)["seconds"] for _ in range(passes))  # type: ignore[func-returns-value]
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                return float("inf")
 
+        passes = 2 if device.type == "cuda" else 1
         try_size(sizes[-1])  # warms up
         trials = {size: try_size(size) for size in sizes}
         best = min(trials, key=lambda size: trials[size])
         print(json.dumps({"rows_per_micro_batch": best, "trials": trials}), file=channel, flush=True)
         if phase in TRAINING:
-            trainer = build(batches, best)
+            trainer = build(batches * rounds, best)
             trainer.add_callback(InTurn(device, channel))
             trainer.train()
             sys.stdin.readline()

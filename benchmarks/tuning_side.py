@@ -6,8 +6,9 @@
     reference       the authors' recipe: rows in their order, 16 at a time, padded to the longest, logits everywhere
     reference_last  the same with logits at the last position alone
 
-The first line says that all is ready; each line ``N`` on standard input works through batch N and is answered with its
-seconds and the bytes by which memory rose above the weights.
+A first line on standard input lets it begin, and is answered when all is ready; each line ``N`` works through batch N
+and is answered with its seconds and the bytes by which memory rose above the weights. Batches are asked for in their
+order, once in each round.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from collm_dist.tuning.scoring import AUTO_TOKENS, score_split
 from collm_dist.tuning.stages import build_stage, get_stage
 
 REFERENCE_ROWS = 16
-TRIED_ROWS = (4, 8, 16, 32)
+TRIED_ROWS = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256)}
 IGNORED = -100
 
 Work = Callable[[int], None]
@@ -62,9 +63,11 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
         return score, device, {"max_tokens": AUTO_TOKENS[device.type] if most == "auto" else most}
     loop = build_loop(config, run_dir, name, loaded, {})
 
+    # Training lays out what comes next while the model computes, and the peers' rows are finished, too.
+    ahead = list(prepare(iter(blocks), loaded.collator, loop.max_tokens, device))
+
     def train(number: int) -> None:
-        prepared = next(prepare(iter([blocks[number]]), loaded.collator, loop.max_tokens, device))
-        loop.train_step(prepared)
+        loop.train_step(ahead[number])
 
     if phase == "stage2_cached":
         for number in range(num_batches):
@@ -201,11 +204,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True, help="what write_rows wrote")
     parser.add_argument("--batches", type=int, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
     arguments = parser.parse_args()
     # Answers alone go to the real standard output; whatever libraries print goes to the other one.
     channel, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)
     config = load_config(arguments.config, [])
+    sys.stdin.readline()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.side == "ours":
         serve(*build_ours(config, arguments.phase, arguments.batches), channel)
@@ -214,7 +219,7 @@ def main() -> None:
     if arguments.side == "hf_trainer":
         from benchmarks.tuning_hf_trainer import run_hf_trainer
 
-        run_hf_trainer(config, rows, arguments.phase, device, channel)
+        run_hf_trainer(config, rows, arguments.phase, device, channel, arguments.rounds)
         return
     side = Reference(config, rows, arguments.phase, device, last=arguments.side == "reference_last")
     serve(side.work, device, {"rows_per_micro_batch": REFERENCE_ROWS}, channel)

@@ -164,9 +164,9 @@ class TuningEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._largest: list[Tensor] = []
         for _, parameter in self._named:
-            parameter.register_hook(self._note_finite)  # type: ignore[no-untyped-call]
+            parameter.register_hook(self._note_largest)  # type: ignore[no-untyped-call]
         if state is not None and state.adam_steps:
             self._load_optimizer(state)
 
@@ -193,9 +193,8 @@ class TuningEngine:
 
     def take_finite(self) -> Tensor:
         """Return whether all gradients since the last call were finite on this process, as a bool tensor; no sync."""
-        finite = self._finite.clone()
-        self._finite.fill_(True)
-        return finite
+        largest, self._largest = [torch.zeros((), device=self.device), *self._largest], []
+        return torch.isfinite(torch.stack(largest)).all()
 
     def step(self, learning_rate: float) -> Tensor | float | None:
         """Clip, update, clear the gradients, and return the norm before clipping.
@@ -230,8 +229,9 @@ class TuningEngine:
                     state.moments[f"{key}.{name}"] = self._get_moment(parameter, key).detach().float().cpu().clone()
         return state
 
-    def _note_finite(self, gradient: Tensor) -> None:
-        self._finite.logical_and_(torch.isfinite(gradient).all())
+    def _note_largest(self, gradient: Tensor) -> None:
+        # A single kernel: the largest magnitude is NaN or infinite wherever any number is.
+        self._largest.append(torch.linalg.vector_norm(gradient, torch.inf, dtype=torch.float32))
 
     def _compute_plain_norm(self) -> Tensor:
         """DeepSpeed reports no norm at stage 0 in float32; gradients are whole and reduced there."""
