@@ -20,7 +20,7 @@ class SideProcess:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, held: bool = False
     ) -> None:
-        """Start it and wait until it is ready; one that is held waits for ``begin`` once it has imported what it needs."""
+        """Start it and wait until it is ready; held, it waits for ``begin`` once it has imported its libraries."""
         self._name = " ".join(command[:6])
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(
