@@ -210,7 +210,8 @@ def main() -> None:
     channel, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)
     config = load_config(arguments.config, [])
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.side == "ours":
         serve(*build_ours(config, arguments.phase, arguments.batches), channel)

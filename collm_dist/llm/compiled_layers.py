@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_networks
+from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_modules
 
 # Graphs of one layer class: with and without gradients, with and without a prefix, and of one row, which torch never
 # treats like several. What comes beyond the limit runs uncompiled.
@@ -36,7 +36,7 @@ def compile_layers(decoder: nn.Module, backend: str = "inductor") -> None:
     layers: Any = find_layers(decoder)
     # A last network that leaves some tokens out would need graphs of its own; a compiler finds by itself what is cheap
     # to compute again.
-    restore_networks(decoder)
+    restore_modules(decoder)
     options: Any = {"fallback_random": True} if backend == "inductor" else None
     compiled = torch.compile(type(layers[0]).forward, dynamic=True, backend=backend, options=options)
     for layer in layers:

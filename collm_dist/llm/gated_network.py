@@ -37,15 +37,20 @@ class _GatedProduct(torch.autograd.Function):
         return of_gate, gradient * active.detach(), None
 
 
-def is_gated(network: nn.Module) -> bool:
-    """Return whether a layer's network computes what Llama's does, to the letter, whatever its class is called.
+def has_code_of(module: nn.Module, known_class: type[nn.Module]) -> bool:
+    """Return whether a module computes what a known one does, to the letter, whatever its class is called.
 
     One whose ``forward`` somebody has replaced does not.
     """
-    if "forward" in vars(network):
+    if "forward" in vars(module) or not hasattr(type(module).forward, "__code__"):
         return False
-    code, known = type(network).forward.__code__, LlamaMLP.forward.__code__
+    code, known = type(module).forward.__code__, known_class.forward.__code__
     return (code.co_code, code.co_names, code.co_consts) == (known.co_code, known.co_names, known.co_consts)
+
+
+def is_gated(network: nn.Module) -> bool:
+    """Return whether a layer's network is a gated one."""
+    return has_code_of(network, LlamaMLP)
 
 
 def slim_down(network: nn.Module) -> None:

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from collm_dist.errors import ConfigError
+from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
 from collm_dist.llm.row_blocks import Block
 
@@ -100,13 +101,17 @@ def pack(rows: Tensor, places: Tensor | None) -> Tensor:
     """(R, T, ...) -> (1, m, ...)."""
     if places is None:
         return rows.flatten(0, 1)[None]
+    if torch.compiler.is_compiling():  # PyTorch 2.11 loses the gradients of functions like ours
+        return rows.flatten(0, 1)[None].index_select(1, places)
     return _Pack.apply(rows.flatten(0, 1), places)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def spread(packed: Tensor, places: Tensor | None, rows: int, columns: int) -> Tensor:
     """(1, m, ...) -> (R, T, ...), zero at padding."""
     spread_out: Tensor = packed[0]
-    if places is not None:
+    if places is not None and torch.compiler.is_compiling():
+        spread_out = spread_out.new_zeros(rows * columns, *packed.shape[2:]).index_copy(0, places, spread_out)
+    elif places is not None:
         spread_out = _Spread.apply(spread_out, places, rows * columns)  # type: ignore[no-untyped-call]
     return spread_out.view(rows, columns, *packed.shape[2:])
 
@@ -122,6 +127,9 @@ def prepare_decoder(decoder: nn.Module) -> None:
     """
     if "_runs_packed" in decoder.__dict__:
         return
+    # cuDNN, which PyTorch prefers on newer GPUs, plans anew for each shape, for longer than a step takes; and nearly
+    # every micro-batch has a shape of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     config: Any = decoder.config
     others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if others or not getattr(decoder, "_supports_attention_backend", False):
@@ -138,16 +146,19 @@ def prepare_decoder(decoder: nn.Module) -> None:
         layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
     for one in _find_networks(decoder):
         slim_down(one)
+    for one in decoder.modules():
+        fuse_norm(one)
     network = getattr(layers[-1], "mlp", None)
     if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
         network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
     decoder.__dict__["_runs_packed"] = is_plain
 
 
-def restore_networks(decoder: nn.Module) -> None:
-    """Give the layers' networks their own code again."""
-    for network in _find_networks(decoder):
-        network.__dict__.pop("forward", None)
+def restore_modules(decoder: nn.Module) -> None:
+    """Give networks and norms their own code again."""
+    norms = [one for one in decoder.modules() if is_fused(one)]
+    for module in [*_find_networks(decoder), *norms]:
+        module.__dict__.pop("forward", None)
 
 
 def _find_networks(decoder: nn.Module) -> Iterator[nn.Module]:

@@ -98,7 +98,10 @@ def build_masks(
 
 
 def _finish(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+    # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that.
+    rows, queries, keys = visible.shape
+    room = torch.zeros(rows, queries, -(-keys // 8) * 8, dtype=dtype, device=visible.device)
+    return room[..., :keys].masked_fill_(~visible, -torch.inf)[:, None]
 
 
 def _build_header_mask(length: int, config: Any, like: Tensor) -> Tensor | None:

@@ -44,7 +44,10 @@ def build_deepspeed_config(
         # Always explicit: DeepSpeed's own default is 1.0.
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": bfloat16},
-        "zero_optimization": {"stage": zero_stage},
+        # DeepSpeed's own stage 0 in bfloat16 adds gradients up in bfloat16, makes a step with none at the start, and
+        # tells nobody its float32 weights, so a checkpoint could not be exact. Stage 1 differs only in that each
+        # process keeps a share of the optimizer's state.
+        "zero_optimization": {"stage": max(zero_stage, 1) if bfloat16 else zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,

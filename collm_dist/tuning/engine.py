@@ -164,9 +164,9 @@ class TuningEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
-        self._largest: list[Tensor] = []
+        self._norms: list[Tensor] = []
         for _, parameter in self._named:
-            parameter.register_hook(self._note_largest)  # type: ignore[no-untyped-call]
+            parameter.register_hook(self._note_norm)  # type: ignore[no-untyped-call]
         if state is not None and state.adam_steps:
             self._load_optimizer(state)
 
@@ -193,8 +193,8 @@ class TuningEngine:
 
     def take_finite(self) -> Tensor:
         """Return whether all gradients since the last call were finite on this process, as a bool tensor; no sync."""
-        largest, self._largest = [torch.zeros((), device=self.device), *self._largest], []
-        return torch.isfinite(torch.stack(largest)).all()
+        norms, self._norms = [torch.zeros((), device=self.device), *self._norms], []
+        return torch.isfinite(torch.stack(norms)).all()
 
     def step(self, learning_rate: float) -> Tensor | float | None:
         """Clip, update, clear the gradients, and return the norm before clipping.
@@ -229,9 +229,9 @@ class TuningEngine:
                     state.moments[f"{key}.{name}"] = self._get_moment(parameter, key).detach().float().cpu().clone()
         return state
 
-    def _note_largest(self, gradient: Tensor) -> None:
-        # A single kernel: the largest magnitude is NaN or infinite wherever any number is.
-        self._largest.append(torch.linalg.vector_norm(gradient, torch.inf, dtype=torch.float32))
+    def _note_norm(self, gradient: Tensor) -> None:
+        # A single kernel; the norm is NaN or infinite wherever any number is.
+        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     def _compute_plain_norm(self) -> Tensor:
         """DeepSpeed reports no norm at stage 0 in float32; gradients are whole and reduced there."""

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from collm_dist.llm.gated_network import is_gated, slim_down
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_networks
+from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_modules
 from tests.tiny import ARCHITECTURES, make_model
 
 # float64; the activation is computed twice, by the same code. Measured: 0.
@@ -67,7 +67,7 @@ def test_a_decoder_gets_slim_networks_and_loses_them_again():
     prepare_decoder(decoder)
     networks = [layer.mlp for layer in find_layers(decoder)]
     assert all("forward" in vars(one) for one in networks)
-    restore_networks(decoder)
+    restore_modules(decoder)
     assert not any("forward" in vars(one) for one in networks)
 
 
