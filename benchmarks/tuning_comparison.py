@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.machine import describe_hardware
 from benchmarks.side_process import SideProcess
-from benchmarks.tuning_side import REFERENCE_ROWS
+from benchmarks.tuning_side import REFERENCE_ROWS, REST
 from benchmarks.tuning_workload import PHASES, TRAINING, choose_blocks, prepare_run, spell_rows, write_rows
 from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
@@ -41,7 +41,8 @@ class Comparison:
         folder: with the rows and configurations.
         work: by phase, what its rows cost and have.
         count: global batches of each phase.
-        rounds: through them; where there are several, the first only warms up.
+        rounds: through them.
+        on_gpu: sides then change after each round, warm up anew, and leave the memory to each other in between.
         held: sides by name and phase that have been started.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
     work: dict[str, dict[str, Any]]
     count: int
     rounds: int
+    on_gpu: bool
     held: dict[tuple[str, str], SideProcess] = field(default_factory=dict)
 
     def measure_phase(self, phase: str, peers: list[str]) -> dict[str, Any]:
@@ -66,19 +68,19 @@ class Comparison:
         for peer in peers:
             process = self._begin(peer, phase)
             ready[peer] = process.ready
-            taken: dict[str, list[list[Any]]] = {"ours": [], peer: []}
-            for _ in range(self.rounds):
-                for found in taken.values():
-                    found.append([])
-                for number in range(self.count):
-                    loads.append(round(os.getloadavg()[0], 2))
-                    for side, one in (("ours", ours), (peer, process)):
-                        took = one.ask(str(number))
-                        taken[side][-1].append(took)
+            taken: dict[str, list[tuple[int, Any]]] = {"ours": [], peer: []}
+            for turn in self._list_turns():
+                loads.append(round(os.getloadavg()[0], 2))
+                for side, one in (("ours", ours), (peer, process)):
+                    answers = [(number, one.ask(str(number))) for number in turn]
+                    if self.on_gpu:
+                        one.ask(REST)
+                    for number, took in answers[self.on_gpu :]:
+                        taken[side].append((number, took))
                         shown = f"{took['seconds']:.3f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
                         print(f"{phase} {number} {side}: {shown}", flush=True)
             process.close()
-            samples[peer] = {side: merge_rounds(found) for side, found in taken.items()}
+            samples[peer] = {side: merge_rounds(found, self.count) for side, found in taken.items()}
         ours.close()
         return {"samples": samples, "ready": ready, "load_average": loads}
 
@@ -108,6 +110,12 @@ class Comparison:
             "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
         }
 
+    def _list_turns(self) -> list[list[int]]:
+        """Return the batches that a side works through before the other does; on a GPU the first one to warm up."""
+        if self.on_gpu:
+            return [[0, *range(self.count)]] * self.rounds
+        return [[number] for number in range(self.count)] * self.rounds
+
     def _begin(self, side: str, phase: str) -> SideProcess:
         process = self.held.pop((side, phase), None) or self._start(side, phase)
         process.begin()
@@ -117,22 +125,20 @@ class Comparison:
         command = [sys.executable, "-m", "benchmarks.tuning_side", "--side", side, "--phase", phase]
         command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
-        command += ["--rounds", str(self.rounds)]
+        command += ["--order", *(str(number) for turn in self._list_turns() for number in turn)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return SideProcess(command, os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}, held=True)
 
 
-def merge_rounds(rounds: list[list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """Return a batch's median seconds and largest memory, the first of several rounds left out."""
-    kept = rounds[1:] or rounds
-    return [
-        {
-            "seconds": statistics.median(one["seconds"] for one in taken),
-            "extra_bytes": max(one["extra_bytes"] for one in taken),
-            "all_seconds": [one["seconds"] for one in taken],
-        }
-        for taken in zip(*kept, strict=True)
-    ]
+def merge_rounds(samples: list[tuple[int, dict[str, float]]], count: int) -> list[dict[str, Any]]:
+    """Return each batch's median seconds and largest memory."""
+    merged = []
+    for number in range(count):
+        taken = [one for batch, one in samples if batch == number]
+        seconds = [one["seconds"] for one in taken]
+        most = max(one["extra_bytes"] for one in taken)
+        merged.append({"seconds": statistics.median(seconds), "extra_bytes": most, "all_seconds": seconds})
+    return merged
 
 
 def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
@@ -143,8 +149,8 @@ def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--batches", type=int, default=batches, help="global batches of each phase")
-    rounds = 5 if torch.cuda.is_available() else 1
-    parser.add_argument("--rounds", type=int, default=rounds, help="through them; the first of several warms up")
+    rounds = 4 if torch.cuda.is_available() else 1
+    parser.add_argument("--rounds", type=int, default=rounds, help="through them; the median of all counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side, on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--suffix", default="", help="added to the names of the results, such as _compiled")
@@ -165,8 +171,9 @@ def prepare_comparison(arguments: argparse.Namespace) -> Iterator[Comparison]:
         for file, one in (("config.yaml", config), ("cached.yaml", cached)):
             (folder / file).write_text(yaml.safe_dump(one.model_dump(mode="json")), encoding="utf-8")
         work = {phase: _write_workload(config, folder, phase, arguments.batches) for phase in arguments.phases}
-        comparison = Comparison(config, folder, work, arguments.batches, arguments.rounds)
-        if torch.cuda.is_available():  # its minutes are dear, and its machines have the cores
+        on_gpu = torch.cuda.is_available()
+        comparison = Comparison(config, folder, work, arguments.batches, arguments.rounds, on_gpu)
+        if on_gpu:  # its minutes are dear, and its machines have the cores
             comparison.start(arguments.phases, arguments.peers)
         yield comparison
 

@@ -6,27 +6,29 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.tuning_side import TRIED_ROWS, build_plain_model, measure, pad
+from benchmarks.tuning_side import TRIED_ROWS, build_plain_model, measure, pad, read_requests
 from benchmarks.tuning_workload import TRAINING
 from collm_dist.config import Config
 from collm_dist.monitoring import PeakMeter
 
 
 class InTurn(TrainerCallback):
-    """Lets the trainer make a step whenever a line comes, and answers with what it took."""
+    """Lets the trainer make a step whenever one is asked for, and answers with what it took."""
 
-    def __init__(self, device: torch.device, channel: Any) -> None:
-        self.device, self.channel, self.started, self.meter = device, channel, 0.0, PeakMeter(device)
+    def __init__(self, device: torch.device, channel: Any, requests: Iterator[int]) -> None:
+        self.device, self.channel, self.requests = device, channel, requests
+        self.started, self.meter = 0.0, PeakMeter(device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Wait for the line. Its batch is on its way already, so loading is not measured."""
-        if not sys.stdin.readline():
+        """Wait for the request. Its batch is on its way already, so loading is not measured."""
+        if next(self.requests, None) is None:
             sys.exit()
         self.meter = PeakMeter(self.device).__enter__()
         self.started = time.perf_counter()
@@ -92,7 +94,7 @@ def _pick(logits: torch.Tensor, labels: torch.Tensor, answers: list[int]) -> tor
 
 
 def run_hf_trainer(
-    config: Config, rows: dict[str, Any], phase: str, device: torch.device, channel: Any, rounds: int
+    config: Config, rows: dict[str, Any], phase: str, device: torch.device, channel: Any, order: list[int]
 ) -> None:
     """Find the fastest micro-batch, say so, and work in turn."""
     answers, batches = rows["answer_ids"], rows["batches"]
@@ -104,7 +106,7 @@ def run_hf_trainer(
         def build(chosen: list[list[dict[str, Any]]], size: int) -> InOrder:
             return build_trainer(model, chosen, answers, size, folder, device)
 
-        def try_size(size: int) -> float:
+        def try_size(size: int) -> float | None:
             trainer = build(batches[:1], size)
             run = trainer.train if phase in TRAINING else lambda: trainer.predict(trainer.train_dataset)
             try:
@@ -112,21 +114,24 @@ def run_hf_trainer(
                 return min(measure(lambda _: run() and None, 0, device)["seconds"] for _ in range(passes))  # type: ignore[func-returns-value]
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                return float("inf")
+                return None
 
         passes = 2 if device.type == "cuda" else 1
         try_size(sizes[-1])  # warms up
         trials = {size: try_size(size) for size in sizes}
-        best = min(trials, key=lambda size: trials[size])
+        fitting = {size: seconds for size, seconds in trials.items() if seconds is not None}
+        best = min(fitting, key=lambda size: fitting[size])
+        torch.cuda.empty_cache()
         print(json.dumps({"rows_per_micro_batch": best, "trials": trials}), file=channel, flush=True)
+        requests = read_requests(channel)
         if phase in TRAINING:
-            trainer = build(batches * rounds, best)
-            trainer.add_callback(InTurn(device, channel))
+            trainer = build([batches[number] for number in order], best)
+            trainer.add_callback(InTurn(device, channel, requests))
             trainer.train()
-            sys.stdin.readline()
+            next(requests, None)  # rests until the end
             return
         trainers = [build([batch], best) for batch in batches]
-        for line in sys.stdin:
-            one = trainers[int(line)]
+        for number in requests:
+            one = trainers[number]
             answer = measure(lambda _: one.predict(one.train_dataset) and None, 0, device)  # noqa: B023
             print(json.dumps(answer), file=channel, flush=True)

@@ -7,8 +7,8 @@
     reference_last  the same with logits at the last position alone
 
 A first line on standard input lets it begin, and is answered when all is ready; each line ``N`` works through batch N
-and is answered with its seconds and the bytes by which memory rose above the weights. Batches are asked for in their
-order, once in each round.
+and is answered with its seconds and the bytes by which memory rose above the weights. ``rest`` gives back what a GPU's
+allocator keeps for later. Batches are asked for in the order that --order has said.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from collm_dist.tuning.stages import build_stage, get_stage
 
 REFERENCE_ROWS = 16
 TRIED_ROWS = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256)}
+REST = "rest"
 IGNORED = -100
 
 Work = Callable[[int], None]
@@ -180,9 +181,20 @@ def touch_weights(model: nn.Module) -> None:
 
 def serve(work: Work, device: torch.device, ready: dict[str, Any], channel: Any) -> None:
     """Answer the lines of standard input."""
+    torch.cuda.empty_cache()
     print(json.dumps(ready), file=channel, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(measure(work, int(line), device)), file=channel, flush=True)
+    for number in read_requests(channel):
+        print(json.dumps(measure(work, number, device)), file=channel, flush=True)
+
+
+def read_requests(channel: Any) -> Iterator[int]:
+    """Yield the batches that are asked for; rest when told to."""
+    for line in iter(sys.stdin.readline, ""):
+        if line.strip() != REST:
+            yield int(line)
+            continue
+        torch.cuda.empty_cache()
+        print("{}", file=channel, flush=True)
 
 
 def measure(work: Work, number: int, device: torch.device) -> dict[str, float]:
@@ -204,7 +216,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True, help="what write_rows wrote")
     parser.add_argument("--batches", type=int, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--order", type=int, nargs="+", required=True)
     arguments = parser.parse_args()
     # Answers alone go to the real standard output; whatever libraries print goes to the other one.
     channel, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
@@ -220,7 +232,7 @@ def main() -> None:
     if arguments.side == "hf_trainer":
         from benchmarks.tuning_hf_trainer import run_hf_trainer
 
-        run_hf_trainer(config, rows, arguments.phase, device, channel, arguments.rounds)
+        run_hf_trainer(config, rows, arguments.phase, device, channel, arguments.order)
         return
     side = Reference(config, rows, arguments.phase, device, last=arguments.side == "reference_last")
     serve(side.work, device, {"rows_per_micro_batch": REFERENCE_ROWS}, channel)
