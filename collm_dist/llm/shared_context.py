@@ -98,8 +98,8 @@ def build_masks(
 
 
 def _finish(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that. There is always
-    # room behind them, since compiled layers would be compiled once more for masks without.
+    # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that. There is
+    # always room behind them, since compiled layers would be compiled once more for masks without.
     rows, queries, keys = visible.shape
     room = torch.zeros(rows, queries, (keys // 8 + 1) * 8, dtype=dtype, device=visible.device)
     return room[..., :keys].masked_fill_(~visible, -torch.inf)[:, None]
