@@ -30,7 +30,7 @@ from collm_dist.llm.packed_attention import NAME, LayerLayout
 from collm_dist.llm.shared_context import Prefix, lay_out_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 
-COSTS = (0, 1 << 9, 1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21)
+COSTS = (0, 1 << 9, 1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
 HEADER, TAIL_TOKENS = 62, 7
 # Of the target titles with their slots, and of histories, in tokens: ML-1M's.
 BRANCH, PREFIX = (16, 23), (9, 170)

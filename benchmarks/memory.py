@@ -51,6 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output / f"memory_{name_device()}{arguments.suffix}.json"
     if arguments.samples is not None:
+        path = arguments.output / arguments.samples.name.replace("throughput", "memory")
         made = json.loads(arguments.samples.read_text(encoding="utf-8"))
         seen = {phase: {key: one[key] for key in ("samples", "ready")} for phase, one in made["phases"].items()}
         write_record(path, seen, {key: made[key] for key in ("config", "hardware", "versions")})

@@ -95,7 +95,7 @@ class Comparison:
         llm, prompt = self.config.llm, self.config.prompt
         return {
             "config": {
-                "backbone": llm.backbone,
+                "backbone": Path(llm.backbone).name,
                 "dtype": llm.dtype,
                 "compile": llm.compile,
                 "threads": threads,
@@ -127,7 +127,10 @@ class Comparison:
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
         command += ["--order", *(str(number) for turn in self._list_turns() for number in turn)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return SideProcess(command, os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}, held=True)
+        settings = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        # Batches of ever other sizes leave holes in a GPU's memory otherwise, of which a large peer dies.
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        return SideProcess(command, os.environ | settings, held=True)
 
 
 def merge_rounds(samples: list[tuple[int, dict[str, float]]], count: int) -> list[dict[str, Any]]:

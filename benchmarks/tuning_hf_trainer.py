@@ -99,6 +99,7 @@ def run_hf_trainer(
     """Find the fastest micro-batch, say so, and work in turn."""
     answers, batches = rows["answer_ids"], rows["batches"]
     rows_of_batch = len(batches[0])
+    longest = max(batches, key=lambda batch: max(len(row["ids"]) for row in batch))
     sizes = [size for size in TRIED_ROWS[device.type] if phase not in TRAINING or rows_of_batch % size == 0]
     model = build_plain_model(config, rows, phase).to(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +108,7 @@ def run_hf_trainer(
             return build_trainer(model, chosen, answers, size, folder, device)
 
         def try_size(size: int) -> float | None:
-            trainer = build(batches[:1], size)
+            trainer = build([longest], size)
             run = trainer.train if phase in TRAINING else lambda: trainer.predict(trainer.train_dataset)
             try:
                 # On a GPU the first pass of each size asks for memory and chooses kernels.

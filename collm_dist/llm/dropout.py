@@ -63,8 +63,16 @@ class DropoutMasks:
 
     def drop(self, values: Tensor, starts: Tensor) -> Tensor:
         """Drop from (1, M, W) values at a site whose windows start at (1, M) ``starts``."""
-        windows = self.pool.as_strided((_NUM_STARTS, values.shape[-1]), (1, 1))
-        return values * windows[starts] * (1 / (1 - self.probability))
+        return values * self.take(values.shape[-1], starts) * self.scale
+
+    def take(self, width: int, starts: Tensor) -> Tensor:
+        """Return what is kept: (1, M) ``starts`` -> (1, M, width) bool."""
+        return self.pool.as_strided((_NUM_STARTS, width), (1, 1))[starts]
+
+    @property
+    def scale(self) -> float:
+        """What kept numbers are multiplied by."""
+        return 1 / (1 - self.probability)
 
 
 class _DroppedProduct(torch.autograd.Function):
@@ -78,14 +86,15 @@ class _DroppedProduct(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, weight: Tensor, starts: Tensor, masks: DropoutMasks) -> Tensor:
         ctx.save_for_backward(values, weight, starts)
         ctx.masks = masks
-        return linear(masks.drop(values, starts), weight)
+        # Scaled afterwards, where a token has few numbers.
+        return linear(values * masks.take(values.shape[-1], starts), weight) * masks.scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values, weight, starts = ctx.saved_tensors
-        dropped = ctx.masks.drop(values, starts)
-        return ctx.masks.drop(gradient @ weight, starts), gradient[0].T @ dropped[0], None, None
+        kept, scaled = ctx.masks.take(values.shape[-1], starts), gradient * ctx.masks.scale
+        return (scaled @ weight) * kept, scaled[0].T @ (values * kept)[0], None, None
 
 
 class KeyedDropout(nn.Module):

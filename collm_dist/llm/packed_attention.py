@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from collm_dist.errors import ConfigError
 from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
+from collm_dist.llm.packing import lay_out, pack, spread
 from collm_dist.llm.row_blocks import Block
 
 NAME = "collm_packed"
@@ -39,7 +40,8 @@ class LayerLayout:
 
     Attributes:
         blocks: of neighbouring rows, in the order of their tokens.
-        sizes: tokens of the header, if there is one, and of each block; None where one block is all there is.
+        sizes: tokens of the header, if there is one, and of each block; None where one block is all there is, and in
+            compiled layers, which have one.
         header: U.
         header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
         past: keys and values, (1, G, tokens, W) each, that blocks choose from. A past and a header exclude each other.
@@ -65,55 +67,6 @@ class _Options:
     scaling: float | None
     dropout: float
     softcap: float | None
-
-
-class _Spread(torch.autograd.Function):
-    """Packed (m, ...) -> rows laid end to end (size, ...), zero at padding. No place occurs twice."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, places: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return packed.new_zeros(size, *packed.shape[1:]).index_copy_(0, places, packed)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
-
-
-class _Pack(torch.autograd.Function):
-    """Rows laid end to end (size, ...) -> packed (1, m, ...), not a view: a compiled layer would ask of what."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = rows.shape[0]
-        return rows[None].index_select(1, places)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        packed = gradients[0][0]
-        return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
-
-
-def pack(rows: Tensor, places: Tensor | None) -> Tensor:
-    """(R, T, ...) -> (1, m, ...)."""
-    if places is None:
-        return rows.flatten(0, 1)[None]
-    if torch.compiler.is_compiling():  # PyTorch 2.11 loses the gradients of functions like ours
-        return rows.flatten(0, 1)[None].index_select(1, places)
-    return _Pack.apply(rows.flatten(0, 1), places)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def spread(packed: Tensor, places: Tensor | None, rows: int, columns: int) -> Tensor:
-    """(1, m, ...) -> (R, T, ...), zero at padding."""
-    spread_out: Tensor = packed[0]
-    if places is not None and torch.compiler.is_compiling():
-        spread_out = spread_out.new_zeros(rows * columns, *packed.shape[2:]).index_copy(0, places, spread_out)
-    elif places is not None:
-        spread_out = _Spread.apply(spread_out, places, rows * columns)  # type: ignore[no-untyped-call]
-    return spread_out.view(rows, columns, *packed.shape[2:])
 
 
 def prepare_decoder(decoder: nn.Module) -> None:
@@ -211,10 +164,12 @@ def run_packed(
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
     divided = [length, *sizes] if length else sizes
+    # Compiled code would be made anew for other numbers.
+    is_whole = len(divided) == 1 or "_is_compiled" in decoder.__dict__
     is_plain = decoder.__dict__["_runs_packed"]
     of_layers: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(find_layers(decoder))
     layouts = [
-        LayerLayout(blocks, divided if len(sizes) > 1 else None, length, header_mask, one, record, plain=is_plain)
+        LayerLayout(blocks, None if is_whole else divided, length, header_mask, one, record, plain=is_plain)
         for one in of_layers
     ]
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
@@ -249,7 +204,7 @@ def _run_on_needed(layer: Any, forward: Any, hidden: Tensor) -> Tensor:
     needed = layer.__dict__.get("_needed")
     if needed is None:
         return forward(hidden)  # type: ignore[no-any-return]
-    return spread(forward(pack(hidden, needed)), needed, 1, hidden.shape[1])
+    return spread(forward(pack(hidden, needed)), needed, hidden.shape[1])
 
 
 def _attend(
@@ -305,7 +260,7 @@ def _attend_in_block(
 ) -> Tensor:
     """(1, H, m, W), (1, G, m, W) twice -> (1, m, H, W); ``ahead``: keys and values that rows choose from, or share."""
     rows, columns = block.is_token.shape
-    query, key, value = (spread(one.transpose(1, 2), block.places, rows, columns).transpose(1, 2) for one in piece)
+    query, key, value = (lay_out(one.transpose(1, 2), block).transpose(1, 2) for one in piece)
     if ahead is not None:
         key, value = _join(_take(ahead[0], block.past, rows), key), _join(_take(ahead[1], block.past, rows), value)
         if mask is None:

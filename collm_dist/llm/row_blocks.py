@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Comparisons that take as long as one more block does. A CPU's was measured (benchmarks/attention_kernels.py: attention
-# 2.0 to 2.4 times as fast as in one block, and no worse with a quarter of it or four times as much); a GPU's is an
-# estimate: it compares some hundred times as fast, and starts kernels no faster.
-BLOCK_COST = {"cpu": 1 << 13, "cuda": 1 << 19}
+# Comparisons that take as long as one more block does (benchmarks/attention_kernels.py). On a CPU attention is 2.0 to
+# 2.4 times as fast as in one block, and no slower with a quarter of it or four times as much. An H100 compares so fast,
+# and starts kernels so slowly, that the rows of a small micro-batch are best left together: with 24 one block is
+# 1.1 times as fast as with 2^19 and twice as fast as with 2^17.
+BLOCK_COST = {"cpu": 1 << 13, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Block:
     Attributes:
         is_token: (R, T) bool, False at padding.
         places: (m,) int64, where each of its packed tokens stands in the R * T; None = there is no padding.
+        sources: (R * T,) int64, which of its packed tokens stands where; any of them at padding. None = as above.
         masks: what is seen.
         past: (R, P) int64, which of the layer's past tokens its rows see before their own; any where the masks say no.
     """
 
     is_token: Tensor
     places: Tensor | None
+    sources: Tensor | None
     masks: Masks
     past: Tensor | None = None
 

@@ -122,15 +122,18 @@ def _find_block_cost(decoder: nn.Module, device: torch.device) -> int | None:
 
 def _lay_out(
     lengths: Mirrored, spans: list[RowSpan], cost: int | None
-) -> Iterator[tuple[RowSpan, Tensor, Tensor | None]]:
-    """Yield each span with its (R, T) bool ``is_token`` and ``places``; see ``Block``."""
+) -> Iterator[tuple[RowSpan, Tensor, Tensor | None, Tensor | None]]:
+    """Yield each span with its (R, T) bool ``is_token``, ``places`` and ``sources``; see ``Block``."""
     rows = lengths.list_rows()
     columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
     for span in spans:
         is_token = torch.arange(span.columns, device=rows.device) < lengths.tensor[span.rows, None]
         places = (rows[span.tokens] - span.rows.start) * span.columns + columns[span.tokens]
-        is_whole = is_token.numel() == len(places) and cost is not None
-        yield span, is_token, None if is_whole else places
+        if is_token.numel() == len(places) and cost is not None:
+            yield span, is_token, None, None
+            continue
+        sources = torch.zeros(is_token.numel(), dtype=torch.int64, device=rows.device)
+        yield span, is_token, places, sources.index_copy_(0, places, torch.arange(len(places), device=rows.device))
 
 
 @torch.no_grad()
@@ -149,14 +152,14 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
     windowed = getattr(decoder.config, "sliding_window", None) is not None
     cost = _find_block_cost(decoder, rows.device)
     blocks, spans = [], split_rows(lengths.numbers, np.zeros_like(lengths.numbers), start, cost)
-    for span, is_token, places in _lay_out(lengths, spans, cost):
+    for span, is_token, places, sources in _lay_out(lengths, spans, cost):
         masks = Masks(None)
         if windowed:
             keys = torch.arange(start + span.columns, device=rows.device)[None]
             queries = keys[:, start:]
             masks = build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, embeds.dtype)
         # Without a window a causal kernel needs no mask: tokens stand before the padding of their row.
-        blocks.append(Block(is_token, places, masks))
+        blocks.append(Block(is_token, places, sources, masks))
     sizes = [span.tokens.stop - span.tokens.start for span in spans]
     # No hidden state is asked for; but quantized layers do not take nothing.
     one, past = rows.new_zeros(1), () if header is None else header.layers
@@ -228,7 +231,7 @@ def lay_out_tree(
         ahead, pasts = prefix.header, prefix.list_lengths()
     device = targets.device
     blocks, spans = [], split_rows(lengths.numbers, pasts, ahead, cost)
-    for span, is_token, places in _lay_out(lengths, spans, cost):
+    for span, is_token, places, sources in _lay_out(lengths, spans, cost):
         rows_targets = torch.full(is_token.shape, PADDING, device=device)
         rows_targets = rows_targets.masked_scatter(is_token, targets[span.tokens])
         rows_positions = torch.zeros_like(rows_targets).masked_scatter(is_token, positions[span.tokens])
@@ -241,7 +244,7 @@ def lay_out_tree(
         columns = torch.arange(visible.shape[1], device=device).expand(len(is_token), -1)
         key_positions = torch.cat([columns, rows_positions], dim=1)
         masks = build_masks(allowed, rows_positions, key_positions, config, dtype)
-        blocks.append(Block(is_token, places, masks, past))
+        blocks.append(Block(is_token, places, sources, masks, past))
     return blocks, [span.tokens.stop - span.tokens.start for span in spans]
 
 

@@ -164,6 +164,10 @@ class TuningEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
+        if self._zero_stage in (1, 2):
+            # In bfloat16 these look at each gradient by itself, ten kernels for each, and then at the norm of all,
+            # which says the same and is all that is looked at in float32.
+            self._optimizer.check_overflow = lambda **_: None
         self._norms: list[Tensor] = []
         for _, parameter in self._named:
             parameter.register_hook(self._note_norm)  # type: ignore[no-untyped-call]

@@ -29,6 +29,8 @@ TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32 gradient, two moments and ZeRO's float32 copy.
 BYTES_PER_TRAINABLE = 16
+# Global batches have as many rows, but not as many tokens; one beyond the budget would be divided for a few tokens.
+MOST_OF_A_BATCH = 2
 # A CPU takes the smallest of the trials that takes at most so many times as long as the fastest: memory goes with it.
 NEARLY_AS_FAST = 1.1
 
@@ -56,14 +58,14 @@ def find_token_budget(
     Args:
         model: on the device and not yet wrapped; its gradients stay untouched.
         collator: of its prompts.
-        block: a global batch; no micro-batch can be larger.
+        block: a global batch; others are taken to have up to ``MOST_OF_A_BATCH`` times as many tokens.
         device: of this process.
     """
     block = collator.cut_contexts(block)
     counts = collator.count_tokens(block)
     rows = counts.header + counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
-    whole = collator.collate(block, block).num_tokens
+    whole = MOST_OF_A_BATCH * collator.collate(block, block).num_tokens
     trials = []
     for tokens in _list_trials(counts, device):
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 
@@ -70,6 +71,20 @@ def test_left_out_alike_on_any_processes(copy_run, poisoned_row, zero_stage):
     assert_same_training(two, one, stages=("stage1",))
     for folder in (one, two):
         assert json.loads((folder / "stage1" / "summary.json").read_text())["nonfinite_skips"] == 1
+
+
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_left_out_in_bfloat16(copy_run, poisoned_row, zero_stage):
+    """Where DeepSpeed keeps the weights in float32 and would look at gradients one by one."""
+    folder, overrides = copy_run("run")
+    settings = [*SETTINGS, "stage1.on_nonfinite=skip", "llm.dtype=bfloat16", f"cluster.zero_stage={zero_stage}"]
+    output = run(ONE, [*overrides, *settings])
+    assert_named(output, poisoned_row)
+    summary = json.loads((folder / "stage1" / "summary.json").read_text())
+    assert (summary["global_steps"], summary["nonfinite_skips"]) == (6, 1)
+    assert math.isfinite(summary["best_valid"]["logloss"])
 
 
 def test_not_more_than_the_bound(copy_run, poisoned_row):

@@ -128,7 +128,7 @@ def test_gradients_are_those_of_plain_autograd_and_the_values_alone_are_kept(tmp
         ours = KeyedDropout(masks, 0).project(product, values)
     assert kept == [values.shape, product.weight.shape, (1, tokens)]
     plain = product(masks.drop(values, masks.starts[0]))
-    assert torch.equal(ours, plain)
+    assert (ours - plain).norm() < 1e-14 * plain.norm()
     wanted = [values, product.weight]
     for found, one in zip(
         torch.autograd.grad((ours * weights).sum(), wanted), torch.autograd.grad((plain * weights).sum(), wanted),

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.errors import ConfigError
 from collm_dist.llm import row_blocks
-from collm_dist.llm.packed_attention import find_layers, pack, prepare_decoder, spread
+from collm_dist.llm.packed_attention import find_layers, prepare_decoder
+from collm_dist.llm.packing import lay_out, pack, spread
+from collm_dist.llm.row_blocks import Block, Masks
 from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from tests.tiny import ARCHITECTURES, make_model
@@ -135,14 +137,18 @@ def test_a_prefix_may_be_empty(architecture, cost):
         assert (ours - decoder(inputs_embeds=whole).last_hidden_state[0, -len(row) :]).abs().max() < TOLERANCE
 
 
-def test_what_is_packed_comes_back_with_zeros_for_padding_and_its_gradients():
+def test_what_is_packed_comes_back_with_its_gradients():
     places = torch.tensor([0, 1, 3, 4, 5])
     rows = torch.arange(12, dtype=torch.float64).view(2, 3, 2).requires_grad_()
-    again = spread(pack(rows, places), places, 2, 3)
+    again = spread(pack(rows, places), places, 6).view(2, 3, 2)
     assert (again[0, 2] == 0).all()
     assert torch.equal(again.flatten(0, 1)[places], rows.flatten(0, 1)[places])
-    assert torch.autograd.gradcheck(lambda one: spread(pack(one, places), places, 2, 3), (rows,))
-    assert torch.equal(spread(pack(rows, None), None, 2, 3), rows)
+    assert torch.autograd.gradcheck(lambda one: spread(pack(one, places), places, 6), (rows,))
+    block = Block(torch.arange(3) < torch.tensor([[2], [3]]), places, torch.tensor([0, 1, 0, 2, 3, 4]), Masks(None))
+    assert torch.equal(pack(lay_out(pack(rows, places), block), places), pack(rows, places))
+    assert torch.autograd.gradcheck(lambda one: pack(lay_out(pack(one, places), block), places), (rows,))
+    whole = Block(torch.ones(2, 3, dtype=torch.bool), None, None, Masks(None))
+    assert torch.equal(lay_out(pack(rows, None), whole), rows)
 
 
 def test_attention_in_a_way_of_its_own_is_refused():

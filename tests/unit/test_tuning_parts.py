@@ -39,6 +39,14 @@ def test_deepspeed_config_is_explicit_and_merges_extra_last():
     assert "train_batch_size" not in config
 
 
+@pytest.mark.parametrize(
+    ("zero_stage", "bfloat16", "expected"), [(0, False, 0), (0, True, 1), (2, True, 2), (3, True, 3)]
+)
+def test_stage_0_in_bfloat16_is_stage_1(zero_stage, bfloat16, expected):
+    config = build_deepspeed_config(zero_stage=zero_stage, bfloat16=bfloat16, max_grad_norm=0.0, extra={})
+    assert config["zero_optimization"] == {"stage": expected}
+
+
 @pytest.mark.parametrize("key", OWNED_KEYS)
 def test_keys_that_are_ours_are_refused(key):
     extra: dict = {}
