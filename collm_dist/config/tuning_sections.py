@@ -207,7 +207,9 @@ class ClusterConfig(Section):
         "Folder on a local disk of each machine: tuning and evaluation copy the shards that they read to it, once per "
         "machine, and read them there. For a run.dir on a slow or distant file system.",
     )
-    zero_stage: Literal[0, 1, 2, 3] = operational(2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights; 0 is 1 in bfloat16.")
+    zero_stage: Literal[0, 1, 2, 3] = operational(
+        2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights; 0 is 1 in bfloat16."
+    )
     collective_timeout_minutes: float = operational(
         30.0, "A tuning process that completes no step and no validation batch for so long ends the job.", gt=0
     )

@@ -282,9 +282,19 @@ def _join(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _compare_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
-    """By the fastest kernel that PyTorch has; without a mask each query sees the keys up to its own place."""
+    """By the fastest kernel that PyTorch has; without a mask each query sees the keys up to its own place.
+
+    Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not. Where the mask is
+    repeated (see ``Masks``), the heads that share a key head are taken as one, with all their queries end to end.
+    """
     groups = query.shape[1] // key.shape[1]
-    # Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not.
+    if mask is not None and mask.shape[2] != query.shape[2]:
+        rows, heads, columns, width = query.shape
+        together = query.reshape(rows, heads // groups, groups * columns, width)
+        found = scaled_dot_product_attention(
+            together, key, value, attn_mask=mask, dropout_p=options.dropout, scale=options.scaling
+        )
+        return found.reshape(rows, heads, columns, width)
     if groups > 1 and mask is not None and query.device.type != "cpu":
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1

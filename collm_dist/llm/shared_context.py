@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from collm_dist.llm.packed_attention import find_layers, run_packed
+from collm_dist.llm.packed_attention import find_layers, prepare_decoder, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Block, Masks, RowSpan, split_rows
 from collm_dist.prompt_batch import TAIL, Mirrored
 
@@ -80,24 +80,36 @@ def build_allowed(targets: Tensor) -> Tensor:
 
 
 def build_masks(
-    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype
+    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype, groups: int = 1
 ) -> Masks:
-    """Return what attention adds to its scores: 0 or minus infinity, (R, 1, T, K).
+    """Return what attention adds to its scores: 0 or minus infinity, (R, 1, groups * T, K).
 
     Args:
         allowed: (R, T, K) bool.
         query_positions, key_positions: (R, T), (R, K) position ids; a window is measured in them.
         config: the decoder's configuration.
         dtype: of the result.
+        groups: how often they are repeated, see ``Masks``.
     """
     window = getattr(config, "sliding_window", None)
     if window is None:
-        return Masks(_finish(allowed, dtype))
+        return Masks(_finish(allowed, dtype, groups))
     near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    return Masks(_finish(allowed, dtype), _finish(allowed & near, dtype))
+    return Masks(_finish(allowed, dtype, groups), _finish(allowed & near, dtype, groups))
 
 
-def _finish(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def _find_groups(decoder: Any, device: torch.device) -> int:
+    """Return how many query heads lay their queries end to end; where kernels do it by themselves, one."""
+    config = decoder.config
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if device.type == "cpu" or decoder.__dict__["_runs_packed"] or softcap is not None:
+        return 1
+    heads: int = config.num_attention_heads
+    return heads // (getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _finish(visible: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    visible = visible.repeat(1, groups, 1)
     # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that. There is
     # always room behind them, since compiled layers would be compiled once more for masks without.
     rows, queries, keys = visible.shape
@@ -193,7 +205,9 @@ def run_tree(
     """
     start = 0 if header is None else len(header)
     cost = _find_block_cost(decoder, embeds.device)
-    blocks, sizes = lay_out_tree(decoder.config, targets, positions, lengths, cost, embeds.dtype, prefix, start)
+    prepare_decoder(decoder)
+    groups, config, dtype = _find_groups(decoder, embeds.device), decoder.config, embeds.dtype
+    blocks, sizes = lay_out_tree(config, targets, positions, lengths, cost, dtype, prefix, start, groups)
     return run_packed(
         decoder,
         embeds,
@@ -216,6 +230,7 @@ def lay_out_tree(
     dtype: torch.dtype,
     prefix: Prefix | None = None,
     header: int = 0,
+    groups: int = 1,
 ) -> tuple[list[Block], list[int]]:
     """Return the blocks in which attention compares tree rows, and how many tokens are in each.
 
@@ -225,6 +240,7 @@ def lay_out_tree(
         cost: of a block, see ``row_blocks``; None = all rows are one, and laid out as if there were padding.
         dtype: of the masks.
         header: U, tokens that all rows begin with, where they are no prefix's.
+        groups: of query heads, see ``Masks``.
     """
     ahead, pasts = header, np.zeros_like(lengths.numbers)
     if prefix is not None:
@@ -243,7 +259,7 @@ def lay_out_tree(
         allowed = torch.cat([visible[:, None].expand(-1, span.columns, -1), allowed], dim=2)
         columns = torch.arange(visible.shape[1], device=device).expand(len(is_token), -1)
         key_positions = torch.cat([columns, rows_positions], dim=1)
-        masks = build_masks(allowed, rows_positions, key_positions, config, dtype)
+        masks = build_masks(allowed, rows_positions, key_positions, config, dtype, groups)
         blocks.append(Block(is_token, places, sources, masks, past))
     return blocks, [span.tokens.stop - span.tokens.start for span in spans]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from collm_dist.data.item_tokens import load_item_tokens
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
-from collm_dist.llm import row_blocks
+from collm_dist.llm import row_blocks, shared_context
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.mapping import SlotMapper
@@ -36,8 +37,11 @@ SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
 
 @pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["blocks", "one-block"])
 def divided(request, monkeypatch):
-    """Let attention lay out rows in blocks without any padding, or all together."""
+    """Let attention lay out rows in blocks without any padding; or all together, and heads that share keys, too."""
     monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.param)
+    if request.param:
+        on_gpu = functools.partial(shared_context._find_groups, device=torch.device("cuda"))
+        monkeypatch.setattr(shared_context, "_find_groups", lambda decoder, _: on_gpu(decoder))
 
 
 def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
