@@ -129,7 +129,12 @@ def _build_header_mask(length: int, config: Any, like: Tensor) -> Tensor | None:
 
 def _find_block_cost(decoder: nn.Module, device: torch.device) -> int | None:
     """Return what a block costs; compiled layers get a single one, since each number of them would be compiled anew."""
-    return None if "_is_compiled" in decoder.__dict__ else BLOCK_COST.get(device.type, BLOCK_COST["cuda"])
+    if "_is_compiled" in decoder.__dict__:
+        return None
+    config: Any = decoder.config
+    heads: int = config.num_attention_heads
+    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return BLOCK_COST.get(device.type, BLOCK_COST["cuda"]) // width
 
 
 def _lay_out(

@@ -19,6 +19,8 @@ from collm_dist.data.manifest import load_manifest
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
+from collm_dist.llm.row_blocks import BLOCK_COST, split_rows
+from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.costs import DecoderShape, StepCost, count_padded, count_shared
 from collm_dist.tuning.loop import count_total_steps
 from collm_dist.tuning.planner import (
@@ -47,16 +49,15 @@ class _Sample:
     Attributes:
         shared, padded: cost with shared contexts, and of padded rows with logits at every position.
         contexts: of the batches.
-        prefix_tokens: of all their contexts, and in the largest micro-batch.
-        tree_tokens: in the largest micro-batch.
+        prefix_tokens: of all their contexts.
+        largest: the largest micro-batch.
     """
 
     shared: StepCost
     padded: StepCost
     contexts: int
     prefix_tokens: int
-    largest_prefix: int
-    largest_tree: int
+    largest: PromptBatch
 
 
 def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
@@ -120,7 +121,7 @@ def _choose_dtype(config: Config) -> torch.dtype:
 def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[ContextBlock], budget: int) -> _Sample:
     shared = padded = StepCost(0, 0, 0)
     contexts = prefix_tokens = 0
-    largest = (0, 0)
+    pieces: list[PromptBatch] = []
     for block in blocks:
         whole = collator.collate(block, block)
         counts = collator.count_tokens(block)
@@ -129,10 +130,21 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
         padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
         contexts += block.num_contexts
         prefix_tokens += int(counts.prefix.sum())
-        for piece in plan_micro_batches(block, counts, 0, 1, budget):
-            batch = collator.collate(piece, block)
-            largest = max(largest, (len(batch.tree_ids), len(batch.prefix_ids)))
-    return _Sample(shared, padded, contexts, prefix_tokens, largest[1], largest[0])
+        pieces += [collator.collate(piece, block) for piece in plan_micro_batches(block, counts, 0, 1, budget)]
+    largest = max(pieces, key=lambda batch: (len(batch.tree_ids), len(batch.prefix_ids)))
+    return _Sample(shared, padded, contexts, prefix_tokens, largest)
+
+
+def _count_places(batch: PromptBatch, shape: DecoderShape) -> tuple[int, int]:
+    """Return how many queries and keys attention lays out on a GPU."""
+    lengths, pasts = batch.tree_lengths.numbers, batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
+    header = len(batch.header_ids)
+    queries = keys = 0
+    for span in split_rows(lengths, pasts, header, BLOCK_COST["cuda"] // shape.attention_width):
+        rows = span.rows.stop - span.rows.start
+        queries += rows * span.columns
+        keys += rows * (header + span.past + span.columns)
+    return queries, keys
 
 
 def _count_tuned(config: Config, run_dir: RunDir) -> int:
@@ -161,11 +173,14 @@ def _describe_memory(
     pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
     out = config.mapping.tokens_per_slot * shape.hidden_size
     in_stage2 = (mapped + pairs) * out + mapped * width + _count_tuned(config, run_dir)
+    queries, keys = _count_places(sample.largest, shape)
     arguments: dict[str, Any] = {
         "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
         "other_trainable": 0 if name == "stage1" else in_stage2,
-        "tree_tokens": sample.largest_tree,
-        "prefix_tokens": sample.largest_prefix,
+        "tree_tokens": len(sample.largest.tree_ids),
+        "prefix_tokens": len(sample.largest.prefix_ids),
+        "queries": queries,
+        "keys": keys,
         "element_size": dtype.itemsize,
         "checkpointing": config.llm.activation_checkpointing,
     }
@@ -175,7 +190,7 @@ def _describe_memory(
         ways["llm.activation_checkpointing=true"] = {"checkpointing": True}
     if config.llm.quantization == "none":
         ways["llm.quantization=4bit"] = {"weights": count_weight_bytes(skeleton, dtype, "4bit")}
-    tokens = sample.largest_tree + sample.largest_prefix
+    tokens = len(sample.largest.tree_ids) + len(sample.largest.prefix_ids)
     gigabytes = [
         f"{value / 1e9:.2f}" for value in (plan.weights, plan.state, plan.activations, plan.working, plan.peak)
     ]

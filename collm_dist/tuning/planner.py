@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from collm_dist.llm.backbone import Quantization
 from collm_dist.llm.dropout import install_keyed_dropout
+from collm_dist.llm.gated_network import has_code_of
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.shared_context import run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
@@ -92,7 +94,18 @@ def count_weight_bytes(backbone: Any, dtype: torch.dtype, quantization: Quantiza
     return whole - round(linear * (dtype.itemsize - QUANTIZED_BYTES[quantization]))
 
 
-def measure_layers(config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None) -> LayerMemory:
+class _NormOnGpu(torch.autograd.Function):
+    """A norm that keeps what PyTorch's kernel for GPUs does: its input and a number for each token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, hidden.new_empty(hidden.shape[:-1], dtype=torch.float32))
+        return hidden.clone()
+
+
+def measure_layers(
+    config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None, *, on_gpu: bool = True
+) -> LayerMemory:
     """Run one and two layers of a backbone and count what the backward pass needs.
 
     Args:
@@ -100,6 +113,7 @@ def measure_layers(config: Any, dtype: torch.dtype, attention: str, lora: LoraSe
         dtype: of weights and activations.
         attention: transformers' attention implementation.
         lora: of stage 1; None = gradients flow through the input embeddings alone, as in stage 2.
+        on_gpu: count what a GPU's norms keep, instead of a CPU's.
     """
     kept, adapters = [], []
     for layers in (1, 2):
@@ -108,6 +122,9 @@ def measure_layers(config: Any, dtype: torch.dtype, attention: str, lora: LoraSe
             add_lora(model, **vars(lora), seed=0)
             if (masks := install_keyed_dropout(model)) is not None:
                 masks.starts = torch.zeros(len(masks.starts), 1, TRIAL_TOKENS, dtype=torch.int64)
+        for module in model.modules() if on_gpu else ():
+            if has_code_of(module, LlamaRMSNorm):
+                module.forward = _NormOnGpu.apply
         model.train(lora is not None)
         decoder = model.get_decoder()
         kept.append(_count_kept(decoder, model.config.get_text_config().hidden_size, dtype))
@@ -158,6 +175,8 @@ def plan_memory(
     other_trainable: int,
     tree_tokens: int,
     prefix_tokens: int,
+    queries: int,
+    keys: int,
     element_size: int,
     checkpointing: bool,
     weight_shards: int = 1,
@@ -170,12 +189,15 @@ def plan_memory(
         weights: bytes of the whole backbone.
         other_trainable: trainable numbers beside the adapters.
         tree_tokens, prefix_tokens: tokens of the micro-batch, with gradient and without.
+        queries, keys: places of attention's rows, padding and what stands before the rows included.
         element_size: bytes of a number.
         checkpointing: whether layers are recomputed.
         weight_shards: processes that share the frozen weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
-    of_layer = layers.per_layer * tree_tokens
+    # Attention keeps queries and results, keys and values as it compares them.
+    more = 2 * shape.attention_width * (queries - tree_tokens) + 2 * shape.key_width * (keys - tree_tokens)
+    of_layer = layers.per_layer * tree_tokens + element_size * more
     if checkpointing:
         kept, working = shape.num_layers * layers.inputs * tree_tokens, of_layer
     else:
