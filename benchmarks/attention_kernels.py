@@ -74,8 +74,9 @@ class Workload:
 
     def build_layout(self, cost: int | None) -> LayerLayout:
         """Return our layout for a cost of a block; None = one block."""
+        groups = self.query.shape[1] // self.key.shape[1] if self.query.is_cuda else 1
         blocks, sizes = lay_out_tree(
-            None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix
+            None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix, groups=groups
         )
         return LayerLayout(blocks, sizes if len(sizes) > 1 else None, 0, None, self.past)
 
