@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Comparisons that take as long as one more block does, times the numbers of a query in all its heads: measured with 576
-# (benchmarks/attention_kernels.py). On a CPU attention is 2.0 to 2.4 times as fast as in one block, and no slower with a
+# (benchmarks/attention_kernels.py). On a CPU attention is 2.0 to 2.4 times as fast as in one block, no slower with a
 # quarter of it or four times as much. An H100 compares so fast, and starts kernels so slowly, that rows of a small
 # micro-batch are best left together: of 24, one block is 1.1 times as fast as with 576 << 19, twice with 576 << 17.
 BLOCK_COST = {"cpu": 576 << 13, "cuda": 576 << 22}
