@@ -9,7 +9,7 @@ backbone on this machine, whose tokenizer the random ones of published shapes ta
     throughput   benchmarks/throughput.py for each backbone, plain and with llm.compile
     attention    the first backbone with attention written out, to compare with the fused kernels of ``throughput``
     kernels      benchmarks/attention_kernels.py for the first backbone's heads and each shape's
-    memory       benchmarks/memory.py for each backbone
+    memory       benchmarks/memory.py for each backbone, from the samples of ``throughput`` where both are asked for
     zero         a few steps of both stages under ZeRO-0, -2 and -3
     growth       benchmarks/tuning_growth.py over the shapes
     full         both stages and the report of RUN with the first backbone, timed
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_hardware
+from benchmarks.machine import describe_hardware, name_device
 from benchmarks.random_backbone import SHAPES
 from collm_dist.artifacts import write_json
 
@@ -81,7 +81,10 @@ def list_tasks(arguments: argparse.Namespace, scratch: Path) -> list[Task]:
             compiled = compare("throughput", f"_{name}_compiled", path, "llm.compile=true")
             tasks.append(Task(f"throughput_{name}_compiled", compiled))
         if "memory" in arguments.pieces:
-            tasks.append(Task(f"memory_{name}", compare("memory", f"_{name}", path)))
+            samples = arguments.output / f"throughput_{name_device()}_{name}.json"
+            seen = (python, "-m", "benchmarks.memory", "--samples", str(samples), "--output", output)
+            fresh = compare("memory", f"_{name}", path)
+            tasks.append(Task(f"memory_{name}", seen if "throughput" in arguments.pieces else fresh))
     if "attention" in arguments.pieces:
         tasks.append(Task("attention", compare("throughput", f"_{first}_eager", folder, "llm.attention=eager")))
     if "kernels" in arguments.pieces:
