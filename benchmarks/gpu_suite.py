@@ -35,9 +35,9 @@ from typing import Any
 
 from benchmarks.machine import describe_hardware, name_device
 from benchmarks.random_backbone import SHAPES
+from benchmarks.side_process import ROOT, build_environment
 from collm_dist.artifacts import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 PIECES = ("tests", "throughput", "attention", "kernels", "memory", "zero", "growth", "full")
 
 
@@ -120,13 +120,12 @@ def run_task(task: Task, arguments: argparse.Namespace, scratch: Path) -> dict[s
         for step in ("data", "cf"):
             shutil.copytree(arguments.run_dir / step, task.run / step)
     log = arguments.output / f"{task.name}.log"
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         try:
             process = subprocess.run(
                 task.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=arguments.limit, check=False,
-                env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+                env=build_environment(),
             )  # fmt: skip
             status = "done" if process.returncode == 0 else f"failed with code {process.returncode}"
         except subprocess.TimeoutExpired:

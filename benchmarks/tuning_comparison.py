@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from benchmarks.machine import describe_hardware
-from benchmarks.side_process import SideProcess
+from benchmarks.side_process import ROOT, SideProcess, build_environment
 from benchmarks.tuning_side import REFERENCE_ROWS, REST
 from benchmarks.tuning_workload import PHASES, TRAINING, choose_blocks, prepare_run, spell_rows, write_rows
 from collm_dist.artifacts import RunDir
@@ -27,7 +27,6 @@ from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
 from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 PEERS = ("hf_trainer", "reference", "reference_last")
 
@@ -126,11 +125,9 @@ class Comparison:
         command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
         command += ["--order", *(str(number) for turn in self._list_turns() for number in turn)]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        settings = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         # Batches of ever other sizes leave holes in a GPU's memory otherwise, of which a large peer dies.
-        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-        return SideProcess(command, os.environ | settings, held=True)
+        environment = build_environment(PYTORCH_ALLOC_CONF="expandable_segments:True")
+        return SideProcess(command, environment, held=True)
 
 
 def merge_rounds(samples: list[tuple[int, dict[str, float]]], count: int) -> list[dict[str, Any]]:

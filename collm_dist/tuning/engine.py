@@ -234,7 +234,8 @@ class TuningEngine:
         return state
 
     def _note_norm(self, gradient: Tensor) -> None:
-        # A single kernel; the norm is NaN or infinite wherever any number is.
+        # A single kernel. The norm is NaN or infinite wherever any number is, and, like DeepSpeed's, where squares
+        # overflow.
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     def _compute_plain_norm(self) -> Tensor:
