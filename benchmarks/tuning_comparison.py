@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,13 @@ from benchmarks.tuning_workload import PHASES, TRAINING, choose_blocks, prepare_
 from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
 from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.heap import choose_heap
 from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
 from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+# Ours, with the heap that a process has by default.
+PLAIN_HEAP = "ours_plain_heap"
 PEERS = ("hf_trainer", "reference", "reference_last")
 
 
@@ -121,12 +124,15 @@ class Comparison:
         return process
 
     def _start(self, side: str, phase: str) -> SideProcess:
-        command = [sys.executable, "-m", "benchmarks.tuning_side", "--side", side, "--phase", phase]
+        command = [sys.executable, "-m", "benchmarks.tuning_side", "--side", "ours" if side == PLAIN_HEAP else side]
+        command += ["--phase", phase]
         command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
         command += ["--order", *(str(number) for turn in self._list_turns() for number in turn)]
+        # The launch scripts and the pipeline give their processes these settings; peers have what they are run with.
+        heap = choose_heap(os.environ) if side == "ours" else {}
         # Batches of ever other sizes leave holes in a GPU's memory otherwise, of which a large peer dies.
-        environment = build_environment(PYTORCH_ALLOC_CONF="expandable_segments:True")
+        environment = build_environment(PYTORCH_ALLOC_CONF="expandable_segments:True", **heap)
         return SideProcess(command, environment, held=True)
 
 
@@ -141,13 +147,14 @@ def merge_rounds(samples: list[tuple[int, dict[str, float]]], count: int) -> lis
     return merged
 
 
-def add_arguments(parser: argparse.ArgumentParser, batches: int) -> None:
-    """Add what both commands take."""
+def add_arguments(parser: argparse.ArgumentParser, batches: int, peers: Sequence[str] = PEERS) -> None:
+    """Add what comparisons take, and --peers if there are several."""
     parser.add_argument("--data", type=Path, help="folder with interactions.parquet and items.parquet")
     parser.add_argument("--run-dir", type=Path, help="a run whose data and CF steps are done, in the place of --data")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml1m_official.yaml")
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    if peers:
+        parser.add_argument("--peers", nargs="+", default=list(peers), choices=peers)
     parser.add_argument("--batches", type=int, default=batches, help="global batches of each phase")
     rounds = 4 if torch.cuda.is_available() else 1
     parser.add_argument("--rounds", type=int, default=rounds, help="through them; the median of all counts")

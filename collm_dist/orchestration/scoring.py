@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from collm_dist.artifacts import RunDir, Step, compute_file_hash, find_changes, 
 from collm_dist.config import Config
 from collm_dist.data.interactions import load_item_table
 from collm_dist.errors import ArtifactError, CollmError, RequestError
+from collm_dist.heap import choose_heap
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.serving.part_scoring import OutputFolder, score_part
 from collm_dist.serving.recommender import Recommender, build_recommender, check_settings, find_stage
@@ -185,6 +187,7 @@ def _score_on_ray(
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
+        runtime_env={"env_vars": {} if gpus else choose_heap(os.environ)},
     )
     done = sum(sizes) - sum(sizes[part] for part in waiting)
     hidden = not config.monitoring.progress_bar
