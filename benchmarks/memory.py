@@ -4,8 +4,8 @@
     python -m benchmarks.memory --samples benchmarks/results/throughput_cpu.json      # what a throughput run has seen
 
 Sides, rows and phases are those of benchmarks/throughput.py; every side has a process of its own for every phase. On a
-CPU what is measured is the growth of the process's resident memory from before a step to its peak, on a GPU that of the
-allocator; the largest of the batches counts. Writes memory_<device>.json: ``ratios`` are ours over theirs.
+CPU what is measured is how far the process's resident memory rises, at its peak, above where it stood with the weights
+loaded; on a GPU it is the allocator's. The largest of the batches counts. Writes memory_<device>.json: ``ratios`` are ours over theirs.
 """
 
 from __future__ import annotations

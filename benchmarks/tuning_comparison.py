@@ -71,13 +71,13 @@ class Comparison:
             process = self._begin(peer, phase)
             ready[peer] = process.ready
             taken: dict[str, list[tuple[int, Any]]] = {"ours": [], peer: []}
-            for turn in self._list_turns():
+            for turn, warming in self._list_turns():
                 loads.append(round(os.getloadavg()[0], 2))
                 for side, one in (("ours", ours), (peer, process)):
                     answers = [(number, one.ask(str(number))) for number in turn]
                     if self.on_gpu:
                         one.ask(REST)
-                    for number, took in answers[self.on_gpu :]:
+                    for number, took in answers[warming:]:
                         taken[side].append((number, took))
                         shown = f"{took['seconds']:.3f} s, {took['extra_bytes'] / 2**30:.2f} GiB above the weights"
                         print(f"{phase} {number} {side}: {shown}", flush=True)
@@ -112,11 +112,11 @@ class Comparison:
             "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
         }
 
-    def _list_turns(self) -> list[list[int]]:
-        """Return the batches that a side works through before the other does; on a GPU the first one to warm up."""
+    def _list_turns(self) -> list[tuple[list[int], int]]:
+        """Return the batches that a side works through before the other does, and how many of them warm up."""
         if self.on_gpu:
-            return [[0, *range(self.count)]] * self.rounds
-        return [[number] for number in range(self.count)] * self.rounds
+            return [([0, *range(self.count)], 1)] * self.rounds
+        return [([0], 1), *[([number], 0) for number in range(self.count)] * self.rounds]
 
     def _begin(self, side: str, phase: str) -> SideProcess:
         process = self.held.pop((side, phase), None) or self._start(side, phase)
@@ -128,7 +128,7 @@ class Comparison:
         command += ["--phase", phase]
         command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
-        command += ["--order", *(str(number) for turn in self._list_turns() for number in turn)]
+        command += ["--order", *(str(number) for turn, _ in self._list_turns() for number in turn)]
         # The launch scripts and the pipeline give their processes these settings; peers have what they are run with.
         heap = choose_heap(os.environ) if side == "ours" else {}
         # Batches of ever other sizes leave holes in a GPU's memory otherwise, of which a large peer dies.

@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.tuning_side import TRIED_ROWS, build_plain_model, measure, pad, read_requests
+from benchmarks.tuning_side import TRIED_ROWS, build_plain_model, measure, pad, read_requests, start_meter
 from benchmarks.tuning_workload import TRAINING
 from collm_dist.config import Config
-from collm_dist.monitoring import PeakMeter
 
 
 class InTurn(TrainerCallback):
@@ -24,13 +23,13 @@ class InTurn(TrainerCallback):
 
     def __init__(self, device: torch.device, channel: Any, requests: Iterator[int]) -> None:
         self.device, self.channel, self.requests = device, channel, requests
-        self.started, self.meter = 0.0, PeakMeter(device)
+        self.started, self.meter = 0.0, start_meter(device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Wait for the request. Its batch is on its way already, so loading is not measured."""
         if next(self.requests, None) is None:
             sys.exit()
-        self.meter = PeakMeter(self.device).__enter__()
+        self.meter.__enter__()
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -132,7 +131,8 @@ def run_hf_trainer(
             next(requests, None)  # rests until the end
             return
         trainers = [build([batch], best) for batch in batches]
+        meter = start_meter(device)
         for number in requests:
             one = trainers[number]
-            answer = measure(lambda _: one.predict(one.train_dataset) and None, 0, device)  # noqa: B023
+            answer = measure(lambda _: one.predict(one.train_dataset) and None, 0, device, meter)  # noqa: B023
             print(json.dumps(answer), file=channel, flush=True)

@@ -182,9 +182,16 @@ def touch_weights(model: nn.Module) -> None:
 def serve(work: Work, device: torch.device, ready: dict[str, Any], channel: Any) -> None:
     """Answer the lines of standard input."""
     torch.cuda.empty_cache()
+    meter = start_meter(device)
     print(json.dumps(ready), file=channel, flush=True)
     for number in read_requests(channel):
-        print(json.dumps(measure(work, number, device)), file=channel, flush=True)
+        print(json.dumps(measure(work, number, device, meter)), file=channel, flush=True)
+
+
+def start_meter(device: torch.device) -> PeakMeter:
+    """Return what measures how far memory rises above where it stands now."""
+    with PeakMeter(device, from_first=True) as meter:
+        return meter
 
 
 def read_requests(channel: Any) -> Iterator[int]:
@@ -197,9 +204,9 @@ def read_requests(channel: Any) -> Iterator[int]:
         print("{}", file=channel, flush=True)
 
 
-def measure(work: Work, number: int, device: torch.device) -> dict[str, float]:
-    """Work through a batch and return seconds and bytes."""
-    with PeakMeter(device) as meter:
+def measure(work: Work, number: int, device: torch.device, meter: PeakMeter | None = None) -> dict[str, float]:
+    """Work through a batch and return seconds and bytes; without a meter, above where memory stands now."""
+    with meter or PeakMeter(device) as meter:
         started = time.perf_counter()
         work(number)
         if device.type == "cuda":

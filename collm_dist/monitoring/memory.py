@@ -42,9 +42,17 @@ class PeakMeter:
         extra_bytes: known on leaving; of the GPU, else of this process's resident memory (Linux).
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Measure a device."""
-        self._device, self._start, self.extra_bytes = device, 0, 0
+    def __init__(self, device: torch.device, *, from_first: bool = False) -> None:
+        """Measure a device.
+
+        Args:
+            device: of this process.
+            from_first: entered again, measure above where memory stood on the first entry. What an allocator keeps in
+                between then counts, and need not be asked for anew, which takes a CPU time.
+        """
+        self._device, self._from_first = device, from_first
+        self._start: int | None = None
+        self.extra_bytes = 0
 
     def __enter__(self) -> PeakMeter:
         """Start from what is in use now."""
@@ -53,20 +61,23 @@ class PeakMeter:
 
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._start = torch.cuda.memory_allocated(self._device)
+            if self._start is None:
+                self._start = torch.cuda.memory_allocated(self._device)
         else:
             if sys.platform != "linux":
                 raise LaunchError(
                     "memory can be measured on Linux or a GPU: set max_tokens_per_micro_batch to a number"
                 )
-            # What the allocator keeps for later would hide the same amount taken again.
-            ctypes.CDLL(None).malloc_trim(0)
+            if self._start is None:
+                # What the allocator keeps for later would hide the same amount taken again.
+                ctypes.CDLL(None).malloc_trim(0)
+                self._start = _read_status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self._start = _read_status("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Read the peak."""
+        assert self._start is not None
         if self._device.type == "cuda":
             import torch
 
@@ -74,6 +85,8 @@ class PeakMeter:
             self.extra_bytes = torch.cuda.max_memory_allocated(self._device) - self._start
         else:
             self.extra_bytes = max(_read_status("VmHWM") - self._start, 0)
+        if not self._from_first:
+            self._start = None
 
 
 def _read_status(field: str) -> int:

@@ -54,9 +54,9 @@ def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
         trials = [_Trial(tokens, tokens, 1, took) for tokens, took in zip(TRIAL_TOKENS["cpu"], seconds, strict=True)]
         return _choose_fast(trials).max_tokens
 
-    assert choose(1.09, 1.0, 1.0) == 512
-    assert choose(1.2, 1.09, 1.0) == 1024
-    assert choose(1.2, 1.11, 1.0) == 2048
+    assert choose(1.14, 1.0, 1.0) == 512
+    assert choose(1.2, 1.14, 1.0) == 1024
+    assert choose(1.2, 1.16, 1.0) == 2048
 
 
 def test_trials_on_a_cpu_are_of_tokens_that_train():
