@@ -5,7 +5,8 @@
 
 Sides, rows and phases are those of benchmarks/throughput.py; every side has a process of its own for every phase. On a
 CPU what is measured is how far the process's resident memory rises, at its peak, above where it stood with the weights
-loaded; on a GPU it is the allocator's. The largest of the batches counts. Writes memory_<device>.json: ``ratios`` are ours over theirs.
+loaded; on a GPU it is the allocator's. The largest of the batches counts. Writes memory_<device>.json: ``ratios`` are
+ours over theirs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from collm_dist.heap import choose_heap
 from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
 from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
 
+# After its answer a side tidies up and fetches what comes next, on the cores that the other one is measured on.
+SETTLE_S = 0.5
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 # Ours, with the heap that a process has by default.
 PLAIN_HEAP = "ours_plain_heap"
@@ -74,6 +77,7 @@ class Comparison:
             for turn, warming in self._list_turns():
                 loads.append(round(os.getloadavg()[0], 2))
                 for side, one in (("ours", ours), (peer, process)):
+                    time.sleep(SETTLE_S)
                     answers = [(number, one.ask(str(number))) for number in turn]
                     if self.on_gpu:
                         one.ask(REST)

@@ -31,8 +31,8 @@ USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 BYTES_PER_TRAINABLE = 16
 # Global batches have as many rows, but not as many tokens; one beyond the budget would be divided for a few tokens.
 MOST_OF_A_BATCH = 2
-# A CPU takes the smallest of the trials that takes at most so many times as long as the fastest, or a trial might win by
-# noise alone: memory goes with it.
+# A CPU takes the smallest of the trials that takes at most so many times as long as the fastest: memory goes with it,
+# and times differ by some percent anyway.
 NEARLY_AS_FAST = 1.15
 
 
