@@ -20,6 +20,7 @@ from collm_dist.artifacts import STEPS, RunDir, explain_disk_errors, write_json
 from collm_dist.config import Config
 from collm_dist.config_io import dump_config, load_config
 from collm_dist.errors import CollmError, WorkerLostError
+from collm_dist.heap import restart_with_heap
 
 INTERRUPTED_EXIT_CODE = 130
 # A parent process names a file here in which it wants to find why this one failed.
@@ -88,6 +89,12 @@ def run_command(
             return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
+
+
+def run_computation(main: Callable[[], int]) -> NoReturn:
+    """Run a command that computes with tensors, in a process with the heap for them; it ends with its exit code."""
+    restart_with_heap()
+    end_process(main())
 
 
 def end_process(exit_code: int) -> NoReturn:

@@ -1,10 +1,10 @@
-"""Settings of the heap that tensors on a CPU come from: half the memory of a training step, and a little more speed.
+"""Settings of the heap that tensors on a CPU come from: a training step takes three fifths of the memory, no longer.
 
 PyTorch asks glibc for aligned memory. glibc takes more than that and frees what is left over at both ends; before
 version 2.39 it keeps these slivers in caches for small objects, where nothing joins them to their neighbours again
 (its bug 30723). So what a freed tensor leaves is just too small for the next one of the same size, and the heap grows
-and grows. Without those caches it does not. Large tensors, besides, would go back to the system when they are freed,
-and every page of the next one would have to be asked for and zeroed.
+and grows. Without those caches it does not. Nor do freed tensors go back to the system then, from which every page of
+the next ones would have to be asked for (benchmarks/heap_settings.py).
 
 The settings are read when a process starts, and nothing can change them later.
 """

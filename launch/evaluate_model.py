@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from collm_dist.artifacts import RunDir
-from collm_dist.cli import end_process, run_command
+from collm_dist.cli import run_command, run_computation
 from collm_dist.config import Config
-from collm_dist.heap import restart_with_heap
 from collm_dist.orchestration.run_lock import hold_run_lock
 
 EXAMPLES = """examples:
@@ -35,5 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    restart_with_heap()
-    end_process(main())
+    run_computation(main)

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 
 from collm_dist.artifacts import RunDir
-from collm_dist.cli import end_process, run_command
+from collm_dist.cli import run_command, run_computation
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
-from collm_dist.heap import restart_with_heap
 from collm_dist.orchestration.run_lock import hold_run_lock
 
 DESCRIPTION = "The steps 'stage1' and 'stage2': tune the language model with DeepSpeed. Before them: 'data', 'cf'."
@@ -57,5 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    restart_with_heap()
-    end_process(main())
+    run_computation(main)

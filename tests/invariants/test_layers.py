@@ -9,7 +9,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "collm_dist"
 
-BASE = ("errors", "config", "config_io", "config_reference", "cli", "artifacts", "assets", "monitoring", "prompt_batch")
+BASE = (
+    "errors",
+    "config",
+    "config_io",
+    "config_reference",
+    "cli",
+    "artifacts",
+    "assets",
+    "monitoring",
+    "prompt_batch",
+    "heap",
+)
 # A room may import the rooms of lower levels; of its own level only itself, and what EXTRA allows.
 LEVELS = {
     **dict.fromkeys(BASE, 0),
