@@ -67,16 +67,19 @@ def find_token_budget(
     rows = counts.header + counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
     whole = MOST_OF_A_BATCH * collator.collate(block, block).num_tokens
+    model.train()
     trials = []
     for tokens in _list_trials(counts, device):
         pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
         batches = [collator.collate(piece, block).to(device) for piece in pieces]
-        trials.append(_try(model, batches, max(tokens, longest), device))
+        trials.append(_Trial(max(tokens, longest), batches, _measure_peak(model, batches, device)))
     free = _measure_free(model, device)
     slope = _fit_slope(trials)
     most = min(max(free / slope, longest), max(whole, longest))
     if device.type == "cpu":
-        most = min(most, _choose_fast(trials).max_tokens)
+        # Timed once all have run: whichever was the first would be the slowest, with everything new to it.
+        seconds = [_measure_seconds(model, one.batches) for one in trials]
+        most = min(most, trials[_choose_fast(seconds)].max_tokens)
     found = torch.tensor(float(most), device=device)
     if get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MIN)
@@ -85,13 +88,16 @@ def find_token_budget(
 
 @dataclass(frozen=True)
 class _Trial:
-    """Of a budget: the tokens of its largest micro-batch, what that took at its peak, and on a CPU the seconds of all
-    micro-batches of the global batch."""
+    """A budget, the micro-batches that it makes of a global batch, and what the largest took at its peak."""
 
     max_tokens: int
-    num_tokens: int
+    batches: list[PromptBatch]
     peak_bytes: int
-    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return max(one.num_tokens for one in self.batches)
 
 
 def _fit_slope(trials: list[_Trial]) -> float:
@@ -120,25 +126,26 @@ def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
     return [round(tokens / share) for tokens in TRIAL_TOKENS[device.type]]
 
 
-def _choose_fast(trials: list[_Trial]) -> _Trial:
-    """Return the smallest of the trials that is nearly the fastest."""
-    fastest = min(one.seconds for one in trials)
-    return next(one for one in trials if one.seconds <= NEARLY_AS_FAST * fastest)
+def _choose_fast(seconds: list[float]) -> int:
+    """Return the first of the trials that is nearly the fastest; the smallest stands first."""
+    return next(place for place, taken in enumerate(seconds) if taken <= NEARLY_AS_FAST * min(seconds))
 
 
-def _try(model: CollmModel, batches: list[PromptBatch], max_tokens: int, device: torch.device) -> _Trial:
-    model.train()
+def _measure_peak(model: CollmModel, batches: list[PromptBatch], device: torch.device) -> int:
     largest = max(batches, key=lambda one: one.num_tokens)
     peak = 0
     for _ in range(2):  # the first pass warms up
         with PeakMeter(device) as meter:
             _run(model, largest)
         peak = max(peak, meter.extra_bytes)
+    return peak
+
+
+def _measure_seconds(model: CollmModel, batches: list[PromptBatch]) -> float:
     started = time.perf_counter()
-    if device.type == "cpu":
-        for batch in batches:
-            _run(model, batch)
-    return _Trial(max_tokens, largest.num_tokens, peak, time.perf_counter() - started)
+    for batch in batches:
+        _run(model, batch)
+    return time.perf_counter() - started
 
 
 def _run(model: CollmModel, batch: PromptBatch) -> None:

@@ -8,7 +8,7 @@ from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
-from collm_dist.tuning.token_budget import TRIAL_TOKENS, _choose_fast, _list_trials, _Trial, find_token_budget
+from collm_dist.tuning.token_budget import TRIAL_TOKENS, _choose_fast, _list_trials, find_token_budget
 from tests.parity.test_shared_context import STAGE1, make_block, make_collator
 from tests.tiny import make_model
 
@@ -51,8 +51,7 @@ def test_the_meter_sees_what_is_taken_and_given_back():
 
 def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
     def choose(*seconds):
-        trials = [_Trial(tokens, tokens, 1, took) for tokens, took in zip(TRIAL_TOKENS["cpu"], seconds, strict=True)]
-        return _choose_fast(trials).max_tokens
+        return TRIAL_TOKENS["cpu"][_choose_fast(list(seconds))]
 
     assert choose(1.14, 1.0, 1.0) == 512
     assert choose(1.2, 1.14, 1.0) == 1024
