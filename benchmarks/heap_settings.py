@@ -2,9 +2,9 @@
 
     python -m benchmarks.heap_settings --data DIR [--phases stage1 stage2 ...] [--batches 2] [--overrides key=value ...]
 
-Both sides work through the same global batches, with as many tokens in a micro-batch; unlike in the other comparisons
-what ``auto`` finds would differ. Writes heap_settings_cpu.json: by phase how many times as fast the settings make it,
-and their share of the memory above the weights.
+Both sides work through the same global batches. Their micro-batches have as many tokens: by ``auto`` each side would
+take what is fast for it. Writes heap_settings_cpu.json: by phase how many times as fast the settings make it, and what
+share of the memory above the weights it takes with them.
 """
 
 from __future__ import annotations

@@ -100,9 +100,17 @@ class CollmModel(nn.Module):
             self.backbone.base_model if self.backbone.base_model is not self.backbone else self.backbone.get_decoder()
         )
 
+    @property
+    def _backbone_trains(self) -> bool:
+        return any(one.requires_grad for one in self.backbone.parameters())
+
     def train(self, mode: bool = True) -> CollmModel:
-        """Switch dropout on or off; never on in a part that does not train. Weights may have changed until then."""
-        self._kept_header = None
+        """Switch dropout on or off; never on in a part that does not train.
+
+        Weights may have changed until then, but not from step to step of a frozen backbone.
+        """
+        if mode != self.training or self._backbone_trains:
+            self._kept_header = None
         super().train(mode)
         for part in (self.backbone, self.cf_model):
             if isinstance(part, nn.Module) and not any(one.requires_grad for one in part.parameters()):
@@ -152,7 +160,7 @@ class CollmModel(nn.Module):
         if self._kept_header is not None and self._kept_header[0] == key:
             return self._kept_header[1]
         header = run_prefix(self.decoder, embeds, Mirrored.of([len(embeds)], embeds.device))
-        if not (self.training and any(one.requires_grad for one in self.backbone.parameters())):
+        if not (self.training and self._backbone_trains):
             self._kept_header = key, header
         return header
 

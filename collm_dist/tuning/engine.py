@@ -168,7 +168,6 @@ class TuningEngine:
             # In bfloat16 these look at each gradient by itself, ten kernels for each, and then at the norm of all,
             # which says the same and is all that is looked at in float32.
             self._optimizer.check_overflow = lambda **_: None
-        self._is_training: bool | None = None
         self._norms: list[Tensor] = []
         for _, parameter in self._named:
             parameter.register_hook(self._note_norm)  # type: ignore[no-untyped-call]
@@ -181,10 +180,8 @@ class TuningEngine:
         return self._engine  # type: ignore[no-any-return]
 
     def set_training(self, training: bool) -> None:
-        """Switch dropout on or off. Nothing happens where it is so already: a model drops what it keeps of weights."""
-        if self._is_training is not training:
-            self._engine.train(training)
-            self._is_training = training
+        """Switch dropout on or off."""
+        self._engine.train(training)
 
     def __call__(self, *args: Any) -> Any:
         """Run the model's forward pass."""

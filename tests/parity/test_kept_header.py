@@ -72,6 +72,12 @@ def test_never_kept_while_the_backbone_trains_and_kept_while_it_is_frozen(settin
     model.requires_grad_(False)
     score(model, batches)
     assert len(computed) == len(batches) + 1
+    model.train()  # as every step does
+    score(model, batches)
+    assert len(computed) == len(batches) + 1
+    model.eval()
+    score(model, batches)
+    assert len(computed) == len(batches) + 2
 
 
 def test_another_prompt_gets_a_header_of_its_own(setting, tmp_path):

@@ -49,6 +49,15 @@ def test_the_meter_sees_what_is_taken_and_given_back():
     assert 45e6 < meter.extra_bytes < 80e6
 
 
+def test_a_meter_that_measures_from_the_first_time_counts_what_was_kept_since():
+    meter = PeakMeter(torch.device("cpu"), from_first=True)
+    with meter:
+        kept = np.ones(50_000_000 // 8)
+    with meter:
+        pass
+    assert kept.nbytes * 0.9 < meter.extra_bytes < kept.nbytes * 1.6
+
+
 def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
     def choose(*seconds):
         return TRIAL_TOKENS["cpu"][_choose_fast(list(seconds))]
