@@ -10,7 +10,6 @@ Shapes: M tree tokens, N targets, S sites (places in the model that drop), W num
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -97,38 +96,37 @@ class _DroppedProduct(torch.autograd.Function):
         return (scaled @ weight) * kept, scaled[0].T @ (values * kept)[0], None, None
 
 
-class KeyedDropout(nn.Module):
-    """Zeroes an adapter's inputs as the masks say and scales the others by 1 / (1 - p); nothing in evaluation mode.
+class DroppedLinear(nn.Module):
+    """An adapter's first product, of what is left of its inputs: numbers are zeroed as the masks say, and the others
+    scaled by 1 / (1 - p). In evaluation mode the plain product.
 
-    It hands the values on as they are: the adapter's first product drops (``project``).
+    A class of its own, since compiled code is shared by layers whose parts are of one class, and by no others.
     """
 
     site: Tensor
 
-    def __init__(self, masks: DropoutMasks, site: int) -> None:
-        """Drop at one place.
+    def __init__(self, product: nn.Linear, masks: DropoutMasks, site: int) -> None:
+        """Take a product's place.
 
         Args:
+            product: (W -> R), without a bias; its weight is shared.
             masks: shared by all sites.
             site: number of the place.
         """
         super().__init__()
+        self.weight = product.weight
         self.masks = masks
         # A tensor, so that a compiled layer serves all layers: a number would be compiled in.
         self.register_buffer("site", torch.tensor([site]), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return the values."""
-        return values
-
-    def project(self, product: nn.Linear, values: Tensor) -> Tensor:
-        """Return an adapter's first product, of dropped (1, M, W) values.
+        """(1, M, W) -> (1, M, R).
 
         Raises:
             ConfigError: the layer sees tokens in another arrangement, as an expert of a mixture does.
         """
         if not self.training:
-            return linear(values, product.weight)
+            return linear(values, self.weight)
         starts = self.masks.starts.index_select(0, self.site)[0]
         if values.shape[:-1] != starts.shape:
             raise ConfigError(
@@ -136,9 +134,9 @@ class KeyedDropout(nn.Module):
                 f"are {tuple(starts.shape)}; set lora.dropout=0, or leave that layer out"
             )
         if torch.compiler.is_compiling():  # finds by itself what is cheap to compute again
-            return linear(self.masks.drop(values, starts), product.weight)
+            return linear(self.masks.drop(values, starts), self.weight)
         return _DroppedProduct.apply(  # type: ignore[no-untyped-call, no-any-return]
-            values, product.weight, starts, self.masks
+            values, self.weight, starts, self.masks
         )
 
 
@@ -148,16 +146,18 @@ def install_keyed_dropout(backbone: nn.Module) -> DropoutMasks | None:
     Args:
         backbone: with peft's layers in it or without.
     """
+    ours = [module for module in backbone.modules() if isinstance(module, DroppedLinear)]
+    if ours:
+        return ours[0].masks
     layers: list[Any] = [module for module in backbone.modules() if hasattr(module, "lora_dropout")]
     places = [(layer, name, dropout) for layer in layers for name, dropout in layer.lora_dropout.items()]
-    ours = [dropout for _, _, dropout in places if isinstance(dropout, KeyedDropout)]
     plain = [(layer, name, dropout.p) for layer, name, dropout in places if isinstance(dropout, nn.Dropout)]
-    if ours or not plain:
-        return ours[0].masks if ours else None
+    if not plain:
+        return None
     masks = DropoutMasks(plain[0][2], len(plain))
     for site, (layer, name, _) in enumerate(plain):
-        layer.lora_dropout[name] = dropout = KeyedDropout(masks, site)
-        layer.lora_A[name].forward = functools.partial(dropout.project, layer.lora_A[name])
+        layer.lora_dropout[name] = nn.Identity()
+        layer.lora_A[name] = DroppedLinear(layer.lora_A[name], masks, site)
     return masks
 
 

@@ -12,7 +12,7 @@ from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.errors import ConfigError
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.compiled_layers import compile_layers
-from collm_dist.llm.dropout import DropoutMasks, KeyedDropout, _mix
+from collm_dist.llm.dropout import DroppedLinear, DropoutMasks, _mix
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.shared_context import enable_activation_checkpointing
 from tests.parity.test_shared_context import STAGE1, collect_gradients, make_block, make_collator
@@ -102,16 +102,16 @@ def test_the_share_is_dropped_and_the_rest_makes_up_for_it(tmp_path):
     batch = collator.collate(block, block)
     masks = DropoutMasks(0.3, 2)
     masks.draw(batch, 1)
-    ones, project = torch.ones(1, batch.num_tokens, 576), KeyedDropout(masks, 1).project
-    same = nn.Linear(576, 576, bias=False)
+    ones, same = torch.ones(1, batch.num_tokens, 576), nn.Linear(576, 576, bias=False)
     nn.init.eye_(same.weight)
-    dropped = project(same, ones)
+    product = DroppedLinear(same, masks, 1)
+    dropped = product(ones)
     share = (dropped == 0)[0].float()
     assert share.mean().item() == pytest.approx(0.3, abs=0.004)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (share.mean(0) - 0.3).abs().max() < 0.08  # standard error of a column: 0.019
     with pytest.raises(ConfigError, match="sees tokens as"):
-        project(same, ones[0])
+        product(ones[0])
 
 
 def test_gradients_are_those_of_plain_autograd_and_the_values_alone_are_kept(tmp_path):
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_plain_autograd_and_the_values_alone_are_kept(tmp
     weights = torch.randn(1, tokens, 4, dtype=torch.float64)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
-        ours = KeyedDropout(masks, 0).project(product, values)
+        ours = DroppedLinear(product, masks, 0)(values)
     assert kept == [values.shape, product.weight.shape, (1, tokens)]
     plain = product(masks.drop(values, masks.starts[0]))
     assert (ours - plain).norm() < 1e-14 * plain.norm()
