@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from collm_dist.assets import BackboneSource, resolve_backbone
 from collm_dist.errors import ConfigError, DataError
+from collm_dist.llm.packed_attention import FLEX
 
 Quantization = Literal["none", "8bit", "4bit"]
 
@@ -57,7 +58,7 @@ def load_backbone(
     Args:
         name, revision: see ``assets.resolve_backbone``.
         dtype: float32, bfloat16, or auto (bfloat16 on a GPU, float32 without).
-        attention: transformers' attention implementation.
+        attention: see ``llm.attention``.
         quantization: of the weights of linear layers other than the head, made while loading; arithmetic stays in
             ``dtype``.
         trust_remote_code: run code that comes with a hub model.
@@ -78,7 +79,7 @@ def load_backbone(
         model = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=number_type,
-            attn_implementation=attention,
+            attn_implementation=FLEX if attention == "flex" else attention,
             **options,
             **_build_quantization(quantization, number_type),
         )
