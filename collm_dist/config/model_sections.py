@@ -209,11 +209,7 @@ class LlmConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU."
     )
-    attention: Literal["sdpa", "flex", "eager"] = Field(
-        "sdpa",
-        description="How attention is computed: sdpa = PyTorch's fused kernels; flex = FlexAttention's, compiled in the "
-        "first step, for GPUs; eager = step by step.",
-    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention kernel of transformers.")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
         description="Hold the frozen weights in fewer bits (needs bitsandbytes): a 7B backbone in 4 GB instead of 14. "

@@ -15,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from collm_dist.assets import BackboneSource, resolve_backbone
 from collm_dist.errors import ConfigError, DataError
-from collm_dist.llm.packed_attention import FLEX
 
 Quantization = Literal["none", "8bit", "4bit"]
 
@@ -58,7 +57,7 @@ def load_backbone(
     Args:
         name, revision: see ``assets.resolve_backbone``.
         dtype: float32, bfloat16, or auto (bfloat16 on a GPU, float32 without).
-        attention: see ``llm.attention``.
+        attention: transformers' attention implementation.
         quantization: of the weights of linear layers other than the head, made while loading; arithmetic stays in
             ``dtype``.
         trust_remote_code: run code that comes with a hub model.
@@ -79,7 +78,7 @@ def load_backbone(
         model = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=number_type,
-            attn_implementation=FLEX if attention == "flex" else attention,
+            attn_implementation=attention,
             **options,
             **_build_quantization(quantization, number_type),
         )

@@ -25,19 +25,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from collm_dist.errors import ConfigError
-from collm_dist.llm.flex_masks import FlexMasks, attend_by_flex
 from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
 from collm_dist.llm.packing import lay_out, pack, spread
 from collm_dist.llm.row_blocks import Block
 
 NAME = "collm_packed"
-FLEX = "flex_attention"  # transformers' name of it
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-# Rows in blocks, and how many packed tokens are in each.
-RowBlocks = tuple[list[Block], list[int]]
 
 
 @dataclass
@@ -54,7 +48,6 @@ class LayerLayout:
         record: whether keys and values are asked for.
         found: the past's and the rows' own after it.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
-        flex: who sees whom, where packed tokens are compared as they lie; there are no blocks then.
     """
 
     blocks: list[Block]
@@ -65,7 +58,6 @@ class LayerLayout:
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
     plain: bool = False
-    flex: FlexMasks | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ def prepare_decoder(decoder: nn.Module) -> None:
             "are plain attention reached through transformers' attention interface (Llama, Qwen, Mistral, Gemma, "
             "GPT-NeoX and most others)"
         )
-    decoder.__dict__["_runs_packed"] = config._attn_implementation
+    is_plain = config._attn_implementation == "eager"
     config._attn_implementation = NAME
     layers: Any = find_layers(decoder)
     for index, layer in enumerate(layers):
@@ -112,11 +104,7 @@ def prepare_decoder(decoder: nn.Module) -> None:
     network = getattr(layers[-1], "mlp", None)
     if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
         network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
-
-
-def get_attention(decoder: nn.Module) -> str:
-    """Return the way in which a prepared decoder computes attention: transformers' name of it."""
-    return decoder.__dict__["_runs_packed"]  # type: ignore[no-any-return]
+    decoder.__dict__["_runs_packed"] = is_plain
 
 
 def restore_modules(decoder: nn.Module) -> None:
@@ -149,7 +137,8 @@ def run_packed(
     decoder: nn.Module,
     embeds: Tensor,
     positions: Tensor,
-    layout: RowBlocks | FlexMasks,
+    blocks: list[Block],
+    sizes: list[int],
     *,
     header: Tensor | None = None,
     header_mask: Tensor | None = None,
@@ -162,7 +151,7 @@ def run_packed(
     Args:
         decoder: the model below the language-modelling head.
         embeds, positions: (M - U, D) input embeddings and (M - U,) position ids.
-        layout: who sees whom.
+        blocks, sizes: the rows, and how many of the tokens are in each block.
         header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
         header_mask, past: see ``LayerLayout``; the past by layer, none without any.
         needed: (N,) which of the tokens' hidden states are asked for; None = all. The last layer's network is run on
@@ -174,14 +163,13 @@ def run_packed(
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
-    (blocks, sizes), flex = (([], []), layout) if isinstance(layout, FlexMasks) else (layout, None)
     divided = [length, *sizes] if length else sizes
     # Compiled code would be made anew for other numbers.
-    is_whole = len(divided) <= 1 or "_is_compiled" in decoder.__dict__
-    is_plain = get_attention(decoder) == "eager"
+    is_whole = len(divided) == 1 or "_is_compiled" in decoder.__dict__
+    is_plain = decoder.__dict__["_runs_packed"]
     of_layers: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(find_layers(decoder))
     layouts = [
-        LayerLayout(blocks, None if is_whole else divided, length, header_mask, one, record, plain=is_plain, flex=flex)
+        LayerLayout(blocks, None if is_whole else divided, length, header_mask, one, record, plain=is_plain)
         for one in of_layers
     ]
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
@@ -240,8 +228,6 @@ def _attend(
     if others.get("s_aux") is not None:
         raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
     in_window = sliding_window is not None
-    if layout.flex is not None:
-        return _attend_as_they_lie(query, key, value, layout, options, in_window=in_window), None
     compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
     compute = functools.partial(compute, options=options)
     ahead: Sequence[Tensor] | None = layout.past
@@ -258,23 +244,6 @@ def _attend(
         mask = block.masks.window if in_window and block.masks.window is not None else block.masks.plain
         attended.append(_attend_in_block(block, piece, ahead, mask, compute))
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1), None
-
-
-def _attend_as_they_lie(
-    query: Tensor, key: Tensor, value: Tensor, layout: LayerLayout, options: _Options, *, in_window: bool
-) -> Tensor:
-    """(1, H, M, W), (1, G, M, W) twice -> (1, M, H, W)."""
-    if options.softcap is not None or options.dropout:
-        raise ConfigError(
-            "llm.attention=flex: this backbone caps its scores or drops attention, which is not supported; use sdpa"
-        )
-    assert layout.flex is not None
-    if layout.past is not None:
-        key, value = _join(layout.past[0], key), _join(layout.past[1], value)
-    if layout.record:
-        layout.found = key, value
-    mask = layout.flex.window if in_window and layout.flex.window is not None else layout.flex.plain
-    return attend_by_flex(query, key, value, mask, options.scaling).transpose(1, 2)
 
 
 def _divide(layout: LayerLayout, tensors: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, ...]]:

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from collm_dist.llm.flex_masks import Ahead, FlexMasks, build_flex_masks
-from collm_dist.llm.packed_attention import FLEX, RowBlocks, find_layers, get_attention, prepare_decoder, run_packed
+from collm_dist.llm.packed_attention import find_layers, prepare_decoder, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Block, Masks, RowSpan, split_rows
 from collm_dist.prompt_batch import TAIL, Mirrored
 
@@ -103,7 +102,7 @@ def _find_groups(decoder: Any, device: torch.device) -> int:
     """Return how many query heads lay their queries end to end; where kernels do it by themselves, one."""
     config = decoder.config
     softcap = getattr(config, "attn_logit_softcapping", None)
-    if device.type == "cpu" or get_attention(decoder) == "eager" or softcap is not None:
+    if device.type == "cpu" or decoder.__dict__["_runs_packed"] or softcap is not None:
         return 1
     heads: int = config.num_attention_heads
     return heads // (getattr(config, "num_key_value_heads", None) or heads)
@@ -164,37 +163,25 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
         lengths: (S,) tokens of each.
         header: what all of them begin with, computed before as a prefix alone.
     """
-    prepare_decoder(decoder)
     start = 0 if header is None else int(header.lengths.numbers[0])
     rows = lengths.list_rows()
     positions = start + torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
-    layout: RowBlocks | FlexMasks
-    if get_attention(decoder) == FLEX:
-        ahead = Ahead(start, Mirrored.of([], rows.device))
-        layout = build_flex_masks(decoder.config, lengths, torch.full_like(rows, TAIL), positions, ahead)
-    else:
-        layout = _lay_out_prefixes(decoder, lengths, start, embeds.dtype)
-    # No hidden state is asked for; but quantized layers do not take nothing.
-    one, past = rows.new_zeros(1), () if header is None else header.layers
-    _, layers = run_packed(decoder, embeds, positions, layout, past=past, needed=one, record=True)
-    return Prefix(layers, lengths, start)
-
-
-def _lay_out_prefixes(decoder: nn.Module, lengths: Mirrored, start: int, dtype: torch.dtype) -> RowBlocks:
-    """Return the blocks in which prefixes behind a header of ``start`` tokens are compared."""
-    device = lengths.tensor.device
     windowed = getattr(decoder.config, "sliding_window", None) is not None
-    cost = _find_block_cost(decoder, device)
+    cost = _find_block_cost(decoder, rows.device)
     blocks, spans = [], split_rows(lengths.numbers, np.zeros_like(lengths.numbers), start, cost)
     for span, is_token, places, sources in _lay_out(lengths, spans, cost):
         masks = Masks(None)
         if windowed:
-            keys = torch.arange(start + span.columns, device=device)[None]
+            keys = torch.arange(start + span.columns, device=rows.device)[None]
             queries = keys[:, start:]
-            masks = build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, dtype)
+            masks = build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, embeds.dtype)
         # Without a window a causal kernel needs no mask: tokens stand before the padding of their row.
         blocks.append(Block(is_token, places, sources, masks))
-    return blocks, [span.tokens.stop - span.tokens.start for span in spans]
+    sizes = [span.tokens.stop - span.tokens.start for span in spans]
+    # No hidden state is asked for; but quantized layers do not take nothing.
+    one, past = rows.new_zeros(1), () if header is None else header.layers
+    _, layers = run_packed(decoder, embeds, positions, blocks, sizes, past=past, needed=one, record=True)
+    return Prefix(layers, lengths, start)
 
 
 def run_tree(
@@ -221,20 +208,21 @@ def run_tree(
     Returns:
         (M, D), right where needed.
     """
-    prepare_decoder(decoder)
     start = 0 if header is None else len(header)
-    past = () if prefix is None else prefix.layers
-    if get_attention(decoder) == FLEX:
-        ahead = Ahead(start, Mirrored.of([], embeds.device), asks=True)
-        if prefix is not None:
-            ahead = Ahead(prefix.header, prefix.lengths, prefix.rows)
-        masks = build_flex_masks(decoder.config, lengths, targets, positions, ahead)
-        return run_packed(decoder, embeds, positions, masks, header=header, past=past, needed=needed)[0]
-    cost, groups = _find_block_cost(decoder, embeds.device), _find_groups(decoder, embeds.device)
-    blocks = lay_out_tree(decoder.config, targets, positions, lengths, cost, embeds.dtype, prefix, start, groups)
-    mask = _build_header_mask(start, decoder.config, embeds)
+    cost = _find_block_cost(decoder, embeds.device)
+    prepare_decoder(decoder)
+    groups, config, dtype = _find_groups(decoder, embeds.device), decoder.config, embeds.dtype
+    blocks, sizes = lay_out_tree(config, targets, positions, lengths, cost, dtype, prefix, start, groups)
     return run_packed(
-        decoder, embeds, positions, blocks, header=header, header_mask=mask, past=past, needed=needed
+        decoder,
+        embeds,
+        positions,
+        blocks,
+        sizes,
+        header=header,
+        header_mask=_build_header_mask(start, decoder.config, embeds),
+        past=() if prefix is None else prefix.layers,
+        needed=needed,
     )[0]
 
 
@@ -248,7 +236,7 @@ def lay_out_tree(
     prefix: Prefix | None = None,
     header: int = 0,
     groups: int = 1,
-) -> RowBlocks:
+) -> tuple[list[Block], list[int]]:
     """Return the blocks in which attention compares tree rows, and how many tokens are in each.
 
     Args:

@@ -111,7 +111,7 @@ def measure_layers(
     Args:
         config: the backbone's.
         dtype: of weights and activations.
-        attention: see ``llm.attention``.
+        attention: transformers' attention implementation.
         lora: of stage 1; None = gradients flow through the input embeddings alone, as in stage 2.
         on_gpu: count what a GPU's norms keep, instead of a CPU's.
     """
@@ -144,9 +144,7 @@ def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) 
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     with torch.random.fork_rng(devices=[]):
-        # Flex keeps what fused kernels keep; a CPU, where this runs, has no backward pass for it.
-        kernels = "sdpa" if attention == "flex" else attention
-        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=kernels)
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=attention)
     return model.requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, scaled_dot_product_attention
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from collm_dist.data.collate import PromptCollator
 from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
@@ -16,7 +16,7 @@ from collm_dist.data.item_tokens import load_item_tokens
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
-from collm_dist.llm import flex_masks, packed_attention, row_blocks, shared_context
+from collm_dist.llm import row_blocks, shared_context
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.mapping import SlotMapper
@@ -35,32 +35,13 @@ TEXTS = ["Heat", 'A "quoted" one', "<UserID>", "<unk> </s>", "é漢字 \u202e", 
 SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
 
 
-@pytest.fixture(autouse=True, params=[0, 1 << 30, "flex"], ids=["blocks", "one-block", "flex"])
+@pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["blocks", "one-block"])
 def divided(request, monkeypatch):
-    """Let attention lay out rows in blocks without any padding; or all together, and heads that share keys, too; or not
-    at all, by the masks and tiles made for FlexAttention, which has no backward pass on a CPU.
-    """
-    if request.param == "flex":
-        monkeypatch.setattr(shared_context, "get_attention", lambda decoder: packed_attention.FLEX)
-        monkeypatch.setattr(flex_masks, "TILE", 16)
-        monkeypatch.setattr(packed_attention, "attend_by_flex", attend_by_dense_mask)
-        return
+    """Let attention lay out rows in blocks without any padding; or all together, and heads that share keys, too."""
     monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.param)
     if request.param:
         on_gpu = functools.partial(shared_context._find_groups, device=torch.device("cuda"))
         monkeypatch.setattr(shared_context, "_find_groups", lambda decoder, _: on_gpu(decoder))
-
-
-def attend_by_dense_mask(query, key, value, mask, scale):
-    """What FlexAttention computes, written out: a pair counts if its tiles are listed and the rule holds."""
-    queries, keys = torch.arange(query.shape[2]), torch.arange(key.shape[2])
-    rule = mask.mask_mod(torch.tensor(0), torch.tensor(0), queries[:, None], keys[None])
-    tiles = mask.to_dense()[0, 0].bool().repeat_interleave(16, 0).repeat_interleave(16, 1)
-    groups = query.shape[1] // key.shape[1]
-    return scaled_dot_product_attention(
-        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1),
-        attn_mask=rule & tiles[: len(queries), : len(keys)], scale=scale,
-    )  # fmt: skip
 
 
 def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
