@@ -1,8 +1,8 @@
 """``torch.compile`` of the decoder's layers, for the shared-context forward pass.
 
-One layer is compiled, not the whole decoder: all layers run the same code, so a single graph serves them, and compiling
-takes as long for 80 layers as for two. What would tell the layers apart is kept out of the graph: a layer is handed its
-own part of the layout (``packed_attention``) instead of everybody's.
+One layer is compiled, not the whole decoder: all layers run the same code, so the same graphs serve them, and compiling
+takes as long for 80 layers as for two. Attention is left as it is: it comes in any number of blocks, and is made of
+PyTorch's kernels anyway. So a layer has three graphs, of what is before attention, behind it, and of its network.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 
 from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_modules
 
-# Graphs of one layer class: with and without gradients, with and without a prefix, and of one row, which torch never
-# treats like several. What comes beyond the limit runs uncompiled.
+# Graphs of one piece of code: with and without gradients, of a first layer, of one token, which torch never treats like
+# several. What comes beyond the limit runs uncompiled.
 MAX_GRAPHS = 24
 
 
@@ -32,7 +32,6 @@ def compile_layers(decoder: nn.Module, backend: str = "inductor") -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     prepare_decoder(decoder)
-    decoder.__dict__["_is_compiled"] = True
     layers: Any = find_layers(decoder)
     # A last network that leaves some tokens out would need graphs of its own; a compiler finds by itself what is cheap
     # to compute again.

@@ -40,8 +40,7 @@ class LayerLayout:
 
     Attributes:
         blocks: of neighbouring rows, in the order of their tokens.
-        sizes: tokens of the header, if there is one, and of each block; None where one block is all there is, and in
-            compiled layers, which have one.
+        sizes: tokens of the header, if there is one, and of each block; None where one block is all there is.
         header: U.
         header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
         past: keys and values, (1, G, tokens, W) each, that blocks choose from. A past and a header exclude each other.
@@ -164,12 +163,10 @@ def run_packed(
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
     divided = [length, *sizes] if length else sizes
-    # Compiled code would be made anew for other numbers.
-    is_whole = len(divided) == 1 or "_is_compiled" in decoder.__dict__
     is_plain = decoder.__dict__["_runs_packed"]
     of_layers: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(find_layers(decoder))
     layouts = [
-        LayerLayout(blocks, None if is_whole else divided, length, header_mask, one, record, plain=is_plain)
+        LayerLayout(blocks, divided if len(divided) > 1 else None, length, header_mask, one, record, plain=is_plain)
         for one in of_layers
     ]
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
@@ -231,7 +228,10 @@ def _attend(
     compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
     compute = functools.partial(compute, options=options)
     ahead: Sequence[Tensor] | None = layout.past
-    attended, pieces = [], _divide(layout, (query, key, value))
+    attended: list[Tensor] = []
+    pieces: list[tuple[Tensor, ...]] = [(query, key, value)]
+    if layout.sizes is not None:
+        pieces = list(zip(*(torch.split(one, layout.sizes, dim=2) for one in pieces[0]), strict=True))
     if layout.record:
         before = ahead or (key[:, :, :0], value[:, :, :0])
         layout.found = _join(before[0], key), _join(before[1], value)
@@ -244,15 +244,6 @@ def _attend(
         mask = block.masks.window if in_window and block.masks.window is not None else block.masks.plain
         attended.append(_attend_in_block(block, piece, ahead, mask, compute))
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1), None
-
-
-def _divide(layout: LayerLayout, tensors: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
-    """Return the header's part, if there is one, and each block's."""
-    if layout.sizes is not None:
-        return list(zip(*(torch.split(one, layout.sizes, dim=2) for one in tensors), strict=True))
-    if length := layout.header:
-        return [tuple(one[:, :, :length] for one in tensors), tuple(one[:, :, length:] for one in tensors)]
-    return [tensors]
 
 
 def _attend_in_block(
@@ -352,5 +343,7 @@ def _attend_plainly(
     )
 
 
-AttentionInterface.register(NAME, _attend)
+# Compiled code would be made anew for each number of blocks; so a compiled layer ends before attention and begins again
+# behind it.
+AttentionInterface.register(NAME, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(NAME, sdpa_mask)

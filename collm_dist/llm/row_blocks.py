@@ -19,7 +19,7 @@ from torch import Tensor
 # (benchmarks/attention_kernels.py). On a CPU attention is 2.0 to 2.4 times as fast as in one block, no slower with a
 # quarter of it or four times as much. An H100 compares so fast, and starts kernels so slowly, that rows of a small
 # micro-batch are best left together: of 24, one block is 1.1 times as fast as with 576 << 19, twice with 576 << 17.
-BLOCK_COST = {"cpu": 576 << 13, "cuda": 576 << 22}
+BLOCK_COST = {"cpu": 576 << 13, "cuda": 576 << 20}
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class RowSpan:
     past: int
 
 
-def split_rows(lengths: NDArray[np.int64], pasts: NDArray[np.int64], header: int, cost: int | None) -> list[RowSpan]:
+def split_rows(lengths: NDArray[np.int64], pasts: NDArray[np.int64], header: int, cost: int) -> list[RowSpan]:
     """Divide rows in their order; the closer that neighbours are in length, the fewer spans.
 
     Args:
         lengths: (C,) tokens of each row.
         pasts: (C,) tokens that each sees before its own, besides the header.
         header: tokens that all of them see.
-        cost: of a span, in comparisons; None = all rows are one.
+        cost: of a span, in comparisons.
     """
     ends = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     spans, start = [], 0
@@ -88,7 +88,7 @@ def split_rows(lengths: NDArray[np.int64], pasts: NDArray[np.int64], header: int
         own = length * (header + before + length)
         wider, longer = max(columns, length), max(past, before)
         compared = (row + 1 - start) * wider * (header + longer + wider)
-        if cost is not None and row > start and compared - needed - own > cost:
+        if row > start and compared - needed - own > cost:
             spans.append(RowSpan(slice(start, row), slice(ends[start], ends[row]), columns, past))
             start, needed, wider, longer = row, 0, length, before
         columns, past, needed = wider, longer, needed + own

@@ -110,10 +110,9 @@ def _find_groups(decoder: Any, device: torch.device) -> int:
 
 def _finish(visible: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
     visible = visible.repeat(1, groups, 1)
-    # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that. There is
-    # always room behind them, since compiled layers would be compiled once more for masks without.
+    # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that.
     rows, queries, keys = visible.shape
-    room = torch.zeros(rows, queries, (keys // 8 + 1) * 8, dtype=dtype, device=visible.device)
+    room = torch.zeros(rows, queries, -(-keys // 8) * 8, dtype=dtype, device=visible.device)
     return room[..., :keys].masked_fill_(~visible, -torch.inf)[:, None]
 
 
@@ -127,26 +126,22 @@ def _build_header_mask(length: int, config: Any, like: Tensor) -> Tensor | None:
     return _finish(((distance >= 0) & (distance < window))[None], like.dtype)
 
 
-def _find_block_cost(decoder: nn.Module, device: torch.device) -> int | None:
-    """Return what a block costs; compiled layers get a single one, since each number of them would be compiled anew."""
-    if "_is_compiled" in decoder.__dict__:
-        return None
+def _find_block_cost(decoder: nn.Module, device: torch.device) -> int:
+    """Return what a block costs, in comparisons."""
     config: Any = decoder.config
     heads: int = config.num_attention_heads
     width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return BLOCK_COST.get(device.type, BLOCK_COST["cuda"]) // width
 
 
-def _lay_out(
-    lengths: Mirrored, spans: list[RowSpan], cost: int | None
-) -> Iterator[tuple[RowSpan, Tensor, Tensor | None, Tensor | None]]:
+def _lay_out(lengths: Mirrored, spans: list[RowSpan]) -> Iterator[tuple[RowSpan, Tensor, Tensor | None, Tensor | None]]:
     """Yield each span with its (R, T) bool ``is_token``, ``places`` and ``sources``; see ``Block``."""
     rows = lengths.list_rows()
     columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
     for span in spans:
         is_token = torch.arange(span.columns, device=rows.device) < lengths.tensor[span.rows, None]
         places = (rows[span.tokens] - span.rows.start) * span.columns + columns[span.tokens]
-        if is_token.numel() == len(places) and cost is not None:
+        if is_token.numel() == len(places):
             yield span, is_token, None, None
             continue
         sources = torch.zeros(is_token.numel(), dtype=torch.int64, device=rows.device)
@@ -169,7 +164,7 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
     windowed = getattr(decoder.config, "sliding_window", None) is not None
     cost = _find_block_cost(decoder, rows.device)
     blocks, spans = [], split_rows(lengths.numbers, np.zeros_like(lengths.numbers), start, cost)
-    for span, is_token, places, sources in _lay_out(lengths, spans, cost):
+    for span, is_token, places, sources in _lay_out(lengths, spans):
         masks = Masks(None)
         if windowed:
             keys = torch.arange(start + span.columns, device=rows.device)[None]
@@ -231,7 +226,7 @@ def lay_out_tree(
     targets: Tensor,
     positions: Tensor,
     lengths: Mirrored,
-    cost: int | None,
+    cost: int,
     dtype: torch.dtype,
     prefix: Prefix | None = None,
     header: int = 0,
@@ -242,7 +237,7 @@ def lay_out_tree(
     Args:
         config: the decoder's configuration.
         targets, positions, lengths, prefix: see ``run_tree``.
-        cost: of a block, see ``row_blocks``; None = all rows are one, and laid out as if there were padding.
+        cost: of a block, see ``split_rows``.
         dtype: of the masks.
         header: U, tokens that all rows begin with, where they are no prefix's.
         groups: of query heads, see ``Masks``.
@@ -252,7 +247,7 @@ def lay_out_tree(
         ahead, pasts = prefix.header, prefix.list_lengths()
     device = targets.device
     blocks, spans = [], split_rows(lengths.numbers, pasts, ahead, cost)
-    for span, is_token, places, sources in _lay_out(lengths, spans, cost):
+    for span, is_token, places, sources in _lay_out(lengths, spans):
         rows_targets = torch.full(is_token.shape, PADDING, device=device)
         rows_targets = rows_targets.masked_scatter(is_token, targets[span.tokens])
         rows_positions = torch.zeros_like(rows_targets).masked_scatter(is_token, positions[span.tokens])

