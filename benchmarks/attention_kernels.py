@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.machine import describe_hardware, name_device
 from collm_dist.artifacts import write_json
 from collm_dist.llm.packed_attention import NAME, LayerLayout
+from collm_dist.llm.row_layout import SEPARATE, HeadGroups
 from collm_dist.llm.shared_context import Prefix, lay_out_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 
@@ -72,13 +73,14 @@ class Workload:
         self.key, self.value = draw(arguments.key_heads, own), draw(arguments.key_heads, own)
         self.past = draw(arguments.key_heads, before).detach(), draw(arguments.key_heads, before).detach()
 
-    def build_layout(self, cost: int | None) -> LayerLayout:
-        """Return our layout for a cost of a block; None = one block."""
-        groups = self.query.shape[1] // self.key.shape[1] if self.query.is_cuda else 1
-        blocks, sizes = lay_out_tree(
-            None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix, groups=groups
+    def build_layout(self, cost: int) -> LayerLayout:
+        """Return our layout for a cost of a block."""
+        heads = self.query.shape[1]
+        groups = HeadGroups(heads, heads // self.key.shape[1]) if self.query.is_cuda else SEPARATE
+        rows = lay_out_tree(
+            None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix, heads=groups
         )
-        return LayerLayout(blocks, sizes if len(sizes) > 1 else None, 0, None, self.past)
+        return LayerLayout(rows, 0, None, self.past)
 
     def attend_in_blocks(self, layout: LayerLayout) -> Tensor:
         """Return (1, M, heads, width)."""
@@ -125,9 +127,9 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     work = Workload(arguments, device)
     sides: dict[str, Callable[[], Tensor]] = {}
     blocks: dict[str, int] = {}
-    for name, cost in [("one_block", None), *((f"blocks_{cost}", cost) for cost in COSTS)]:
+    for name, cost in [("one_block", 1 << 62), *((f"blocks_{cost}", cost) for cost in COSTS)]:
         layout = work.build_layout(cost)
-        blocks[name] = len(layout.blocks)
+        blocks[name] = len(layout.rows.blocks)
         sides[name] = lambda layout=layout: work.attend_in_blocks(layout)  # type: ignore[misc]
     record: dict[str, Any] = {"blocks": blocks}
     if device.type == "cuda" or arguments.eager_flex:

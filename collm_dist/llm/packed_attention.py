@@ -5,7 +5,7 @@ on one long row without padding; its attention, reached through transformers' at
 similar length in blocks, compares them there, and packs what it finds again. Tokens that all rows begin with, the
 header, are computed once, ahead of the others. Exact: no token's numbers change.
 
-Shapes: M packed tokens, U of them in the header; a block has R rows, T columns, m tokens, P past tokens, K = P + U + T
+Shapes: M packed tokens, U of them in the header; a block has R rows, T columns, m tokens, P past tokens, K
 keys; H query heads, G key/value heads, W width of a head, D of the decoder.
 """
 
@@ -27,8 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from collm_dist.errors import ConfigError
 from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
-from collm_dist.llm.packing import lay_out, pack, spread
-from collm_dist.llm.row_blocks import Block
+from collm_dist.llm.packing import collect, lay_out, lay_out_behind, spread
+from collm_dist.llm.row_layout import RowLayout
 
 NAME = "collm_packed"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -39,18 +39,16 @@ class LayerLayout:
     """How a layer's packed tokens stand in rows, and what they may see.
 
     Attributes:
-        blocks: of neighbouring rows, in the order of their tokens.
-        sizes: tokens of the header, if there is one, and of each block; None where one block is all there is.
+        rows: where they stand.
         header: U.
         header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
-        past: keys and values, (1, G, tokens, W) each, that blocks choose from. A past and a header exclude each other.
+        past: keys and values, (1, G, A, W) each, that rows see. A past and a header exclude each other.
         record: whether keys and values are asked for.
         found: the past's and the rows' own after it.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
     """
 
-    blocks: list[Block]
-    sizes: list[int] | None
+    rows: RowLayout
     header: int
     header_mask: Tensor | None
     past: tuple[Tensor, Tensor] | None = None
@@ -136,8 +134,7 @@ def run_packed(
     decoder: nn.Module,
     embeds: Tensor,
     positions: Tensor,
-    blocks: list[Block],
-    sizes: list[int],
+    rows: RowLayout,
     *,
     header: Tensor | None = None,
     header_mask: Tensor | None = None,
@@ -150,7 +147,7 @@ def run_packed(
     Args:
         decoder: the model below the language-modelling head.
         embeds, positions: (M - U, D) input embeddings and (M - U,) position ids.
-        blocks, sizes: the rows, and how many of the tokens are in each block.
+        rows: where the tokens stand.
         header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
         header_mask, past: see ``LayerLayout``; the past by layer, none without any.
         needed: (N,) which of the tokens' hidden states are asked for; None = all. The last layer's network is run on
@@ -162,13 +159,9 @@ def run_packed(
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
-    divided = [length, *sizes] if length else sizes
     is_plain = decoder.__dict__["_runs_packed"]
     of_layers: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(find_layers(decoder))
-    layouts = [
-        LayerLayout(blocks, divided if len(divided) > 1 else None, length, header_mask, one, record, plain=is_plain)
-        for one in of_layers
-    ]
+    layouts = [LayerLayout(rows, length, header_mask, one, record, plain=is_plain) for one in of_layers]
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
     whole = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
     positions = torch.cat([torch.arange(length, device=positions.device), positions])
@@ -201,7 +194,7 @@ def _run_on_needed(layer: Any, forward: Any, hidden: Tensor) -> Tensor:
     needed = layer.__dict__.get("_needed")
     if needed is None:
         return forward(hidden)  # type: ignore[no-any-return]
-    return spread(forward(pack(hidden, needed)), needed, hidden.shape[1])
+    return spread(forward(collect(hidden.squeeze(0), needed)[None]).squeeze(0), needed, hidden.shape[1])[None]
 
 
 def _attend(
@@ -224,68 +217,87 @@ def _attend(
         return _attend_plainly(module, query, key, value, attention_mask, options, others)
     if others.get("s_aux") is not None:
         raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
-    in_window = sliding_window is not None
     compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
     compute = functools.partial(compute, options=options)
-    ahead: Sequence[Tensor] | None = layout.past
+    # Token by token, as projections leave them: (M, heads, W) each.
+    queries, *wholes = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
+    shape, rows, in_window = queries.shape, layout.rows, sliding_window is not None
     attended: list[Tensor] = []
-    pieces: list[tuple[Tensor, ...]] = [(query, key, value)]
-    if layout.sizes is not None:
-        pieces = list(zip(*(torch.split(one, layout.sizes, dim=2) for one in pieces[0]), strict=True))
-    if layout.record:
-        before = ahead or (key[:, :, :0], value[:, :, :0])
-        layout.found = _join(before[0], key), _join(before[1], value)
     if layout.header:
+        sizes = [layout.header, len(queries) - layout.header]
+        (first, queries), *pairs = (torch.split(one, sizes) for one in (queries, *wholes))
         # Copies: kept for the backward pass, a part would keep the whole.
-        first_query, *ahead = (one.contiguous() for one in pieces.pop(0))
+        alone = (one.transpose(0, 1)[None].contiguous() for one in (first, pairs[0][0], pairs[1][0]))
         mask = layout.header_mask if in_window else None
-        attended.append(compute(first_query, ahead[0], ahead[1], mask).transpose(1, 2))
-    for block, piece in zip(layout.blocks, pieces, strict=True):
+        attended.append(compute(*alone, mask).transpose(1, 2).reshape(-1, *rows.get_unit(shape)))
+        laid = [
+            lay_out_behind(ahead, own, whole.detach(), rows.keys, rows.key_places, rows.header_places)
+            for (ahead, own), whole in zip(pairs, wholes, strict=True)
+        ]
+    elif layout.past is not None:
+        pairs = [(past.transpose(1, 2).squeeze(0), own) for past, own in zip(layout.past, wholes, strict=True)]
+        wholes = [torch.cat([past, own.detach()]) for past, own in pairs]
+        laid = [
+            lay_out_behind(past, own, whole, rows.keys, rows.key_places)
+            for (past, own), whole in zip(pairs, wholes, strict=True)
+        ]
+    else:
+        laid = [lay_out(own, rows.keys, rows.key_places) for own in wholes]
+    if layout.record:
+        layout.found = wholes[0].transpose(0, 1)[None], wholes[1].transpose(0, 1)[None]
+    queries = lay_out(queries.reshape(-1, *rows.get_unit(shape)), rows.queries, rows.query_places)
+    attended += _attend_in_blocks(rows, queries, laid[0], laid[1], shape, compute, in_window=in_window)
+    found = collect(attended[0] if len(attended) == 1 else torch.cat(attended), rows.found)
+    return found.view(1, *shape), None
+
+
+def _attend_in_blocks(
+    rows: RowLayout,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shape: torch.Size,
+    compute: Any,
+    *,
+    in_window: bool,
+) -> Iterator[Tensor]:
+    """Yield what each block's queries find.
+
+    Args:
+        rows: the blocks.
+        queries, keys, values: at their places.
+        shape: (M, H, W) of the layer's queries.
+        compute: compares a block.
+        in_window: whether the layer looks back no further than a window.
+    """
+    _, heads, width = shape
+    units = heads if rows.groups > 1 else 1
+    of_queries = torch.split(queries, [units * block.rows * block.columns for block in rows.blocks])
+    of_keys, of_values = (
+        torch.split(one, [block.rows * block.keys for block in rows.blocks]) for one in (keys, values)
+    )
+    for block, query, key, value in zip(rows.blocks, of_queries, of_keys, of_values, strict=True):
+        key, value = (one.view(block.rows, block.keys, -1, width).transpose(1, 2) for one in (key, value))
+        if rows.groups > 1:
+            query = query.view(block.rows, heads // rows.groups, -1, width)
+        else:
+            query = query.view(block.rows, block.columns, heads, width).transpose(1, 2)
         mask = block.masks.window if in_window and block.masks.window is not None else block.masks.plain
-        attended.append(_attend_in_block(block, piece, ahead, mask, compute))
-    return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1), None
-
-
-def _attend_in_block(
-    block: Block, piece: tuple[Tensor, ...], ahead: Sequence[Tensor] | None, mask: Tensor | None, compute: Any
-) -> Tensor:
-    """(1, H, m, W), (1, G, m, W) twice -> (1, m, H, W); ``ahead``: keys and values that rows choose from, or share."""
-    rows, columns = block.is_token.shape
-    query, key, value = (lay_out(one.transpose(1, 2), block).transpose(1, 2) for one in piece)
-    if ahead is not None:
-        key, value = _join(_take(ahead[0], block.past, rows), key), _join(_take(ahead[1], block.past, rows), value)
+        ahead = 0
         if mask is None:
             # A causal kernel wants as many queries as keys.
-            query = pad(query, (0, 0, key.shape[2] - columns, 0))
-    attended = compute(query, key, value, mask)[:, :, query.shape[2] - columns :]
-    return pack(attended.transpose(1, 2), block.places)
-
-
-def _take(tokens: Tensor, chosen: Tensor | None, rows: int) -> Tensor:
-    """(1, G, tokens, W) -> (R, G, P, W); None = all of them for every row."""
-    if chosen is None:
-        return tokens.expand(rows, -1, -1, -1)
-    return tokens[0].index_select(1, chosen.flatten()).view(-1, *chosen.shape, tokens.shape[3]).transpose(0, 1)
-
-
-def _join(first: Tensor, second: Tensor) -> Tensor:
-    return torch.cat([first, second], dim=2)
+            ahead = block.keys - block.columns
+            query = pad(query, (0, 0, ahead, 0))
+        found = compute(query, key, value, mask)[:, :, ahead:]
+        yield found.transpose(1, 2).reshape(-1, *rows.get_unit(shape))
 
 
 def _compare_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
     """By the fastest kernel that PyTorch has; without a mask each query sees the keys up to its own place.
 
-    Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not. Where the mask is
-    repeated (see ``Masks``), the heads that share a key head are taken as one, with all their queries end to end.
+    Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not.
     """
     groups = query.shape[1] // key.shape[1]
-    if mask is not None and mask.shape[2] != query.shape[2]:
-        rows, heads, columns, width = query.shape
-        together = query.reshape(rows, heads // groups, groups * columns, width)
-        found = scaled_dot_product_attention(
-            together, key, value, attn_mask=mask, dropout_p=options.dropout, scale=options.scaling
-        )
-        return found.reshape(rows, heads, columns, width)
     if groups > 1 and mask is not None and query.device.type != "cpu":
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1

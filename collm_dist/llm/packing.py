@@ -1,6 +1,8 @@
-"""From packed tokens, which lie one after the other, to rows of equal length with padding behind them, and back.
+"""From packed tokens, which lie one after the other, to the places of rows (``row_layout``), and back.
 
-Shapes: m packed tokens, R rows, T columns.
+Each way is one gather, whose gradient is another one: no place that counts occurs twice, but for a header's keys.
+
+Shapes: m packed tokens, A tokens ahead of them, N places.
 """
 
 from __future__ import annotations
@@ -9,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from collm_dist.llm.row_blocks import Block
 
 
 class _Spread(torch.autograd.Function):
@@ -27,8 +27,24 @@ class _Spread(torch.autograd.Function):
         return gradients[0].index_select(0, places), None, None
 
 
+class _Collect(torch.autograd.Function):
+    """Places (N, ...) -> the tokens that stand there, (m, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        packed = gradients[0]
+        return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
+
+
 class _LayOut(torch.autograd.Function):
-    """Packed (m, ...) -> rows laid end to end, with any token at padding, whose gradient is not looked at."""
+    """Packed (m, ...) -> (N, ...), with any token at padding, whose gradient is not looked at."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, sources: Tensor, places: Tensor) -> Tensor:
@@ -41,37 +57,56 @@ class _LayOut(torch.autograd.Function):
         return gradients[0].index_select(0, places), None, None
 
 
-class _Pack(torch.autograd.Function):
-    """Rows laid end to end (size, ...) -> packed (1, m, ...), not a view: a compiled layer would ask of what."""
+class _LayOutBehind(torch.autograd.Function):
+    """(A, ...) and (m, ...), and both in one tensor -> (N, ...): some of the A stand in every row."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = rows.shape[0]
-        return rows[None].index_select(1, places)
+    def forward(
+        ctx: Any, ahead: Tensor, packed: Tensor, whole: Tensor, sources: Tensor, places: Tensor, shared: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(places, shared)
+        return whole.index_select(0, sources)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        packed = gradients[0][0]
-        return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+        places, shared = ctx.saved_tensors
+        (rows,), of_shared = gradients, None
+        if shared is not None:
+            of_shared = rows.index_select(0, shared.flatten()).view(*shared.shape, *rows.shape[1:]).sum(0)
+        return of_shared, rows.index_select(0, places), None, None, None, None
 
 
-def pack(rows: Tensor, places: Tensor | None) -> Tensor:
-    """(R, T, ...) -> (1, m, ...)."""
-    if places is None:
-        return rows.flatten(0, 1)[None]
-    return _Pack.apply(rows.flatten(0, 1), places)  # type: ignore[no-untyped-call, no-any-return]
+def collect(rows: Tensor, places: Tensor) -> Tensor:
+    """(N, ...) -> (m, ...), what stands at the (m,) places."""
+    return _Collect.apply(rows, places)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def spread(some: Tensor, places: Tensor, size: int) -> Tensor:
-    """(1, m, ...) -> (1, size, ...), zero but at the places."""
-    return _Spread.apply(some.squeeze(0), places, size)[None]  # type: ignore[no-untyped-call, no-any-return]
+    """(m, ...) -> (size, ...), zero but at the places."""
+    return _Spread.apply(some, places, size)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def lay_out(packed: Tensor, block: Block) -> Tensor:
-    """(1, m, ...) -> (R, T, ...). At padding stands any token: nobody sees it, and what it sees is left out."""
-    rows: Tensor = packed.squeeze(0)
-    if block.places is not None:
-        rows = _LayOut.apply(rows, block.sources, block.places)  # type: ignore[no-untyped-call]
-    return rows.view(*block.is_token.shape, *packed.shape[2:])
+def lay_out(packed: Tensor, sources: Tensor, places: Tensor) -> Tensor:
+    """Return what stands where: (m, ...) -> (N, ...).
+
+    Args:
+        packed: the tokens.
+        sources: (N,) which of them stands at each place; any at padding: nobody sees it, and what it sees is left out.
+        places: (m,) where each of them stands.
+    """
+    return _LayOut.apply(packed, sources, places)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def lay_out_behind(
+    ahead: Tensor, packed: Tensor, whole: Tensor, sources: Tensor, places: Tensor, shared: Tensor | None = None
+) -> Tensor:
+    """Return what stands where, of packed tokens and of others ahead of them: (A, ...), (m, ...) -> (N, ...).
+
+    Args:
+        ahead, packed: the tokens.
+        whole: (A + m, ...) both, without gradients.
+        sources: (N,) which of the A + m stands at each place.
+        places: (m,) where each packed one stands.
+        shared: (C, A) where those ahead stand in each row; None where they need no gradient.
+    """
+    return _LayOutBehind.apply(ahead, packed, whole, sources, places, shared)  # type: ignore[no-untyped-call, no-any-return]

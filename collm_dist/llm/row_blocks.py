@@ -3,8 +3,7 @@
 Attention compares all of a block's queries with all of its keys, so a short row beside a long one costs as much as the
 long one. Small blocks waste fewer comparisons, but each costs a call: rows stay together while what they waste is less.
 
-Shapes: C rows in all; a block has R of them, T columns, m tokens, P past tokens, K = P + T keys, the header's among the
-past's or before them.
+Shapes: C rows in all; a block has R of them, T columns, m tokens, P past tokens, K keys: the header's, P + T of a row.
 """
 
 from __future__ import annotations
@@ -38,21 +37,17 @@ class Masks:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that attention lays out together.
+    """Rows that attention compares together.
 
     Attributes:
-        is_token: (R, T) bool, False at padding.
-        places: (m,) int64, where each of its packed tokens stands in the R * T; None = there is no padding.
-        sources: (R * T,) int64, which of its packed tokens stands where; any of them at padding. None = as above.
+        rows, columns, keys: R, T and K, the header's keys included.
         masks: what is seen.
-        past: (R, P) int64, which of the layer's past tokens its rows see before their own; any where the masks say no.
     """
 
-    is_token: Tensor
-    places: Tensor | None
-    sources: Tensor | None
+    rows: int
+    columns: int
+    keys: int
     masks: Masks
-    past: Tensor | None = None
 
 
 @dataclass(frozen=True)

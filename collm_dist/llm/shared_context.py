@@ -17,7 +17,6 @@ block of R rows has T columns and K keys.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from collm_dist.llm.packed_attention import find_layers, prepare_decoder, run_packed
-from collm_dist.llm.row_blocks import BLOCK_COST, Block, Masks, RowSpan, split_rows
+from collm_dist.llm.row_blocks import BLOCK_COST, Masks, split_rows
+from collm_dist.llm.row_layout import SEPARATE, HeadGroups, Past, RowLayout, lay_out_rows
 from collm_dist.prompt_batch import TAIL, Mirrored
 
 PADDING = -2
@@ -54,15 +54,13 @@ class Prefix:
         """Return the (C,) lengths that the tree rows see, on the host."""
         return self.lengths.numbers if self.rows is None else self.lengths.numbers[self.rows.numbers]
 
-    def choose(self, span: RowSpan) -> tuple[Tensor, Tensor]:
-        """Return which tokens the rows of a span see, and which of these are no padding: (R, U + span.past) each."""
-        lengths, starts = self.lengths.tensor, self.lengths.list_starts()
+    def list_past(self) -> Past:
+        """Return what the tree rows see of it."""
+        lengths, starts = self.lengths, self.header + self.lengths.list_starts()
         if self.rows is not None:
-            lengths, starts = lengths[self.rows.tensor], starts[self.rows.tensor]
-        columns = torch.arange(self.header + span.past, device=lengths.device)
-        visible = columns < self.header + lengths[span.rows, None]
-        chosen = columns + torch.where(columns < self.header, 0, starts[span.rows, None])
-        return chosen * visible, visible
+            lengths = Mirrored(self.list_lengths(), lengths.tensor[self.rows.tensor])
+            starts = starts[self.rows.tensor]
+        return Past(self.header + int(self.lengths.numbers.sum()), lengths, starts)
 
 
 def build_allowed(targets: Tensor) -> Tensor:
@@ -134,20 +132,6 @@ def _find_block_cost(decoder: nn.Module, device: torch.device) -> int:
     return BLOCK_COST.get(device.type, BLOCK_COST["cuda"]) // width
 
 
-def _lay_out(lengths: Mirrored, spans: list[RowSpan]) -> Iterator[tuple[RowSpan, Tensor, Tensor | None, Tensor | None]]:
-    """Yield each span with its (R, T) bool ``is_token``, ``places`` and ``sources``; see ``Block``."""
-    rows = lengths.list_rows()
-    columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
-    for span in spans:
-        is_token = torch.arange(span.columns, device=rows.device) < lengths.tensor[span.rows, None]
-        places = (rows[span.tokens] - span.rows.start) * span.columns + columns[span.tokens]
-        if is_token.numel() == len(places):
-            yield span, is_token, None, None
-            continue
-        sources = torch.zeros(is_token.numel(), dtype=torch.int64, device=rows.device)
-        yield span, is_token, places, sources.index_copy_(0, places, torch.arange(len(places), device=rows.device))
-
-
 @torch.no_grad()
 def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Prefix | None = None) -> Prefix:
     """Run prefixes and return their keys and values.
@@ -161,22 +145,28 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
     start = 0 if header is None else int(header.lengths.numbers[0])
     rows = lengths.list_rows()
     positions = start + torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
-    windowed = getattr(decoder.config, "sliding_window", None) is not None
-    cost = _find_block_cost(decoder, rows.device)
-    blocks, spans = [], split_rows(lengths.numbers, np.zeros_like(lengths.numbers), start, cost)
-    for span, is_token, places, sources in _lay_out(lengths, spans):
-        masks = Masks(None)
-        if windowed:
-            keys = torch.arange(start + span.columns, device=rows.device)[None]
-            queries = keys[:, start:]
-            masks = build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, embeds.dtype)
-        # Without a window a causal kernel needs no mask: tokens stand before the padding of their row.
-        blocks.append(Block(is_token, places, sources, masks))
-    sizes = [span.tokens.stop - span.tokens.start for span in spans]
+    layout = _lay_out_prefixes(decoder, lengths, start, embeds.dtype)
     # No hidden state is asked for; but quantized layers do not take nothing.
     one, past = rows.new_zeros(1), () if header is None else header.layers
-    _, layers = run_packed(decoder, embeds, positions, blocks, sizes, past=past, needed=one, record=True)
+    _, layers = run_packed(decoder, embeds, positions, layout, past=past, needed=one, record=True)
     return Prefix(layers, lengths, start)
+
+
+def _lay_out_prefixes(decoder: nn.Module, lengths: Mirrored, header: int, dtype: torch.dtype) -> RowLayout:
+    """Return the blocks in which prefixes are compared that stand behind a header computed before."""
+    device, none = lengths.tensor.device, np.zeros_like(lengths.numbers)
+    windowed = getattr(decoder.config, "sliding_window", None) is not None
+    masks, spans = [], split_rows(lengths.numbers, none, header, _find_block_cost(decoder, device))
+    for span in spans:
+        if not windowed:
+            # A causal kernel needs no mask: tokens stand before the padding of their row.
+            masks.append(Masks(None))
+            continue
+        keys = torch.arange(header + span.columns, device=device)[None]
+        queries = keys[:, header:]
+        masks.append(build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, dtype))
+    past = Past(header, Mirrored.of(none, device), torch.zeros_like(lengths.tensor)) if header else None
+    return lay_out_rows(lengths, spans, masks, header, past)
 
 
 def run_tree(
@@ -204,16 +194,15 @@ def run_tree(
         (M, D), right where needed.
     """
     start = 0 if header is None else len(header)
-    cost = _find_block_cost(decoder, embeds.device)
     prepare_decoder(decoder)
-    groups, config, dtype = _find_groups(decoder, embeds.device), decoder.config, embeds.dtype
-    blocks, sizes = lay_out_tree(config, targets, positions, lengths, cost, dtype, prefix, start, groups)
+    config: Any = decoder.config
+    cost = _find_block_cost(decoder, embeds.device)
+    heads = HeadGroups(config.num_attention_heads, _find_groups(decoder, embeds.device))
     return run_packed(
         decoder,
         embeds,
         positions,
-        blocks,
-        sizes,
+        lay_out_tree(config, targets, positions, lengths, cost, embeds.dtype, prefix, start, heads),
         header=header,
         header_mask=_build_header_mask(start, decoder.config, embeds),
         past=() if prefix is None else prefix.layers,
@@ -230,9 +219,9 @@ def lay_out_tree(
     dtype: torch.dtype,
     prefix: Prefix | None = None,
     header: int = 0,
-    groups: int = 1,
-) -> tuple[list[Block], list[int]]:
-    """Return the blocks in which attention compares tree rows, and how many tokens are in each.
+    heads: HeadGroups = SEPARATE,
+) -> RowLayout:
+    """Return the blocks in which attention compares tree rows.
 
     Args:
         config: the decoder's configuration.
@@ -240,28 +229,23 @@ def lay_out_tree(
         cost: of a block, see ``split_rows``.
         dtype: of the masks.
         header: U, tokens that all rows begin with, where they are no prefix's.
-        groups: of query heads, see ``Masks``.
+        heads: which are compared as one.
     """
-    ahead, pasts = header, np.zeros_like(lengths.numbers)
+    ahead, pasts, past = header, np.zeros_like(lengths.numbers), None
     if prefix is not None:
-        ahead, pasts = prefix.header, prefix.list_lengths()
-    device = targets.device
-    blocks, spans = [], split_rows(lengths.numbers, pasts, ahead, cost)
-    for span, is_token, places, sources in _lay_out(lengths, spans):
-        rows_targets = torch.full(is_token.shape, PADDING, device=device)
-        rows_targets = rows_targets.masked_scatter(is_token, targets[span.tokens])
-        rows_positions = torch.zeros_like(rows_targets).masked_scatter(is_token, positions[span.tokens])
-        allowed, past = build_allowed(rows_targets), None
-        if prefix is not None:
-            past, visible = prefix.choose(span)
-        else:
-            visible = torch.ones(len(is_token), header, dtype=torch.bool, device=device)
-        allowed = torch.cat([visible[:, None].expand(-1, span.columns, -1), allowed], dim=2)
-        columns = torch.arange(visible.shape[1], device=device).expand(len(is_token), -1)
-        key_positions = torch.cat([columns, rows_positions], dim=1)
-        masks = build_masks(allowed, rows_positions, key_positions, config, dtype, groups)
-        blocks.append(Block(is_token, places, sources, masks, past))
-    return blocks, [span.tokens.stop - span.tokens.start for span in spans]
+        ahead, pasts, past = prefix.header, prefix.list_lengths(), prefix.list_past()
+    starts, masks, spans = lengths.list_starts(), [], split_rows(lengths.numbers, pasts, ahead, cost)
+    for span in spans:
+        columns = torch.arange(span.columns, device=targets.device)
+        is_token = columns < lengths.tensor[span.rows, None]
+        tokens = (starts[span.rows, None] + columns) * is_token
+        rows_targets, rows_positions = torch.where(is_token, targets[tokens], PADDING), positions[tokens] * is_token
+        before = torch.arange(ahead + span.past, device=targets.device).expand(len(is_token), -1)
+        visible = before >= 0 if past is None else before < ahead + past.lengths.tensor[span.rows, None]
+        allowed = torch.cat([visible[:, None].expand(-1, span.columns, -1), build_allowed(rows_targets)], dim=2)
+        key_positions = torch.cat([before, rows_positions], dim=1)
+        masks.append(build_masks(allowed, rows_positions, key_positions, config, dtype, heads.groups))
+    return lay_out_rows(lengths, spans, masks, ahead, past, heads)
 
 
 def enable_activation_checkpointing(decoder: nn.Module) -> None:

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from collm_dist.errors import ConfigError
 from collm_dist.llm import row_blocks
 from collm_dist.llm.packed_attention import find_layers, prepare_decoder
-from collm_dist.llm.packing import lay_out, pack, spread
-from collm_dist.llm.row_blocks import Block, Masks
+from collm_dist.llm.packing import collect, lay_out, lay_out_behind, spread
+from collm_dist.llm.row_blocks import Masks, RowSpan
+from collm_dist.llm.row_layout import HeadGroups, Past, lay_out_rows
 from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from tests.tiny import ARCHITECTURES, make_model
@@ -139,16 +140,60 @@ def test_a_prefix_may_be_empty(architecture, cost):
 
 def test_what_is_packed_comes_back_with_its_gradients():
     places = torch.tensor([0, 1, 3, 4, 5])
-    rows = torch.arange(12, dtype=torch.float64).view(2, 3, 2).requires_grad_()
-    again = spread(pack(rows, places), places, 6).view(2, 3, 2)
-    assert (again[0, 2] == 0).all()
-    assert torch.equal(again.flatten(0, 1)[places], rows.flatten(0, 1)[places])
-    assert torch.autograd.gradcheck(lambda one: spread(pack(one, places), places, 6), (rows,))
-    block = Block(torch.arange(3) < torch.tensor([[2], [3]]), places, torch.tensor([0, 1, 0, 2, 3, 4]), Masks(None))
-    assert torch.equal(pack(lay_out(pack(rows, places), block), places), pack(rows, places))
-    assert torch.autograd.gradcheck(lambda one: pack(lay_out(pack(one, places), block), places), (rows,))
-    whole = Block(torch.ones(2, 3, dtype=torch.bool), None, None, Masks(None))
-    assert torch.equal(lay_out(pack(rows, None), whole), rows)
+    tokens = torch.arange(10, dtype=torch.float64).view(5, 2).requires_grad_()
+    rows = spread(tokens, places, 6)
+    assert (rows[2] == 0).all()
+    assert torch.equal(collect(rows, places), tokens)
+    assert torch.autograd.gradcheck(lambda one: spread(one, places, 6), (tokens,))
+    assert torch.autograd.gradcheck(lambda one: collect(one, places), (rows.detach().requires_grad_(),))
+    sources = torch.tensor([0, 1, 0, 2, 3, 4])
+    assert torch.equal(collect(lay_out(tokens, sources, places), places), tokens)
+    # What stands at padding is not looked at, so its gradient is none.
+    assert torch.autograd.gradcheck(lambda one: collect(lay_out(one, sources, places), places), (tokens,))
+
+
+def test_what_stands_ahead_of_every_row_has_the_sum_of_its_gradients():
+    header = torch.tensor([[5.0, 6], [7, 8]], dtype=torch.float64).requires_grad_()
+    tokens = torch.arange(6, dtype=torch.float64).view(3, 2).requires_grad_()
+    # Two rows, of the header and two tokens, and of the header, a token and padding.
+    sources, places = torch.tensor([0, 1, 2, 3, 0, 1, 4, 0]), torch.tensor([2, 3, 6])
+    shared = torch.tensor([[0, 1], [4, 5]])
+    weights = torch.randn(8, 2, dtype=torch.float64)
+    weights[7] = 0
+
+    def lay(ahead, own):
+        whole = torch.cat([ahead, own]).detach()
+        return (lay_out_behind(ahead, own, whole, sources, places, shared) * weights).sum()
+
+    assert torch.equal(lay_out_behind(header, tokens, torch.cat([header, tokens]), sources, places)[5], header[1])
+    assert torch.autograd.gradcheck(lay, (header, tokens))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_stand_in_blocks_behind_what_they_see(groups):
+    """Against places counted by hand: three rows in two blocks, over pasts of one and two tokens and a header."""
+    lengths, heads = Mirrored.of([1, 2, 2]), 4
+    spans = [RowSpan(slice(0, 2), slice(0, 3), 2, 2), RowSpan(slice(2, 3), slice(3, 5), 2, 1)]
+    past = Past(4, Mirrored.of([1, 2, 1]), torch.tensor([1, 2, 1]))
+    layout = lay_out_rows(lengths, spans, [Masks(None)] * 2, 1, past, HeadGroups(heads, groups))
+    assert [(one.rows, one.columns, one.keys) for one in layout.blocks] == [(2, 2, 5), (1, 2, 4)]
+    header, padding = 0, 0
+    assert layout.keys.tolist() == [
+        *(header, 1, padding, 4, padding), *(header, 2, 3, 5, 6), *(header, 1, 7, 8)
+    ]  # fmt: skip
+    assert layout.key_places.tolist() == [3, 8, 9, 12, 13]
+    queries = torch.randn(5, heads, 3)
+    laid = lay_out(queries.reshape(-1, *layout.get_unit(queries.shape)), layout.queries, layout.query_places)
+    first, second = laid.split([one.rows * one.columns * (heads if groups > 1 else 1) for one in layout.blocks])
+    found = []
+    for block, places in zip(layout.blocks, (first, second), strict=True):
+        shape = (block.rows, block.columns, heads, 3)
+        if groups > 1:  # a key head's queries end to end
+            places = places.view(block.rows, heads, block.columns, 3).transpose(1, 2)
+        assert torch.equal(places.reshape(shape)[-1], queries[1:3] if block is layout.blocks[0] else queries[3:])
+        together = places.reshape(shape).transpose(1, 2).reshape(block.rows, heads // groups, -1, 3)
+        found.append(together.transpose(1, 2).reshape(-1, *layout.get_unit(queries.shape)))
+    assert torch.equal(collect(torch.cat(found), layout.found).view(queries.shape), queries)
 
 
 def test_attention_in_a_way_of_its_own_is_refused():

@@ -1,0 +1,172 @@
+"""Where packed tokens stand in the blocks of rows that attention compares (``row_blocks``).
+
+The places of all blocks lie one after the other. So a layer lays out all its queries by one gather, and its keys and
+its values by one each, however many blocks there are: a GPU waits for kernels to be started.
+
+Shapes: m packed tokens in C rows; A tokens ahead of them whose keys rows see, U of them a header's, which all rows see;
+Q and K places of queries and of keys; H heads, g of them to a key head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collm_dist.llm.row_blocks import Block, Masks, RowSpan
+from collm_dist.prompt_batch import Mirrored
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """H query heads of which g, those that share a key head, are compared as one, their queries laid end to end."""
+
+    count: int = 1
+    groups: int = 1
+
+
+SEPARATE = HeadGroups()
+
+
+@dataclass(frozen=True)
+class RowPlaces:
+    """The places of C rows in blocks.
+
+    Attributes:
+        num_queries, num_keys: Q and K.
+        columns: (m,) where in its row each packed token stands.
+        query_starts, key_starts: (C,) a row's first places.
+        own_starts: (C,) the first place of its own keys, behind the header's and the past's.
+        widths: (C,) T of a row's block.
+    """
+
+    num_queries: int
+    num_keys: int
+    rows: Tensor
+    columns: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    own_starts: Tensor
+    widths: Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How packed tokens are laid out, and found again.
+
+    Queries are gathered token by token, or, where g > 1 heads that share a key head are compared as one, head by head:
+    m, Q and the header's U then count heads of tokens.
+
+    Attributes:
+        blocks: in the order of their rows.
+        groups: g, or 1.
+        queries: (Q,) which packed token's query stands at each place; any at padding.
+        query_places: (m,) where each packed token's query stands.
+        keys: (K,) which of the A + m tokens' keys stands at each place; any at padding.
+        key_places: (m,) where each packed token's own key stands.
+        header_places: (C, U) where the header's keys stand in each row; None where they need no gradient.
+        found: (U + m,) where each result stands: the header's own come first, if they are asked for, then the blocks'.
+    """
+
+    blocks: list[Block]
+    groups: int
+    queries: Tensor
+    query_places: Tensor
+    keys: Tensor
+    key_places: Tensor
+    header_places: Tensor | None
+    found: Tensor
+
+    def get_unit(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of what is gathered of (M, H, W) queries: a token's or a head's."""
+        return shape[1:] if self.groups == 1 else shape[2:]
+
+
+def place_rows(lengths: Mirrored, spans: list[RowSpan], header: int) -> RowPlaces:
+    """Return where rows of (C,) ``lengths`` stand, each block's ones behind a header and its longest past."""
+    starts = np.zeros((4, len(lengths)), dtype=np.int64)
+    num_queries = num_keys = 0
+    for span in spans:
+        count, keys = span.rows.stop - span.rows.start, header + span.past + span.columns
+        order = np.arange(count)
+        starts[0, span.rows] = num_queries + order * span.columns
+        starts[1, span.rows] = num_keys + order * keys
+        starts[2, span.rows] = starts[1, span.rows] + header + span.past
+        starts[3, span.rows] = span.columns
+        num_queries, num_keys = num_queries + count * span.columns, num_keys + count * keys
+    rows = lengths.list_rows()
+    columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
+    return RowPlaces(num_queries, num_keys, rows, columns, *torch.from_numpy(starts).to(rows.device))
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys ahead of the packed tokens that need no gradient: a header's and, after them, those of prefixes.
+
+    Attributes:
+        tokens: A.
+        lengths: (C,) how many of the prefixes' each row sees.
+        starts: (C,) where these begin among the A.
+    """
+
+    tokens: int
+    lengths: Mirrored
+    starts: Tensor
+
+
+def lay_out_rows(
+    lengths: Mirrored,
+    spans: list[RowSpan],
+    masks: list[Masks],
+    header: int,
+    past: Past | None = None,
+    heads: HeadGroups = SEPARATE,
+) -> RowLayout:
+    """Return the layout of C rows.
+
+    Args:
+        lengths: (C,) tokens of each.
+        spans, masks: of each block.
+        header: U.
+        past: None = the header, if there is one, is packed itself, before the rows.
+        heads: which are compared as one.
+    """
+    at, device = place_rows(lengths, spans, header), lengths.tensor.device
+    tokens = torch.arange(len(at.rows), device=device)
+    ahead, asked = (header, header) if past is None else (past.tokens, 0)
+    # Keys of the header, which all rows see, of the past, and the rows' own.
+    shared = torch.arange(header, device=device)
+    header_places = at.key_starts[:, None] + shared
+    key_places = at.own_starts[at.rows] + at.columns
+    keys = torch.zeros(at.num_keys, dtype=torch.int64, device=device)
+    keys[header_places] = shared
+    keys[key_places] = ahead + tokens
+    if past is not None:
+        seen = past.lengths.list_rows()
+        order = torch.arange(len(seen), device=device) - past.lengths.list_starts()[seen]
+        keys[at.key_starts[seen] + header + order] = past.starts[seen] + order
+    # Of tokens, or of their heads.
+    units = 1 if heads.groups == 1 else heads.count
+    unit, widths = torch.arange(units, device=device), at.widths[at.rows, None]
+    starts, columns = units * at.query_starts[at.rows, None], at.columns[:, None]
+    query_places = (starts + unit * widths + columns).flatten()
+    # Attention gives its results back query by query: within one, the key heads.
+    within = unit % heads.groups * widths + columns
+    found = units * asked + (starts + within * (units // heads.groups) + unit // heads.groups).flatten()
+    queries = torch.zeros(at.num_queries * units, dtype=torch.int64, device=device)
+    queries[query_places] = torch.arange(len(query_places), device=device)
+    return RowLayout(
+        blocks=[
+            Block(span.rows.stop - span.rows.start, span.columns, header + span.past + span.columns, mask)
+            for span, mask in zip(spans, masks, strict=True)
+        ],
+        groups=heads.groups,
+        queries=queries,
+        query_places=query_places,
+        keys=keys,
+        key_places=key_places,
+        header_places=header_places if past is None and header else None,
+        found=torch.cat([torch.arange(asked * units, device=device), found]),
+    )
