@@ -37,7 +37,9 @@ def add_lora(
     with torch.random.fork_rng(devices=[]), _hide_old_words():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(backbone, config)
+            # In the backbone's own precision, which DeepSpeed would give it anyway: what is tried out before it comes
+            # is then what will be trained, and compiled layers stay good.
+            return get_peft_model(backbone, config, autocast_adapter_dtype=False)
         except ValueError as error:
             names = sorted(
                 {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}

@@ -25,6 +25,20 @@ def test_compiled_training_is_plain_training(copy_run):
 
 
 @pytest.mark.slow
+def test_layers_compiled_for_the_automatic_budget_train(copy_run):
+    """In bfloat16, as on a GPU: DeepSpeed then changes the precision of what trains after the budget was found.
+
+    Compiled code rounds less often. Measured: losses differ by up to 0.002, gradient norms by up to 0.009.
+    """
+    options = ["llm.dtype=bfloat16", *(f"stage{one}.max_tokens_per_micro_batch=auto" for one in (1, 2))]
+    plain, overrides = copy_run("plain")
+    run(PYTHON, [*overrides, *options])
+    compiled, overrides = copy_run("compiled")
+    run(PYTHON, [*overrides, *options, "llm.compile=true"])
+    assert_same_training(compiled, plain, tolerance=0.05)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_quantized_backbone_through_both_stages(copy_run):
     plain, overrides = copy_run("plain")

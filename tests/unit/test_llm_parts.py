@@ -49,6 +49,13 @@ def test_adapter_is_drawn_by_its_seed_and_alone_trains():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_adapter_is_as_precise_as_its_backbone_from_the_start():
+    """DeepSpeed makes it so in any case; layers compiled before that, for the automatic budget, would fail after it."""
+    model = make_model("llama", dtype=torch.bfloat16)
+    add_lora(model, rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj"), seed=3)
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+
+
 def test_unknown_layers_are_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"called Wq;.*q_proj"):
         add_lora(make_model("llama"), rank=2, alpha=4, dropout=0.0, target_modules=("Wq",), seed=0)
