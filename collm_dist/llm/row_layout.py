@@ -31,12 +31,12 @@ SEPARATE = HeadGroups()
 
 
 @dataclass(frozen=True)
-class RowPlaces:
+class _RowPlaces:
     """The places of C rows in blocks.
 
     Attributes:
         num_queries, num_keys: Q and K.
-        columns: (m,) where in its row each packed token stands.
+        rows, columns: (m,) in which row each packed token stands, and where in it.
         query_starts, key_starts: (C,) a row's first places.
         own_starts: (C,) the first place of its own keys, behind the header's and the past's.
         widths: (C,) T of a row's block.
@@ -84,7 +84,7 @@ class RowLayout:
         return shape[1:] if self.groups == 1 else shape[2:]
 
 
-def place_rows(lengths: Mirrored, spans: list[RowSpan], header: int) -> RowPlaces:
+def _place_rows(lengths: Mirrored, spans: list[RowSpan], header: int) -> _RowPlaces:
     """Return where rows of (C,) ``lengths`` stand, each block's ones behind a header and its longest past."""
     starts = np.zeros((4, len(lengths)), dtype=np.int64)
     num_queries = num_keys = 0
@@ -98,7 +98,7 @@ def place_rows(lengths: Mirrored, spans: list[RowSpan], header: int) -> RowPlace
         num_queries, num_keys = num_queries + count * span.columns, num_keys + count * keys
     rows = lengths.list_rows()
     columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
-    return RowPlaces(num_queries, num_keys, rows, columns, *torch.from_numpy(starts).to(rows.device))
+    return _RowPlaces(num_queries, num_keys, rows, columns, *torch.from_numpy(starts).to(rows.device))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def lay_out_rows(
         past: None = the header, if there is one, is packed itself, before the rows.
         heads: which are compared as one.
     """
-    at, device = place_rows(lengths, spans, header), lengths.tensor.device
+    at, device = _place_rows(lengths, spans, header), lengths.tensor.device
     tokens = torch.arange(len(at.rows), device=device)
     ahead, asked = (header, header) if past is None else (past.tokens, 0)
     # Keys of the header, which all rows see, of the past, and the rows' own.
