@@ -36,18 +36,17 @@ def make_model(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     attention: str = "sdpa",
-    heads: int = 4,
     layers: int = 2,
 ):
-    """A causal language model of width 32, as wide as its heads are together; two share their keys."""
+    """A causal language model of width 32."""
     settings = {
         "vocab_size": 300,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "head_dim": 32 // heads,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
         "max_position_embeddings": 2048,
         "pad_token_id": 0,
         "bos_token_id": 0,

@@ -5,8 +5,8 @@ on one long row without padding; its attention, reached through transformers' at
 similar length in blocks, compares them there, and packs what it finds again. Tokens that all rows begin with, the
 header, are computed once, ahead of the others. Exact: no token's numbers change.
 
-Shapes: M packed tokens, U of them in the header; a block has R rows, T columns, m tokens, P past tokens, K
-keys; H query heads, G key/value heads, W width of a head, D of the decoder.
+Shapes: M packed tokens, U of them in the header; A tokens of a past; a block has R rows, T columns and K keys; H query
+heads, G key/value heads, W width of a head, D of the decoder.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def run_packed(
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
     whole = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
     positions = torch.cat([torch.arange(length, device=positions.device), positions])
-    # Not in the layout, on whose every difference compiled code is made anew. A layer that is recomputed belongs to the
-    # latest pass, since its backward pass comes before the next one.
+    # Not in the layout, which a layer's network is not handed. A layer that is recomputed belongs to the latest pass,
+    # since its backward pass comes before the next one.
     find_layers(decoder)[-1].__dict__["_needed"] = None if needed is None else length + needed
     output = decoder(
         inputs_embeds=whole,
@@ -181,7 +181,7 @@ def run_packed(
 
 
 def _hand_out(index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a layer its own part, so that compiled code is the same for all layers."""
+    """Give a layer its own part of the layout."""
     layouts: list[LayerLayout] | None = kwargs.get("layout")
     if layouts is not None:
         return args, {**kwargs, "layout": layouts[index]}

@@ -26,7 +26,7 @@ def test_compiled_training_is_plain_training(copy_run):
 
 @pytest.mark.slow
 def test_layers_compiled_for_the_automatic_budget_train(copy_run):
-    """In bfloat16, as on a GPU: DeepSpeed then changes the precision of what trains after the budget was found.
+    """In bfloat16, as on a GPU: what is compiled to find the budget must be what trains afterwards.
 
     Compiled code rounds less often. Measured: losses differ by up to 0.002, gradient norms by up to 0.009.
     """
