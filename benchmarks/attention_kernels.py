@@ -80,7 +80,8 @@ class Workload:
         rows = lay_out_tree(
             None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix, heads=groups
         )
-        return LayerLayout(rows, 0, None, self.past)
+        keys, values = (one.squeeze(0).transpose(0, 1) for one in self.past)
+        return LayerLayout(rows, 0, None, ((keys,), (values,)))
 
     def attend_in_blocks(self, layout: LayerLayout) -> Tensor:
         """Return (1, M, heads, width)."""

@@ -27,11 +27,15 @@ from transformers.masking_utils import sdpa_mask
 from collm_dist.errors import ConfigError
 from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
-from collm_dist.llm.packing import collect, lay_out, lay_out_behind, spread
+from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_layout import RowLayout
 
 NAME = "collm_packed"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+# A layer's keys and its values, each in parts that stand one after the other, (a, G, W).
+Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -42,16 +46,16 @@ class LayerLayout:
         rows: where they stand.
         header: U.
         header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
-        past: keys and values, (1, G, A, W) each, that rows see. A past and a header exclude each other.
+        past: what rows see that was computed before. A past and a header exclude each other.
         record: whether keys and values are asked for.
-        found: the past's and the rows' own after it.
+        found: the rows' own, (M, G, W) each.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
     """
 
     rows: RowLayout
     header: int
     header_mask: Tensor | None
-    past: tuple[Tensor, Tensor] | None = None
+    past: Parts | None = None
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
     plain: bool = False
@@ -138,7 +142,7 @@ def run_packed(
     *,
     header: Tensor | None = None,
     header_mask: Tensor | None = None,
-    past: Sequence[tuple[Tensor, Tensor]] = (),
+    past: Sequence[Parts] = (),
     needed: Tensor | None = None,
     record: bool = False,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -152,15 +156,16 @@ def run_packed(
         header_mask, past: see ``LayerLayout``; the past by layer, none without any.
         needed: (N,) which of the tokens' hidden states are asked for; None = all. The last layer's network is run on
             these alone.
-        record: return each layer's keys and values: the past's and, after them, the tokens' own.
+        record: return each layer's keys and values of the tokens.
 
     Returns:
-        (M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer.
+        (M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer,
+        (M, G, W) each.
     """
     prepare_decoder(decoder)
     length = 0 if header is None else len(header)
     is_plain = decoder.__dict__["_runs_packed"]
-    of_layers: Sequence[tuple[Tensor, Tensor] | None] = past or [None] * len(find_layers(decoder))
+    of_layers: Sequence[Parts | None] = past or [None] * len(find_layers(decoder))
     layouts = [LayerLayout(rows, length, header_mask, one, record, plain=is_plain) for one in of_layers]
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
     whole = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
@@ -220,31 +225,30 @@ def _attend(
     compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
     compute = functools.partial(compute, options=options)
     # Token by token, as projections leave them: (M, heads, W) each.
-    queries, *wholes = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
+    queries, keys, values = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
     shape, rows, in_window = queries.shape, layout.rows, sliding_window is not None
+    lay_out_keys = functools.partial(lay_out, sources=rows.keys, places=rows.key_places)
+    if layout.record:
+        layout.found = keys, values
     attended: list[Tensor] = []
     if layout.header:
         sizes = [layout.header, len(queries) - layout.header]
-        (first, queries), *pairs = (torch.split(one, sizes) for one in (queries, *wholes))
+        (first, queries), *pairs = (torch.split(one, sizes) for one in (queries, keys, values))
         # Copies: kept for the backward pass, a part would keep the whole.
         alone = (one.transpose(0, 1)[None].contiguous() for one in (first, pairs[0][0], pairs[1][0]))
         mask = layout.header_mask if in_window else None
         attended.append(compute(*alone, mask).transpose(1, 2).reshape(-1, *rows.get_unit(shape)))
         laid = [
-            lay_out_behind(ahead, own, whole.detach(), rows.keys, rows.key_places, rows.header_places)
-            for (ahead, own), whole in zip(pairs, wholes, strict=True)
+            lay_out_keys(own, whole=whole, ahead=ahead, shared=rows.header_places)
+            for (ahead, own), whole in zip(pairs, (keys, values), strict=True)
         ]
     elif layout.past is not None:
-        pairs = [(past.transpose(1, 2).squeeze(0), own) for past, own in zip(layout.past, wholes, strict=True)]
-        wholes = [torch.cat([past, own.detach()]) for past, own in pairs]
         laid = [
-            lay_out_behind(past, own, whole, rows.keys, rows.key_places)
-            for (past, own), whole in zip(pairs, wholes, strict=True)
+            lay_out_keys(own, whole=torch.cat([*parts, own.detach()]))
+            for parts, own in zip(layout.past, (keys, values), strict=True)
         ]
     else:
-        laid = [lay_out(own, rows.keys, rows.key_places) for own in wholes]
-    if layout.record:
-        layout.found = wholes[0].transpose(0, 1)[None], wholes[1].transpose(0, 1)[None]
+        laid = [lay_out_keys(keys), lay_out_keys(values)]
     queries = lay_out(queries.reshape(-1, *rows.get_unit(shape)), rows.queries, rows.query_places)
     attended += _attend_in_blocks(rows, queries, laid[0], laid[1], shape, compute, in_window=in_window)
     found = collect(attended[0] if len(attended) == 1 else torch.cat(attended), rows.found)

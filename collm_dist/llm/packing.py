@@ -44,36 +44,28 @@ class _Collect(torch.autograd.Function):
 
 
 class _LayOut(torch.autograd.Function):
-    """Packed (m, ...) -> (N, ...), with any token at padding, whose gradient is not looked at."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, sources: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return packed.index_select(0, sources)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
-
-
-class _LayOutBehind(torch.autograd.Function):
-    """(A, ...) and (m, ...), and both in one tensor -> (N, ...): some of the A stand in every row."""
+    """(m, ...), and all (A + m, ...) -> (N, ...), with any token at padding, whose gradient is not looked at."""
 
     @staticmethod
     def forward(
-        ctx: Any, ahead: Tensor, packed: Tensor, whole: Tensor, sources: Tensor, places: Tensor, shared: Tensor | None
+        ctx: Any,
+        packed: Tensor,
+        ahead: Tensor | None,
+        whole: Tensor,
+        sources: Tensor,
+        places: Tensor,
+        shared: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(places, shared)
         return whole.index_select(0, sources)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         places, shared = ctx.saved_tensors
-        (rows,), of_shared = gradients, None
+        (rows,), of_ahead = gradients, None
         if shared is not None:
-            of_shared = rows.index_select(0, shared.flatten()).view(*shared.shape, *rows.shape[1:]).sum(0)
-        return of_shared, rows.index_select(0, places), None, None, None, None
+            of_ahead = rows.index_select(0, shared.flatten()).view(*shared.shape, *rows.shape[1:]).sum(0)
+        return rows.index_select(0, places), of_ahead, None, None, None, None
 
 
 def collect(rows: Tensor, places: Tensor) -> Tensor:
@@ -86,27 +78,25 @@ def spread(some: Tensor, places: Tensor, size: int) -> Tensor:
     return _Spread.apply(some, places, size)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def lay_out(packed: Tensor, sources: Tensor, places: Tensor) -> Tensor:
+def lay_out(
+    packed: Tensor,
+    sources: Tensor,
+    places: Tensor,
+    *,
+    whole: Tensor | None = None,
+    ahead: Tensor | None = None,
+    shared: Tensor | None = None,
+) -> Tensor:
     """Return what stands where: (m, ...) -> (N, ...).
 
     Args:
         packed: the tokens.
-        sources: (N,) which of them stands at each place; any at padding: nobody sees it, and what it sees is left out.
-        places: (m,) where each of them stands.
-    """
-    return _LayOut.apply(packed, sources, places)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def lay_out_behind(
-    ahead: Tensor, packed: Tensor, whole: Tensor, sources: Tensor, places: Tensor, shared: Tensor | None = None
-) -> Tensor:
-    """Return what stands where, of packed tokens and of others ahead of them: (A, ...), (m, ...) -> (N, ...).
-
-    Args:
-        ahead, packed: the tokens.
-        whole: (A + m, ...) both, without gradients.
-        sources: (N,) which of the A + m stands at each place.
+        sources: (N,) which of the A + m stands at each place; any at padding: nobody sees it, and what it sees is left
+            out.
         places: (m,) where each packed one stands.
-        shared: (C, A) where those ahead stand in each row; None where they need no gradient.
+        whole: (A + m, ...) those ahead and the packed ones; None where there is nothing ahead.
+        ahead: (A, ...), if they need a gradient.
+        shared: (C, A) where they stand in each of C rows, then.
     """
-    return _LayOutBehind.apply(ahead, packed, whole, sources, places, shared)  # type: ignore[no-untyped-call, no-any-return]
+    whole = (packed if whole is None else whole).detach()
+    return _LayOut.apply(packed, ahead, whole, sources, places, shared)  # type: ignore[no-untyped-call, no-any-return]

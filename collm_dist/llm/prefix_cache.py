@@ -1,6 +1,6 @@
 """Keys and values of constant prefixes, kept from one epoch or validation to the next (stage 2, frozen backbone).
 
-Shapes: S prefixes; L layers, H key/value heads, d width of a head.
+Shapes: S prefixes, one of them p tokens long; L layers, G key/value heads, W width of a head.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from collm_dist.llm.packed_attention import Parts
 from collm_dist.llm.shared_context import Prefix, run_prefix
 from collm_dist.prompt_batch import Mirrored
 
@@ -61,10 +62,13 @@ class PrefixCache:
             self._hold({keys[row]: entry for row, entry in computed.items()})
             if len(missing) == len(keys):
                 return found
-        entries = [computed[row] if row in computed else self._held[key] for row, key in enumerate(keys)]
-        before = [] if header is None else [torch.stack([torch.cat(layer) for layer in header.layers])]
-        whole = torch.cat([*before, *(one.to(embeds.device, non_blocking=True) for one in entries)], dim=3)
-        layers = [(of_keys[None], values[None]) for of_keys, values in whole]
+        held = (computed[row] if row in computed else self._held[key] for row, key in enumerate(keys))
+        entries = [one.to(embeds.device, non_blocking=True) for one in held]
+        before = [((), ())] * len(entries[0]) if header is None else header.layers
+        layers: list[Parts] = [
+            ((*of_keys, *(one[layer, 0] for one in entries)), (*values, *(one[layer, 1] for one in entries)))
+            for layer, (of_keys, values) in enumerate(before)
+        ]
         return Prefix(layers, lengths, 0 if header is None else int(header.lengths.numbers[0]))
 
     def _hold(self, entries: dict[int, Tensor]) -> None:
@@ -76,7 +80,6 @@ class PrefixCache:
 
 
 def _divide(computed: Prefix) -> list[Tensor]:
-    """Return each prefix's keys and values without the header's, (L, 2, H, p, d) for one of p tokens."""
-    sizes = [computed.header, *computed.lengths.numbers.tolist()]
-    whole = torch.stack([torch.cat(layer) for layer in computed.layers])
-    return [one.clone() for one in torch.split(whole, sizes, dim=3)[1:]]
+    """Return each prefix's keys and values without the header's, (L, 2, p, G, W) each."""
+    whole = torch.stack([torch.stack([keys[-1], values[-1]]) for keys, values in computed.layers])
+    return [one.clone() for one in torch.split(whole, computed.lengths.numbers.tolist(), dim=2)]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from collm_dist.llm.packed_attention import find_layers, prepare_decoder, run_packed
+from collm_dist.llm.packed_attention import Parts, find_layers, prepare_decoder, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Masks, split_rows
 from collm_dist.llm.row_layout import SEPARATE, HeadGroups, Past, RowLayout, lay_out_rows
 from collm_dist.prompt_batch import TAIL, Mirrored
@@ -39,13 +39,13 @@ class Prefix:
     """Keys and values of S constant prefixes.
 
     Attributes:
-        layers: by layer, keys and values (1, heads, U + P, width), the header's first.
+        layers: by layer, keys and values of all U + P tokens, the header's first.
         lengths: (S,) tokens of the prefixes.
         header: U, tokens that stand before them all.
         rows: (C,) the prefix of each tree row; None = one each.
     """
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[Parts]
     lengths: Mirrored
     header: int = 0
     rows: Mirrored | None = None
@@ -147,9 +147,16 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
     positions = start + torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
     layout = _lay_out_prefixes(decoder, lengths, start, embeds.dtype)
     # No hidden state is asked for; but quantized layers do not take nothing.
-    one, past = rows.new_zeros(1), () if header is None else header.layers
-    _, layers = run_packed(decoder, embeds, positions, layout, past=past, needed=one, record=True)
-    return Prefix(layers, lengths, start)
+    one, past = rows.new_zeros(1), [] if header is None else header.layers
+    _, found = run_packed(decoder, embeds, positions, layout, past=past, needed=one, record=True)
+    return Prefix(
+        [
+            ((*keys, of_keys), (*values, of_values))
+            for (keys, values), (of_keys, of_values) in zip(past or [((), ())] * len(found), found, strict=True)
+        ],
+        lengths,
+        start,
+    )
 
 
 def _lay_out_prefixes(decoder: nn.Module, lengths: Mirrored, header: int, dtype: torch.dtype) -> RowLayout:

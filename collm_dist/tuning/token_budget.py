@@ -31,9 +31,10 @@ USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 BYTES_PER_TRAINABLE = 16
 # Global batches have as many rows, but not as many tokens; one beyond the budget would be divided for a few tokens.
 MOST_OF_A_BATCH = 2
-# A CPU takes the smallest of the trials that takes at most so many times as long as the fastest: memory goes with it,
-# and times differ by some percent anyway.
-NEARLY_AS_FAST = 1.15
+# A CPU takes the smallest of the trials that takes at most so many times as long as the fastest, since memory goes with
+# it. Each is timed so often, in turn, and its best time counts: one pass differs from the next by several percent.
+NEARLY_AS_FAST = 1.06
+TIMED_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def find_token_budget(
     most = min(max(free / slope, longest), max(whole, longest))
     if device.type == "cpu":
         # Timed once all have run: whichever was the first would be the slowest, with everything new to it.
-        seconds = [_measure_seconds(model, one.batches) for one in trials]
+        rounds = [[_measure_seconds(model, one.batches) for one in trials] for _ in range(TIMED_ROUNDS)]
+        seconds = [min(taken) for taken in zip(*rounds, strict=True)]
         most = min(most, trials[_choose_fast(seconds)].max_tokens)
     found = torch.tensor(float(most), device=device)
     if get_world_size() > 1:

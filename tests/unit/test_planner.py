@@ -141,7 +141,8 @@ def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take(monkeyp
 
     with LivePeak([*decoder.parameters(), *decoder.buffers(), embeds, positions]) as tracker:
         run()
-    held = sum(one.nbytes for layer in prefix.layers for one in layer)  # made before the tracker watched
+    # Made before the tracker watched.
+    held = sum(one.nbytes for layer in prefix.layers for parts in layer for one in parts)
     assert plan.activations + plan.working == pytest.approx(tracker.peak + held, rel=0.15), (plan, tracker.peak, held)
 
 
