@@ -27,10 +27,13 @@ from transformers.masking_utils import sdpa_mask
 from collm_dist.errors import ConfigError
 from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
+from collm_dist.llm.key_recompute import Recomputed, recompute_in_backward
 from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_layout import RowLayout
 
 NAME = "collm_packed"
+# Set on a decoder whose layers are recomputed in the backward pass.
+CHECKPOINTED = "_is_checkpointed"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -50,6 +53,7 @@ class LayerLayout:
         record: whether keys and values are asked for.
         found: the rows' own, (M, G, W) each.
         plain: compute attention step by step instead of by PyTorch's fused kernels.
+        checkpointed: the whole layer is recomputed in the backward pass.
     """
 
     rows: RowLayout
@@ -59,6 +63,7 @@ class LayerLayout:
     record: bool = False
     found: tuple[Tensor, Tensor] | None = None
     plain: bool = False
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,8 @@ def run_packed(
     length = 0 if header is None else len(header)
     is_plain = decoder.__dict__["_runs_packed"]
     of_layers: Sequence[Parts | None] = past or [None] * len(find_layers(decoder))
-    layouts = [LayerLayout(rows, length, header_mask, one, record, plain=is_plain) for one in of_layers]
+    flags = {"plain": is_plain, "checkpointed": CHECKPOINTED in decoder.__dict__}
+    layouts = [LayerLayout(rows, length, header_mask, one, record, **flags) for one in of_layers]
     # A copy even without a header: of a view of another tensor compiled code would ask of what.
     whole = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
     positions = torch.cat([torch.arange(length, device=positions.device), positions])
@@ -231,6 +237,7 @@ def _attend(
     if layout.record:
         layout.found = keys, values
     attended: list[Tensor] = []
+    recomputed: list[Recomputed] = []
     if layout.header:
         sizes = [layout.header, len(queries) - layout.header]
         (first, queries), *pairs = (torch.split(one, sizes) for one in (queries, keys, values))
@@ -243,14 +250,15 @@ def _attend(
             for (ahead, own), whole in zip(pairs, (keys, values), strict=True)
         ]
     elif layout.past is not None:
-        laid = [
-            lay_out_keys(own, whole=torch.cat([*parts, own.detach()]))
-            for parts, own in zip(layout.past, (keys, values), strict=True)
-        ]
+        parts = [(*before, own.detach()) for before, own in zip(layout.past, (keys, values), strict=True)]
+        laid = [lay_out_keys(own, whole=torch.cat(one)) for own, one in zip((keys, values), parts, strict=True)]
+        if not layout.checkpointed:
+            recomputed = [Recomputed(one, of_it, rows.keys) for one, of_it in zip(laid, parts, strict=True)]
     else:
         laid = [lay_out_keys(keys), lay_out_keys(values)]
     queries = lay_out(queries.reshape(-1, *rows.get_unit(shape)), rows.queries, rows.query_places)
-    attended += _attend_in_blocks(rows, queries, laid[0], laid[1], shape, compute, in_window=in_window)
+    with recompute_in_backward(*recomputed):
+        attended += _attend_in_blocks(rows, queries, laid[0], laid[1], shape, compute, in_window=in_window)
     found = collect(attended[0] if len(attended) == 1 else torch.cat(attended), rows.found)
     return found.view(1, *shape), None
 

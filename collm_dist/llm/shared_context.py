@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from collm_dist.llm.packed_attention import Parts, find_layers, prepare_decoder, run_packed
+from collm_dist.llm.packed_attention import CHECKPOINTED, Parts, find_layers, prepare_decoder, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Masks, split_rows
 from collm_dist.llm.row_layout import SEPARATE, HeadGroups, Past, RowLayout, lay_out_rows
 from collm_dist.prompt_batch import TAIL, Mirrored
@@ -260,6 +260,7 @@ def enable_activation_checkpointing(decoder: nn.Module) -> None:
 
     Our own wrapper: transformers' knows nothing of what its layers are given here.
     """
+    decoder.__dict__[CHECKPOINTED] = True
     for layer in find_layers(decoder):
         plain_forward: Any = layer.forward
         layer.forward = functools.partial(_checkpointed, plain_forward)

@@ -195,13 +195,14 @@ def plan_memory(
         weight_shards: processes that share the frozen weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
-    # Attention keeps queries and results, keys and values as it compares them.
-    more = 2 * shape.attention_width * (queries - tree_tokens) + 2 * shape.key_width * (keys - tree_tokens)
-    of_layer = layers.per_layer * tree_tokens + element_size * more
+    # Attention keeps queries and results, keys and values as it compares them; these are laid out again over prefixes.
+    more_queries = 2 * shape.attention_width * (queries - tree_tokens) * element_size
+    more_keys = 2 * shape.key_width * (keys - tree_tokens) * element_size
+    of_layer = layers.per_layer * tree_tokens + more_queries + more_keys
     if checkpointing:
         kept, working = shape.num_layers * layers.inputs * tree_tokens, of_layer
     else:
-        kept, working = shape.num_layers * of_layer, 0.0
+        kept, working = shape.num_layers * (of_layer - (more_keys if prefix_tokens else 0)), 0.0
     # On the way back the gradients of one layer's activations stand beside them, about as much again.
     working += of_layer
     trainable = layers.adapters * shape.num_layers + other_trainable

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.errors import ConfigError
-from collm_dist.llm import row_blocks
+from collm_dist.llm import packed_attention, row_blocks
 from collm_dist.llm.packed_attention import find_layers, prepare_decoder
 from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_blocks import Masks, RowSpan
@@ -210,3 +212,36 @@ def make_gpt2():
     """A decoder that calls its layers otherwise and learns its positions."""
     config = AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     return AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False).get_decoder()
+
+
+@BLOCKS
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_over_a_prefix_are_laid_out_again_in_the_backward_pass(architecture, cost, monkeypatch):
+    """They are not kept for it; gradients, the second time as well, are what they are if they are."""
+    decoder = make_model(architecture).get_decoder()
+    embeds, targets, positions, lengths = make_rows()
+    before = Mirrored.of([20, 10, 15])
+    prefix = run_prefix(decoder, torch.randn(45, 32, dtype=torch.float64), before)
+    shifted = positions + before.tensor[lengths.list_rows()]
+    laid = []
+
+    def lay_out_and_note(*args, whole=None, **others):
+        found = lay_out(*args, whole=whole, **others)
+        if whole is not None:
+            laid.append(StorageWeakRef(found.untyped_storage()))
+        return found
+
+    def run():
+        laid.clear()
+        tokens = embeds.detach().requires_grad_()
+        hidden = run_tree(decoder, tokens, targets, shifted, lengths, prefix)
+        kept = sum(not one.expired() for one in laid)
+        return kept, *(torch.autograd.grad(hidden.sum(), tokens, retain_graph=more)[0] for more in (True, False))
+
+    monkeypatch.setattr(packed_attention, "lay_out", lay_out_and_note)
+    kept, first, second = run()
+    monkeypatch.setattr(packed_attention, "recompute_in_backward", lambda *those: contextlib.nullcontext())
+    kept_plainly, expected, _ = run()
+    assert (kept, kept_plainly) == (0, len(laid))
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
