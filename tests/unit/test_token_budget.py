@@ -62,9 +62,9 @@ def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
     def choose(*seconds):
         return TRIAL_TOKENS["cpu"][_choose_fast(list(seconds))]
 
-    assert choose(1.05, 1.0, 1.0) == 512
-    assert choose(1.2, 1.05, 1.0) == 1024
-    assert choose(1.2, 1.07, 1.0) == 2048
+    assert choose(1.02, 1.0, 1.0) == 512
+    assert choose(1.2, 1.02, 1.0) == 1024
+    assert choose(1.2, 1.04, 1.0) == 2048
 
 
 def test_trials_on_a_cpu_are_of_tokens_that_train():
