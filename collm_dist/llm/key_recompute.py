@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 class Recomputed:
     """A layer's keys, or its values: what they were laid out from."""
 
-    def __init__(self, laid: Tensor, parts: Sequence[Tensor], sources: Tensor) -> None:
+    def __init__(self, laid: Tensor, parts: tuple[Tensor, ...], sources: Tensor) -> None:
         """Remember.
 
         Args:
@@ -46,7 +46,7 @@ class Recomputed:
     def _lay_out(self, places: slice, shape: torch.Size, stride: Sequence[int]) -> Tensor:
         """Return one block's part; the parts are joined once for all blocks, which come one after the other."""
         if self._whole is None:
-            self._whole = torch.cat(list(self._parts))
+            self._whole = torch.cat(self._parts)
         laid = self._whole.index_select(0, self._sources[places])
         self._waiting -= 1
         if self._waiting == 0:
