@@ -59,6 +59,21 @@ class Mirrored:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Runs of packed tokens that see each other and what stands before them: tails and branches, in their order.
+
+    Attributes:
+        lengths: (S,) tokens of each.
+        rows: (S,) the row that each belongs to.
+        tails: (S,) how many tokens of its row's tail each one sees before itself; a tail sees none.
+    """
+
+    lengths: Mirrored
+    rows: Mirrored
+    tails: Mirrored
+
+
+@dataclass(frozen=True)
 class Slots:
     """Where soft tokens go, and where their vectors come from.
 
@@ -90,6 +105,7 @@ class PromptBatch:
         context_keys: (C,) hashes that name the rows' contexts.
         tree_ids: (M,) token ids of the rows; a slot's tokens hold any valid id.
         tree_lengths: (C,) tokens of each row.
+        tree_segments: its tails and branches; none is empty.
         tree_targets: (M,) the target n of a branch's token, ``TAIL`` in a tail.
         tree_positions: (M,) position ids (header and prefix included).
         last: (N,) where each target's last token stands among the M.
@@ -114,6 +130,7 @@ class PromptBatch:
     context_keys: Tensor
     tree_ids: Tensor
     tree_lengths: Mirrored
+    tree_segments: Segments
     tree_targets: Tensor
     tree_positions: Tensor
     last: Tensor
@@ -144,7 +161,7 @@ class PromptBatch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-BatchT = TypeVar("BatchT", Slots, PromptBatch)
+BatchT = TypeVar("BatchT", Mirrored, Segments, Slots, PromptBatch)
 
 
 def _map_tensors(batch: BatchT, function: Callable[[Tensor], Tensor]) -> BatchT:
@@ -154,9 +171,7 @@ def _map_tensors(batch: BatchT, function: Callable[[Tensor], Tensor]) -> BatchT:
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             value = function(value)
-        elif isinstance(value, Mirrored):
-            value = Mirrored(value.numbers, function(value.tensor))
-        elif isinstance(value, Slots):
-            value = _map_tensors(value, function)
+        elif isinstance(value, Mirrored | Segments | Slots):
+            value = _map_tensors(value, function)  # type: ignore[type-var]
         mapped[field.name] = value
     return type(batch)(**mapped)

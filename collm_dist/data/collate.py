@@ -30,7 +30,7 @@ from collm_dist.data.ragged import Ragged, hash_rows, join_columns, repeat_value
 from collm_dist.data.slots import CONTINUED, HISTORY, SLOT_CODES, LaidOut, Masking, find_slots
 from collm_dist.data.statistics import compute_pair_features
 from collm_dist.errors import ConfigError
-from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch
+from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch, Segments
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ class PromptCollator:
             prefix_keys=prefix_keys,
             prefix_rows=Mirrored.of(prefix_rows),
             tree_lengths=Mirrored.of(tree.lengths),
+            tree_segments=list_segments(tail.lengths, branch.lengths, owner),
             **slots,
         )
 
@@ -307,6 +308,15 @@ class PromptCollator:
             "user_target": block.item_idx,
             "user_timestamps": block.timestamp,
         }
+
+
+def list_segments(tails: IntArray, branches: IntArray, owner: IntArray) -> Segments:
+    """Return what a tree consists of: (C,) tokens of tails, (N,) tokens of branches, and (N,) the row of each."""
+    lengths, rows = np.concatenate([tails, branches]), np.concatenate([np.arange(len(tails)), owner])
+    seen = np.concatenate([np.zeros_like(tails), tails[owner]])
+    order = np.argsort(rows, kind="stable")  # a row's tail, and then its branches
+    order = order[lengths[order] > 0]
+    return Segments(Mirrored.of(lengths[order]), Mirrored.of(rows[order]), Mirrored.of(seen[order]))
 
 
 def build_collator(

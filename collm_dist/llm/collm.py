@@ -140,6 +140,7 @@ class CollmModel(nn.Module):
             prefix,
             header if prefix is None else None,
             needed=batch.last,
+            segments=batch.tree_segments,
         )
         return self._compute_scores(hidden[batch.last])
 

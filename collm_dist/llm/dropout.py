@@ -21,8 +21,9 @@ from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import PromptBatch
 
 # Hashing every number would cost more than the layer. So independent draws are made once, and a token takes the window
-# of them that starts where its hash says.
-_NUM_STARTS = 1 << 20
+# of them that starts where its hash says. Windows start at multiples of 16 bytes, which a GPU copies at once: an H200
+# took them 3 to 8 times as fast as from anywhere.
+_NUM_STARTS, _STEP = 1 << 18, 16
 MAX_WIDTH = 1 << 16
 
 
@@ -32,14 +33,14 @@ class DropoutMasks:
     Attributes:
         probability: of dropping a number.
         pool: independent draws, True = kept.
-        starts: (S, 1, M) where in the pool each token's window starts, at each site.
+        starts: (S, 1, M) which window of the pool each token takes, at each site.
     """
 
     def __init__(self, probability: float, num_sites: int) -> None:
         """Make the draws that masks are taken from; they are the same in every process and every run."""
         generator = torch.Generator().manual_seed(0)
         self.probability = probability
-        self.pool = torch.rand(_NUM_STARTS + MAX_WIDTH, generator=generator, device="cpu") >= probability
+        self.pool = torch.rand(_NUM_STARTS * _STEP + MAX_WIDTH, generator=generator, device="cpu") >= probability
         self.starts = torch.zeros(num_sites, 0, 0, dtype=torch.int64)
 
     def draw(self, batch: PromptBatch, key: int) -> None:
@@ -61,12 +62,12 @@ class DropoutMasks:
         self.starts = _mix(_mix(sites) + tokens) & (_NUM_STARTS - 1)
 
     def drop(self, values: Tensor, starts: Tensor) -> Tensor:
-        """Drop from (1, M, W) values at a site whose windows start at (1, M) ``starts``."""
+        """Drop from (1, M, W) values at a site whose windows are (1, M) ``starts``."""
         return values * self.take(values.shape[-1], starts) * self.scale
 
     def take(self, width: int, starts: Tensor) -> Tensor:
         """Return what is kept: (1, M) ``starts`` -> (1, M, width) bool."""
-        return self.pool.as_strided((_NUM_STARTS, width), (1, 1))[starts]
+        return self.pool.as_strided((_NUM_STARTS, width), (_STEP, 1))[starts]
 
     @property
     def scale(self) -> float:

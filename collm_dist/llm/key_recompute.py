@@ -37,7 +37,7 @@ class Recomputed:
         """Return what makes a block's part of what was laid out again; other views are kept as they are."""
         span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride(), strict=True))
         first, within = divmod(int(saved.storage_offset()), self._unit)
-        if span != saved.numel() or within:
+        if span != saved.numel() or within or span % self._unit:
             return saved
         self._waiting += 1
         places = slice(first, first + span // self._unit)
@@ -46,7 +46,7 @@ class Recomputed:
     def _lay_out(self, places: slice, shape: torch.Size, stride: Sequence[int]) -> Tensor:
         """Return one block's part; the parts are joined once for all blocks, which come one after the other."""
         if self._whole is None:
-            self._whole = torch.cat(self._parts)
+            self._whole = torch.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
         laid = self._whole.index_select(0, self._sources[places])
         self._waiting -= 1
         if self._waiting == 0:

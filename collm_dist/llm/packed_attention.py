@@ -30,6 +30,7 @@ from collm_dist.llm.gated_network import slim_down
 from collm_dist.llm.key_recompute import Recomputed, recompute_in_backward
 from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_layout import RowLayout
+from collm_dist.llm.sequences import SequenceLayout, compare_sequences
 
 NAME = "collm_packed"
 # Set on a decoder whose layers are recomputed in the backward pass.
@@ -46,7 +47,7 @@ class LayerLayout:
     """How a layer's packed tokens stand in rows, and what they may see.
 
     Attributes:
-        rows: where they stand.
+        rows: in which blocks, or as which sequences.
         header: U.
         header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
         past: what rows see that was computed before. A past and a header exclude each other.
@@ -56,7 +57,7 @@ class LayerLayout:
         checkpointed: the whole layer is recomputed in the backward pass.
     """
 
-    rows: RowLayout
+    rows: RowLayout | SequenceLayout
     header: int
     header_mask: Tensor | None
     past: Parts | None = None
@@ -143,7 +144,7 @@ def run_packed(
     decoder: nn.Module,
     embeds: Tensor,
     positions: Tensor,
-    rows: RowLayout,
+    rows: RowLayout | SequenceLayout,
     *,
     header: Tensor | None = None,
     header_mask: Tensor | None = None,
@@ -228,39 +229,61 @@ def _attend(
         return _attend_plainly(module, query, key, value, attention_mask, options, others)
     if others.get("s_aux") is not None:
         raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
-    compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
-    compute = functools.partial(compute, options=options)
     # Token by token, as projections leave them: (M, heads, W) each.
     queries, keys, values = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
-    shape, rows, in_window = queries.shape, layout.rows, sliding_window is not None
-    lay_out_keys = functools.partial(lay_out, sources=rows.keys, places=rows.key_places)
     if layout.record:
         layout.found = keys, values
+    if isinstance(layout.rows, SequenceLayout):
+        own = [_divide(one, layout.header) for one in (keys, values)]
+        laid, recomputed = _lay_out_keys(layout, (keys, values), own)
+        with recompute_in_backward(*recomputed):
+            found = compare_sequences(
+                layout.rows, queries, *laid, scaling=scaling, dropout=dropout, window=sliding_window
+            )
+        return found[None], None
+    compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
+    compute = functools.partial(compute, options=options)
+    shape, rows, in_window = queries.shape, layout.rows, sliding_window is not None
     attended: list[Tensor] = []
-    recomputed: list[Recomputed] = []
-    if layout.header:
-        sizes = [layout.header, len(queries) - layout.header]
-        (first, queries), *pairs = (torch.split(one, sizes) for one in (queries, keys, values))
+    (first, queries), *own = (_divide(one, layout.header) for one in (queries, keys, values))
+    if first is not None and own[0][0] is not None and own[1][0] is not None:
         # Copies: kept for the backward pass, a part would keep the whole.
-        alone = (one.transpose(0, 1)[None].contiguous() for one in (first, pairs[0][0], pairs[1][0]))
+        alone = (one.transpose(0, 1)[None].contiguous() for one in (first, own[0][0], own[1][0]))
         mask = layout.header_mask if in_window else None
         attended.append(compute(*alone, mask).transpose(1, 2).reshape(-1, *rows.get_unit(shape)))
-        laid = [
-            lay_out_keys(own, whole=whole, ahead=ahead, shared=rows.header_places)
-            for (ahead, own), whole in zip(pairs, (keys, values), strict=True)
-        ]
-    elif layout.past is not None:
-        parts = [(*before, own.detach()) for before, own in zip(layout.past, (keys, values), strict=True)]
-        laid = [lay_out_keys(own, whole=torch.cat(one)) for own, one in zip((keys, values), parts, strict=True)]
-        if not layout.checkpointed:
-            recomputed = [Recomputed(one, of_it, rows.keys) for one, of_it in zip(laid, parts, strict=True)]
-    else:
-        laid = [lay_out_keys(keys), lay_out_keys(values)]
+    laid, recomputed = _lay_out_keys(layout, (keys, values), own)
     queries = lay_out(queries.reshape(-1, *rows.get_unit(shape)), rows.queries, rows.query_places)
     with recompute_in_backward(*recomputed):
         attended += _attend_in_blocks(rows, queries, laid[0], laid[1], shape, compute, in_window=in_window)
     found = collect(attended[0] if len(attended) == 1 else torch.cat(attended), rows.found)
     return found.view(1, *shape), None
+
+
+def _divide(packed: Tensor, header: int) -> tuple[Tensor | None, Tensor]:
+    """Return what is packed of the header, if it is, and the rest."""
+    return tuple(torch.split(packed, [header, len(packed) - header])) if header else (None, packed)  # type: ignore[return-value]
+
+
+def _lay_out_keys(
+    layout: LayerLayout, packed: Sequence[Tensor], divided: Sequence[tuple[Tensor | None, Tensor]]
+) -> tuple[list[Tensor], list[Recomputed]]:
+    """Return keys and values at their places, and those that are not to be kept for the backward pass.
+
+    Args:
+        layout: of the layer.
+        packed: keys and values.
+        divided: the same, the header's apart.
+    """
+    rows, laid, again = layout.rows, [], []
+    for place, (whole, (ahead, own)) in enumerate(zip(packed, divided, strict=True)):
+        parts = (*(layout.past[place] if layout.past is not None else ()), whole.detach())
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        found = lay_out(own, rows.keys, rows.key_places, whole=joined, ahead=ahead, shared=rows.header_places)
+        laid.append(found)
+        again.append(Recomputed(found, parts, rows.keys))
+    # In blocks a header alone is copied for a few rows; sequences have many copies of all that is shared.
+    copied = layout.past is not None or isinstance(rows, SequenceLayout)
+    return laid, again if copied and not layout.checkpointed else []
 
 
 def _attend_in_blocks(

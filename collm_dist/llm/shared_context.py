@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from collm_dist.llm.packed_attention import CHECKPOINTED, Parts, find_layers, prepare_decoder, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Masks, split_rows
 from collm_dist.llm.row_layout import SEPARATE, HeadGroups, Past, RowLayout, lay_out_rows
-from collm_dist.prompt_batch import TAIL, Mirrored
+from collm_dist.llm.sequences import SequenceLayout, lay_out_sequences, takes_sequences
+from collm_dist.prompt_batch import TAIL, Mirrored, Segments
 
 PADDING = -2
 
@@ -143,9 +144,10 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
         header: what all of them begin with, computed before as a prefix alone.
     """
     start = 0 if header is None else int(header.lengths.numbers[0])
+    prepare_decoder(decoder)
     rows = lengths.list_rows()
     positions = start + torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
-    layout = _lay_out_prefixes(decoder, lengths, start, embeds.dtype)
+    layout = _lay_out_prefixes(decoder, embeds, lengths, start)
     # No hidden state is asked for; but quantized layers do not take nothing.
     one, past = rows.new_zeros(1), [] if header is None else header.layers
     _, found = run_packed(decoder, embeds, positions, layout, past=past, needed=one, record=True)
@@ -159,9 +161,13 @@ def run_prefix(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: Pr
     )
 
 
-def _lay_out_prefixes(decoder: nn.Module, lengths: Mirrored, header: int, dtype: torch.dtype) -> RowLayout:
-    """Return the blocks in which prefixes are compared that stand behind a header computed before."""
+def _lay_out_prefixes(decoder: nn.Module, embeds: Tensor, lengths: Mirrored, header: int) -> RowLayout | SequenceLayout:
+    """Return how prefixes are compared that stand behind a header computed before."""
     device, none = lengths.tensor.device, np.zeros_like(lengths.numbers)
+    past = Past(header, Mirrored.of(none, device), torch.zeros_like(lengths.tensor)) if header else None
+    if takes_sequences(decoder, embeds):
+        rows = Mirrored.of(np.arange(len(lengths)), device)
+        return lay_out_sequences(Segments(lengths, rows, Mirrored.of(none, device)), lengths, header, past)
     windowed = getattr(decoder.config, "sliding_window", None) is not None
     masks, spans = [], split_rows(lengths.numbers, none, header, _find_block_cost(decoder, device))
     for span in spans:
@@ -171,8 +177,8 @@ def _lay_out_prefixes(decoder: nn.Module, lengths: Mirrored, header: int, dtype:
             continue
         keys = torch.arange(header + span.columns, device=device)[None]
         queries = keys[:, header:]
-        masks.append(build_masks(queries[:, :, None] >= keys[:, None, :], queries, keys, decoder.config, dtype))
-    past = Past(header, Mirrored.of(none, device), torch.zeros_like(lengths.tensor)) if header else None
+        allowed = queries[:, :, None] >= keys[:, None, :]
+        masks.append(build_masks(allowed, queries, keys, decoder.config, embeds.dtype))
     return lay_out_rows(lengths, spans, masks, header, past)
 
 
@@ -185,6 +191,7 @@ def run_tree(
     prefix: Prefix | None = None,
     header: Tensor | None = None,
     needed: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Run tree rows, over a prefix or a header if there is one, and return their last hidden states.
 
@@ -196,6 +203,7 @@ def run_tree(
         prefix: what ``run_prefix`` returned, with the rows' places in it.
         header: (U, D) input embeddings of what all rows begin with, computed once.
         needed: (N,) which tokens' hidden states are asked for; None = all.
+        segments: the rows' tails and branches; without them rows are compared in blocks everywhere.
 
     Returns:
         (M, D), right where needed.
@@ -203,13 +211,19 @@ def run_tree(
     start = 0 if header is None else len(header)
     prepare_decoder(decoder)
     config: Any = decoder.config
-    cost = _find_block_cost(decoder, embeds.device)
-    heads = HeadGroups(config.num_attention_heads, _find_groups(decoder, embeds.device))
+    layout: RowLayout | SequenceLayout
+    if segments is not None and takes_sequences(decoder, embeds):
+        ahead, past = (start, None) if prefix is None else (prefix.header, prefix.list_past())
+        layout = lay_out_sequences(segments, lengths, ahead, past)
+    else:
+        cost = _find_block_cost(decoder, embeds.device)
+        heads = HeadGroups(config.num_attention_heads, _find_groups(decoder, embeds.device))
+        layout = lay_out_tree(config, targets, positions, lengths, cost, embeds.dtype, prefix, start, heads)
     return run_packed(
         decoder,
         embeds,
         positions,
-        lay_out_tree(config, targets, positions, lengths, cost, embeds.dtype, prefix, start, heads),
+        layout,
         header=header,
         header_mask=_build_header_mask(start, decoder.config, embeds),
         past=() if prefix is None else prefix.layers,

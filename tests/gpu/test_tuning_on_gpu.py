@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
+from collm_dist.data.collate import list_segments
 from collm_dist.data.prompts import resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.compiled_layers import compile_layers
 from collm_dist.llm.mapping import SlotMapper
+from collm_dist.llm.packing import Copies, lay_out
+from collm_dist.llm.row_layout import Past
+from collm_dist.llm.sequences import compare_sequences, lay_out_sequences
 from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.prompt_batch import Mirrored, Segments
 from collm_dist.tuning.prepared import prepare
 from collm_dist.tuning.token_budget import find_token_budget
 from tests.parity.test_shared_context import STAGE2, TEXTS, Tables, collect_gradients, make_block, make_collator
 from tests.reference.padded_rows import score_plainly, spell_prompts
+from tests.reference.plain_sequences import compare_sequences as compare_plainly
 from tests.tiny import ARCHITECTURES, make_model
 
 pytestmark = [
@@ -68,6 +77,63 @@ def test_shared_contexts_are_padded_rows(architecture, dtype, way, tmp_path):
     assert (scores.cpu().double() - plain).abs().max() < TOLERANCE[dtype] * scale
     for name, value in plain_gradients.items():
         assert (gradients[name].cpu().double() - value).norm() < TOLERANCE[dtype] * 3 * value.norm(), name
+
+
+@pytest.mark.parametrize("window", [None, 20], ids=["all", "window"])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (12, 2, 128), (4, 1, 256)], ids=lambda one: f"width{one[2]}")
+@pytest.mark.parametrize("over", ["nothing", "header", "prefix"])
+def test_the_kernel_compares_sequences(over, heads, window):
+    """Values and gradients, as the plain kernel gives them in float64 of the same numbers."""
+    tails, branches, owner = np.array([40, 0, 90, 3]), np.array([9, 1, 30, 7, 200, 8]), np.array([0, 0, 0, 1, 2, 3])
+    on_host = list_segments(tails, branches, owner)
+    parts = ((one.numbers, DEVICE) for one in (on_host.lengths, on_host.rows, on_host.tails))
+    segments = Segments(*(Mirrored.of(*one) for one in parts))
+    lengths = Mirrored.of(tails + np.bincount(owner, branches).astype(np.int64), DEVICE)
+    header = 0 if over == "nothing" else 11
+    past = None
+    if over == "prefix":
+        before = Mirrored.of([30, 5, 30, 60], DEVICE)
+        past = Past(header + 95, before, header + torch.tensor([0, 30, 0, 35], device=DEVICE))
+    layout = lay_out_sequences(segments, lengths, header, past)
+    count, shared, width = int(lengths.numbers.sum()), header if past is None else 0, heads[2]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(tokens, number):
+        return torch.randn(tokens, number, width, generator=generator, device=DEVICE).bfloat16()
+
+    query, key, value = draw(shared + count, heads[0]), draw(shared + count, heads[1]), draw(shared + count, heads[1])
+    ahead = [draw(header + 95, heads[1]) if past is not None else None for _ in range(2)]
+    weights = draw(shared + count, heads[0])
+    found = []
+    for compare, device, dtype in (
+        (compare_sequences, DEVICE, torch.bfloat16),
+        (compare_plainly, "cpu", torch.float64),
+    ):
+        at = move(layout, device)
+        leaves = [one.to(device, dtype).requires_grad_() for one in (query, key, value)]
+        laid = []
+        for one, before in zip(leaves[1:], ahead, strict=True):
+            first, own = torch.split(one, [shared, count])
+            whole = one if before is None else torch.cat([before.to(device, dtype), one])
+            is_shared = at.header_places is not None
+            options = {"whole": whole, "ahead": first if is_shared else None, "shared": at.header_places}
+            laid.append(lay_out(own, at.keys, at.key_places, **options))
+        result = compare(at, leaves[0], *laid, scaling=None, dropout=0.0, window=window)
+        gradients = torch.autograd.grad((result * weights.to(device, dtype)).sum(), leaves)
+        found.append([one.detach().cpu().double() for one in (result, *gradients)])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).norm() < 0.01 * expected.norm()
+
+
+def move(layout, device):
+    """The same layout on another device."""
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(layout)
+        if isinstance(value := getattr(layout, field.name), torch.Tensor)
+    }
+    copies = Copies(layout.key_places.places.to(device), layout.key_places.starts.to(device))
+    return dataclasses.replace(layout, key_places=copies, **moved)
 
 
 def test_batches_come_from_pinned_memory(tmp_path):

@@ -16,13 +16,14 @@ from collm_dist.data.item_tokens import load_item_tokens
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
 from collm_dist.data.statistics import PAIR_FEATURES
-from collm_dist.llm import row_blocks, shared_context
+from collm_dist.llm import packed_attention, row_blocks, shared_context
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.mapping import SlotMapper
 from collm_dist.llm.prefix_cache import PrefixCache
 from collm_dist.llm.shared_context import enable_activation_checkpointing
 from tests.reference.padded_rows import score_plainly, spell_prompts
+from tests.reference.plain_sequences import compare_sequences
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
 
 STAGE1 = "Likes: <ItemTitleList>. And <TargetItemTitle>? Answer:"
@@ -35,9 +36,14 @@ TEXTS = ["Heat", 'A "quoted" one', "<UserID>", "<unk> </s>", "é漢字 \u202e", 
 SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
 
 
-@pytest.fixture(autouse=True, params=[0, 1 << 30], ids=["blocks", "one-block"])
+@pytest.fixture(autouse=True, params=[0, 1 << 30, None], ids=["blocks", "one-block", "sequences"])
 def divided(request, monkeypatch):
-    """Let attention lay out rows in blocks without any padding; or all together, and heads that share keys, too."""
+    """Let attention lay out rows in blocks without any padding; or all together, and heads that share keys, too; or as
+    sequences, by a plain kernel in the place of the one for GPUs (which tests/gpu has)."""
+    if request.param is None:
+        monkeypatch.setattr(shared_context, "takes_sequences", lambda decoder, _: not decoder.__dict__["_runs_packed"])
+        monkeypatch.setattr(packed_attention, "compare_sequences", compare_sequences)
+        return
     monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.param)
     if request.param:
         on_gpu = functools.partial(shared_context._find_groups, device=torch.device("cuda"))

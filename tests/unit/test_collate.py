@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from collm_dist.data.prompts import PromptTemplate
 from collm_dist.data.slots import Masking
 from collm_dist.data.statistics import PAIR_FEATURES, compute_pair_features
 from collm_dist.errors import ConfigError
-from collm_dist.prompt_batch import Mirrored, Slots
+from collm_dist.prompt_batch import Mirrored, Segments, Slots
 from tests.reference.plain_prompts import build_plain_prompt
 from tests.unit.loader_data import make_contexts, make_tokenizer
 
@@ -157,6 +158,13 @@ def test_every_prompt_equals_the_plain_one(
     widths = tokens.tail + np.add.reduceat(tokens.branch, block.target_offsets[:-1])
     assert widths.tolist() == batch.tree_lengths.numbers.tolist()
     assert batch.num_tokens == tokens.header + batch.prefix_lengths.numbers.sum() + widths.sum()
+    segments = batch.tree_segments
+    rows = batch.tree_lengths.list_rows().tolist()
+    tokens_of = zip(rows, batch.tree_targets.tolist(), strict=True)
+    runs = [(one, len(list(run))) for one, run in itertools.groupby(tokens_of)]
+    assert segments.lengths.numbers.tolist() == [length for _, length in runs]
+    assert segments.rows.numbers.tolist() == [row for (row, _), _ in runs]
+    assert segments.tails.numbers.tolist() == [0 if target < 0 else tokens.tail[row] for (row, target), _ in runs]
 
 
 def test_equal_prefixes_are_laid_out_once_and_what_all_begin_with_is_the_header():
@@ -239,7 +247,7 @@ def test_filler_has_the_same_parts_and_no_weight(name):
         value, other = getattr(filler, part.name), getattr(real, part.name)
         if part.name == "header_key":
             assert value == other
-        elif not isinstance(value, Mirrored | Slots):
+        elif not isinstance(value, Mirrored | Segments | Slots):
             assert value.dtype == other.dtype, part.name
             assert value.ndim == other.ndim, part.name
 
