@@ -27,7 +27,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.machine import describe_hardware, name_device
 from collm_dist.artifacts import write_json
 from collm_dist.llm.packed_attention import NAME, LayerLayout
-from collm_dist.llm.row_layout import SEPARATE, HeadGroups
 from collm_dist.llm.shared_context import Prefix, lay_out_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 
@@ -75,11 +74,7 @@ class Workload:
 
     def build_layout(self, cost: int) -> LayerLayout:
         """Return our layout for a cost of a block."""
-        heads = self.query.shape[1]
-        groups = HeadGroups(heads, heads // self.key.shape[1]) if self.query.is_cuda else SEPARATE
-        rows = lay_out_tree(
-            None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix, heads=groups
-        )
+        rows = lay_out_tree(None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix)
         keys, values = (one.squeeze(0).transpose(0, 1) for one in self.past)
         return LayerLayout(rows, 0, None, ((keys,), (values,)))
 

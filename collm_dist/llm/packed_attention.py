@@ -243,20 +243,20 @@ def _attend(
         return found[None], None
     compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
     compute = functools.partial(compute, options=options)
-    shape, rows, in_window = queries.shape, layout.rows, sliding_window is not None
+    rows, in_window = layout.rows, sliding_window is not None
     attended: list[Tensor] = []
     (first, queries), *own = (_divide(one, layout.header) for one in (queries, keys, values))
     if first is not None and own[0][0] is not None and own[1][0] is not None:
         # Copies: kept for the backward pass, a part would keep the whole.
         alone = (one.transpose(0, 1)[None].contiguous() for one in (first, own[0][0], own[1][0]))
         mask = layout.header_mask if in_window else None
-        attended.append(compute(*alone, mask).transpose(1, 2).reshape(-1, *rows.get_unit(shape)))
+        attended.append(compute(*alone, mask).transpose(1, 2).flatten(0, 1))
     laid, recomputed = _lay_out_keys(layout, (keys, values), own)
-    queries = lay_out(queries.reshape(-1, *rows.get_unit(shape)), rows.queries, rows.query_places)
+    queries = lay_out(queries, rows.queries, rows.query_places)
     with recompute_in_backward(*recomputed):
-        attended += _attend_in_blocks(rows, queries, laid[0], laid[1], shape, compute, in_window=in_window)
+        attended += _attend_in_blocks(rows, queries, laid[0], laid[1], compute, in_window=in_window)
     found = collect(attended[0] if len(attended) == 1 else torch.cat(attended), rows.found)
-    return found.view(1, *shape), None
+    return found[None], None
 
 
 def _divide(packed: Tensor, header: int) -> tuple[Tensor | None, Tensor]:
@@ -291,7 +291,6 @@ def _attend_in_blocks(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    shape: torch.Size,
     compute: Any,
     *,
     in_window: bool,
@@ -301,22 +300,15 @@ def _attend_in_blocks(
     Args:
         rows: the blocks.
         queries, keys, values: at their places.
-        shape: (M, H, W) of the layer's queries.
         compute: compares a block.
         in_window: whether the layer looks back no further than a window.
     """
-    _, heads, width = shape
-    units = heads if rows.groups > 1 else 1
-    of_queries = torch.split(queries, [units * block.rows * block.columns for block in rows.blocks])
+    of_queries = torch.split(queries, [block.rows * block.columns for block in rows.blocks])
     of_keys, of_values = (
         torch.split(one, [block.rows * block.keys for block in rows.blocks]) for one in (keys, values)
     )
     for block, query, key, value in zip(rows.blocks, of_queries, of_keys, of_values, strict=True):
-        key, value = (one.view(block.rows, block.keys, -1, width).transpose(1, 2) for one in (key, value))
-        if rows.groups > 1:
-            query = query.view(block.rows, heads // rows.groups, -1, width)
-        else:
-            query = query.view(block.rows, block.columns, heads, width).transpose(1, 2)
+        query, key, value = (one.view(block.rows, -1, *one.shape[1:]).transpose(1, 2) for one in (query, key, value))
         mask = block.masks.window if in_window and block.masks.window is not None else block.masks.plain
         ahead = 0
         if mask is None:
@@ -324,7 +316,7 @@ def _attend_in_blocks(
             ahead = block.keys - block.columns
             query = pad(query, (0, 0, ahead, 0))
         found = compute(query, key, value, mask)[:, :, ahead:]
-        yield found.transpose(1, 2).reshape(-1, *rows.get_unit(shape))
+        yield found.transpose(1, 2).flatten(0, 1)
 
 
 def _compare_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:

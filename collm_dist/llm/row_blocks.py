@@ -26,8 +26,7 @@ class Masks:
     """What attention adds to its scores, in the layers' precision: 0 or minus infinity.
 
     Attributes:
-        plain: (R, 1, T, K); or (R, 1, g * T, K), g times the same, for g query heads that share a key head. None = each
-            token sees the header and those before it in its row.
+        plain: (R, 1, T, K). None = each token sees the header and those before it in its row.
         window: the same for layers that look back no further than a window; None where there are none.
     """
 

@@ -4,7 +4,7 @@ The places of all blocks lie one after the other. So a layer lays out all its qu
 its values by one each, however many blocks there are: a GPU waits for kernels to be started.
 
 Shapes: m packed tokens in C rows; A tokens ahead of them whose keys rows see, U of them a header's, which all rows see;
-Q and K places of queries and of keys; H heads, g of them to a key head.
+Q and K places of queries and of keys.
 """
 
 from __future__ import annotations
@@ -20,17 +20,6 @@ from collm_dist.prompt_batch import Mirrored
 
 
 @dataclass(frozen=True)
-class HeadGroups:
-    """H query heads of which g, those that share a key head, are compared as one, their queries laid end to end."""
-
-    count: int = 1
-    groups: int = 1
-
-
-SEPARATE = HeadGroups()
-
-
-@dataclass(frozen=True)
 class _RowPlaces:
     """The places of C rows in blocks.
 
@@ -39,7 +28,6 @@ class _RowPlaces:
         rows, columns: (m,) in which row each packed token stands, and where in it.
         query_starts, key_starts: (C,) a row's first places.
         own_starts: (C,) the first place of its own keys, behind the header's and the past's.
-        widths: (C,) T of a row's block.
     """
 
     num_queries: int
@@ -49,19 +37,14 @@ class _RowPlaces:
     query_starts: Tensor
     key_starts: Tensor
     own_starts: Tensor
-    widths: Tensor
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """How packed tokens are laid out, and found again.
 
-    Queries are gathered token by token, or, where g > 1 heads that share a key head are compared as one, head by head:
-    m, Q and the header's U then count heads of tokens.
-
     Attributes:
         blocks: in the order of their rows.
-        groups: g, or 1.
         queries: (Q,) which packed token's query stands at each place; any at padding.
         query_places: (m,) where each packed token's query stands.
         keys: (K,) which of the A + m tokens' keys stands at each place; any at padding.
@@ -71,7 +54,6 @@ class RowLayout:
     """
 
     blocks: list[Block]
-    groups: int
     queries: Tensor
     query_places: Tensor
     keys: Tensor
@@ -79,14 +61,10 @@ class RowLayout:
     header_places: Tensor | None
     found: Tensor
 
-    def get_unit(self, shape: torch.Size) -> torch.Size:
-        """Return the shape of what is gathered of (M, H, W) queries: a token's or a head's."""
-        return shape[1:] if self.groups == 1 else shape[2:]
-
 
 def _place_rows(lengths: Mirrored, spans: list[RowSpan], header: int) -> _RowPlaces:
     """Return where rows of (C,) ``lengths`` stand, each block's ones behind a header and its longest past."""
-    starts = np.zeros((4, len(lengths)), dtype=np.int64)
+    starts = np.zeros((3, len(lengths)), dtype=np.int64)
     num_queries = num_keys = 0
     for span in spans:
         count, keys = span.rows.stop - span.rows.start, header + span.past + span.columns
@@ -94,7 +72,6 @@ def _place_rows(lengths: Mirrored, spans: list[RowSpan], header: int) -> _RowPla
         starts[0, span.rows] = num_queries + order * span.columns
         starts[1, span.rows] = num_keys + order * keys
         starts[2, span.rows] = starts[1, span.rows] + header + span.past
-        starts[3, span.rows] = span.columns
         num_queries, num_keys = num_queries + count * span.columns, num_keys + count * keys
     rows = lengths.list_rows()
     columns = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
@@ -122,7 +99,6 @@ def lay_out_rows(
     masks: list[Masks],
     header: int,
     past: Past | None = None,
-    heads: HeadGroups = SEPARATE,
 ) -> RowLayout:
     """Return the layout of C rows.
 
@@ -131,7 +107,6 @@ def lay_out_rows(
         spans, masks: of each block.
         header: U.
         past: None = the header, if there is one, is packed itself, before the rows.
-        heads: which are compared as one.
     """
     at, device = _place_rows(lengths, spans, header), lengths.tensor.device
     tokens = torch.arange(len(at.rows), device=device)
@@ -147,26 +122,18 @@ def lay_out_rows(
         seen = past.lengths.list_rows()
         order = torch.arange(len(seen), device=device) - past.lengths.list_starts()[seen]
         keys[at.key_starts[seen] + header + order] = past.starts[seen] + order
-    # Of tokens, or of their heads.
-    units = 1 if heads.groups == 1 else heads.count
-    unit, widths = torch.arange(units, device=device), at.widths[at.rows, None]
-    starts, columns = units * at.query_starts[at.rows, None], at.columns[:, None]
-    query_places = (starts + unit * widths + columns).flatten()
-    # Attention gives its results back query by query: within one, the key heads.
-    within = unit % heads.groups * widths + columns
-    found = units * asked + (starts + within * (units // heads.groups) + unit // heads.groups).flatten()
-    queries = torch.zeros(at.num_queries * units, dtype=torch.int64, device=device)
-    queries[query_places] = torch.arange(len(query_places), device=device)
+    query_places = at.query_starts[at.rows] + at.columns
+    queries = torch.zeros(at.num_queries, dtype=torch.int64, device=device)
+    queries[query_places] = tokens
     return RowLayout(
         blocks=[
             Block(span.rows.stop - span.rows.start, span.columns, header + span.past + span.columns, mask)
             for span, mask in zip(spans, masks, strict=True)
         ],
-        groups=heads.groups,
         queries=queries,
         query_places=query_places,
         keys=keys,
         key_places=key_places,
         header_places=header_places if past is None and header else None,
-        found=torch.cat([torch.arange(asked * units, device=device), found]),
+        found=torch.cat([torch.arange(asked, device=device), asked + query_places]),
     )

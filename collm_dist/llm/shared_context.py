@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from collm_dist.llm.packed_attention import CHECKPOINTED, Parts, find_layers, prepare_decoder, run_packed
 from collm_dist.llm.row_blocks import BLOCK_COST, Masks, split_rows
-from collm_dist.llm.row_layout import SEPARATE, HeadGroups, Past, RowLayout, lay_out_rows
+from collm_dist.llm.row_layout import Past, RowLayout, lay_out_rows
 from collm_dist.llm.sequences import SequenceLayout, lay_out_sequences, takes_sequences
 from collm_dist.prompt_batch import TAIL, Mirrored, Segments
 
@@ -79,36 +79,24 @@ def build_allowed(targets: Tensor) -> Tensor:
 
 
 def build_masks(
-    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype, groups: int = 1
+    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: Any, dtype: torch.dtype
 ) -> Masks:
-    """Return what attention adds to its scores: 0 or minus infinity, (R, 1, groups * T, K).
+    """Return what attention adds to its scores: 0 or minus infinity, (R, 1, T, K).
 
     Args:
         allowed: (R, T, K) bool.
         query_positions, key_positions: (R, T), (R, K) position ids; a window is measured in them.
         config: the decoder's configuration.
         dtype: of the result.
-        groups: how often they are repeated, see ``Masks``.
     """
     window = getattr(config, "sliding_window", None)
     if window is None:
-        return Masks(_finish(allowed, dtype, groups))
+        return Masks(_finish(allowed, dtype))
     near = query_positions[:, :, None] - key_positions[:, None, :] < window
-    return Masks(_finish(allowed, dtype, groups), _finish(allowed & near, dtype, groups))
+    return Masks(_finish(allowed, dtype), _finish(allowed & near, dtype))
 
 
-def _find_groups(decoder: Any, device: torch.device) -> int:
-    """Return how many query heads lay their queries end to end; where kernels do it by themselves, one."""
-    config = decoder.config
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if device.type == "cpu" or decoder.__dict__["_runs_packed"] or softcap is not None:
-        return 1
-    heads: int = config.num_attention_heads
-    return heads // (getattr(config, "num_key_value_heads", None) or heads)
-
-
-def _finish(visible: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
-    visible = visible.repeat(1, groups, 1)
+def _finish(visible: Tensor, dtype: torch.dtype) -> Tensor:
     # Rows start at multiples of 8 numbers, or every layer would copy the mask: a GPU's kernels want that.
     rows, queries, keys = visible.shape
     room = torch.zeros(rows, queries, -(-keys // 8) * 8, dtype=dtype, device=visible.device)
@@ -217,8 +205,7 @@ def run_tree(
         layout = lay_out_sequences(segments, lengths, ahead, past)
     else:
         cost = _find_block_cost(decoder, embeds.device)
-        heads = HeadGroups(config.num_attention_heads, _find_groups(decoder, embeds.device))
-        layout = lay_out_tree(config, targets, positions, lengths, cost, embeds.dtype, prefix, start, heads)
+        layout = lay_out_tree(config, targets, positions, lengths, cost, embeds.dtype, prefix, start)
     return run_packed(
         decoder,
         embeds,
@@ -240,7 +227,6 @@ def lay_out_tree(
     dtype: torch.dtype,
     prefix: Prefix | None = None,
     header: int = 0,
-    heads: HeadGroups = SEPARATE,
 ) -> RowLayout:
     """Return the blocks in which attention compares tree rows.
 
@@ -250,7 +236,6 @@ def lay_out_tree(
         cost: of a block, see ``split_rows``.
         dtype: of the masks.
         header: U, tokens that all rows begin with, where they are no prefix's.
-        heads: which are compared as one.
     """
     ahead, pasts, past = header, np.zeros_like(lengths.numbers), None
     if prefix is not None:
@@ -265,8 +250,8 @@ def lay_out_tree(
         visible = before >= 0 if past is None else before < ahead + past.lengths.tensor[span.rows, None]
         allowed = torch.cat([visible[:, None].expand(-1, span.columns, -1), build_allowed(rows_targets)], dim=2)
         key_positions = torch.cat([before, rows_positions], dim=1)
-        masks.append(build_masks(allowed, rows_positions, key_positions, config, dtype, heads.groups))
-    return lay_out_rows(lengths, spans, masks, ahead, past, heads)
+        masks.append(build_masks(allowed, rows_positions, key_positions, config, dtype))
+    return lay_out_rows(lengths, spans, masks, ahead, past)
 
 
 def enable_activation_checkpointing(decoder: nn.Module) -> None:

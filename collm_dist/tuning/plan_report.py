@@ -19,7 +19,6 @@ from collm_dist.data.manifest import load_manifest
 from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.data.statistics import PAIR_FEATURES
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
-from collm_dist.llm.row_blocks import BLOCK_COST, split_rows
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.costs import DecoderShape, StepCost, count_padded, count_shared
 from collm_dist.tuning.loop import count_total_steps
@@ -135,16 +134,12 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
     return _Sample(shared, padded, contexts, prefix_tokens, largest)
 
 
-def _count_places(batch: PromptBatch, shape: DecoderShape) -> tuple[int, int]:
-    """Return how many queries and keys attention lays out on a GPU."""
-    lengths, pasts = batch.tree_lengths.numbers, batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
-    header = len(batch.header_ids)
-    queries = keys = 0
-    for span in split_rows(lengths, pasts, header, BLOCK_COST["cuda"] // shape.attention_width):
-        rows = span.rows.stop - span.rows.start
-        queries += rows * span.columns
-        keys += rows * (header + span.past + span.columns)
-    return queries, keys
+def _count_keys(batch: PromptBatch) -> int:
+    """Return how many keys attention lays out on a GPU."""
+    segments, header = batch.tree_segments, len(batch.header_ids)
+    before = header + batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
+    seen = before[segments.rows.numbers] + segments.tails.numbers + segments.lengths.numbers
+    return int(seen.sum())
 
 
 def _count_tuned(config: Config, run_dir: RunDir) -> int:
@@ -173,14 +168,12 @@ def _describe_memory(
     pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
     out = config.mapping.tokens_per_slot * shape.hidden_size
     in_stage2 = (mapped + pairs) * out + mapped * width + _count_tuned(config, run_dir)
-    queries, keys = _count_places(sample.largest, shape)
     arguments: dict[str, Any] = {
         "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
         "other_trainable": 0 if name == "stage1" else in_stage2,
         "tree_tokens": len(sample.largest.tree_ids),
         "prefix_tokens": len(sample.largest.prefix_ids),
-        "queries": queries,
-        "keys": keys,
+        "keys": _count_keys(sample.largest),
         "element_size": dtype.itemsize,
         "checkpointing": config.llm.activation_checkpointing,
     }

@@ -175,7 +175,6 @@ def plan_memory(
     other_trainable: int,
     tree_tokens: int,
     prefix_tokens: int,
-    queries: int,
     keys: int,
     element_size: int,
     checkpointing: bool,
@@ -189,20 +188,19 @@ def plan_memory(
         weights: bytes of the whole backbone.
         other_trainable: trainable numbers beside the adapters.
         tree_tokens, prefix_tokens: tokens of the micro-batch, with gradient and without.
-        queries, keys: places of attention's rows, padding and what stands before the rows included.
+        keys: places that attention lays keys out at: copies of what stands before rows or branches included.
         element_size: bytes of a number.
         checkpointing: whether layers are recomputed.
         weight_shards: processes that share the frozen weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
-    # Attention keeps queries and results, keys and values as it compares them; these are laid out again over prefixes.
-    more_queries = 2 * shape.attention_width * (queries - tree_tokens) * element_size
-    more_keys = 2 * shape.key_width * (keys - tree_tokens) * element_size
-    of_layer = layers.per_layer * tree_tokens + more_queries + more_keys
+    own = layers.per_layer * tree_tokens
+    # Keys and values at their places are not kept, but laid out again in the backward pass.
+    of_layer = own + 2 * shape.key_width * (keys - tree_tokens) * element_size
     if checkpointing:
         kept, working = shape.num_layers * layers.inputs * tree_tokens, of_layer
     else:
-        kept, working = shape.num_layers * (of_layer - (more_keys if prefix_tokens else 0)), 0.0
+        kept, working = shape.num_layers * own, 0.0
     # On the way back the gradients of one layer's activations stand beside them, about as much again.
     working += of_layer
     trainable = layers.adapters * shape.num_layers + other_trainable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -38,16 +37,13 @@ SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
 
 @pytest.fixture(autouse=True, params=[0, 1 << 30, None], ids=["blocks", "one-block", "sequences"])
 def divided(request, monkeypatch):
-    """Let attention lay out rows in blocks without any padding; or all together, and heads that share keys, too; or as
-    sequences, by a plain kernel in the place of the one for GPUs (which tests/gpu has)."""
+    """Let attention lay out rows in blocks without any padding; or all together; or as sequences, by a plain kernel in
+    the place of the one for GPUs (which tests/gpu has)."""
     if request.param is None:
         monkeypatch.setattr(shared_context, "takes_sequences", lambda decoder, _: not decoder.__dict__["_runs_packed"])
         monkeypatch.setattr(packed_attention, "compare_sequences", compare_sequences)
         return
     monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.param)
-    if request.param:
-        on_gpu = functools.partial(shared_context._find_groups, device=torch.device("cuda"))
-        monkeypatch.setattr(shared_context, "_find_groups", lambda decoder, _: on_gpu(decoder))
 
 
 def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:

@@ -15,7 +15,7 @@ from collm_dist.llm import packed_attention, row_blocks
 from collm_dist.llm.packed_attention import find_layers, prepare_decoder
 from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_blocks import Masks, RowSpan
-from collm_dist.llm.row_layout import HeadGroups, Past, lay_out_rows
+from collm_dist.llm.row_layout import Past, lay_out_rows
 from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from tests.tiny import ARCHITECTURES, make_model
@@ -171,31 +171,23 @@ def test_what_stands_ahead_of_every_row_has_the_sum_of_its_gradients():
     assert torch.autograd.gradcheck(lay, (header, tokens))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_rows_stand_in_blocks_behind_what_they_see(groups):
+def test_rows_stand_in_blocks_behind_what_they_see():
     """Against places counted by hand: three rows in two blocks, over pasts of one and two tokens and a header."""
-    lengths, heads = Mirrored.of([1, 2, 2]), 4
+    lengths = Mirrored.of([1, 2, 2])
     spans = [RowSpan(slice(0, 2), slice(0, 3), 2, 2), RowSpan(slice(2, 3), slice(3, 5), 2, 1)]
     past = Past(4, Mirrored.of([1, 2, 1]), torch.tensor([1, 2, 1]))
-    layout = lay_out_rows(lengths, spans, [Masks(None)] * 2, 1, past, HeadGroups(heads, groups))
+    layout = lay_out_rows(lengths, spans, [Masks(None)] * 2, 1, past)
     assert [(one.rows, one.columns, one.keys) for one in layout.blocks] == [(2, 2, 5), (1, 2, 4)]
     header, padding = 0, 0
     assert layout.keys.tolist() == [
         *(header, 1, padding, 4, padding), *(header, 2, 3, 5, 6), *(header, 1, 7, 8)
     ]  # fmt: skip
     assert layout.key_places.tolist() == [3, 8, 9, 12, 13]
-    queries = torch.randn(5, heads, 3)
-    laid = lay_out(queries.reshape(-1, *layout.get_unit(queries.shape)), layout.queries, layout.query_places)
-    first, second = laid.split([one.rows * one.columns * (heads if groups > 1 else 1) for one in layout.blocks])
-    found = []
-    for block, places in zip(layout.blocks, (first, second), strict=True):
-        shape = (block.rows, block.columns, heads, 3)
-        if groups > 1:  # a key head's queries end to end
-            places = places.view(block.rows, heads, block.columns, 3).transpose(1, 2)
-        assert torch.equal(places.reshape(shape)[-1], queries[1:3] if block is layout.blocks[0] else queries[3:])
-        together = places.reshape(shape).transpose(1, 2).reshape(block.rows, heads // groups, -1, 3)
-        found.append(together.transpose(1, 2).reshape(-1, *layout.get_unit(queries.shape)))
-    assert torch.equal(collect(torch.cat(found), layout.found).view(queries.shape), queries)
+    queries = torch.randn(5, 4, 3)
+    laid = lay_out(queries, layout.queries, layout.query_places)
+    assert torch.equal(laid[2:4], queries[1:3])
+    assert torch.equal(laid[4:], queries[3:])
+    assert torch.equal(collect(laid, layout.found), queries)
 
 
 def test_attention_in_a_way_of_its_own_is_refused():

@@ -92,7 +92,6 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
         other_trainable=0,
         tree_tokens=tokens,
         prefix_tokens=0,
-        queries=tokens,
         keys=tokens,
         element_size=4,
         checkpointing=checkpointing,
@@ -113,8 +112,8 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
 
 
 def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take(monkeypatch):
-    """All in one block, as a GPU lays them out. Measured: 2 % above."""
-    monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", 1 << 40)
+    """Each in a block of its own, which is without padding as on a GPU."""
+    monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", 0)
     config, sizes, before = make_wide(), list(range(40, 280, 20)), list(range(300, 60, -20))
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     decoder, tokens = model.get_decoder(), sum(sizes)
@@ -125,8 +124,7 @@ def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take(monkeyp
         other_trainable=0,
         tree_tokens=tokens,
         prefix_tokens=sum(before),
-        queries=len(sizes) * max(sizes),
-        keys=len(sizes) * (max(sizes) + max(before)),
+        keys=tokens + sum(before),
         element_size=4,
         checkpointing=False,
     )
@@ -143,6 +141,7 @@ def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take(monkeyp
         run()
     # Made before the tracker watched.
     held = sum(one.nbytes for layer in prefix.layers for parts in layer for one in parts)
+    print("RATIO", (plan.activations + plan.working) / (tracker.peak + held))
     assert plan.activations + plan.working == pytest.approx(tracker.peak + held, rel=0.15), (plan, tracker.peak, held)
 
 
@@ -150,7 +149,7 @@ def test_what_fits_grows_with_the_gpu_and_is_nothing_without_room_for_the_weight
     shape = DecoderShape.from_model(make_model("llama"))
     layers = measure_layers(make_model("llama").config, torch.float32, "sdpa", LORA)
     arguments = {"other_trainable": 100, "tree_tokens": 500, "prefix_tokens": 300, "element_size": 2}
-    arguments |= {"queries": 600, "keys": 900}
+    arguments["keys"] = 900
     plan = plan_memory(shape, layers, weights=10**9, checkpointing=False, **arguments)
     assert plan.peak == plan.weights + plan.state + plan.activations + plan.working > 10**9
     assert find_fitting_tokens(plan, 800, 1e9) == 0
