@@ -1,10 +1,11 @@
-"""How should attention compare shared rows: in blocks of similar rows, all rows padded together, or FlexAttention?
+"""How should attention compare shared rows: in blocks of similar rows, all padded together, as sequences, or by flex?
 
     python -m benchmarks.attention_kernels [--rows 24] [--heads 9 --key-heads 3 --width 64] [--output DIR]
 
 One layer's attention over the tree rows of a micro-batch as stage 2 has them: every row sees a header, a prefix of its
 own length, its tail, and its branches themselves alone. Forward and backward, sides in turn. *Blocks* are measured at
-several values of what a block is taken to cost (``collm_dist/llm/row_blocks.py``); *flex* compiles PyTorch's
+several values of what a block is taken to cost (``collm_dist/llm/row_blocks.py``); *sequences* are for a GPU's kernel
+(``collm_dist/llm/sequences.py``); *flex* compiles PyTorch's
 ``flex_attention`` with a block mask over packed tokens, whose making is measured apart since all layers share it. It
 has no backward pass on a CPU, so it is measured on a GPU; with --eager-flex its results are compared anywhere.
 Writes attention_kernels_<device>.json.
@@ -26,9 +27,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.machine import describe_hardware, name_device
 from collm_dist.artifacts import write_json
+from collm_dist.data.collate import list_segments
 from collm_dist.llm.packed_attention import NAME, LayerLayout
+from collm_dist.llm.row_layout import RowLayout
+from collm_dist.llm.sequences import SequenceLayout, lay_out_sequences
 from collm_dist.llm.shared_context import Prefix, lay_out_tree
-from collm_dist.prompt_batch import TAIL, Mirrored
+from collm_dist.prompt_batch import TAIL, Mirrored, Segments
 
 COSTS = (0, 1 << 9, 1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
 HEADER, TAIL_TOKENS = 62, 7
@@ -51,6 +55,10 @@ class Workload:
         sizes = [TAIL_TOKENS + int(one.sum()) for one in branches]
         prefixes = np.sort(random.integers(*PREFIX, size=arguments.rows))
         self.lengths = Mirrored.of(sizes, device)
+        owner = np.repeat(np.arange(len(branches)), [len(one) for one in branches])
+        on_host = list_segments(np.full(len(branches), TAIL_TOKENS), np.concatenate(branches), owner)
+        parts = (on_host.lengths, on_host.rows, on_host.tails)
+        self.segments = Segments(*(Mirrored.of(one.numbers, device) for one in parts))
         self.prefix = Prefix([], Mirrored.of(prefixes, device), HEADER)
         firsts = np.cumsum([0, *map(len, branches)])
         numbers = np.concatenate(
@@ -72,13 +80,17 @@ class Workload:
         self.key, self.value = draw(arguments.key_heads, own), draw(arguments.key_heads, own)
         self.past = draw(arguments.key_heads, before).detach(), draw(arguments.key_heads, before).detach()
 
-    def build_layout(self, cost: int) -> LayerLayout:
-        """Return our layout for a cost of a block."""
-        rows = lay_out_tree(None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix)
+    def build_layout(self, cost: int | None) -> LayerLayout:
+        """Return our layout for a cost of a block, or as sequences."""
+        rows: RowLayout | SequenceLayout
+        if cost is None:
+            rows = lay_out_sequences(self.segments, self.lengths, HEADER, self.prefix.list_past())
+        else:
+            rows = lay_out_tree(None, self.targets, self.positions, self.lengths, cost, self.query.dtype, self.prefix)
         keys, values = (one.squeeze(0).transpose(0, 1) for one in self.past)
         return LayerLayout(rows, 0, None, ((keys,), (values,)))
 
-    def attend_in_blocks(self, layout: LayerLayout) -> Tensor:
+    def attend(self, layout: LayerLayout) -> Tensor:
         """Return (1, M, heads, width)."""
         attend: Any = ALL_ATTENTION_FUNCTIONS[NAME]
         found: Tensor = attend(None, self.query, self.key, self.value, None, layout=layout)[0]
@@ -123,10 +135,14 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     work = Workload(arguments, device)
     sides: dict[str, Callable[[], Tensor]] = {}
     blocks: dict[str, int] = {}
-    for name, cost in [("one_block", 1 << 62), *((f"blocks_{cost}", cost) for cost in COSTS)]:
+    costs: dict[str, int | None] = {"one_block": 1 << 62, **{f"blocks_{cost}": cost for cost in COSTS}}
+    if device.type == "cuda":
+        costs["sequences"] = None
+    for name, cost in costs.items():
         layout = work.build_layout(cost)
-        blocks[name] = len(layout.rows.blocks)
-        sides[name] = lambda layout=layout: work.attend_in_blocks(layout)  # type: ignore[misc]
+        if isinstance(layout.rows, RowLayout):
+            blocks[name] = len(layout.rows.blocks)
+        sides[name] = lambda layout=layout: work.attend(layout)  # type: ignore[misc]
     record: dict[str, Any] = {"blocks": blocks}
     if device.type == "cuda" or arguments.eager_flex:
         started = time.perf_counter()

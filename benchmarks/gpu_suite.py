@@ -7,7 +7,8 @@ backbone on this machine, whose tokenizer the random ones of published shapes ta
 
     tests        tests/gpu
     throughput   benchmarks/throughput.py for each backbone, plain and with llm.compile
-    attention    the first backbone with attention written out, to compare with the fused kernels of ``throughput``
+    attention    the first backbone with attention written out, to compare with the fused kernels of ``throughput``;
+                 and benchmarks/attention_steps.py for each backbone
     kernels      benchmarks/attention_kernels.py for the first backbone's heads and each shape's
     memory       benchmarks/memory.py for each backbone, from the samples of ``throughput`` where both are asked for
     zero         a few steps of both stages under ZeRO-0, -2 and -3
@@ -56,7 +57,7 @@ def list_tasks(arguments: argparse.Namespace, scratch: Path) -> list[Task]:
     backbones = dict(one.split("=", 1) for one in arguments.backbone)
     first, folder = next(iter(backbones.items()))
     tasks = []
-    if {"throughput", "memory"} & set(arguments.pieces):
+    if {"throughput", "memory", "attention"} & set(arguments.pieces):
         for shape in arguments.shapes:
             make = (python, "-m", "benchmarks.random_backbone", str(scratch / shape), "--shape", shape)
             tasks.append(Task(f"make_{shape}", (*make, "--tokenizer", folder)))
@@ -87,6 +88,8 @@ def list_tasks(arguments: argparse.Namespace, scratch: Path) -> list[Task]:
             tasks.append(Task(f"memory_{name}", seen if "throughput" in arguments.pieces else fresh))
     if "attention" in arguments.pieces:
         tasks.append(Task("attention", compare("throughput", f"_{first}_eager", folder, "llm.attention=eager")))
+        for name, path in backbones.items():
+            tasks.append(Task(f"attention_{name}", compare("attention_steps", f"_{name}", path)))
     if "kernels" in arguments.pieces:
         for shape in dict.fromkeys(("smollm2-135m", *arguments.shapes)):
             one = SHAPES[shape]

@@ -59,6 +59,7 @@ def test_commands_are_printed(tmp_path):
     throughput, memory, train = "benchmarks.throughput", "benchmarks.memory", "launch/train.py"
     expected = ["pytest", throughput, throughput, memory, throughput]  # plain, compiled; attention written out
     expected += [
+        "benchmarks.attention_steps",
         "benchmarks.attention_kernels",
         train,
         train,
