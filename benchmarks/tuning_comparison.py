@@ -47,7 +47,7 @@ class Comparison:
         work: by phase, what its rows cost and have.
         count: global batches of each phase.
         rounds: through them.
-        on_gpu: sides then change after each round, warm up anew, and leave the memory to each other in between.
+        on_gpu: sides then change after each round, not after each batch, and leave the memory to each other in between.
         held: sides by name and phase that have been started.
     """
 
@@ -117,10 +117,13 @@ class Comparison:
         }
 
     def _list_turns(self) -> list[tuple[list[int], int]]:
-        """Return the batches that a side works through before the other does, and how many of them warm up."""
+        """Return the batches that a side works through before the other does, and how many of them warm up.
+
+        Training goes on without a rest, and whoever has rested for the minute that the other one takes is slower at first.
+        """
         if self.on_gpu:
             return [([0, *range(self.count)], 1)] * self.rounds
-        return [([0], 1), *[([number], 0) for number in range(self.count)] * self.rounds]
+        return [([number, number], 1) for number in range(self.count)] * self.rounds
 
     def _begin(self, side: str, phase: str) -> SideProcess:
         process = self.held.pop((side, phase), None) or self._start(side, phase)
