@@ -119,7 +119,7 @@ class Comparison:
     def _list_turns(self) -> list[tuple[list[int], int]]:
         """Return the batches that a side works through before the other does, and how many of them warm up.
 
-        Training goes on without a rest, and whoever has rested for the minute that the other one takes is slower at first.
+        Training goes on without a rest, and whoever has rested for the minute of the other one may be slower at first.
         """
         if self.on_gpu:
             return [([0, *range(self.count)], 1)] * self.rounds
