@@ -30,7 +30,7 @@ from collm_dist.llm.gated_network import slim_down
 from collm_dist.llm.key_recompute import Recomputed, recompute_in_backward
 from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_layout import RowLayout
-from collm_dist.llm.sequences import SequenceLayout, compare_sequences
+from collm_dist.llm.sequences import WIDEST_HEAD, SequenceLayout, compare_sequences
 
 NAME = "collm_packed"
 # Set on a decoder whose layers are recomputed in the backward pass.
@@ -234,6 +234,11 @@ def _attend(
     if layout.record:
         layout.found = keys, values
     if isinstance(layout.rows, SequenceLayout):
+        if softcap is not None or key.shape[-1] != value.shape[-1] or key.shape[-1] > WIDEST_HEAD:
+            raise ConfigError(
+                f"llm.backbone: {type(module).__name__} attends in a way that the fastest kernel does not know; set "
+                "llm.attention=eager"
+            )
         own = [_divide(one, layout.header) for one in (keys, values)]
         laid, recomputed = _lay_out_keys(layout, (keys, values), own)
         with recompute_in_backward(*recomputed):

@@ -50,7 +50,7 @@ class SequenceLayout:
 
 
 def takes_sequences(decoder: Any, embeds: Tensor) -> bool:
-    """Return whether the kernel can compare a decoder's tokens: not on other GPUs, nor in other precisions."""
+    """Return whether the kernel can compare a decoder's tokens; not on older GPUs, nor in float32."""
     if not embeds.is_cuda or embeds.dtype not in DTYPES or decoder.__dict__["_runs_packed"]:
         return False
     config = decoder.config

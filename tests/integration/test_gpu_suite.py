@@ -25,7 +25,7 @@ def run_suite(output, run_dir, overrides, *arguments, folder):
     command += [*arguments, "--overrides", *others]
     path = os.pathsep.join([str(folder), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=800)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.mark.slow

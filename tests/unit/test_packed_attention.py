@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.errors import ConfigError
-from collm_dist.llm import packed_attention, row_blocks
+from collm_dist.llm import packed_attention, row_blocks, shared_context
 from collm_dist.llm.packed_attention import find_layers, prepare_decoder
 from collm_dist.llm.packing import collect, lay_out, spread
 from collm_dist.llm.row_blocks import Masks, RowSpan
@@ -198,6 +198,16 @@ def test_attention_in_a_way_of_its_own_is_refused():
     config = AutoConfig.for_model("jamba", vocab_size=300, num_experts=1, **settings)
     with pytest.raises(ConfigError, match="a jamba model has layers of type linear_attention"):
         prepare_decoder(AutoModelForCausalLM.from_config(config).get_decoder())
+
+
+def test_attention_that_the_kernel_for_sequences_does_not_know_is_refused(monkeypatch):
+    """Were its soft cap called otherwise in a configuration than what is looked for before."""
+    monkeypatch.setattr(shared_context, "takes_sequences", lambda *_: True)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("gemma2", vocab_size=300, num_key_value_heads=2, head_dim=8, **settings)
+    decoder = AutoModelForCausalLM.from_config(config).get_decoder()
+    with pytest.raises(ConfigError, match="Gemma2Attention attends in a way .*; set llm.attention=eager"):
+        run_prefix(decoder, torch.randn(3, 32), Mirrored.of([3]))
 
 
 def make_gpt2():
