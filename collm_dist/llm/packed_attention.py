@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from collm_dist.errors import ConfigError
+from collm_dist.llm.frozen_linear import hasten_products, is_hastened
 from collm_dist.llm.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.gated_network import slim_down
 from collm_dist.llm.key_recompute import Recomputed, recompute_in_backward
@@ -108,6 +109,7 @@ def prepare_decoder(decoder: nn.Module) -> None:
         slim_down(one)
     for one in decoder.modules():
         fuse_norm(one)
+    hasten_products(decoder.modules())
     network = getattr(layers[-1], "mlp", None)
     if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
         network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
@@ -115,9 +117,9 @@ def prepare_decoder(decoder: nn.Module) -> None:
 
 
 def restore_modules(decoder: nn.Module) -> None:
-    """Give networks and norms their own code again."""
-    norms = [one for one in decoder.modules() if is_fused(one)]
-    for module in [*_find_networks(decoder), *norms]:
+    """Give networks, norms and products their own code again."""
+    others = [one for one in decoder.modules() if is_fused(one) or is_hastened(one)]
+    for module in [*_find_networks(decoder), *others]:
         module.__dict__.pop("forward", None)
 
 

@@ -206,7 +206,7 @@ def test_attention_that_the_kernel_for_sequences_does_not_know_is_refused(monkey
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("gemma2", vocab_size=300, num_key_value_heads=2, head_dim=8, **settings)
     decoder = AutoModelForCausalLM.from_config(config).get_decoder()
-    with pytest.raises(ConfigError, match="Gemma2Attention attends in a way .*; set llm.attention=eager"):
+    with pytest.raises(ConfigError, match=r"Gemma2Attention attends in a way .*; set llm\.attention=eager"):
         run_prefix(decoder, torch.randn(3, 32), Mirrored.of([3]))
 
 
