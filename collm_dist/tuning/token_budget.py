@@ -81,7 +81,7 @@ def find_token_budget(
         # Timed once all have run: whichever was the first would be the slowest, with everything new to it.
         rounds = [[_measure_seconds(model, one.batches) for one in trials] for _ in range(TIMED_ROUNDS)]
         seconds = [min(taken) for taken in zip(*rounds, strict=True)]
-        most = min(most, trials[_choose_fast(seconds)].max_tokens)
+        most = min(most, trials[_choose_fast(seconds)].find_most(whole))
     found = torch.tensor(float(most), device=device)
     if get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MIN)
@@ -100,6 +100,10 @@ class _Trial:
     def num_tokens(self) -> int:
         """Tokens of the largest micro-batch."""
         return max(one.num_tokens for one in self.batches)
+
+    def find_most(self, whole: int) -> int:
+        """Return the tokens that do to other global batches what was done here: a whole one is not divided at all."""
+        return whole if len(self.batches) == 1 else self.max_tokens
 
 
 def _fit_slope(trials: list[_Trial]) -> float:

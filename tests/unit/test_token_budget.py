@@ -8,7 +8,13 @@ from collm_dist.data.micro_batches import plan_micro_batches
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
-from collm_dist.tuning.token_budget import TRIAL_TOKENS, _choose_fast, _list_trials, find_token_budget
+from collm_dist.tuning.token_budget import (
+    MOST_OF_A_BATCH,
+    TRIAL_TOKENS,
+    _choose_fast,
+    _list_trials,
+    find_token_budget,
+)
 from tests.parity.test_shared_context import STAGE1, make_block, make_collator
 from tests.tiny import make_model
 
@@ -65,6 +71,18 @@ def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
     assert choose(1.02, 1.0, 1.0) == 512
     assert choose(1.2, 1.02, 1.0) == 1024
     assert choose(1.2, 1.04, 1.0) == 2048
+
+
+def test_where_a_whole_global_batch_is_fastest_larger_ones_are_not_divided(tmp_path):
+    _, collator = make_collator(STAGE1, tmp_path, stage2=False)
+    small, larger = make_block([3, 2]), make_block([4, 3])
+    backbone = make_model("llama", dtype=torch.float32)
+    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj", "v_proj"), seed=1)
+    budget = find_token_budget(CollmModel(backbone, (5, 6), "yes"), collator, small, torch.device("cpu"))
+    tokens = [collator.collate(block, block).num_tokens for block in (small, larger)]
+    assert tokens[0] < min(TRIAL_TOKENS["cpu"])
+    assert budget.tokens == MOST_OF_A_BATCH * tokens[0] > tokens[1]
+    assert len(plan_micro_batches(larger, collator.count_tokens(larger), 0, 1, budget.tokens)) == 1
 
 
 def test_trials_on_a_cpu_are_of_tokens_that_train():
