@@ -1,7 +1,7 @@
 """Products with frozen weights on an AMD processor, by the faster of the two libraries that PyTorch brings for them.
 
 PyTorch multiplies float32 matrices by Intel's MKL, and keeps oneDNN for convolutions and compiled inference. With the
-shapes of a small language model's layers oneDNN takes 0.9 of MKL's time on an AMD processor, forth and back
+shapes of a small language model's layers oneDNN takes 0.76 to 0.92 of MKL's time on an AMD processor, forth and back
 (benchmarks/frozen_products.py). Intel's own were not measured, and stay with MKL.
 
 oneDNN makes a kernel for each number of tokens, in a millisecond, and would keep a thousand of them, 0.6 GB. So it is

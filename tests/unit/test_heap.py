@@ -80,7 +80,7 @@ def test_few_kernels_are_kept(tmp_path: Path) -> None:
         pytest.skip("this PyTorch has no oneDNN")
     script = _write(_MAKE_KERNELS, tmp_path / "kernels.py")
     few, all_of_them = int(_run([script], **heap.choose_heap({}))), int(_run([script]))
-    # Measured: 18 and 118 MiB.
+    # Measured: 18 and 131 MiB.
     assert few < all_of_them / 2
 
 
