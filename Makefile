@@ -37,7 +37,7 @@ check: environment
 	$(MAKE) test
 
 reference: environment
-	$(PYTHON) -m collm_dist.config_reference configs/README.md
+	$(PYTHON) -m collm_dist.config.reference configs/README.md
 
 LOCK := $(PYTHON) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header --constraints build/tested.txt

@@ -4,8 +4,8 @@
 
 One layer's attention over the tree rows of a micro-batch as stage 2 has them: every row sees a header, a prefix of its
 own length, its tail, and its branches themselves alone. Forward and backward, sides in turn. *Blocks* are measured at
-several values of what a block is taken to cost (``collm_dist/llm/row_blocks.py``); *sequences* are for a GPU's kernel
-(``collm_dist/llm/sequences.py``); *flex* compiles PyTorch's
+several values of what a block is taken to cost (``collm_dist/llm/packed/row_blocks.py``); *sequences* are for a GPU's kernel
+(``collm_dist/llm/packed/sequences.py``); *flex* compiles PyTorch's
 ``flex_attention`` with a block mask over packed tokens, whose making is measured apart since all layers share it. It
 has no backward pass on a CPU, so it is measured on a GPU; with --eager-flex its results are compared anywhere.
 Writes attention_kernels_<device>.json.
@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.machine import describe_hardware, name_device
-from collm_dist.artifacts import write_json
-from collm_dist.data.collate import list_segments
-from collm_dist.llm.packed_attention import NAME, LayerLayout
-from collm_dist.llm.row_layout import RowLayout
-from collm_dist.llm.sequences import SequenceLayout, lay_out_sequences
-from collm_dist.llm.shared_context import Prefix, lay_out_tree
+from benchmarks.lib.machine import describe_hardware, name_device
+from collm_dist.data.prompts.prompt_layout import list_segments
+from collm_dist.llm.packed.decoder import NAME, LayerLayout
+from collm_dist.llm.packed.passes import Prefix, lay_out_tree
+from collm_dist.llm.packed.row_layout import RowLayout
+from collm_dist.llm.packed.sequences import SequenceLayout, lay_out_sequences
 from collm_dist.prompt_batch import TAIL, Mirrored, Segments
+from collm_dist.runs.atomic_files import write_json
 
 COSTS = (0, 1 << 9, 1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
 HEADER, TAIL_TOKENS = 62, 7

@@ -14,13 +14,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_hardware, name_device
-from benchmarks.side_process import ROOT
-from benchmarks.tuning_side import build_ours, measure
-from benchmarks.tuning_workload import TRAINING, prepare_run
-from collm_dist.artifacts import write_json
+from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.side_process import ROOT
+from benchmarks.lib.tuning_side import build_ours, measure
+from benchmarks.lib.tuning_workload import TRAINING, prepare_run
 from collm_dist.config import Config
-from collm_dist.llm import shared_context
+from collm_dist.llm.packed import passes as shared_context
+from collm_dist.runs.atomic_files import write_json
 
 WAYS = {"blocks": lambda *_: False, "sequences": shared_context.takes_sequences}
 

@@ -23,21 +23,22 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.machine import describe_hardware
-from collm_dist.artifacts import RunDir, write_json
-from collm_dist.cf.export import load_cf_model
+from benchmarks.lib.machine import describe_hardware
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.trainer import measure_scores
-from collm_dist.config_io import load_config
-from collm_dist.data.context_block import concatenate_blocks
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.interactions import load_interactions
-from collm_dist.data.manifest import Manifest, load_manifest
-from collm_dist.data.statistics import compute_pair_features
+from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.config.loader import load_config
+from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.shards.context_block import concatenate_blocks
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, fit_as_of_logistic, fit_item_mean
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 # Configuration and further settings of each entry, all chosen on validation rows.

@@ -25,12 +25,12 @@ from typing import Any
 
 import yaml
 
-from benchmarks.growth_plot import plot_growth
-from benchmarks.machine import describe_hardware
-from benchmarks.synthetic_logs import write_synthetic_logs
-from collm_dist.artifacts import write_json
-from collm_dist.data.manifest import load_manifest
+from benchmarks.lib.growth_plot import plot_growth
+from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.synthetic_logs import write_synthetic_logs
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.monitoring import EPOCH_SECONDS, PEAK_MEMORY, read_metrics
+from collm_dist.runs.atomic_files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 3

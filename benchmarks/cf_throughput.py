@@ -8,7 +8,7 @@ RecBole is installed once, in an environment of its own (1 GB; RecBole 1.2.1 wan
         recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
 
 The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or without them MovieLens-100K;
-with --interactions N they are generated (benchmarks/synthetic_logs.py), to see what a larger catalogue changes:
+with --interactions N they are generated (benchmarks/lib/synthetic_logs.py), to see what a larger catalogue changes:
 
     python -m benchmarks.cf_throughput --interactions 1e6 --models mf --out benchmarks/results/cf_throughput_1m_cpu.json
 
@@ -40,21 +40,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.epoch_timing import TimedCall, list_operators
-from benchmarks.machine import describe_hardware
-from benchmarks.side_process import SideProcess
-from benchmarks.synthetic_logs import write_synthetic_logs
-from collm_dist.artifacts import RunDir, write_json
+from benchmarks.lib.epoch_timing import TimedCall, list_operators
+from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.side_process import SideProcess
+from benchmarks.lib.synthetic_logs import write_synthetic_logs
+from collm_dist.cf.batches import Rows, count_batches, iter_batches
 from collm_dist.cf.biases import fit_biases
 from collm_dist.cf.fitting import build_plan, build_untrained
 from collm_dist.cf.optimizer import Optimizers
-from collm_dist.cf.ownership import load_worker_data, number_globally
-from collm_dist.cf.rows import Rows, count_batches, iter_batches
 from collm_dist.cf.trainer import train_epoch
+from collm_dist.cf.user_shards import load_worker_data, number_globally
 from collm_dist.config import CfConfig
-from collm_dist.config_io import load_config
-from collm_dist.data.manifest import load_manifest
+from collm_dist.config.loader import load_config
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.orchestration.preprocess import run_preprocess
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 
 HISTORY_LENGTH, BATCH_ROWS, LEARNING_RATE, WEIGHT_DECAY = 25, 2048, 1e-3, 5.0
 # Epochs of a second and less are measured more often.

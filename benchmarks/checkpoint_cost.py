@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks.machine import describe_hardware, name_device
-from benchmarks.tuning_workload import choose_blocks, prepare_run
-from collm_dist.artifacts import RunDir, write_json
+from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.tuning_workload import choose_blocks, prepare_run
 from collm_dist.config import Config
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.engine import TuningEngine, init_distributed
 from collm_dist.tuning.loop import TuningLoop
-from collm_dist.tuning.prepared import Prepared, prepare
-from collm_dist.tuning.run import build_loop
+from collm_dist.tuning.prepared_batches import Prepared, prepare
+from collm_dist.tuning.run_stage import build_loop
 from collm_dist.tuning.stages import build_stage, get_stage
 from collm_dist.tuning.watchdog import Watchdog
 

@@ -19,19 +19,20 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.machine import describe_hardware
-from collm_dist.artifacts import RunDir, write_json
-from collm_dist.cf.export import load_cf_model
+from benchmarks.lib.machine import describe_hardware
+from collm_dist.cf.weight_files import load_cf_model
 from collm_dist.config import Config
-from collm_dist.config_io import load_config
-from collm_dist.data.context_block import ContextBlock, concatenate_blocks
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.manifest import load_manifest
-from collm_dist.evaluation.metrics import compute_auc, compute_uauc
+from collm_dist.config.loader import load_config
+from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.evaluation.slots_mlp import build_slot_inputs, fit_slots_mlp
+from collm_dist.metrics import compute_auc, compute_uauc
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOTS = {

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.machine import describe_hardware
-from collm_dist.llm.dropout import DropoutMasks, install_keyed_dropout
+from benchmarks.lib.machine import describe_hardware
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import enable_activation_checkpointing, run_tree
+from collm_dist.llm.lora_dropout import DropoutMasks, install_keyed_dropout
+from collm_dist.llm.packed.passes import enable_activation_checkpointing, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch
 
 SIDES = ("none", "pytorch", "ours")

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_hardware
-from benchmarks.side_process import ROOT
-from collm_dist.artifacts import write_json
+from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.side_process import ROOT
 from collm_dist.heap import restart_with_heap
-from collm_dist.llm.frozen_linear import multiply
+from collm_dist.llm.packed.frozen_linear import multiply
+from collm_dist.runs.atomic_files import write_json
 
 LAYERS = 30
 # Queries, keys, values, what leads out of attention, the network's three: outputs and inputs.

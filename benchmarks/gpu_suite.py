@@ -34,10 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_hardware, name_device
-from benchmarks.random_backbone import SHAPES
-from benchmarks.side_process import ROOT, build_environment
-from collm_dist.artifacts import write_json
+from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.random_backbone import SHAPES
+from benchmarks.lib.side_process import ROOT, build_environment
+from collm_dist.runs.atomic_files import write_json
 
 PIECES = ("tests", "throughput", "attention", "kernels", "memory", "zero", "growth", "full")
 
@@ -59,7 +59,7 @@ def list_tasks(arguments: argparse.Namespace, scratch: Path) -> list[Task]:
     tasks = []
     if {"throughput", "memory", "attention"} & set(arguments.pieces):
         for shape in arguments.shapes:
-            make = (python, "-m", "benchmarks.random_backbone", str(scratch / shape), "--shape", shape)
+            make = (python, "-m", "benchmarks.lib.random_backbone", str(scratch / shape), "--shape", shape)
             tasks.append(Task(f"make_{shape}", (*make, "--tokenizer", folder)))
             backbones[shape] = str(scratch / shape)
     settings = tuple(arguments.overrides)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.tuning_comparison import PLAIN_HEAP, add_arguments, prepare_comparison
-from collm_dist.artifacts import write_json
+from benchmarks.lib.tuning_comparison import PLAIN_HEAP, add_arguments, prepare_comparison
+from collm_dist.runs.atomic_files import write_json
 
 TOKENS = ("stage1.max_tokens_per_micro_batch=512", "stage2.max_tokens_per_micro_batch=1024")
 

@@ -20,17 +20,17 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.machine import describe_hardware
-from collm_dist.artifacts import write_json
-from collm_dist.data.collate import PromptCollator
-from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.interactions import load_item_table
-from collm_dist.data.item_tokens import load_item_tokens
-from collm_dist.data.manifest import Manifest, load_manifest
-from collm_dist.data.micro_batches import plan_micro_batches
-from collm_dist.data.prompts import PromptTemplate, load_prompt_text
-from collm_dist.data.shard_writer import write_shard
+from benchmarks.lib.machine import describe_hardware
+from collm_dist.data.prompts.item_tokens import load_item_tokens
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.template import PromptTemplate, load_prompt_text
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_item_table
+from collm_dist.data.shards.manifest import Manifest, load_manifest
+from collm_dist.data.shards.shard_writer import write_shard
+from collm_dist.runs.atomic_files import write_json
 
 NUM_ITEMS, NUM_SHARDS, MAX_HISTORY = 3000, 8, 50
 HISTORY_SHOWN, MAX_TOKENS = 10, 8192

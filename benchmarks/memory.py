@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.machine import name_device
-from benchmarks.tuning_comparison import PEERS, add_arguments, prepare_comparison
-from collm_dist.artifacts import write_json
+from benchmarks.lib.machine import name_device
+from benchmarks.lib.tuning_comparison import PEERS, add_arguments, prepare_comparison
+from collm_dist.runs.atomic_files import write_json
 
 
 def find_peaks(samples: dict[str, dict[str, list[Any]]]) -> dict[str, float]:

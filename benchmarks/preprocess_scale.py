@@ -2,9 +2,9 @@
 
     python -m benchmarks.preprocess_scale [--sizes 1e6 3e6 1e7 3e7] [--workers 1 2] [--plain-up-to 3e6]
 
-Logs are generated (benchmarks/synthetic_logs.py: item popularity after Zipf, users' activity a power law). Ours is the
+Logs are generated (benchmarks/lib/synthetic_logs.py: item popularity after Zipf, users' activity a power law). Ours is the
 whole data step of launch/preprocess_data.py: reading, checking, id tables, as-of states, histories, shards with
-checksums. The peer (benchmarks/plain_preprocess.py) makes the same samples user by user in Python, as the CoLLM authors
+checksums. The peer (benchmarks/lib/plain_preprocess.py) makes the same samples user by user in Python, as the CoLLM authors
 do, and writes them to one Parquet file. Both start from the same Parquet files, in turn, each in a fresh process.
 
 Seconds are without imports: ours first does a data step of a few rows, in which Ray starts its workers and these import
@@ -33,15 +33,16 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.growth_plot import plot_growth
-from benchmarks.machine import describe_hardware
-from benchmarks.plain_preprocess import preprocess_plainly
-from benchmarks.synthetic_logs import write_synthetic_logs
-from collm_dist.artifacts import RunDir, write_json
-from collm_dist.config_io import load_config
+from benchmarks.lib.growth_plot import plot_growth
+from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.plain_preprocess import preprocess_plainly
+from benchmarks.lib.synthetic_logs import write_synthetic_logs
+from collm_dist.config.loader import load_config
 from collm_dist.monitoring import measure_peak_gib
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_HISTORY, MAX_DISLIKES = 25, 10

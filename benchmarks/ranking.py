@@ -27,23 +27,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe_hardware, name_device
-from benchmarks.random_backbone import write_random_backbone
-from benchmarks.tuning_comparison import PACKAGES, ROOT
-from benchmarks.tuning_side import REFERENCE_ROWS, pad
-from benchmarks.tuning_workload import prepare_run, spell_rows
-from collm_dist.artifacts import RunDir, write_json
+from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.random_backbone import write_random_backbone
+from benchmarks.lib.tuning_comparison import PACKAGES, ROOT
+from benchmarks.lib.tuning_side import REFERENCE_ROWS, pad
+from benchmarks.lib.tuning_workload import prepare_run, spell_rows
 from collm_dist.config import Config
-from collm_dist.config_io import dump_config
-from collm_dist.data.context_block import ContextBlock
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.interactions import load_item_table, load_user_ids
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.config.loader import dump_config
+from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import load_backbone
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.recommender import load_recommender
 from collm_dist.serving.requests import RankingRequest
-from collm_dist.tuning.run import run_stage
+from collm_dist.tuning.run_stage import run_stage
 from collm_dist.tuning.stages import LoadedStage, load_stage_model
 
 NUM_CANDIDATES = 100

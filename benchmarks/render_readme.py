@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import RunDir, open_atomic
 from collm_dist.errors import CollmError
 from collm_dist.evaluation.render import render_results
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.run_dir import RunDir
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 

@@ -9,7 +9,7 @@ checkpoint and stops, and the same command goes on from there. After each cell c
 benchmarks/results/reproduce_ml1m_<profile>/, which counts for as long as the settings are the same, whatever becomes of
 the run directory; out of all records reproduce_ml1m_<profile>.json (rows and paired differences of eval/report.json
 with ``cf``, ``variant`` and ``seeds``; ``against``: stage 2 less that of the cell that lacks one part of it) and, by
-benchmarks/reproduction_page.py, docs/results.md with its plots.
+benchmarks/lib/reproduction_page.py, docs/results.md with its plots.
 
 The profile cpu trains each stage once on about 2,000 rows and tests some of the users: it shows what the parts do to
 each other, not how good they can be; on CPUs with instructions for it, --overrides llm.dtype=bfloat16 takes a fraction
@@ -28,10 +28,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reproduction_page import write_page
-from benchmarks.reproduction_records import Cell, compare_cells, read_record, summarize_seeds, write_record
-from collm_dist.artifacts import write_json
+from benchmarks.lib.reproduction_page import write_page
+from benchmarks.lib.reproduction_records import Cell, compare_cells, read_record, summarize_seeds, write_record
 from collm_dist.errors import Preempted
+from collm_dist.runs.atomic_files import write_json
 
 _PRECISION = "llm.dtype="
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,10 +32,10 @@ import aiohttp
 import numpy as np
 
 from benchmarks import ranking
-from benchmarks.machine import describe_hardware, name_device
-from benchmarks.tuning_comparison import PACKAGES, ROOT
-from collm_dist.artifacts import write_json
-from collm_dist.data.interactions import load_item_table, load_user_ids
+from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.tuning_comparison import PACKAGES, ROOT
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.runs.atomic_files import write_json
 
 SIDES = {"batched": [], "one by one": ["--max-batch-size", "1"]}
 WARM_UP_SECONDS, MALFORMED_SHARE, HISTORY_LENGTH = 3, 0.05, 10

@@ -3,7 +3,7 @@
     python -m benchmarks.throughput --data DIR [--phases stage1 stage2 ...] [--batches 4] [--overrides key=value ...]
 
 DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. The peers are those of
-benchmarks/tuning_side.py: transformers.Trainer, and the authors' recipe with logits at all positions or at the last
+benchmarks/lib/tuning_side.py: transformers.Trainer, and the authors' recipe with logits at all positions or at the last
 one. Ours and a peer work in turn through the same global batches of an epoch in training order, taken so that they
 stand for its mix of contexts; ratios are the peer's seconds over ours, of all batches together. ``flop_ceiling`` is the
 same ratio of operations, with no padding on our side: the most that can be had. Each side runs in a process of its own.
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.machine import name_device
-from benchmarks.tuning_comparison import PEERS, add_arguments, count_peer, prepare_comparison
-from benchmarks.tuning_workload import measure_matrix_ceiling
-from collm_dist.artifacts import write_json
+from benchmarks.lib.machine import name_device
+from benchmarks.lib.tuning_comparison import PEERS, add_arguments, count_peer, prepare_comparison
+from benchmarks.lib.tuning_workload import measure_matrix_ceiling
 from collm_dist.llm.backbone import resolve_dtype
+from collm_dist.runs.atomic_files import write_json
 
 
 def summarize(phase: str, work: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

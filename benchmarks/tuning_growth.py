@@ -4,7 +4,7 @@
 
 RUN is a run of configs/ml1m_official.yaml whose data and CF steps are done. One sweep changes one thing: the films
 shown in a prompt, the number of targets that each context has (32 rows a batch all the same), the backbone's size
-(random weights, benchmarks/random_backbone.py). At each point ours and plain padded rows (logits at the last position
+(random weights, benchmarks/lib/random_backbone.py). At each point ours and plain padded rows (logits at the last position
 alone) work in turn through the same global batch, in both stages. Writes tuning_growth_<device>.json, and a plot for
 each sweep.
 """
@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.growth_plot import plot_growth
-from benchmarks.machine import describe_hardware, name_device
-from benchmarks.random_backbone import SHAPES, write_random_backbone
-from benchmarks.tuning_side import Reference, build_ours, measure
-from benchmarks.tuning_workload import choose_blocks, prepare_run, spell_rows
-from collm_dist.artifacts import RunDir, write_json
+from benchmarks.lib.growth_plot import plot_growth
+from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.random_backbone import SHAPES, write_random_backbone
+from benchmarks.lib.tuning_side import Reference, build_ours, measure
+from benchmarks.lib.tuning_workload import choose_blocks, prepare_run, spell_rows
 from collm_dist.config import Config
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import resolve_dtype
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.stages import build_stage, get_stage
 
 ROOT = Path(__file__).resolve().parent.parent

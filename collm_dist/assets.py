@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collm_dist.artifacts import compute_file_hash
 from collm_dist.errors import CollmError, DataError
+from collm_dist.runs.atomic_files import compute_file_hash
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from collm_dist.artifacts import STEPS, RunDir, explain_disk_errors, write_json
 from collm_dist.config import Config
-from collm_dist.config_io import dump_config, load_config
+from collm_dist.config.loader import dump_config, load_config
 from collm_dist.errors import CollmError, WorkerLostError
 from collm_dist.heap import restart_with_heap
+from collm_dist.runs.atomic_files import explain_disk_errors, write_json
+from collm_dist.runs.run_dir import STEPS, RunDir
 
 INTERRUPTED_EXIT_CODE = 130
 # A parent process names a file here in which it wants to find why this one failed.

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from collm_dist.llm.shared_context import build_allowed
+from collm_dist.llm.packed.passes import build_allowed
 
 INK, MUTED, LINE = "#23303d", "#6b7885", "#c3ccd5"
 CONTEXT, SLOT, TARGET, PADDING = "#9cc3e6", "#f2b84b", "#a8d5a2", "#eceff2"

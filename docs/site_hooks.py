@@ -13,7 +13,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from collm_dist.config_reference import render_experiments, render_settings
+from collm_dist.config.reference import render_experiments, render_settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS_MARK = "<!-- settings -->"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command, run_computation
 from collm_dist.config import Config
-from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
   python launch/evaluate_model.py --config configs/ml100k_demo.yaml

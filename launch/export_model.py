@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
+from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
   python launch/export_model.py --config C --output exported --license apache-2.0 --data-license "internal use"

@@ -18,8 +18,8 @@ EXAMPLES = """examples:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from collm_dist.data.forgetting import load_forgotten
-    from collm_dist.orchestration.old_runs import find_held_users, remove_runs
+    from collm_dist.data.ingest.forgetting import load_forgotten
+    from collm_dist.runs.user_deletion import find_held_users, remove_runs
 
     held = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"))
     for one in held:

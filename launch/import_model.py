@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import report_error
+from collm_dist.runs.run_dir import RunDir
 
 DESCRIPTION = """Make a run directory out of what launch/export_model.py wrote. collm_dist.load_recommender and
 launch/score_candidates.py --config R/config.yaml then give the scores of the run that was exported."""

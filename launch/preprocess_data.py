@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
-from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
   python launch/preprocess_data.py --config configs/ml100k_demo.yaml
@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     if arguments.preview is not None:
-        from collm_dist.data.preview import print_preview
+        from collm_dist.data.prompts.preview import print_preview
 
         # Late: only prompts need transformers, which takes seconds to import.
         def load_tokenizer() -> Any:

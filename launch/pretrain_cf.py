@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.orchestration.pretrain import run_pretrain
-from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
   python launch/pretrain_cf.py --config configs/ml100k_demo.yaml

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
-from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
   python launch/score_candidates.py --config C --input users.parquet --output ranked
@@ -29,7 +29,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.orchestration.scoring import parse_candidates, score_candidates
+    from collm_dist.orchestration.batch_ranking import parse_candidates, score_candidates
 
     sizes = {"num_actors": arguments.num_actors, "rows_per_part": arguments.rows_per_part}
     run_dir, num_retrieved = RunDir(Path(config.run.dir)), parse_candidates(arguments.candidates)

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.orchestration.search import describe_search, run_search
+from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
   python launch/search_cf.py --config configs/ml100k_demo.yaml

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command
 from collm_dist.config import Config
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.service_options import add_option_arguments, read_options
 
 EXAMPLES = """examples:

@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.cli import run_command, run_computation
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
-from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
 
 DESCRIPTION = "The steps 'stage1' and 'stage2': tune the language model with DeepSpeed. Before them: 'data', 'cf'."
 EXAMPLES = """examples:
@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.tuning.engine import leave_distributed  # late: --help needs no DeepSpeed, which takes seconds
-    from collm_dist.tuning.run import run_stage
+    from collm_dist.tuning.run_stage import run_stage
     from collm_dist.tuning.watchdog import explain_lost_workers
 
     if arguments.deepspeed_config is not None:
@@ -48,7 +48,7 @@ def main() -> int:
     """Run the command; returns its exit code."""
 
     def describe(config: Config, run_dir: RunDir) -> list[str]:
-        from collm_dist.tuning.plan_report import describe_stage_plan
+        from collm_dist.tuning.dry_run import describe_stage_plan
 
         return describe_stage_plan(config, run_dir)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collm_dist.cf.tables import Table
+from collm_dist.cf.embedding_tables import Table
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

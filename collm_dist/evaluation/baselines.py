@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]  # comes with scikit-learn
 from sklearn.linear_model import LogisticRegression
 
-from collm_dist.data.context_block import ContextBlock
-from collm_dist.evaluation.metrics import FloatArray
+from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.metrics import FloatArray
 
 Columns = Mapping[str, NDArray[Any]]
 Scorer = Callable[[ContextBlock], FloatArray]

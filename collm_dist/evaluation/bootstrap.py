@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from collm_dist.evaluation.metrics import FloatArray, GroupValues
+from collm_dist.metrics import FloatArray, GroupValues
 
 # (U, B) multiplicities -> (B,) values, NaN where the resample does not define one (say, only one label in it).
 Statistic = Callable[[FloatArray], FloatArray]

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_dist.evaluation.metrics import FloatArray
-from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
+from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel
+from collm_dist.metrics import FloatArray
 
 NUM_BINS = 10
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
-from collm_dist.evaluation.metrics import FloatArray
+from collm_dist.metrics import FloatArray
 from collm_dist.monitoring import read_metrics
 
 _DPI = 110

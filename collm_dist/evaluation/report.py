@@ -11,29 +11,24 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from collm_dist import monitoring
-from collm_dist.artifacts import (
-    RunDir,
-    compute_json_hash,
-    find_changes,
-    is_step_current,
-    open_atomic,
-    write_json,
-)
 from collm_dist.config import Config
-from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.data.manifest import Manifest, load_manifest
-from collm_dist.data.prompts import load_prompt_text
+from collm_dist.data.prompts.template import load_prompt_text
+from collm_dist.data.shards.manifest import Manifest, load_manifest
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.evaluation.calibration import list_calibration, write_calibration
+from collm_dist.evaluation.comparison import TableSettings, compute_table
 from collm_dist.evaluation.deviations import choose_recipe, list_deviations
-from collm_dist.evaluation.metrics import compute_auc, compute_ndcg
-from collm_dist.evaluation.models import EvaluatedSplit, ModelScores, collect_models, load_splits, score_stages
+from collm_dist.evaluation.hyperparameters import build_run_settings
 from collm_dist.evaluation.notes import describe_data, list_notes, list_warnings
 from collm_dist.evaluation.plots import plot_calibration, plot_forest, plot_training, save_figure
 from collm_dist.evaluation.render import MODEL_NAMES, list_metrics, render_markdown, render_results
-from collm_dist.evaluation.run_settings import build_run_settings
 from collm_dist.evaluation.score_files import write_scores
+from collm_dist.evaluation.scored_models import EvaluatedSplit, ModelScores, collect_models, load_splits, score_stages
 from collm_dist.evaluation.slots_mlp import find_slots
-from collm_dist.evaluation.table import TableSettings, compute_table
+from collm_dist.metrics import compute_auc, compute_ndcg
+from collm_dist.runs.atomic_files import compute_json_hash, open_atomic, write_json
+from collm_dist.runs.fingerprints import find_changes, is_step_current
+from collm_dist.runs.run_dir import RunDir
 
 TRIVIAL = frozenset(
     {"item_mean", "item_user_mean", "bias_logistic", "as_of_logistic", "popularity", "last_item_cooccurrence"}

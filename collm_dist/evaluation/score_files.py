@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.errors import ArtifactError
-from collm_dist.evaluation.metrics import FloatArray, IntArray
-from collm_dist.evaluation.table import EvaluatedRows, ScoredModel
+from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel
+from collm_dist.metrics import FloatArray, IntArray
+from collm_dist.runs.atomic_files import open_atomic
 
 
 def align_scores(wanted: IntArray, row_ids: IntArray, scores: NDArray[Any], what: str) -> FloatArray:

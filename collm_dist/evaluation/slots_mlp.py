@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from collm_dist.data.context_block import ContextBlock, IntArray
-from collm_dist.data.prompts import FIELDS
-from collm_dist.data.statistics import compute_pair_features
-from collm_dist.evaluation.metrics import FloatArray, compute_auc, compute_logloss
+from collm_dist.data.prompts.template import FIELDS
+from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.metrics import FloatArray, compute_auc, compute_logloss
 
 
 def find_slots(prompt_text: str) -> frozenset[str]:

@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from collm_dist.llm.dropout import install_keyed_dropout
-from collm_dist.llm.mapping import SlotMapper
-from collm_dist.llm.prefix_cache import PrefixCache
-from collm_dist.llm.shared_context import Prefix, run_prefix, run_tree
+from collm_dist.llm.lora_dropout import install_keyed_dropout
+from collm_dist.llm.packed.passes import Prefix, run_prefix, run_tree
+from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.llm.slot_mapping import SlotMapper
 from collm_dist.prompt_batch import Mirrored, PromptBatch, Slots
 
 

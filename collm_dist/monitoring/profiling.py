@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import explain_disk_errors
+from collm_dist.runs.atomic_files import explain_disk_errors
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_dist.artifacts import open_atomic
+from collm_dist.runs.atomic_files import open_atomic
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.monitoring.prometheus import TrainingTextfile
 from collm_dist.monitoring.tags import build_layout
+from collm_dist.runs.atomic_files import open_atomic
 
 
 class RunLogger:

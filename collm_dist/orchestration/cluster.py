@@ -14,10 +14,10 @@ from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.config import ClusterConfig
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.orchestration.node_facts import check_facts, read_facts
+from collm_dist.runs.atomic_files import open_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.cli import CONTROL_FILE_VARIABLE, ERROR_FILE_VARIABLE
 from collm_dist.errors import ConfigError, LaunchError
-from collm_dist.orchestration.children import find_free_port, run_child
 from collm_dist.orchestration.node_facts import NodeFacts, check_facts, read_facts
-from collm_dist.orchestration.run_lock import TOKEN_VARIABLE
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.lock import TOKEN_VARIABLE
+from collm_dist.runs.step_processes import find_free_port, run_child
 
 # The first import of torch from a shared file system takes its minutes.
 SSH_SECONDS, FACTS_SECONDS = 30, 600

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings
 from collm_dist.cf.trainer import METRICS, Metric
 from collm_dist.config import Config
-from collm_dist.config_io import dump_config
+from collm_dist.config.loader import dump_config
 from collm_dist.evaluation.plots import plot_search, save_figure
 from collm_dist.monitoring import read_metrics
+from collm_dist.runs.atomic_files import open_atomic
 
 _SHOWN = 10
 

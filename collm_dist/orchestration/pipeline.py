@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import STEPS, RunDir, Step, explain_disk_errors, find_changes, is_step_current, open_atomic
 from collm_dist.cli import describe_error, report_error
 from collm_dist.config import Config
-from collm_dist.config_io import dump_config
-from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.config.loader import dump_config
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
-from collm_dist.orchestration.children import StepError, build_command, build_environment, preemptible, run_child
 from collm_dist.orchestration.hosts import load_hostfile, run_on_hosts
-from collm_dist.orchestration.promotion import RECORD, pin_previous, promote
-from collm_dist.orchestration.publish import Publisher, build_publisher
-from collm_dist.orchestration.reuse import find_reusable, link_step
-from collm_dist.orchestration.run_lock import hold_run_lock
-from collm_dist.orchestration.status import RunStatus
+from collm_dist.runs.atomic_files import explain_disk_errors, open_atomic
+from collm_dist.runs.fingerprints import find_changes, is_step_current
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.promotion import RECORD, pin_previous, promote
+from collm_dist.runs.publish import Publisher, build_publisher
+from collm_dist.runs.reuse import find_reusable, link_step
+from collm_dist.runs.run_dir import STEPS, RunDir, Step
+from collm_dist.runs.status import RunStatus
+from collm_dist.runs.step_processes import StepError, build_command, build_environment, preemptible, run_child
 
 CONFIG_FILE = "config.yaml"
 # Ray's job supervisor sets this for a job's entry point.
@@ -267,7 +269,7 @@ def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
         lines.append(f"{step:7} " + ("done" if done else f"to be taken from {other.path}" if other else "to do"))
         ready = done
     if run_dir.is_done("data"):
-        from collm_dist.tuning.plan_report import describe_stage_plan
+        from collm_dist.tuning.dry_run import describe_stage_plan
 
         lines += describe_stage_plan(config, run_dir)
     return lines

@@ -13,15 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from collm_dist.artifacts import RunDir, compute_file_hash, compute_json_hash, is_step_current, write_json
 from collm_dist.config import Config
-from collm_dist.data import ingest_tasks, sample_tasks
-from collm_dist.data.checks import check_reads, check_splits
-from collm_dist.data.filters import select_ids, sum_item_counts, sum_over_months
-from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.data.forgetting import find_tombstones, load_forgotten
-from collm_dist.data.hashing import hash_integers
-from collm_dist.data.id_tables import (
+from collm_dist.data.ingest import ingest_tasks
+from collm_dist.data.ingest.checks import check_reads, check_splits
+from collm_dist.data.ingest.filters import select_ids, sum_item_counts, sum_over_months
+from collm_dist.data.ingest.forgetting import find_tombstones, load_forgotten
+from collm_dist.data.ingest.id_tables import (
     PreviousTables,
     assign_users,
     compute_ids_hash,
@@ -31,12 +28,12 @@ from collm_dist.data.id_tables import (
     write_item_table,
     write_user_table,
 )
-from collm_dist.data.manifest import FORMAT_VERSION, compute_content_hash
-from collm_dist.data.negatives import EventPool
-from collm_dist.data.partition import read_table
-from collm_dist.data.plan import Plan
-from collm_dist.data.readers import Source, open_source
-from collm_dist.data.splits import (
+from collm_dist.data.ingest.partition import read_table
+from collm_dist.data.ingest.plan import Plan
+from collm_dist.data.ingest.source import Source, open_source
+from collm_dist.data.samples import sample_tasks
+from collm_dist.data.samples.negatives import EventPool
+from collm_dist.data.samples.splits import (
     SPLITS,
     SplitRule,
     build_amazon_book_rule,
@@ -44,8 +41,14 @@ from collm_dist.data.splits import (
     build_ratio_rule,
     get_amazon_book_window,
 )
+from collm_dist.data.shards.manifest import FORMAT_VERSION, compute_content_hash
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import DataError
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, run_tasks
+from collm_dist.random_keys import hash_integers
+from collm_dist.runs.atomic_files import compute_file_hash, compute_json_hash, write_json
+from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.run_dir import RunDir
 
 POOL_SIZE = 1 << 18
 # Item parts are few and large where buckets are small: every part is a read of every bucket's file.

@@ -17,28 +17,22 @@ import ray
 import torch
 from tqdm import tqdm
 
-from collm_dist.artifacts import (
-    RunDir,
-    compute_json_hash,
-    is_step_current,
-    write_json,
-)
-from collm_dist.cf.base import TrainableCfModel
-from collm_dist.cf.checkpoint import Progress, read_state, save_state
-from collm_dist.cf.export import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
+from collm_dist.cf.batches import take_before
 from collm_dist.cf.fitting import Job, OnEpoch, build_untrained, compute_fold_starts, fit
-from collm_dist.cf.models import check_arguments, check_tuning, list_arguments
+from collm_dist.cf.models.catalog import check_arguments, check_tuning, list_arguments
+from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.models.vector_table import read_vectors, read_width
 from collm_dist.cf.optimizer import Optimizers
-from collm_dist.cf.ownership import load_worker_data, number_globally
-from collm_dist.cf.rows import take_before
-from collm_dist.cf.table import read_vectors, read_width
 from collm_dist.cf.trainer import check_metric, copy_weights
+from collm_dist.cf.user_shards import load_worker_data, number_globally
+from collm_dist.cf.weight_files import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
+from collm_dist.cf.worker_checkpoints import Progress, read_state, save_state
 from collm_dist.config import CfConfig, Config
-from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
-from collm_dist.data.manifest import Manifest, load_manifest
-from collm_dist.data.previous import find_previous_file
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import Manifest, load_manifest
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, DataError, LaunchError
+from collm_dist.evaluation.cf_summary import print_summary, summarize
 from collm_dist.monitoring import (
     EPOCH_SECONDS,
     PEAK_MEMORY,
@@ -51,7 +45,10 @@ from collm_dist.monitoring import (
     read_metrics,
 )
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
-from collm_dist.orchestration.pretrain_summary import print_summary, summarize
+from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.previous_run import find_previous_file
+from collm_dist.runs.run_dir import RunDir
 
 # A run with more lost workers than this gives up; its last checkpoint stays.
 MAX_FAILURES = 3

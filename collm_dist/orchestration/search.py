@@ -17,19 +17,21 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from collm_dist.artifacts import RunDir, compute_json_hash, find_changes, flatten_config, write_json
 from collm_dist.cf.fitting import Job
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
 from collm_dist.cf.trainer import is_better
 from collm_dist.cli import describe_error
 from collm_dist.config import Config
-from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import Trial, print_leaderboard, rank_trials, write_results
 from collm_dist.orchestration.pretrain import check_inputs, fit_alone
-from collm_dist.orchestration.run_lock import hold_run_lock
-from collm_dist.orchestration.status import RunStatus
+from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.fingerprints import find_changes, flatten_config
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.status import RunStatus
 
 FOLDER = "cf_search"
 SPLITS = ("train", "valid")

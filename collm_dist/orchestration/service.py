@@ -19,12 +19,12 @@ from ray.exceptions import RayError
 from ray.serve.metrics import Histogram
 
 from collm_dist import errors
-from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError
 from collm_dist.heap import choose_heap
-from collm_dist.orchestration.children import handle_stop_signals
 from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.step_processes import handle_stop_signals
 from collm_dist.serving.batching import Batcher
 from collm_dist.serving.http_app import Ranked, build_app
 from collm_dist.serving.http_bodies import HealthAnswer

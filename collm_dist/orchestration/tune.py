@@ -16,13 +16,13 @@ from typing import Any, TextIO
 
 import ray
 
-from collm_dist.artifacts import RunDir, Step
 from collm_dist.cli import ERROR_FILE_VARIABLE, report_error
 from collm_dist.config import Config
 from collm_dist.errors import LaunchError, Preempted, WorkerLostError
 from collm_dist.heap import choose_heap
-from collm_dist.orchestration.children import explain_end, handle_stop_signals, read_error
 from collm_dist.orchestration.cluster import check_nodes
+from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.runs.step_processes import explain_end, handle_stop_signals, read_error
 
 _POLL_SECONDS = 0.5
 # In the folder that driver and workers share while a step runs.
@@ -126,7 +126,7 @@ def work(settings: Mapping[str, Any]) -> None:
         settings: config, run_dir, step, force; folder, shared with the driver.
     """
     from collm_dist.evaluation.report import run_evaluation
-    from collm_dist.tuning.run import run_stage
+    from collm_dist.tuning.run_stage import run_stage
     from collm_dist.tuning.watchdog import explain_lost_workers
 
     folder, step = Path(settings["folder"]), settings["step"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_dist.data.context_block import IntArray
-from collm_dist.data.interactions import load_interactions
-from collm_dist.data.manifest import Manifest
+from collm_dist.data.shards.context_block import IntArray
+from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.manifest import Manifest
 
 
 class EventLog:

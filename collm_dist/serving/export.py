@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from collm_dist.artifacts import STEPS, RunDir, compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.config import Config
-from collm_dist.config_io import dump_config, load_config
-from collm_dist.data.manifest import load_manifest
+from collm_dist.config.loader import dump_config, load_config
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
+from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.model_card import Licences, write_card
 from collm_dist.serving.recommender import check_settings, find_stage
 from collm_dist.tuning.stages import StageName

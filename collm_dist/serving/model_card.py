@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
-from collm_dist.data.manifest import load_manifest
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.stages import StageName
 
 

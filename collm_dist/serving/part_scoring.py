@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.artifacts import open_atomic, write_json
-from collm_dist.evaluation.metrics import compute_group_ndcg
+from collm_dist.metrics import compute_group_ndcg
+from collm_dist.runs.atomic_files import open_atomic, write_json
 from collm_dist.serving.recommender import Recommender, Scores
 from collm_dist.serving.request_files import name_part, read_part
 from collm_dist.serving.requests import RankingRequest

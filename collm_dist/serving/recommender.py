@@ -19,20 +19,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm_dist.artifacts import RunDir, compute_fingerprint, find_changes
-from collm_dist.cf.export import load_cf_model
-from collm_dist.cf.rows import CfBatch
+from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.slot_vectors import SlotVectors
+from collm_dist.cf.weight_files import load_cf_model
 from collm_dist.config import Config
-from collm_dist.config_io import load_config
-from collm_dist.data.context_block import ContextBlock, IntArray
-from collm_dist.data.interactions import load_item_table, load_user_ids
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.micro_batches import plan_micro_batches
-from collm_dist.data.statistics import compute_pair_features
+from collm_dist.config.loader import load_config
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.evaluation.slots_mlp import pad_histories
-from collm_dist.llm.prefix_cache import PrefixCache
+from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.requests import (
     Id,

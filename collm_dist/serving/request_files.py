@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.errors import RequestError
+from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.serving.requests import RankingRequest
 
 _IDS, _LABELS = pa.list_(pa.string()), pa.list_(pa.int8())

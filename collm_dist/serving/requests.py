@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from collm_dist.data.context_block import ContextBlock, IntArray
-from collm_dist.data.ragged import to_offsets
+from collm_dist.data.prompts.ragged import to_offsets
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
 

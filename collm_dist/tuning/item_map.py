@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from collm_dist import monitoring
-from collm_dist.data.interactions import load_item_table, read_bucket
-from collm_dist.data.manifest import load_manifest
-from collm_dist.llm.mapping import map_vectors
+from collm_dist.data.shards.interactions import load_item_table, read_bucket
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.llm.slot_mapping import map_vectors
 from collm_dist.tuning.stages import LoadedStage
 
 # Later than any row: what serves rows after the last fold.

@@ -20,16 +20,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from collm_dist import monitoring
 from collm_dist.config import StageConfig
-from collm_dist.data.collate import PromptCollator
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.hashing import hash_integers
-from collm_dist.data.slots import Masking
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.slot_codes import Masking
+from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.errors import LaunchError, Preempted
-from collm_dist.evaluation.metrics import compute_auc, compute_logloss, compute_uauc
-from collm_dist.tuning.checkpointing import Checkpoint, Progress, save_checkpoint
+from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
+from collm_dist.random_keys import hash_integers
+from collm_dist.tuning.checkpoints import Checkpoint, Progress, save_checkpoint
 from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size, run_on_first
 from collm_dist.tuning.nonfinite import NonFiniteError, describe_nonfinite
-from collm_dist.tuning.prepared import Prepared, prepare
+from collm_dist.tuning.prepared_batches import Prepared, prepare
 from collm_dist.tuning.schedule import compute_learning_rate
 from collm_dist.tuning.scoring import score_batches
 from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.errors import CollmError
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.engine import get_world_size

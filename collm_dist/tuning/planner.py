@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from collm_dist.llm.backbone import Quantization
-from collm_dist.llm.dropout import install_keyed_dropout
-from collm_dist.llm.gated_network import has_code_of
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import run_tree
+from collm_dist.llm.lora_dropout import install_keyed_dropout
+from collm_dist.llm.packed.gated_mlp import has_code_of
+from collm_dist.llm.packed.passes import run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.costs import DecoderShape
 from collm_dist.tuning.token_budget import BYTES_PER_TRAINABLE, USABLE_SHARE

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from collm_dist.data.collate import PromptCollator
-from collm_dist.data.context_block import ContextBlock
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.hashing import hash_integers
-from collm_dist.data.statistics import compute_pair_features
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.prompt_batch import PromptBatch
+from collm_dist.random_keys import hash_integers
 from collm_dist.tuning.engine import get_world_size
-from collm_dist.tuning.prepared import prepare
+from collm_dist.tuning.prepared_batches import prepare
 
 if TYPE_CHECKING:
     from collm_dist.tuning.stages import LoadedStage

@@ -8,24 +8,24 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from collm_dist.artifacts import RunDir
-from collm_dist.cf.export import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.stage2_start import load_for_tuning
+from collm_dist.cf.weight_files import load_cf_model
 from collm_dist.config import Config, LlmConfig, StageConfig
-from collm_dist.data.collate import PromptCollator, build_collator
-from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.data.manifest import Manifest, load_manifest
-from collm_dist.data.prompts import resolve_answer_ids
-from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.shards.manifest import Manifest, load_manifest
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.compiled_layers import compile_layers
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.mapping import SlotMapper, load_mapper
-from collm_dist.llm.prefix_cache import PrefixCache
-from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.llm.packed.compiled_layers import compile_layers
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.llm.slot_mapping import SlotMapper, load_mapper
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.engine import holds_anywhere, init_distributed
 
 StageName = Literal["stage1", "stage2"]

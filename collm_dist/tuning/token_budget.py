@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from collm_dist.data.collate import PromptCollator, TokenCounts
-from collm_dist.data.context_block import ContextBlock
-from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import PromptCollator, TokenCounts
+from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.llm.collm import CollmModel
 from collm_dist.monitoring import PeakMeter
 from collm_dist.prompt_batch import PromptBatch

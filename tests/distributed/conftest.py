@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from collm_dist.artifacts import RunDir
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
+from collm_dist.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 

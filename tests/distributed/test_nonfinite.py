@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from collm_dist.artifacts import RunDir
-from collm_dist.config_io import load_config
-from collm_dist.tuning.run import build_orders
+from collm_dist.config.loader import load_config
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.tuning.run_stage import build_orders
 from tests.distributed.conftest import REPOSITORY, run, start
 from tests.distributed.test_tuning import assert_same_training
 

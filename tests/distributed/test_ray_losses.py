@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from benchmarks.synthetic_logs import write_synthetic_logs
+from benchmarks.lib.synthetic_logs import write_synthetic_logs
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow

@@ -71,7 +71,7 @@ def run_kind(
     kind: str, wanted: int, bench: Any, results: dict[str, Any], path: Path, folder: Path, deadline: float
 ) -> bool:
     """Run chains of a kind until so many faults were injected; returns whether that came to pass in time."""
-    from collm_dist.artifacts import write_json
+    from collm_dist.runs.atomic_files import write_json
     from tests.faults import kinds
 
     with tqdm(total=wanted, initial=count_faults(results, kind, wanted), desc=kind, unit="fault") as bar:

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from collm_dist.artifacts import write_json
 from collm_dist.errors import CollmError
+from collm_dist.runs.atomic_files import write_json
 from tests.faults.fuzz_cases import FUZZERS, Fuzzer
 
 RESULTS = Path(__file__).with_name("fuzz.json")

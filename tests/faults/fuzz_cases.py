@@ -21,15 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collm_dist.config import DatasetConfig
-from collm_dist.config_io import dump_config, load_config
-from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
-from collm_dist.data.filters import count_items_by_month
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.readers import open_source
-from collm_dist.data.readers.normalize import FIRST_SECOND, LAST_SECOND
-from collm_dist.data.readers.row_filter import parse_row_filter
-from collm_dist.data.shard_reader import read_shard
-from collm_dist.data.shard_writer import write_shard
+from collm_dist.config.loader import dump_config, load_config
+from collm_dist.data.ingest.filters import count_items_by_month
+from collm_dist.data.ingest.normalize import FIRST_SECOND, LAST_SECOND
+from collm_dist.data.ingest.row_filter import parse_row_filter
+from collm_dist.data.ingest.source import open_source
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.data.shards.shard_reader import read_shard
+from collm_dist.data.shards.shard_writer import write_shard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # What makes parsers stumble: delimiters, quotes, marks, numbers at their limits, YAML's own signs.

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from collm_dist.artifacts import STEPS, RunDir
+from collm_dist.runs.run_dir import STEPS, RunDir
 from tests.faults.stage_runs import REPOSITORY, StageRun, choose_moment, copy_prepared, describe_end
 
 MAX_KILLS = 6

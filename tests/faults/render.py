@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from collm_dist.artifacts import open_atomic
+from collm_dist.runs.atomic_files import open_atomic
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "reliability.md"

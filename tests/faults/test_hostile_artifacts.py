@@ -16,16 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from collm_dist.artifacts import RunDir, compute_file_hash
 from collm_dist.cf.fitting import compute_fold_starts
-from collm_dist.cf.ownership import load_worker_data
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
-from collm_dist.data.item_tokens import load_item_tokens
-from collm_dist.data.manifest import compute_content_hash, load_manifest
-from collm_dist.data.shard_reader import decode_block, read_shard
-from collm_dist.data.shard_writer import encode_block, write_shard
+from collm_dist.cf.user_shards import load_worker_data
+from collm_dist.data.prompts.item_tokens import load_item_tokens
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import compute_content_hash, load_manifest
+from collm_dist.data.shards.shard_reader import decode_block, read_shard
+from collm_dist.data.shards.shard_writer import encode_block, write_shard
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.run_dir import RunDir
 from tests.unit.evaluation_run import write_data_step
 from tests.unit.loader_data import make_contexts, make_tokenizer
 

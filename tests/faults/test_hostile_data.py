@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from collm_dist.config import DatasetConfig
-from collm_dist.data.prompts import PromptTemplate
-from collm_dist.data.readers import open_source
-from collm_dist.data.readers.files import BLOCK_BYTES
-from collm_dist.data.shard_reader import read_shard
-from collm_dist.data.shard_writer import encode_block
+from collm_dist.data.ingest.files import BLOCK_BYTES
+from collm_dist.data.ingest.source import open_source
+from collm_dist.data.prompts.template import PromptTemplate
+from collm_dist.data.shards.shard_reader import read_shard
+from collm_dist.data.shards.shard_writer import encode_block
 from collm_dist.errors import ArtifactError, CollmError, DataError
 from tests.faults.fuzz import fuzz
 from tests.faults.fuzz_cases import FUZZERS

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from collm_dist.config.loader import MAX_SHOWN_MISTAKES, dump_config, load_config
 from collm_dist.config.yaml_file import MAX_BYTES, MAX_VALUES
-from collm_dist.config_io import MAX_SHOWN_MISTAKES, dump_config, load_config
-from collm_dist.data.prompts import load_prompt_text
+from collm_dist.data.prompts.template import load_prompt_text
 from collm_dist.errors import ConfigError
 
 GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"

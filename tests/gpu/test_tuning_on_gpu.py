@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from collm_dist.data.collate import list_segments
-from collm_dist.data.prompts import resolve_answer_ids
-from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.prompt_layout import list_segments
+from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.samples.statistics import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.compiled_layers import compile_layers
-from collm_dist.llm.mapping import SlotMapper
-from collm_dist.llm.packing import Copies, lay_out
-from collm_dist.llm.row_layout import Past
-from collm_dist.llm.sequences import compare_sequences, lay_out_sequences
-from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.llm.packed.compiled_layers import compile_layers
+from collm_dist.llm.packed.packing import Copies, lay_out
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.row_layout import Past
+from collm_dist.llm.packed.sequences import compare_sequences, lay_out_sequences
+from collm_dist.llm.slot_mapping import SlotMapper
 from collm_dist.prompt_batch import Mirrored, Segments
-from collm_dist.tuning.prepared import prepare
+from collm_dist.tuning.prepared_batches import prepare
 from collm_dist.tuning.token_budget import find_token_budget
 from tests.parity.test_shared_context import STAGE2, TEXTS, Tables, collect_gradients, make_block, make_collator
 from tests.reference.padded_rows import score_plainly, spell_prompts

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
-from collm_dist.config_io import dump_config, load_config
+from collm_dist.config.loader import dump_config, load_config
 from collm_dist.evaluation.report import run_evaluation
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
-from collm_dist.tuning.run import run_stage
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.tuning.run_stage import run_stage
 
 
 def build_run(config_path: Path, overrides: list[str]) -> Path:

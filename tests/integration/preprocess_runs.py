@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from collm_dist.artifacts import RunDir
 from collm_dist.config import Config
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.interactions import load_item_table, load_user_ids
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.splits import SPLITS
+from collm_dist.data.samples.splits import SPLITS
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.orchestration.preprocess import run_preprocess
+from collm_dist.runs.run_dir import RunDir
 
 
 def make_config(dataset: dict, folder: Path | str, **sections) -> Config:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from collm_dist.config import Config
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.errors import CollmError
 from tests.doc_blocks import (
     NEEDS,

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.artifacts import RunDir, compute_file_hash
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
 from tests.conftest import REPOSITORY

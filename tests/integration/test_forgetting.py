@@ -5,11 +5,11 @@ import json
 import pandas as pd
 import pytest
 
-from collm_dist.artifacts import RunDir
-from collm_dist.data.forgetting import find_tombstones, load_forgotten
-from collm_dist.data.interactions import load_user_ids
+from collm_dist.data.ingest.forgetting import find_tombstones, load_forgotten
+from collm_dist.data.shards.interactions import load_user_ids
 from collm_dist.errors import ArtifactError, ConfigError, DataError
 from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.runs.run_dir import RunDir
 from tests.integration.byte_search import find_text
 from tests.integration.preprocess_runs import list_samples, make_config, preprocess
 

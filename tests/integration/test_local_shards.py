@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collm_dist.artifacts import RunDir
-from collm_dist.config_io import load_config
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.local_shards import LocalShards, build_local_shards
-from collm_dist.data.manifest import load_manifest
+from collm_dist.config.loader import load_config
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.local_shards import LocalShards, build_local_shards
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, DiskError
 from collm_dist.monitoring import TRAIN_LOSS, read_metrics
-from collm_dist.orchestration.publish import Publisher
-from collm_dist.tuning.run import run_stage
+from collm_dist.runs.publish import Publisher
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.tuning.run_stage import run_stage
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import collm_dist
-from collm_dist.artifacts import RunDir
-from collm_dist.cf.export import load_model
-from collm_dist.cf.mf import MatrixFactorization
-from collm_dist.cf.ownership import UserRanges
-from collm_dist.cf.previous import load_previous_weights
-from collm_dist.config_io import load_config
-from collm_dist.data.forgetting import find_tombstones, write_tombstone
-from collm_dist.data.interactions import load_user_ids
-from collm_dist.data.manifest import load_manifest
+from collm_dist.cf.models.mf import MatrixFactorization
+from collm_dist.cf.user_shards import UserRanges
+from collm_dist.cf.warm_start import load_previous_weights
+from collm_dist.cf.weight_files import load_model
+from collm_dist.config.loader import load_config
+from collm_dist.data.ingest.forgetting import find_tombstones, write_tombstone
+from collm_dist.data.shards.interactions import load_user_ids
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
-from collm_dist.orchestration.promotion import decide, find_pointer, move_pointer, pin_previous
+from collm_dist.runs.promotion import decide, find_pointer, move_pointer, pin_previous
+from collm_dist.runs.run_dir import RunDir
 from tests.integration.byte_search import find_text
 
 ROOT = Path(__file__).parents[2]

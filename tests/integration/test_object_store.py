@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from collm_dist.artifacts import RunDir
-from collm_dist.data.readers.locations import join_uri, list_files
 from collm_dist.errors import DataError, LaunchError
-from collm_dist.orchestration import publish
 from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.publish import Publisher, list_step_files
+from collm_dist.runs import publish
+from collm_dist.runs.publish import Publisher, list_step_files
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.storage import join_uri, list_files
 from tests.integration.object_store import serve_object_store
 from tests.integration.preprocess_runs import make_config, preprocess, ratings_of
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from collm_dist.artifacts import STEPS, RunDir
-from collm_dist.data.manifest import compute_content_hash
+from collm_dist.data.shards.manifest import compute_content_hash
 from collm_dist.monitoring import VALID_AUC, read_metrics
-from collm_dist.orchestration.run_lock import hold_run_lock
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import STEPS, RunDir
 
 ROOT = Path(__file__).parents[2]
 CLICKS = (

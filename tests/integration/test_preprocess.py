@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import ray
 
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.splits import SPLITS
+from collm_dist.data.samples.splits import SPLITS
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, CollmError, DataError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
 from tests.integration.preprocess_runs import (

@@ -16,11 +16,11 @@ import torch
 import yaml
 from ray.train.torch import TorchTrainer
 
-from collm_dist.cf.export import load_cf_model, load_model
 from collm_dist.cf.fitting import Job, fit
-from collm_dist.cf.ownership import load_worker_data
+from collm_dist.cf.user_shards import load_worker_data
+from collm_dist.cf.weight_files import load_cf_model, load_model
 from collm_dist.config import Config
-from collm_dist.data.manifest import load_manifest
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, LaunchError
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.cluster import connect_ray

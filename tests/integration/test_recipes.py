@@ -12,18 +12,19 @@ import torch
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.artifacts import RunDir, write_json
 from collm_dist.cf.fitting import Job, fit
-from collm_dist.config_io import dump_config, load_config
-from collm_dist.data.fingerprints import compute_step_fingerprint
-from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
-from collm_dist.data.manifest import load_manifest
+from collm_dist.config.loader import dump_config, load_config
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ConfigError, Preempted, RequestError
 from collm_dist.evaluation.report import run_evaluation
 from collm_dist.orchestration.pretrain import export_models, run_pretrain
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
-from collm_dist.tuning.run import run_stage
+from collm_dist.tuning.run_stage import run_stage
 from tests.conftest import REPOSITORY
 from tests.unit.evaluation_run import NUM_ITEMS, write_data_step
 

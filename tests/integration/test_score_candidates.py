@@ -17,13 +17,13 @@ import pytest
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.artifacts import RunDir
-from collm_dist.config_io import load_config
-from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.config.loader import load_config
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import ArtifactError, RequestError
-from collm_dist.evaluation.metrics import compute_ndcg
-from collm_dist.orchestration import scoring
-from collm_dist.orchestration.scoring import score_candidates
+from collm_dist.metrics import compute_ndcg
+from collm_dist.orchestration import batch_ranking as scoring
+from collm_dist.orchestration.batch_ranking import score_candidates
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.part_scoring import OutputFolder, score_part
 from collm_dist.serving.request_files import write_parts
 

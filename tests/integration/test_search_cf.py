@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from collm_dist.cf.fitting import Job, fit
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.search import run_search
 from tests.integration.test_pretrain_cf import make_config

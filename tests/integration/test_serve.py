@@ -19,7 +19,7 @@ import pytest
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.data.interactions import load_item_table, load_user_ids
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.serving.http_bodies import HealthAnswer, RankAnswer
 
 ROOT = Path(__file__).parents[2]

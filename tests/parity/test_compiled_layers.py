@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collm_dist.data.prompts import resolve_answer_ids
-from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.samples.statistics import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.compiled_layers import compile_layers
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.mapping import SlotMapper
-from collm_dist.llm.prefix_cache import PrefixCache
-from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.llm.packed.compiled_layers import compile_layers
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.llm.slot_mapping import SlotMapper
 from tests.parity.test_shared_context import STAGE1, STAGE2, Tables, collect_gradients, make_block, make_collator
 from tests.tiny import ARCHITECTURES, make_model
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collm_dist.data.collate import PromptCollator
-from collm_dist.data.item_tokens import load_item_tokens
-from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
-from collm_dist.data.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.item_tokens import load_item_tokens
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.template import PromptTemplate, resolve_answer_ids
+from collm_dist.data.samples.statistics import PAIR_FEATURES
 from collm_dist.errors import DataError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.mapping import SlotMapper
-from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.slot_mapping import SlotMapper
 from tests.parity.test_shared_context import Tables, collect_gradients, compute_loss, make_block
 from tests.reference.padded_rows import score_plainly, spell_prompts
 

@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from collm_dist.data.collate import PromptCollator
-from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
-from collm_dist.data.item_tokens import load_item_tokens
-from collm_dist.data.micro_batches import plan_micro_batches
-from collm_dist.data.prompts import PromptTemplate, resolve_answer_ids
-from collm_dist.data.statistics import PAIR_FEATURES
-from collm_dist.llm import packed_attention, row_blocks, shared_context
+from collm_dist.data.prompts.item_tokens import load_item_tokens
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.template import PromptTemplate, resolve_answer_ids
+from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.mapping import SlotMapper
-from collm_dist.llm.prefix_cache import PrefixCache
-from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.llm.packed import decoder as packed_attention
+from collm_dist.llm.packed import passes as shared_context
+from collm_dist.llm.packed import row_blocks
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.llm.slot_mapping import SlotMapper
 from tests.reference.padded_rows import score_plainly, spell_prompts
 from tests.reference.plain_sequences import compare_sequences
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from collm_dist.data.context_block import ContextBlock
+from collm_dist.data.shards.context_block import ContextBlock
 
 
 @dataclass

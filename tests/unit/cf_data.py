@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from collm_dist.cf.fitting import Job, build_plan, build_untrained, fit
-from collm_dist.cf.ownership import load_worker_data, number_globally
+from collm_dist.cf.user_shards import load_worker_data, number_globally
 from collm_dist.config import CfConfig
-from collm_dist.data.manifest import load_manifest
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.orchestration.pretrain import export_models
 
 MODELS = ("mf", "lightgcn", "sasrec", "din")

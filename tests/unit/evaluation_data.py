@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 
 ML1M_DIR = Path(
     os.environ.get("COLLM_ML1M_DIR", Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "ml-1m-collm")

@@ -4,12 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.artifacts import RunDir, compute_file_hash, write_json
 from collm_dist.config import Config
-from collm_dist.data.context_block import TARGET_FIELDS
-from collm_dist.data.interactions import COLUMNS
-from collm_dist.data.manifest import compute_content_hash
-from collm_dist.data.shard_writer import write_shard
+from collm_dist.data.shards.context_block import TARGET_FIELDS
+from collm_dist.data.shards.interactions import COLUMNS
+from collm_dist.data.shards.manifest import compute_content_hash
+from collm_dist.data.shards.shard_writer import write_shard
+from collm_dist.runs.atomic_files import compute_file_hash, write_json
+from collm_dist.runs.run_dir import RunDir
 from tests.unit.evaluation_data import build_block, count_strictly_before
 
 NUM_USERS, NUM_ITEMS, NUM_BUCKETS = 24, 30, 4

@@ -7,9 +7,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from collm_dist.data.context_block import ContextBlock
-from collm_dist.data.manifest import Manifest, SplitInfo
-from collm_dist.data.shard_writer import write_shard
+from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.data.shards.manifest import Manifest, SplitInfo
+from collm_dist.data.shards.shard_writer import write_shard
 
 TEXTS = [
     "Here is what a person has liked so far, from the oldest to the latest",

@@ -5,19 +5,12 @@ import math
 
 import pytest
 
-from collm_dist.artifacts import (
-    STEPS,
-    RunDir,
-    compute_fingerprint,
-    compute_json_hash,
-    find_changes,
-    is_step_current,
-    open_atomic,
-    write_json,
-)
 from collm_dist.config import Config
-from collm_dist.config_io import list_fields
+from collm_dist.config.loader import list_fields
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_json_hash, open_atomic, write_json
+from collm_dist.runs.fingerprints import compute_fingerprint, find_changes, is_step_current
+from collm_dist.runs.run_dir import STEPS, RunDir
 
 
 def build_config(**sections) -> Config:

@@ -5,7 +5,7 @@ import pytest
 
 from collm_dist.evaluation import baselines
 from collm_dist.evaluation.baselines import fit_as_of_logistic, fit_baselines, fit_bias_logistic, fit_item_mean
-from collm_dist.evaluation.metrics import compute_auc, compute_uauc
+from collm_dist.metrics import compute_auc, compute_uauc
 from tests.unit.evaluation_data import build_block, needs_ml1m, read_ml1m
 
 

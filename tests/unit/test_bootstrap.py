@@ -11,7 +11,7 @@ from collm_dist.evaluation.bootstrap import (
     compute_interval,
     compute_samples,
 )
-from collm_dist.evaluation.metrics import compute_auc, compute_group_auc
+from collm_dist.metrics import compute_auc, compute_group_auc
 
 
 def _rows(random, num_users=30, num_rows=200, levels=7):

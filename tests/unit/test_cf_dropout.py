@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from collm_dist.cf.dropout import KeyedDropout
+from collm_dist.cf.keyed_dropout import KeyedDropout
 
 KEYS = torch.randint(0, 2**62, (4000,), generator=torch.Generator().manual_seed(0))
 

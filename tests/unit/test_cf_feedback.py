@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from collm_dist.cf.export import load_cf_model
-from collm_dist.cf.ownership import load_worker_data
-from collm_dist.data.interactions import load_interactions
-from collm_dist.data.manifest import load_manifest
-from collm_dist.data.statistics import PAIR_FEATURES, compute_count_features
+from collm_dist.cf.user_shards import load_worker_data
+from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.data.samples.statistics import PAIR_FEATURES, compute_count_features
+from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.manifest import load_manifest
 from tests.unit.cf_data import MODELS, fit_and_export, make_cf
 from tests.unit.evaluation_run import write_data_step
 

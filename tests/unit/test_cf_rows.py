@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from collm_dist.cf.ownership import UserRanges, assign_buckets, load_worker_data
-from collm_dist.cf.rows import iter_batches, permute, take_before
-from collm_dist.data.interactions import load_interactions
-from collm_dist.data.manifest import BucketInfo
+from collm_dist.cf.batches import iter_batches, permute, take_before
+from collm_dist.cf.user_shards import UserRanges, assign_buckets, load_worker_data
+from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.manifest import BucketInfo
 from tests.unit.cf_data import load_data
 from tests.unit.evaluation_run import NUM_USERS, write_data_step
 

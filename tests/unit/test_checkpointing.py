@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from collm_dist.artifacts import open_atomic
 from collm_dist.errors import CheckpointError, DiskError
-from collm_dist.tuning.checkpointing import (
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.tuning.checkpoints import (
     Checkpoint,
     DamagedCheckpointError,
     Progress,

@@ -4,8 +4,8 @@ import pytest
 
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
+from collm_dist.config.loader import dump_config, list_fields, load_config
 from collm_dist.config.yaml_file import parse_value
-from collm_dist.config_io import dump_config, list_fields, load_config
 from collm_dist.errors import ConfigError
 
 GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.data.context_block import TARGET_FIELDS, ContextBlock, concatenate_blocks
-from collm_dist.data.hashing import hash_integers, to_unit_interval
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock, concatenate_blocks
+from collm_dist.random_keys import hash_integers, to_unit_interval
 
 PINNED = [17841399628923370677, 5704952132319151503, 16833097866645316574]
 

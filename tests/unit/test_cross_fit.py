@@ -7,14 +7,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from collm_dist.cf.export import compute_export_factors, load_cf_model
 from collm_dist.cf.fitting import compute_fold_starts
-from collm_dist.data.context_block import concatenate_blocks
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.manifest import load_manifest
+from collm_dist.cf.weight_files import compute_export_factors, load_cf_model
+from collm_dist.data.shards.context_block import concatenate_blocks
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import DataError
-from collm_dist.evaluation.metrics import compute_auc
 from collm_dist.evaluation.slots_mlp import build_slot_inputs
+from collm_dist.metrics import compute_auc
 from tests.unit.cf_data import MODELS, build, fit_and_export, make_cf
 from tests.unit.evaluation_run import write_data_step
 

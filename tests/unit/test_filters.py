@@ -6,8 +6,14 @@ import numpy as np
 import pyarrow as pa
 
 from collm_dist.config import SplitConfig
-from collm_dist.data.filters import count_items_by_month, drop_duplicates, select_ids, sum_item_counts, sum_over_months
-from collm_dist.data.splits import build_calendar_rule
+from collm_dist.data.ingest.filters import (
+    count_items_by_month,
+    drop_duplicates,
+    select_ids,
+    sum_item_counts,
+    sum_over_months,
+)
+from collm_dist.data.samples.splits import build_calendar_rule
 
 DAY = 86400
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from collm_dist.heap import KERNEL_CACHES
-from collm_dist.llm import frozen_linear
-from collm_dist.llm.frozen_linear import hasten_products, is_hastened, multiply
-from collm_dist.llm.packed_attention import prepare_decoder, restore_modules
+from collm_dist.llm.packed import frozen_linear
+from collm_dist.llm.packed.decoder import prepare_decoder, restore_modules
+from collm_dist.llm.packed.frozen_linear import hasten_products, is_hastened, multiply
 from tests.tiny import ARCHITECTURES, make_model
 
 # float32 beside float64, of values about 1. Measured: up to 7.2e-7 for outputs, 1.2e-6 for gradients.

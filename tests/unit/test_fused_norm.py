@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collm_dist.llm.fused_norm import fuse_norm, is_fused, normalize
-from collm_dist.llm.packed_attention import prepare_decoder, restore_modules
+from collm_dist.llm.packed.decoder import prepare_decoder, restore_modules
+from collm_dist.llm.packed.fused_norm import fuse_norm, is_fused, normalize
 from tests.tiny import ARCHITECTURES, make_model
 
 # float32, sums in another order. Measured: 6e-7.

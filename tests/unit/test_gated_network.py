@@ -9,9 +9,9 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from collm_dist.llm.gated_network import is_gated, slim_down
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.packed_attention import find_layers, prepare_decoder, restore_modules
+from collm_dist.llm.packed.decoder import find_layers, prepare_decoder, restore_modules
+from collm_dist.llm.packed.gated_mlp import is_gated, slim_down
 from tests.tiny import ARCHITECTURES, make_model
 
 # float64; the activation is computed twice, by the same code. Measured: 0.

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.data import global_order
-from collm_dist.data.collate import TokenCounts
-from collm_dist.data.context_block import concatenate_blocks
-from collm_dist.data.global_order import GlobalOrder, slice_targets
-from collm_dist.data.hashing import hash_integers
-from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import TokenCounts
+from collm_dist.data.shards import global_order
+from collm_dist.data.shards.context_block import concatenate_blocks
+from collm_dist.data.shards.global_order import GlobalOrder, slice_targets
 from collm_dist.errors import ArtifactError, DataError
+from collm_dist.random_keys import hash_integers
 from tests.unit.loader_data import make_contexts, write_split
 from tests.unit.test_context_block import list_samples
 

@@ -24,7 +24,7 @@ print(os.getpid(), sys.argv[1:], sys.flags.utf8_mode, os.environ[VARIABLE])
 _MAKE_KERNELS = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from collm_dist.llm.frozen_linear import multiply
+from collm_dist.llm.packed.frozen_linear import multiply
 read = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
 weight = torch.randn(192, 576)
 multiply(torch.randn(999, 576), weight)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from collm_dist.artifacts import RunDir
 from collm_dist.config import ClusterConfig
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError, LaunchError
 from collm_dist.orchestration.hosts import Host, load_hostfile, run_on_hosts
 from collm_dist.orchestration.node_facts import check_facts, read_facts
 from collm_dist.orchestration.pipeline import describe_plan, run_pipeline
+from collm_dist.runs.run_dir import RunDir
 
 
 def test_a_hostfile(tmp_path):

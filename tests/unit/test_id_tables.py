@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.data.id_tables import (
+from collm_dist.data.ingest.id_tables import (
     PreviousTables,
     assign_users,
     compute_ids_hash,
@@ -13,7 +13,7 @@ from collm_dist.data.id_tables import (
     write_item_table,
     write_user_table,
 )
-from collm_dist.data.manifest import BucketInfo
+from collm_dist.data.shards.manifest import BucketInfo
 
 
 def found(*buckets: list[str]) -> list[pa.Array]:

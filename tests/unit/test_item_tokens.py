@@ -1,6 +1,6 @@
 import numpy as np
 
-from collm_dist.data.item_tokens import load_item_tokens
+from collm_dist.data.prompts.item_tokens import load_item_tokens
 from tests.unit.loader_data import make_tokenizer
 
 TEXTS = ["Heat", "Toy Story", "Über", "a b c d e f g h i j k l m n o p"]

@@ -11,7 +11,7 @@ from collm_dist import assets
 from collm_dist.errors import ArtifactError, ConfigError, DataError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
-from collm_dist.llm.mapping import SlotMapper, load_mapper, save_mapper
+from collm_dist.llm.slot_mapping import SlotMapper, load_mapper, save_mapper
 from tests.tiny import make_model
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from collm_dist.data.hashing import hash_integers
-from collm_dist.data.micro_batches import plan_micro_batches
-from collm_dist.data.prompts import resolve_answer_ids
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.errors import ConfigError
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.compiled_layers import compile_layers
-from collm_dist.llm.dropout import DropoutMasks, DroppedLinear, _mix
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import enable_activation_checkpointing
+from collm_dist.llm.lora_dropout import DropoutMasks, DroppedLinear, _mix
+from collm_dist.llm.packed.compiled_layers import compile_layers
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.random_keys import hash_integers
 from tests.parity.test_shared_context import STAGE1, collect_gradients, make_block, make_collator
 from tests.tiny import make_model
 

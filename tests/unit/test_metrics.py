@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from collm_dist.evaluation.metrics import (
+from collm_dist.metrics import (
     compute_auc,
     compute_group_auc,
     compute_hit_rate,

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.data.collate import TokenCounts
-from collm_dist.data.context_block import concatenate_blocks
-from collm_dist.data.micro_batches import MAX_TREE_TOKENS, MAX_TREE_TOKENS_WITHOUT_TAIL, plan_micro_batches
+from collm_dist.data.prompts.micro_batches import MAX_TREE_TOKENS, MAX_TREE_TOKENS_WITHOUT_TAIL, plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import TokenCounts
+from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_contexts
 from tests.unit.test_context_block import list_samples

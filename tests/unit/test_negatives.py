@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from collm_dist.data.negatives import EventPool, LikedItems, sample_negatives
+from collm_dist.data.samples.negatives import EventPool, LikedItems, sample_negatives
 
 NUM_USERS, NUM_ITEMS, COUNT = 6, 15, 60
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from collm_dist.cf.export import load_cf_model
-from collm_dist.cf.models import check_arguments, get_model_class
-from collm_dist.cf.table import read_vectors, read_width
-from collm_dist.data.manifest import load_manifest
+from collm_dist.cf.models.catalog import check_arguments, get_model_class
+from collm_dist.cf.models.vector_table import read_vectors, read_width
+from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ConfigError, DataError
 from collm_dist.orchestration.pretrain import run_pretrain
 from tests.examples.own_cf_model import RecentLikes

@@ -11,12 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.errors import ConfigError
-from collm_dist.llm import packed_attention, row_blocks, shared_context
-from collm_dist.llm.packed_attention import find_layers, prepare_decoder
-from collm_dist.llm.packing import collect, lay_out, spread
-from collm_dist.llm.row_blocks import Masks, RowSpan
-from collm_dist.llm.row_layout import Past, lay_out_rows
-from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.llm.packed import decoder as packed_attention
+from collm_dist.llm.packed import passes as shared_context
+from collm_dist.llm.packed import row_blocks
+from collm_dist.llm.packed.decoder import find_layers, prepare_decoder
+from collm_dist.llm.packed.packing import collect, lay_out, spread
+from collm_dist.llm.packed.passes import enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.llm.packed.row_blocks import Masks, RowSpan
+from collm_dist.llm.packed.row_layout import Past, lay_out_rows
 from collm_dist.prompt_batch import TAIL, Mirrored
 from tests.tiny import ARCHITECTURES, make_model
 

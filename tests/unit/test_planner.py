@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from collm_dist.llm import row_blocks
-from collm_dist.llm.dropout import install_keyed_dropout
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.llm.lora_dropout import install_keyed_dropout
+from collm_dist.llm.packed import row_blocks
+from collm_dist.llm.packed.passes import enable_activation_checkpointing, run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.costs import DecoderShape, count_padded
 from collm_dist.tuning.planner import LoraSettings, find_fitting_tokens, measure_layers, plan_memory

@@ -8,10 +8,10 @@ import os
 import pytest
 import torch
 
-from collm_dist.artifacts import RunDir
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError
 from collm_dist.monitoring import StepProfiler
+from collm_dist.runs.run_dir import RunDir
 
 
 def read_trace(path):
@@ -66,7 +66,7 @@ def test_steps_that_are_none_are_refused(repository, given):
 
 def test_a_profiled_stage_comes_out_the_same(finished_run, tmp_path):
     """Both ways from the same data: every metric and every weight."""
-    from collm_dist.tuning.run import run_stage
+    from collm_dist.tuning.run_stage import run_stage
 
     run_dir = RunDir(tmp_path / "run")
     run_dir.path.mkdir()

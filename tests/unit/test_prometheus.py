@@ -7,11 +7,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from collm_dist.cli import describe_error
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, TrainingTextfile, check_textfile_dir, tags
 from collm_dist.monitoring.prometheus import STATES
-from collm_dist.orchestration.status import RunStatus
+from collm_dist.runs.status import RunStatus
 
 
 def read_samples(path):

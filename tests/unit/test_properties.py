@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm_dist.config.yaml_file import dump_yaml, parse_yaml
-from collm_dist.data.collate import TokenCounts
-from collm_dist.data.global_order import GlobalOrder
-from collm_dist.data.micro_batches import plan_micro_batches
-from collm_dist.data.prompts import FIELDS, PromptTemplate
-from collm_dist.data.readers.files import NULLS
-from collm_dist.data.readers.items import MAX_TEXT_CHARACTERS, clean_text
+from collm_dist.data.ingest.files import NULLS
+from collm_dist.data.ingest.item_texts import MAX_TEXT_CHARACTERS, clean_text
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import TokenCounts
+from collm_dist.data.prompts.template import FIELDS, PromptTemplate
+from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_contexts, write_split
 from tests.unit.test_readers import RATINGS, items_of, read

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from collm_dist.errors import ConfigError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.shared_context import run_prefix, run_tree
+from collm_dist.llm.packed.passes import run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.costs import DecoderShape
 from collm_dist.tuning.planner import count_weight_bytes

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from collm_dist.evaluation.ranking import find_last_liked, fit_ranking_baselines, score_popularity
+from collm_dist.evaluation.ranking_baselines import find_last_liked, fit_ranking_baselines, score_popularity
 from tests.unit.evaluation_data import build_block
 
 

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm_dist.config import DatasetConfig
-from collm_dist.data.readers import open_source
-from collm_dist.data.readers.items import clean_text
-from collm_dist.data.readers.normalize import guess_unit
-from collm_dist.data.readers.row_filter import parse_row_filter
+from collm_dist.data.ingest.item_texts import clean_text
+from collm_dist.data.ingest.normalize import guess_unit
+from collm_dist.data.ingest.row_filter import parse_row_filter
+from collm_dist.data.ingest.source import open_source
 from collm_dist.errors import CollmError, ConfigError, DataError
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.artifacts import RunDir
-from collm_dist.data.interactions import load_interactions, load_item_table, load_user_ids
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import ArtifactError, RequestError
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.requests import RankingQuery
 
@@ -78,7 +78,7 @@ def test_neither_order_nor_company_matters(recommender):
 
 
 def test_a_context_is_computed_once_however_many_candidates(finished_run, recommender, monkeypatch):
-    from collm_dist.llm import prefix_cache
+    from collm_dist.llm.packed import prefix_cache
 
     computed = []
     plain = prefix_cache.run_prefix

@@ -8,19 +8,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from collm_dist.artifacts import write_json
-from collm_dist.cf.export import load_cf_model
-from collm_dist.data.interactions import load_interactions
-from collm_dist.data.manifest import load_manifest
+from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
-from collm_dist.evaluation.metrics import compute_auc, compute_ndcg, compute_uauc
-from collm_dist.evaluation.models import collect_models, load_splits
 from collm_dist.evaluation.notes import estimate_standard_error
 from collm_dist.evaluation.plots import plot_training, read_curves
 from collm_dist.evaluation.render import render_markdown, render_table
 from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.score_files import align_scores
+from collm_dist.evaluation.scored_models import collect_models, load_splits
+from collm_dist.metrics import compute_auc, compute_ndcg, compute_uauc
+from collm_dist.runs.atomic_files import write_json
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import build_config, write_data_step
 

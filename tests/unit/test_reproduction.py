@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import reproduce_ml1m
-from benchmarks.reproduction_page import write_page
-from benchmarks.reproduction_parts import render_leak, render_llm_share, render_tables
-from benchmarks.reproduction_records import Cell, compare_cells, read_record
-from collm_dist.artifacts import write_json
-from collm_dist.evaluation.metrics import compute_auc
+from benchmarks.lib.reproduction_page import write_page
+from benchmarks.lib.reproduction_parts import render_leak, render_llm_share, render_tables
+from benchmarks.lib.reproduction_records import Cell, compare_cells, read_record
+from collm_dist.metrics import compute_auc
+from collm_dist.runs.atomic_files import write_json
 
 BASE, CELL = Cell("mf", "stage2", 0), Cell("mf", "pair", 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from collm_dist.llm.row_blocks import split_rows
+from collm_dist.llm.packed.row_blocks import split_rows
 
 WHOLE = 1 << 62  # more than anything wastes
 

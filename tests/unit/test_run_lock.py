@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from collm_dist.errors import LaunchError
-from collm_dist.orchestration import run_lock
-from collm_dist.orchestration.run_lock import LOCK_NAME, STALE_SECONDS, TOKEN_VARIABLE, hold_run_lock
+from collm_dist.runs import lock as run_lock
+from collm_dist.runs.lock import LOCK_NAME, STALE_SECONDS, TOKEN_VARIABLE, hold_run_lock
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from collm_dist.orchestration.run_lock import hold_run_lock\n"
+    "import sys, time; from pathlib import Path; from collm_dist.runs.lock import hold_run_lock\n"
     "with hold_run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
 )
 
@@ -71,7 +71,7 @@ def test_on_another_host_the_age_of_the_heartbeat_tells(tmp_path):
 
 def test_children_work_under_their_parents_lock(tmp_path):
     with hold_run_lock(tmp_path):
-        code = "import sys; from pathlib import Path; from collm_dist.orchestration.run_lock import hold_run_lock\n"
+        code = "import sys; from pathlib import Path; from collm_dist.runs.lock import hold_run_lock\n"
         code += "with hold_run_lock(Path(sys.argv[1])): pass"
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
         assert (tmp_path / LOCK_NAME).exists()
@@ -109,7 +109,7 @@ def test_who_loses_the_lock_stops(tmp_path):
 def test_who_loses_the_lock_stops_where_interrupts_are_ignored(tmp_path):
     program = (
         "import signal, subprocess, sys, time; from pathlib import Path\n"
-        "from collm_dist.orchestration.run_lock import hold_run_lock\n"
+        "from collm_dist.runs.lock import hold_run_lock\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "with hold_run_lock(Path(sys.argv[1]), beat_seconds=0.02):\n"
         "    child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from collm_dist.data.samples import compute_user_state, count_before, find_group_starts, gather_last, locate
+from collm_dist.data.samples.user_samples import (
+    compute_user_state,
+    count_before,
+    find_group_starts,
+    gather_last,
+    locate,
+)
 from tests.reference.plain_samples import Row, compute_known_before
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from collm_dist.cf.search_space import apply_settings, draw_settings
 from collm_dist.config import CfConfig, CfSearchConfig
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError
 
 SPACE = {

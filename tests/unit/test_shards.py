@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from collm_dist.data.context_block import ContextBlock, concatenate_blocks
-from collm_dist.data.shard_reader import decode_block, read_shard
-from collm_dist.data.shard_writer import encode_block, write_shard
+from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks
+from collm_dist.data.shards.shard_reader import decode_block, read_shard
+from collm_dist.data.shards.shard_writer import encode_block, write_shard
 from collm_dist.errors import ArtifactError
 from tests.unit.loader_data import make_contexts
 

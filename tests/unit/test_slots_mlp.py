@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from collm_dist.data.statistics import PAIR_FEATURES, compute_pair_features
-from collm_dist.evaluation.metrics import compute_auc
+from collm_dist.data.samples.statistics import PAIR_FEATURES, compute_pair_features
 from collm_dist.evaluation.slots_mlp import build_slot_inputs, find_slots, fit_slots_mlp, pad_histories
+from collm_dist.metrics import compute_auc
 from tests.unit.evaluation_data import build_block
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from collm_dist.config import SplitConfig
-from collm_dist.data.splits import (
+from collm_dist.data.samples.splits import (
     OUTSIDE,
     add_months,
     build_amazon_book_rule,

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from collm_dist.data.statistics import (
+from collm_dist.data.samples.statistics import (
     ITEM_PRIOR_WEIGHT,
     PAIR_FEATURES,
     USER_PRIOR_WEIGHT,
     compute_log_odds,
     compute_pair_features,
 )
-from collm_dist.evaluation.metrics import compute_auc, compute_uauc
+from collm_dist.metrics import compute_auc, compute_uauc
 from tests.unit.evaluation_data import build_block, needs_ml1m, read_ml1m
 
 

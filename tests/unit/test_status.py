@@ -7,7 +7,7 @@ import pytest
 
 from collm_dist.cli import describe_error
 from collm_dist.errors import ArtifactError, CheckpointError, ConfigError, DataError, LaunchError
-from collm_dist.orchestration.status import REMEDIES, UNKNOWN_REMEDY, RunStatus
+from collm_dist.runs.status import REMEDIES, UNKNOWN_REMEDY, RunStatus
 
 
 def test_nothing_is_written_before_the_lock_is_ours(tmp_path):

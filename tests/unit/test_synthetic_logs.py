@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import synthetic_logs
-from benchmarks.synthetic_logs import FIRST_TIME, SECONDS, write_synthetic_logs
+from benchmarks.lib import synthetic_logs
+from benchmarks.lib.synthetic_logs import FIRST_TIME, SECONDS, write_synthetic_logs
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from collm_dist.data.collate import TokenCounts
-from collm_dist.data.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import TokenCounts
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter

@@ -1,0 +1,78 @@
+"""Write a backbone with random weights: throughput and memory do not need trained ones.
+
+    python -m benchmarks.lib.random_backbone FOLDER --shape qwen2-1.5b [--tokenizer smollm2-135m-instruct-q4_1]
+
+The folder is fit for ``llm.backbone``. The tokenizer is that of a backbone at hand; the vocabulary grows if it has to.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from collm_dist.llm.backbone import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Model type and sizes: hidden and intermediate width, layers, heads for queries and keys, vocabulary."""
+
+    kind: str
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int = 49152
+    tied: bool = True
+
+
+# Published shapes, and small ones for a CPU.
+SHAPES = {
+    "llama-7b": Shape("llama", 4096, 11008, 32, 32, 32, 32000, tied=False),
+    "qwen2-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151936),
+    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3),
+    "40m": Shape("llama", 512, 1376, 8, 8, 8),
+    "20m": Shape("llama", 256, 704, 8, 4, 4),
+    "7m": Shape("llama", 128, 352, 4, 2, 2),
+    "tiny": Shape("llama", 64, 176, 2, 2, 2),
+}
+
+
+def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch.dtype) -> None:
+    """Write configuration, weights and tokenizer."""
+    one, tokens = SHAPES[shape], load_tokenizer(tokenizer)
+    config = AutoConfig.for_model(
+        one.kind,
+        hidden_size=one.width,
+        intermediate_size=one.inner,
+        num_hidden_layers=one.layers,
+        num_attention_heads=one.heads,
+        num_key_value_heads=one.key_heads,
+        vocab_size=max(one.vocabulary, len(tokens)),
+        tie_word_embeddings=one.tied,
+        **{name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+
+
+def main() -> None:
+    """Write one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", required=True, choices=SHAPES)
+    parser.add_argument("--tokenizer", default="smollm2-135m-instruct-q4_1", help="backbone whose tokenizer is taken")
+    arguments = parser.parse_args()
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    write_random_backbone(arguments.folder, arguments.shape, arguments.tokenizer, dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Which worker owns which users: whole buckets, so that a worker reads only its own files.
+
+A worker numbers its users 0..U-1, in the order of their dense indices; nothing of them is known to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from collm_dist.cf.batches import Rows, build_rows
+from collm_dist.data.shards.interactions import read_bucket
+from collm_dist.data.shards.manifest import BucketInfo, Manifest
+from collm_dist.distributed import gather_counts, get_rank
+
+SPLITS = ("train", "valid", "test")
+_TYPES: dict[str, type[np.generic]] = {
+    "user_idx": np.int32,
+    "item_idx": np.int32,
+    "label": np.int8,
+    "split": np.int8,
+    "sampled": np.int8,
+    "num_likes": np.int32,
+    "timestamp": np.int64,
+}
+# What cf.feedback "all" reads beside them.
+_COUNTS = ("user_likes", "user_rows", "item_likes", "item_rows")
+
+
+@dataclass(frozen=True)
+class UserRanges:
+    """Slices of dense user indices, ascending.
+
+    Attributes:
+        slices: (first user, number of users) each.
+    """
+
+    slices: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_buckets(cls, buckets: Sequence[BucketInfo]) -> UserRanges:
+        """Join the buckets' slices where they touch."""
+        joined: list[tuple[int, int]] = []
+        for first, count in sorted(one for bucket in buckets for one in bucket.user_ranges):
+            if joined and sum(joined[-1]) == first:
+                first, count = joined[-1][0], joined.pop()[1] + count
+            joined.append((first, count))
+        return cls(tuple(joined))
+
+    @property
+    def num_users(self) -> int:
+        """U."""
+        return sum(count for _, count in self.slices)
+
+    def to_local(self, user_idx: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Map dense indices of owned users to 0..U-1."""
+        firsts = np.array([first for first, _ in self.slices], dtype=np.int64)
+        offsets = np.cumsum([0, *(count for _, count in self.slices)])[:-1]
+        place = np.searchsorted(firsts, user_idx, side="right") - 1
+        local: NDArray[np.int64] = offsets[place] + user_idx - firsts[place]
+        return local
+
+    def to_dense(self) -> torch.Tensor:
+        """Return the (U,) dense index of each owned user."""
+        parts = [torch.arange(first, first + count) for first, count in self.slices]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+
+
+def assign_buckets(buckets: Sequence[BucketInfo], rank: int, world_size: int) -> tuple[BucketInfo, ...]:
+    """Return a worker's buckets: a run of them, with about an even share of the rows."""
+    middles = np.cumsum([bucket.rows for bucket in buckets]) - np.array([bucket.rows for bucket in buckets]) / 2
+    owners = middles * world_size // max(sum(bucket.rows for bucket in buckets), 1)
+    return tuple(bucket for bucket, owner in zip(buckets, owners, strict=True) if owner == rank)
+
+
+@dataclass(frozen=True)
+class WorkerData:
+    """What a worker holds.
+
+    Attributes:
+        users: whom it owns.
+        splits: its rows of each split.
+    """
+
+    users: UserRanges
+    splits: dict[str, Rows]
+
+
+def load_worker_data(
+    data_dir: Path,
+    manifest: Manifest,
+    rank: int = 0,
+    world_size: int = 1,
+    splits: Sequence[str] = SPLITS,
+    *,
+    with_counts: bool = False,
+) -> WorkerData:
+    """Read the interactions of the users that a worker owns.
+
+    Args:
+        data_dir: of the data step.
+        manifest: its record.
+        rank, world_size: the worker, and how many there are.
+        splits: whose rows are wanted. Likes in the others stay in the histories of later rows.
+        with_counts: also read what was counted of user and item before each row.
+    """
+    buckets = assign_buckets(manifest.buckets, rank, world_size)
+    users = UserRanges.from_buckets(buckets)
+    types = _TYPES | dict.fromkeys(_COUNTS if with_counts else (), np.int32)
+    parts = [_read_bucket(data_dir, bucket, users, types) for bucket in buckets]
+    columns = {
+        # Taken out of the parts one by one, so that memory never holds everything twice.
+        name: np.concatenate([np.zeros(0, kind), *(part.pop(name) for part in parts)])
+        for name, kind in types.items()
+    }
+    order = np.argsort(columns["user_idx"], kind="stable")  # a run that was extended has later users in early buckets
+    if (order[1:] < order[:-1]).any():
+        columns = {name: values[order] for name, values in columns.items()}
+    is_like = (columns["label"] == 1) & (columns["sampled"] == 0)
+    counts = np.bincount(columns["user_idx"][is_like], minlength=users.num_users)
+    likes = (np.concatenate([[0], np.cumsum(counts)]), columns["item_idx"][is_like])
+    found = {}
+    for split in splits:
+        chosen = columns["split"] == SPLITS.index(split)
+        names = ("user_idx", "item_idx", "label", "num_likes", "timestamp")
+        states = np.stack([columns[name][chosen] for name in _COUNTS], axis=1) if with_counts else None
+        found[split] = build_rows(**{name: columns[name][chosen] for name in names}, likes=likes, counts=states)
+    return WorkerData(users, found)
+
+
+def _read_bucket(
+    data_dir: Path, bucket: BucketInfo, users: UserRanges, types: dict[str, type[np.generic]]
+) -> dict[str, NDArray[Any]]:
+    """Return a bucket's columns sorted by user, time and row, in narrow types; users are local, splits are numbers."""
+    table = read_bucket(data_dir, bucket, [*types, "row_id"])
+    split = table.column("split")
+    numbers = sum(number * pc.equal(split, name).to_numpy().astype(np.int8) for number, name in enumerate(SPLITS))
+    found = {name: table.column(name).to_numpy() for name in (*types, "row_id") if name != "split"}
+    found |= {"split": numbers, "user_idx": users.to_local(found["user_idx"])}
+    order = np.lexsort([found["row_id"], found["timestamp"], found["user_idx"]])
+    return {name: found[name][order].astype(kind) for name, kind in types.items()}
+
+
+def number_globally(rows: Rows) -> Rows:
+    """Return the rows with their contexts numbered over all workers, which call this together."""
+    device = rows.user_idx.device
+    contexts, counts = gather_counts(rows.num_contexts, device), gather_counts(len(rows.label), device)
+    return replace(
+        rows, first_context=sum(contexts[: get_rank()]), total_contexts=sum(contexts), total_rows=sum(counts)
+    )

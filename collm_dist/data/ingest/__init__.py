@@ -1,0 +1,1 @@
+"""From raw logs to clean interactions: readers, columns and types, filters, checks."""

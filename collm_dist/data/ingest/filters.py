@@ -1,0 +1,61 @@
+"""Which rows stay: limits on rows per user and item, and repeated rows of one user and item."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from collm_dist.data.samples.splits import OUTSIDE, SplitRule
+
+
+def count_items_by_month(table: Any) -> Any:
+    """Return ``id, month, count`` of the rows of each item; ``month`` is the start of the calendar month, in seconds.
+
+    By month, because the windows of a calendar split are known only after everything has been read once.
+    """
+    months = pc.floor_temporal(table.column("timestamp").cast(pa.timestamp("s")), unit="month").cast(pa.int64())
+    ones = pa.array(np.ones(table.num_rows, dtype=np.int64))
+    return sum_item_counts([pa.table({"id": table.column("item_id"), "month": months, "count": ones})])
+
+
+def sum_item_counts(tables: list[Any]) -> Any:
+    """Sum tables ``id, month, count`` into one."""
+    empty = pa.table(
+        {"id": pa.array([], pa.string()), "month": pa.array([], pa.int64()), "count": pa.array([], pa.int64())}
+    )
+    summed = pa.concat_tables([empty, *tables]).group_by(["id", "month"]).aggregate([("count", "sum")])
+    return pa.table({"id": summed["id"], "month": summed["month"], "count": summed["count_sum"]})
+
+
+def sum_over_months(counts: Any, window: SplitRule | None) -> Any:
+    """Return ``id, count`` over all months, or over those of a calendar split."""
+    if window is not None:
+        months = counts.column("month").to_numpy()
+        counts = counts.filter(pa.array(window.assign(months, np.zeros_like(months)) != OUTSIDE))
+    summed = counts.group_by("id").aggregate([("count", "sum")])
+    return pa.table({"id": summed["id"], "count": summed["count_sum"]})
+
+
+def select_ids(counts: Any, low: int, high: int | None) -> Any:
+    """Return the ids of a table ``id, count`` whose count is from ``low`` to ``high``, as one Arrow array."""
+    fits = pc.field("count") >= low
+    if high is not None:
+        fits = fits & (pc.field("count") <= high)
+    return counts.filter(fits).column("id").combine_chunks()
+
+
+def drop_duplicates(table: Any, *, collapse: bool) -> Any:
+    """Keep the earliest row of each user and item, in the order given.
+
+    Args:
+        table: with user_id, item_id, timestamp, row and label.
+        collapse: whether the row that stays is a like if any of them was.
+    """
+    frame = table.to_pandas().sort_values(["timestamp", "row"], kind="stable")
+    if collapse:
+        frame["label"] = frame.groupby(["user_id", "item_id"], sort=False)["label"].transform("max").astype("int8")
+    kept = frame.drop_duplicates(["user_id", "item_id"], keep="first").sort_values("row")
+    return pa.Table.from_pandas(kept, schema=table.schema, preserve_index=False)

@@ -1,0 +1,149 @@
+"""Id tables: raw ids to dense indices. Append-only: an index, once given, stays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.forgetting import write_tombstone
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.data.shards.manifest import BucketInfo, load_manifest
+from collm_dist.errors import ArtifactError, ConfigError
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.run_dir import RunDir
+
+
+def compute_ids_hash(ids: Iterable[str]) -> str:
+    """Return the SHA-256 of ids in the order of their indices; equal hashes = equal tables."""
+    digest = hashlib.sha256()
+    for one in ids:
+        digest.update(one.encode() + b"\x00")
+    return digest.hexdigest()
+
+
+def sort_naturally(ids: Sequence[str]) -> list[str]:
+    """Sort ids, shorter ones first, so that whole numbers come in their order."""
+    return sorted(ids, key=lambda one: (len(one), one))
+
+
+@dataclass(frozen=True)
+class PreviousTables:
+    """The id tables of a run that this one extends, and the raw rows it was made from; empty without one.
+
+    ``num_forgotten`` users have tombstones in the place of the ids that they have there.
+    """
+
+    user_ids: tuple[str, ...] = ()
+    item_ids: tuple[str, ...] = ()
+    buckets: tuple[BucketInfo, ...] = ()
+    rows: int = 0
+    num_forgotten: int = 0
+
+
+def describe_previous(run: str | None) -> dict[str, Any]:
+    """Return what the data step depends on in ``dataset.extend_from``: the sizes and hashes of its id tables.
+
+    An extended table begins with the tables that it extends; who knows their sizes and hashes can check that.
+
+    Raises:
+        ArtifactError: that run has no data.
+    """
+    if run is None:
+        return {}
+    manifest = load_manifest(Path(run) / "data")
+    names = ("num_users", "num_items", "users_hash", "items_hash")
+    return {"dataset.extend_from": {name: getattr(manifest, name) for name in names}}
+
+
+def load_previous_tables(dataset: DatasetConfig, num_buckets: int, forgotten: Any) -> PreviousTables:
+    """Load the id tables of ``dataset.extend_from``, with tombstones in the place of users who are to be forgotten.
+
+    Raises:
+        ArtifactError: that run has no data or damaged ones, or another number of user buckets.
+        ConfigError: that run has forgotten users, and this one has no list of them.
+    """
+    run = dataset.extend_from
+    if run is None:
+        return PreviousTables()
+    data_dir = Path(run) / "data"
+    manifest = load_manifest(data_dir)
+    if len(manifest.buckets) != num_buckets:
+        raise ArtifactError(
+            f"dataset.extend_from: {run} has {len(manifest.buckets)} user buckets, this run {num_buckets}; set "
+            f"preprocessing.num_user_buckets={len(manifest.buckets)}"
+        )
+    record, ids = RunDir(Path(run)).read_record("data"), load_user_ids(data_dir)
+    if "forgotten" in record and dataset.forget is None:
+        raise ConfigError(
+            f"dataset.forget: {run} was made without the users of a list; what the log still has of them would come "
+            "back: give the list again (once the log is clean, one without rows will do)"
+        )
+    found = np.flatnonzero(pc.is_in(pa.array(ids, pa.string()), forgotten).to_numpy(zero_copy_only=False))
+    for index in found.tolist():
+        ids[index] = write_tombstone(index)
+    return PreviousTables(
+        user_ids=tuple(ids),
+        item_ids=tuple(load_item_table(data_dir)["item_id"]),
+        buckets=manifest.buckets,
+        rows=record["input"]["rows"],
+        num_forgotten=len(found),
+    )
+
+
+def assign_users(previous: PreviousTables, found: Sequence[Any]) -> tuple[list[Any], list[list[tuple[int, int]]]]:
+    """Give every user an index: known ones keep theirs, new ones follow bucket by bucket.
+
+    Args:
+        previous: tables that are extended.
+        found: for each bucket the sorted Arrow array of its user ids.
+
+    Returns:
+        For each bucket the table ``id, idx`` (old users first) and its (first user, count) slices.
+    """
+    tables, ranges, next_index = [], [], len(previous.user_ids)
+    for bucket, ids in enumerate(found):
+        slices = list(previous.buckets[bucket].user_ranges) if previous.buckets else []
+        old = [index for first, count in slices for index in range(first, first + count)]
+        old_ids = pa.array([previous.user_ids[index] for index in old], pa.string())
+        new_ids = ids.filter(pc.invert(pc.is_in(ids, old_ids)))
+        new = range(next_index, next_index + len(new_ids))
+        next_index += len(new_ids)
+        if len(new_ids):
+            slices.append((new.start, len(new_ids)))
+        tables.append(pa.table({"id": pa.concat_arrays([old_ids, new_ids]), "idx": pa.array([*old, *new], pa.int64())}))
+        ranges.append(slices)
+    return tables, ranges
+
+
+def write_user_table(path: Path, tables: Sequence[Any]) -> list[str]:
+    """Write ``users.parquet`` in the order of the indices and return the ids."""
+    table = pa.concat_tables(tables).sort_by("idx")
+    with open_atomic(path, "wb") as file:
+        pq.write_table(pa.table({"user_idx": table.column("idx"), "user_id": table.column("id")}), file)
+    return [str(one) for one in table.column("id").to_pylist()]
+
+
+def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> tuple[int, str]:
+    """Write ``items.parquet`` in the order of the indices; an item without a row stands for itself.
+
+    Returns:
+        Number of items without a text of their own, and the hash of all texts.
+    """
+    ids = pa.array(item_ids, pa.string())
+    found = pc.index_in(ids, items.column("item_id").combine_chunks())
+    columns = {"item_idx": pa.array(range(len(item_ids)), pa.int64()), "item_id": ids}
+    for name in ("title", "text"):
+        columns[name] = pc.coalesce(items.column(name).combine_chunks().take(found), ids)
+    with open_atomic(path, "wb") as file:
+        pq.write_table(pa.table(columns), file)
+    texts = (text for name in ("title", "text") for text in columns[name].to_pylist())
+    return int(found.null_count), compute_ids_hash(texts)

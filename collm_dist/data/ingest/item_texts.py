@@ -1,0 +1,92 @@
+"""Item texts: a template over any item columns, cleaned by rule."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from collm_dist.data.ingest.normalize import to_text
+from collm_dist.errors import ConfigError
+
+# Invisible or direction-changing characters would print one thing and tokenize as another; with variation selectors and
+# tag characters a title can carry a whole text that nobody sees.
+_INVISIBLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    r"\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]+"
+)
+_SPACES = re.compile(r"\s+")
+MAX_TEXT_CHARACTERS = 1000
+
+
+def clean_text(text: str | None) -> str:
+    """Return a text in NFC on one line, without control, invisible and direction characters, of bounded length."""
+    visible = _INVISIBLE.sub(" ", unicodedata.normalize("NFC", (text or "")[: 4 * MAX_TEXT_CHARACTERS]))
+    return _SPACES.sub(" ", visible).strip()[:MAX_TEXT_CHARACTERS]
+
+
+def list_template_columns(template: str) -> list[str]:
+    """Return the columns that an item-text template names.
+
+    Raises:
+        ConfigError: the braces do not parse.
+    """
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"dataset.item_text: '{template}' does not parse: {error}") from None
+    bad = [name for name in fields if not re.fullmatch(r"[\w:\- ]+", name)]
+    if bad or not fields:
+        raise ConfigError(f"dataset.item_text: '{template}' needs column names in braces, for example '{{title}}'")
+    return fields
+
+
+def build_item_table(
+    tables: Iterable[Any], id_column: str, title_column: str, template: str
+) -> tuple[Any, Counter[str]]:
+    """Return ``item_id, title, text`` of every item, the first row of an id counting, and what was mended, by cause.
+
+    Args:
+        tables: raw item rows; they are taken one by one, so memory is bounded by the items, not by the files.
+        id_column, title_column: names in them.
+        template: item text; ``{title}`` is the title column whatever it is called.
+    """
+    counts: Counter[str] = Counter()
+    columns = {name: title_column if name == "title" else name for name in list_template_columns(template)}
+    rows: dict[str, tuple[str, str]] = {}
+    for table in tables:
+        ids = pc.utf8_trim_whitespace(to_text(table.column(id_column))).to_pylist()
+        raw_titles = to_text(table.column(title_column)).to_pylist()
+        values = {name: to_text(table.column(column)).to_pylist() for name, column in columns.items()}
+        for position, item_id in enumerate(ids):
+            if not item_id:
+                counts["items without an id"] += 1
+                continue
+            title = clean_text(raw_titles[position])
+            text = clean_text(_fill(template, {name: clean_text(column[position]) for name, column in values.items()}))
+            found = (title or item_id, text or item_id)
+            if item_id in rows:
+                counts["rows of an item with another text"] += rows[item_id] != found
+                continue
+            rows[item_id] = found
+            counts["items without a text"] += not text
+            counts["titles with invisible characters"] += bool(_INVISIBLE.search(raw_titles[position] or ""))
+            counts[f"titles cut at {MAX_TEXT_CHARACTERS} characters"] += len(title) == MAX_TEXT_CHARACTERS
+    return pa.table(
+        {
+            "item_id": pa.array(rows.keys(), pa.string()),
+            "title": pa.array([title for title, _ in rows.values()], pa.string()),
+            "text": pa.array([text for _, text in rows.values()], pa.string()),
+        }
+    ), +counts
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    """Fill a template by plain replacement: format() would follow attributes and indices."""
+    return re.sub(r"\{([^{}]*)\}", lambda match: values[match.group(1)], template)

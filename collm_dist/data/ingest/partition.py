@@ -1,0 +1,95 @@
+"""Shuffle files: one a producer, with one part for each consumer, so that a shuffle costs few files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from collm_dist.runs.atomic_files import open_atomic, write_json
+
+_IPC = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+def hash_text(values: Any) -> NDArray[np.uint64]:
+    """Return 64-bit hashes of an Arrow text array: SipHash with a fixed key, the same on every machine and day."""
+    encoded = values.dictionary_encode()  # each id is hashed once; a log has the same few again and again
+    distinct = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
+    hashes: NDArray[np.uint64] = pd.util.hash_array(distinct, categorize=False)[encoded.indices.to_numpy()]
+    return hashes
+
+
+class PartitionWriter:
+    """Writes a shuffle file piece by piece; each piece is split into one record batch for each part."""
+
+    def __init__(self, path: Path, schema: Any, num_parts: int) -> None:
+        """Open a temporary file beside ``path``; use as a context manager."""
+        self._schema, self._num_parts = schema, num_parts
+        self._context = open_atomic(path, "wb")
+
+    def __enter__(self) -> PartitionWriter:
+        self._file = self._context.__enter__()
+        self._writer = pa.ipc.new_file(self._file, self._schema, options=_IPC)
+        return self
+
+    def write(self, table: Any, parts: NDArray[np.int64]) -> None:
+        """Add rows; ``parts`` says where each goes. The order within a part is kept."""
+        ordered = table.cast(self._schema)
+        if np.any(parts[1:] < parts[:-1]):
+            # Sixteen bits are sorted by counting.
+            order = np.argsort(parts.astype(np.uint16) if self._num_parts <= 1 << 16 else parts, kind="stable")
+            ordered, parts = ordered.take(pa.array(order)), parts[order]
+        ordered = ordered.combine_chunks()
+        bounds = np.searchsorted(parts, np.arange(self._num_parts + 1))
+        empty = pa.RecordBatch.from_pylist([], schema=self._schema)
+        for first, last in itertools.pairwise(bounds):
+            batches = ordered.slice(first, last - first).to_batches()
+            self._writer.write_batch(batches[0] if batches else empty)
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.close()
+        self._context.__exit__(*error)
+
+
+def read_partition(paths: Sequence[Path], part: int, num_parts: int) -> Any:
+    """Return one part of all shuffle files, in the order of the files and of their rows."""
+    batches, schema = [], None
+    for path in paths:
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            schema = reader.schema
+            batches += [reader.get_batch(index) for index in range(part, reader.num_record_batches, num_parts)]
+    return pa.Table.from_batches(batches, schema).combine_chunks()
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write an Arrow file, whole or not at all."""
+    with open_atomic(path, "wb") as file, pa.ipc.new_file(file, table.schema, options=_IPC) as writer:
+        writer.write_table(table)
+
+
+def read_table(path: Path) -> Any:
+    """Read what ``write_table`` wrote."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def finish_task(marker: Path, stats: dict[str, Any]) -> dict[str, Any]:
+    """Say that a task's outputs are whole, with what the driver wants to know of them."""
+    write_json(marker, stats)
+    return stats
+
+
+def find_finished(marker: Path, *outputs: Path) -> dict[str, Any] | None:
+    """Return a finished task's statistics, or None if it must (still) run, or run again for a file that has gone."""
+    if not all(path.exists() for path in (marker, *outputs)):
+        return None
+    stats: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    return stats

@@ -1,0 +1,1 @@
+"""From samples to micro-batches: template, item tokens, layout."""

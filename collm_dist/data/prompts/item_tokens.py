@@ -1,0 +1,98 @@
+"""Item texts as tokens: tokenized once for each backbone into a memory-mapped table, so that no loader tokenizes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collm_dist.data.shards.context_block import IntArray
+from collm_dist.runs.atomic_files import open_atomic
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 10_000
+_HEADER = 2  # checksum of what follows, number of cut items
+
+
+@dataclass(frozen=True)
+class ItemTokens:
+    """Token ids of every item's quoted text.
+
+    Attributes:
+        offsets: (num_items + 1,).
+        ids: token ids of item i are ``ids[offsets[i]:offsets[i + 1]]``.
+        num_cut: items whose text was cut.
+    """
+
+    offsets: IntArray
+    ids: IntArray
+    num_cut: int
+
+
+def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> ItemTokens:
+    """Return the table of these texts, making it the first time, or anew where the file is damaged.
+
+    Args:
+        folder: where tables are kept, one for each combination of texts, tokenizer and limit.
+        texts: item texts in the order of their indices.
+        tokenizer: of the backbone.
+        max_tokens: longer texts are cut, the quotes not counted.
+    """
+    digest = hashlib.sha256(f"with checksum\n{_describe(tokenizer)}\n{max_tokens}\n".encode())
+    for text in texts:
+        digest.update(text.encode(errors="replace") + b"\x00")
+    path = folder / f"item-tokens-{digest.hexdigest()[:16]}.npy"
+    if (table := _open_table(path)) is None:
+        with open_atomic(path, "wb") as file:
+            np.save(file, _tokenize(texts, tokenizer, max_tokens))
+        table = np.load(path, mmap_mode="r")
+    ends = _HEADER + len(texts) + 1
+    return ItemTokens(offsets=table[_HEADER:ends], ids=table[ends:], num_cut=int(table[1]))
+
+
+def _open_table(path: Path) -> IntArray | None:
+    """Return the table in a file, mapped into memory; None if there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        table: IntArray = np.load(path, mmap_mode="r")
+        if (
+            table.ndim == 1
+            and table.dtype == np.int64
+            and len(table) > _HEADER
+            and table[0] == zlib.crc32(table[1:].data)
+        ):
+            return table
+    except (ValueError, OSError, EOFError):  # what numpy says of a file that it did not write
+        pass
+    logger.warning("%s is damaged; it is made anew", path)
+    return None
+
+
+def _describe(tokenizer: Any) -> str:
+    """What a tokenizer does, not where it lies."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+
+
+def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> IntArray:
+    """Return checksum, number of cut items, offsets and ids as one array."""
+    quote = tokenizer('"', add_special_tokens=False)["input_ids"]
+    lengths, ids, num_cut = [0], [], 0
+    for start in range(0, len(texts), _BATCH):
+        quoted = [f'"{text}"' for text in texts[start : start + _BATCH]]
+        for tokens in tokenizer(quoted, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+            if len(tokens) > max_tokens + 2 * len(quote):
+                tokens, num_cut = [*tokens[: max_tokens + len(quote)], *quote], num_cut + 1
+            lengths.append(len(tokens))
+            ids.extend(tokens)
+    table = np.concatenate([[0, num_cut], np.cumsum(lengths), ids]).astype(np.int64)
+    table[0] = zlib.crc32(table[1:].data)
+    return table

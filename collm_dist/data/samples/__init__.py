@@ -1,0 +1,1 @@
+"""From interactions to samples: splits, histories, as-of counts, negatives."""

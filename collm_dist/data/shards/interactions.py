@@ -1,0 +1,106 @@
+"""Reading the tables of a data folder: interactions by user bucket, users and items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from collm_dist.data.shards.manifest import BucketInfo, load_manifest
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_file_hash
+
+REMEDY = "restore it from where it was copied from, or redo the data step with --force data"
+_verified: set[tuple[Path, str, int]] = set()
+
+COLUMNS = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("group_id", pa.int64()),
+        ("user_idx", pa.int64()),
+        ("item_idx", pa.int64()),
+        ("timestamp", pa.int64()),
+        ("label", pa.int8()),
+        ("split", pa.string()),
+        ("sampled", pa.int8()),
+        ("num_likes", pa.int64()),
+        ("user_likes", pa.int64()),
+        ("user_rows", pa.int64()),
+        ("item_likes", pa.int64()),
+        ("item_rows", pa.int64()),
+        ("user_in_train", pa.int8()),
+        ("item_in_train", pa.int8()),
+    ]
+)
+
+
+def load_interactions(
+    data_dir: Path, columns: Sequence[str], split: str | None = None, *, include_sampled: bool = True
+) -> dict[str, Any]:
+    """Load columns of all interactions into memory, sorted by user, timestamp and row id.
+
+    Args:
+        data_dir: a run's data folder.
+        columns: names of ``COLUMNS``.
+        split: train, valid or test; None = all.
+        include_sampled: whether sampled negatives are among them.
+
+    Returns:
+        One array a column; split is an array of strings.
+
+    Raises:
+        ArtifactError: the data step is not done, or a table is missing or damaged.
+    """
+    needed = list(dict.fromkeys([*columns, "split", "sampled", "user_idx", "timestamp", "row_id"]))
+    table = pa.concat_tables([read_bucket(data_dir, one, needed) for one in load_manifest(data_dir).buckets])
+    if split is not None:
+        table = table.filter(pa.compute.field("split") == split)
+    if not include_sampled:
+        table = table.filter(pa.compute.field("sampled") == 0)
+    order = np.lexsort([table.column(name).to_numpy() for name in ("row_id", "timestamp", "user_idx")])
+    return {name: table.column(name).to_numpy()[order] for name in columns}
+
+
+def read_bucket(data_dir: Path, bucket: BucketInfo, columns: Iterable[str]) -> Any:
+    """Return columns of a table of interactions as an Arrow table.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    return _read_verified(data_dir / bucket.path, bucket.sha256, list(columns))
+
+
+def _read_verified(path: Path, sha256: str | None, columns: list[str] | None = None) -> Any:
+    """Read a Parquet file; its checksum is compared once in a process, and again if the file changes."""
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing; {REMEDY}")
+    key = (path, sha256 or "", path.stat().st_mtime_ns)
+    if sha256 is not None and key not in _verified and (actual := compute_file_hash(path)) != sha256:
+        raise ArtifactError(
+            f"{path} is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
+            f"{path.stat().st_size} bytes); {REMEDY}"
+        )
+    _verified.add(key)
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); {REMEDY}") from error
+
+
+def load_item_table(data_dir: Path) -> dict[str, list[str]]:
+    """Return ``item_id``, ``title`` and ``text`` of all items, in the order of ``item_idx``."""
+    return _load_table(data_dir, "items.parquet")
+
+
+def load_user_ids(data_dir: Path) -> list[str]:
+    """Return the raw ids of all users, in the order of ``user_idx``."""
+    return _load_table(data_dir, "users.parquet")["user_id"]
+
+
+def _load_table(data_dir: Path, name: str) -> dict[str, list[str]]:
+    table = _read_verified(data_dir / name, load_manifest(data_dir).tables.get(name))
+    return {name: table.column(name).to_pylist() for name in table.column_names if not name.endswith("_idx")}

@@ -1,0 +1,126 @@
+"""Shards on a local disk: copied from the run directory once per machine, found by checksum, checked before use."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from collm_dist.config import Config
+from collm_dist.data.shards.manifest import ShardInfo
+from collm_dist.errors import ArtifactError, CollmError, DiskError
+from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
+from collm_dist.storage import join_uri, open_filesystem
+
+_BLOCK_BYTES = 8 << 20
+
+
+def build_local_shards(config: Config, data_dir: Path) -> LocalShards | None:
+    """Return where this machine keeps its copies; None without ``cluster.local_scratch``."""
+    if config.cluster.local_scratch is None:
+        return None
+    published = config.run.publish_to and join_uri(config.run.publish_to, Path(config.run.dir).absolute().name, "data")
+    return LocalShards(Path(config.cluster.local_scratch).expanduser(), data_dir, published)
+
+
+class LocalShards:
+    """Copies of shards under the names of their checksums, shared by all runs and processes of a machine."""
+
+    def __init__(self, folder: Path, data_dir: Path, published: str | None = None) -> None:
+        """Nothing is copied before it is asked for.
+
+        Args:
+            folder: on a local disk.
+            data_dir: the run's data folder.
+            published: URI of a copy of it, for shards that are missing or damaged there.
+        """
+        self._folder, self._data_dir, self._published = folder, data_dir, published
+        self._verified: set[tuple[Path, int]] = set()
+
+    def fetch(self, shard: ShardInfo) -> Path:
+        """Return the path of a shard's copy, which has the manifest's checksum. One process copies, others wait.
+
+        Raises:
+            ArtifactError: the shard is missing or damaged wherever it should be.
+            DiskError: there is no room for it, or writing is not allowed.
+            LaunchError: an object store cannot be reached or refuses.
+        """
+        path = self._folder / f"{shard.sha256}.tar"
+        if path.exists() and (path, path.stat().st_mtime_ns) in self._verified:
+            return path
+        with self._explain(shard), self._lock():
+            if not path.exists() or compute_file_hash(path) != shard.sha256:
+                self._copy(shard, path)
+            self._verified.add((path, path.stat().st_mtime_ns))
+        return path
+
+    @contextmanager
+    def _explain(self, shard: ShardInfo) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, DiskError) as error:
+            raise DiskError(
+                f"cluster.local_scratch: {self._folder} cannot take {shard.path} ({shard.bytes / 2**20:,.1f} MiB): "
+                f"{error}; remove copies of other runs there (*.tar), or set it to another folder or to none"
+            ) from error
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets it go when the process ends, however it ends
+            yield
+
+    def _copy(self, shard: ShardInfo, path: Path) -> None:
+        for left in self._folder.glob(".*.tmp"):  # of processes that were killed: nobody else copies now
+            left.unlink()
+        path.unlink(missing_ok=True)
+        if (free := shutil.disk_usage(self._folder).free) < shard.bytes:
+            raise OSError(f"{free / 2**20:,.1f} MiB free")
+        origin, failure = self._data_dir / shard.path, "is missing"
+        if origin.exists():
+            try:
+                with origin.open("rb") as source:
+                    _copy_verified(source, path, shard)
+                return
+            except ArtifactError as error:
+                failure = str(error)
+        if self._published is None:
+            raise ArtifactError(f"{origin}: {failure}; restore it from where it was copied from, or redo the data step "
+                                "with --force data")  # fmt: skip
+        self._fetch_published(shard, path, f"{origin}: {failure}")
+
+    def _fetch_published(self, shard: ShardInfo, path: Path, before: str) -> None:
+        uri = join_uri(str(self._published), shard.path)
+        try:
+            filesystem, place = open_filesystem(uri, "run.publish_to")
+            with filesystem.open_input_stream(place) as source:
+                _copy_verified(source, path, shard)
+        except (CollmError, pa.ArrowException, OSError) as error:
+            raise ArtifactError(
+                f"{before}; nor could it be had from {uri}: {error}; redo the data step with --force data"
+            ) from error
+
+
+def _copy_verified(source: IO[bytes] | Any, path: Path, shard: ShardInfo) -> None:
+    """Write what a stream holds, if it has the shard's checksum.
+
+    Raises:
+        ArtifactError: it has not.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open_atomic(path, "wb", shard.bytes) as file:
+        while block := source.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += file.write(block)
+        if digest.hexdigest() != shard.sha256:
+            raise ArtifactError(
+                f"the shard is damaged (SHA-256 {digest.hexdigest()[:16]}..., the manifest says "
+                f"{shard.sha256[:16]}...; {size} bytes)"
+            )

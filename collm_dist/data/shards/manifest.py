@@ -1,0 +1,158 @@
+"""The data step's record: what the shards and tables hold, with checksums."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_json_hash
+
+FORMAT_VERSION = 1
+# What the content hash is of: all that decides what later steps see.
+HASHED_FIELDS = (
+    "format_version",
+    "num_users",
+    "num_items",
+    "users_hash",
+    "items_hash",
+    "texts_hash",
+    "ties",
+    "feedback",
+    "max_history_length",
+    "splits",
+    "shards",
+    "buckets",
+)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard. ``path`` is relative to the data folder; rows and contexts count what it holds."""
+
+    path: str
+    split: str
+    rows: int
+    contexts: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split. ``rows`` are samples, of which ``real_rows`` are events; times are seconds since 1970."""
+
+    rows: int
+    contexts: int
+    real_rows: int
+    first_timestamp: int
+    last_timestamp: int
+
+
+@dataclass(frozen=True)
+class BucketInfo:
+    """One table of interactions. ``user_ranges`` are (first user, number of users) slices, one for each extension."""
+
+    path: str
+    rows: int
+    user_ranges: tuple[tuple[int, int], ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See ``manifest.json``.
+
+    Attributes:
+        users_hash, items_hash: of the raw ids in the order of their indices.
+        tables: SHA-256 of users.parquet and items.parquet.
+        extends: sizes and hashes of the id tables that these begin with, forgotten users aside; empty without any.
+        content_hash: of ``HASHED_FIELDS``; names these data in whatever is made from them.
+    """
+
+    num_users: int
+    num_items: int
+    users_hash: str
+    items_hash: str
+    ties: str
+    feedback: str
+    max_history_length: int
+    splits: Mapping[str, SplitInfo]
+    shards: tuple[ShardInfo, ...]
+    buckets: tuple[BucketInfo, ...]
+    dropped: Mapping[str, int]
+    content_hash: str
+    tables: Mapping[str, str] = field(default_factory=dict)
+    extends: Mapping[str, Any] = field(default_factory=dict)
+
+    def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """Return a split's shards in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+
+def load_manifest(data_dir: Path) -> Manifest:
+    """Load the manifest of a data folder.
+
+    Raises:
+        ArtifactError: it is missing, damaged, or of another version.
+    """
+    path = data_dir / "manifest.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: run launch/preprocess_data.py first") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): redo the data step with --force data") from None
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{path} is no manifest: redo the data step with --force data")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {record.get('format_version')}, this release reads "
+                            f"{FORMAT_VERSION}: redo the data step with --force data")  # fmt: skip
+    try:
+        if record.get("content_hash") != compute_content_hash(record):
+            raise ArtifactError(
+                f"{path} is damaged or was changed by hand: its content hash is another one; restore it from where it "
+                "was copied from, or redo the data step with --force data"
+            )
+        return _build_manifest(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is no manifest of a data step ({error}): redo it with --force data") from None
+
+
+def compute_content_hash(record: Mapping[str, Any]) -> str:
+    """Return the hash of what a manifest's record says of the data."""
+    return compute_json_hash({name: record[name] for name in HASHED_FIELDS if name in record})
+
+
+def _build_manifest(record: Mapping[str, Any]) -> Manifest:
+    for one in (*record["shards"], *record["buckets"]):
+        if not re.fullmatch(r"(shards|interactions)/[\w-][\w.-]*", one["path"]):
+            raise ValueError(f"it names {one['path']!r}, which is no file of a data folder")
+    return Manifest(
+        splits={name: SplitInfo(**info) for name, info in record["splits"].items()},
+        shards=tuple(ShardInfo(**info) for info in record["shards"]),
+        buckets=tuple(
+            BucketInfo(**{**info, "user_ranges": tuple((first, count) for first, count in info["user_ranges"])})
+            for info in record["buckets"]
+        ),
+        tables=record.get("tables", {}),
+        extends=record.get("extends") or {},
+        **{name: record[name] for name in _PLAIN_FIELDS},
+    )
+
+
+_PLAIN_FIELDS = (
+    "num_users",
+    "num_items",
+    "users_hash",
+    "items_hash",
+    "ties",
+    "feedback",
+    "max_history_length",
+    "dropped",
+    "content_hash",
+)

@@ -1,0 +1,74 @@
+"""Reading shards: one block a record, as arrays."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import webdataset
+
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_file_hash
+
+_SUFFIX = "contexts.safetensors"
+
+
+def decode_block(data: bytes) -> ContextBlock:
+    """Return the block of safetensors bytes, widened to int64.
+
+    Raises:
+        ValueError: they are no block: other arrays, or lengths and offsets that do not go together.
+    """
+    try:
+        arrays = safetensors.numpy.load(data)
+    except KeyError as error:
+        raise ValueError(f"arrays of type {error}") from None
+    names = {field.name for field in fields(ContextBlock)}
+    if arrays.keys() != names or any(one.ndim != 1 or one.dtype.kind != "i" for one in arrays.values()):
+        raise ValueError("other arrays than those of contexts")
+    block = ContextBlock(**{name: array.astype(np.int64) for name, array in arrays.items()})
+    sizes = dict.fromkeys(TARGET_FIELDS, block.num_targets) | {"num_likes": block.num_contexts}
+    if any(len(arrays[name]) != size for name, size in sizes.items()):
+        raise ValueError("arrays of different lengths")
+    for offsets, count, size in (
+        (block.history_offsets, block.num_contexts, len(block.history_items)),
+        (block.target_offsets, block.num_contexts, block.num_targets),
+        (block.dislike_offsets, block.num_targets, len(block.dislike_items)),
+    ):
+        if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != size or (np.diff(offsets) < 0).any():
+            raise ValueError("offsets that lead elsewhere")
+    return block
+
+
+def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
+    """Stream a shard's records.
+
+    Args:
+        path: the tar.
+        sha256: its checksum from the manifest; None = do not check (again).
+
+    Raises:
+        ArtifactError: missing, truncated or altered; the message names the file and the remedy.
+    """
+    remedy = "restore it from where it was copied from, or redo the data step with --force data"
+    if not path.exists():
+        raise ArtifactError(f"{path}: the shard is missing; {remedy}")
+    if sha256 is not None and (actual := compute_file_hash(path)) != sha256:
+        raise ArtifactError(
+            f"{path}: the shard is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
+            f"{path.stat().st_size} bytes); {remedy}"
+        )
+    # A literal path, not a URL: WebDataset would run a name that starts with "pipe:" as a command.
+    with path.open("rb") as stream:
+        try:
+            source = {"url": str(path), "stream": stream}
+            for sample in webdataset.tariterators.tar_file_expander([source], eof_value=None):
+                if sample["fname"].endswith(_SUFFIX):
+                    yield decode_block(sample["data"])
+        except (ValueError, OSError, tarfile.TarError, safetensors.SafetensorError) as error:
+            raise ArtifactError(f"{path}: the shard cannot be read ({error}); {remedy}") from error

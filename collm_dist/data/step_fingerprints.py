@@ -1,0 +1,58 @@
+"""What each step depends on today. Cheap: no tensor library, no model, no cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from collm_dist.config import CfConfig, Config
+from collm_dist.data.ingest.id_tables import describe_previous
+from collm_dist.data.ingest.source import open_source
+from collm_dist.data.prompts.template import load_prompt_text
+from collm_dist.runs.fingerprints import compute_fingerprint
+from collm_dist.runs.previous_run import describe_previous_step
+from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.storage import describe_files, list_files
+
+
+def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dict[str, Any]:
+    """Return a step's fingerprint.
+
+    Args:
+        config: the experiment.
+        run_dir: where the steps before it are done; evaluation takes what there is.
+        step: the step in question.
+
+    Raises:
+        ArtifactError: a step before it is not done.
+        DataError: the input is missing.
+        ConfigError: a prompt file is missing.
+    """
+    if step == "data":
+        inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
+        if config.dataset.forget is not None:
+            inputs |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
+        return compute_fingerprint(config, step, run_dir, inputs)
+    if step == "cf":
+        vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}
+        return compute_fingerprint(config, step, run_dir, vectors | describe_previous_step(config, "cf"))
+    if step in ("stage1", "stage2"):
+        spec = config.prompt.stage1 if step == "stage1" else config.prompt.stage2
+        inputs = {"prompt": load_prompt_text(spec), **_describe_local_backbone(config.llm.backbone)}
+        inputs |= describe_previous_step(config, step)
+        return compute_fingerprint(config, step, run_dir, inputs)
+    return compute_fingerprint(config, "eval", run_dir, describe_previous_step(config, "eval"), skip_missing=True)
+
+
+def _describe_vectors(cf: CfConfig) -> dict[str, Any]:
+    """Return size and time of the files with vectors from elsewhere."""
+    paths = {"user_vectors": cf.user_vectors, "item_vectors": cf.item_vectors}
+    files = {name: Path(path) for name, path in paths.items() if path is not None and Path(path).is_file()}
+    return {name: [one.stat().st_size, one.stat().st_mtime_ns] for name, one in files.items()}
+
+
+def _describe_local_backbone(name: str) -> dict[str, Any]:
+    """Return size and time of a local backbone's files; a named one or a hub revision never changes."""
+    path = Path(name).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return {f"backbone.{one.name}": [one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()}

@@ -1,0 +1,128 @@
+"""What the CF step says about its model: metrics, and whether the trivial baselines on the same rows are beaten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collm_dist.cf.trainer import METRICS, measure_scores
+from collm_dist.config import CfConfig
+from collm_dist.data.shards.context_block import concatenate_blocks
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.manifest import Manifest
+from collm_dist.evaluation.baselines import TRAIN_COLUMNS, fit_bias_logistic, fit_item_mean
+
+_BATCH_ROWS = 1 << 16
+# Above this many training rows the logistic regression would take longer than the model.
+_MAX_LOGISTIC_ROWS = 3_000_000
+SPLITS = ("valid", "test")
+Metrics = Mapping[str, Mapping[str, float]]
+
+
+def summarize(
+    cf: CfConfig, data_dir: Path, manifest: Manifest, results: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the summary's figures.
+
+    Args:
+        cf: the settings.
+        data_dir, manifest: of the data step.
+        results: what each seed's training left, the first one's first.
+    """
+    first = next(iter(results.values()))
+    metrics = {split: first["metrics"][split] for split in SPLITS}
+    baselines = _score_baselines(data_dir, manifest)
+    beaten = {
+        name: {split: _is_beaten(metrics, scores, split) for split in SPLITS} for name, scores in baselines.items()
+    }
+    return {
+        "model": cf.model,
+        "num_workers": cf.num_workers,
+        "metrics": metrics,
+        "train_metrics": first["metrics"]["train"],
+        "seeds": {str(seed): {split: one["metrics"][split] for split in SPLITS} for seed, one in results.items()},
+        "spread": _summarize_seeds([one["metrics"] for one in results.values()]),
+        "baselines": baselines,
+        "beats": beaten,
+        "warnings": [
+            *_find_warnings(metrics, baselines, beaten),
+            *_find_unfinished(results, cf.num_epochs),
+        ],
+        "epochs": first["epochs"],
+        "best_epoch": first["best_epoch"],
+    }
+
+
+def _summarize_seeds(metrics: list[Metrics]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return mean and standard deviation over the seeds, by split and metric."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split in SPLITS:
+        shared = [name for name in METRICS if all(name in one[split] for one in metrics)]
+        values = {name: [one[split][name] for one in metrics] for name in shared}
+        found[split] = {
+            name: {"mean": float(np.mean(many)), "std": float(np.std(many, ddof=1)) if len(many) > 1 else 0.0}
+            for name, many in values.items()
+        }
+    return found
+
+
+def _score_baselines(data_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, float]]]:
+    train = load_interactions(data_dir, TRAIN_COLUMNS, "train")
+    scorers = {"item_mean": fit_item_mean(train, manifest.num_items)}
+    if manifest.splits["train"].rows <= _MAX_LOGISTIC_ROWS:
+        scorers["bias_logistic"] = fit_bias_logistic(train, manifest.num_users, manifest.num_items)
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in scorers}
+    for split in SPLITS:
+        order = GlobalOrder(data_dir, manifest, split, 0, _BATCH_ROWS, shuffle=False)
+        block = concatenate_blocks(list(order.iter_batches(0)))
+        users = block.user_idx[block.target_contexts]
+        for name, scorer in scorers.items():
+            found[name][split] = measure_scores(block.label, scorer(block), users)
+    return found
+
+
+def _is_beaten(metrics: Metrics, baseline: Metrics, split: str) -> bool | None:
+    """Whether the model's AUC is above the baseline's; None where there is no AUC."""
+    ours, theirs = metrics[split].get("auc"), baseline[split].get("auc")
+    return None if ours is None or theirs is None else ours > theirs
+
+
+def _find_warnings(
+    metrics: Metrics, baselines: Mapping[str, Metrics], beaten: Mapping[str, Mapping[str, bool | None]]
+) -> list[str]:
+    return [
+        f"on {split} the model (AUC {metrics[split]['auc']:.4f}) does not beat the baseline {name} "
+        f"({baselines[name][split]['auc']:.4f}): its vectors carry little. Look at cf.learning_rate, cf.weight_decay "
+        "and cf.num_epochs, or let launch/search_cf.py look"
+        for name, outcome in beaten.items()
+        for split in SPLITS
+        if outcome[split] is False
+    ]
+
+
+def _find_unfinished(results: Mapping[int, Mapping[str, Any]], most: int) -> list[str]:
+    return [
+        f"seed {seed}: the last epoch allowed ({most}) was the best one: raise cf.num_epochs"
+        for seed, one in results.items()
+        if one["best_epoch"] == most
+    ]
+
+
+def print_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Show the figures beside those of the baselines, and warnings that cannot be overlooked."""
+    print(f"cf: the best of {summary['epochs']} epochs is number {summary['best_epoch']}")
+    for split in summary["metrics"]:
+        for name, metrics in ((summary["model"], summary["metrics"]), *summary["baselines"].items()):
+            shown = "  ".join(f"{one} {metrics[split][one]:.4f}" for one in METRICS if one in metrics[split])
+            print(f"  {split:5} {name:14} {shown}")
+        if len(summary["seeds"]) > 1:
+            spread = summary["spread"][split].items()
+            shown = "  ".join(f"{one} {value['mean']:.4f} +- {value['std']:.4f}" for one, value in spread)
+            print(f"  {split:5} {len(summary['seeds'])} seeds        {shown}")
+    for warning in summary["warnings"]:
+        print(f"  {'!' * 20} WARNING: {warning}")
+    print(f"  {path}")

@@ -1,0 +1,216 @@
+"""The table: every model on the same rows, over all / warm / cold slices, with intervals and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.evaluation.bootstrap import (
+    Statistic,
+    build_auc_statistic,
+    build_mean_statistic,
+    compute_interval,
+    compute_samples,
+)
+from collm_dist.metrics import (
+    FloatArray,
+    compute_auc,
+    compute_group_auc,
+    compute_group_hits,
+    compute_group_ndcg,
+    compute_logloss,
+)
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """The rows of one split that are evaluated, N in all, in the order of the scores.
+
+    Attributes:
+        split: its name.
+        row_id, user_idx, item_idx, label, sampled: (N,) as in a ContextBlock.
+        group_id: (N,) the candidate list of a row.
+        slices: (N,) masks by name: all; warm = user and item occur in training rows; cold_user and cold_item = they do
+            not. All candidates of a list go with the positive that it was drawn for.
+    """
+
+    split: str
+    row_id: IntArray
+    user_idx: IntArray
+    item_idx: IntArray
+    label: IntArray
+    sampled: IntArray
+    group_id: IntArray
+    slices: dict[str, NDArray[np.bool_]]
+
+    @classmethod
+    def from_block(cls, split: str, block: ContextBlock) -> EvaluatedRows:
+        """Take the rows of a block, in its order."""
+        by_id = np.argsort(block.row_id)
+        place = np.minimum(np.searchsorted(block.row_id, block.group_id, sorter=by_id), len(by_id) - 1)
+        positive = by_id[place] if len(by_id) else by_id
+        user_known, item_known = block.user_in_train[positive] == 1, block.item_in_train[positive] == 1
+        slices = {
+            "all": np.ones(block.num_targets, dtype=bool),
+            "warm": user_known & item_known,
+            "cold_user": ~user_known,
+            "cold_item": ~item_known,
+        }
+        users = block.user_idx[block.target_contexts]
+        return cls(split, block.row_id, users, block.item_idx, block.label, block.sampled, block.group_id, slices)
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model's scores of the evaluated rows.
+
+    Attributes:
+        name: as in the table.
+        training_labels: what of the training rows' feedback it was fitted to.
+        inputs: what it reads about a row that it scores.
+        scores: (N,).
+        has_logits: whether the scores are log-odds, so that a log-loss means something.
+    """
+
+    name: str
+    training_labels: str
+    inputs: str
+    scores: FloatArray
+    has_logits: bool = True
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """How the table is computed.
+
+    Attributes:
+        num_samples: resamples of users; 0 leaves the intervals out.
+        confidence: coverage of the intervals.
+        seed: of the resamples.
+        cutoffs: k of NDCG@k and HR@k; empty where rows are no candidate lists.
+    """
+
+    num_samples: int
+    confidence: float
+    seed: int
+    cutoffs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A number of one model on one slice, and the same as a function of users' multiplicities."""
+
+    value: float | None
+    count: int
+    statistic: Statistic
+
+
+def compute_table(
+    rows: EvaluatedRows, models: Sequence[ScoredModel], pairs: Sequence[tuple[str, str]], settings: TableSettings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of the table and the paired differences, for each slice that has rows.
+
+    Args:
+        rows: the evaluated rows.
+        models: their scores by each model.
+        pairs: (model, versus) names of models to compare; pairs with a model that is not there are left out.
+        settings: intervals and cutoffs.
+
+    Returns:
+        Rows ``{model, split, slice, rows, users_counted, auc, auc_low, auc_high, uauc.., logloss, training_labels,
+        inputs}``, with ``lists``, ``ndcg@k..`` and ``hr@k..`` where there are cutoffs; differences ``{model, versus,
+        split, slice, rows, auc, auc_low, auc_high, ..}``. A number that is not defined is None.
+    """
+    table: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    names = {model.name for model in models}
+    for slice_name, mask in rows.slices.items():
+        if not mask.any():
+            continue
+        _, users = np.unique(rows.user_idx[mask], return_inverse=True)
+        metrics = {
+            (model.name, metric): number
+            for model in models
+            for metric, number in _compute_metrics(rows, mask, users, model, settings.cutoffs).items()
+        }
+        num_rows, num_users = int(mask.sum()), int(users.max()) + 1
+        statistics = {key: metric.statistic for key, metric in metrics.items()}
+        samples = compute_samples(statistics, num_users, num_rows, settings.num_samples, settings.seed)
+        common = {"split": rows.split, "slice": slice_name, "rows": num_rows}
+        for model in models:
+            table.append({**common, **_describe(model, rows, mask, metrics, samples, settings)})
+        for name, versus in pairs:
+            if {name, versus} <= names:
+                found = _compare(name, versus, metrics, samples, settings.confidence)
+                differences.append({**common, "model": name, "versus": versus, **found})
+    return table, differences
+
+
+def _compute_metrics(
+    rows: EvaluatedRows, mask: NDArray[np.bool_], users: IntArray, model: ScoredModel, cutoffs: tuple[int, ...]
+) -> dict[str, _Metric]:
+    """Return the metrics of one model on one slice; ``users`` are the slice's, dense."""
+    labels, scores = rows.label[mask], model.scores[mask]
+    by_user = compute_group_auc(labels, scores, users)
+    metrics = {
+        "auc": _Metric(compute_auc(labels, scores), len(labels), build_auc_statistic(labels, scores, users)),
+        "uauc": _Metric(by_user.compute_mean(), len(by_user.groups), build_mean_statistic(by_user, by_user.groups)),
+    }
+    if cutoffs:
+        lists, first_row, group = np.unique(rows.group_id[mask], return_index=True, return_inverse=True)
+        owner = users[first_row]
+        for k in cutoffs:
+            for name, compute in (("ndcg", compute_group_ndcg), ("hr", compute_group_hits)):
+                values = compute(labels, scores, group, k)
+                statistic = build_mean_statistic(values, owner[values.groups])
+                metrics[f"{name}@{k}"] = _Metric(values.compute_mean(), len(lists), statistic)
+    return metrics
+
+
+def _describe(
+    model: ScoredModel,
+    rows: EvaluatedRows,
+    mask: NDArray[np.bool_],
+    metrics: dict[tuple[str, str], _Metric],
+    samples: dict[tuple[str, str], FloatArray],
+    settings: TableSettings,
+) -> dict[str, Any]:
+    """Return one row of the table, without what all models of the slice share."""
+    row: dict[str, Any] = {
+        "model": model.name,
+        "training_labels": model.training_labels,
+        "inputs": model.inputs,
+        "users_counted": metrics[model.name, "uauc"].count,
+        "logloss": compute_logloss(rows.label[mask], model.scores[mask]) if model.has_logits else None,
+    }
+    for (name, metric), number in metrics.items():
+        if name == model.name:
+            row[metric] = number.value
+            row[f"{metric}_low"], row[f"{metric}_high"] = compute_interval(samples[name, metric], settings.confidence)
+            if metric.startswith("ndcg"):
+                row["lists"] = number.count
+    return row
+
+
+def _compare(
+    name: str,
+    versus: str,
+    metrics: dict[tuple[str, str], _Metric],
+    samples: dict[tuple[str, str], FloatArray],
+    confidence: float,
+) -> dict[str, float | None]:
+    """Return the differences of all metrics between two models, with paired intervals."""
+    found: dict[str, float | None] = {}
+    for model, metric in metrics:
+        if model != name:
+            continue
+        ours, theirs = metrics[name, metric].value, metrics[versus, metric].value
+        found[metric] = ours - theirs if ours is not None and theirs is not None else None
+        paired = samples[name, metric] - samples[versus, metric]
+        found[f"{metric}_low"], found[f"{metric}_high"] = compute_interval(paired, confidence)
+    return found

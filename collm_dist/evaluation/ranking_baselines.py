@@ -1,0 +1,67 @@
+"""Baselines for logs without labels: a like is ranked among sampled candidates by popularity or co-occurrence.
+
+Both count real events only; a sampled negative never moves a count.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.evaluation.baselines import Baseline, Columns, Scorer
+from collm_dist.metrics import FloatArray
+
+# Likes that follow an item within this many likes of the same user count as liked after it.
+FOLLOWERS = 5
+
+
+def score_popularity(block: ContextBlock) -> FloatArray:
+    """Score a row by the log of its item's likes so far; needs no fitting."""
+    return np.log1p(block.item_likes.astype(np.float64))
+
+
+def fit_last_item_cooccurrence(train: Columns, num_items: int) -> Scorer:
+    """Count which items training users liked after which; score a row by its item's count after the last liked item.
+
+    Counts that are equal (most are 0) are decided by popularity, which moves a score by less than half a count.
+
+    Args:
+        train: user_idx, item_idx, label, sampled of the training rows, each user's rows in time order.
+        num_items: size of the item table.
+    """
+    is_like = (train["label"] == 1) & (train["sampled"] == 0)
+    users, items = train["user_idx"][is_like], train["item_idx"][is_like].astype(np.int64)
+    pairs = [
+        (items[:-distance] * num_items + items[distance:])[users[:-distance] == users[distance:]]
+        for distance in range(1, min(FOLLOWERS, len(items) - 1) + 1)
+    ]
+    known, counts = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *pairs]), return_counts=True)
+
+    def score(block: ContextBlock) -> FloatArray:
+        last = find_last_liked(block)[block.target_contexts]
+        popularity = np.log1p(block.item_likes)
+        tie_break = popularity / (2 * popularity.max(initial=0) + 1)
+        if not len(known):
+            return np.asarray(tie_break, dtype=np.float64)
+        wanted = np.where(last >= 0, last * num_items + block.item_idx, -1)
+        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.asarray(np.where(known[place] == wanted, counts[place], 0) + tie_break, dtype=np.float64)
+
+    return score
+
+
+def find_last_liked(block: ContextBlock) -> IntArray:
+    """Return (C,) the item that each context's user liked last, -1 without one."""
+    lengths = np.diff(block.history_offsets)
+    last = np.full(block.num_contexts, -1, dtype=np.int64)
+    last[lengths > 0] = block.history_items[block.history_offsets[1:][lengths > 0] - 1]
+    return last
+
+
+def fit_ranking_baselines(train: Columns, num_items: int) -> list[Baseline]:
+    """Fit all baselines for logs without labels; arguments as for fit_last_item_cooccurrence."""
+    cooccurrence = fit_last_item_cooccurrence(train, num_items)
+    return [
+        Baseline("popularity", "likes", "all earlier likes", score_popularity, has_logits=False),
+        Baseline("last_item_cooccurrence", "likes", "earlier likes", cooccurrence, has_logits=False),
+    ]

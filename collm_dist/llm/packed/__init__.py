@@ -1,0 +1,1 @@
+"""The shared-context engine: decoders over packed tokens."""

@@ -1,0 +1,248 @@
+"""Ranking many users' candidates: Ray Data over parts of the request file, a pool of models, one to a device."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from tqdm import tqdm
+
+from collm_dist import errors
+from collm_dist.config import Config
+from collm_dist.data.shards.interactions import load_item_table
+from collm_dist.errors import ArtifactError, CollmError, RequestError
+from collm_dist.heap import choose_heap
+from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
+from collm_dist.runs.atomic_files import compute_file_hash, write_json
+from collm_dist.runs.fingerprints import find_changes
+from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.serving.part_scoring import OutputFolder, score_part
+from collm_dist.serving.recommender import Recommender, build_recommender, check_settings, find_stage
+from collm_dist.serving.request_files import list_request_files, write_parts
+
+# Users of a part: what is lost when a process dies, and what is scored together. A fixed number, so that the scores do
+# not depend on how many devices there are.
+ROWS_PER_PART = 128
+_RETRIEVAL = "cf:"
+
+
+def parse_candidates(text: str | None) -> int | None:
+    """Return N of ``cf:N``; None if candidates are given in the file.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if text is None:
+        return None
+    number = text.removeprefix(_RETRIEVAL)
+    if not text.startswith(_RETRIEVAL) or not number.isdecimal() or int(number) < 1:
+        raise RequestError(f"--candidates: '{text}' is not cf:N, such as cf:200; leave it out to take the file's lists")
+    return int(number)
+
+
+def score_candidates(
+    config: Config,
+    run_dir: RunDir,
+    source: Path,
+    output: Path,
+    *,
+    num_retrieved: int | None = None,
+    rows_per_part: int = ROWS_PER_PART,
+    num_actors: int | None = None,
+) -> dict[str, Any]:
+    """Score a file of requests and return the summary; what an interrupted call has scored is kept.
+
+    Args:
+        config: the experiment.
+        run_dir: whose stage 2, or stage 1, scores.
+        source: Parquet file or folder, see ``serving.request_files``.
+        output: folder; gets ``scores/part-*.parquet`` with user_id, item_id, score, rank, and ``summary.json``.
+        num_retrieved: see ``parse_candidates``.
+        rows_per_part: users of a part.
+        num_actors: models to load; None = one for each GPU of the cluster, or without one for each node.
+
+    Raises:
+        RequestError: the input is wrong; nothing has been scored.
+        ArtifactError: the run is not done or does not fit together, or the folder holds scores of something else.
+        LaunchError: Ray does not start, or its processes keep dying.
+    """
+    for name, number in (("--num-actors", num_actors), ("--rows-per-part", rows_per_part)):
+        if number is not None and number < 1:
+            raise RequestError(f"{name}: {number} is less than 1; leave it out for the default")
+    run_dir = RunDir(run_dir.path.absolute())
+    folder = OutputFolder(output.absolute())
+    config = check_settings(config, run_dir)
+    if num_retrieved is not None and not run_dir.is_done("cf"):
+        raise ArtifactError(f"--candidates: the step 'cf' of {run_dir.path} is not done, and it finds the candidates")
+    sizes = _prepare(config, run_dir, source, folder, num_retrieved, rows_per_part)
+    if folder.summary.exists():
+        print(f"done already ({folder.summary})", flush=True)
+    else:
+        started = time.perf_counter()
+        waiting = [part for part in range(len(sizes)) if folder.read_record(part) is None]
+        with connect_ray(config.cluster):
+            actors = _score_on_ray(config, run_dir, folder, sizes, waiting, num_retrieved, num_actors)
+        summary = _summarize([folder.read_record(part) or {} for part in range(len(sizes))])
+        summary |= {"actors": actors, "seconds": time.perf_counter() - started, "resumed_at": len(sizes) - len(waiting)}
+        write_json(folder.summary, summary)
+        shutil.rmtree(folder.requests)
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    print("\n".join(describe_summary(summary, folder)), flush=True)
+    return dict(summary)
+
+
+def _prepare(
+    config: Config,
+    run_dir: RunDir,
+    source: Path,
+    folder: OutputFolder,
+    num_retrieved: int | None,
+    rows_per_part: int,
+) -> list[int]:
+    """Check the input and write its parts, or find them from an earlier call; return the rows of each part."""
+    files = list_request_files(source)
+    steps: list[Step] = ["data", find_stage(run_dir)]
+    if run_dir.is_done("cf"):
+        steps.append("cf")
+    made_from: dict[str, Any] = {
+        **{f"input.{place}": compute_file_hash(path) for place, path in enumerate(files)},
+        **{step: run_dir.read_record(step)["content_hash"] for step in steps},
+        "candidates": f"{_RETRIEVAL}{num_retrieved}" if num_retrieved else "given",
+        "rows_per_part": rows_per_part,
+        "cutoffs": list(config.evaluation.cutoffs),
+    }
+    if folder.plan.exists():
+        plan = json.loads(folder.plan.read_text(encoding="utf-8"))
+        if changes := find_changes(plan["made_from"], made_from):
+            raise ArtifactError(
+                f"{folder.path} holds scores of something else:\n  "
+                + "\n  ".join(changes)
+                + "\nSet --output to a new folder, or remove this one"
+            )
+        return list(plan["sizes"])
+    shutil.rmtree(folder.requests, ignore_errors=True)
+    items = load_item_table(run_dir.step_dir("data"))["item_id"]
+    sizes = write_parts(files, folder.requests, items, retrieves=num_retrieved is not None, rows_per_part=rows_per_part)
+    write_json(folder.plan, {"made_from": made_from, "sizes": sizes})
+    return sizes
+
+
+class _PartScorer:
+    """An actor of the pool: loads the model with its first part, then scores one part after the other.
+
+    Errors that a user can act on go back as data: Ray Data would wrap them, and lose what kind they are.
+    """
+
+    def __init__(self, config: Config, run_dir: RunDir, folder: OutputFolder, num_retrieved: int | None) -> None:
+        self._config, self._run_dir, self._folder, self._num_retrieved = config, run_dir, folder, num_retrieved
+        self._recommender: Recommender | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (part,) = batch["part"].tolist()
+        users, error, message = 0, "", ""
+        try:
+            if self._recommender is None:
+                self._recommender = build_recommender(self._config, self._run_dir)
+            users = score_part(self._recommender, self._folder, part, self._num_retrieved)["users"]
+        except CollmError as found:
+            error, message = found.name, str(found)
+        return {"users": [users], "error": [error], "message": [message]}
+
+
+def _score_on_ray(
+    config: Config,
+    run_dir: RunDir,
+    folder: OutputFolder,
+    sizes: Sequence[int],
+    waiting: Sequence[int],
+    num_retrieved: int | None,
+    num_actors: int | None,
+) -> int:
+    """Score the parts that are not done, with a progress bar over all users; return the number of actors."""
+    check_nodes(folder.path)
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    actors = min(num_actors or gpus or nodes, max(len(waiting), 1))
+    # On a CPU the cores of the cluster are divided among the actors; Ray gives each as many threads as cores.
+    cores = 1 if gpus else max(int(resources.get("CPU", 1)) // max(actors, nodes), 1)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Its config may name a local backbone by a relative path; a worker's working directory may be another.
+    backbone = Path(config.llm.backbone).expanduser()
+    if backbone.exists():
+        config = config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
+    dataset = ray.data.from_items(
+        [{"part": part} for part in waiting], override_num_blocks=max(len(waiting), 1)
+    ).map_batches(
+        _PartScorer,
+        fn_constructor_args=(config, run_dir, folder, num_retrieved),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        num_cpus=cores,
+        num_gpus=1 if gpus else 0,
+        runtime_env={"env_vars": {} if gpus else choose_heap(os.environ)},
+    )
+    done = sum(sizes) - sum(sizes[part] for part in waiting)
+    hidden = not config.monitoring.progress_bar
+    with tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar:
+        try:
+            for row in dataset.iter_rows():
+                if row["error"]:
+                    raise getattr(errors, row["error"])(row["message"])
+                bar.update(int(row["users"]))
+        except ray.exceptions.RayError as error:
+            raise explain_task_error(error, "scoring") from None
+    return actors
+
+
+def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up the parts' records; means over users, and the standard error of the paired gain."""
+    names = ("users", "rows", "device_seconds", "retrieval_seconds")
+    total: dict[str, Any] = {name: sum(record[name] for record in records) for name in names}
+    total["device_seconds_per_1000_users"] = 1000 * total["device_seconds"] / total["users"]
+    judged = [record for record in records if "judged_users" in record]
+    if not judged:
+        return total
+    total["judged_users"] = sum(record["judged_users"] for record in judged)
+    total["recall"] = sum(record["recall"] for record in judged) / total["judged_users"]
+    for name in [name for name in judged[0] if name.startswith("ndcg@")]:
+        sums = {key: sum(record[name][key] for record in judged) for key in ("users", "llm", "cf", "gain_squares")}
+        if users := sums["users"]:
+            gain = (sums["llm"] - sums["cf"]) / users
+            variance = max(sums["gain_squares"] / users - gain**2, 0.0)
+            total[name] = {
+                "users": users,
+                "llm": sums["llm"] / users,
+                "cf": sums["cf"] / users,
+                "gain": gain,
+                "gain_standard_error": math.sqrt(variance / users),
+            }
+    return total
+
+
+def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[str]:
+    """Return the summary as lines for a person."""
+    lines = [
+        f"{summary['users']:,} users, {summary['rows']:,} candidates, {summary['seconds']:,.1f} s with "
+        f"{summary['actors']} model(s); {summary['device_seconds_per_1000_users']:,.1f} device-seconds per 1,000 users"
+    ]
+    if "recall" in summary:
+        lines.append(
+            f"{summary['judged_users']:,} users with known likes, of which the candidates hold {summary['recall']:.1%}"
+        )
+    for name, found in summary.items():
+        if name.startswith("ndcg@"):
+            lines.append(
+                f"{name}: {found['llm']:.4f}, in the order of the collaborative model {found['cf']:.4f}; gain "
+                f"{found['gain']:+.4f} ± {found['gain_standard_error']:.4f} (standard error, {found['users']:,} users)"
+            )
+    return [*lines, f"scores: {folder.path / 'scores'}"]

@@ -1,0 +1,1 @@
+"""What a run directory is: paths and records, atomic writes, fingerprints, lock, status, reuse, publishing."""

@@ -1,0 +1,131 @@
+"""Fingerprints: what each step depends on, as a flat mapping that is compared with the recorded one.
+
+That is the config fields that the step reads, the content hashes of the steps before it, and its input files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from collm_dist.config import Config
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.run_dir import RunDir, Step
+
+# The config fields that each step reads, as dotted prefixes. Fields marked operational are left out below.
+STEP_FIELDS: dict[Step, tuple[str, ...]] = {
+    "data": ("run.seed", "dataset", "preprocessing", "evaluation.num_candidates"),
+    "cf": ("run.seed", "cf"),
+    "stage1": ("run.seed", "prompt", "llm", "lora", "stage1"),
+    "stage2": ("run.seed", "prompt", "llm", "mapping", "stage2"),
+    "eval": ("run.seed", "evaluation", "promotion.baseline"),
+}
+
+
+# What only the other stage reads.
+STEP_FIELDS_EXCLUDED: dict[Step, tuple[str, ...]] = {
+    "data": ("dataset.expect",),
+    "cf": (),
+    "stage1": ("prompt.stage2",),
+    "stage2": ("prompt.stage1",),
+    "eval": (),
+}
+
+
+UPSTREAM: dict[Step, tuple[Step, ...]] = {
+    "data": (),
+    "cf": ("data",),
+    "stage1": ("data",),
+    "stage2": ("data", "cf", "stage1"),
+    "eval": ("data", "cf", "stage1", "stage2"),
+}
+
+
+def flatten_config(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Return the non-operational fields as ``{dotted path: JSON value}``."""
+    flat: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("operational"):
+            continue
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            flat.update(flatten_config(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = json.loads(json.dumps(value))
+    return flat
+
+
+def compute_fingerprint(
+    config: Config,
+    step: Step,
+    run_dir: RunDir,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    skip_missing: bool = False,
+) -> dict[str, Any]:
+    """Return what a step depends on, today.
+
+    Args:
+        config: the experiment.
+        step: the step in question.
+        run_dir: where the steps before it have their records.
+        inputs: further dependencies, such as input files with size and modification time, or prompt texts.
+        skip_missing: leave out steps that are not done instead of raising; evaluation reports what there is.
+
+    Raises:
+        ArtifactError: a step that this one builds on is not done, or its record is damaged.
+    """
+
+    def covers(prefixes: tuple[str, ...], key: str) -> bool:
+        return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+    included, excluded = STEP_FIELDS[step], STEP_FIELDS_EXCLUDED[step]
+    fingerprint = {
+        f"config.{key}": value
+        for key, value in flatten_config(config).items()
+        if covers(included, key) and not covers(excluded, key)
+    }
+    for upstream in UPSTREAM[step]:
+        if upstream == "stage1" and not config.stage1.enabled:
+            continue
+        if skip_missing and not run_dir.is_done(upstream):
+            continue
+        record = run_dir.read_record(upstream)
+        if "content_hash" not in record:
+            path = run_dir.record_path(upstream)
+            raise ArtifactError(f"{path} has no content hash: run the step '{upstream}' again with --force")
+        fingerprint[f"upstream.{upstream}"] = record["content_hash"]
+    for key, value in (inputs or {}).items():
+        fingerprint[f"input.{key}"] = json.loads(json.dumps(value))
+    return fingerprint
+
+
+def find_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return one line for each key in which two fingerprints differ: ``key: old -> new``."""
+    return [
+        f"{key}: {recorded.get(key, '(absent)')} -> {current.get(key, '(absent)')}"
+        for key in sorted(set(recorded) | set(current))
+        if recorded.get(key) != current.get(key)
+    ]
+
+
+def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the step is done with this fingerprint.
+
+    Raises:
+        ArtifactError: it was done with another one; the message names the differing keys and the remedies.
+    """
+    if not run_dir.is_done(step):
+        return False
+    changes = find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint)
+    if changes:
+        raise ArtifactError(
+            f"step '{step}' in {run_dir.path} was made from something else:\n  "
+            + "\n  ".join(changes)
+            + f"\nEither redo it (--force {step}; later steps follow) or set run.dir to a new directory."
+        )
+    return True

@@ -1,0 +1,124 @@
+"""Whether a finished run takes the place of the one in use: a rule from the configuration, applied to its report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from collm_dist.config import Config
+from collm_dist.errors import ArtifactError, ConfigError
+from collm_dist.runs.atomic_files import explain_disk_errors, write_json
+from collm_dist.runs.run_dir import RunDir
+
+RECORD = "promotion.json"
+
+
+def find_pointer(config: Config) -> Path:
+    """Return the symbolic link to the run in use."""
+    if config.promotion.pointer is not None:
+        return Path(config.promotion.pointer)
+    return Path(config.run.dir).absolute().parent / "current"
+
+
+def pin_previous(config: Config) -> Config:
+    """Replace a link in ``dataset.extend_from`` by the run that it points to, once and for all of this run.
+
+    Tomorrow it points elsewhere, after a promotion to this very run. Where the link is that of the promotion and there
+    is none yet, this is the first run, and extends nothing.
+
+    Raises:
+        ConfigError: the link leads to this run, though it was not begun as one that extends another.
+    """
+    name, run_dir = config.dataset.extend_from, Path(config.run.dir)
+    if name is None:
+        return config
+    path, recorded = Path(name), run_dir / "config.yaml"
+    is_pointer = path.absolute() == find_pointer(config).absolute()
+    if not path.is_symlink() and not (is_pointer and not path.exists()):
+        return config
+    if recorded.exists():
+        before = yaml.safe_load(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
+    else:
+        before = str(path.resolve()) if path.exists() else None
+    if before is not None and Path(before).resolve() == run_dir.resolve():
+        raise ConfigError(f"dataset.extend_from: '{name}' leads to this very run, {run_dir}; set run.dir to a new one")
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"extend_from": before})})
+
+
+def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply the rule to a report.
+
+    Args:
+        config: with ``promotion.min_paired_difference``.
+        report: of evaluation.
+
+    Returns:
+        ``{state, metric, baseline, difference, low, high, min_paired_difference, reason}``; state is promoted or
+        rejected.
+
+    Raises:
+        ArtifactError: the report does not compare the two.
+    """
+    rule = config.promotion
+    decision: dict[str, Any] = {"metric": rule.metric, "baseline": rule.baseline,
+                                "min_paired_difference": rule.min_paired_difference}  # fmt: skip
+    if rule.baseline == "previous" and config.dataset.extend_from is None:
+        return decision | {"state": "promoted", "reason": "there is no run to compare with"}
+    wanted = {"split": "test", "slice": "all", "model": "stage2", "versus": rule.baseline}
+    found: Mapping[str, Any] = next((row for row in report["differences"] if wanted.items() <= row.items()), {})
+    low = found.get(f"{rule.metric}_low")
+    if low is None:
+        raise ArtifactError(
+            f"promotion: the report has no interval for stage 2 against {rule.baseline} in {rule.metric} on test: "
+            f"{report['left_out'].get(rule.baseline, 'too few users or rows')}"
+        )
+    passes = low >= rule.min_paired_difference
+    reason = (
+        f"stage 2 less {rule.baseline}, {rule.metric} on {found['rows']:,} test rows: {found[rule.metric]:+.4f} "
+        f"[{low:+.4f}, {found[f'{rule.metric}_high']:+.4f}]; its lower end is {'not ' * (not passes)}at least "
+        f"{rule.min_paired_difference:+g}"
+    )
+    numbers = {"difference": found[rule.metric], "low": low, "high": found[f"{rule.metric}_high"]}
+    return decision | numbers | {"state": "promoted" if passes else "rejected", "reason": reason}
+
+
+def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """Decide about a finished run, write ``promotion.json``, and if it passes let the pointer lead to it.
+
+    A decision about this very report stands; the pointer is not moved again, whatever it leads to by now.
+
+    Raises:
+        ArtifactError: see ``decide``; or something that is no link has the pointer's name.
+        DiskError: the record or the link cannot be written.
+    """
+    report, path = run_dir.read_record("eval"), run_dir.path / RECORD
+    decision = decide(config, report) | {"report": report["content_hash"]}
+    if path.exists():
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if made == decision:
+            return decision
+    if decision["state"] == "promoted":
+        move_pointer(find_pointer(config), run_dir.path)
+    write_json(path, decision)
+    return decision
+
+
+def move_pointer(pointer: Path, target: Path) -> None:
+    """Let a link lead to a run; at no moment is there none.
+
+    Raises:
+        ArtifactError: what is there is no link.
+    """
+    if pointer.exists() and not pointer.is_symlink():
+        raise ArtifactError(f"promotion.pointer: {pointer} is no symbolic link; move it away or name another one")
+    temporary = pointer.with_name(f".{pointer.name}.{os.getpid()}")
+    with explain_disk_errors(pointer):
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(target.resolve(), pointer.parent.resolve()), target_is_directory=True)
+        temporary.replace(pointer)

@@ -1,0 +1,199 @@
+"""Copying finished steps to where others read them (``run.publish_to``): an index and the record last.
+
+Below ``<publish_to>/<name of the run>/`` a step has the files that it has in the run directory, checkpoints and hidden
+files aside, and ``published.json``: size and SHA-256 of each. Whoever finds a step's record finds all of it. What is
+there with the same bytes is not sent again, so a publication that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pa_fs
+from tqdm import tqdm
+
+from collm_dist.config import Config
+from collm_dist.errors import ConfigError, DataError, LaunchError
+from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.run_dir import STEPS, RunDir, Step
+from collm_dist.storage import explain_store_errors, is_store, join_uri, open_filesystem
+
+INDEX = "published.json"
+_BLOCK_BYTES = 8 << 20
+# To go on from, not to read; the rest of a step is what later steps and recommenders take.
+_LEFT_OUT = frozenset({"checkpoints"})
+
+
+def build_publisher(config: Config, run_dir: RunDir) -> Publisher | None:
+    """Return what publishes a run; None without ``run.publish_to``.
+
+    Raises:
+        ConfigError: the URI cannot be opened.
+    """
+    uri = config.run.publish_to
+    if uri is None:
+        return None
+    if "://" not in uri and Path(uri).absolute().is_relative_to(run_dir.path.absolute()):
+        raise ConfigError(f"run.publish_to: '{uri}' lies in run.dir; name another folder")
+    return Publisher(join_uri(uri, run_dir.path.absolute().name), run_dir, config.monitoring.progress_bar)
+
+
+def list_step_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a step by their paths below its folder, in order; links are followed."""
+    found = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(one for one in folders if one not in _LEFT_OUT and not one.startswith("."))
+        for path in (Path(place) / one for one in sorted(names) if not one.startswith(".")):
+            found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
+class Publisher:
+    """One run's steps and the folder where they are published."""
+
+    def __init__(self, uri: str, run_dir: RunDir, show_progress: bool) -> None:
+        """Open the file system; nothing is written.
+
+        Raises:
+            ConfigError: the URI cannot be opened.
+        """
+        self.uri, self._run_dir, self._show_progress = uri, run_dir, show_progress
+        try:
+            self._filesystem, self._base = open_filesystem(uri, "run.publish_to")
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+
+    def publish_file(self, name: str) -> None:
+        """Copy a file of the run directory itself, if it is there.
+
+        Raises:
+            LaunchError: it cannot be written there.
+        """
+        path = self._run_dir.path / name
+        if path.exists():
+            size, sha256 = path.stat().st_size, compute_file_hash(path)
+            if not self._holds(name, size, sha256):
+                self._send(name, path, size, sha256, None)
+
+    def publish_step(self, step: Step) -> None:
+        """Copy a finished step, what is not there yet of it, and say so.
+
+        Raises:
+            LaunchError: it cannot be written there, or does not read back as it was sent.
+        """
+        files = list_step_files(self._run_dir.step_dir(step))
+        index: dict[str, dict[str, Any]] = {
+            name: {"bytes": one.stat().st_size, "sha256": compute_file_hash(one)} for name, one in files.items()
+        }
+        record, there = self._run_dir.record_path(step).name, self._list(step)
+        text = json.dumps({"files": index}, indent=2, sort_keys=True).encode() + b"\n"
+        sizes = {name: entry["bytes"] for name, entry in index.items()} | {INDEX: len(text)}
+        if there == sizes and self._read(f"{step}/{INDEX}") == text:
+            print(f"{step}: published already ({self.uri}/{step})", flush=True)
+            return
+        self._withdraw(step)
+        sent = 0
+        with tqdm(
+            total=sum(entry["bytes"] for entry in index.values()),
+            desc=f"publishing {step}",
+            unit="B",
+            unit_scale=True,
+            disable=None if self._show_progress else True,
+        ) as bar:
+            for name in [one for one in index if one != record]:
+                sent += self._bring(step, name, files[name], index[name], there, bar)
+            for name in there.keys() - sizes.keys():
+                self._delete(f"{step}/{name}")
+            self._write(f"{step}/{INDEX}", text)
+            self._bring(step, record, files[record], index[record], {}, bar)
+        total = sum(entry["bytes"] for entry in index.values()) / 2**20
+        print(f"{step}: published {len(index):,} files, {total:,.1f} MiB, {len(index) - 1 - sent:,} of them there "
+              f"before ({self.uri}/{step})", flush=True)  # fmt: skip
+
+    def _withdraw(self, step: Step) -> None:
+        """From here until its end a step is not published, nor is what was made from what is there of it."""
+        for one in reversed(STEPS[STEPS.index(step) :]):
+            name = f"{one}/{self._run_dir.record_path(one).name}"
+            with self._explain(name):
+                is_there = self._filesystem.get_file_info(f"{self._base}/{name}").type == pa_fs.FileType.File
+            if is_there:
+                self._delete(name)
+
+    def _bring(
+        self, step: Step, name: str, path: Path, entry: Mapping[str, Any], there: Mapping[str, int], bar: Any
+    ) -> int:
+        """Send a file unless it is there; returns whether it was sent."""
+        if there.get(name) == entry["bytes"] and self._holds(f"{step}/{name}", entry["bytes"], entry["sha256"]):
+            bar.update(entry["bytes"])
+            return 0
+        self._send(f"{step}/{name}", path, entry["bytes"], entry["sha256"], bar)
+        return 1
+
+    def _send(self, name: str, path: Path, size: int, sha256: str, bar: Any) -> None:
+        with path.open("rb") as source, self._explain(name), self._open(name) as target:
+            while block := source.read(_BLOCK_BYTES):
+                target.write(block)
+                if bar is not None:
+                    bar.update(len(block))
+        if not self._holds(name, size, sha256):
+            raise LaunchError(
+                f"run.publish_to: {self.uri}/{name} does not read back as it was sent; run the same command again, and "
+                "look at the store if it comes again"
+            )
+
+    def _write(self, name: str, data: bytes) -> None:
+        with self._explain(name), self._open(name) as target:
+            target.write(data)
+
+    def _open(self, name: str) -> Any:
+        path = f"{self._base}/{name}"
+        if not is_store(self._filesystem):
+            self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        return self._filesystem.open_output_stream(path)
+
+    def _read(self, name: str) -> bytes:
+        with self._explain(name), self._filesystem.open_input_stream(f"{self._base}/{name}") as source:
+            return bytes(source.read())
+
+    def _holds(self, name: str, size: int, sha256: str) -> bool:
+        """Return whether a published file has these bytes: it is read back."""
+        path, digest = f"{self._base}/{name}", hashlib.sha256()
+        with self._explain(name):
+            info = self._filesystem.get_file_info(path)
+            if info.type != pa_fs.FileType.File or info.size != size:
+                return False
+            with self._filesystem.open_input_stream(path) as source:
+                while block := source.read(_BLOCK_BYTES):
+                    digest.update(block)
+        return digest.hexdigest() == sha256
+
+    def _delete(self, name: str) -> None:
+        with self._explain(name):
+            self._filesystem.delete_file(f"{self._base}/{name}")
+
+    def _list(self, step: Step) -> dict[str, int]:
+        """Return the sizes of what is published of a step, by name."""
+        folder = f"{self._base}/{step}"
+        with self._explain(step):
+            entries = self._filesystem.get_file_info(pa_fs.FileSelector(folder, allow_not_found=True, recursive=True))
+        start = len(folder) + 1
+        return {one.path[start:]: one.size for one in entries if one.type == pa_fs.FileType.File}
+
+    @contextmanager
+    def _explain(self, name: str) -> Iterator[None]:
+        what = f"run.publish_to: {self.uri}/{name}"
+        try:
+            with explain_store_errors(self._filesystem, what):
+                yield
+        except (OSError, pa.ArrowException) as error:
+            raise LaunchError(
+                f"{what}: {error}\nmake space or allow writing there, or set run.publish_to elsewhere; then run the "
+                "same command again: what is there stays there"
+            ) from error

@@ -1,0 +1,40 @@
+"""Linking finished steps of other runs instead of doing them again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from collm_dist.errors import ConfigError
+from collm_dist.runs.fingerprints import find_changes
+from collm_dist.runs.run_dir import RunDir, Step
+
+
+def find_reusable(step: Step, fingerprint: Mapping[str, Any], others: Sequence[str]) -> RunDir | None:
+    """Return the first of other runs that has this very step done.
+
+    Raises:
+        ConfigError: one of them is no directory.
+    """
+    for other in others:
+        run_dir = RunDir(Path(other))
+        if not run_dir.path.is_dir():
+            raise ConfigError(f"run.reuse: there is no run directory '{other}'")
+        if run_dir.is_done(step) and not find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint):
+            return run_dir
+    return None
+
+
+def link_step(step: Step, source: RunDir, target: RunDir) -> None:
+    """Let a step's folder point to the one of another run. A half-written one is given up for it."""
+    folder = target.step_dir(step)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    origin = source.step_dir(step).resolve()
+    folder.symlink_to(os.path.relpath(origin, folder.parent.resolve()), target_is_directory=True)

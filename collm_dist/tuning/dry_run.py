@@ -1,0 +1,210 @@
+"""The lines of ``--dry-run`` about the tuning stages: steps, operations, memory, and what fits which GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from collm_dist.assets import resolve_backbone
+from collm_dist.cf.models.catalog import get_model_class, list_arguments
+from collm_dist.config import Config
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
+from collm_dist.prompt_batch import PromptBatch
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.tuning.costs import DecoderShape, StepCost, count_padded, count_shared
+from collm_dist.tuning.loop import count_total_steps
+from collm_dist.tuning.planner import (
+    LayerMemory,
+    LoraSettings,
+    count_weight_bytes,
+    find_fitting_tokens,
+    measure_layers,
+    plan_memory,
+)
+from collm_dist.tuning.run_stage import build_orders
+from collm_dist.tuning.stages import StageName, get_stage, get_stage_config
+
+SAMPLED_BATCHES = 8
+# What `auto` would settle at is known on the GPU alone; memory is shown for so many tokens.
+ASSUMED_TOKENS = 8192
+SHOWN_GPUS_GB = (24.0, 80.0)
+# Of a GPU's bfloat16 products, what a well-filled step reaches.
+ASSUMED_TFLOPS = 150.0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What some global batches are made of.
+
+    Attributes:
+        shared, padded: cost with shared contexts, and of padded rows with logits at every position.
+        contexts: of the batches.
+        prefix_tokens: of all their contexts.
+        largest: the largest micro-batch.
+    """
+
+    shared: StepCost
+    padded: StepCost
+    contexts: int
+    prefix_tokens: int
+    largest: PromptBatch
+
+
+def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
+    """Return the lines; only the data step must be done.
+
+    Raises:
+        ConfigError, DataError: the prompt or the backbone do not fit, or cannot be found.
+    """
+    if not run_dir.is_done("data"):
+        return ["steps, operations and memory: known once the data step is done"]
+    source = resolve_backbone(config.llm.backbone, config.llm.revision)
+    backbone_config = AutoConfig.from_pretrained(
+        source.location, revision=source.revision, trust_remote_code=config.llm.trust_remote_code
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(backbone_config)
+    tokenizer = load_tokenizer(config.llm.backbone, config.llm.revision, trust_remote_code=config.llm.trust_remote_code)
+    lines: list[str] = []
+    names: tuple[StageName, ...] = ("stage1", "stage2") if config.stage1.enabled else ("stage2",)
+    for name in names:
+        lines += _describe_stage(config, run_dir, name, skeleton, tokenizer)
+    return lines
+
+
+def _describe_stage(config: Config, run_dir: RunDir, name: StageName, skeleton: Any, tokenizer: Any) -> list[str]:
+    settings = get_stage_config(config, get_stage(config, name))
+    train, valid = build_orders(config, run_dir, settings)
+    steps = count_total_steps(settings, train)
+    collator = build_collator(config, run_dir, tokenizer, name)
+    shape, dtype = DecoderShape.from_model(skeleton), _choose_dtype(config)
+    tokens = settings.max_tokens_per_micro_batch
+    budget = ASSUMED_TOKENS if tokens == "auto" else tokens
+    blocks = list(islice(train.iter_batches(), SAMPLED_BATCHES))
+    sample = _measure_sample(collator, shape, blocks, budget)
+    lora = LoraSettings(**config.lora.model_dump()) if name == "stage1" else None
+    layers = measure_layers(skeleton.config, dtype, config.llm.attention, lora)
+    flops = sample.shared.flops / len(blocks)
+    minutes = steps * flops / (ASSUMED_TFLOPS * 1e12) / 60
+    lines = [
+        f"{name}: {steps:,} steps of {settings.global_batch_size} rows at most ({train.num_rows:,} rows in "
+        f"{train.num_contexts:,} contexts an epoch), validation on {valid.num_rows:,} rows",
+        f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens a step; padded rows "
+        f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times as many operations. "
+        f"{minutes:,.1f} GPU minutes at {ASSUMED_TFLOPS:.0f} TFLOP/s, validation not counted",
+        *_describe_memory(config, run_dir, name, skeleton, shape, layers, sample, dtype),
+    ]
+    if name == "stage2":
+        size = 2 * shape.num_layers * shape.key_width * dtype.itemsize * sample.prefix_tokens / sample.contexts
+        lines.append(
+            f"stage2: context_cache=memory would hold an epoch in {size * train.num_contexts / 2**30:.1f} GiB of host "
+            "memory; worth it where that fits and several epochs are made"
+        )
+    return lines
+
+
+def _choose_dtype(config: Config) -> torch.dtype:
+    """A plan is for a GPU, wherever it is made."""
+    return torch.bfloat16 if config.llm.dtype == "auto" else resolve_dtype(config.llm.dtype)
+
+
+def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[ContextBlock], budget: int) -> _Sample:
+    shared = padded = StepCost(0, 0, 0)
+    contexts = prefix_tokens = 0
+    pieces: list[PromptBatch] = []
+    for block in blocks:
+        whole = collator.collate(block, block)
+        counts = collator.count_tokens(block)
+        lengths = (counts.header + counts.prefix + counts.tail)[block.target_contexts] + counts.branch
+        shared += count_shared(shape, whole, training=True)
+        padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
+        contexts += block.num_contexts
+        prefix_tokens += int(counts.prefix.sum())
+        pieces += [collator.collate(piece, block) for piece in plan_micro_batches(block, counts, 0, 1, budget)]
+    largest = max(pieces, key=lambda batch: (len(batch.tree_ids), len(batch.prefix_ids)))
+    return _Sample(shared, padded, contexts, prefix_tokens, largest)
+
+
+def _count_keys(batch: PromptBatch) -> int:
+    """Return how many keys attention lays out on a GPU."""
+    segments, header = batch.tree_segments, len(batch.header_ids)
+    before = header + batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
+    seen = before[segments.rows.numbers] + segments.tails.numbers + segments.lengths.numbers
+    return int(seen.sum())
+
+
+def _count_tuned(config: Config, run_dir: RunDir) -> int:
+    """Return how many numbers of the collaborative model stage 2 trains, at most."""
+    if not config.stage2.train_cf:
+        return 0
+    manifest = load_manifest(run_dir.step_dir("data"))
+    arguments = list_arguments(config.cf, manifest.max_history_length, config.run.seed)
+    with torch.device("meta"):
+        model = get_model_class(config.cf.model)(manifest.num_users, manifest.num_items, **arguments)
+    return sum(one.numel() for one in model.parameters())
+
+
+def _describe_memory(
+    config: Config,
+    run_dir: RunDir,
+    name: StageName,
+    skeleton: Any,
+    shape: DecoderShape,
+    layers: LayerMemory,
+    sample: _Sample,
+    dtype: torch.dtype,
+) -> list[str]:
+    width = config.cf.embedding_dim + 1
+    mapped = config.mapping.hidden_multiple * width
+    pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
+    out = config.mapping.tokens_per_slot * shape.hidden_size
+    in_stage2 = (mapped + pairs) * out + mapped * width + _count_tuned(config, run_dir)
+    arguments: dict[str, Any] = {
+        "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
+        "other_trainable": 0 if name == "stage1" else in_stage2,
+        "tree_tokens": len(sample.largest.tree_ids),
+        "prefix_tokens": len(sample.largest.prefix_ids),
+        "keys": _count_keys(sample.largest),
+        "element_size": dtype.itemsize,
+        "checkpointing": config.llm.activation_checkpointing,
+    }
+    plan = plan_memory(shape, layers, **arguments)
+    ways: dict[str, dict[str, Any]] = {}
+    if not config.llm.activation_checkpointing:
+        ways["llm.activation_checkpointing=true"] = {"checkpointing": True}
+    if config.llm.quantization == "none":
+        ways["llm.quantization=4bit"] = {"weights": count_weight_bytes(skeleton, dtype, "4bit")}
+    tokens = len(sample.largest.tree_ids) + len(sample.largest.prefix_ids)
+    gigabytes = [
+        f"{value / 1e9:.2f}" for value in (plan.weights, plan.state, plan.activations, plan.working, plan.peak)
+    ]
+    lines = [
+        f"{name}: memory in {str(dtype).removeprefix('torch.')} with micro-batches of up to {tokens:,} tokens: weights "
+        f"{gigabytes[0]} + training state {gigabytes[1]} + activations {gigabytes[2]} + working {gigabytes[3]} = "
+        f"{gigabytes[4]} GB a process"
+    ]
+    for gpu in SHOWN_GPUS_GB:
+        fitting = find_fitting_tokens(plan, tokens, gpu * 1e9)
+        if fitting >= tokens:
+            lines.append(f"{name}: fits a GPU of {gpu:.0f} GB, up to {fitting:,} tokens in a micro-batch")
+            continue
+        advice = []
+        if fitting >= config.prompt.max_prompt_tokens:
+            advice.append(f"max_tokens_per_micro_batch={fitting}")
+        for setting, changes in ways.items():
+            fitting = find_fitting_tokens(plan_memory(shape, layers, **{**arguments, **changes}), tokens, gpu * 1e9)
+            if fitting >= config.prompt.max_prompt_tokens:
+                advice.append(f"{setting} with up to {fitting:,} tokens")
+        if not advice:
+            advice.append("cluster.zero_stage=3 on several GPUs, which share the weights")
+        lines.append(f"{name}: does not fit a GPU of {gpu:.0f} GB so; it does with {', or '.join(advice)}")
+    return lines
