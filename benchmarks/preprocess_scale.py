@@ -2,9 +2,9 @@
 
     python -m benchmarks.preprocess_scale [--sizes 1e6 3e6 1e7 3e7] [--workers 1 2] [--plain-up-to 3e6]
 
-Logs are generated (benchmarks/lib/synthetic_logs.py: item popularity after Zipf, users' activity a power law). Ours is the
+Logs are generated (``lib/synthetic_logs.py``: item popularity after Zipf, users' activity a power law). Ours is the
 whole data step of launch/preprocess_data.py: reading, checking, id tables, as-of states, histories, shards with
-checksums. The peer (benchmarks/lib/plain_preprocess.py) makes the same samples user by user in Python, as the CoLLM authors
+checksums. The peer (``lib/plain_preprocess.py``) makes the same samples user by user in Python, as the CoLLM authors
 do, and writes them to one Parquet file. Both start from the same Parquet files, in turn, each in a fresh process.
 
 Seconds are without imports: ours first does a data step of a few rows, in which Ray starts its workers and these import

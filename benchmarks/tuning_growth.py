@@ -4,7 +4,7 @@
 
 RUN is a run of configs/ml1m_official.yaml whose data and CF steps are done. One sweep changes one thing: the films
 shown in a prompt, the number of targets that each context has (32 rows a batch all the same), the backbone's size
-(random weights, benchmarks/lib/random_backbone.py). At each point ours and plain padded rows (logits at the last position
+(random weights, ``lib/random_backbone.py``). At each point ours and plain padded rows (logits at the last position
 alone) work in turn through the same global batch, in both stages. Writes tuning_growth_<device>.json, and a plot for
 each sweep.
 """

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
-from collm_dist.data.ingest.released_pickles import get_outer_file
 from collm_dist.errors import DataError, LaunchError
 
 # What stores say, as Arrow passes it on, and what to do about it.
@@ -167,7 +166,7 @@ def describe_files(uris: list[str]) -> dict[str, Any]:
         LaunchError: an object store cannot be reached or refuses.
     """
     described = {}
-    for uri in dict.fromkeys(get_outer_file(one) for one in uris):
+    for uri in dict.fromkeys(one.partition("::")[0] for one in uris):
         filesystem, path = open_filesystem(uri)
         with explain_store_errors(filesystem, uri):
             info = filesystem.get_file_info(path)

@@ -19,9 +19,10 @@ EXAMPLES = """examples:
 
 def _run(arguments: argparse.Namespace) -> None:
     from collm_dist.data.ingest.forgetting import load_forgotten
+    from collm_dist.data.shards.interactions import load_user_ids
     from collm_dist.runs.user_deletion import find_held_users, remove_runs
 
-    held = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"))
+    held = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_user_ids)
     for one in held:
         shown = "unknown: its data step did not end" if one.count is None else f"{one.count:,} users of the list"
         print(f"{one.path}: {shown}")

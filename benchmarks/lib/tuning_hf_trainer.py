@@ -1,4 +1,4 @@
-"""The side ``hf_trainer`` of benchmarks/lib/tuning_side.py: transformers.Trainer, set up as well as its settings allow."""
+"""The side ``hf_trainer`` of ``tuning_side``: transformers.Trainer, set up as well as its settings allow."""
 
 from __future__ import annotations
 

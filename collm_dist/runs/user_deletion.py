@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from collm_dist.data.shards.interactions import load_user_ids
 from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.lock import hold_run_lock
@@ -43,12 +42,15 @@ class HeldUsers:
     published_to: str | None = None
 
 
-def find_held_users(runs: Iterable[Path], forgotten: Any) -> list[HeldUsers]:
+def find_held_users(
+    runs: Iterable[Path], forgotten: Any, load_user_ids: Callable[[Path], list[str]]
+) -> list[HeldUsers]:
     """Look users up in the id tables of runs.
 
     Args:
         runs: run directories; what is none is passed over, and so are links to runs.
         forgotten: ids, an Arrow array of text.
+        load_user_ids: returns the id table of a data folder.
     """
     found = []
     for path in runs:

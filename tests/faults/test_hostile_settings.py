@@ -1,6 +1,6 @@
 """Settings that mean harm or are damaged: refused with file and line, or with the setting's name, never a traceback.
 
-Elsewhere: mistakes that people make (tests/unit/test_config_io.py), row filters (tests/unit/test_readers.py).
+Elsewhere: mistakes that people make (tests/unit/test_config_loader.py), row filters (tests/unit/test_readers.py).
 """
 
 import time

@@ -27,7 +27,7 @@ from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.pretrain import export_models, run_pretrain
 from tests.unit.cf_data import MODELS, make_cf
 from tests.unit.evaluation_run import NUM_USERS, build_config, write_data_step
-from tests.unit.test_cf_export import ITEMS, USERS, write_tables
+from tests.unit.test_cf_weight_files import ITEMS, USERS, write_tables
 from tests.unit.test_own_cf_model import write_vectors
 
 NUM_EPOCHS = 300

@@ -19,7 +19,7 @@ from collm_dist.orchestration.pretrain import run_pretrain
 from tests.examples.own_cf_model import RecentLikes
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, build_config, write_data_step
-from tests.unit.test_cf_export import ITEMS, USERS, write_tables
+from tests.unit.test_cf_weight_files import ITEMS, USERS, write_tables
 
 OWN = "tests.examples.own_cf_model:RecentLikes"
 

@@ -1,7 +1,7 @@
 """What must hold whatever the rows, the prompt, the seed, or the number of processes.
 
-Elsewhere: prompts against a plain reference (test_collate.py), micro-batches within their budget
-(test_micro_batches.py), resuming (test_global_order.py), samples against a plain loop (test_samples.py), shards
+Elsewhere: prompts against a plain reference (test_prompt_layout.py), micro-batches within their budget
+(test_micro_batches.py), resuming (test_global_order.py), samples against a plain loop (test_user_samples.py), shards
 (test_shards.py), cleaned texts and row filters (test_readers.py).
 """
 

@@ -108,11 +108,6 @@ def list_released_files(path: str) -> list[str]:
     return [found[name] for name in SPLIT_FILES.values()]
 
 
-def get_outer_file(name: str) -> str:
-    """Return the file on disk behind one of ``list_released_files``' names."""
-    return name.partition("::")[0]
-
-
 def read_released_table(name: str) -> Any:
     """Read one split's file as a table ``uid, iid, title, label, timestamp, split``.
 

@@ -26,6 +26,8 @@ FIELDS: dict[str, tuple[Depends, bool]] = {
     "<TargetItemID>": ("target", True),
     "<MatchID>": ("target", True),
 }
+# The shipped texts bear names below this folder, which links to them in a checkout.
+SHIPPED = "configs/prompts/"
 _HISTORY_FIELDS = frozenset({"<ItemTitleList>", "<ItemIDList>"})
 _FIELD = re.compile(r"(<[A-Za-z_]+>)")
 # Looks like one of our fields, though it is none; other markup, such as <s> or <b>, is text.
@@ -144,15 +146,20 @@ def _check_fields(name: str, segments: list[Segment], allow_slots: bool) -> None
 def load_prompt_text(spec: str) -> str:
     """Return a template's text: the file's content if the setting names a file, else the setting itself.
 
+    A shipped prompt is found by its name below ``configs/prompts/`` from any folder.
+
     Raises:
         ConfigError: it looks like a file but there is none, or none that can be read.
     """
     if "<" in spec:
         return spec
+    places = [Path(spec)]
+    if spec.startswith(SHIPPED):
+        places.append(Path(__file__).parent / "texts" / spec.removeprefix(SHIPPED))
     try:
-        for folder in (Path(), Path(__file__).resolve().parents[2]):  # a Ray job may start elsewhere
-            if (folder / spec).is_file():
-                return (folder / spec).read_text(encoding="utf-8").strip()
+        for path in places:
+            if path.is_file():
+                return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:  # such as a text that is too long for a file's name
         raise ConfigError(f"prompt: '{spec[:60]}' cannot be read ({error}), and it is no prompt either") from None
     raise ConfigError(f"prompt: there is no file '{spec}' (relative to {Path.cwd()}), and it is no prompt either")
