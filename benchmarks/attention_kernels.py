@@ -6,8 +6,8 @@ One layer's attention over the tree rows of a micro-batch as stage 2 has them: e
 own length, its tail, and its branches themselves alone. Forward and backward, sides in turn. *Blocks* are measured at
 several values of what a block is taken to cost (``collm_dist/llm/packed/row_blocks.py``); *sequences* are for a GPU's
 kernel (``collm_dist/llm/packed/sequences.py``); *flex* compiles PyTorch's ``flex_attention`` with a block mask over
-packed tokens, whose making is measured apart since all layers share it. It has no backward pass on a CPU, so it is measured on a
-GPU; with --eager-flex its results are compared anywhere.
+packed tokens, whose making is measured apart since all layers share it. It has no backward pass on a CPU, so it is
+measured on a GPU; with --eager-flex its results are compared anywhere.
 Writes attention_kernels_<device>.json.
 """
 
