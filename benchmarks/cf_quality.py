@@ -24,9 +24,9 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.lib.machine import describe_hardware
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.trainer import measure_scores
-from collm_dist.cf.weight_files import load_cf_model
 from collm_dist.config.loader import load_config
 from collm_dist.data.samples.statistics import compute_pair_features
 from collm_dist.data.shards.context_block import concatenate_blocks

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.lib.machine import describe_hardware
-from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks

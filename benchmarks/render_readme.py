@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from collm_dist.errors import CollmError
-from collm_dist.evaluation.render import render_results
+from collm_dist.evaluation.report_markdown import render_results
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.run_dir import RunDir
 

@@ -26,9 +26,9 @@ from torch.nn import functional
 
 from benchmarks.cross_fit_leak import load_blocks
 from benchmarks.lib.machine import describe_hardware
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
-from collm_dist.cf.stage2_start import load_for_tuning
-from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.cf.stage2_init import load_for_tuning
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.shards.context_block import ContextBlock

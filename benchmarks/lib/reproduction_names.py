@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from collm_dist.evaluation.render import MODEL_NAMES
+from collm_dist.evaluation.report_markdown import MODEL_NAMES
 
 VARIANT_NAMES = {
     "stage2": "the paper's two slots",

@@ -16,7 +16,13 @@ from benchmarks.lib.reproduction_parts import (
     render_without_titles,
 )
 from collm_dist.evaluation.plots import plot_forest, save_figure
-from collm_dist.evaluation.render import MODEL_NAMES, render_differences, render_results, render_slices, render_table
+from collm_dist.evaluation.report_markdown import (
+    MODEL_NAMES,
+    render_differences,
+    render_results,
+    render_slices,
+    render_table,
+)
 from collm_dist.runs.atomic_files import open_atomic
 
 # AUC / UAUC on the released split, as their authors give them, with Vicuna-7B where nothing else is said: Zhang et al.,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.reproduction_names import CF_NAMES, VARIANT_NAMES, name_cell
-from collm_dist.evaluation.render import format_number, render_table
+from collm_dist.evaluation.report_markdown import format_number, render_table
 
 # What a variant has that its base lacks.
 _PARTS = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from collm_dist.cf.batches import Rows
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.models import TrainableCfModel
 from collm_dist.distributed import sum_over_workers
 
 _ROUNDS = 12  # the change in a bias is below 1e-3 after about ten on ML-1M

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from collm_dist.cf.batches import Rows, take_before
 from collm_dist.cf.biases import fit_biases
-from collm_dist.cf.models.catalog import get_model_class, list_arguments
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.models import TrainableCfModel
+from collm_dist.cf.models.registry import get_model_class, list_arguments
 from collm_dist.cf.models.vector_table import VectorTable, read_vectors, read_width
+from collm_dist.cf.sharded_checkpoint import State, read_state
 from collm_dist.cf.trainer import TrainingPlan, gather_metrics, train_cf
 from collm_dist.cf.user_shards import SPLITS, UserRanges, load_worker_data, number_globally
-from collm_dist.cf.warm_start import load_previous_weights
-from collm_dist.cf.worker_checkpoints import State, read_state
+from collm_dist.cf.weight_transfer import load_previous_weights
 from collm_dist.config import CfConfig
 from collm_dist.data.ingest.forgetting import find_tombstones
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids, read_bucket

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.models import TrainableCfModel
 
 
 class SlotVectors(nn.Module):

@@ -25,8 +25,8 @@ from torch.nn import functional
 from collm_dist.cf.batches import CfBatch, Rows, count_batches, iter_batches
 from collm_dist.cf.models.interface import TrainableCfModel, list_shared
 from collm_dist.cf.optimizer import Optimizers
+from collm_dist.cf.sharded_checkpoint import Progress, read_state, restore_state, save_state
 from collm_dist.cf.user_shards import UserRanges
-from collm_dist.cf.worker_checkpoints import Progress, read_state, restore_state, save_state
 from collm_dist.distributed import gather_rows, get_rank, get_world_size, sum_gradients, sum_over_workers
 from collm_dist.errors import ConfigError, DataError
 from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc

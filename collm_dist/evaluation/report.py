@@ -18,10 +18,10 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.evaluation.calibration import list_calibration, write_calibration
 from collm_dist.evaluation.comparison import TableSettings, compute_table
 from collm_dist.evaluation.deviations import choose_recipe, list_deviations
-from collm_dist.evaluation.hyperparameters import build_run_settings
-from collm_dist.evaluation.notes import describe_data, list_notes, list_warnings
+from collm_dist.evaluation.hparams import build_run_settings
 from collm_dist.evaluation.plots import plot_calibration, plot_forest, plot_training, save_figure
-from collm_dist.evaluation.render import MODEL_NAMES, list_metrics, render_markdown, render_results
+from collm_dist.evaluation.report_markdown import MODEL_NAMES, list_metrics, render_markdown, render_results
+from collm_dist.evaluation.report_notes import describe_data, list_notes, list_warnings
 from collm_dist.evaluation.score_files import write_scores
 from collm_dist.evaluation.scored_models import EvaluatedSplit, ModelScores, collect_models, load_splits, score_stages
 from collm_dist.evaluation.slots_mlp import find_slots

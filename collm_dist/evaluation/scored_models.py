@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.config import Config
 from collm_dist.data.prompts.template import load_prompt_text
 from collm_dist.data.samples.statistics import compute_pair_features

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from collm_dist.cf.batches import take_before
 from collm_dist.cf.fitting import Job, OnEpoch, build_untrained, compute_fold_starts, fit
-from collm_dist.cf.models.catalog import check_arguments, check_tuning, list_arguments
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.model_files import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
+from collm_dist.cf.models import TrainableCfModel
+from collm_dist.cf.models.registry import check_arguments, check_tuning, list_arguments
 from collm_dist.cf.models.vector_table import read_vectors, read_width
 from collm_dist.cf.optimizer import Optimizers
+from collm_dist.cf.sharded_checkpoint import Progress, read_state, save_state
 from collm_dist.cf.trainer import check_metric, copy_weights
 from collm_dist.cf.user_shards import load_worker_data, number_globally
-from collm_dist.cf.weight_files import FILE_NAME, ModelHeader, load_model, name_fold_file, take_sample, write_model
-from collm_dist.cf.worker_checkpoints import Progress, read_state, save_state
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import Manifest, load_manifest

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collm_dist.cf.batches import CfBatch
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
-from collm_dist.cf.weight_files import load_cf_model
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.prompts.micro_batches import plan_micro_batches

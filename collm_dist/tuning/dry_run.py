@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.assets import resolve_backbone
-from collm_dist.cf.models.catalog import get_model_class, list_arguments
+from collm_dist.cf.models.registry import get_model_class, list_arguments
 from collm_dist.config import Config
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator

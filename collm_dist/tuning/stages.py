@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
-from collm_dist.cf.stage2_start import load_for_tuning
-from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.cf.stage2_init import load_for_tuning
 from collm_dist.config import Config, LlmConfig, StageConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
 from collm_dist.data.prompts.template import resolve_answer_ids

@@ -9,8 +9,7 @@ Tables, biases, training, checkpoints, cross-fitting and export are the base cla
 import torch
 from torch import Tensor
 
-from collm_dist.cf.batches import CfBatch
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.models import CfBatch, TrainableCfModel
 
 
 class RecentLikes(TrainableCfModel):

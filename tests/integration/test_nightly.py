@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import collm_dist
+from collm_dist.cf.model_files import load_model
 from collm_dist.cf.models.mf import MatrixFactorization
 from collm_dist.cf.user_shards import UserRanges
-from collm_dist.cf.warm_start import load_previous_weights
-from collm_dist.cf.weight_files import load_model
+from collm_dist.cf.weight_transfer import load_previous_weights
 from collm_dist.config.loader import load_config
 from collm_dist.data.ingest.forgetting import find_tombstones, write_tombstone
 from collm_dist.data.shards.interactions import load_user_ids

@@ -17,8 +17,8 @@ import yaml
 from ray.train.torch import TorchTrainer
 
 from collm_dist.cf.fitting import Job, fit
+from collm_dist.cf.model_files import load_cf_model, load_model
 from collm_dist.cf.user_shards import load_worker_data
-from collm_dist.cf.weight_files import load_cf_model, load_model
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, LaunchError
@@ -27,7 +27,7 @@ from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.pretrain import export_models, run_pretrain
 from tests.unit.cf_data import MODELS, make_cf
 from tests.unit.evaluation_run import NUM_USERS, build_config, write_data_step
-from tests.unit.test_cf_weight_files import ITEMS, USERS, write_tables
+from tests.unit.test_cf_model_files import ITEMS, USERS, write_tables
 from tests.unit.test_own_cf_model import write_vectors
 
 NUM_EPOCHS = 300

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from collm_dist.cf.batches import CfBatch
-from collm_dist.cf.models.interface import CfModel
+from collm_dist.cf.models import CfModel
 from tests.reference import plain_cf
 from tests.unit.cf_data import MODELS, build, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step

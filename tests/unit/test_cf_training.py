@@ -8,9 +8,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from collm_dist.cf.biases import fit_biases
+from collm_dist.cf.sharded_checkpoint import find_overlaps, read_state
 from collm_dist.cf.trainer import check_metric, compute_metrics, train_cf
 from collm_dist.cf.user_shards import UserRanges
-from collm_dist.cf.worker_checkpoints import find_overlaps, read_state
 from collm_dist.errors import CheckpointError, ConfigError, DataError
 from tests.unit.cf_data import MODELS, build, make_cf, make_plan
 from tests.unit.evaluation_run import write_data_step

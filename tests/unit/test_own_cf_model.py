@@ -10,16 +10,16 @@ import pytest
 import torch
 import yaml
 
-from collm_dist.cf.models.catalog import check_arguments, get_model_class
+from collm_dist.cf.model_files import load_cf_model
+from collm_dist.cf.models.registry import check_arguments, get_model_class
 from collm_dist.cf.models.vector_table import read_vectors, read_width
-from collm_dist.cf.weight_files import load_cf_model
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ConfigError, DataError
 from collm_dist.orchestration.pretrain import run_pretrain
 from tests.examples.own_cf_model import RecentLikes
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, build_config, write_data_step
-from tests.unit.test_cf_weight_files import ITEMS, USERS, write_tables
+from tests.unit.test_cf_model_files import ITEMS, USERS, write_tables
 
 OWN = "tests.examples.own_cf_model:RecentLikes"
 
@@ -75,7 +75,7 @@ def test_a_table_of_vectors_is_read_and_only_biases_and_gain_are_learned(tmp_pat
         ("svd", "none of mf, lightgcn, sasrec, din, table, none, nor an import path"),
         ("no.such.module:Model", r"cannot be imported.*PYTHONPATH"),
         ("tests.examples.own_cf_model:Nothing", "cannot be imported"),
-        ("collections:OrderedDict", r"no subclass of collm_dist\.cf\.base\.TrainableCfModel"),
+        ("collections:OrderedDict", r"not a subclass of collm_dist\.cf\.models\.TrainableCfModel"),
     ],
 )
 def test_what_is_no_model_is_refused(name, message):

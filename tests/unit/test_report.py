@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
-from collm_dist.evaluation.notes import estimate_standard_error
 from collm_dist.evaluation.plots import plot_training, read_curves
-from collm_dist.evaluation.render import render_markdown, render_table
 from collm_dist.evaluation.report import build_report, run_evaluation
+from collm_dist.evaluation.report_markdown import render_markdown, render_table
+from collm_dist.evaluation.report_notes import estimate_standard_error
 from collm_dist.evaluation.score_files import align_scores
 from collm_dist.evaluation.scored_models import collect_models, load_splits
 from collm_dist.metrics import compute_auc, compute_ndcg, compute_uauc

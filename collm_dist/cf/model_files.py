@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm_dist.cf.models.catalog import get_model_class
 from collm_dist.cf.models.interface import TrainableCfModel, is_local
+from collm_dist.cf.models.registry import get_model_class
+from collm_dist.cf.safetensors_writer import create_tensor_file
+from collm_dist.cf.sharded_checkpoint import State
 from collm_dist.cf.slot_vectors import SlotVectors
-from collm_dist.cf.tensor_file import create_tensor_file
 from collm_dist.cf.user_shards import UserRanges
-from collm_dist.cf.worker_checkpoints import State
 from collm_dist.data.ingest.id_tables import compute_ids_hash
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import Manifest

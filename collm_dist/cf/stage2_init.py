@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collm_dist.cf.models.catalog import check_tuning, get_model_class
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.model_files import FILE_NAME, ModelHeader, compute_export_factors, load_cf_model, load_model
+from collm_dist.cf.models import TrainableCfModel
+from collm_dist.cf.models.registry import check_tuning, get_model_class
 from collm_dist.cf.slot_vectors import SlotVectors
-from collm_dist.cf.weight_files import FILE_NAME, ModelHeader, compute_export_factors, load_cf_model, load_model
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.runs.run_dir import RunDir
 

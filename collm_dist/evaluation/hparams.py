@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from collm_dist.config import Config
-from collm_dist.evaluation.render import list_metrics
+from collm_dist.evaluation.report_markdown import list_metrics
 from collm_dist.monitoring import RunSettings
 from collm_dist.runs.fingerprints import flatten_config
 

@@ -13,9 +13,9 @@ import safetensors
 import torch
 
 from collm_dist.cf.fitting import build_untrained
-from collm_dist.cf.tensor_file import create_tensor_file
-from collm_dist.cf.weight_files import ModelHeader, load_cf_model, write_model
-from collm_dist.cf.worker_checkpoints import read_state
+from collm_dist.cf.model_files import ModelHeader, load_cf_model, write_model
+from collm_dist.cf.safetensors_writer import create_tensor_file
+from collm_dist.cf.sharded_checkpoint import read_state
 from collm_dist.data.ingest.id_tables import compute_ids_hash
 from collm_dist.data.shards.manifest import compute_content_hash, load_manifest
 from collm_dist.errors import ArtifactError
@@ -166,7 +166,7 @@ LOOK_UP = """
 import sys
 from pathlib import Path
 import torch
-from collm_dist.cf.weight_files import load_model
+from collm_dist.cf.model_files import load_model
 
 def read_private():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.cf.model_files import load_model
+from collm_dist.cf.models import TrainableCfModel
 from collm_dist.cf.user_shards import UserRanges
-from collm_dist.cf.weight_files import load_model
 
 
 def load_previous_weights(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from collm_dist.cf.models.catalog import check_tuning
-from collm_dist.cf.stage2_start import load_for_tuning
-from collm_dist.cf.weight_files import load_cf_model
+from collm_dist.cf.model_files import load_cf_model
+from collm_dist.cf.models.registry import check_tuning
+from collm_dist.cf.stage2_init import load_for_tuning
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ConfigError

@@ -47,7 +47,7 @@ def get_model_class(name: str) -> type[TrainableCfModel]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cf.model: '{name}' cannot be imported ({error}); is its folder on PYTHONPATH?") from error
     if not (isinstance(found, type) and issubclass(found, TrainableCfModel)):
-        raise ConfigError(f"cf.model: '{name}' is no subclass of collm_dist.cf.models.interface.TrainableCfModel")
+        raise ConfigError(f"cf.model: '{name}' is not a subclass of collm_dist.cf.models.TrainableCfModel")
     return found
 
 
