@@ -6,9 +6,6 @@ version 2.39 it keeps these slivers in caches for small objects, where nothing j
 and grows. Without those caches it does not. Nor do freed tensors go back to the system then, from which every page of
 the next ones would have to be asked for (benchmarks/heap_settings.py).
 
-oneDNN keeps the kernels that it has made, one for each shape, and PyTorch its own list of them: 0.6 MB a kernel, up to
-a thousand in either. A pass needs two dozen of them.
-
 The settings are read when a process starts, and nothing can change them later.
 """
 
@@ -31,7 +28,6 @@ SETTINGS = ":".join(
         "trim_threshold": 1 << 40,
     }.items()
 )
-KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 _GPUS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 
@@ -44,7 +40,7 @@ def choose_heap(environment: Mapping[str, str]) -> dict[str, str]:
     has_gpu = any(path.exists() for path in _GPUS)
     if VARIABLE in environment or sys.platform != "linux" or has_gpu:
         return {}
-    return {VARIABLE: SETTINGS} | {name: value for name, value in KERNEL_CACHES.items() if name not in environment}
+    return {VARIABLE: SETTINGS}
 
 
 def restart_with_heap() -> None:

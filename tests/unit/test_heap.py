@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from collm_dist import heap
 
@@ -19,19 +18,6 @@ from collm_dist.heap import VARIABLE, restart_with_heap
 print(os.getpid(), sys.argv[1:], sys.flags.utf8_mode, flush=True)
 restart_with_heap()
 print(os.getpid(), sys.argv[1:], sys.flags.utf8_mode, os.environ[VARIABLE])
-"""
-
-_MAKE_KERNELS = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from collm_dist.llm.packed.frozen_linear import multiply
-read = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-weight = torch.randn(192, 576)
-multiply(torch.randn(999, 576), weight)
-before = read()
-for tokens in range(1, 200):
-    multiply(torch.randn(tokens, 576), weight)
-print(read() - before)
 """
 
 
@@ -72,22 +58,3 @@ def test_nothing_is_set_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert heap.choose_heap({})
     (tmp_path / "nvidiactl").touch()
     assert not heap.choose_heap({})
-
-
-@pytest.mark.skipif(not heap.choose_heap({}), reason="this machine has a GPU, or no glibc")
-def test_few_kernels_are_kept(tmp_path: Path) -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    script = _write(_MAKE_KERNELS, tmp_path / "kernels.py")
-    few, all_of_them = int(_run([script], **heap.choose_heap({}))), int(_run([script]))
-    # Measured: 18 and 131 MiB.
-    assert few < all_of_them / 2
-
-
-def test_a_chosen_size_of_a_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_GPUS", ())
-    monkeypatch.setattr(heap.sys, "platform", "linux")
-    name, *others = heap.KERNEL_CACHES
-    chosen = heap.choose_heap({name: "7"})
-    assert name not in chosen
-    assert all(chosen[other] == heap.KERNEL_CACHES[other] for other in others)

@@ -25,7 +25,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from collm_dist.errors import ConfigError
-from collm_dist.llm.packed.frozen_linear import hasten_products, is_hastened
 from collm_dist.llm.packed.fused_norm import fuse_norm, is_fused
 from collm_dist.llm.packed.gated_mlp import slim_down
 from collm_dist.llm.packed.key_recompute import Recomputed, recompute_in_backward
@@ -109,7 +108,6 @@ def prepare_decoder(decoder: nn.Module) -> None:
         slim_down(one)
     for one in decoder.modules():
         fuse_norm(one)
-    hasten_products(decoder.modules())
     network = getattr(layers[-1], "mlp", None)
     if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
         network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
@@ -117,9 +115,8 @@ def prepare_decoder(decoder: nn.Module) -> None:
 
 
 def restore_modules(decoder: nn.Module) -> None:
-    """Give networks, norms and products their own code again."""
-    others = [one for one in decoder.modules() if is_fused(one) or is_hastened(one)]
-    for module in [*_find_networks(decoder), *others]:
+    """Give networks and norms their own code again."""
+    for module in [*_find_networks(decoder), *(one for one in decoder.modules() if is_fused(one))]:
         module.__dict__.pop("forward", None)
 
 
