@@ -19,7 +19,6 @@ from typing import NoReturn
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
 from collm_dist.errors import CollmError, WorkerLostError
-from collm_dist.heap import restart_with_heap
 from collm_dist.runs.atomic_files import explain_disk_errors, write_json
 from collm_dist.runs.run_dir import STEPS, RunDir
 
@@ -90,12 +89,6 @@ def run_command(
             return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
-
-
-def run_computation(main: Callable[[], int]) -> NoReturn:
-    """Run a command that computes with tensors, in a process with the heap for them; it ends with its exit code."""
-    restart_with_heap()
-    end_process(main())
 
 
 def end_process(exit_code: int) -> NoReturn:

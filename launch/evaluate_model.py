@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from collm_dist.cli import run_command, run_computation
+from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_computation(main)
+    end_process(main())

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from collm_dist.cli import run_command, run_computation
+from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.runs.lock import hold_run_lock
@@ -56,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_computation(main)
+    end_process(main())

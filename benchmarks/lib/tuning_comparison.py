@@ -24,7 +24,6 @@ from benchmarks.lib.tuning_side import REFERENCE_ROWS, REST
 from benchmarks.lib.tuning_workload import PHASES, TRAINING, choose_blocks, prepare_run, spell_rows, write_rows
 from collm_dist.config import Config
 from collm_dist.data.prompts.template import resolve_answer_ids
-from collm_dist.heap import choose_heap
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
 from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
@@ -34,8 +33,6 @@ SETTLE_S = 0.5
 # On a CPU our side goes on with its batch for so long and so often, the first time included, which warms up.
 TURN_S, MOST_TIMES = 15.0, 6
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
-# Ours, with the heap that a process has by default.
-PLAIN_HEAP = "ours_plain_heap"
 PEERS = ("hf_trainer", "reference", "reference_last")
 
 
@@ -139,15 +136,12 @@ class Comparison:
         return process
 
     def _start(self, side: str, phase: str) -> SideProcess:
-        command = [sys.executable, "-m", "benchmarks.lib.tuning_side", "--side", "ours" if side == PLAIN_HEAP else side]
-        command += ["--phase", phase]
+        command = [sys.executable, "-m", "benchmarks.lib.tuning_side", "--side", side, "--phase", phase]
         command += ["--config", str(self.folder / ("cached.yaml" if phase == "stage2_cached" else "config.yaml"))]
         command += ["--rows", str(self.folder / f"{phase}.json"), "--batches", str(self.count)]
         command += ["--order", *(str(number) for turn, _ in self._list_turns() for number in turn)]
-        # The launch scripts and the pipeline give their processes these settings; peers have what they are run with.
-        heap = choose_heap(os.environ) if side == "ours" else {}
         # Batches of ever other sizes leave holes in a GPU's memory otherwise, of which a large peer dies.
-        environment = build_environment(PYTORCH_ALLOC_CONF="expandable_segments:True", **heap)
+        environment = build_environment(PYTORCH_ALLOC_CONF="expandable_segments:True")
         return SideProcess(command, environment, held=True)
 
 

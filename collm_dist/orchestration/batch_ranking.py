@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from collm_dist import errors
 from collm_dist.config import Config
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ArtifactError, CollmError, RequestError
-from collm_dist.heap import choose_heap
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.runs.atomic_files import compute_file_hash, write_json
 from collm_dist.runs.fingerprints import find_changes
@@ -189,7 +187,6 @@ def _score_on_ray(
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=cores,
         num_gpus=1 if gpus else 0,
-        runtime_env={"env_vars": {} if gpus else choose_heap(os.environ)},
     )
     done = sum(sizes) - sum(sizes[part] for part in waiting)
     hidden = not config.monitoring.progress_bar

@@ -21,7 +21,6 @@ from ray.serve.metrics import Histogram
 from collm_dist import errors
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError
-from collm_dist.heap import choose_heap
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.step_processes import handle_stop_signals
@@ -197,14 +196,13 @@ def _start_replicas(
         CollmError: as a replica raised it.
         LaunchError: one does not start.
     """
-    heap = {} if devices["num_gpus"] else choose_heap(os.environ)
     # Beyond what waits and what is being scored: requests that are read or refused, and looks at /healthz.
     ongoing = options.max_waiting + options.max_batch_size + 100
     deployment = serve.deployment(
         _Ranker,
         name="ranker",
         num_replicas=replicas,
-        ray_actor_options={**devices, "runtime_env": {"env_vars": heap}},
+        ray_actor_options=devices,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
         backpressure_config={"retry_after_s": 1},

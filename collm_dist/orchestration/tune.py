@@ -19,7 +19,6 @@ import ray
 from collm_dist.cli import ERROR_FILE_VARIABLE, report_error
 from collm_dist.config import Config
 from collm_dist.errors import LaunchError, Preempted, WorkerLostError
-from collm_dist.heap import choose_heap
 from collm_dist.orchestration.cluster import check_nodes
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.runs.step_processes import explain_end, handle_stop_signals, read_error
@@ -112,7 +111,6 @@ def _fit(settings: Mapping[str, Any], folder: Path, num_workers: int, use_gpu: b
         run_config=train.RunConfig(
             name=settings["step"],
             storage_path=str(folder / "ray"),
-            worker_runtime_env={"env_vars": {} if use_gpu else choose_heap(os.environ)},
             # The pipeline restarts a step by its own rules, the same as for processes of a launcher.
             failure_config=train.FailureConfig(max_failures=0),
         ),

@@ -22,7 +22,6 @@ BASE = (
     "monitoring",
     "cli",
     "assets",
-    "heap",
 )
 # A room may import rooms of lower levels; of its own level only itself. The base rooms may import each other.
 LEVELS = {
