@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml.error import YAMLError
 
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
-from collm_dist.config.yaml_file import dump_yaml, parse_value, read_yaml
+from collm_dist.config.yaml_document import dump_yaml, parse_value
+from collm_dist.config.yaml_file import read_yaml
 from collm_dist.errors import ConfigError
 
 MAX_SHOWN_VALUE = 60
@@ -96,7 +97,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> list[
             continue
         try:
             target[last] = parse_value(text)
-        except yaml.YAMLError:
+        except YAMLError:
             mistakes.append(f"{dotted}: a list, mapping or quoted text that is not closed ({text})")
     return mistakes
 

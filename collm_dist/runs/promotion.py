@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from collm_dist.config import Config
+from collm_dist.config.yaml_document import parse_yaml
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.runs.atomic_files import explain_disk_errors, write_json
 from collm_dist.runs.run_dir import RunDir
@@ -42,7 +41,7 @@ def pin_previous(config: Config) -> Config:
     if not path.is_symlink() and not (is_pointer and not path.exists()):
         return config
     if recorded.exists():
-        before = yaml.safe_load(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
+        before = parse_yaml(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
     else:
         before = str(path.resolve()) if path.exists() else None
     if before is not None and Path(before).resolve() == run_dir.resolve():

@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
+from collm_dist.config.yaml_document import parse_yaml
 from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.lock import hold_run_lock
@@ -57,7 +57,7 @@ def find_held_users(
         if path.is_symlink() or not (path / "data").is_dir():
             continue
         settings = path / "config.yaml"
-        document = (yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None) or {}
+        document = (parse_yaml(settings.read_text(encoding="utf-8")) if settings.exists() else None) or {}
         published_to = (document.get("run") or {}).get("publish_to")
         try:
             held = int(pc.is_in(pa.array(load_user_ids(path / "data"), pa.string()), forgotten).to_numpy(False).sum())

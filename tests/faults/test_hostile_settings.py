@@ -8,7 +8,8 @@ import time
 import pytest
 
 from collm_dist.config.loader import MAX_SHOWN_MISTAKES, dump_config, load_config
-from collm_dist.config.yaml_file import MAX_BYTES, MAX_VALUES
+from collm_dist.config.yaml_document import MAX_VALUES
+from collm_dist.config.yaml_file import MAX_BYTES
 from collm_dist.data.prompts.template import load_prompt_text
 from collm_dist.errors import ConfigError
 
@@ -28,20 +29,20 @@ def load(tmp_path, text, *overrides):
     ("text", "message"),
     [
         (ALIASES, rf":8: more than {MAX_VALUES:,} values"),
-        ("x: &a [*a]", ":3: an alias of what it stands in"),
-        ("cf: &a {<<: *a}", ":3: an alias of what it stands in"),
+        ("x: &a [*a]", ":3: an alias inside its own anchor"),
+        ("cf: &a {<<: *a}", ":3: an alias inside its own anchor"),
         ("x: " + "[" * 1000, "nested too deeply"),
         ("x: " + "{a: " * 1000, "nested too deeply"),
-        ("stage1: {max_steps: " + "9" * 5000 + "}", ":3: the value is no int"),
-        ("cf: !!int many", ":3: the value is no int"),
-        ("cf: !!bool perhaps", ":3: the value is no bool"),
-        ("cf: !!timestamp someday", ":3: the value is no timestamp"),
-        ("cf: !!map x", ":3: the value is no map"),
-        ("cf: !!python/object/apply:os.system [ls]", ":3: could not determine a constructor"),
+        ("stage1: {max_steps: " + "9" * 5000 + "}", ":3: the value is not of type int"),
+        ("cf: !!int many", ":3: the value is not of type int"),
+        ("cf: !!bool perhaps", ":3: the value is not of type bool"),
+        ("cf: !!timestamp someday", ":3: the value is not of type timestamp"),
+        ("cf: !!map x", ":3: the value is not of type map"),
+        ("cf: !!python/object/apply:os.system [ls]", ":3: the value is not of type python/object/apply:os.system"),
         ('prompt: {stage1: "\\ud800"}', ":3: a NUL character or half a surrogate pair"),
         ('llm: {backbone: "a\\0b"}', ":3: a NUL character or half a surrogate pair"),
-        ('x: "\\U00110000"', ":3: "),
-        ("cf: {[1]: 2}", ":3: found unhashable key"),
+        ('x: "\\U00110000"', "beyond the last Unicode character"),
+        ("cf: {[1]: 2}", ":3: a list or mapping as a key"),
         ("1: 2", "1: Keys should be strings"),
         ("stage1: {learning_rate: 1e999}", r"stage1\.learning_rate: should be a finite number"),
         ("cluster: {deepspeed_extra: {1: 2}}", r"cluster\.deepspeed_extra\.1"),
@@ -57,8 +58,8 @@ def test_hostile_yaml(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (GOOD.encode("utf-16"), "is no UTF-8 text.*save it as UTF-8"),
-        (GOOD.encode() + b"x: caf\xe9\n", "is no UTF-8 text"),
+        (GOOD.encode("utf-16"), "is not UTF-8 .*save it as UTF-8"),
+        (GOOD.encode() + b"x: caf\xe9\n", "is not UTF-8"),
         (GOOD.encode() + b"\x00", "special characters are not allowed"),
         (GOOD.encode() + b"#" * MAX_BYTES, "more than 256 KiB"),
     ],

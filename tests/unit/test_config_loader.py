@@ -5,7 +5,7 @@ import pytest
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
 from collm_dist.config.loader import dump_config, list_fields, load_config
-from collm_dist.config.yaml_file import parse_value
+from collm_dist.config.yaml_document import parse_value
 from collm_dist.errors import ConfigError
 
 GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"
@@ -118,7 +118,7 @@ def test_missing_and_conflicting_settings(write):
     ("text", "message"),
     [
         ("run: {dir: x\ndataset: 3", r"config\.yaml:2: "),
-        ("run: {dir: x}\nrun: {dir: y}", r"config\.yaml:2: the key 'run' is given twice, first in line 1"),
+        ("run: {dir: x}\nrun: {dir: y}", r"config\.yaml:2: duplicate key 'run', first in line 1"),
         ("- a\n- b", r"expected sections"),
     ],
 )
@@ -128,7 +128,7 @@ def test_bad_yaml_names_file_and_line(write, text, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
 
 

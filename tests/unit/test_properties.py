@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.config.yaml_file import dump_yaml, parse_yaml
+from collm_dist.config.yaml_document import dump_yaml, parse_yaml
 from collm_dist.data.ingest.files import NULLS
 from collm_dist.data.ingest.item_texts import MAX_TEXT_CHARACTERS, clean_text
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
