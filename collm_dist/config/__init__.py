@@ -1,109 +1,18 @@
-"""The configuration: one YAML = one experiment through all steps. Sections stand in the order of the data."""
+"""Settings: one YAML file is one experiment through all steps, one module a section."""
 
-from __future__ import annotations
-
-from pydantic import Field, model_validator
-
-from collm_dist.config.base import Section
-from collm_dist.config.data_sections import (
-    ColumnsConfig,
-    DatasetConfig,
-    ExpectConfig,
-    ItemColumnsConfig,
-    PreprocessingConfig,
-    RunConfig,
-    SplitConfig,
-)
-from collm_dist.config.model_sections import (
-    CfConfig,
-    CfSearchConfig,
-    LlmConfig,
-    LoraConfig,
-    MappingConfig,
-    PromptConfig,
-)
-from collm_dist.config.tuning_sections import (
-    ClusterConfig,
-    EvaluationConfig,
-    MonitoringConfig,
-    PromotionConfig,
-    Stage1Config,
-    Stage2Config,
-    StageConfig,
-)
-
-
-class Config(Section):
-    """One experiment."""
-
-    run: RunConfig = Field(..., description="Where results go, and the seed.")
-    dataset: DatasetConfig = Field(..., description="The raw logs.")
-    preprocessing: PreprocessingConfig = Field(default_factory=PreprocessingConfig, description="Samples and shards.")
-    cf: CfConfig = Field(default_factory=CfConfig, description="The collaborative-filtering model.")
-    cf_search: CfSearchConfig = Field(default_factory=CfSearchConfig, description="A search for its settings.")
-    prompt: PromptConfig = Field(default_factory=PromptConfig, description="What the language model reads.")
-    llm: LlmConfig = Field(default_factory=LlmConfig, description="The language model.")
-    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter of stage 1.")
-    mapping: MappingConfig = Field(default_factory=MappingConfig, description="The mapping of stage 2.")
-    stage1: Stage1Config = Field(default_factory=Stage1Config, description="LoRA on text-only prompts.")
-    stage2: Stage2Config = Field(default_factory=Stage2Config, description="The mapping on prompts with slots.")
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="The report.")
-    promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="When a run replaces another.")
-    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig, description="Logs and progress.")
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and processes.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        stored, shown = self.preprocessing.max_history_length, self.prompt.history_length
-        if shown > stored:
-            raise ValueError(
-                f"prompt.history_length {shown} exceeds preprocessing.max_history_length {stored}, which is all "
-                "that the shards hold: raise the latter"
-            )
-        if (read := self.cf.history_length) is not None and read > stored:
-            raise ValueError(
-                f"cf.history_length {read} exceeds preprocessing.max_history_length {stored}, which is all that the "
-                "shards hold: raise the latter"
-            )
-        if self.cf.model == "none" and self.stage2.train_cf != "scratch":
-            raise ValueError(
-                "cf.model 'none' leaves its id tokens to stage 2, which must learn them: set stage2.train_cf to scratch"
-            )
-        if self.cf.model == "none" and self.promotion.baseline == "cf":
-            raise ValueError(
-                "promotion.baseline cf: with cf.model 'none' there is no collaborative model to compare with; choose "
-                "another baseline"
-            )
-        if self.stage2.train_cf and (self.cf.cross_fit != "off" or self.cf.model in ("lightgcn", "table")):
-            raise ValueError(
-                "stage2.train_cf goes on training one model's own weights: set cf.cross_fit to off, and cf.model to "
-                "mf, sasrec, din or none"
-            )
-        if self.stage2.train_cf and self.cluster.zero_stage == 3:
-            raise ValueError(
-                "stage2.train_cf: rows of a table that is partitioned over processes cannot be looked up by one of "
-                "them; set cluster.zero_stage to 2 or less"
-            )
-        for setting, is_on in (("compile", self.llm.compile), ("quantization", self.llm.quantization != "none")):
-            if is_on and self.cluster.zero_stage == 3:
-                raise ValueError(
-                    f"llm.{setting} wants a backbone whose weights are whole on each process: set cluster.zero_stage "
-                    "to 2 or less"
-                )
-        if self.promotion.min_paired_difference is not None:
-            self._check_promotion()
-        return self
-
-    def _check_promotion(self) -> None:
-        evaluation, metric = self.evaluation, self.promotion.metric
-        if "test" not in evaluation.splits or evaluation.bootstrap_samples == 0:
-            raise ValueError("promotion is decided by an interval on test: evaluation.splits must name test, and "
-                             "evaluation.bootstrap_samples must not be 0")  # fmt: skip
-        name, _, cutoff = metric.partition("@")
-        if cutoff and (self.dataset.feedback != "implicit" or int(cutoff) not in evaluation.cutoffs):
-            raise ValueError(f"promotion.metric {metric}: {name} is reported for dataset.feedback: implicit, at "
-                             f"evaluation.cutoffs {list(evaluation.cutoffs)}; choose auc or one of these")  # fmt: skip
-
+from collm_dist.config.cf_search_section import CfSearchConfig
+from collm_dist.config.cf_section import CfConfig
+from collm_dist.config.cluster_section import ClusterConfig
+from collm_dist.config.dataset_section import ColumnsConfig, DatasetConfig, ExpectConfig, ItemColumnsConfig, SplitConfig
+from collm_dist.config.evaluation_section import EvaluationConfig
+from collm_dist.config.experiment import Config
+from collm_dist.config.llm_section import LlmConfig, LoraConfig, MappingConfig
+from collm_dist.config.monitoring_section import MonitoringConfig
+from collm_dist.config.preprocessing_section import PreprocessingConfig
+from collm_dist.config.promotion_section import PromotionConfig
+from collm_dist.config.prompt_section import PromptConfig
+from collm_dist.config.run_section import RunConfig
+from collm_dist.config.stage_sections import Stage1Config, Stage2Config, StageConfig
 
 __all__ = [
     "CfConfig",

@@ -1,4 +1,4 @@
-"""Settings of the run and of its data: from raw logs to shards."""
+"""Settings of the raw logs."""
 
 from __future__ import annotations
 
@@ -6,26 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from collm_dist.config.base import Section, Uri, operational
+from collm_dist.config.section import Section, Uri
 
 MAX_MONTHS = 12 * 1000
-
-
-class RunConfig(Section):
-    """Where results go, and the seed everything is drawn from."""
-
-    dir: str = operational(..., "Run directory: every step writes below it. Local or on a shared POSIX file system.")
-    seed: int = Field(
-        0, ge=0, le=10**9, description="Seed of every random choice: sampling, initialisation, order, bootstrap."
-    )
-    reuse: tuple[str, ...] = operational(
-        (), "Other run directories whose finished steps are linked in when their fingerprint equals this run's."
-    )
-    publish_to: Uri | None = operational(
-        None,
-        "The pipeline copies every finished step to a folder of the run's name below this URI (a path, s3://, gs://): "
-        "its record last, and only what is not there yet.",
-    )
 
 
 class ColumnsConfig(Section):
@@ -155,18 +138,3 @@ class DatasetConfig(Section):
         if has_own_columns and self.split.method == "column" and self.columns.split is None:
             raise ValueError("split.method: column needs columns.split")
         return self
-
-
-class PreprocessingConfig(Section):
-    """How samples are built and packed. Bytes depend on the counts given here, never on workers."""
-
-    ties: Literal["strict", "order"] = Field(
-        "strict",
-        description="Rows of one user with one timestamp. strict: none is earlier than the other. order: earlier in "
-        "the file is earlier (the paper's way).",
-    )
-    max_history_length: int = Field(50, ge=1, description="Liked items kept with a context: the most any model reads.")
-    max_dislikes: int = Field(10, ge=0, description="Disliked items kept with a row: the last ones before it.")
-    num_user_buckets: int = Field(256, ge=1, description="Partitions by user; a bucket is the unit of memory.")
-    num_shards: int = Field(16, ge=1, description="WebDataset shards of each split.")
-    contexts_per_record: int = Field(256, ge=1, description="Contexts packed into one member of a shard.")

@@ -1,0 +1,75 @@
+"""Settings of machines and processes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from collm_dist.config.section import Section, operational
+
+
+class ClusterConfig(Section):
+    """Machines and processes. Nothing here changes results, beyond floating-point rounding."""
+
+    ray_address: str | None = operational(
+        None, "Ray cluster to join (auto, ray://..., host:port); default: the job's own cluster, else a local one."
+    )
+    ray_num_cpus: int | None = operational(None, "CPUs of a local Ray; default: all.", ge=1)
+    object_store_gb: float = operational(0.5, "Object store of a local Ray, in GB.", gt=0.08)
+    preprocess_parallelism: int = operational(64, "Most preprocessing tasks in flight.", ge=1)
+    tuning: Literal["launcher", "ray"] = operational(
+        "launcher",
+        "How the pipeline runs the tuning stages and the evaluation: launcher = the deepspeed launcher, on this "
+        "machine; ray = Ray Train workers, on all nodes of the Ray cluster.",
+    )
+    num_processes: int | None = operational(
+        None,
+        "Tuning processes on this machine, with tuning: ray on the cluster; default: one per GPU, one without.",
+        ge=1,
+    )
+    hostfile: str | None = operational(
+        None,
+        "launcher: run them on the hosts of this file, one process to each slot, through deepspeed --hostfile (ssh and "
+        "pdsh); lines of: name slots=4. Default: this machine alone.",
+    )
+    master_address: str | None = operational(
+        None,
+        "hostfile: address at which the hosts find the first of them; default: the first that it names itself, which "
+        "may be of the wrong network.",
+        pattern=r"^[\w.:-]+$",
+    )
+    local_scratch: str | None = operational(
+        None,
+        "Folder on a local disk of each machine: tuning and evaluation copy the shards that they read to it, once per "
+        "machine, and read them there. For a run.dir on a slow or distant file system.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = operational(
+        2, "DeepSpeed ZeRO stage; 3 also shards the frozen weights; 0 is 1 in bfloat16."
+    )
+    collective_timeout_minutes: float = operational(
+        30.0, "A tuning process that completes no step and no validation batch for so long ends the job.", gt=0
+    )
+    max_restarts: int = operational(
+        3, "Times that the pipeline runs a step again whose processes were stopped or lost.", ge=0
+    )
+    restart_backoff_seconds: float = operational(
+        10.0, "Wait before the first of them; it doubles with each further one.", ge=0
+    )
+    deepspeed_extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Merged last into the DeepSpeed configuration; keys that this project owns are refused.",
+        json_schema_extra={"operational": True},
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if self.hostfile is not None and self.tuning == "ray":
+            raise ValueError(
+                "hostfile is for tuning: launcher; with tuning: ray the nodes are those of the Ray cluster"
+            )
+        if self.hostfile is not None and self.num_processes is not None:
+            raise ValueError("num_processes: with hostfile its slots count; leave it out")
+        if self.master_address is not None and self.hostfile is None:
+            raise ValueError("master_address means nothing without hostfile")
+        return self

@@ -1,0 +1,68 @@
+"""Settings of the language model, its LoRA adapter, and the mapping."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from collm_dist.config.section import Section, operational
+
+
+class LlmConfig(Section):
+    """The language model."""
+
+    backbone: str = Field(
+        "smollm2-135m-instruct-q4_1",
+        description="A named backbone, a model hub id, a local folder or a .gguf file; any causal language model.",
+    )
+    revision: str | None = Field(None, description="Revision of a hub id.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU."
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention kernel of transformers.")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Hold the frozen weights in fewer bits (needs bitsandbytes): a 7B backbone in 4 GB instead of 14. "
+        "Stage 2 quantizes the backbone with stage 1's update merged in. 8bit also rounds activations, by a rule that "
+        "looks at a whole micro-batch, so scores depend a little on batching; 4bit rounds weights alone.",
+    )
+    compile: bool = operational(
+        False, "Run the decoder's layers through torch.compile: seconds to minutes at the start, then faster steps."
+    )
+    activation_checkpointing: bool = operational(
+        False, "Recompute the layers' activations in the backward pass: less memory, about a third more time."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Leave off unless vetted.")
+
+
+class LoraConfig(Section):
+    """The low-rank adapter that stage 1 trains."""
+
+    rank: int = Field(8, ge=1, description="Rank of the update.")
+    alpha: int = Field(16, ge=1, description="Scale: the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), description="Names of the linear layers that are adapted."
+    )
+
+
+class MappingConfig(Section):
+    """The mapping from collaborative vectors to the language model's input embeddings (paper, section 3.2)."""
+
+    hidden_multiple: int = Field(10, ge=1, description="Hidden width as a multiple of the vector's width.")
+    tokens_per_slot: int = Field(1, ge=1, description="Soft tokens that a slot becomes.")
+    mask_probability: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of training slots whose vector is replaced by that of an unknown user or item, so that "
+        "unknown ones are met in training too.",
+    )
+
+    @field_validator("tokens_per_slot")
+    @classmethod
+    def _reasonable(cls, value: int) -> int:
+        if value > 16:
+            raise ValueError("more than 16 soft tokens for a slot cannot be meant")
+        return value

@@ -1,0 +1,57 @@
+"""Settings of logs, progress and profiles."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import field_validator
+
+from collm_dist.config.section import Section, operational
+
+MAX_PROFILED_STEPS = 50
+
+
+class MonitoringConfig(Section):
+    """What is shown while work goes on."""
+
+    log_every_steps: int = operational(10, "Steps between logged points.", ge=1)
+    tensorboard: bool = operational(True, "Write TensorBoard files.")
+    progress_bar: bool = operational(True, "Show progress bars on the first process.")
+    projector_items: int = operational(
+        1000,
+        "Items whose vectors stage 2 leaves for TensorBoard's projector, the most frequent ones; 0: none.",
+        ge=0,
+        le=100_000,
+    )
+    profile_steps: tuple[int, int] | None = operational(
+        None,
+        "First and last step, also written 10-12, of which the first process writes a profiler's trace in each stage.",
+    )
+    prometheus_dir: str | None = operational(
+        None,
+        "Folder, as an absolute path, for text files that node exporter's textfile collector reads: the run's state, "
+        "and the numbers of its training; default: none.",
+    )
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _parse_steps(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        text = "-".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)
+        found = re.fullmatch(r" *([0-9]{1,12}) *- *([0-9]{1,12}) *", text)
+        first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= first <= last < first + MAX_PROFILED_STEPS:
+            raise ValueError(
+                f"{value!r:.60} is no range of steps: write [10, 12] or 10-12, counted from 1, the first not after the "
+                f"last, {MAX_PROFILED_STEPS} at most (a trace takes megabytes a step)"
+            )
+        return first, last
+
+    @field_validator("prometheus_dir")
+    @classmethod
+    def _check_absolute(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("/"):
+            raise ValueError(f"{value!r:.60} is no absolute path; the processes of a run may start in other folders")
+        return value
