@@ -1,54 +1,47 @@
-"""Dropout whose masks follow from keys, not from the order of calls: the same on any number of workers and processes.
+"""Dropout whose masks follow from keys instead of call order: the same on any number of workers and processes.
 
-Shapes: R rows, W numbers a row.
+Shapes: R rows, W elements of a row.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from collm_dist.random_keys import MaskPool
 
 _POOL_SIZE = 1 << 18
 _MULTIPLIER = 0x5851F42D4C957F2D  # of Knuth's MMIX generator
 
 
 class KeyedDropout(nn.Module):
-    """Zeroes numbers with probability p and scales the others by 1 / (1 - p).
+    """Zeroes elements with probability p and scales the others by 1 / (1 - p)."""
 
-    Hashing every number would cost more than the layers around it. So a pool of independent draws is made once, and a
-    row takes the window of it that starts where its key says.
-    """
-
-    pool: Tensor
-
-    def __init__(self, probability: float, site: int, width: int) -> None:
-        """Draw the pool.
+    def __init__(self, probability: float, site: int, max_width: int) -> None:
+        """Draw the pool of masks.
 
         Args:
             probability: p.
-            site: number of the place in the model; each has its own pool.
-            width: W at most; the pool has room for as many windows.
+            site: number of the layer in the model; each has its own pool.
+            max_width: largest W; the pool has room for as many windows.
         """
         super().__init__()
-        self.probability, self.site, self.width = probability, site, width
-        generator = torch.Generator().manual_seed(site)
-        kept = torch.rand(max(_POOL_SIZE, 2 * width), generator=generator) >= probability
-        self.register_buffer("pool", kept.float() / (1 - probability), persistent=False)
+        self.probability, self.site = probability, site
+        num_windows = max(_POOL_SIZE, 2 * max_width) - max_width
+        self._masks = MaskPool(probability, num_windows=num_windows, max_width=max_width, seed=site)
 
     def forward(self, values: Tensor, keys: Tensor | None, *, from_end: bool = False) -> Tensor:
-        """Drop.
+        """Drop elements of each row.
 
         Args:
             values: (R, ...).
-            keys: (R,) non-negative; None = nothing is dropped.
-            from_end: lay the windows from the end of the second axis backwards, so that padding on the left of a
+            keys: (R,) non-negative; None drops nothing.
+            from_end: lay the masks from the end of the second axis backwards, so that padding on the left of a
                 sequence does not shift them.
         """
         if keys is None or self.probability == 0 or len(values) == 0:
             return values
-        width = values[0].numel()
-        # As many windows whatever the rows' width is, which padding changes: a key has one start.
-        windows = self.pool.as_strided((len(self.pool) - self.width, width), (1, 1))
-        starts = ((keys + self.site) * _MULTIPLIER >> 24).remainder(len(windows))
-        mask = windows[starts].view_as(values)
+        self._masks.move_to(values.device)
+        # The number of windows does not depend on the width of these rows, which padding changes.
+        windows = ((keys + self.site) * _MULTIPLIER >> 24).remainder(self._masks.num_windows)
+        mask = self._masks.take(windows, values[0].numel()).view_as(values).to(values.dtype) / (1 - self.probability)
         return values * (mask.flip(1) if from_end else mask)

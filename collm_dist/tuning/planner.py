@@ -121,7 +121,7 @@ def measure_layers(
         if lora is not None:
             add_lora(model, **vars(lora), seed=0)
             if (masks := install_keyed_dropout(model)) is not None:
-                masks.starts = torch.zeros(len(masks.starts), 1, TRIAL_TOKENS, dtype=torch.int64)
+                masks.windows = torch.zeros(len(masks.windows), 1, TRIAL_TOKENS, dtype=torch.int64)
         for module in model.modules() if on_gpu else ():
             if has_code_of(module, LlamaRMSNorm):
                 module.forward = _NormOnGpu.apply

@@ -11,10 +11,10 @@ from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.errors import ConfigError
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.lora_dropout import DropoutMasks, DroppedLinear, _mix
+from collm_dist.llm.lora_dropout import DropoutMasks, DroppedLinear
 from collm_dist.llm.packed.compiled_layers import compile_layers
 from collm_dist.llm.packed.passes import enable_activation_checkpointing
-from collm_dist.random_keys import hash_integers
+from collm_dist.random_keys import hash_integers, hash_tensor
 from tests.parity.test_shared_context import STAGE1, collect_gradients, make_block, make_collator
 from tests.tiny import make_model
 
@@ -87,10 +87,10 @@ def test_they_depend_on_all_the_rest(tmp_path):
     assert torch.equal(first, model(batch, 5))
     assert not torch.isclose(first, model(batch, 6)).any()
     masks = model._dropout_masks
-    assert len(masks.starts) == 4  # two layers, two matrices each
-    starts = masks.starts
-    assert starts.shape[1:] == (1, batch.num_tokens)
-    assert len(starts.unique()) > 0.995 * starts.numel()  # of 2,328 draws out of a million two or three meet
+    assert len(masks.windows) == 4  # two layers, two matrices each
+    windows = masks.windows
+    assert windows.shape[1:] == (1, batch.num_tokens)
+    assert len(windows.unique()) > 0.995 * windows.numel()  # of 2,328 draws out of a million two or three meet
     model.eval()
     plain = model(batch, 5)
     assert torch.equal(plain, model(batch, 6))
@@ -110,7 +110,7 @@ def test_the_share_is_dropped_and_the_rest_makes_up_for_it(tmp_path):
     assert share.mean().item() == pytest.approx(0.3, abs=0.004)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (share.mean(0) - 0.3).abs().max() < 0.08  # standard error of a column: 0.019
-    with pytest.raises(ConfigError, match="sees tokens as"):
+    with pytest.raises(ConfigError, match="sees tokens in shape"):
         product(ones[0])
 
 
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_plain_autograd_and_the_values_alone_are_kept(tmp
     _, collator, block = build(0.3, tmp_path)
     masks = DropoutMasks(0.3, 1)
     masks.draw(collator.collate(block, block), 1)
-    tokens = masks.starts.shape[2]
+    tokens = masks.windows.shape[2]
     values = torch.randn(1, tokens, 32, dtype=torch.float64).requires_grad_()
     product = nn.Linear(32, 4, bias=False, dtype=torch.float64)
     weights = torch.randn(1, tokens, 4, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_plain_autograd_and_the_values_alone_are_kept(tmp
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
         ours = DroppedLinear(product, masks, 0)(values)
     assert kept == [values.shape, product.weight.shape, (1, tokens)]
-    plain = product(masks.drop(values, masks.starts[0]))
+    plain = product(masks.drop(values, masks.windows[0]))
     assert (ours - plain).norm() < 1e-14 * plain.norm()
     wanted = [values, product.weight]
     for found, one in zip(
@@ -142,7 +142,7 @@ def test_bfloat16_values_stay_bfloat16(tmp_path):
     batch = collator.collate(block, block)
     masks = DropoutMasks(0.05, 1)
     masks.draw(batch, 1)
-    dropped = masks.drop(torch.ones(1, batch.num_tokens, 64, dtype=torch.bfloat16), masks.starts[0])
+    dropped = masks.drop(torch.ones(1, batch.num_tokens, 64, dtype=torch.bfloat16), masks.windows[0])
     assert dropped.dtype == torch.bfloat16
     assert dropped.unique().tolist() == [0, torch.tensor(1 / 0.95, dtype=torch.bfloat16).item()]
 
@@ -164,5 +164,5 @@ def test_compiled_layers_drop_the_same_from_few_graphs(tmp_path, checkpointing):
 
 def test_the_hash_is_the_one_of_the_data():
     values = [0, 1, 2**40, -7]
-    ours = _mix(torch.tensor(values)).tolist()
+    ours = hash_tensor(torch.tensor(values)).tolist()
     assert ours == [int(hash_integers(value).view("int64")) for value in values]

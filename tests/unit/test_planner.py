@@ -80,7 +80,7 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
     if lora is not None:
         add_lora(model, **vars(lora), seed=0)
         masks = install_keyed_dropout(model)
-        masks.starts = torch.zeros(len(masks.starts), 1, tokens, dtype=torch.int64)
+        masks.windows = torch.zeros(len(masks.windows), 1, tokens, dtype=torch.int64)
     decoder = model.get_decoder().train(lora is not None)
     if checkpointing:
         enable_activation_checkpointing(decoder)
