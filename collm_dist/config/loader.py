@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
 from collm_dist.config.yaml_document import dump_yaml, parse_value
-from collm_dist.config.yaml_file import read_yaml
+from collm_dist.config.yaml_file import read_config_file
 from collm_dist.errors import ConfigError
 
 MAX_SHOWN_VALUE = 60
@@ -29,13 +29,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Load and check a configuration. Relative paths in it stay relative to the working directory.
 
     Args:
-        path: YAML file.
+        path: YAML file; its ``base`` names another one, whose settings it changes.
         overrides: ``section.key=value``, later ones win.
 
     Raises:
         ConfigError: the file cannot be read or something in it is wrong; the message lists every mistake.
     """
-    document = read_yaml(Path(path))
+    document = read_config_file(Path(path))
     _fill_empty_sections(document, Config)
     mistakes = apply_overrides(document, overrides)
     total, config = len(mistakes), None

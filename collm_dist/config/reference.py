@@ -21,9 +21,12 @@ from collm_dist.runs.atomic_files import open_atomic
 _BOUNDS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 _HEAD = """# Settings
 
-One YAML file is one experiment. What it does not say has the default given here; `section.key=value` on the command
-line wins over the file. A wrong name or value is refused before any work, with the nearest right one. Numbers may be
-written `1e-4`, and `yes` and `no` are text.
+One YAML file is one experiment. Settings that it leaves out have the defaults given here; `section.key=value` on the
+command line overrides the file. A wrong name or value is refused before any work, with the nearest valid one. Numbers
+may be written `1e-4`; `yes` and `no` are strings.
+
+A file that changes a few settings of another one names it, relative to its own folder: `base: ml1m_official.yaml`.
+Mappings are merged key by key; lists and other values replace those of the base.
 
 Settings marked with * say how the work is done, not what comes out: changing one leaves finished steps as they are.
 

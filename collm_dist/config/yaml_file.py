@@ -11,6 +11,44 @@ from collm_dist.config.yaml_document import parse_yaml
 from collm_dist.errors import ConfigError
 
 MAX_BYTES = 1 << 18
+BASE_KEY = "base"
+
+
+def read_config_file(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the mapping in a YAML file, merged over that of the file that its ``base`` names.
+
+    Mappings are merged key by key; any other value replaces that of the base. The file's own keys come first.
+
+    Args:
+        path: the file; ``base`` is relative to its folder.
+        derived: files that lead here through their ``base``.
+
+    Raises:
+        ConfigError: a file cannot be read or is not a YAML mapping, or ``base`` leads back to a derived file.
+    """
+    document = read_yaml(path)
+    name = document.pop(BASE_KEY, None)
+    if name is None:
+        return document
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: {BASE_KEY}: should be the path of a YAML file ({name!r:.60})")
+    base, derived = path.parent / name, (*derived, path)
+    if not base.is_file():
+        raise ConfigError(f"{path}: {BASE_KEY}: file '{base}' does not exist")
+    if any(base.samefile(file) for file in derived):
+        cycle = " -> ".join(str(file) for file in (*derived, base))
+        raise ConfigError(f"{path}: {BASE_KEY}: the files lead back to one another: {cycle}")
+    return _merge(document, read_config_file(base, derived))
+
+
+def _merge(document: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(document)
+    for key, value in base.items():
+        if key not in document:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(document[key], dict):
+            merged[key] = _merge(document[key], value)
+    return merged
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

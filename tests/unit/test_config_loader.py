@@ -127,6 +127,49 @@ def test_bad_yaml_names_file_and_line(write, text, message):
         load_config(write(text))
 
 
+def test_a_file_changes_settings_of_its_base(write, tmp_path):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        GOOD + "cf: {embedding_dim: 4, dropout: 0.5}\nevaluation: {splits: [test], cutoffs: [1, 2]}\nlora:\n"
+    )
+    (tmp_path / "deeper" / "middle.yaml").write_text("base: ../base.yaml\ncf: {embedding_dim: 5, num_epochs: 7}\n")
+    path = write("base: deeper/middle.yaml\nrun: {seed: 3}\ncf: {num_epochs: 8}\nevaluation: {cutoffs: [3]}\n")
+    config = load_config(path, ["cf.dropout=0.25"])
+    assert (config.run.dir, config.run.seed, config.evaluation.splits) == ("runs/x", 3, ("test",))
+    assert (config.cf.embedding_dim, config.cf.num_epochs, config.cf.dropout) == (5, 8, 0.25)
+    assert config.evaluation.cutoffs == (3,)
+    assert not dump_config(config).startswith("base:")
+
+
+def test_keys_of_a_file_precede_those_of_its_base(write, tmp_path):
+    """A search draws settings in the order of its space: a file that names all of them again decides it."""
+    (tmp_path / "base.yaml").write_text("cf_search: {space: {dropout: {choice: [0]}, init_scale: {choice: [1]}}}\n")
+    space = "{init_scale: {choice: [2]}, num_layers: {choice: [3]}, dropout: {choice: [0.5]}}"
+    config = load_config(write(GOOD + f"base: base.yaml\ncf_search: {{space: {space}}}\n"))
+    assert list(config.cf_search.space.items()) == [
+        ("init_scale", {"choice": (2,)}),
+        ("num_layers", {"choice": (3,)}),
+        ("dropout", {"choice": (0.5,)}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("absent.yaml", r"config\.yaml: base: file '.*absent\.yaml' does not exist"),
+        ("[a.yaml]", r"config\.yaml: base: should be the path of a YAML file \(\['a\.yaml'\]\)"),
+        ("config.yaml", r"config\.yaml: base: the files lead back to one another: .*config\.yaml -> .*config\.yaml"),
+        ("back.yaml", r"back\.yaml: base: the files lead back to one another: .*config\.yaml -> .*back\.yaml -> "),
+        ("broken.yaml", r"broken\.yaml:2: "),
+    ],
+)
+def test_a_base_that_cannot_be_read(write, tmp_path, base, message):
+    (tmp_path / "back.yaml").write_text("base: ./config.yaml\n")
+    (tmp_path / "broken.yaml").write_text("a: 1\na: 2\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(GOOD + f"base: {base}\n"))
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
