@@ -11,12 +11,12 @@ ARG LOCK=gpu
 ARG TORCH=""
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# gcc and Python's headers: torch.compile builds its launchers with them. wget: KubeRay's probes. ssh and pdsh: the hosts
-# of a hostfile. Versions are the distribution's, with its security fixes.
+# gcc and Python's headers: torch.compile builds its launchers with them. wget: KubeRay's probes. Versions are the
+# distribution's, with its security fixes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        gcc libc6-dev openssh-client pdsh python3 python3-dev python3-venv wget \
+        gcc libc6-dev python3 python3-dev python3-venv wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home collm
 

@@ -6,9 +6,7 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,11 +23,6 @@ from collm_dist.runs.run_dir import STEPS, RunDir
 INTERRUPTED_EXIT_CODE = 130
 # A parent process names a file here in which it wants to find why this one failed.
 ERROR_FILE_VARIABLE = "COLLM_ERROR_FILE"
-# A parent on another host, whose signals do not reach this process, names a file here: ASKED_TO_STOP in it asks to
-# stop, and once it is gone the process has nobody to work for.
-CONTROL_FILE_VARIABLE = "COLLM_CONTROL_FILE"
-ASKED_TO_STOP = "stop"
-_POLL_SECONDS = 0.5
 
 _HOW_SETTINGS_WORK = """settings:
   What the config file does not say has a default; configs/README.md lists every setting. section.key=value after the
@@ -80,11 +73,6 @@ def run_command(
         if arguments.dry_run:
             print_plan(config, describe)
             return 0
-        if CONTROL_FILE_VARIABLE in os.environ:
-            follow = threading.Thread(
-                target=_follow_parent, args=(Path(os.environ[CONTROL_FILE_VARIABLE]),), daemon=True
-            )
-            follow.start()
         with explain_disk_errors(Path(config.run.dir)):
             return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -126,24 +114,6 @@ def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
     # Launchers add this one; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
-
-
-def _follow_parent(path: Path) -> None:
-    """Turn what a control file says into a signal to this process."""
-    asked = False
-    while True:
-        try:
-            # Opened anew each time, because a shared file system then asks its server.
-            said = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            os._exit(WorkerLostError.exit_code)
-        except OSError as error:  # a file system in trouble says nothing about the parent
-            logging.getLogger(__name__).warning("%s: %s", path, error)
-            said = ""
-        if said == ASKED_TO_STOP and not asked:
-            asked = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(_POLL_SECONDS)
 
 
 def _parse_steps(text: str) -> tuple[str, ...]:

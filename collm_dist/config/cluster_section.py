@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from collm_dist.config.section import Section, operational
 
@@ -28,17 +28,6 @@ class ClusterConfig(Section):
         "Tuning processes on this machine, with tuning: ray on the cluster; default: one per GPU, one without.",
         ge=1,
     )
-    hostfile: str | None = operational(
-        None,
-        "launcher: run them on the hosts of this file, one process to each slot, through deepspeed --hostfile (ssh and "
-        "pdsh); lines of: name slots=4. Default: this machine alone.",
-    )
-    master_address: str | None = operational(
-        None,
-        "hostfile: address at which the hosts find the first of them; default: the first that it names itself, which "
-        "may be of the wrong network.",
-        pattern=r"^[\w.:-]+$",
-    )
     local_scratch: str | None = operational(
         None,
         "Folder on a local disk of each machine: tuning and evaluation copy the shards that they read to it, once per "
@@ -61,15 +50,3 @@ class ClusterConfig(Section):
         description="Merged last into the DeepSpeed configuration; keys that this project owns are refused.",
         json_schema_extra={"operational": True},
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> ClusterConfig:
-        if self.hostfile is not None and self.tuning == "ray":
-            raise ValueError(
-                "hostfile is for tuning: launcher; with tuning: ray the nodes are those of the Ray cluster"
-            )
-        if self.hostfile is not None and self.num_processes is not None:
-            raise ValueError("num_processes: with hostfile its slots count; leave it out")
-        if self.master_address is not None and self.hostfile is None:
-            raise ValueError("master_address means nothing without hostfile")
-        return self

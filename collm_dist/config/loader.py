@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
+from collm_dist.config.removed_settings import drop_removed_settings
 from collm_dist.config.yaml_document import dump_yaml, parse_value
 from collm_dist.config.yaml_file import read_config_file
 from collm_dist.errors import ConfigError
@@ -38,6 +39,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     document = read_config_file(Path(path))
     _fill_empty_sections(document, Config)
     mistakes = apply_overrides(document, overrides)
+    mistakes += drop_removed_settings(document)
     total, config = len(mistakes), None
     try:
         config = Config.model_validate(document)

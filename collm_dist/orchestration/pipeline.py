@@ -17,7 +17,6 @@ from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
-from collm_dist.orchestration.hosts import load_hostfile, run_on_hosts
 from collm_dist.runs.atomic_files import explain_disk_errors, open_atomic
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.lock import hold_run_lock
@@ -45,7 +44,7 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
     status = RunStatus(run_dir.path / "status.json", _build_textfile(config))
     report, decision = None, None
     try:
-        _check_places(config)
+        _check_run_dir(config)
         check_textfile_dir(config.monitoring.prometheus_dir)
         config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
@@ -87,9 +86,7 @@ def list_steps(config: Config) -> tuple[Step, ...]:
     return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
 
 
-def _check_places(config: Config) -> None:
-    if config.cluster.hostfile is not None:
-        load_hostfile(Path(config.cluster.hostfile))
+def _check_run_dir(config: Config) -> None:
     if _RAY_JOB_VARIABLE in os.environ and not Path(config.run.dir).is_absolute():
         raise ConfigError(
             f"run.dir: '{config.run.dir}' is relative; inside a Ray job that is the uploaded copy of the working "
@@ -240,9 +237,6 @@ class _Child:
             arguments += ["--stage", step.removeprefix("stage")]
         if self.force:
             arguments += ["--force", step]
-        if config.cluster.hostfile is not None:
-            hostfile, address = Path(config.cluster.hostfile), config.cluster.master_address
-            return run_on_hosts(hostfile, address, self.run_dir.path, self.launch_dir / script, arguments)
         import torch
 
         processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
@@ -252,7 +246,7 @@ class _Child:
 
 def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
     """Return one line for each step about what the pipeline would do, and the numbers that follow from the data."""
-    _check_places(config)
+    _check_run_dir(config)
     config, lines, ready = pin_previous(config), [], True
     for step in list_steps(config):
         if not ready:

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from collm_dist.cli import ASKED_TO_STOP, ERROR_FILE_VARIABLE, INTERRUPTED_EXIT_CODE
+from collm_dist.cli import ERROR_FILE_VARIABLE, INTERRUPTED_EXIT_CODE
 from collm_dist.errors import CollmError, LaunchError, Preempted, WorkerLostError
 from collm_dist.runs.lock import end_processes
 
@@ -86,13 +86,11 @@ def preemptible() -> Iterator[None]:
         yield
 
 
-def run_child(command: Sequence[str], environment: Mapping[str, str], shared: Path | None = None) -> None:
+def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run a command to its end; SIGTERM and SIGUSR1 are passed on to the processes that do its work.
 
     Args:
         command, environment: see ``subprocess.Popen``.
-        shared: a folder that processes on other hosts see, for ``error.json`` and ``control`` (see ``cli``); the latter
-            then passes on the signals, and an interrupt.
 
     Raises:
         StepError: it failed; what it said it has printed itself.
@@ -102,23 +100,17 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], shared: Pa
         KeyboardInterrupt: it was interrupted.
     """
     asked: list[int] = []
-    with ExitStack() as stack:
-        folder = shared or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        error_file, control_file = folder / "error.json", folder / "control"
-        control_file.touch()
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder) / "error.json"
         full = {**environment, ERROR_FILE_VARIABLE: str(error_file)}
-        # Out of the terminal's reach: interrupted, DeepSpeed's launcher kills all of its kind on all hosts.
-        with subprocess.Popen(command, env=full, start_new_session=shared is not None) as child:  # noqa: S603 - ours
+        with subprocess.Popen(command, env=full) as child:  # noqa: S603 - ours
 
             def pass_on(number: int, _: FrameType | None) -> None:
                 asked.append(number)
-                if shared is None:
-                    _ask_to_stop(child.pid)
-                else:
-                    control_file.write_text(ASKED_TO_STOP, encoding="utf-8")
+                _ask_to_stop(child.pid)
 
             with handle_stop_signals(pass_on):
-                code = _wait(child, None if shared is None else pass_on)
+                code = _wait(child)
         end_processes(ERROR_FILE_VARIABLE, str(error_file))  # of a launcher that was killed
         if code == 0 and not asked:  # asked in its last moments, it may have ended well all the same
             return
@@ -183,14 +175,11 @@ def _list_workers(process: psutil.Process) -> list[psutil.Process]:
     return [worker for child in process.children() for worker in _list_workers(child)]
 
 
-def _wait(child: subprocess.Popen[bytes], on_interrupt: Callable[[int, FrameType | None], None] | None) -> int:
-    """A terminal sends its interrupt to the child too, which ends when it has put things in order."""
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait for the end of a child: a terminal sends its interrupt to the child too, which cleans up and ends."""
     while True:
-        try:
+        with suppress(KeyboardInterrupt):
             return child.wait()
-        except KeyboardInterrupt:
-            if on_interrupt is not None:
-                on_interrupt(signal.SIGINT, None)
 
 
 def find_free_port() -> int:

@@ -182,13 +182,10 @@ def test_the_manifest_fits_the_image_and_the_locks():
 def list_commands() -> dict[str, str]:
     """The commands that manifests and scripts run, as their first lines show how to start them."""
     commands = {"kuberay_rayjob.yaml": load_manifest()["RayJob"]["spec"]["entrypoint"]}
-    for path in (CLUSTER / "slurm.sh", CLUSTER / "run_on_hosts.sh"):
-        text = path.read_text(encoding="utf-8")
-        (usage,) = re.findall(rf"^#   .*{path.name} (.*)$", text, re.M)
-        (line,) = re.findall(r"^(?:exec )?(python launch/.*?)(?: &)?$", text, re.M)
-        hostfile = str(CLUSTER / "hostfile.example")
-        given = usage.split(" ", 1)[1] if path.name == "run_on_hosts.sh" else usage
-        commands[path.name] = line.replace('"$@"', given).replace("$hostfile", hostfile)
+    text = (CLUSTER / "slurm.sh").read_text(encoding="utf-8")
+    (usage,) = re.findall(r"^#   .*slurm.sh (.*)$", text, re.M)
+    (line,) = re.findall(r"^(python launch/.*?) &$", text, re.M)
+    commands["slurm.sh"] = line.replace('"$@"', usage)
     return commands
 
 
@@ -205,4 +202,4 @@ def test_commands_in_manifests_are_real(place, command, monkeypatch, capsys):
     assert main() == 0
     printed = capsys.readouterr().out
     assert "stage2" in printed
-    assert "tuning: ray" in printed or "hostfile: " in printed
+    assert "tuning: ray" in printed

@@ -31,6 +31,13 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
     assert config.stage2 == Config.model_validate(config.model_dump()).stage2
 
 
+def test_a_removed_setting_is_ignored_at_its_default_and_refused_otherwise(write):
+    path = write(GOOD + "cluster: {hostfile: null, master_address: null, zero_stage: 1}\n")
+    assert load_config(path).cluster.zero_stage == 1
+    with pytest.raises(ConfigError, match=r"1 mistake .*\n  cluster\.hostfile: .* any more: .*cluster\.md"):
+        load_config(path, ["cluster.hostfile=hosts.txt"])
+
+
 def test_plain_yes_no_and_dates_are_text_and_exponents_numbers(write):
     path = write(
         GOOD + "prompt: {yes: ' Yes', no: ' No', score: yes}\ncluster: {deepspeed_extra: {a: 1e-4, b: 2026-01-01}}\n"

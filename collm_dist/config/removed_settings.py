@@ -1,0 +1,30 @@
+"""Settings of earlier versions: ignored at their defaults, as an old run's ``config.yaml`` has them, else refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Dotted name: default value, and what to do instead.
+_REMOVED: dict[str, tuple[Any, str]] = {
+    "cluster.hostfile": (
+        None,
+        "pipelines no longer run over ssh; set cluster.tuning to ray, or start a stage at a time with deepspeed "
+        "--hostfile (docs/cluster.md)",
+    ),
+    "cluster.master_address": (None, "give --master_addr to deepspeed --hostfile (docs/cluster.md)"),
+}
+
+
+def drop_removed_settings(document: dict[str, Any]) -> list[str]:
+    """Delete removed settings from a document and return a mistake for each that is not at its default."""
+    mistakes = []
+    for dotted, (default, remedy) in _REMOVED.items():
+        *parents, last = dotted.split(".")
+        section: Any = document
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last in section:
+            value = section.pop(last)
+            if value != default:
+                mistakes.append(f"{dotted}: no such setting any more: {remedy}")
+    return mistakes
