@@ -1,175 +1,151 @@
-"""Which settings differ from the paper's recipe (CoLLM, arXiv 2310.19488, and its official code)."""
+"""Differences between an experiment and the paper's recipe (CoLLM, arXiv 2310.19488, and its official code)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any, Literal
 
+from collm_dist.assets import BACKBONES
 from collm_dist.config import Config
+from collm_dist.config.loader import load_config
+from collm_dist.config.yaml_file import read_yaml
 
 Recipe = Literal["ML-1M", "Amazon-Book"]
+
+RECIPES = Path(__file__).parent / "recipes"
+_FILE_NAMES: dict[Recipe, str] = {"ML-1M": "paper_ml1m_{}.yaml", "Amazon-Book": "paper_amazon_book_{}.yaml"}
+_VALID_SHARES: dict[Recipe, str] = {"ML-1M": "half", "Amazon-Book": "quarter"}
+_CF_MODELS = ("mf", "lightgcn", "sasrec", "din")
+
+# The authors' ready split has gone through these already.
+_RAW_DATA_SETTINGS = (
+    "dataset.like_threshold", "dataset.duplicates", "dataset.min_user_interactions", "dataset.min_item_interactions",
+    "dataset.max_user_interactions", "dataset.max_item_interactions",
+)  # fmt: skip
+_SETTINGS = (
+    "dataset.feedback", "preprocessing.ties", "cf.select_metric", "cf.cross_fit", "prompt.score",
+    "prompt.history_length", "lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules",
+    "mapping.hidden_multiple", "mapping.tokens_per_slot", "mapping.mask_probability", "stage1.enabled",
+    "stage1.learning_rate", "stage2.train_cf", "evaluation.max_users",
+)  # fmt: skip
+_STAGE_SETTINGS = (
+    "global_batch_size", "warmup_steps", "weight_decay", "adam_betas", "max_grad_norm", "max_steps",
+    "max_train_contexts", "eval_every_steps", "early_stop_patience", "select_metric",
+)  # fmt: skip
+# CF settings of a recipe file that are compared for every model, or limit the cost alone.
+_COMMON_CF_SETTINGS = {"model", "select_metric", "cross_fit", "num_epochs", "early_stop_patience"}
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """A setting that is not the paper's: its dotted path, our value and the paper's, in words where need be."""
+    """A setting that differs from the paper's: its dotted name, our value and the paper's."""
 
     setting: str
     ours: str
     paper: str
 
 
-# setting: (on ML-1M, on Amazon-Book). These the authors' ready split has already gone through.
-_RAW_DATA_RECIPE: dict[str, tuple[Any, Any]] = {
-    "dataset.like_threshold": (4.0, 5.0),
-    "dataset.duplicates": ("keep", "keep"),
-    "dataset.min_user_interactions": (0, 21),
-    "dataset.min_item_interactions": (0, 21),
-    "dataset.max_user_interactions": (None, None),
-    "dataset.max_item_interactions": (None, None),
-}
-# Of each collaborative model: the authors' L2 coefficients times the training rows, see ``cf.weight_decay``.
-_CF_RECIPES: dict[str, dict[str, tuple[Any, Any]]] = {
-    "mf": {
-        "cf.embedding_dim": (256, 256),
-        "cf.learning_rate": (1e-3, 1e-3),
-        "cf.weight_decay": (3.3891, 0.727463),
-        "cf.global_batch_size": (2048, 10240),
-    },
-    "lightgcn": {
-        "cf.embedding_dim": (64, 256),
-        "cf.learning_rate": (1e-2, 1e-4),
-        "cf.weight_decay": (3.3891, 0.0727463),
-        "cf.num_layers": (2, 2),
-    },
-    "sasrec": {
-        "cf.embedding_dim": (64, 64),
-        "cf.learning_rate": (1e-2, 1e-3),
-        "cf.weight_decay": (338.91, 727.463),
-        "cf.history_length": (25, 20),
-        "cf.num_layers": (2, 2),
-        "cf.num_heads": (1, 1),
-        "cf.dropout": (0.2, 0.2),
-    },
-    "din": {
-        "cf.learning_rate": (1e-4, 1e-4),
-        "cf.weight_decay": (3.3891, 7274.63),
-        "cf.dropout": (0.2, 0.8),
-        "cf.hidden_sizes": ((200, 80), (256, 128, 64)),
-    },
-}
-_RECIPE: dict[str, tuple[Any, Any]] = {
-    "dataset.feedback": ("explicit", "explicit"),
-    "preprocessing.ties": ("order", "order"),
-    "cf.select_metric": ("auc", "auc"),
-    "cf.cross_fit": ("off", "off"),
-    "prompt.score": ("yes", "yes"),
-    "prompt.history_length": (10, 10),
-    "lora.rank": (8, 8),
-    "lora.alpha": (16, 16),
-    "lora.dropout": (0.05, 0.05),
-    "lora.target_modules": (("q_proj", "v_proj"), ("q_proj", "v_proj")),
-    "mapping.hidden_multiple": (10, 10),
-    "mapping.tokens_per_slot": (1, 1),
-    "mapping.mask_probability": (0.0, 0.0),
-    "stage1.enabled": (True, True),
-    "stage1.learning_rate": (1e-3, 1e-4),
-    "stage2.train_cf": (False, False),
-    "evaluation.max_users": (None, None),
-}
-_STAGE_RECIPE: dict[str, tuple[Any, Any]] = {
-    "global_batch_size": (32, 16),
-    "warmup_steps": (200, 200),
-    "weight_decay": (1e-3, 1e-3),
-    "adam_betas": ((0.9, 0.999), (0.9, 0.999)),
-    "max_grad_norm": (0.0, 0.0),
-    "max_steps": (None, None),
-    "max_train_contexts": (None, None),
-    "eval_every_steps": (50, 100),
-    "early_stop_patience": (20, 20),
-    "select_metric": ("auc", "auc"),
-}
-_FINAL_LEARNING_RATE = 8e-5
-_STAGE2_LEARNING_RATES = {"vicuna-7b": (1e-3, 1e-2), "qwen2-1.5b": (1e-2, 1e-2)}
-_SPLITS = {"ML-1M": "calendar", "Amazon-Book": "amazon_book"}
-_MONTHS = {"train_months": (14, 23), "valid_months": (24, 28), "test_months": (29, 33)}
-
-
 def choose_recipe(config: Config) -> Recipe:
-    """Return the data set of the paper whose settings a config is compared with."""
+    """Return the dataset of the paper whose settings a config is compared with."""
     is_book = config.dataset.split.method == "amazon_book" or config.dataset.format.startswith("amazon")
     return "Amazon-Book" if is_book else "ML-1M"
 
 
 def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) -> list[Deviation]:
-    """Return every setting that differs from the paper's recipe, in the order of the config.
+    """Return every setting that differs from the paper's recipe, section by section.
 
     Args:
         config: the experiment.
         stage2_slots: names of the slots in the prompt of stage 2, such as ``MatchID``.
     """
-    recipe = choose_recipe(config)
-    column = 0 if recipe == "ML-1M" else 1
-    is_ready = config.dataset.format == "collm" or config.dataset.split.method == "column"
-    settings = _RECIPE if is_ready else _RAW_DATA_RECIPE | _RECIPE
-    settings = settings | _CF_RECIPES.get(config.cf.model, {})
-    wanted = {name: values[column] for name, values in settings.items()}
-    for section in ("stage1", "stage2"):
-        wanted.update({f"{section}.{name}": values[column] for name, values in _STAGE_RECIPE.items()})
-    backbone = _find_backbone(config.llm.backbone)
-    learning_rates = _STAGE2_LEARNING_RATES[backbone or "vicuna-7b"]
-    wanted["stage2.learning_rate"] = learning_rates[column]
-
-    found = _compare_data(config, recipe)
-    if backbone is None:
-        found.append(Deviation("llm.backbone", config.llm.backbone, "vicuna-7b or qwen2-1.5b"))
-    if config.cf.model not in _CF_RECIPES:
-        found.append(Deviation("cf.model", config.cf.model, ", ".join(_CF_RECIPES)))
-    for setting, paper in wanted.items():
-        value: Any = reduce(getattr, setting.split("."), config)
-        if not _is_equal(value, paper):
-            found.append(Deviation(setting, _format(value), _format(paper)))
-    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
-        final = stage.learning_rate * stage.final_learning_rate_share
-        if not math.isclose(final, _FINAL_LEARNING_RATE, rel_tol=1e-6):
-            ours = f"{stage.final_learning_rate_share:g} (ends at {final:g})"
-            found.append(Deviation(f"{name}.final_learning_rate_share", ours, f"ends at {_FINAL_LEARNING_RATE:g}"))
-        ours = "all of valid" if stage.max_valid_contexts is None else f"{stage.max_valid_contexts} contexts"
-        share = "half" if recipe == "ML-1M" else "quarter"
-        found.append(Deviation(f"{name}.max_valid_contexts", ours, f"a random {share} of valid"))
+    recipe, model = choose_recipe(config), config.cf.model
+    path = RECIPES / _FILE_NAMES[recipe].format(model if model in _CF_MODELS else "mf")
+    paper = load_config(path)
+    deviations = [
+        *_compare_data(config, paper, recipe),
+        *_compare_models(config),
+        *_compare_settings(config, paper, path),
+        *_compare_stages(config, paper, recipe),
+    ]
     extra = sorted(stage2_slots - {"UserID", "TargetItemID"})
     if extra:
-        found.append(Deviation("prompt.stage2", f"also slots {', '.join(extra)}", "slots UserID and TargetItemID"))
+        ours = f"also slots {', '.join(extra)}"
+        deviations.append(Deviation("prompt.stage2", ours, "slots UserID and TargetItemID"))
     sections = list(type(config).model_fields)
-    return sorted(found, key=lambda deviation: sections.index(deviation.setting.split(".")[0]))
+    return sorted(deviations, key=lambda deviation: sections.index(deviation.setting.split(".")[0]))
 
 
-def _compare_data(config: Config, recipe: Recipe) -> list[Deviation]:
-    """Compare the data set and its split; a ready split is taken for the authors' own."""
-    data = config.dataset
-    found = []
-    if data.format == "collm" or data.split.method == "column":
-        return []
-    if data.format not in ("movielens_1m", "amazon_2018"):
-        found.append(Deviation("dataset", _format(data.asset or data.format), f"{recipe} as the authors prepared it"))
-    if data.split.method != _SPLITS[recipe]:
-        found.append(Deviation("dataset.split.method", data.split.method, _SPLITS[recipe]))
-    elif data.split.method == "calendar":
-        for name, months in _MONTHS.items():
-            if getattr(data.split, name) != months:
-                ours = _format(getattr(data.split, name))
-                found.append(Deviation(f"dataset.split.{name}", ours, _format(months)))
-    return found
+def _is_ready(config: Config) -> bool:
+    """Return whether the data come split, which is taken for the authors' own split."""
+    return config.dataset.format == "collm" or config.dataset.split.method == "column"
+
+
+def _compare_data(config: Config, paper: Config, recipe: Recipe) -> Iterator[Deviation]:
+    if _is_ready(config):
+        return
+    data, split, paper_split = config.dataset, config.dataset.split, paper.dataset.split
+    if data.format != paper.dataset.format:
+        yield Deviation("dataset", data.asset or data.format, f"{recipe} as the authors prepared it")
+    if split.method != paper_split.method:
+        yield Deviation("dataset.split.method", split.method, paper_split.method)
+    elif split.method == "calendar":
+        for name in ("train_months", "valid_months", "test_months"):
+            ours, months = getattr(split, name), getattr(paper_split, name)
+            if ours != months:
+                yield Deviation(f"dataset.split.{name}", _format(ours), _format(months))
+
+
+def _compare_models(config: Config) -> Iterator[Deviation]:
+    if _find_backbone(config.llm.backbone) is None:
+        yield Deviation("llm.backbone", config.llm.backbone, "vicuna-7b or qwen2-1.5b")
+    if config.cf.model not in _CF_MODELS:
+        yield Deviation("cf.model", config.cf.model, ", ".join(_CF_MODELS))
+
+
+def _compare_settings(config: Config, paper: Config, path: Path) -> Iterator[Deviation]:
+    names = list(_SETTINGS if _is_ready(config) else _RAW_DATA_SETTINGS + _SETTINGS)
+    if config.cf.model == paper.cf.model:
+        names += [f"cf.{name}" for name in read_yaml(path)["cf"] if name not in _COMMON_CF_SETTINGS]
+    names += [f"{section}.{name}" for section in ("stage1", "stage2") for name in _STAGE_SETTINGS]
+    values = {name: _get(paper, name) for name in names}
+    # The recipe files are Vicuna's; the paper gives Qwen2 another rate in stage 2 alone.
+    is_qwen = _find_backbone(config.llm.backbone) == "qwen2-1.5b"
+    learning_rates = BACKBONES["qwen2-1.5b"].settings if is_qwen else {}
+    values["stage2.learning_rate"] = learning_rates.get("stage2.learning_rate", paper.stage2.learning_rate)
+    for name, value in values.items():
+        ours = _get(config, name)
+        if not _is_equal(ours, value):
+            yield Deviation(name, _format(ours), _format(value))
+
+
+def _compare_stages(config: Config, paper: Config, recipe: Recipe) -> Iterator[Deviation]:
+    for name, stage, paper_stage in (
+        ("stage1", config.stage1, paper.stage1),
+        ("stage2", config.stage2, paper.stage2),
+    ):
+        final = stage.learning_rate * stage.final_learning_rate_share
+        paper_final = paper_stage.learning_rate * paper_stage.final_learning_rate_share
+        if not math.isclose(final, paper_final, rel_tol=1e-6):
+            ours = f"{stage.final_learning_rate_share:g} (ends at {final:g})"
+            yield Deviation(f"{name}.final_learning_rate_share", ours, f"ends at {paper_final:g}")
+        ours = "all of valid" if stage.max_valid_contexts is None else f"{stage.max_valid_contexts} contexts"
+        yield Deviation(f"{name}.max_valid_contexts", ours, f"a random {_VALID_SHARES[recipe]} of valid")
 
 
 def _find_backbone(name: str) -> str | None:
-    """Return which of the paper's two backbones this is, None if neither."""
+    """Return the name of the paper's backbone that this is, None if neither."""
     plain = name.lower().rsplit("/", 1)[-1]
     if plain.startswith("vicuna-7b"):
         return "vicuna-7b"
     return "qwen2-1.5b" if plain == "qwen2-1.5b" else None
+
+
+def _get(config: Config, setting: str) -> Any:
+    return reduce(getattr, setting.split("."), config)
 
 
 def _is_equal(ours: Any, paper: Any) -> bool:
@@ -179,7 +155,7 @@ def _is_equal(ours: Any, paper: Any) -> bool:
 
 
 def _format(value: Any) -> str:
-    """Say a value as a YAML file would, None as none."""
+    """Return a value as a YAML file has it, None as none."""
     if value is None:
         return "none"
     if isinstance(value, bool):

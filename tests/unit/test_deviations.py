@@ -1,7 +1,12 @@
 """The list of settings that are not the paper's."""
 
+from pathlib import Path
+
+import pytest
+
 from collm_dist.config import Config
-from collm_dist.evaluation.deviations import list_deviations
+from collm_dist.config.loader import load_config
+from collm_dist.evaluation.deviations import RECIPES, list_deviations
 
 PAPER_SLOTS = frozenset({"UserID", "TargetItemID"})
 
@@ -43,6 +48,27 @@ def test_the_papers_recipe_deviates_in_the_random_half_of_valid_alone():
         ("stage1.max_valid_contexts", "2829 contexts"),
         ("stage2.max_valid_contexts", "2829 contexts"),
     ]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_are_shipped_deviate_in_the_random_part_of_valid_alone(path):
+    link = Path(__file__).parents[2] / "configs" / path.name
+    assert link.samefile(path)
+    for file in (path, link):
+        settings = [deviation.setting for deviation in list_deviations(load_config(file), PAPER_SLOTS)]
+        assert settings == ["stage1.max_valid_contexts", "stage2.max_valid_contexts"]
+
+
+def test_each_model_is_compared_with_its_own_recipe():
+    config = load_config(RECIPES / "paper_ml1m_mf.yaml", ["cf.model=sasrec"])
+    deviations = {deviation.setting: deviation.paper for deviation in list_deviations(config, PAPER_SLOTS)}
+    assert deviations["cf.embedding_dim"] == "64"
+    assert deviations["cf.history_length"] == "25"
+    assert "cf.global_batch_size" not in deviations, "the paper does not say it for SASRec"
+    own = load_config(RECIPES / "paper_ml1m_mf.yaml", ["cf.model=package.module:Class", "cf.embedding_dim=3"])
+    deviations = {deviation.setting: deviation.paper for deviation in list_deviations(own, PAPER_SLOTS)}
+    assert deviations["cf.model"] == "mf, lightgcn, sasrec, din"
+    assert "cf.embedding_dim" not in deviations
 
 
 def test_the_learning_rate_follows_the_backbone_and_the_cosine_ends_in_one_place():
