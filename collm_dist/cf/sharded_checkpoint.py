@@ -45,7 +45,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """A checkpoint on disk.
 
     Attributes:
@@ -139,7 +139,7 @@ def save_state(
         dist.barrier()  # whoever reads the record next finds this one
 
 
-def read_state(folder: Path, key: str) -> State | None:
+def read_state(folder: Path, key: str) -> TrainingState | None:
     """Read a state's record; None if there is none, or one that was made from something else.
 
     Raises:
@@ -156,12 +156,12 @@ def read_state(folder: Path, key: str) -> State | None:
         for part, _ in parts:
             with safetensors.safe_open(part, "pt"):
                 pass
-        return State(Progress(**record["progress"]), tuple(parts))
+        return TrainingState(Progress(**record["progress"]), tuple(parts))
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete it and start the step again") from error
 
 
-def restore_state(state: State, model: nn.Module, optimizers: Optimizers, users: UserRanges) -> TensorDict:
+def restore_state(state: TrainingState, model: nn.Module, optimizers: Optimizers, users: UserRanges) -> TensorDict:
     """Put a state back into model and optimizers and return the best weights.
 
     Args:

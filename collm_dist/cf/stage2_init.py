@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collm_dist.cf.model_files import FILE_NAME, ModelHeader, compute_export_factors, load_cf_model, load_model
+from collm_dist.cf.model_export import compute_export_factors
+from collm_dist.cf.model_files import FILE_NAME, ModelHeader, load_cf_model, load_model
 from collm_dist.cf.models import TrainableCfModel
 from collm_dist.cf.models.registry import check_tuning, get_model_class
 from collm_dist.cf.slot_vectors import SlotVectors

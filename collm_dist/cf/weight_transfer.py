@@ -1,4 +1,4 @@
-"""A model of an earlier run as the start of today's: the same users and items, and some that are new since."""
+"""Weight transfer from an earlier model: the fold before, or a run whose id tables today's extend."""
 
 from __future__ import annotations
 
@@ -16,49 +16,65 @@ from collm_dist.cf.user_shards import UserRanges
 def load_previous_weights(
     path: Path, name: str, model: TrainableCfModel, users: UserRanges, forgotten: Tensor
 ) -> tuple[Mapping[str, Tensor] | None, str]:
-    """Return an earlier model's weights with the rows of today's tables, and a sentence about what was found.
+    """Return an earlier model's weights laid out for today's tables, and a log message.
 
     Args:
-        path: the model file of the earlier run, whose id tables today's begin with.
-        name: ``cf.model`` of today.
-        model: of today, untrained.
-        users: whom this worker owns.
-        forgotten: indices of users whose rows are not taken.
+        path: model file of the earlier run, whose id tables are a prefix of today's.
+        name: today's ``cf.model``.
+        model: today's model, untrained.
+        users: users that this worker owns.
+        forgotten: indices of users whose rows are not taken over.
 
     Returns:
-        Weights as ``warm_start`` takes them, rows that are new being unknown; None where the models do not match.
+        Weights for ``copy_known_rows``, in which new rows are unknown; None if the models do not match.
 
     Raises:
         ArtifactError: the file is missing or damaged.
     """
     header, old = load_model(path)
     if header.model != name:
-        return None, f"{path} is a model of the kind {header.model}: training begins from nothing"
-    weights = {key: one.detach() for key, one in old.named_parameters()}
+        return None, f"{path} holds a model of the kind {header.model}: training starts from initial weights"
+    weights = {key: parameter.detach() for key, parameter in old.named_parameters()}
     num_items = len(old.items.known) - 1
     owned = users.to_dense()
     kept = (owned < len(old.users.known)) & ~torch.isin(owned, forgotten)
-    for table, known, rows in (
-        ("items", old.items.known, _place_items(num_items, len(model.items.known))),
+    for table, known, old_rows in (
+        ("items", old.items.known, _map_item_rows(num_items, len(model.items.known))),
         ("users", old.users.known, torch.where(kept, owned, -1)),
     ):
-        found = rows >= 0
-        taken = rows.clamp(min=0)
-        for key in [one for one in weights if one.startswith(f"{table}.")]:
+        is_old = old_rows >= 0
+        sources = old_rows.clamp(min=0)
+        for key in [key for key in weights if key.startswith(f"{table}.")]:
             if len(weights[key]) == 0:
-                weights[key] = torch.zeros(len(rows), *weights[key].shape[1:])
+                weights[key] = torch.zeros(len(old_rows), *weights[key].shape[1:])
             else:
-                weights[key] = weights[key][taken] * found[:, None]
-        weights[f"{table}.known"] = found & (known[taken] if len(known) else found)
-    wrong = [key for key, one in model.named_parameters() if key not in weights or one.shape != weights[key].shape]
-    if wrong or len(weights) != len(dict(model.named_parameters())) + 2:
-        return None, f"{path} has other sizes ({', '.join(wrong) or 'more weights'}): training begins from nothing"
-    return weights, f"training begins with the weights of {path}"
+                weights[key] = weights[key][sources] * is_old[:, None]
+        weights[f"{table}.known"] = is_old & (known[sources] if len(known) else is_old)
+    parameters = dict(model.named_parameters())
+    wrong = [key for key, new in parameters.items() if key not in weights or new.shape != weights[key].shape]
+    if wrong or len(weights) != len(parameters) + 2:
+        names = ", ".join(wrong) or "more weights"
+        return None, f"{path} has other sizes ({names}): training starts from initial weights"
+    return weights, f"training starts from the weights of {path}"
 
 
-def _place_items(before: int, rows: int) -> Tensor:
-    """Return for each row of today's item table its row of then, -1 = none; the unknown item's is the last of both."""
-    places = torch.full((rows,), -1)
-    places[:before] = torch.arange(before)
-    places[-1] = before
-    return places
+def _map_item_rows(num_old_items: int, num_rows: int) -> Tensor:
+    """Return the old row of each row of today's item table, -1 = new. The unknown item's row is the last of both."""
+    old_rows = torch.full((num_rows,), -1)
+    old_rows[:num_old_items] = torch.arange(num_old_items)
+    old_rows[-1] = num_old_items
+    return old_rows
+
+
+@torch.no_grad()
+def copy_known_rows(model: TrainableCfModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy another training's weights into a model; table rows unknown to that training keep their own."""
+    for name, parameter in model.named_parameters():
+        old = weights[name].to(parameter.device)
+        table = name.removesuffix(".weight")
+        known = weights.get(f"{table}.known")
+        if known is None:
+            parameter.copy_(old)
+        else:
+            rows = known.to(parameter.device)[:, None]
+            parameter.copy_(torch.where(rows, old, parameter))

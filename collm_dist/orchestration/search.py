@@ -17,16 +17,16 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from collm_dist.cf.fitting import Job
+from collm_dist.cf.jobs import Job, check_inputs
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
 from collm_dist.cf.trainer import is_better
+from collm_dist.cf.worker import LogTarget, run_single_worker
 from collm_dist.cli import describe_error
 from collm_dist.config import Config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import Trial, print_leaderboard, rank_trials, write_results
-from collm_dist.orchestration.pretrain import check_inputs, fit_alone
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
 from collm_dist.runs.fingerprints import find_changes, flatten_config
 from collm_dist.runs.lock import hold_run_lock
@@ -201,7 +201,7 @@ def run_trial(settings: Mapping[str, int], jobs: Sequence[Job], tensorboard: boo
         tensorboard: whether the trial writes that log too.
     """
     job = jobs[settings["trial"]]
-    state = job.read_part("final")
+    state = job.read_state("final")
     best: dict[str, Any] = {}
     if state is not None:
         best = {"best_epoch": state.progress.best_epoch, **state.progress.best_metrics}
@@ -212,8 +212,8 @@ def run_trial(settings: Mapping[str, int], jobs: Sequence[Job], tensorboard: boo
             best = {"best_epoch": epoch, **metrics}
         tune.report({"epoch": epoch, "finished": False, **best})
 
-    fit_alone({"job": job, "log": job.checkpoints.parent, "tensorboard": tensorboard}, report)
-    state = job.read_part("final")
+    run_single_worker(job, LogTarget(job.checkpoints.parent, tensorboard), report)
+    state = job.read_state("final")
     assert state is not None
     tune.report({"epoch": state.progress.epoch, "finished": True, **best})
 

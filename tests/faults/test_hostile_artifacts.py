@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from collm_dist.cf.fitting import compute_fold_starts
+from collm_dist.cf.cross_fit import compute_fold_starts
 from collm_dist.cf.user_shards import load_worker_data
 from collm_dist.data.prompts.item_tokens import load_item_tokens
 from collm_dist.data.shards.global_order import GlobalOrder

@@ -16,7 +16,9 @@ import torch
 import yaml
 from ray.train.torch import TorchTrainer
 
-from collm_dist.cf.fitting import Job, fit
+from collm_dist.cf.cross_fit import fit_job
+from collm_dist.cf.jobs import Job
+from collm_dist.cf.model_export import export_models
 from collm_dist.cf.model_files import load_cf_model, load_model
 from collm_dist.cf.user_shards import load_worker_data
 from collm_dist.config import Config
@@ -24,7 +26,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, LaunchError
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.pretrain import export_models, run_pretrain
+from collm_dist.orchestration.pretrain import run_pretrain
 from tests.unit.cf_data import MODELS, make_cf
 from tests.unit.evaluation_run import NUM_USERS, build_config, write_data_step
 from tests.unit.test_cf_model_files import ITEMS, USERS, write_tables
@@ -130,7 +132,7 @@ def fit_until(job, rank, world_size, last_epoch):
             raise Interrupted
 
     with contextlib.suppress(Interrupted):
-        fit(job, torch.device("cpu"), rank, world_size, interrupt)
+        fit_job(job, torch.device("cpu"), rank, world_size, interrupt)
 
 
 def fit_on_two(settings):
@@ -186,7 +188,7 @@ def by_one_and_two(ray_session, tmp_path_factory):
     signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind, which asks a cluster that is gone
     for (_, how), job in jobs.items():
         if how == "two then one":
-            assert job.read_part("final").progress.epoch == 4  # an epoch before the interruption
+            assert job.read_state("final").progress.epoch == 4  # an epoch before the interruption
             fit_until(job, 0, 1, None)
     manifest = load_manifest(data_dir)
     return jobs, manifest, load_worker_data(data_dir, manifest).users
@@ -203,15 +205,15 @@ def test_any_number_of_workers_ends_where_one_does(by_one_and_two, name, how):
     gradient but rounding, since a softmax does not see them.
     """
     jobs, _, users = by_one_and_two
-    for part in jobs[name, "one"].list_parts():
-        ours, theirs = jobs[name, how].read_part(part), jobs[name, "one"].read_part(part)
+    for part in jobs[name, "one"].list_models():
+        ours, theirs = jobs[name, how].read_state(part), jobs[name, "one"].read_state(part)
         assert (ours.progress.epoch, ours.progress.best_epoch) == (theirs.progress.epoch, theirs.progress.best_epoch)
         assert ours.progress.best_metrics == pytest.approx(theirs.progress.best_metrics, abs=1e-6)
         for group in ("model", "best"):  # after the last epoch, and after the best one, which may be an early one
             one, other = (state.read_shared(group) | state.read_owned(group, users) for state in (ours, theirs))
             seen = {key for key in one if not key.endswith("key.bias")}
             assert compute_difference({key: one[key] for key in seen}, {key: other[key] for key in seen}) < 1e-5
-    assert len(jobs[name, how].read_part("final").parts) == (1 if how == "two then one" else 2)
+    assert len(jobs[name, how].read_state("final").parts) == (1 if how == "two then one" else 2)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -225,7 +227,7 @@ def test_files_of_two_workers_hold_the_vectors_of_one(by_one_and_two, tmp_path, 
             model = load_model(path)[1]
             users, history = torch.arange(NUM_USERS), torch.arange(3).expand(NUM_USERS, 3)
             found[how, path.name] = torch.cat([model.user_vectors(users, history, users), model.item_vectors(users)])
-    assert len(found) == 2 * len(jobs[name, "one"].list_parts())
+    assert len(found) == 2 * len(jobs[name, "one"].list_models())
     for (how, file), vectors in found.items():
         assert (vectors - found["one", file]).abs().max() < 1e-5, (how, file)
         assert vectors.abs().max() > 0.1

@@ -12,14 +12,16 @@ import torch
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.cf.fitting import Job, fit
+from collm_dist.cf.cross_fit import fit_job
+from collm_dist.cf.jobs import Job
+from collm_dist.cf.model_export import export_models
 from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ConfigError, Preempted, RequestError
 from collm_dist.evaluation.report import run_evaluation
-from collm_dist.orchestration.pretrain import export_models, run_pretrain
+from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
@@ -61,7 +63,7 @@ def fit_cf(config, run_dir):
     """Do the CF step on this process, without Ray."""
     data_dir = run_dir.step_dir("data")
     job = Job(data_dir, run_dir.path / "states", "key", config.cf, config.run.seed)
-    fit(job, torch.device("cpu"), 0, 1, lambda *_: None)
+    fit_job(job, torch.device("cpu"), 0, 1, lambda *_: None)
     content_hash = export_models(job, run_dir.step_dir("cf"), load_manifest(data_dir))
     fingerprint = compute_step_fingerprint(config, run_dir, "cf")
     write_json(run_dir.record_path("cf"), {"content_hash": content_hash, "fingerprint": fingerprint})

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from collm_dist.cf.fitting import Job, fit
+from collm_dist.cf.cross_fit import fit_job
+from collm_dist.cf.jobs import Job
 from collm_dist.config.loader import load_config
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.search import run_search
@@ -72,7 +73,7 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(search, 
     before = read_logs(folder)
     finished = {path.parent.parent.name for path in results}
     assert all(len(before[name]) == NUM_EPOCHS for name in finished)
-    # fit scores every split that it has loaded and leaves the figures here.
+    # fit_job scores every split that it has loaded and leaves the figures here.
     assert all(set(json.loads(path.read_text())["metrics"]) == {"train", "valid"} for path in results)
     assert not (folder / "summary.json").exists()
 
@@ -93,7 +94,7 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(search, 
     best = load_config(folder / "best.yaml")
     row = next(row for row in table if row["state"] == "finished")
     job = Job(run_dir.step_dir("data"), tmp_path / "again", "key", best.cf, best.run.seed)
-    fit(job, torch.device("cpu"), 0, 1, lambda *_: None)
+    fit_job(job, torch.device("cpu"), 0, 1, lambda *_: None)
     again = job.read_result()
     assert again["best_epoch"] == row["best_epoch"]
     for name, value in again["metrics"]["valid"].items():

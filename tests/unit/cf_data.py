@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from collm_dist.cf.fitting import Job, build_plan, build_untrained, fit
+from collm_dist.cf.cross_fit import fit_job
+from collm_dist.cf.fitting import build_plan, build_untrained
+from collm_dist.cf.jobs import Job
+from collm_dist.cf.model_export import export_models
 from collm_dist.cf.user_shards import load_worker_data, number_globally
 from collm_dist.config import CfConfig
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.orchestration.pretrain import export_models
 
 MODELS = ("mf", "lightgcn", "sasrec", "din")
 SETTINGS = {
@@ -61,5 +63,5 @@ def fit_and_export(run_dir, cf, folder, fold_starts=(), seed=0):
     """Train on this process and write the model files, as the CF step does; return the hash of them all."""
     data_dir = run_dir.step_dir("data")
     job = Job(data_dir, folder, "key", cf, seed, tuple(fold_starts))
-    fit(job, torch.device("cpu"), 0, 1, lambda *_: None)
+    fit_job(job, torch.device("cpu"), 0, 1, lambda *_: None)
     return export_models(job, run_dir.step_dir("cf"), load_manifest(data_dir))

@@ -13,7 +13,8 @@ import safetensors
 import torch
 
 from collm_dist.cf.fitting import build_untrained
-from collm_dist.cf.model_files import ModelHeader, load_cf_model, write_model
+from collm_dist.cf.model_export import write_model
+from collm_dist.cf.model_files import ModelHeader, load_cf_model
 from collm_dist.cf.safetensors_writer import create_tensor_file
 from collm_dist.cf.sharded_checkpoint import read_state
 from collm_dist.data.ingest.id_tables import compute_ids_hash

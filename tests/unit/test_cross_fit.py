@@ -7,8 +7,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from collm_dist.cf.fitting import compute_fold_starts
-from collm_dist.cf.model_files import compute_export_factors, load_cf_model
+from collm_dist.cf.cross_fit import compute_fold_starts
+from collm_dist.cf.model_export import compute_export_factors
+from collm_dist.cf.model_files import load_cf_model
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest
