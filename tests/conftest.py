@@ -76,6 +76,31 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, t
 
 
 @pytest.fixture(scope="session")
+def finished_clicks_run(tmp_path_factory: pytest.TempPathFactory, tiny_clicks: Path, tiny_backbone_dir: Path) -> Path:
+    """Run directory of a finished pipeline over the clicks, with what ``finished_run`` leaves out: sampled negatives,
+    a user vector for each target, slots of histories, dropout, and a collaborative model that trains along. Not to be
+    changed."""
+    from tests.integration.finished_run import build_run
+
+    overrides = [
+        f"run.dir={tmp_path_factory.mktemp('finished-clicks') / 'run'}",
+        f"dataset.path={tiny_clicks}",
+        "dataset.items_path=null",
+        "dataset.columns={user_id: user, item_id: item, timestamp: time}",
+        "dataset.feedback=implicit",
+        "dataset.negatives_per_positive=2",
+        f"llm.backbone={tiny_backbone_dir}",
+        "cf.model=din",
+        "lora.dropout=0.1",
+        "mapping.mask_probability=0.2",
+        "mapping.tokens_per_slot=2",
+        "prompt.stage2=Liked: <ItemTitleList> <ItemIDList>. Like <TargetItemTitle> <TargetItemID>? <UserID> Answer:",
+        "stage2.train_cf=true",
+    ]
+    return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+
+
+@pytest.fixture(scope="session")
 def tiny_clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log of 60 clicks: clicks.csv (user,item,time in ISO format) of 10 users on 12 items, no ratings, no titles."""
     path = tmp_path_factory.mktemp("clicks") / "clicks.csv"

@@ -1,0 +1,68 @@
+"""A run directory that release 0.1 left, killed in stage 2, is taken up where it stands and comes to the same end."""
+
+import os
+import shutil
+
+import pytest
+
+from collm_dist.artifacts import RunDir, is_step_current
+from collm_dist.config_io import load_config
+from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.evaluation.report import run_evaluation
+from collm_dist.orchestration.preprocess import run_preprocess
+from collm_dist.orchestration.pretrain import run_pretrain
+from collm_dist.tuning.checkpointing import load_last_checkpoint
+from collm_dist.tuning.run import run_stage
+from tests.golden.collect import read_json
+from tests.golden.make_run import ASSET, LAST_CHECKPOINT, STEPS_DONE, collect_expected, set_input_times
+from tests.golden.records import compare
+
+
+@pytest.fixture
+def old_run(tmp_path, monkeypatch):
+    """A copy of the run, as it looked on the disk on which it was made, with the working directory beside it."""
+    shutil.copytree(ASSET, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    set_input_times(tmp_path / "copy")
+    before = dict(os.environ)
+    yield RunDir(tmp_path / "copy" / "run")
+    # A process group of one may stay; what says so to child processes may not.
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def test_it_goes_on_and_comes_to_the_same_end(old_run, capsys):
+    config = load_config(old_run.path / "config.yaml")
+    record = read_json(ASSET.with_suffix(".json"))
+    for step in STEPS_DONE:
+        fingerprint = compute_step_fingerprint(config, old_run, step)
+        assert fingerprint == record["found"]["fingerprints"][step], step
+        assert is_step_current(old_run, step, fingerprint), step
+    run_preprocess(config, old_run, False)
+    run_pretrain(config, old_run, False)
+    run_stage(config, old_run, "stage1")
+    printed = capsys.readouterr().out
+    assert all(f"{step}: done already" in printed for step in STEPS_DONE)
+
+    fingerprint = compute_step_fingerprint(config, old_run, "stage2")
+    assert fingerprint == record["found"]["fingerprints"]["stage2"]
+    assert not old_run.is_done("stage2")
+    checkpoints = old_run.step_dir("stage2") / "checkpoints"
+    assert load_last_checkpoint(checkpoints, fingerprint).progress.global_step == LAST_CHECKPOINT
+    kept = checkpoints / f"step-{LAST_CHECKPOINT:09d}.safetensors"
+    untouched = kept.stat().st_mtime_ns
+    run_stage(config, old_run, "stage2")
+    # Had it begun anew, it would have written this one again.
+    assert kept.stat().st_mtime_ns == untouched
+    run_evaluation(config, old_run)
+    compare(record, collect_expected(old_run.path), f"{ASSET.name}.json")
+
+
+def test_what_it_was_made_from_is_looked_at(old_run):
+    """The fingerprints of the steps that are done hold for these inputs alone."""
+    config = load_config(old_run.path / "config.yaml")
+    before = {step: compute_step_fingerprint(config, old_run, step) for step in STEPS_DONE}
+    for path in ("ratings.csv", "backbone/config.json"):
+        os.utime(path)
+    changed = {step for step in STEPS_DONE if compute_step_fingerprint(config, old_run, step) != before[step]}
+    assert changed == {"data", "stage1"}
