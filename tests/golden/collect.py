@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import collm_dist
 from collm_dist.artifacts import RunDir
 from collm_dist.config_io import load_config
 from collm_dist.data.slots import Masking
+from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.tuning.prepared import prepare
 from collm_dist.tuning.run import build_orders
 from collm_dist.tuning.stages import get_stage, get_stage_config, load_stage_model
@@ -28,6 +31,11 @@ from tests.golden.records import describe_array
 # So few that a global batch is divided.
 MICRO_BATCH_TOKENS = 700
 STAGES = ("stage1", "stage2")
+CF_MODELS = {
+    "sasrec": ["cf.model=sasrec", "cf.history_length=5"],
+    "lightgcn": ["cf.model=lightgcn", "cf.feedback=all"],
+    "two_workers": ["cf.num_workers=2", "cf.num_epochs=2"],
+}
 # Of a summary: what differs from one time to the next, and what is recorded elsewhere or depends on folders.
 TIMED = ("throughput", "memory", "fingerprint")
 
@@ -83,6 +91,23 @@ def collect_cf(run: Path) -> dict[str, Any]:
         "summary": _leave_out(read_json(run / "cf" / "summary.json"), TIMED),
         "curve": read_curve(run / "cf" / "metrics.jsonl"),
     }
+
+
+def fit_cf_models(run: Path, folder: Path) -> dict[str, Any]:
+    """Return what becomes of the collaborative models that no finished run has, fitted to a run's data.
+
+    Args:
+        run: a finished one.
+        folder: an empty one.
+    """
+    found = {}
+    with connect_ray(load_config(run / "config.yaml").cluster):
+        for name, overrides in CF_MODELS.items():
+            config = load_config(run / "config.yaml", ["cf.cross_fit=off", *overrides])
+            shutil.copytree(run / "data", folder / name / "data")
+            run_pretrain(config, RunDir(folder / name))
+            found[name] = {"settings": overrides, **collect_cf(folder / name)}
+    return found
 
 
 def describe_tensors(path: Path) -> dict[str, Any]:

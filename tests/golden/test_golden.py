@@ -1,6 +1,6 @@
 """Whatever the code computes on two tiny experiments is what it computed when the records were made."""
 
-from tests.golden.collect import collect_run
+from tests.golden.collect import collect_run, fit_cf_models
 from tests.golden.commands import show_plans
 from tests.golden.messages import collect_messages
 from tests.golden.records import check_record
@@ -21,3 +21,7 @@ def test_dry_runs(finished_run, finished_clicks_run):
 
 def test_messages(finished_run, tmp_path):
     check_record("messages", collect_messages(finished_run, tmp_path))
+
+
+def test_collaborative_models(finished_run, tmp_path):
+    check_record("cf_models", fit_cf_models(finished_run, tmp_path))
