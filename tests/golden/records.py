@@ -23,7 +23,9 @@ import torch
 FOLDER = Path(__file__).parent
 # Set by ``python -m tests.golden.record``: records are then written instead of compared.
 RECORD_VARIABLE = "COLLM_RECORD_GOLDEN"
-RELATIVE, ABSOLUTE = 1e-2, 1e-3
+# Largest difference seen between one thread and two: 0.006, in the bound of an AUC of a small slice, where a pair of
+# rows in the other order is a step.
+RELATIVE, ABSOLUTE = 2e-2, 1e-2
 LIBRARIES = (
     "torch", "transformers", "numpy", "pyarrow", "peft", "deepspeed", "scikit-learn", "pandas", "safetensors",
     "tokenizers", "webdataset",
@@ -89,9 +91,10 @@ def compare(record: dict[str, Any], found: Any, name: str) -> None:
     """Compare what is found now with a record as ``write_record`` writes it."""
     machine = describe_machine()
     exact = machine == record["made_on"]
+    others = list_differences(record["made_on"], machine, "made_on", True)
     # By way of JSON, as the record went: tuples are lists then, and keys texts.
     differences = list_differences(record["found"], json.loads(json.dumps(found)), "$", exact)
-    how = "exactly" if exact else f"with tolerance, since the record was made on {record['made_on']}, not on {machine}"
+    how = "exactly" if exact else f"with tolerance, since the machine is another one: {'; '.join(others)}"
     shown = "\n".join(differences[:MAX_SHOWN])
     assert not differences, f"{name}: {len(differences)} differences, compared {how}\n{shown}"
 
