@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from collm_dist.config_io import load_config
+from collm_dist.config.loader import load_config
 
 ROOT = Path(__file__).parents[2]
 

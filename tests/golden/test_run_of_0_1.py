@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 
-from collm_dist.artifacts import RunDir, is_step_current
-from collm_dist.config_io import load_config
-from collm_dist.data.fingerprints import compute_step_fingerprint
+from collm_dist.config.loader import load_config
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.evaluation.report import run_evaluation
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
-from collm_dist.tuning.checkpointing import load_last_checkpoint
-from collm_dist.tuning.run import run_stage
+from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.tuning.checkpoints import load_last_checkpoint
+from collm_dist.tuning.run_stage import run_stage
 from tests.golden.collect import read_json
 from tests.golden.make_run import ASSET, LAST_CHECKPOINT, STEPS_DONE, collect_expected, set_input_times
 from tests.golden.records import compare
