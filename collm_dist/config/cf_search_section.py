@@ -49,29 +49,29 @@ class CfSearchConfig(Section):
     def _check_space(cls, space: SearchSpace) -> SearchSpace:
         if not space:
             raise ValueError("names no setting: there is nothing to look for")
-        for name, form in space.items():
+        for name, domain in space.items():
             if name not in CfConfig.model_fields:
-                near = difflib.get_close_matches(name, CfConfig.model_fields, n=1)
+                matches = difflib.get_close_matches(name, CfConfig.model_fields, n=1)
                 raise ValueError(
-                    f"{name} is no setting of the cf section" + (f"; did you mean {near[0]}?" if near else "")
+                    f"{name} is no setting of the cf section" + (f"; did you mean {matches[0]}?" if matches else "")
                 )
             if name in NOT_SEARCHED:
                 raise ValueError(f"{name}: {NOT_SEARCHED[name]}")
-            _check_form(name, form)
+            _check_domain(name, domain)
         return space
 
 
-def _check_form(name: str, form: dict[Any, tuple[Any, ...]]) -> None:
-    if len(form) != 1:
-        raise ValueError(f"{name}: takes one of choice, uniform, log_uniform and integer, found {len(form)}")
-    ((kind, values),) = form.items()
+def _check_domain(name: str, domain: dict[Any, tuple[Any, ...]]) -> None:
+    if len(domain) != 1:
+        raise ValueError(f"{name}: takes one of choice, uniform, log_uniform and integer, found {len(domain)}")
+    ((kind, values),) = domain.items()
     if kind == "choice":
         if not values:
             raise ValueError(f"{name}: choice is empty")
         return
     numbers = int if kind == "integer" else (int, float)
-    if len(values) != 2 or not all(isinstance(one, numbers) and not isinstance(one, bool) for one in values):
+    if len(values) != 2 or not all(isinstance(value, numbers) and not isinstance(value, bool) for value in values):
         raise ValueError(f"{name}: {kind} takes two {'whole ' * (kind == 'integer')}numbers, [low, high]: {[*values]}")
     if not values[0] < values[1] or (kind == "log_uniform" and values[0] <= 0):
-        above = "0 < low < high" if kind == "log_uniform" else "low < high"
-        raise ValueError(f"{name}: {kind} needs {above}: {[*values]}")
+        order = "0 < low < high" if kind == "log_uniform" else "low < high"
+        raise ValueError(f"{name}: {kind} needs {order}: {[*values]}")

@@ -131,10 +131,10 @@ class DatasetConfig(Section):
     def _check(self) -> DatasetConfig:
         if (self.path is None) == (self.asset is None):
             raise ValueError("give exactly one of dataset.path and dataset.asset")
-        has_own_columns = self.format == "table" and self.asset is None
-        has_one = (self.columns.rating is None) != (self.columns.label is None)
-        if has_own_columns and self.feedback == "explicit" and not has_one:
+        reads_columns = self.format == "table" and self.asset is None
+        has_one_target = (self.columns.rating is None) != (self.columns.label is None)
+        if reads_columns and self.feedback == "explicit" and not has_one_target:
             raise ValueError("feedback: explicit needs exactly one of columns.rating and columns.label")
-        if has_own_columns and self.split.method == "column" and self.columns.split is None:
+        if reads_columns and self.split.method == "column" and self.columns.split is None:
             raise ValueError("split.method: column needs columns.split")
         return self

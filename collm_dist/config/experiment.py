@@ -40,16 +40,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        stored, shown = self.preprocessing.max_history_length, self.prompt.history_length
-        if shown > stored:
+        stored, prompted = self.preprocessing.max_history_length, self.prompt.history_length
+        if prompted > stored:
             raise ValueError(
-                f"prompt.history_length {shown} exceeds preprocessing.max_history_length {stored}, which is all "
+                f"prompt.history_length {prompted} exceeds preprocessing.max_history_length {stored}, which is all "
                 "that the shards hold: raise the latter"
             )
-        if (read := self.cf.history_length) is not None and read > stored:
+        if (cf_length := self.cf.history_length) is not None and cf_length > stored:
             raise ValueError(
-                f"cf.history_length {read} exceeds preprocessing.max_history_length {stored}, which is all that the "
-                "shards hold: raise the latter"
+                f"cf.history_length {cf_length} exceeds preprocessing.max_history_length {stored}, which is all that "
+                "the shards hold: raise the latter"
             )
         if self.cf.model == "none" and self.stage2.train_cf != "scratch":
             raise ValueError(
@@ -70,8 +70,8 @@ class Config(Section):
                 "stage2.train_cf: rows of a table that is partitioned over processes cannot be looked up by one of "
                 "them; set cluster.zero_stage to 2 or less"
             )
-        for setting, is_on in (("compile", self.llm.compile), ("quantization", self.llm.quantization != "none")):
-            if is_on and self.cluster.zero_stage == 3:
+        for setting, is_used in (("compile", self.llm.compile), ("quantization", self.llm.quantization != "none")):
+            if is_used and self.cluster.zero_stage == 3:
                 raise ValueError(
                     f"llm.{setting} wants a backbone whose weights are whole on each process: set cluster.zero_stage "
                     "to 2 or less"

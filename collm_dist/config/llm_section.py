@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from collm_dist.config.section import Section, operational
 
@@ -51,7 +51,7 @@ class MappingConfig(Section):
     """The mapping from collaborative vectors to the language model's input embeddings (paper, section 3.2)."""
 
     hidden_multiple: int = Field(10, ge=1, description="Hidden width as a multiple of the vector's width.")
-    tokens_per_slot: int = Field(1, ge=1, description="Soft tokens that a slot becomes.")
+    tokens_per_slot: int = Field(1, ge=1, le=16, description="Soft tokens that a slot becomes.")
     mask_probability: float = Field(
         0.0,
         ge=0,
@@ -59,10 +59,3 @@ class MappingConfig(Section):
         description="Share of training slots whose vector is replaced by that of an unknown user or item, so that "
         "unknown ones are met in training too.",
     )
-
-    @field_validator("tokens_per_slot")
-    @classmethod
-    def _reasonable(cls, value: int) -> int:
-        if value > 16:
-            raise ValueError("more than 16 soft tokens for a slot cannot be meant")
-        return value

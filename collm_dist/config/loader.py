@@ -19,7 +19,7 @@ from collm_dist.config.yaml_file import read_config_file
 from collm_dist.errors import ConfigError
 
 MAX_SHOWN_VALUE = 60
-MAX_SHOWN_MISTAKES = 100
+MAX_SHOWN_ERRORS = 100
 # Deeper than any setting, also below cluster.deepspeed_extra.
 MAX_DEPTH = 20
 # What Python makes of bytes on the command line that are no UTF-8.
@@ -38,21 +38,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     document = read_config_file(Path(path))
     _fill_empty_sections(document, Config)
-    mistakes = apply_overrides(document, overrides)
-    mistakes += drop_removed_settings(document)
-    total, config = len(mistakes), None
+    errors = [*apply_overrides(document, overrides), *drop_removed_settings(document)]
+    total, config = len(errors), None
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
         details = error.errors()
         total += len(details)
-        mistakes += [_describe(detail) for detail in details[:MAX_SHOWN_MISTAKES]]
-    if mistakes or config is None:
-        shown = mistakes[:MAX_SHOWN_MISTAKES]
-        if total > len(shown):
-            shown.append(f"and {total - len(shown)} more")
+        errors += [_describe(detail) for detail in details[:MAX_SHOWN_ERRORS]]
+    if errors or config is None:
+        lines = errors[:MAX_SHOWN_ERRORS]
+        if total > len(lines):
+            lines.append(f"and {total - len(lines)} more")
         count = "1 mistake" if total == 1 else f"{total} mistakes"
-        raise ConfigError(f"{path}: {count} in the configuration\n  " + "\n  ".join(shown))
+        raise ConfigError(f"{path}: {count} in the configuration\n  " + "\n  ".join(lines))
     return config
 
 
@@ -78,30 +77,30 @@ def get_section(annotation: Any) -> type[BaseModel] | None:
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Put ``section.key=value`` into a document and return the mistakes."""
-    mistakes = []
+    errors = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
         *parents, last = dotted.split(".")
         if _SURROGATE.search(override):
-            mistakes.append(f"{override!r}: is no UTF-8 text")
+            errors.append(f"{override!r}: is no UTF-8 text")
             continue
         if len(parents) >= MAX_DEPTH:
-            mistakes.append(f"{dotted[:MAX_SHOWN_VALUE]}...: no setting lies that deep")
+            errors.append(f"{dotted[:MAX_SHOWN_VALUE]}...: no setting lies that deep")
             continue
         if not equals or not all([*parents, last]):
-            mistakes.append(f"{override}: an override is written section.key=value")
+            errors.append(f"{override}: an override is written section.key=value")
             continue
         target: Any = document
         for parent in parents:
             target = target.setdefault(parent, {}) if isinstance(target, dict) else None
         if not isinstance(target, dict):
-            mistakes.append(f"{dotted}: '{'.'.join(parents)}' is no section")
+            errors.append(f"{dotted}: '{'.'.join(parents)}' is no section")
             continue
         try:
             target[last] = parse_value(text)
         except YAMLError:
-            mistakes.append(f"{dotted}: a list, mapping or quoted text that is not closed ({text})")
-    return mistakes
+            errors.append(f"{dotted}: a list, mapping or quoted text that is not closed ({text})")
+    return errors
 
 
 def suggest_name(dotted: str) -> str:
@@ -114,11 +113,11 @@ def suggest_name(dotted: str) -> str:
     if same:
         return " - nearest name " + " or ".join(f"'{name}'" for name in same[:3])
     candidates = names if "." in dotted else [*Config.model_fields, *names]
-    near = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.6)
-    if not near:
+    matches = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.6)
+    if not matches:
         by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-        near = [by_last[found] for found in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
-    return f" - nearest name '{near[0]}'" if near else ""
+        matches = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
+    return f" - nearest name '{matches[0]}'" if matches else ""
 
 
 def _fill_empty_sections(document: dict[str, Any], model: type[BaseModel]) -> None:
@@ -137,7 +136,7 @@ def _describe(detail: Mapping[str, Any]) -> str:
     dotted = ".".join(str(part) for part in detail["loc"])
     value, kind = detail["input"], detail["type"]
     if kind == "extra_forbidden":
-        return f"{dotted}: no such setting{_show(value)}{suggest_name(dotted)}"
+        return f"{dotted}: no such setting{_format_value(value)}{suggest_name(dotted)}"
     if kind == "missing":
         return f"{dotted}: is required"
     if kind == "value_error":
@@ -145,11 +144,12 @@ def _describe(detail: Mapping[str, Any]) -> str:
         return f"{dotted}: {message}" if dotted else message
     message = detail["msg"].replace("Input should", "should", 1)
     choices = detail.get("ctx", {}).get("expected", "") if kind == "literal_error" else ""
-    near = difflib.get_close_matches(str(value), [one.strip("' ") for one in choices.replace(" or ", ",").split(",")])
-    hint = f" - nearest name '{near[0]}'" if near else ""
-    return f"{dotted}: {message}{_show(value)}{hint}"
+    valid = [choice.strip("' ") for choice in choices.replace(" or ", ",").split(",")]
+    matches = difflib.get_close_matches(str(value), valid)
+    hint = f" - nearest name '{matches[0]}'" if matches else ""
+    return f"{dotted}: {message}{_format_value(value)}{hint}"
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = repr(value)
     return f" ({text if len(text) <= MAX_SHOWN_VALUE else text[:MAX_SHOWN_VALUE] + '...'})"

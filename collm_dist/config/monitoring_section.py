@@ -39,9 +39,9 @@ class MonitoringConfig(Section):
     def _parse_steps(cls, value: Any) -> Any:
         if value is None:
             return None
-        text = "-".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)
-        found = re.fullmatch(r" *([0-9]{1,12}) *- *([0-9]{1,12}) *", text)
-        first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+        text = "-".join(str(step) for step in value) if isinstance(value, list | tuple) else str(value)
+        match = re.fullmatch(r" *([0-9]{1,12}) *- *([0-9]{1,12}) *", text)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= first <= last < first + MAX_PROFILED_STEPS:
             raise ValueError(
                 f"{value!r:.60} is no range of steps: write [10, 12] or 10-12, counted from 1, the first not after the "

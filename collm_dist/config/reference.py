@@ -90,7 +90,7 @@ def _describe_default(field: FieldInfo) -> str:
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     if isinstance(default, tuple):
-        return _cell(f"`[{', '.join(str(one) for one in default)}]`")
+        return _cell(f"`[{', '.join(str(value) for value in default)}]`")
     if isinstance(default, str):
         return _cell(f'`"{default}"`' if default != default.strip() or not default else f"`{default}`")
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
@@ -102,10 +102,10 @@ def _describe_type(field: FieldInfo) -> str:
 
 def _name_bounds(metadata: Sequence[Any]) -> str:
     return " and ".join(
-        f"{sign} {getattr(one, name):g}"
-        for one in metadata
+        f"{sign} {getattr(bound, name):g}"
+        for bound in metadata
         for kind, (sign, name) in _BOUNDS.items()
-        if isinstance(one, kind)
+        if isinstance(bound, kind)
     )
 
 
@@ -114,15 +114,12 @@ def _name_type(annotation: Any) -> str:
     if origin is Annotated:
         return _name_type(arguments[0])
     if origin is Literal:
-        return " | ".join(str(one) for one in arguments)
+        return " | ".join(str(value) for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_name_type(one) for one in arguments)
-    if origin is Annotated:
-        bounds = [one for part in arguments[1:] if isinstance(part, FieldInfo) for one in part.metadata]
-        return f"{_name_type(arguments[0])} {_name_bounds(bounds)}".strip()
+        return " or ".join(_name_type(member) for member in arguments)
     if origin is tuple:
-        inner = [one for one in arguments if one is not Ellipsis]
-        return f"list of {_name_type(inner[0])}" if Ellipsis in arguments else f"{len(inner)} x {_name_type(inner[0])}"
+        name = _name_type(arguments[0])
+        return f"list of {name}" if Ellipsis in arguments else f"{len(arguments)} x {name}"
     if origin is dict:
         return "mapping"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "none"}

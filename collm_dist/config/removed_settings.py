@@ -17,7 +17,7 @@ _REMOVED: dict[str, tuple[Any, str]] = {
 
 def drop_removed_settings(document: dict[str, Any]) -> list[str]:
     """Delete removed settings from a document and return a mistake for each that is not at its default."""
-    mistakes = []
+    errors = []
     for dotted, (default, remedy) in _REMOVED.items():
         *parents, last = dotted.split(".")
         section: Any = document
@@ -26,5 +26,5 @@ def drop_removed_settings(document: dict[str, Any]) -> list[str]:
         if isinstance(section, dict) and last in section:
             value = section.pop(last)
             if value != default:
-                mistakes.append(f"{dotted}: no such setting any more: {remedy}")
-    return mistakes
+                errors.append(f"{dotted}: no such setting any more: {remedy}")
+    return errors

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from collm_dist.config.loader import MAX_SHOWN_MISTAKES, dump_config, load_config
+from collm_dist.config.loader import MAX_SHOWN_ERRORS, dump_config, load_config
 from collm_dist.config.yaml_document import MAX_VALUES
 from collm_dist.config.yaml_file import MAX_BYTES
 from collm_dist.data.prompts.template import load_prompt_text
@@ -81,8 +81,8 @@ def test_very_many_mistakes_are_counted_and_the_first_ones_shown(tmp_path):
         load(tmp_path, GOOD + "".join(f"k{number}: 1\n" for number in range(5000)))
     lines = str(caught.value).splitlines()
     assert "5000 mistakes" in lines[0]
-    assert lines[-1].strip() == f"and {5000 - MAX_SHOWN_MISTAKES} more"
-    assert len(lines) == MAX_SHOWN_MISTAKES + 2
+    assert lines[-1].strip() == f"and {5000 - MAX_SHOWN_ERRORS} more"
+    assert len(lines) == MAX_SHOWN_ERRORS + 2
     assert time.monotonic() - started < 5
 
 
