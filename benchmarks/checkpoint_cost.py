@@ -33,9 +33,9 @@ from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.engine import TuningEngine, init_distributed
 from collm_dist.tuning.loop import TuningLoop
-from collm_dist.tuning.prepared_batches import Prepared, prepare
 from collm_dist.tuning.run_stage import build_loop
-from collm_dist.tuning.stages import build_stage, get_stage
+from collm_dist.tuning.stage import get_stage
+from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
 from collm_dist.tuning.watchdog import Watchdog
 
 NUM_BLOCKS, WARM_UP = 4, 2
@@ -56,7 +56,7 @@ def without_checks(engine: TuningEngine) -> Iterator[None]:
             one.update(entries)
 
 
-def make_bare_step(loop: TuningLoop, prepared: Prepared) -> None:
+def make_bare_step(loop: TuningLoop, prepared: StepBatch) -> None:
     """Make an update with nothing around it."""
     engine, batches = loop.engine.module, prepared.micro_batches
     loop.engine.set_training(True)
@@ -83,18 +83,19 @@ def measure(config: Config, rounds: int) -> dict[str, Any]:
     """Return the seconds of all steps and checkpoints, and a checkpoint's bytes."""
     run_dir = RunDir(Path(config.run.dir))
     device = init_distributed(5)
-    loaded = build_stage(config, run_dir, get_stage(config, "stage1"), device)
-    loop = build_loop(config, run_dir, "stage1", loaded, {})
+    stage = get_stage(config, "stage1")
+    loaded = stage.build(run_dir, device)
+    loop = build_loop(config, run_dir, stage, loaded, {})
     loop.folder.mkdir(parents=True, exist_ok=True)
     blocks = choose_blocks(config, "stage1", NUM_BLOCKS)
-    work = list(prepare(iter(blocks), loaded.collator, loop.max_tokens, device))
+    work = list(iter_step_batches(iter(blocks), loaded.collator, loop.max_tokens, device))
 
-    def step_on(prepared: Prepared) -> None:
+    def step_on(prepared: StepBatch) -> None:
         with Watchdog(loop.folder, 60.0, str) as watchdog:
             loop.train_step(prepared)
             watchdog.beat()
 
-    def step_off(prepared: Prepared) -> None:
+    def step_off(prepared: StepBatch) -> None:
         make_bare_step(loop, prepared)
 
     seconds: dict[str, list[float]] = {"on": [], "off": [], "checkpoint": []}

@@ -44,8 +44,9 @@ from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.recommender import load_recommender
 from collm_dist.serving.requests import RankingRequest
+from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.run_stage import run_stage
-from collm_dist.tuning.stages import LoadedStage, load_stage_model
+from collm_dist.tuning.stage import load_stage_model
 
 NUM_CANDIDATES = 100
 # Enough for a mapping that is no longer what it began as; the paper's prompt, whose two slots need no statistics: the

@@ -29,7 +29,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import resolve_dtype
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.tuning.stages import build_stage, get_stage
+from collm_dist.tuning.stage import get_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY_LENGTHS = (1, 4, 10, 25)
@@ -57,7 +57,7 @@ def list_points(sweep: str, shapes: list[str], folder: Path, longest: int) -> li
 def measure_point(config: Config, stage: str, suffix: str, repeats: int) -> dict[str, Any]:
     """Let both sides work through one batch in turn, after a pass to warm up."""
     phase = stage + suffix
-    loaded = build_stage(config, RunDir(Path(config.run.dir)), get_stage(config, stage), torch.device("cpu"))  # type: ignore[arg-type]
+    loaded = get_stage(config, stage).build(RunDir(Path(config.run.dir)), torch.device("cpu"))  # type: ignore[arg-type]
     (block,) = choose_blocks(config, phase, 1)
     with torch.no_grad():
         batch = spell_rows(loaded, block)

@@ -1,54 +1,99 @@
-"""What workers tell each other. Without a process group there is one worker, and nothing is sent."""
+"""Ranks and collectives. Without a process group there is one rank, and nothing is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from collm_dist.errors import CollmError
+
+T = TypeVar("T")
+
 
 def get_rank() -> int:
-    """Return this worker's number."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Return this process's rank; before there is a process group, the one that the launcher set."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def get_world_size() -> int:
-    """Return the number of workers."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_workers(tensor: Tensor) -> Tensor:
-    """Add a tensor up over the workers, in place, and return it."""
+def leave_process_group() -> None:
+    """Destroy the process group in good order, so that no peer takes this process for lost.
+
+    A group of one stays: it has no peers, and DeepSpeed cannot make a second one.
+    """
     if get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        dist.destroy_process_group()
 
 
-class _DifferentiableSum(torch.autograd.Function):
-    """Every worker's loss reads the sum, so the gradient of a worker's term is the sum of all workers' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_over_workers(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return sum_over_workers(gradients[0].clone(memory_format=torch.contiguous_format))  # others may hold it too
+def wait_for_all() -> None:
+    """Wait until every rank is here. Collective."""
+    if get_world_size() > 1:
+        dist.barrier()
 
 
-def sum_differentiably(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over the workers; gradients flow back to all of them."""
+def any_rank(condition: bool) -> bool:
+    """Return whether a condition holds on any rank. Collective."""
     if get_world_size() == 1:
-        return tensor
-    summed: Tensor = _DifferentiableSum.apply(tensor)  # type: ignore[no-untyped-call]
-    return summed
+        return condition
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def run_on_rank_0(function: Callable[[], T]) -> T:
+    """Run a function on rank 0; return its result, or raise its error, on every rank. Collective.
+
+    Args:
+        function: returns something that can be pickled.
+
+    Raises:
+        CollmError: raised by the function.
+    """
+    outcome: list[Any] = [None, None]
+    if get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except CollmError as error:
+            error.is_common = True
+            outcome[1] = error
+    if get_world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's value, by rank. Collective; values are pickled."""
+    if get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """Return every rank's count, by rank. Collective."""
+    if get_world_size() == 1:
+        return [count]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(get_world_size())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return [int(value) for value in counts]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Return the rows of all workers in their order; each may hold another number of them."""
+    """Concatenate the rows of all ranks, in rank order; their numbers of rows may differ. Collective."""
     if get_world_size() == 1:
         return tensor
     sizes = gather_counts(len(tensor), tensor.device)
@@ -59,41 +104,60 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def gather_counts(count: int, device: torch.device) -> list[int]:
-    """Return every worker's number."""
+def sum_over_workers(tensor: Tensor) -> Tensor:
+    """All-reduce a tensor in place by sum, and return it."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """All-reduce by sum. Every rank's loss reads it, so a term's gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_workers(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # A copy: autograd may hold the gradient elsewhere too.
+        return sum_over_workers(gradients[0].clone(memory_format=torch.contiguous_format))
+
+
+def sum_differentiably(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks; gradients flow back to every rank."""
     if get_world_size() == 1:
-        return [count]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(get_world_size())]
-    dist.all_gather(counts, torch.tensor([count], device=device))
-    return [int(one) for one in counts]
+        return tensor
+    summed: Tensor = _DifferentiableSum.apply(tensor)  # type: ignore[no-untyped-call]
+    return summed
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add up the gradients of parameters that all workers share.
+    """All-reduce the gradients of replicated parameters by sum.
 
-    Dense ones travel together in one message. Of a sparse one only the rows that a batch has met travel, unless they
-    are so many that the whole table is less.
+    Dense gradients travel in one message. Of a sparse gradient only the touched rows travel, unless the whole table is
+    smaller.
     """
     if get_world_size() == 1:
         return
-    dense = [one for one in parameters if one.grad is not None and not one.grad.is_sparse]
+    dense = [param for param in parameters if param.grad is not None and not param.grad.is_sparse]
     if dense:
-        flat = sum_over_workers(torch.cat([one.grad.flatten() for one in dense if one.grad is not None]))
-        for one, part in zip(dense, torch.split(flat, [one.numel() for one in dense]), strict=True):
-            one.grad = part.view_as(one)
-    for one in parameters:
-        if one.grad is not None and one.grad.is_sparse:
-            one.grad = _sum_sparse(one.grad.coalesce())
+        flat = sum_over_workers(torch.cat([param.grad.flatten() for param in dense if param.grad is not None]))
+        for param, part in zip(dense, torch.split(flat, [param.numel() for param in dense]), strict=True):
+            param.grad = part.view_as(param)
+    for param in parameters:
+        if param.grad is not None and param.grad.is_sparse:
+            param.grad = _sum_sparse(param.grad.coalesce())
 
 
 def _sum_sparse(gradient: Tensor) -> Tensor:
-    """Return the sum over the workers: (R, E) sparse, with the rows that any of them has met."""
+    """Return the sum over all ranks: (R, E) sparse, with every row that any rank touched."""
     rows, values = gradient.indices()[0], gradient.values()
     sizes = gather_counts(len(rows), rows.device)
     if max(sizes) * get_world_size() < gradient.shape[0]:
         indices, values = gather_rows(rows), gather_rows(values)
     else:
-        # A column more says which rows were met: a gradient may be zero by chance.
+        # An extra column marks the touched rows: a gradient may be zero by chance.
         table = values.new_zeros(gradient.shape[0], gradient.shape[1] + 1)
         table[rows] = torch.cat([values, values.new_ones(len(values), 1)], dim=1)
         sum_over_workers(table)

@@ -18,13 +18,13 @@ EXAMPLES = """examples:
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     # Late: --help and mistakes need no DeepSpeed, which takes seconds to import and has things to say.
+    from collm_dist.distributed import leave_process_group
     from collm_dist.evaluation.report import run_evaluation
-    from collm_dist.tuning.engine import leave_distributed
 
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
         run_evaluation(config, run_dir, force="eval" in arguments.force)
-    leave_distributed()
+    leave_process_group()
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.tuning.engine import leave_distributed  # late: --help needs no DeepSpeed, which takes seconds
+    from collm_dist.distributed import leave_process_group  # late: --help needs no torch and no DeepSpeed
     from collm_dist.tuning.run_stage import run_stage
     from collm_dist.tuning.watchdog import explain_lost_workers
 
@@ -41,7 +41,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         for name in [f"stage{arguments.stage}"] if arguments.stage else ["stage1"] * config.stage1.enabled + ["stage2"]:
             with explain_lost_workers(lambda stage=name: stage):
                 run_stage(config, run_dir, name, force=name in arguments.force)
-    leave_distributed()
+    leave_process_group()
 
 
 def main() -> int:

@@ -25,8 +25,9 @@ from benchmarks.lib.tuning_workload import PHASES, TRAINING, choose_blocks, prep
 from collm_dist.config import Config
 from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.tuning.costs import DecoderShape, count_padded, count_shared
-from collm_dist.tuning.stages import LoadedStage, build_stage, get_stage
+from collm_dist.tuning.flops import DecoderShape, count_padded, count_shared
+from collm_dist.tuning.loaded_stage import LoadedStage
+from collm_dist.tuning.stage import get_stage
 
 # After its answer a side tidies up and fetches what comes next, on the cores that the other one is measured on.
 SETTLE_S = 0.5
@@ -197,7 +198,7 @@ def prepare_comparison(arguments: argparse.Namespace) -> Iterator[Comparison]:
 def _write_workload(config: Config, folder: Path, phase: str, count: int) -> dict[str, Any]:
     """Write a phase's rows for the peers, and return what they cost and have."""
     stage = get_stage(config, "stage1" if phase == "stage1" else "stage2")
-    loaded = build_stage(config, RunDir(Path(config.run.dir)), stage, torch.device("cpu"))
+    loaded = stage.build(RunDir(Path(config.run.dir)), torch.device("cpu"))
     blocks = choose_blocks(config, phase, count)
     with torch.no_grad():
         batches = [spell_rows(loaded, block) for block in blocks]

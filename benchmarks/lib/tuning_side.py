@@ -33,10 +33,10 @@ from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.engine import init_distributed
-from collm_dist.tuning.prepared_batches import prepare
 from collm_dist.tuning.run_stage import build_loop
 from collm_dist.tuning.scoring import AUTO_TOKENS, score_split
-from collm_dist.tuning.stages import build_stage, get_stage
+from collm_dist.tuning.stage import get_stage
+from collm_dist.tuning.step_batches import iter_step_batches
 
 REFERENCE_ROWS = 16
 TRIED_ROWS = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256)}
@@ -48,12 +48,11 @@ Work = Callable[[int], None]
 
 def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torch.device, dict[str, Any]]:
     """Return the product's way of working through a batch, and the tokens of a micro-batch at most."""
-    run_dir, name = RunDir(Path(config.run.dir)), "stage1" if phase.startswith("stage1") else "stage2"
-    device = init_distributed(5)
-    loaded = build_stage(config, run_dir, get_stage(config, name), device)
+    run_dir, device = RunDir(Path(config.run.dir)), init_distributed(5)
+    stage = get_stage(config, "stage1" if phase.startswith("stage1") else "stage2")
+    loaded = stage.build(run_dir, device)
     touch_weights(loaded.model)
     blocks = choose_blocks(config, phase, num_batches)
-    settings = config.stage1 if name == "stage1" else config.stage2
     if not phase.startswith(TRAINING):
         loaded.model.eval().requires_grad_(False)
         most = config.evaluation.max_tokens_per_micro_batch
@@ -62,10 +61,10 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
             score_split(loaded, GivenBlocks((blocks[number],)), most)  # type: ignore[arg-type]
 
         return score, device, {"max_tokens": AUTO_TOKENS[device.type] if most == "auto" else most}
-    loop = build_loop(config, run_dir, name, loaded, {})
+    loop = build_loop(config, run_dir, stage, loaded, {})
 
     # Training lays out what comes next while the model computes, and the peers' rows are finished, too.
-    ahead = list(prepare(iter(blocks), loaded.collator, loop.max_tokens, device))
+    ahead = list(iter_step_batches(iter(blocks), loaded.collator, loop.max_tokens, device))
 
     def train(number: int) -> None:
         loop.train_step(ahead[number])
@@ -73,7 +72,7 @@ def build_ours(config: Config, phase: str, num_batches: int) -> tuple[Work, torc
     if phase == "stage2_cached":
         for number in range(num_batches):
             train(number)
-    assert settings.global_batch_size == blocks[0].num_targets
+    assert stage.settings.global_batch_size == blocks[0].num_targets
     return train, device, {"max_tokens": loop.max_tokens}
 
 

@@ -22,7 +22,7 @@ from collm_dist.data.shards.context_block import ContextBlock, concatenate_block
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.tuning.stages import LoadedStage
+from collm_dist.tuning.loaded_stage import LoadedStage
 
 PHASES = ("stage1", "stage2", "stage2_cached", "validation", "scoring_100")
 TRAINING = ("stage1", "stage2", "stage2_cached")

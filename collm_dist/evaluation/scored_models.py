@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +23,20 @@ from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, Baseline, fit_baselines
 from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel
+from collm_dist.evaluation.previous_stage2 import link_previous_models, load_previous_config
 from collm_dist.evaluation.ranking_baselines import fit_ranking_baselines
 from collm_dist.evaluation.score_files import align_scores
 from collm_dist.evaluation.slots_mlp import build_slot_inputs, find_slots, fit_slots_mlp, pad_histories
 from collm_dist.metrics import FloatArray
 from collm_dist.runs.previous_run import compares_with_previous, find_previous
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import STAGES, RunDir, StageName
+from collm_dist.tuning.engine import init_distributed
 from collm_dist.tuning.scoring import score_split
-from collm_dist.tuning.stages import load_slot_vectors, load_stage_model
-from collm_dist.tuning.warm_start import build_view, load_previous_config
+from collm_dist.tuning.stage import get_stage, load_stage_model
+from collm_dist.tuning.stage2 import load_slot_vectors
 
 # Rows handed to the models at once; every process sees a batch whole and takes its share.
 _BATCH_ROWS = 1024
-
-Stage = Literal["stage1", "stage2"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class ModelScores:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def _is_there(config: Config, run_dir: RunDir, stage: Stage) -> bool:
-    return run_dir.is_done(stage) and (stage == "stage2" or config.stage1.enabled)
+def _is_available(config: Config, run_dir: RunDir, name: StageName) -> bool:
+    return run_dir.is_done(name) and get_stage(config, name).is_enabled
 
 
 def load_split(order: GlobalOrder, split: str) -> EvaluatedSplit:
@@ -89,7 +89,7 @@ def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str
         )
         found[split] = load_split(order, split)
     most = min(config.evaluation.train_contexts, config.stage1.max_train_contexts or config.evaluation.train_contexts)
-    if most == 0 or not _is_there(config, run_dir, "stage1"):
+    if most == 0 or not _is_available(config, run_dir, "stage1"):
         return found
     order = GlobalOrder(
         data_dir,
@@ -114,16 +114,17 @@ def score_stages(
         (N,) scores by (model, split), the same on every process.
     """
     scores: dict[tuple[str, str], FloatArray] = {}
-    stages: tuple[Stage, ...] = ("stage1", "stage2")
+    stages = [get_stage(config, name) for name in STAGES if _is_available(config, run_dir, name)]
+    if not stages and not compares_with_previous(config):
+        return scores
+    device = init_distributed(config.cluster.collective_timeout_minutes)
     for stage in stages:
-        if not _is_there(config, run_dir, stage):
-            continue
-        loaded = load_stage_model(config, run_dir, stage)
+        loaded = load_stage_model(config, run_dir, stage.name, device)
         for split, evaluated in splits.items():
-            if split == "train" and stage == "stage2":
+            if split == "train" and stage.lora is None:
                 continue
-            seeds: dict[str, int | None] = {stage: None}
-            if stage == "stage2" and config.evaluation.slots_ablation:
+            seeds: dict[str, int | None] = {stage.name: None}
+            if stage.has_slots and config.evaluation.slots_ablation:
                 seeds["slots_shuffled"] = config.run.seed
             for name, seed in seeds.items():
                 row_ids, found = score_split(
@@ -135,12 +136,12 @@ def score_stages(
                 scores[name, split] = align_scores(evaluated.rows.row_id, row_ids, found, f"{name} on {split}")
         del loaded
     if compares_with_previous(config):
-        scores |= _score_previous(config, run_dir, splits)
+        scores |= _score_previous(config, run_dir, splits, device)
     return scores
 
 
 def _score_previous(
-    config: Config, run_dir: RunDir, splits: Mapping[str, EvaluatedSplit]
+    config: Config, run_dir: RunDir, splits: Mapping[str, EvaluatedSplit], device: torch.device
 ) -> dict[tuple[str, str], FloatArray]:
     """Score today's rows with stage 2 of the run that this one extends."""
     previous = find_previous(config)
@@ -148,7 +149,7 @@ def _score_previous(
     old = load_previous_config(previous)
     scores: dict[tuple[str, str], FloatArray] = {}
     with tempfile.TemporaryDirectory() as folder:
-        loaded = load_stage_model(old, build_view(Path(folder), run_dir, previous), "stage2")
+        loaded = load_stage_model(old, link_previous_models(Path(folder), run_dir, previous), "stage2", device)
         for split, evaluated in splits.items():
             if split != "train":
                 row_ids, found = score_split(loaded, evaluated.order, config.evaluation.max_tokens_per_micro_batch)
@@ -184,9 +185,11 @@ def collect_models(
     if cf_model is not None and run_dir.is_done("stage2"):
         cf_model = load_slot_vectors(config, run_dir, manifest)
     without_llm = _fit_slots_without_llm(config, run_dir, manifest, cf_model, slots, collected.left_out)
-    for stage in ("stage1", "stage2"):
+    for stage in STAGES:
         if not any(name == stage for name, _ in stage_scores):
-            collected.left_out[stage] = _explain_missing(config, stage)
+            enabled = get_stage(config, stage).is_enabled
+            missing = f"the step '{stage}' has not run" if enabled else f"{stage}.enabled is false"
+            collected.left_out[stage] = missing
     for split, evaluated in splits.items():
         models = collected.models[split]
         if split != "train":
@@ -198,12 +201,6 @@ def collect_models(
                 labels, inputs = _describe_sight(name, slots, manifest.feedback)
                 models.append(ScoredModel(name, labels, inputs, stage_scores[name, split]))
     return collected
-
-
-def _explain_missing(config: Config, stage: str) -> str:
-    if stage == "stage1" and not config.stage1.enabled:
-        return "stage1.enabled is false"
-    return f"the step '{stage}' has not run"
 
 
 def _score(baseline: Baseline, block: ContextBlock) -> ScoredModel:

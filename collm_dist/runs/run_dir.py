@@ -14,9 +14,10 @@ from typing import Any, Literal
 from collm_dist.errors import ArtifactError
 
 Step = Literal["data", "cf", "stage1", "stage2", "eval"]
-
+StageName = Literal["stage1", "stage2"]
 
 STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2", "eval")
+STAGES: tuple[StageName, ...] = ("stage1", "stage2")
 
 
 @dataclass(frozen=True)

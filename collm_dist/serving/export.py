@@ -25,10 +25,9 @@ from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
-from collm_dist.runs.run_dir import STEPS, RunDir
+from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
 from collm_dist.serving.model_card import Licences, write_card
 from collm_dist.serving.recommender import check_settings, find_stage
-from collm_dist.tuning.stages import StageName
 
 FORMAT_VERSION = 1
 INDEX = "export.json"
@@ -63,8 +62,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         (part / "prompt").mkdir()
-        stages: tuple[StageName, ...] = ("stage1", "stage2")
-        for name in stages:
+        for name in STAGES:
             if run_dir.is_done(name):
                 prompt = run_dir.read_record(name)["fingerprint"]["input.prompt"]
                 (part / "prompt" / f"{name}.txt").write_text(prompt, encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.runs.run_dir import RunDir
-from collm_dist.tuning.stages import StageName
+from collm_dist.runs.run_dir import RunDir, StageName
+from collm_dist.tuning.stage import get_stage
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
         "# A recommender that reads titles and collaborative vectors",
         "",
         f"`{base}`, LoRA-tuned on text prompts (stage 1)"
-        + (", with a mapping from collaborative vectors to soft tokens (stage 2)" if stage == "stage2" else "")
+        + (
+            ", with a mapping from collaborative vectors to soft tokens (stage 2)"
+            if get_stage(config, stage).has_slots
+            else ""
+        )
         + ", after CoLLM (Zhang et al., arXiv 2310.19488). A score is "
         + ("the logit of Yes minus that of No" if config.prompt.score == "yes_minus_no" else "the logit of Yes")
         + " after the prompt in `prompt/`.",

@@ -33,7 +33,7 @@ from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.evaluation.slots_mlp import pad_histories
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import STAGES, RunDir, StageName
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.requests import (
     Id,
@@ -43,8 +43,9 @@ from collm_dist.serving.requests import (
     RequestReader,
     UserContext,
 )
+from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.scoring import AUTO_TOKENS
-from collm_dist.tuning.stages import LoadedStage, StageName, load_stage_model
+from collm_dist.tuning.stage import get_stage, load_stage_model
 
 # Candidates laid out at once. More would take host memory and plan no better.
 _MAX_ROWS = 4096
@@ -91,7 +92,7 @@ class Recommender:
         self._cf: SlotVectors | None = loaded.model.cf_model
         if config.cf.model == "none":  # id tokens order nothing by themselves
             self._cf = None
-        elif run_dir.is_done("cf") and (stage == "stage1" or config.stage2.train_cf):
+        elif run_dir.is_done("cf") and (not get_stage(config, stage).has_slots or config.stage2.train_cf):
             # Not the one that stage 2 changed.
             self._cf = load_cf_model(run_dir, manifest).to(loaded.device)
         tokens = config.evaluation.max_tokens_per_micro_batch
@@ -335,8 +336,7 @@ def find_stage(run_dir: RunDir) -> StageName:
     Raises:
         ArtifactError: neither is done.
     """
-    stages: tuple[StageName, ...] = ("stage2", "stage1")
-    for stage in stages:
+    for stage in reversed(STAGES):
         if run_dir.is_done(stage):
             return stage
     raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")

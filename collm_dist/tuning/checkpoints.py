@@ -20,10 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from collm_dist.distributed import run_on_rank_0
 from collm_dist.errors import CheckpointError
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import find_changes
-from collm_dist.tuning.engine import TrainingState, run_on_first
+from collm_dist.tuning.engine import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def load_last_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Checkp
     Raises:
         CheckpointError: all are damaged, or the newest whole one belongs to other data or settings.
     """
-    path = run_on_first(lambda: _find_whole(folder, fingerprint))
+    path = run_on_rank_0(lambda: _find_whole(folder, fingerprint))
     return load_checkpoint(path, fingerprint) if path else Checkpoint()
 
 

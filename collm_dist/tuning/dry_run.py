@@ -19,10 +19,10 @@ from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
 from collm_dist.prompt_batch import PromptBatch
-from collm_dist.runs.run_dir import RunDir
-from collm_dist.tuning.costs import DecoderShape, StepCost, count_padded, count_shared
+from collm_dist.runs.run_dir import STAGES, RunDir
+from collm_dist.tuning.flops import DecoderShape, StepCost, count_padded, count_shared
 from collm_dist.tuning.loop import count_total_steps
-from collm_dist.tuning.planner import (
+from collm_dist.tuning.memory_plan import (
     LayerMemory,
     LoraSettings,
     count_weight_bytes,
@@ -31,7 +31,7 @@ from collm_dist.tuning.planner import (
     plan_memory,
 )
 from collm_dist.tuning.run_stage import build_orders
-from collm_dist.tuning.stages import StageName, get_stage, get_stage_config
+from collm_dist.tuning.stage import Stage, get_stage
 
 SAMPLED_BATCHES = 8
 # What `auto` would settle at is known on the GPU alone; memory is shown for so many tokens.
@@ -75,14 +75,14 @@ def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
         skeleton = AutoModelForCausalLM.from_config(backbone_config)
     tokenizer = load_tokenizer(config.llm.backbone, config.llm.revision, trust_remote_code=config.llm.trust_remote_code)
     lines: list[str] = []
-    names: tuple[StageName, ...] = ("stage1", "stage2") if config.stage1.enabled else ("stage2",)
-    for name in names:
-        lines += _describe_stage(config, run_dir, name, skeleton, tokenizer)
+    for stage in (get_stage(config, name) for name in STAGES):
+        if stage.is_enabled:
+            lines += _describe_stage(config, run_dir, stage, skeleton, tokenizer)
     return lines
 
 
-def _describe_stage(config: Config, run_dir: RunDir, name: StageName, skeleton: Any, tokenizer: Any) -> list[str]:
-    settings = get_stage_config(config, get_stage(config, name))
+def _describe_stage(config: Config, run_dir: RunDir, stage: Stage, skeleton: Any, tokenizer: Any) -> list[str]:
+    name, settings = stage.name, stage.settings
     train, valid = build_orders(config, run_dir, settings)
     steps = count_total_steps(settings, train)
     collator = build_collator(config, run_dir, tokenizer, name)
@@ -91,7 +91,7 @@ def _describe_stage(config: Config, run_dir: RunDir, name: StageName, skeleton: 
     budget = ASSUMED_TOKENS if tokens == "auto" else tokens
     blocks = list(islice(train.iter_batches(), SAMPLED_BATCHES))
     sample = _measure_sample(collator, shape, blocks, budget)
-    lora = LoraSettings(**config.lora.model_dump()) if name == "stage1" else None
+    lora = None if stage.lora is None else LoraSettings(**stage.lora.model_dump())
     layers = measure_layers(skeleton.config, dtype, config.llm.attention, lora)
     flops = sample.shared.flops / len(blocks)
     minutes = steps * flops / (ASSUMED_TFLOPS * 1e12) / 60
@@ -101,12 +101,12 @@ def _describe_stage(config: Config, run_dir: RunDir, name: StageName, skeleton: 
         f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens a step; padded rows "
         f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times as many operations. "
         f"{minutes:,.1f} GPU minutes at {ASSUMED_TFLOPS:.0f} TFLOP/s, validation not counted",
-        *_describe_memory(config, run_dir, name, skeleton, shape, layers, sample, dtype),
+        *_describe_memory(config, run_dir, stage, skeleton, shape, layers, sample, dtype),
     ]
-    if name == "stage2":
+    if stage.has_slots:
         size = 2 * shape.num_layers * shape.key_width * dtype.itemsize * sample.prefix_tokens / sample.contexts
         lines.append(
-            f"stage2: context_cache=memory would hold an epoch in {size * train.num_contexts / 2**30:.1f} GiB of host "
+            f"{name}: context_cache=memory would hold an epoch in {size * train.num_contexts / 2**30:.1f} GiB of host "
             "memory; worth it where that fits and several epochs are made"
         )
     return lines
@@ -156,13 +156,14 @@ def _count_tuned(config: Config, run_dir: RunDir) -> int:
 def _describe_memory(
     config: Config,
     run_dir: RunDir,
-    name: StageName,
+    stage: Stage,
     skeleton: Any,
     shape: DecoderShape,
     layers: LayerMemory,
     sample: _Sample,
     dtype: torch.dtype,
 ) -> list[str]:
+    name = stage.name
     width = config.cf.embedding_dim + 1
     mapped = config.mapping.hidden_multiple * width
     pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
@@ -170,7 +171,7 @@ def _describe_memory(
     in_stage2 = (mapped + pairs) * out + mapped * width + _count_tuned(config, run_dir)
     arguments: dict[str, Any] = {
         "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
-        "other_trainable": 0 if name == "stage1" else in_stage2,
+        "other_trainable": in_stage2 if stage.has_slots else 0,
         "tree_tokens": len(sample.largest.tree_ids),
         "prefix_tokens": len(sample.largest.prefix_ids),
         "keys": _count_keys(sample.largest),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -21,9 +20,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from collm_dist.errors import CollmError
+from collm_dist.distributed import get_rank, get_world_size
 
-Result = TypeVar("Result")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -53,59 +51,6 @@ def init_distributed(timeout_minutes: float) -> torch.device:
         dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
     )
     return device
-
-
-def leave_distributed() -> None:
-    """Leave the process group in good order, so that no other process takes this one for lost.
-
-    A group of one stays: it has nobody to talk to, and DeepSpeed cannot make a second one.
-    """
-    if get_world_size() > 1:
-        dist.destroy_process_group()
-
-
-def get_rank() -> int:
-    """This process's number; the launcher's word before the process group is there."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def get_world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def holds_anywhere(condition: bool) -> bool:
-    """Return whether a condition holds on any process. Collective."""
-    if get_world_size() == 1:
-        return condition
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    flag = torch.tensor(float(condition), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def run_on_first(function: Callable[[], Result]) -> Result:
-    """Run a function on the first process and return its result, or raise its error, on all of them. Collective.
-
-    Args:
-        function: its result must be fit for pickling.
-
-    Raises:
-        CollmError: the function's, on every process.
-    """
-    outcome: list[Any] = [None, None]
-    if get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except CollmError as error:
-            error.is_common = True
-            outcome[1] = error
-    if get_world_size() > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: Result = outcome[0]
-    return result
 
 
 @dataclass

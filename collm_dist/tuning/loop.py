@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -23,15 +22,16 @@ from collm_dist.config import StageConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.slot_codes import Masking
 from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, sum_over_workers
 from collm_dist.errors import LaunchError, Preempted
 from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.random_keys import hash_integers
 from collm_dist.tuning.checkpoints import Checkpoint, Progress, save_checkpoint
-from collm_dist.tuning.engine import TuningEngine, get_rank, get_world_size, run_on_first
+from collm_dist.tuning.engine import TuningEngine
+from collm_dist.tuning.learning_rate import compute_learning_rate
 from collm_dist.tuning.nonfinite import NonFiniteError, describe_nonfinite
-from collm_dist.tuning.prepared_batches import Prepared, prepare
-from collm_dist.tuning.schedule import compute_learning_rate
 from collm_dist.tuning.scoring import score_batches
+from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
 from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers
 
 
@@ -163,7 +163,7 @@ class TuningLoop:
         while not self.progress.is_finished and self.progress.global_step < self.total_steps:
             epoch, start = divmod(self.progress.global_step, steps_per_epoch)
             waited = time.perf_counter()
-            for prepared in self.prepare_epoch(epoch, start):
+            for prepared in self.iter_epoch(epoch, start):
                 window.waited += time.perf_counter() - waited
                 with self.profiler.watch(self.progress.global_step + 1):
                     agreed = self.train_step(prepared)
@@ -185,13 +185,13 @@ class TuningLoop:
                     return
                 waited = time.perf_counter()
 
-    def prepare_epoch(self, epoch: int, start_step: int = 0) -> Iterator[Prepared]:
+    def iter_epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Return an epoch's global batches from a step of it on, made ready ahead of their use."""
         masking = Masking(self.mask_probability, self.seed, epoch)
         blocks = self.train_order.iter_batches(epoch, start_step)
-        return prepare(blocks, self.collator, self.max_tokens, self.engine.device, masking)
+        return iter_step_batches(blocks, self.collator, self.max_tokens, self.engine.device, masking)
 
-    def train_step(self, prepared: Prepared) -> Agreement:
+    def train_step(self, prepared: StepBatch) -> Agreement:
         """Make one update, unless a number is not finite; returns what is to be done after it.
 
         Raises:
@@ -247,12 +247,10 @@ class TuningLoop:
         save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
         flags = [torch.full_like(loss, float(flag)) for flag in (self._stop.is_set(), save_due)]
         values = torch.stack([torch.nan_to_num(loss), (~finite).float(), *flags])
-        if get_world_size() > 1:
-            dist.all_reduce(values)
-        loss_value, bad, stop, save = values.tolist()
+        loss_value, bad, stop, save = sum_over_workers(values).tolist()
         return Agreement(loss_value, finite=bad == 0, stop=stop > 0, save=save > 0)
 
-    def _leave_out(self, prepared: Prepared, finite: list[Tensor]) -> None:
+    def _leave_out(self, prepared: StepBatch, finite: list[Tensor]) -> None:
         """Count a step that is not finite, on all processes, and warn.
 
         Raises:
@@ -321,7 +319,7 @@ class TuningLoop:
 
     def _save(self) -> None:
         checkpoint = Checkpoint(self.engine.export_state(), self.best_weights, self.progress)
-        run_on_first(lambda: save_checkpoint(self.folder, checkpoint, self.fingerprint))
+        run_on_rank_0(lambda: save_checkpoint(self.folder, checkpoint, self.fingerprint))
         self._saved_at = time.monotonic()
         self._watchdog.beat()
 

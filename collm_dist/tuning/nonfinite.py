@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 
 from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.distributed import gather_objects
 from collm_dist.errors import CollmError
 from collm_dist.prompt_batch import PromptBatch
-from collm_dist.tuning.engine import get_world_size
 
 _MOST_ROWS = 20
 
@@ -32,12 +31,10 @@ def describe_nonfinite(step: int, block: ContextBlock, batches: Sequence[PromptB
         finite: whether each of them is.
     """
     bad = [batch.row_ids[batch.weights > 0] for batch, good in zip(batches, finite, strict=True) if not good]
-    own = [int(row) for rows in bad for row in rows]
-    found: list[list[int]] = [own]
-    if get_world_size() > 1:
-        found = [[] for _ in range(get_world_size())]
-        dist.all_gather_object(found, own)
-    places = [f"on process {rank} in the micro-batch of rows {_list(rows)}" for rank, rows in enumerate(found) if rows]
+    bad_rows = gather_objects([int(row) for rows in bad for row in rows])
+    places = [
+        f"on process {rank} in the micro-batch of rows {_list(rows)}" for rank, rows in enumerate(bad_rows) if rows
+    ]
     where = "; ".join(places) or f"in the sum over all processes, of rows {_list(block.row_id.tolist())}"
     return f"step {step}: the loss or a gradient is not finite, {where}; nothing was updated"
 

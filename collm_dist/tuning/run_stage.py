@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from collm_dist import monitoring
 from collm_dist.config import Config, StageConfig
@@ -18,36 +16,18 @@ from collm_dist.data.prompts.preview import render_example
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.llm.lora import merge_adapter, save_adapter
-from collm_dist.llm.slot_mapping import save_mapper
-from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
+from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, wait_for_all
+from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, write_json
 from collm_dist.runs.fingerprints import is_step_current
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.checkpoints import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
-from collm_dist.tuning.engine import (
-    TrainingState,
-    TuningEngine,
-    get_rank,
-    get_world_size,
-    init_distributed,
-    run_on_first,
-)
-from collm_dist.tuning.item_map import write_item_map
+from collm_dist.tuning.engine import TrainingState, TuningEngine, init_distributed
+from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
-from collm_dist.tuning.stages import (
-    LoadedStage,
-    Stage,
-    Stage2,
-    StageName,
-    build_stage,
-    compute_stage_fingerprint,
-    get_stage,
-    get_stage_config,
-    load_llm,
-)
+from collm_dist.tuning.stage import Stage, get_stage
 from collm_dist.tuning.token_budget import find_token_budget
-from collm_dist.tuning.warm_start import explain_refresh, start_mapping, take_stage1
 
 VALID_BATCH_ROWS = 512
 
@@ -55,37 +35,35 @@ VALID_BATCH_ROWS = 512
 def run_stage(
     config: Config, run_dir: RunDir, name: StageName, force: bool = False, stop: threading.Event | None = None
 ) -> dict[str, Any]:
-    """Train a stage, unless it is done, from its last checkpoint if there is one. Called on every process.
+    """Train a stage unless it is done, from its last checkpoint if there is one. Collective.
 
     Args:
         config, run_dir: the experiment.
-        name: of the stage.
-        force: redo it from the start even if it is done.
-        stop: set on any process, it ends the training of all after the step, with a checkpoint; so do SIGTERM and
-            SIGUSR1 in a main thread.
+        name: the stage.
+        force: retrain from the start even if the stage is done.
+        stop: set on any rank, it ends training on all ranks after the current step, with a checkpoint. In a main
+            thread SIGTERM and SIGUSR1 set it.
 
     Returns:
         The stage's summary.
 
     Raises:
-        CollmError: see ``TuningLoop.run`` and ``build_stage``.
+        CollmError: see ``TuningLoop.run`` and ``Stage.build``.
     """
     monitoring.check_textfile_dir(config.monitoring.prometheus_dir)
-    fingerprint = compute_stage_fingerprint(config, run_dir, name)
-    folder = run_dir.step_dir(name)
+    stage, folder = get_stage(config, name), run_dir.step_dir(name)
+    fingerprint = compute_step_fingerprint(config, run_dir, name)
     if not force and is_step_current(run_dir, name, fingerprint):
         if get_rank() == 0:
             print(f"{name}: done already ({folder})")
         return run_dir.read_record(name)
     device = init_distributed(config.cluster.collective_timeout_minutes)
-    if name == "stage1" and not force and explain_refresh(config, run_dir, fingerprint) is None:
-        run_on_first(lambda: take_stage1(config, run_dir, fingerprint))
-        return _announce(run_dir.read_record(name))
+    if not force and stage.take_over(run_dir, fingerprint):
+        return run_dir.read_record(name)
     _clear(run_dir, name, force)
-    loaded = build_stage(config, run_dir, get_stage(config, name), device)
-    if loaded.model.slot_mapper is not None:
-        start_mapping(config, loaded.model.slot_mapper)
-    loop = build_loop(config, run_dir, name, loaded, fingerprint, stop)
+    loaded = stage.build(run_dir, device)
+    stage.warm_start(loaded)
+    loop = build_loop(config, run_dir, stage, loaded, fingerprint, stop)
     if get_rank() == 0:
         example = next(loop.train_order.iter_batches())
         loop.logger.log_text("prompt", render_example(loaded.collator, example, loaded.backbone.tokenizer))
@@ -94,33 +72,24 @@ def run_stage(
     finally:
         loop.profiler.stop()
         loop.logger.close()
-    run_on_first(lambda: _finish(config, run_dir, name, loop, loaded))
+    run_on_rank_0(lambda: _finish(run_dir, stage, loop, loaded))
     return run_dir.read_record(name)
 
 
-def _announce(record: dict[str, Any]) -> dict[str, Any]:
-    if get_rank() == 0:
-        print(f"stage1: taken from {record['taken_from']}, until stage1.refresh_every_days have passed", flush=True)
-    return record
-
-
-def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, loaded: LoadedStage) -> None:
-    """Write what a stage leaves behind and, last of all, its summary."""
-    folder, progress = run_dir.step_dir(name), loop.progress
-    with explain_disk_errors(folder):
-        product = _write_product(config, folder, get_stage(config, name), loaded, loop.best_weights)
-        if name == "stage2" and config.monitoring.tensorboard and config.monitoring.projector_items:
-            most = config.monitoring.projector_items
-            write_item_map(folder / "tensorboard", run_dir.step_dir("data"), loaded, loop.best_weights, most)
+def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage) -> None:
+    """Write the stage's product and, last, its summary."""
+    progress = loop.progress
+    with explain_disk_errors(run_dir.step_dir(stage.name)):
+        product = stage.save_product(run_dir, loaded, loop.best_weights)
     summary = {
-        "stage": name,
+        "stage": stage.name,
         "global_steps": progress.global_step,
         "best_valid": {**progress.best_metrics, "step": progress.best_step},
         "last_train": {"loss": progress.last_loss},
         "nonfinite_skips": progress.nonfinite_skips,
         "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
         "memory": {"peak_gib": monitoring.measure_peak_gib(loaded.device)},
-        "trainable_parameters": sum(one.numel() for one in loop.best_weights.values()),
+        "trainable_parameters": sum(weight.numel() for weight in loop.best_weights.values()),
         "world_size": get_world_size(),
         "train_rows": loop.train_order.num_rows,
         "trained_until": load_manifest(run_dir.step_dir("data")).splits["train"].last_timestamp,
@@ -130,27 +99,28 @@ def _finish(config: Config, run_dir: RunDir, name: StageName, loop: TuningLoop, 
         "fingerprint": loop.fingerprint,
         "content_hash": compute_file_hash(product),
     }
-    write_json(run_dir.record_path(name), summary)
-    _print_summary(name, summary)
+    write_json(run_dir.record_path(stage.name), summary)
+    _print_summary(stage.name, summary)
 
 
 def build_loop(
     config: Config,
     run_dir: RunDir,
-    name: StageName,
+    stage: Stage,
     loaded: LoadedStage,
     fingerprint: Mapping[str, Any],
     stop: threading.Event | None = None,
 ) -> TuningLoop:
-    """Wrap a stage's model with DeepSpeed and return the loop that trains it from its last checkpoint, if there is one.
+    """Wrap a stage's model with DeepSpeed and return the loop that trains it from its last checkpoint, if any.
 
     Args:
-        config, run_dir, name: which stage of which run.
-        loaded: what ``build_stage`` returned.
-        fingerprint: of the stage; a checkpoint made under another one is refused.
+        config, run_dir: the experiment.
+        stage: the stage.
+        loaded: its model, as ``Stage.build`` returned it.
+        fingerprint: of the stage; a checkpoint with another fingerprint is refused.
         stop: see ``run_stage``.
     """
-    settings, folder = get_stage_config(config, get_stage(config, name)), run_dir.step_dir(name)
+    settings, folder = stage.settings, run_dir.step_dir(stage.name)
     train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
     logger, profiler = _build_monitors(
@@ -166,7 +136,7 @@ def build_loop(
         settings,
         max_tokens=max_tokens,
         seed=config.run.seed,
-        mask_probability=config.mapping.mask_probability if name == "stage2" else 0.0,
+        mask_probability=stage.mask_probability,
         folder=folder / "checkpoints",
         fingerprint=fingerprint,
         progress=checkpoint.progress,
@@ -245,8 +215,7 @@ def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
         if force:
             shutil.rmtree(run_dir.step_dir(name), ignore_errors=True)
         (run_dir.step_dir(name) / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if get_world_size() > 1:
-        dist.barrier()
+    wait_for_all()
 
 
 def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tuple[GlobalOrder, GlobalOrder]:
@@ -273,23 +242,6 @@ def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tupl
         local_shards=local_shards,
     )
     return train, valid
-
-
-def _write_product(config: Config, folder: Path, stage: Stage, loaded: LoadedStage, best: dict[str, Tensor]) -> Path:
-    """Write what the stage leaves behind and return the file that stands for it."""
-    if isinstance(stage, Stage2):
-        return save_mapper(folder / "mapping.safetensors", best)
-    source = loaded.backbone.source
-    weights = {name.removeprefix("backbone."): value for name, value in best.items()}
-    save_adapter(loaded.adapter, folder / "adapter", weights, source.public_name, source.revision)
-    loaded.backbone.tokenizer.save_pretrained(str(folder / "adapter"))
-    # From the files, on the CPU: the model in use may be partitioned or quantized.
-    plain = load_llm(config.llm, may_quantize=False)
-    merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
-    loaded.backbone.tokenizer.save_pretrained(str(folder / "merged"))
-    for part in ("adapter", "merged"):
-        sync_files(folder / part)
-    return folder / "adapter" / "adapter_model.safetensors"
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.samples.statistics import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.distributed import gather_objects
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.random_keys import hash_integers
-from collm_dist.tuning.engine import get_world_size
-from collm_dist.tuning.prepared_batches import prepare
+from collm_dist.tuning.step_batches import iter_step_batches
 
 if TYPE_CHECKING:
-    from collm_dist.tuning.stages import LoadedStage
+    from collm_dist.tuning.loaded_stage import LoadedStage
 
 
 AUTO_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -66,7 +65,7 @@ def score_batches(
     ``collator`` is one for scoring, ``on_batch`` is called after each batch.
     """
     row_ids, weights, scores = [], [], []
-    for prepared in prepare(order.iter_batches(), collator, max_tokens, device):
+    for prepared in iter_step_batches(order.iter_batches(), collator, max_tokens, device):
         for batch in prepared.micro_batches:
             if shuffle_slots_seed is not None:
                 batch = shuffle_slots(batch, prepared.block, collator, shuffle_slots_seed)
@@ -81,10 +80,7 @@ def score_batches(
 def _gather(
     row_ids: torch.Tensor, scores: torch.Tensor, num_rows: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    parts: list[Any] = [(row_ids.numpy(), scores.numpy())]
-    if get_world_size() > 1:
-        parts = [None] * get_world_size()
-        dist.all_gather_object(parts, (row_ids.numpy(), scores.numpy()))
+    parts = gather_objects((row_ids.numpy(), scores.numpy()))
     ids, values = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
     order = np.argsort(ids, kind="stable")
     assert len(ids) == num_rows, f"{len(ids)} rows scored of {num_rows}"

@@ -19,10 +19,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator, TokenCounts
 from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.distributed import get_world_size
 from collm_dist.llm.collm import CollmModel
 from collm_dist.monitoring import PeakMeter
 from collm_dist.prompt_batch import PromptBatch
-from collm_dist.tuning.engine import get_world_size
 
 TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 # Left for fragmentation, for what libraries take, and on a CPU for everybody else on the machine.

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from collm_dist.cli import report_error
+from collm_dist.distributed import any_rank, get_rank, get_world_size, run_on_rank_0
 from collm_dist.errors import WorkerLostError
-from collm_dist.tuning.engine import get_rank, get_world_size, holds_anywhere, run_on_first
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +131,13 @@ def _connect() -> TCPStore | None:
     own = None
     if get_rank() == 0:
         own = TCPStore(host, 0, size, is_master=True, timeout=limit, wait_for_workers=False)
-    port: int = run_on_first(lambda: own.port if own is not None else 0)
+    port: int = run_on_rank_0(lambda: own.port if own is not None else 0)
     try:
         store = own or TCPStore(host, port, size, is_master=False, timeout=limit, wait_for_workers=False)
     except RuntimeError as error:
         logger.warning("process %d cannot reach port %d of %s (%s): no heartbeats", get_rank(), port, host, error)
         store = None
-    return None if holds_anywhere(store is None) else store
+    return None if any_rank(store is None) else store
 
 
 # What gloo's plain RuntimeErrors say; NCCL's are DistErrors.

@@ -19,7 +19,7 @@ from collm_dist.llm.packed.row_layout import Past
 from collm_dist.llm.packed.sequences import compare_sequences, lay_out_sequences
 from collm_dist.llm.slot_mapping import SlotMapper
 from collm_dist.prompt_batch import Mirrored, Segments
-from collm_dist.tuning.prepared_batches import prepare
+from collm_dist.tuning.step_batches import iter_step_batches
 from collm_dist.tuning.token_budget import find_token_budget
 from tests.parity.test_shared_context import STAGE2, TEXTS, Tables, collect_gradients, make_block, make_collator
 from tests.reference.padded_rows import score_plainly, spell_prompts
@@ -138,7 +138,7 @@ def move(layout, device):
 
 def test_batches_come_from_pinned_memory(tmp_path):
     _, collator, _, block = build("llama", torch.float32, tmp_path)
-    prepared = next(prepare(iter([block]), collator, 1000, DEVICE))
+    prepared = next(iter_step_batches(iter([block]), collator, 1000, DEVICE))
     first = prepared.micro_batches[0]
     assert first.tree_ids.is_pinned()
     moved = first.to(DEVICE)

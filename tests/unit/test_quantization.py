@@ -13,8 +13,8 @@ from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.packed.passes import run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
-from collm_dist.tuning.costs import DecoderShape
-from collm_dist.tuning.planner import count_weight_bytes
+from collm_dist.tuning.flops import DecoderShape
+from collm_dist.tuning.memory_plan import count_weight_bytes
 from tests.tiny import make_tokenizer
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import torch
 from collm_dist import monitoring
 from collm_dist.errors import ConfigError
 from collm_dist.tuning.deepspeed_config import OWNED_KEYS, build_deepspeed_config
-from collm_dist.tuning.schedule import compute_learning_rate
+from collm_dist.tuning.learning_rate import compute_learning_rate
 
 
 def test_learning_rate_warms_up_and_ends_at_its_share():

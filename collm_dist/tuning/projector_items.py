@@ -14,13 +14,15 @@ from collm_dist import monitoring
 from collm_dist.data.shards.interactions import load_item_table, read_bucket
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.slot_mapping import map_vectors
-from collm_dist.tuning.stages import LoadedStage
+from collm_dist.tuning.loaded_stage import LoadedStage
 
 # Later than any row: what serves rows after the last fold.
 _LATEST = 2**62
 
 
-def write_item_map(folder: Path, data_dir: Path, loaded: LoadedStage, weights: dict[str, Tensor], most: int) -> None:
+def write_projector_items(
+    folder: Path, data_dir: Path, loaded: LoadedStage, weights: dict[str, Tensor], most: int
+) -> None:
     """Write the vectors of the items that training rows name most often, before and after the mapping.
 
     Args:

@@ -12,12 +12,12 @@ from collm_dist.data.prompts.prefetch import prefetch
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.slot_codes import Masking
 from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.distributed import get_rank, get_world_size
 from collm_dist.prompt_batch import PromptBatch
-from collm_dist.tuning.engine import get_rank, get_world_size
 
 
 @dataclass(frozen=True)
-class Prepared:
+class StepBatch:
     """A global batch and this process's share of it.
 
     Attributes:
@@ -29,13 +29,13 @@ class Prepared:
     micro_batches: list[PromptBatch]
 
 
-def prepare(
+def iter_step_batches(
     blocks: Iterator[ContextBlock],
     collator: PromptCollator,
     max_tokens: int,
     device: torch.device,
     masking: Masking | None = None,
-) -> Iterator[Prepared]:
+) -> Iterator[StepBatch]:
     """Lay out global batches ahead of the model, in a thread.
 
     Args:
@@ -48,13 +48,13 @@ def prepare(
     Raises:
         ConfigError: a single row exceeds ``max_tokens``.
     """
-    return prefetch(_prepare_one(block, collator, max_tokens, device, masking) for block in blocks)
+    return prefetch(_lay_out(block, collator, max_tokens, device, masking) for block in blocks)
 
 
-def _prepare_one(
+def _lay_out(
     block: ContextBlock, collator: PromptCollator, max_tokens: int, device: torch.device, masking: Masking | None
-) -> Prepared:
+) -> StepBatch:
     block = collator.cut_contexts(block)
     pieces = plan_micro_batches(block, collator.count_tokens(block), get_rank(), get_world_size(), max_tokens)
     batches = [collator.collate(piece, block, masking) for piece in pieces]
-    return Prepared(block, [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches)
+    return StepBatch(block, [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches)

@@ -13,8 +13,8 @@ from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed import row_blocks
 from collm_dist.llm.packed.passes import enable_activation_checkpointing, run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
-from collm_dist.tuning.costs import DecoderShape, count_padded
-from collm_dist.tuning.planner import LoraSettings, find_fitting_tokens, measure_layers, plan_memory
+from collm_dist.tuning.flops import DecoderShape, count_padded
+from collm_dist.tuning.memory_plan import LoraSettings, find_fitting_tokens, measure_layers, plan_memory
 from tests.tiny import ARCHITECTURES, make_model
 
 ROWS, WIDTH = 3, 20

@@ -24,7 +24,7 @@ from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed.gated_mlp import has_code_of
 from collm_dist.llm.packed.passes import run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
-from collm_dist.tuning.costs import DecoderShape
+from collm_dist.tuning.flops import DecoderShape
 from collm_dist.tuning.token_budget import BYTES_PER_TRAINABLE, USABLE_SHARE
 
 # Tokens of the trial: enough that what does not grow with them hardly counts.

@@ -1,0 +1,97 @@
+"""A stage's model with its prompts and backbone, and the steps of building one that both stages share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from collm_dist.config import Config, LlmConfig
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.llm.backbone import Backbone, load_backbone
+from collm_dist.llm.collm import CollmModel
+from collm_dist.llm.packed.compiled_layers import compile_layers
+from collm_dist.llm.packed.passes import enable_activation_checkpointing
+
+
+@dataclass
+class LoadedStage:
+    """A stage's model, ready for training or scoring.
+
+    Attributes:
+        model: the module, its weights not yet partitioned.
+        collator: lays out the stage's prompts.
+        backbone: the language model with its tokenizer and source.
+        adapter: peft's wrapper while LoRA trains, else None.
+        device: the process's device.
+    """
+
+    model: CollmModel
+    collator: PromptCollator
+    backbone: Backbone
+    adapter: Any
+    device: torch.device
+
+    @property
+    def scoring_collator(self) -> PromptCollator:
+        """Collator for evaluation mode. Cached prefixes outlive the mapping's weights, so they hold no slots."""
+        return self.collator.for_scoring(slots=self.model.prefix_cache is None)
+
+
+def load_llm(llm: LlmConfig, folder: Path | None = None, *, may_quantize: bool = True) -> Backbone:
+    """Load the configured backbone, or a merged one with the same options.
+
+    Args:
+        llm: the config section.
+        folder: a merged backbone; None = ``llm.backbone``.
+        may_quantize: False = load whole weights whatever ``llm.quantization`` says.
+
+    Raises:
+        ConfigError, DataError: see ``load_backbone``.
+    """
+    return load_backbone(
+        str(folder or llm.backbone),
+        None if folder else llm.revision,
+        dtype=llm.dtype,
+        attention=llm.attention,
+        quantization=llm.quantization if may_quantize else "none",
+        trust_remote_code=llm.trust_remote_code,
+    )
+
+
+def resolve_answers(config: Config, backbone: Backbone) -> tuple[int, int]:
+    """Return the token ids of yes and no.
+
+    Raises:
+        ConfigError: an answer is not a single token of this backbone.
+    """
+    return resolve_answer_ids(backbone.tokenizer, config.prompt.yes, config.prompt.no)
+
+
+def assemble_stage(
+    config: Config,
+    device: torch.device,
+    backbone: Backbone,
+    answer_ids: tuple[int, int],
+    collator: PromptCollator,
+    *,
+    adapter: Any = None,
+    **slot_parts: Any,
+) -> LoadedStage:
+    """Put a stage's parts together on a device, with the configured layer options.
+
+    Args:
+        config: the experiment.
+        device: the process's device.
+        backbone, answer_ids, collator, adapter: see ``LoadedStage`` and ``resolve_answers``.
+        slot_parts: further arguments of ``CollmModel``.
+    """
+    model = CollmModel(backbone.model, answer_ids, config.prompt.score, **slot_parts)
+    if config.llm.compile:
+        compile_layers(model.decoder)
+    if config.llm.activation_checkpointing:
+        enable_activation_checkpointing(model.decoder)
+    return LoadedStage(model.to(device), collator, backbone, adapter, device)

@@ -1,0 +1,134 @@
+"""Stage 1: LoRA on text-only prompts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from collm_dist.config import Config, LoraConfig, StageConfig
+from collm_dist.data.prompts.prompt_layout import build_collator
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.distributed import get_rank, run_on_rank_0
+from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
+from collm_dist.runs.atomic_files import sync_files, write_json
+from collm_dist.runs.fingerprints import find_changes
+from collm_dist.runs.previous_run import find_previous
+from collm_dist.runs.run_dir import RunDir, StageName
+from collm_dist.tuning.loaded_stage import LoadedStage, assemble_stage, load_llm, resolve_answers
+
+DAY_SECONDS = 86_400
+# These differ between two nightly runs although nothing about the training of stage 1 does.
+_NIGHTLY_KEYS = frozenset({"upstream.data", "config.stage1.refresh_every_days"})
+_PRODUCTS = ("adapter", "merged")
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """LoRA trains on text-only prompts. The product is an adapter, and the backbone with the adapter merged."""
+
+    config: Config
+    name: ClassVar[StageName] = "stage1"
+    has_slots: ClassVar[bool] = False
+    mask_probability: ClassVar[float] = 0.0
+
+    @property
+    def settings(self) -> StageConfig:
+        """The config section."""
+        return self.config.stage1
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the experiment has this stage."""
+        return self.config.stage1.enabled
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter that trains."""
+        return self.config.lora
+
+    def build(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
+        """Build the published backbone with a fresh adapter; see ``Stage.build``."""
+        backbone = load_llm(self.config.llm)
+        answer_ids = resolve_answers(self.config, backbone)
+        collator = build_collator(self.config, run_dir, backbone.tokenizer, self.name)
+        lora = self.config.lora
+        adapter = add_lora(
+            backbone.model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            seed=self.config.run.seed,
+        )
+        return assemble_stage(self.config, device, backbone, answer_ids, collator, adapter=adapter)
+
+    def warm_start(self, loaded: LoadedStage) -> None:
+        """Start from the fresh adapter: stage 1 is taken over whole or trained from the beginning."""
+
+    def take_over(self, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
+        """Link the previous run's stage 1 while ``stage1.refresh_every_days`` have not passed; see ``Stage``."""
+        previous = find_previous(self.config)
+        if previous is None or not self._is_fresh(previous, run_dir, fingerprint):
+            return False
+        run_on_rank_0(lambda: _link_products(previous, run_dir, fingerprint))
+        if get_rank() == 0:
+            origin = run_dir.read_record(self.name)["taken_from"]
+            print(f"stage1: taken from {origin}, until stage1.refresh_every_days have passed", flush=True)
+        return True
+
+    def _is_fresh(self, previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
+        """Return whether the previous run trained the same stage 1, on data that reach almost as far."""
+        days = self.config.stage1.refresh_every_days
+        if days is None or not previous.is_done(self.name):
+            return False
+        record = previous.read_record(self.name)
+        then, now = (
+            {key: value for key, value in keys.items() if key not in _NIGHTLY_KEYS}
+            for keys in (record["fingerprint"], fingerprint)
+        )
+        if find_changes(then, now):
+            return False
+        newest = load_manifest(run_dir.step_dir("data")).splits["train"].last_timestamp
+        return bool((newest - record["trained_until"]) / DAY_SECONDS < days)
+
+    def save_product(self, run_dir: RunDir, loaded: LoadedStage, weights: dict[str, Tensor]) -> Path:
+        """Write ``adapter/`` (PEFT format) and ``merged/``, each with the tokenizer; see ``Stage.save_product``."""
+        folder, tokenizer, source = run_dir.step_dir(self.name), loaded.backbone.tokenizer, loaded.backbone.source
+        state = {name.removeprefix("backbone."): value for name, value in weights.items()}
+        save_adapter(loaded.adapter, folder / "adapter", state, source.public_name, source.revision)
+        tokenizer.save_pretrained(str(folder / "adapter"))
+        # Merged from the files, on the CPU: the trained model may be partitioned or quantized.
+        plain = load_llm(self.config.llm, may_quantize=False)
+        merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
+        tokenizer.save_pretrained(str(folder / "merged"))
+        for product in _PRODUCTS:
+            sync_files(folder / product)
+        return folder / "adapter" / "adapter_model.safetensors"
+
+    def load(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
+        """Load the merged backbone; see ``Stage.load``."""
+        backbone = load_llm(self.config.llm, run_dir.step_dir(self.name) / "merged")
+        answer_ids = resolve_answers(self.config, backbone)
+        collator = build_collator(self.config, run_dir, backbone.tokenizer, self.name)
+        return assemble_stage(self.config, device, backbone, answer_ids, collator)
+
+
+def _link_products(previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> None:
+    """Link the previous run's products, then write a record that names their origin."""
+    folder, origin = run_dir.step_dir("stage1"), previous.step_dir("stage1").resolve()
+    run_dir.withdraw("stage1")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for product in _PRODUCTS:
+        source = (origin / product).resolve()
+        (folder / product).symlink_to(os.path.relpath(source, folder.resolve()), target_is_directory=True)
+    record = previous.read_record("stage1") | {"fingerprint": dict(fingerprint)}
+    record["taken_from"] = record.get("taken_from") or str(origin.parent)
+    write_json(run_dir.record_path("stage1"), record)
