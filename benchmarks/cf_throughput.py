@@ -183,7 +183,7 @@ def start_recbole(
         "weight_decay": WEIGHT_DECAY / num_rows,
         **pair.settings,
     }
-    script = Path(__file__).with_name("recbole_epoch.py")
+    script = Path(__file__).parent / "lib" / "recbole_epoch.py"
     command = [str(python), "-W", "ignore", str(script), "--rows", str(rows), "--model", pair.recbole]
     command += ["--threads", str(threads), "--settings", json.dumps(settings)]
     return SideProcess(command if as_released else [*command, "--no-anomaly-detection"])

@@ -9,7 +9,6 @@ backbone on this machine, whose tokenizer the random ones of published shapes ta
     throughput   benchmarks/throughput.py for each backbone, plain and with llm.compile
     attention    the first backbone with attention written out, to compare with the fused kernels of ``throughput``;
                  and benchmarks/attention_steps.py for each backbone
-    kernels      benchmarks/attention_kernels.py for the first backbone's heads and each shape's
     memory       benchmarks/memory.py for each backbone, from the samples of ``throughput`` where both are asked for
     zero         a few steps of both stages under ZeRO-0, -2 and -3
     growth       benchmarks/tuning_growth.py over the shapes
@@ -39,7 +38,7 @@ from benchmarks.lib.random_backbone import SHAPES
 from benchmarks.lib.side_process import ROOT, build_environment
 from collm_dist.runs.atomic_files import write_json
 
-PIECES = ("tests", "throughput", "attention", "kernels", "memory", "zero", "growth", "full")
+PIECES = ("tests", "throughput", "attention", "memory", "zero", "growth", "full")
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,6 @@ def list_tasks(arguments: argparse.Namespace, scratch: Path) -> list[Task]:
         tasks.append(Task("attention", compare("throughput", f"_{first}_eager", folder, "llm.attention=eager")))
         for name, path in backbones.items():
             tasks.append(Task(f"attention_{name}", compare("attention_steps", f"_{name}", path)))
-    if "kernels" in arguments.pieces:
-        for shape in dict.fromkeys(("smollm2-135m", *arguments.shapes)):
-            one = SHAPES[shape]
-            heads = ("--heads", one.heads, "--key-heads", one.key_heads, "--width", one.width // one.heads)
-            compared = ("--rows", 24, 200, *heads, "--output", output, "--suffix", f"_{shape}")
-            tasks.append(Task(f"kernels_{shape}", (python, "-m", "benchmarks.attention_kernels", *map(str, compared))))
     if "zero" in arguments.pieces:
         few = (
             "stage1.max_steps=6",

@@ -31,7 +31,7 @@ def run_suite(output, run_dir, overrides, *arguments, folder):
 @pytest.mark.slow
 def test_every_piece_runs_without_ray(prepared_run, tmp_path):  # noqa: F811
     run_dir, overrides = prepared_run
-    pieces = ["--pieces", "tests", "kernels", "memory", "zero", "growth", "full", "--shapes", "7m"]
+    pieces = ["--pieces", "tests", "memory", "zero", "growth", "full", "--shapes", "7m"]
     done = run_suite(tmp_path / "out", run_dir, overrides, *pieces, folder=tmp_path)
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     tests = index["tasks"].pop("tests")
@@ -40,7 +40,6 @@ def test_every_piece_runs_without_ray(prepared_run, tmp_path):  # noqa: F811
     assert {one["status"] for one in index["tasks"].values()} == {"done"}, (done.stdout, logs)
     found = {path.name for path in Path(tmp_path / "out").glob("*.json")}
     assert {
-        "attention_kernels_cpu_7m.json",
         "memory_cpu_tiny.json",
         "tuning_growth_cpu.json",
         "zero3_stage2_summary.json",
@@ -60,7 +59,6 @@ def test_commands_are_printed(tmp_path):
     expected = ["pytest", throughput, throughput, memory, throughput]  # plain, compiled; attention written out
     expected += [
         "benchmarks.attention_steps",
-        "benchmarks.attention_kernels",
         train,
         train,
         train,
@@ -69,6 +67,6 @@ def test_commands_are_printed(tmp_path):
         "launch/evaluate_model.py",
     ]
     assert programs == expected
-    without = ("pytest", "attention_kernels", "--samples")
+    without = ("pytest", "--samples")
     settled = [line for line in lines if not any(word in line for word in without)]
     assert all("cluster.zero_stage=1" in line for line in settled)
