@@ -16,8 +16,8 @@ from torch import Tensor
 
 # Comparisons that take as long as one more block does, times the numbers of a query in all its heads: measured with 576
 # (benchmarks/results/archive/attention_kernels_cpu.json). On a CPU attention is 2.0 to 2.4 times as fast as in one
-# block, no slower with a quarter of it or four times as much. A GPU's is reckoned: an H100 took 0.27 s, forward and backward, for as many as
-# 1 << 40, and a block costs a layer some ten kernels.
+# block, no slower with a quarter of it or four times as much. A GPU's is reckoned: an
+# H100 took 0.27 s, forward and backward, for as many as 1 << 40, and a block costs a layer some ten kernels.
 BLOCK_COST = {"cpu": 576 << 13, "cuda": 576 << 20}
 
 
