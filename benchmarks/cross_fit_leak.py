@@ -26,7 +26,8 @@ from collm_dist.config.loader import load_config
 from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.evaluation.slots_mlp import build_slot_inputs, fit_slots_mlp
+from collm_dist.evaluation.slot_inputs import build_slot_inputs
+from collm_dist.evaluation.slots_mlp import fit_slots_mlp
 from collm_dist.metrics import compute_auc, compute_uauc
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess

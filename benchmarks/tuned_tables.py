@@ -33,7 +33,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.evaluation.slots_mlp import pad_histories
+from collm_dist.evaluation.slot_inputs import pad_histories
 from collm_dist.metrics import compute_auc, compute_uauc
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.preprocess import run_preprocess

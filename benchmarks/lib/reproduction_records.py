@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.lib.machine import describe_hardware
 from collm_dist.config.loader import load_config
-from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel, TableSettings, compute_table
+from collm_dist.evaluation.comparison import TableSettings, compute_table
+from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 

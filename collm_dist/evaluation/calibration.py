@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel
+from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.metrics import FloatArray
 
 NUM_BINS = 10

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.context_block import IntArray
 from collm_dist.evaluation.bootstrap import (
     Statistic,
     build_auc_statistic,
@@ -17,6 +17,7 @@ from collm_dist.evaluation.bootstrap import (
     compute_interval,
     compute_samples,
 )
+from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.metrics import (
     FloatArray,
     compute_auc,
@@ -25,63 +26,6 @@ from collm_dist.metrics import (
     compute_group_ndcg,
     compute_logloss,
 )
-
-
-@dataclass(frozen=True)
-class EvaluatedRows:
-    """The rows of one split that are evaluated, N in all, in the order of the scores.
-
-    Attributes:
-        split: its name.
-        row_id, user_idx, item_idx, label, sampled: (N,) as in a ContextBlock.
-        group_id: (N,) the candidate list of a row.
-        slices: (N,) masks by name: all; warm = user and item occur in training rows; cold_user and cold_item = they do
-            not. All candidates of a list go with the positive that it was drawn for.
-    """
-
-    split: str
-    row_id: IntArray
-    user_idx: IntArray
-    item_idx: IntArray
-    label: IntArray
-    sampled: IntArray
-    group_id: IntArray
-    slices: dict[str, NDArray[np.bool_]]
-
-    @classmethod
-    def from_block(cls, split: str, block: ContextBlock) -> EvaluatedRows:
-        """Take the rows of a block, in its order."""
-        by_id = np.argsort(block.row_id)
-        place = np.minimum(np.searchsorted(block.row_id, block.group_id, sorter=by_id), len(by_id) - 1)
-        positive = by_id[place] if len(by_id) else by_id
-        user_known, item_known = block.user_in_train[positive] == 1, block.item_in_train[positive] == 1
-        slices = {
-            "all": np.ones(block.num_targets, dtype=bool),
-            "warm": user_known & item_known,
-            "cold_user": ~user_known,
-            "cold_item": ~item_known,
-        }
-        users = block.user_idx[block.target_contexts]
-        return cls(split, block.row_id, users, block.item_idx, block.label, block.sampled, block.group_id, slices)
-
-
-@dataclass(frozen=True)
-class ScoredModel:
-    """A model's scores of the evaluated rows.
-
-    Attributes:
-        name: as in the table.
-        training_labels: what of the training rows' feedback it was fitted to.
-        inputs: what it reads about a row that it scores.
-        scores: (N,).
-        has_logits: whether the scores are log-odds, so that a log-loss means something.
-    """
-
-    name: str
-    training_labels: str
-    inputs: str
-    scores: FloatArray
-    has_logits: bool = True
 
 
 @dataclass(frozen=True)

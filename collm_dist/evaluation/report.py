@@ -18,13 +18,15 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.evaluation.calibration import list_calibration, write_calibration
 from collm_dist.evaluation.comparison import TableSettings, compute_table
 from collm_dist.evaluation.deviations import choose_recipe, list_deviations
+from collm_dist.evaluation.evaluated_rows import EvaluatedSplit, load_splits
 from collm_dist.evaluation.hparams import build_run_settings
+from collm_dist.evaluation.model_scores import ModelScores, collect_models
 from collm_dist.evaluation.plots import plot_calibration, plot_forest, plot_training, save_figure
 from collm_dist.evaluation.report_markdown import MODEL_NAMES, list_metrics, render_markdown, render_results
 from collm_dist.evaluation.report_notes import describe_data, list_notes, list_warnings
 from collm_dist.evaluation.score_files import write_scores
-from collm_dist.evaluation.scored_models import EvaluatedSplit, ModelScores, collect_models, load_splits, score_stages
-from collm_dist.evaluation.slots_mlp import find_slots
+from collm_dist.evaluation.slot_inputs import list_slots
+from collm_dist.evaluation.stage_scores import score_stages
 from collm_dist.metrics import compute_auc, compute_ndcg
 from collm_dist.runs.atomic_files import compute_json_hash, open_atomic, write_json
 from collm_dist.runs.fingerprints import find_changes, is_step_current
@@ -141,7 +143,7 @@ def build_report(
         rows, compared = compute_table(split.rows, scores.models[name], pairs, settings)
         table += [row for row in rows if name != "train" or row["slice"] == "all"]
         differences += compared
-    slots = find_slots(load_prompt_text(config.prompt.stage2))
+    slots = list_slots(load_prompt_text(config.prompt.stage2))
     report: dict[str, Any] = {
         "format_version": 1,
         "data": describe_data(config, manifest, {name: split.rows for name, split in splits.items()}),

@@ -11,7 +11,7 @@ import numpy as np
 
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import Manifest
-from collm_dist.evaluation.comparison import EvaluatedRows
+from collm_dist.evaluation.evaluated_rows import EvaluatedRows
 from collm_dist.evaluation.report_markdown import MODEL_NAMES
 
 # Beyond this standard error of an AUC, the differences that papers report (.01 to .03) cannot be seen.

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from collm_dist.errors import ArtifactError
-from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel
+from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.metrics import FloatArray, IntArray
 from collm_dist.runs.atomic_files import open_atomic
 

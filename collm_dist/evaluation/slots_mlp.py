@@ -9,67 +9,14 @@ Shapes: C contexts, N targets, H history items, E width of a collaborative vecto
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from collm_dist.data.prompts.template import FIELDS
-from collm_dist.data.samples.statistics import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.context_block import IntArray
 from collm_dist.metrics import FloatArray, compute_auc, compute_logloss
-
-
-def find_slots(prompt_text: str) -> frozenset[str]:
-    """Return the names of the slots in a prompt, without brackets: UserID, TargetItemID, MatchID, ItemIDList."""
-    return frozenset(name.strip("<>") for name, (_, is_slot) in FIELDS.items() if is_slot and name in prompt_text)
-
-
-def pad_histories(block: ContextBlock, length: int) -> IntArray:
-    """Return (C, H) the last ``length`` liked items of each context, right-aligned, -1 = padding."""
-    lengths = np.minimum(np.diff(block.history_offsets), length)
-    padded = np.full((block.num_contexts, length), -1, dtype=np.int64)
-    is_item = np.arange(length) >= length - lengths[:, None]
-    ends = block.history_offsets[1:, None] - length + np.arange(length)
-    padded[is_item] = block.history_items[ends[is_item]]
-    return padded
-
-
-@torch.no_grad()
-def build_slot_inputs(
-    block: ContextBlock, slots: frozenset[str], cf_model: Any, history_length: int, shown_length: int
-) -> NDArray[np.float32]:
-    """Return (N, X) what the slots of each target carry, and where both are there, user times item vector.
-
-    Args:
-        block: the rows.
-        slots: as of find_slots.
-        cf_model: ``SlotVectors``, gives user and item vectors; not read for pair slots.
-        history_length: liked items that the collaborative model may read.
-        shown_length: liked items behind ItemIDList, whose vectors are averaged.
-    """
-    contexts, parts = block.target_contexts, []
-    if slots & {"UserID", "TargetItemID", "ItemIDList"}:
-        items, times = torch.from_numpy(block.item_idx), torch.from_numpy(block.timestamp)
-        vectors = {}
-        if "UserID" in slots:
-            history = torch.from_numpy(pad_histories(block, history_length)[contexts])
-            vectors["user"] = cf_model.user_vectors(torch.from_numpy(block.user_idx[contexts]), history, items, times)
-        if "TargetItemID" in slots:
-            vectors["item"] = cf_model.item_vectors(items, times)
-        if len(vectors) == 2:
-            vectors["product"] = vectors["user"] * vectors["item"]
-        if "ItemIDList" in slots and shown_length:
-            shown = torch.from_numpy(pad_histories(block, shown_length)[contexts])
-            flat = cf_model.item_vectors(shown.reshape(-1), times.repeat_interleave(shown_length))
-            flat = flat.view(*shown.shape, -1)
-            vectors["list"] = flat.sum(dim=1) / (shown >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        parts = [vector.float().numpy() for vector in vectors.values()]
-    if "MatchID" in slots:
-        parts.append(compute_pair_features(block))
-    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 class SlotsMlp(nn.Module):

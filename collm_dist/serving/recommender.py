@@ -30,7 +30,7 @@ from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, RequestError
-from collm_dist.evaluation.slots_mlp import pad_histories
+from collm_dist.evaluation.slot_inputs import pad_histories
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
 from collm_dist.runs.run_dir import STAGES, RunDir, StageName

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import safetensors
 import safetensors.numpy
 import torch
+from collm_dist.tuning.prepared_batches import prepare
+from collm_dist.tuning.stages import get_stage, get_stage_config, load_stage_model
 
 import collm_dist
 from collm_dist.config.loader import load_config
@@ -22,9 +24,7 @@ from collm_dist.data.prompts.slot_codes import Masking
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.tuning.prepared_batches import prepare
 from collm_dist.tuning.run_stage import build_orders
-from collm_dist.tuning.stages import get_stage, get_stage_config, load_stage_model
 from tests.golden.commands import list_places, replace_paths
 from tests.golden.records import describe_array
 

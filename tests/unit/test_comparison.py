@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from collm_dist.evaluation.comparison import EvaluatedRows, ScoredModel, TableSettings, compute_table
+from collm_dist.evaluation.comparison import TableSettings, compute_table
+from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.metrics import compute_auc, compute_uauc
 from tests.unit.evaluation_data import build_block
 

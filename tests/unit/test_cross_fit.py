@@ -14,7 +14,7 @@ from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import DataError
-from collm_dist.evaluation.slots_mlp import build_slot_inputs
+from collm_dist.evaluation.slot_inputs import build_slot_inputs
 from collm_dist.metrics import compute_auc
 from tests.unit.cf_data import MODELS, build, fit_and_export, make_cf
 from tests.unit.evaluation_run import write_data_step

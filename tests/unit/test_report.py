@@ -13,12 +13,13 @@ from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
+from collm_dist.evaluation.evaluated_rows import load_splits
+from collm_dist.evaluation.model_scores import collect_models
 from collm_dist.evaluation.plots import plot_training, read_curves
 from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.report_markdown import render_markdown, render_table
 from collm_dist.evaluation.report_notes import estimate_standard_error
 from collm_dist.evaluation.score_files import align_scores
-from collm_dist.evaluation.scored_models import collect_models, load_splits
 from collm_dist.metrics import compute_auc, compute_ndcg, compute_uauc
 from collm_dist.runs.atomic_files import write_json
 from tests.unit.cf_data import fit_and_export, make_cf

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from collm_dist.data.samples.statistics import PAIR_FEATURES, compute_pair_features
-from collm_dist.evaluation.slots_mlp import build_slot_inputs, find_slots, fit_slots_mlp, pad_histories
+from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots, pad_histories
+from collm_dist.evaluation.slots_mlp import fit_slots_mlp
 from collm_dist.metrics import compute_auc
 from tests.unit.evaluation_data import build_block
 
@@ -23,8 +24,8 @@ class TableModel:
 
 
 def test_slots_of_a_prompt():
-    assert find_slots("a <ItemTitleList> <UserID> b <TargetItemTitle> <MatchID>") == {"UserID", "MatchID"}
-    assert find_slots("plain <ItemTitleList>") == frozenset()
+    assert list_slots("a <ItemTitleList> <UserID> b <TargetItemTitle> <MatchID>") == {"UserID", "MatchID"}
+    assert list_slots("plain <ItemTitleList>") == frozenset()
 
 
 def test_histories_are_right_aligned():
