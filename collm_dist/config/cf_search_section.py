@@ -10,16 +10,16 @@ from pydantic import Field, field_validator
 from collm_dist.config.cf_section import CfConfig
 from collm_dist.config.section import Section, operational
 
-# Settings that a search cannot choose, and why.
+# Settings that a search must not choose, with the reason.
 NOT_SEARCHED = {
-    "select_metric": "it is what trials are compared by",
-    "num_epochs": "every trial may train for the same number of epochs, and its best one counts",
-    "seeds": "a lucky seed is no setting",
+    "select_metric": "trials are compared by it",
+    "num_epochs": "all trials have the same limit, and the best epoch of each counts",
+    "seeds": "a search would pick a lucky seed",
     "cross_fit": "trials fit one model to all training rows",
-    "warm_start": "trials begin from nothing",
+    "warm_start": "trials start from random weights",
     "fold_epochs": "trials fit one model to all training rows",
-    "num_workers": "it does not change what comes out",
-    "checkpoint_every_epochs": "it does not change what comes out",
+    "num_workers": "it does not change the results",
+    "checkpoint_every_epochs": "it does not change the results",
 }
 SearchSpace = dict[str, dict[Literal["choice", "uniform", "log_uniform", "integer"], tuple[Any, ...]]]
 DEFAULT_SPACE: SearchSpace = {
@@ -30,30 +30,30 @@ DEFAULT_SPACE: SearchSpace = {
 
 
 class CfSearchConfig(Section):
-    """A search for the CF model's settings (launch/search_cf.py). The other steps do not read it."""
+    """Search for CF settings (launch/search_cf.py). The other steps do not read this section."""
 
     space: SearchSpace = Field(
         DEFAULT_SPACE,
-        description="Settings of the cf section and where to look: {choice: [a, b, ...]}, {uniform: [low, high]}, "
-        "{log_uniform: [low, high]} or {integer: [low, high]}, ends included.",
+        description="Settings of the cf section and their domains: {choice: [a, b, ...]}, {uniform: [low, high]}, "
+        "{log_uniform: [low, high]} or {integer: [low, high]}, bounds included.",
     )
-    num_trials: int = Field(30, ge=1, description="Settings tried, the first being those of the cf section itself.")
+    num_trials: int = Field(30, ge=1, description="Number of trials; the first one has the settings of the cf section.")
     grace_epochs: int = Field(5, ge=1, description="Epochs before ASHA may stop a trial.")
-    reduction_factor: int = Field(3, ge=2, description="ASHA keeps one trial in so many at each rung.")
+    reduction_factor: int = Field(3, ge=2, description="ASHA keeps one in this many trials at each rung.")
     parallel_trials: int | None = operational(
-        None, "Trials at once; default: one per CPU (per GPU if there are).", ge=1
+        None, "Concurrent trials; default: one per GPU, or one per CPU without GPUs.", ge=1
     )
 
     @field_validator("space")
     @classmethod
     def _check_space(cls, space: SearchSpace) -> SearchSpace:
         if not space:
-            raise ValueError("names no setting: there is nothing to look for")
+            raise ValueError("is empty: name at least one setting of the cf section")
         for name, domain in space.items():
             if name not in CfConfig.model_fields:
                 matches = difflib.get_close_matches(name, CfConfig.model_fields, n=1)
                 raise ValueError(
-                    f"{name} is no setting of the cf section" + (f"; did you mean {matches[0]}?" if matches else "")
+                    f"{name} is not a setting of the cf section" + (f"; did you mean {matches[0]}?" if matches else "")
                 )
             if name in NOT_SEARCHED:
                 raise ValueError(f"{name}: {NOT_SEARCHED[name]}")

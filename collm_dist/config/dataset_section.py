@@ -18,8 +18,10 @@ class ColumnsConfig(Section):
     item_id: str = Field("item_id", description="Column of the item's id (number or string).")
     timestamp: str = Field("timestamp", description="Column of the time of the event.")
     rating: str | None = Field(None, description="Column of the rating; like = rating >= dataset.like_threshold.")
-    label: str | None = Field(None, description="Column of a ready 0/1 label, instead of a rating.")
-    split: str | None = Field(None, description="Column naming train, valid or test; needed by split.method: column.")
+    label: str | None = Field(None, description="Column of a 0/1 label, instead of a rating.")
+    split: str | None = Field(
+        None, description="Column with the values train, valid and test; required by split.method: column."
+    )
 
 
 class ItemColumnsConfig(Section):
@@ -30,15 +32,18 @@ class ItemColumnsConfig(Section):
 
 
 class SplitConfig(Section):
-    """How interactions are divided into train, valid and test."""
+    """Division of the interactions into train, valid and test."""
 
     method: Literal["ratio", "calendar", "amazon_book", "column"] = Field(
         "ratio",
-        description="ratio: by time, the earliest share trains. calendar: windows of whole calendar months counted "
-        "from the data's first month. amazon_book: CoLLM's rule for the year 2017. column: a ready column.",
+        description="ratio: by time, earliest rows first. calendar: windows of whole calendar months, counted from the "
+        "first month of the data. amazon_book: CoLLM's rule for the year 2017. column: as columns.split "
+        "says.",
     )
-    train_ratio: float = Field(0.8, gt=0, lt=1, description="ratio: share of rows, earliest first, for training.")
-    valid_ratio: float = Field(0.1, gt=0, lt=1, description="ratio: share of rows that follow, for validation.")
+    train_ratio: float = Field(0.8, gt=0, lt=1, description="ratio: share of the rows for training, the earliest.")
+    valid_ratio: float = Field(
+        0.1, gt=0, lt=1, description="ratio: share of the following rows for validation; the rest is the test split."
+    )
     train_months: tuple[int, int] = Field(
         (14, 23), description="calendar: first and last month for training, both included; the first month is 0."
     )
@@ -48,27 +53,27 @@ class SplitConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
         if self.train_ratio + self.valid_ratio >= 1:
-            raise ValueError("train_ratio + valid_ratio must be below 1, the rest is the test")
+            raise ValueError("train_ratio + valid_ratio must be below 1: the rest is the test split")
         windows = (self.train_months, self.valid_months, self.test_months)
         if any(first > last or first < 0 or last > MAX_MONTHS for first, last in windows):
             raise ValueError(f"a window of months is [first, last] with 0 <= first <= last <= {MAX_MONTHS}")
         if not windows[0][1] < windows[1][0] <= windows[1][1] < windows[2][0]:
-            raise ValueError("the windows of months must not overlap and must follow each other: train, valid, test")
+            raise ValueError("the windows of months must not overlap and must be in the order train, valid, test")
         return self
 
 
 class ExpectConfig(Section):
-    """What the input must look like; otherwise the run stops before it works on bad data."""
+    """Requirements of the input; the run stops before any work if one is not met."""
 
-    min_rows: int = Field(0, ge=0, description="Fewest interactions the input must have.")
-    max_age_hours: float | None = Field(None, gt=0, description="The newest interaction is at most this old.")
+    min_rows: int = Field(0, ge=0, description="Minimum number of interactions.")
+    max_age_hours: float | None = Field(None, gt=0, description="Maximum age of the newest interaction.")
     max_row_change_share: float | None = Field(
-        None, gt=0, description="Against dataset.extend_from: largest relative change in the number of rows."
+        None, gt=0, description="Maximum relative change in the number of rows since dataset.extend_from."
     )
 
 
 class DatasetConfig(Section):
-    """The raw logs: where they are, what their columns mean, which rows count."""
+    """The raw logs: their location and columns, and the rows to use."""
 
     format: Literal[
         "table", "movielens_100k", "movielens_1m", "movielens_32m", "recbole", "amazon_2018", "amazon_2023", "collm"
@@ -85,24 +90,29 @@ class DatasetConfig(Section):
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Columns of the interactions.")
     item_columns: ItemColumnsConfig = Field(default_factory=ItemColumnsConfig, description="Columns of the items.")
     row_filter: str | None = Field(
-        None, description="Keep rows for which this holds, for example: event_type == 'click' and price > 0."
+        None,
+        description="Keep the rows for which this expression holds, for example: event_type == 'click' and price > 0.",
     )
     feedback: Literal["explicit", "implicit"] = Field(
         "explicit",
-        description="explicit: ratings or labels say like and dislike. implicit: every row is a like (clicks, "
-        "purchases) and dislikes are sampled.",
+        description="explicit: ratings or labels tell likes from dislikes. implicit: every row is a like (click, "
+        "purchase), and dislikes are sampled.",
     )
-    like_threshold: float = Field(4.0, description="explicit with ratings: a rating of at least this is a like.")
+    like_threshold: float = Field(4.0, description="explicit with ratings: minimum rating of a like.")
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
-        "auto", description="Unit of numeric timestamps; auto decides by magnitude. Dates are read as they are."
+        "auto", description="Unit of numeric timestamps; auto: by magnitude. Dates need no unit."
     )
-    item_text: str = Field("{title}", description="Text of an item in a prompt; any item column in braces.")
+    item_text: str = Field(
+        "{title}", description="Template of an item's text in a prompt, with item columns in braces."
+    )
     duplicates: Literal["keep", "first", "collapse"] = Field(
         "keep",
-        description="Several rows of one user and item. keep: all. first: the earliest. collapse: one row at the "
-        "earliest time, a like if any was.",
+        description="Rows with the same user and item. keep: all of them. first: the earliest. collapse: one row at "
+        "the earliest time, a like if any of them is.",
     )
-    min_user_interactions: int = Field(0, ge=0, description="Drop users with fewer rows (one pass, with the items).")
+    min_user_interactions: int = Field(
+        0, ge=0, description="Drop users with fewer rows (one pass, together with the items)."
+    )
     max_user_interactions: int | None = Field(None, ge=1, description="Drop users with more rows.")
     min_item_interactions: int = Field(0, ge=0, description="Drop items with fewer rows.")
     max_item_interactions: int | None = Field(None, ge=1, description="Drop items with more rows.")
@@ -110,21 +120,24 @@ class DatasetConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="Stop when more than this share of rows cannot be used; they are counted by cause.",
+        description="Stop if a larger share of the rows is unusable; they are counted by cause.",
     )
     split: SplitConfig = Field(default_factory=SplitConfig, description="Division into train, valid and test.")
-    negatives_per_positive: int = Field(3, ge=1, description="implicit: sampled dislikes for each training like.")
+    negatives_per_positive: int = Field(3, ge=1, description="implicit: sampled dislikes per training like.")
     negative_sampling: Literal["uniform", "popularity"] = Field(
-        "uniform", description="implicit: how they are drawn; popularity: by earlier real events of the item."
+        "uniform",
+        description="implicit: distribution of the sampled dislikes. popularity: by the item's earlier real events.",
     )
-    expect: ExpectConfig = Field(default_factory=ExpectConfig, description="Checks of the input before work.")
+    expect: ExpectConfig = Field(
+        default_factory=ExpectConfig, description="Requirements that are checked before any work."
+    )
     extend_from: str | None = Field(
-        None, description="Run directory whose user and item indices are kept; new ids are appended."
+        None, description="Earlier run directory: its user and item indices are kept, and new ids are appended."
     )
     forget: Uri | None = Field(
         None,
-        description="URI of a list of users (Parquet, CSV; column user_id) who are to be forgotten: their rows are "
-        "passed over, and what extend_from has of them is not carried over.",
+        description="URI of a list of users to forget (Parquet or CSV, column user_id): their rows are skipped, and "
+        "their data in extend_from are not carried over.",
     )
 
     @model_validator(mode="after")

@@ -10,24 +10,26 @@ from collm_dist.config.section import Section, operational
 
 
 class EvaluationConfig(Section):
-    """What is reported."""
+    """The report."""
 
     splits: tuple[Literal["valid", "test"], ...] = Field(("valid", "test"), description="Splits in the report.")
-    max_users: int | None = Field(None, ge=1, description="Evaluate this many users, chosen by hash; default all.")
+    max_users: int | None = Field(None, ge=1, description="Evaluate this many users, chosen by hash; default: all.")
     train_contexts: int = Field(
         500,
         ge=0,
-        description="Score stage 1 on this many contexts that it trained on too, to show what it has memorized.",
+        description="Training contexts on which stage 1 is also scored, to show how much it has memorized.",
     )
-    bootstrap_samples: int = Field(1000, ge=0, description="Resamples of users behind each interval; 0: none.")
+    bootstrap_samples: int = Field(
+        1000, ge=0, description="Bootstrap resamples of the users for each interval; 0: no intervals."
+    )
     confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
     num_candidates: int = Field(
-        100, ge=2, description="implicit feedback: candidates that each positive is ranked among, itself included."
+        100, ge=2, description="implicit: candidates among which each positive is ranked, itself included."
     )
     cutoffs: tuple[int, ...] = Field((5, 10, 20), description="k of NDCG@k and HR@k.")
     slots_ablation: bool = Field(
         True, description="Also report stage 2 with slots shuffled between rows, and the slots without the LLM."
     )
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
-        "auto", "Most tokens in one forward pass. auto: 16384 on a GPU, 2048 on a CPU."
+        "auto", "Maximum number of tokens in a forward pass. auto: 16384 on a GPU, 2048 on a CPU."
     )

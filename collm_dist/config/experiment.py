@@ -20,7 +20,7 @@ from collm_dist.config.stage_sections import Stage1Config, Stage2Config
 
 
 class Config(Section):
-    """One experiment."""
+    """The settings of one experiment."""
 
     run: RunConfig = Field(..., description="Where results go, and the seed.")
     dataset: DatasetConfig = Field(..., description="The raw logs.")
@@ -43,38 +43,37 @@ class Config(Section):
         stored, prompted = self.preprocessing.max_history_length, self.prompt.history_length
         if prompted > stored:
             raise ValueError(
-                f"prompt.history_length {prompted} exceeds preprocessing.max_history_length {stored}, which is all "
-                "that the shards hold: raise the latter"
+                f"prompt.history_length {prompted} exceeds preprocessing.max_history_length {stored}, the longest "
+                "history in the shards: raise the latter"
             )
         if (cf_length := self.cf.history_length) is not None and cf_length > stored:
             raise ValueError(
-                f"cf.history_length {cf_length} exceeds preprocessing.max_history_length {stored}, which is all that "
-                "the shards hold: raise the latter"
+                f"cf.history_length {cf_length} exceeds preprocessing.max_history_length {stored}, the longest "
+                "history in the shards: raise the latter"
             )
         if self.cf.model == "none" and self.stage2.train_cf != "scratch":
             raise ValueError(
-                "cf.model 'none' leaves its id tokens to stage 2, which must learn them: set stage2.train_cf to scratch"
+                "cf.model 'none' needs a stage 2 that learns the id tokens: set stage2.train_cf to scratch"
             )
         if self.cf.model == "none" and self.promotion.baseline == "cf":
             raise ValueError(
-                "promotion.baseline cf: with cf.model 'none' there is no collaborative model to compare with; choose "
-                "another baseline"
+                "promotion.baseline cf: cf.model 'none' has no CF model to compare with; choose another baseline"
             )
         if self.stage2.train_cf and (self.cf.cross_fit != "off" or self.cf.model in ("lightgcn", "table")):
             raise ValueError(
-                "stage2.train_cf goes on training one model's own weights: set cf.cross_fit to off, and cf.model to "
-                "mf, sasrec, din or none"
+                "stage2.train_cf trains the weights of a single model: set cf.cross_fit to off, and cf.model to mf, "
+                "sasrec, din or none"
             )
         if self.stage2.train_cf and self.cluster.zero_stage == 3:
             raise ValueError(
-                "stage2.train_cf: rows of a table that is partitioned over processes cannot be looked up by one of "
-                "them; set cluster.zero_stage to 2 or less"
+                "stage2.train_cf: a process cannot look up rows of a table that ZeRO 3 partitions; set "
+                "cluster.zero_stage to 2 or less"
             )
         for setting, is_used in (("compile", self.llm.compile), ("quantization", self.llm.quantization != "none")):
             if is_used and self.cluster.zero_stage == 3:
                 raise ValueError(
-                    f"llm.{setting} wants a backbone whose weights are whole on each process: set cluster.zero_stage "
-                    "to 2 or less"
+                    f"llm.{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
+                    "2 or less"
                 )
         if self.promotion.min_paired_difference is not None:
             self._check_promotion()
@@ -83,9 +82,9 @@ class Config(Section):
     def _check_promotion(self) -> None:
         evaluation, metric = self.evaluation, self.promotion.metric
         if "test" not in evaluation.splits or evaluation.bootstrap_samples == 0:
-            raise ValueError("promotion is decided by an interval on test: evaluation.splits must name test, and "
-                             "evaluation.bootstrap_samples must not be 0")  # fmt: skip
+            raise ValueError("promotion is decided by an interval on test: evaluation.splits must include test, "
+                             "and evaluation.bootstrap_samples must not be 0")  # fmt: skip
         name, _, cutoff = metric.partition("@")
         if cutoff and (self.dataset.feedback != "implicit" or int(cutoff) not in evaluation.cutoffs):
-            raise ValueError(f"promotion.metric {metric}: {name} is reported for dataset.feedback: implicit, at "
+            raise ValueError(f"promotion.metric {metric}: {name} is reported for dataset.feedback: implicit only, at "
                              f"evaluation.cutoffs {list(evaluation.cutoffs)}; choose auc or one of these")  # fmt: skip

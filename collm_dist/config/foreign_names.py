@@ -1,4 +1,4 @@
-"""What other tools call our settings: Hugging Face's trainer, DeepSpeed, peft, and common habit."""
+"""Names of settings in other tools (Hugging Face's Trainer, DeepSpeed, PEFT) and in common usage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "min_lr": _STAGES.format("final_learning_rate_share"),
     "warmup_ratio": _STAGES.format("warmup_steps"),
     "warmup_num_steps": _STAGES.format("warmup_steps"),
-    "lr_scheduler_type": "none: warm-up and cosine always; see final_learning_rate_share in stage1 and stage2",
+    "lr_scheduler_type": "none, always warm-up and cosine; see final_learning_rate_share in stage1 and stage2",
     "adam_beta1": _STAGES.format("adam_betas"),
     "adam_beta2": _STAGES.format("adam_betas"),
     "betas": _STAGES.format("adam_betas"),
@@ -40,8 +40,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "logging_steps": "monitoring.log_every_steps",
     "early_stopping_patience": _STAGES.format("early_stop_patience"),
     "metric_for_best_model": _STAGES.format("select_metric"),
-    "resume_from_checkpoint": "none: the same command goes on from the last checkpoint",
-    "overwrite_output_dir": "none: use --force STEP or a new run.dir",
+    "resume_from_checkpoint": "none, the same command resumes from the last checkpoint",
+    "overwrite_output_dir": "none, use --force STEP or a new run.dir",
     "report_to": "monitoring.tensorboard",
     "lora_r": "lora.rank",
     "lora_rank": "lora.rank",
@@ -54,7 +54,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "model": "llm.backbone or cf.model",
     "torch_dtype": "llm.dtype",
     "bf16": "llm.dtype: bfloat16",
-    "fp16": "llm.dtype: bfloat16 (float16 is not offered: it overflows here)",
+    "fp16": "llm.dtype: bfloat16 (float16 overflows)",
     "gradient_checkpointing": "llm.activation_checkpointing",
     "attn_implementation": "llm.attention",
     "max_seq_length": "prompt.max_prompt_tokens",
@@ -64,7 +64,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "stage": "stage1 and stage2 are sections; DeepSpeed's stage is cluster.zero_stage",
     "deepspeed": "cluster.deepspeed_extra",
     "deepspeed_config": "cluster.deepspeed_extra",
-    "optimizer": "none: AdamW always; see learning_rate, weight_decay and adam_betas in stage1 and stage2",
+    "optimizer": "none, always AdamW; see learning_rate, weight_decay and adam_betas in stage1 and stage2",
     "num_gpus": "cluster.num_processes",
     "nproc_per_node": "cluster.num_processes",
     "world_size": "cluster.num_processes",

@@ -20,15 +20,16 @@ class LlmConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of weights and arithmetic; auto: bfloat16 on GPU, float32 on CPU."
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention kernel of transformers.")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
-        description="Hold the frozen weights in fewer bits (needs bitsandbytes): a 7B backbone in 4 GB instead of 14. "
-        "Stage 2 quantizes the backbone with stage 1's update merged in. 8bit also rounds activations, by a rule that "
-        "looks at a whole micro-batch, so scores depend a little on batching; 4bit rounds weights alone.",
+        description="Store the frozen weights in fewer bits (needs bitsandbytes): a 7B backbone takes 4 GB instead of "
+        "14. Stage 2 quantizes the backbone after merging the update of stage 1. 8bit also rounds "
+        "activations, depending on the whole micro-batch, so scores depend slightly on batching; 4bit "
+        "rounds weights only.",
     )
     compile: bool = operational(
-        False, "Run the decoder's layers through torch.compile: seconds to minutes at the start, then faster steps."
+        False, "Compile the decoder layers with torch.compile: seconds to minutes at the start, then faster steps."
     )
     activation_checkpointing: bool = operational(
         False, "Recompute the layers' activations in the backward pass: less memory, about a third more time."
@@ -48,14 +49,14 @@ class LoraConfig(Section):
 
 
 class MappingConfig(Section):
-    """The mapping from collaborative vectors to the language model's input embeddings (paper, section 3.2)."""
+    """The mapping: an MLP from CF vectors to input embeddings of the language model (paper, section 3.2)."""
 
     hidden_multiple: int = Field(10, ge=1, description="Hidden width as a multiple of the vector's width.")
-    tokens_per_slot: int = Field(1, ge=1, le=16, description="Soft tokens that a slot becomes.")
+    tokens_per_slot: int = Field(1, ge=1, le=16, description="Soft tokens per slot.")
     mask_probability: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of training slots whose vector is replaced by that of an unknown user or item, so that "
-        "unknown ones are met in training too.",
+        "training covers unknown users and items.",
     )

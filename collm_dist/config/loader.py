@@ -1,4 +1,4 @@
-"""Loading a configuration: defaults < YAML < ``section.key=value``, with every mistake at once."""
+"""Loader of configurations: defaults < YAML < ``section.key=value``, with all errors at once."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from collm_dist.errors import ConfigError
 
 MAX_SHOWN_VALUE = 60
 MAX_SHOWN_ERRORS = 100
-# Deeper than any setting, also below cluster.deepspeed_extra.
+# Deeper than any setting, cluster.deepspeed_extra included.
 MAX_DEPTH = 20
-# What Python makes of bytes on the command line that are no UTF-8.
+# Python's stand-ins for bytes on the command line that are not UTF-8.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Load and check a configuration. Relative paths in it stay relative to the working directory.
+    """Load and check a configuration. Relative paths in its settings are relative to the working directory.
 
     Args:
-        path: YAML file; its ``base`` names another one, whose settings it changes.
-        overrides: ``section.key=value``, later ones win.
+        path: YAML file, with the settings of the file that its ``base`` names as defaults.
+        overrides: ``section.key=value`` strings; later ones win.
 
     Raises:
-        ConfigError: the file cannot be read or something in it is wrong; the message lists every mistake.
+        ConfigError: the file cannot be read or has errors; the message lists all of them.
     """
     document = read_config_file(Path(path))
     _fill_empty_sections(document, Config)
@@ -50,7 +50,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         lines = errors[:MAX_SHOWN_ERRORS]
         if total > len(lines):
             lines.append(f"and {total - len(lines)} more")
-        count = "1 mistake" if total == 1 else f"{total} mistakes"
+        count = "1 error" if total == 1 else f"{total} errors"
         raise ConfigError(f"{path}: {count} in the configuration\n  " + "\n  ".join(lines))
     return config
 
@@ -61,7 +61,7 @@ def dump_config(config: Config) -> str:
 
 
 def list_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and pydantic's field info of every setting, sections left out, in order."""
+    """Yield the dotted name and pydantic's field info of every setting, in order, without the sections themselves."""
     for name, field in model.model_fields.items():
         section = get_section(field.annotation)
         if section is None:
@@ -71,45 +71,45 @@ def list_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 
 def get_section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds, if it holds one."""
+    """Return the class of the section that a field holds, None for other fields."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Put ``section.key=value`` into a document and return the mistakes."""
+    """Set ``section.key=value`` in a document and return the errors."""
     errors = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
         *parents, last = dotted.split(".")
         if _SURROGATE.search(override):
-            errors.append(f"{override!r}: is no UTF-8 text")
+            errors.append(f"{override!r}: is not UTF-8")
             continue
         if len(parents) >= MAX_DEPTH:
-            errors.append(f"{dotted[:MAX_SHOWN_VALUE]}...: no setting lies that deep")
+            errors.append(f"{dotted[:MAX_SHOWN_VALUE]}...: settings are not nested that deeply")
             continue
         if not equals or not all([*parents, last]):
-            errors.append(f"{override}: an override is written section.key=value")
+            errors.append(f"{override}: an override must have the form section.key=value")
             continue
         target: Any = document
         for parent in parents:
             target = target.setdefault(parent, {}) if isinstance(target, dict) else None
         if not isinstance(target, dict):
-            errors.append(f"{dotted}: '{'.'.join(parents)}' is no section")
+            errors.append(f"{dotted}: '{'.'.join(parents)}' is not a section")
             continue
         try:
             target[last] = parse_value(text)
         except YAMLError:
-            errors.append(f"{dotted}: a list, mapping or quoted text that is not closed ({text})")
+            errors.append(f"{dotted}: malformed list, mapping or quoted string ({text})")
     return errors
 
 
 def suggest_name(dotted: str) -> str:
-    """Return a hint what an unknown name may mean: our name for another tool's, or the nearest one; or nothing."""
+    """Return a hint at the meaning of an unknown name: its name here or the nearest name; empty if there is none."""
     last = dotted.rsplit(".", 1)[-1]
     names = [name for name, _ in list_fields(Config)]
     same = [name for name in names if name.rsplit(".", 1)[-1] == last]
     if last in FOREIGN_NAMES:
-        return f" - here it is {FOREIGN_NAMES[last]}"
+        return f" - in collm-dist: {FOREIGN_NAMES[last]}"
     if same:
         return " - nearest name " + " or ".join(f"'{name}'" for name in same[:3])
     candidates = names if "." in dotted else [*Config.model_fields, *names]
@@ -121,7 +121,7 @@ def suggest_name(dotted: str) -> str:
 
 
 def _fill_empty_sections(document: dict[str, Any], model: type[BaseModel]) -> None:
-    """A section with nothing below its name is null in YAML; it means the defaults."""
+    """Replace null, which YAML gives for a section without settings, by an empty section."""
     for name, field in model.model_fields.items():
         section = get_section(field.annotation)
         if section is not None and name in document:
@@ -132,7 +132,7 @@ def _fill_empty_sections(document: dict[str, Any], model: type[BaseModel]) -> No
 
 
 def _describe(detail: Mapping[str, Any]) -> str:
-    """Return the line for one of pydantic's findings."""
+    """Return the line for an error of pydantic."""
     dotted = ".".join(str(part) for part in detail["loc"])
     value, kind = detail["input"], detail["type"]
     if kind == "extra_forbidden":

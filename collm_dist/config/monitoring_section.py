@@ -13,25 +13,25 @@ MAX_PROFILED_STEPS = 50
 
 
 class MonitoringConfig(Section):
-    """What is shown while work goes on."""
+    """Logs and progress of a run."""
 
     log_every_steps: int = operational(10, "Steps between logged points.", ge=1)
     tensorboard: bool = operational(True, "Write TensorBoard files.")
     progress_bar: bool = operational(True, "Show progress bars on the first process.")
     projector_items: int = operational(
         1000,
-        "Items whose vectors stage 2 leaves for TensorBoard's projector, the most frequent ones; 0: none.",
+        "Items whose vectors stage 2 writes for TensorBoard's projector, the most frequent first; 0: none.",
         ge=0,
         le=100_000,
     )
     profile_steps: tuple[int, int] | None = operational(
         None,
-        "First and last step, also written 10-12, of which the first process writes a profiler's trace in each stage.",
+        "First and last step, also written 10-12, that process 0 of each stage traces with the profiler.",
     )
     prometheus_dir: str | None = operational(
         None,
-        "Folder, as an absolute path, for text files that node exporter's textfile collector reads: the run's state, "
-        "and the numbers of its training; default: none.",
+        "Folder, as an absolute path, of text files for node exporter's textfile collector: the state of "
+        "the run and its training metrics; default: none.",
     )
 
     @field_validator("profile_steps", mode="before")
@@ -44,8 +44,8 @@ class MonitoringConfig(Section):
         first, last = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= first <= last < first + MAX_PROFILED_STEPS:
             raise ValueError(
-                f"{value!r:.60} is no range of steps: write [10, 12] or 10-12, counted from 1, the first not after the "
-                f"last, {MAX_PROFILED_STEPS} at most (a trace takes megabytes a step)"
+                f"{value!r:.60} is not a range of steps: write [10, 12] or 10-12, counted from 1, with at most "
+                f"{MAX_PROFILED_STEPS} steps (a trace takes megabytes a step)"
             )
         return first, last
 
@@ -53,5 +53,7 @@ class MonitoringConfig(Section):
     @classmethod
     def _check_absolute(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith("/"):
-            raise ValueError(f"{value!r:.60} is no absolute path; the processes of a run may start in other folders")
+            raise ValueError(
+                f"{value!r:.60} is not an absolute path; the processes of a run may start in different folders"
+            )
         return value

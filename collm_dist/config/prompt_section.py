@@ -10,7 +10,7 @@ from collm_dist.config.section import Section
 
 
 class PromptConfig(Section):
-    """The text that the language model reads. Fields and slots are written in angle brackets."""
+    """Prompts of the language model, with fields and slots in angle brackets."""
 
     stage1: str = Field(
         "configs/prompts/stage1.txt",
@@ -18,16 +18,21 @@ class PromptConfig(Section):
     )
     stage2: str = Field(
         "configs/prompts/stage2.txt",
-        description="Prompt of stage 2. Also slots: <UserID> <TargetItemID> <MatchID> <ItemIDList>.",
+        description="Prompt of stage 2, with the same fields and the slots <UserID> <TargetItemID> <MatchID> "
+        "<ItemIDList>.",
     )
-    yes: str = Field(" Yes", description="Answer of a like; one token that differs from the other answer's first.")
-    no: str = Field(" No", description="Answer of a dislike.")
+    yes: str = Field(" Yes", description="Answer for a like: a single token that differs from the first token of no.")
+    no: str = Field(" No", description="Answer for a dislike.")
     score: Literal["yes_minus_no", "yes"] = Field(
-        "yes_minus_no", description="Logit of a like: difference of the answers' logits, or the paper's: yes alone."
+        "yes_minus_no",
+        description="Score of a like: difference of the two answers' logits, or the logit of yes alone (the paper's "
+        "way).",
     )
-    history_length: int = Field(10, ge=0, description="Liked items shown, the last ones, oldest first.")
-    max_title_tokens: int = Field(24, ge=1, description="A longer item text is cut at this many tokens.")
+    history_length: int = Field(10, ge=0, description="Most recent liked items in the prompt, oldest first.")
+    max_title_tokens: int = Field(24, ge=1, description="Longest item text in tokens; longer ones are cut.")
     max_prompt_tokens: int = Field(
-        512, ge=16, description="Longest prompt; the oldest items of the history are dropped to fit, slots never."
+        512,
+        ge=16,
+        description="Longest prompt in tokens; the oldest items of the history are dropped to fit, slots never.",
     )
-    empty_history_text: str = Field("(nothing yet)", description="Stands for the history of a user without likes.")
+    empty_history_text: str = Field("(nothing yet)", description="Text in place of an empty history.")

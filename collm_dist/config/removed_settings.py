@@ -1,10 +1,10 @@
-"""Settings of earlier versions: ignored at their defaults, as an old run's ``config.yaml`` has them, else refused."""
+"""Settings of earlier versions: ignored at their defaults, which an old run's ``config.yaml`` holds, else refused."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Dotted name: default value, and what to do instead.
+# Dotted name: default value, and the remedy.
 _REMOVED: dict[str, tuple[Any, str]] = {
     "cluster.hostfile": (
         None,
@@ -16,7 +16,7 @@ _REMOVED: dict[str, tuple[Any, str]] = {
 
 
 def drop_removed_settings(document: dict[str, Any]) -> list[str]:
-    """Delete removed settings from a document and return a mistake for each that is not at its default."""
+    """Delete removed settings from a document and return an error for each that is not at its default."""
     errors = []
     for dotted, (default, remedy) in _REMOVED.items():
         *parents, last = dotted.split(".")

@@ -8,17 +8,17 @@ from collm_dist.config.section import Section, Uri, operational
 
 
 class RunConfig(Section):
-    """Where results go, and the seed everything is drawn from."""
+    """The run directory, the seed, and where finished steps come from and go to."""
 
     dir: str = operational(..., "Run directory: every step writes below it. Local or on a shared POSIX file system.")
     seed: int = Field(
         0, ge=0, le=10**9, description="Seed of every random choice: sampling, initialisation, order, bootstrap."
     )
     reuse: tuple[str, ...] = operational(
-        (), "Other run directories whose finished steps are linked in when their fingerprint equals this run's."
+        (), "Other run directories: their finished steps are linked in if the fingerprints are equal."
     )
     publish_to: Uri | None = operational(
         None,
-        "The pipeline copies every finished step to a folder of the run's name below this URI (a path, s3://, gs://): "
-        "its record last, and only what is not there yet.",
+        "URI (a path, s3://, gs://) to which the pipeline copies every finished step, in a folder named "
+        "after the run: missing files only, the step's record last.",
     )

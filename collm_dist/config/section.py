@@ -1,4 +1,4 @@
-"""What all config sections share: they are closed, frozen, and every field says what it means."""
+"""The base of all sections of the configuration, and what their fields share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys and infinite numbers are refused; values cannot change once loaded."""
+    """A group of settings: immutable, without unknown keys and infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def operational(default: Any, description: str, **constraints: Any) -> Any:
-    """A field that changes how the work is done, never what comes out.
+    """Return a field that changes how the work is done, never its results.
 
-    Such fields are no part of a step's fingerprint: changing one does not make finished work stale.
+    A step's fingerprint leaves such fields out: changing one does not make finished work stale.
     """
     return Field(default, description=description, json_schema_extra={"operational": True}, **constraints)
 
@@ -27,11 +27,11 @@ def _refuse_credentials(uri: str) -> str:
         r"[?&](access_key|secret_key|password|token)=", uri
     ):
         raise ValueError(
-            "a URI with credentials in it would be written into records and logs: take them out and give them in the "
-            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
+            "credentials in a URI would be written to records and logs: set them in the environment instead "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
         )
     return uri
 
 
-# A path or URI; what opens it finds its credentials in the environment.
+# A path or URI; credentials come from the environment.
 Uri = Annotated[str, AfterValidator(_refuse_credentials)]

@@ -1,6 +1,6 @@
-"""Settings that mean harm or are damaged: refused with file and line, or with the setting's name, never a traceback.
+"""Malicious or damaged settings: refused with file and line, or with the name of the setting, never a traceback.
 
-Elsewhere: mistakes that people make (tests/unit/test_config_loader.py), row filters (tests/unit/test_readers.py).
+Elsewhere: ordinary errors (tests/unit/test_config_loader.py), row filters (tests/unit/test_readers.py).
 """
 
 import time
@@ -64,7 +64,7 @@ def test_hostile_yaml(tmp_path, text, message):
         (GOOD.encode() + b"#" * MAX_BYTES, "more than 256 KiB"),
     ],
 )
-def test_files_that_are_no_settings(tmp_path, data, message):
+def test_files_that_are_not_settings(tmp_path, data, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, data)
 
@@ -75,12 +75,12 @@ def test_endless_and_impossible_files(tmp_path):
             load_config(path)
 
 
-def test_very_many_mistakes_are_counted_and_the_first_ones_shown(tmp_path):
+def test_very_many_errors_are_counted_and_the_first_are_shown(tmp_path):
     started = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, GOOD + "".join(f"k{number}: 1\n" for number in range(5000)))
     lines = str(caught.value).splitlines()
-    assert "5000 mistakes" in lines[0]
+    assert "5000 errors" in lines[0]
     assert lines[-1].strip() == f"and {5000 - MAX_SHOWN_ERRORS} more"
     assert len(lines) == MAX_SHOWN_ERRORS + 2
     assert time.monotonic() - started < 5
@@ -89,11 +89,11 @@ def test_very_many_mistakes_are_counted_and_the_first_ones_shown(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("x=" + "[" * 1000, "x: a list, mapping or quoted text that is not closed"),
+        ("x=" + "[" * 1000, "x: malformed list, mapping or quoted string"),
         ("stage1.max_steps=!!int abc", r"stage1\.max_steps: should be a valid integer"),
         ("stage1.max_steps=[!!int abc]", r"stage1\.max_steps: "),
-        ("run.dir=\udcff", "is no UTF-8 text"),
-        ("a" + ".a" * 5000 + "=1", "no setting lies that deep"),
+        ("run.dir=\udcff", "is not UTF-8"),
+        ("a" + ".a" * 5000 + "=1", "settings are not nested that deeply"),
         (f"run.seed={2**64}", r"run\.seed: should be less than or equal"),
         ("dataset.split.test_months=[29, 99999999999999999999]", r"dataset\.split: a window of months"),
     ],
@@ -112,7 +112,7 @@ def test_an_alias_is_a_copy(tmp_path):
     assert "&" not in dump_config(config)
 
 
-def test_prompts_that_are_neither_text_nor_file(tmp_path):
+def test_prompts_that_are_neither_a_string_nor_a_file(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for spec in ("Would they like it? " * 50, str(tmp_path / "latin.txt")):
         with pytest.raises(ConfigError, match=r"prompt: .* cannot be read \(.*\), and it is no prompt either"):

@@ -1,4 +1,4 @@
-"""The experiments that come with the project."""
+"""The experiments in configs/."""
 
 from pathlib import Path
 
@@ -17,18 +17,18 @@ PROMISED = {
 MAX_OWN_SETTINGS = 6
 
 
-def test_the_promised_ones_are_there():
+def test_promised_experiments_exist():
     assert {path.stem for path in CONFIGS} >= PROMISED
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_loads_and_its_prompts_parse(path, monkeypatch):
+def test_an_experiment_loads_and_its_prompts_parse(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     assert Path(config.run.dir).parts[0] == "runs"
     PromptTemplate.parse(load_prompt_text(config.prompt.stage1), allow_slots=False)
     PromptTemplate.parse(load_prompt_text(config.prompt.stage2), allow_slots=True)
-    assert path.read_text(encoding="utf-8").startswith("# "), "the first comment says what the experiment is"
+    assert path.read_text(encoding="utf-8").startswith("# "), "the first comment names the experiment"
 
 
 def test_warm_up_of_the_demo_is_at_most_a_tenth():

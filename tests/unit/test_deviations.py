@@ -1,4 +1,4 @@
-"""The list of settings that are not the paper's."""
+"""Differences from the paper's recipe."""
 
 from pathlib import Path
 
@@ -43,8 +43,8 @@ def _build(**sections):
 
 
 def test_the_papers_recipe_deviates_in_the_random_half_of_valid_alone():
-    found = list_deviations(_build(), PAPER_SLOTS)
-    assert [(deviation.setting, deviation.ours) for deviation in found] == [
+    deviations = list_deviations(_build(), PAPER_SLOTS)
+    assert [(deviation.setting, deviation.ours) for deviation in deviations] == [
         ("stage1.max_valid_contexts", "2829 contexts"),
         ("stage2.max_valid_contexts", "2829 contexts"),
     ]
@@ -74,29 +74,29 @@ def test_each_model_is_compared_with_its_own_recipe():
 def test_the_learning_rate_follows_the_backbone_and_the_cosine_ends_in_one_place():
     stage2 = _stage(eval_every_steps=50, learning_rate=1e-2, final_learning_rate_share=0.008)
     qwen = _build(llm={"backbone": "Qwen/Qwen2-1.5B"}, stage2=stage2)
-    assert {found.setting for found in list_deviations(qwen, PAPER_SLOTS)} == {
+    assert {deviation.setting for deviation in list_deviations(qwen, PAPER_SLOTS)} == {
         "stage1.max_valid_contexts",
         "stage2.max_valid_contexts",
     }
-    vicuna = {found.setting: found for found in list_deviations(_build(stage2=stage2), PAPER_SLOTS)}
+    vicuna = {deviation.setting: deviation for deviation in list_deviations(_build(stage2=stage2), PAPER_SLOTS)}
     assert (vicuna["stage2.learning_rate"].ours, vicuna["stage2.learning_rate"].paper) == ("0.01", "0.001")
     other = list_deviations(_build(stage2=_stage(eval_every_steps=50, learning_rate=1e-2)), PAPER_SLOTS)
-    assert "0.08 (ends at 0.0008)" in {found.ours for found in other}
+    assert "0.08 (ends at 0.0008)" in {deviation.ours for deviation in other}
 
 
 def test_own_data_and_slots_are_named():
     own = _build(dataset={"path": "logs.csv", "columns": {"label": "liked"}}, lora={"rank": 4})
-    found = {deviation.setting: deviation for deviation in list_deviations(own, PAPER_SLOTS | {"MatchID"})}
-    assert found["lora.rank"].ours == "4"
-    assert found["dataset.split.method"].paper == "calendar"
-    assert "MatchID" in found["prompt.stage2"].ours
-    assert found["dataset"].ours == "table"
+    deviations = {deviation.setting: deviation for deviation in list_deviations(own, PAPER_SLOTS | {"MatchID"})}
+    assert deviations["lora.rank"].ours == "4"
+    assert deviations["dataset.split.method"].paper == "calendar"
+    assert "MatchID" in deviations["prompt.stage2"].ours
+    assert deviations["dataset"].ours == "table"
 
 
 def test_amazon_has_its_own_recipe():
     book = _build(dataset={"path": "books", "format": "amazon_2018", "split": {"method": "amazon_book"}})
-    found = {deviation.setting: deviation for deviation in list_deviations(book, PAPER_SLOTS)}
-    assert found["dataset.like_threshold"].paper == "5"
-    assert found["dataset.min_user_interactions"].paper == "21"
-    assert found["stage1.global_batch_size"].paper == "16"
-    assert "quarter" in found["stage2.max_valid_contexts"].paper
+    deviations = {deviation.setting: deviation for deviation in list_deviations(book, PAPER_SLOTS)}
+    assert deviations["dataset.like_threshold"].paper == "5"
+    assert deviations["dataset.min_user_interactions"].paper == "21"
+    assert deviations["stage1.global_batch_size"].paper == "16"
+    assert "quarter" in deviations["stage2.max_valid_contexts"].paper

@@ -60,7 +60,7 @@ def test_ways_to_write_the_steps(repository, given):
 
 @pytest.mark.parametrize("given", ["0-2", "[3, 2]", "[1, 51]", "7", "[1.5, 2]", "[1, 2, 3]", "a-b", "[true, 2]"])
 def test_steps_that_are_none_are_refused(repository, given):
-    with pytest.raises(ConfigError, match=r"monitoring.profile_steps: .* is no range of steps: write \[10, 12\]"):
+    with pytest.raises(ConfigError, match=r"monitoring.profile_steps: .* is not a range of steps: write \[10, 12\]"):
         load_config(repository / "configs" / "tiny_cpu.yaml", [f"monitoring.profile_steps={given}"])
 
 

@@ -87,5 +87,5 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path, repository):
         check_textfile_dir(str(tmp_path / "file"))
     check_textfile_dir(str(tmp_path / "new" / "folder"))
     assert (tmp_path / "new" / "folder").is_dir()
-    with pytest.raises(ConfigError, match=r"monitoring.prometheus_dir: 'textfiles' is no absolute path"):
+    with pytest.raises(ConfigError, match=r"monitoring.prometheus_dir: 'textfiles' is not an absolute path"):
         load_config(repository / "configs" / "tiny_cpu.yaml", ["monitoring.prometheus_dir=textfiles"])
