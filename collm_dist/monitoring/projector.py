@@ -43,13 +43,13 @@ def write_projector(folder: Path, sets: Sequence[VectorSet], columns: Mapping[st
             # A tab or a line break of a title would be another column or row.
             file.write("\t".join(" ".join(str(cell).split()) or "-" for cell in row) + "\n")
     config = ProjectorConfig()
-    for one in sets:
-        name = f"{one.name.replace(' ', '-')}.tsv"
+    for vector_set in sets:
+        name = f"{vector_set.name.replace(' ', '-')}.tsv"
         with open_atomic(folder / "projector" / name) as file:
-            np.savetxt(file, one.vectors, fmt="%.5g", delimiter="\t")
+            np.savetxt(file, vector_set.vectors, fmt="%.5g", delimiter="\t")
         config.embeddings.add(
-            tensor_name=one.name,
-            tensor_shape=one.vectors.shape,
+            tensor_name=vector_set.name,
+            tensor_shape=vector_set.vectors.shape,
             tensor_path=f"projector/{name}",
             metadata_path="projector/metadata.tsv",
         )

@@ -66,7 +66,7 @@ class _Textfile:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self._labels = {"run": run, **labels}
-        self._has_failed = False
+        self._has_warned = False
 
     def _set(self, name: str, text: str, value: float, **labels: str) -> None:
         labels = {**self._labels, **labels}
@@ -79,9 +79,9 @@ class _Textfile:
         try:
             write_to_textfile(str(self._path), self._registry)
         except OSError as error:
-            if not self._has_failed:
+            if not self._has_warned:
                 logger.warning("%s cannot be written (%s); the run goes on without", self._path, error)
-            self._has_failed = True
+            self._has_warned = True
 
 
 class TrainingTextfile(_Textfile):
@@ -124,8 +124,8 @@ class StateTextfile(_Textfile):
         for state in STATES:
             self._set("collm_run_state", "1 for the state of the run.", status["state"] == state, state=state)
         for step in self._steps:
-            is_at = status["step"] == step
-            self._set("collm_run_step", "1 for the step that the run is, or ended, at.", is_at, step=step)
+            is_current = status["step"] == step
+            self._set("collm_run_step", "1 for the step that the run is, or ended, at.", is_current, step=step)
         self._set("collm_run_restarts", "Restarts of steps whose processes were lost.", status["restarts"])
         if status["exit_code"] is not None:
             self._set("collm_run_exit_code", "Exit code, once the run has ended.", status["exit_code"])

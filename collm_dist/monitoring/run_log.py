@@ -40,7 +40,7 @@ class RunLogger:
         """
         self._textfile = textfile
         self._writer: Any = None
-        self._known: set[tuple[Any, ...]] = set()
+        self._logged: set[tuple[Any, ...]] = set()
         self._file: Any = None
         self._bar: Any = tqdm(
             total=total_steps, initial=start_step, desc=folder.name, disable=not (is_main and progress_bar), unit="step"
@@ -49,11 +49,11 @@ class RunLogger:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+        lines = [line for line in read_metrics(path) if line["step"] <= start_step]
         with open_atomic(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         # A run that went on from here before, and was killed again, may have made the last step's points already.
-        self._known = {(line["step"], *list(line)[1:]) for line in kept if line["step"] == start_step}
+        self._logged = {(line["step"], *list(line)[1:]) for line in lines if line["step"] == start_step}
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -63,7 +63,7 @@ class RunLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of a step; the same ones again are left out."""
-        if self._file is None or (step, *values) in self._known:
+        if self._file is None or (step, *values) in self._logged:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -78,9 +78,9 @@ class RunLogger:
         if self._writer is not None:
             self._writer.add_text(tag, f"```\n{text}\n```", 0)
 
-    def advance(self, step: int, shown: Mapping[str, str]) -> None:
+    def advance(self, step: int, postfix: Mapping[str, str]) -> None:
         """Move the progress bar."""
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from collm_dist.tuning.engine import TrainingState
 
 logger = logging.getLogger(__name__)
 
-NUM_KEPT = 2
+MAX_CHECKPOINTS = 2
 _PATTERN = "step-*.safetensors"
 
 
@@ -106,7 +106,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, fingerprint: Mapping[s
     path = folder / f"step-{checkpoint.progress.global_step:09d}.safetensors"
     with open_atomic(path, "wb", size_bytes=len(data)) as file:
         file.write(data)
-    for older in sorted(folder.glob(_PATTERN))[:-NUM_KEPT]:
+    for older in sorted(folder.glob(_PATTERN))[:-MAX_CHECKPOINTS]:
         older.unlink()
     return path
 
@@ -135,11 +135,11 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
             "run.dir to a new directory."
         )
 
-    def take(group: str) -> dict[str, Tensor]:
-        return {name.removeprefix(group): one for name, one in tensors.items() if name.startswith(group)}
+    def select(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    state = TrainingState(take("weight."), take("moment."), int(header["adam_steps"]))
-    return Checkpoint(state, take("best."), progress)
+    state = TrainingState(select("weight."), select("moment."), int(header["adam_steps"]))
+    return Checkpoint(state, select("best."), progress)
 
 
 def load_last_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
@@ -150,11 +150,11 @@ def load_last_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Checkp
     Raises:
         CheckpointError: all are damaged, or the newest whole one belongs to other data or settings.
     """
-    path = run_on_rank_0(lambda: _find_whole(folder, fingerprint))
+    path = run_on_rank_0(lambda: _find_newest(folder, fingerprint))
     return load_checkpoint(path, fingerprint) if path else Checkpoint()
 
 
-def _find_whole(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:
+def _find_newest(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:
     for unfinished in folder.glob(f".{_PATTERN}.*.tmp"):  # a process was killed while it wrote them
         unfinished.unlink()
     damaged = []
@@ -165,8 +165,8 @@ def _find_whole(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:
             damaged.append(path)
             logger.warning("%s; going back to the one before", error)
             continue
-        for other in damaged:
-            other.rename(other.with_suffix(".damaged"))
+        for damaged_path in damaged:
+            damaged_path.rename(damaged_path.with_suffix(".damaged"))
         return path
     if damaged:
         raise CheckpointError(

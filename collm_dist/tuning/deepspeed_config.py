@@ -36,7 +36,7 @@ def build_deepspeed_config(
     Raises:
         ConfigError: ``extra`` sets a key that this project decides.
     """
-    ours: dict[str, Any] = {
+    base: dict[str, Any] = {
         # Batches are ours: rows of any number make up a step, and the loss is normalised by their count. One
         # "micro-batch" a step as far as DeepSpeed knows, so that it rescales nothing.
         "train_micro_batch_size_per_gpu": 1,
@@ -53,7 +53,7 @@ def build_deepspeed_config(
         "steps_per_print": 2**62,
     }
     refuse_owned_keys(extra)
-    return _merge(ours, extra)
+    return _merge(base, extra)
 
 
 def refuse_owned_keys(extra: Mapping[str, Any]) -> None:
@@ -79,6 +79,6 @@ def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in extra.items():
         if value == "auto":
             continue
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+        are_sections = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if are_sections else copy.deepcopy(value)
     return merged

@@ -122,10 +122,10 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
     contexts = prefix_tokens = 0
     pieces: list[PromptBatch] = []
     for block in blocks:
-        whole = collator.collate(block, block)
+        batch = collator.collate(block, block)
         counts = collator.count_tokens(block)
         lengths = (counts.header + counts.prefix + counts.tail)[block.target_contexts] + counts.branch
-        shared += count_shared(shape, whole, training=True)
+        shared += count_shared(shape, batch, training=True)
         padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
         contexts += block.num_contexts
         prefix_tokens += int(counts.prefix.sum())
@@ -137,12 +137,12 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
 def _count_keys(batch: PromptBatch) -> int:
     """Return how many keys attention lays out on a GPU."""
     segments, header = batch.tree_segments, len(batch.header_ids)
-    before = header + batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
-    seen = before[segments.rows.numbers] + segments.tails.numbers + segments.lengths.numbers
-    return int(seen.sum())
+    context_lengths = header + batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
+    num_keys = context_lengths[segments.rows.numbers] + segments.tails.numbers + segments.lengths.numbers
+    return int(num_keys.sum())
 
 
-def _count_tuned(config: Config, run_dir: RunDir) -> int:
+def _count_tuned_cf(config: Config, run_dir: RunDir) -> int:
     """Return how many numbers of the collaborative model stage 2 trains, at most."""
     if not config.stage2.train_cf:
         return 0
@@ -150,7 +150,7 @@ def _count_tuned(config: Config, run_dir: RunDir) -> int:
     arguments = list_arguments(config.cf, manifest.max_history_length, config.run.seed)
     with torch.device("meta"):
         model = get_model_class(config.cf.model)(manifest.num_users, manifest.num_items, **arguments)
-    return sum(one.numel() for one in model.parameters())
+    return sum(param.numel() for param in model.parameters())
 
 
 def _describe_memory(
@@ -165,13 +165,13 @@ def _describe_memory(
 ) -> list[str]:
     name = stage.name
     width = config.cf.embedding_dim + 1
-    mapped = config.mapping.hidden_multiple * width
-    pairs = config.mapping.hidden_multiple * len(PAIR_FEATURES)
+    cf_hidden = config.mapping.hidden_multiple * width
+    pair_hidden = config.mapping.hidden_multiple * len(PAIR_FEATURES)
     out = config.mapping.tokens_per_slot * shape.hidden_size
-    in_stage2 = (mapped + pairs) * out + mapped * width + _count_tuned(config, run_dir)
+    slot_parameters = (cf_hidden + pair_hidden) * out + cf_hidden * width + _count_tuned_cf(config, run_dir)
     arguments: dict[str, Any] = {
         "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
-        "other_trainable": in_stage2 if stage.has_slots else 0,
+        "other_trainable": slot_parameters if stage.has_slots else 0,
         "tree_tokens": len(sample.largest.tree_ids),
         "prefix_tokens": len(sample.largest.prefix_ids),
         "keys": _count_keys(sample.largest),
@@ -179,11 +179,11 @@ def _describe_memory(
         "checkpointing": config.llm.activation_checkpointing,
     }
     plan = plan_memory(shape, layers, **arguments)
-    ways: dict[str, dict[str, Any]] = {}
+    remedies: dict[str, dict[str, Any]] = {}
     if not config.llm.activation_checkpointing:
-        ways["llm.activation_checkpointing=true"] = {"checkpointing": True}
+        remedies["llm.activation_checkpointing=true"] = {"checkpointing": True}
     if config.llm.quantization == "none":
-        ways["llm.quantization=4bit"] = {"weights": count_weight_bytes(skeleton, dtype, "4bit")}
+        remedies["llm.quantization=4bit"] = {"weights": count_weight_bytes(skeleton, dtype, "4bit")}
     tokens = len(sample.largest.tree_ids) + len(sample.largest.prefix_ids)
     gigabytes = [
         f"{value / 1e9:.2f}" for value in (plan.weights, plan.state, plan.activations, plan.working, plan.peak)
@@ -201,7 +201,7 @@ def _describe_memory(
         advice = []
         if fitting >= config.prompt.max_prompt_tokens:
             advice.append(f"max_tokens_per_micro_batch={fitting}")
-        for setting, changes in ways.items():
+        for setting, changes in remedies.items():
             fitting = find_fitting_tokens(plan_memory(shape, layers, **{**arguments, **changes}), tokens, gpu * 1e9)
             if fitting >= config.prompt.max_prompt_tokens:
                 advice.append(f"{setting} with up to {fitting:,} tokens")

@@ -91,7 +91,7 @@ class TuningEngine:
             learning_rate, weight_decay, betas: of AdamW.
             state: to go on from.
         """
-        self._named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+        self._named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         if state is not None:
             with torch.no_grad():
                 for name, parameter in self._named:
@@ -100,7 +100,7 @@ class TuningEngine:
         self._clip = float(deepspeed_config["gradient_clipping"])
         self._zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
         optimizer = torch.optim.AdamW(
-            [one for _, one in self._named],
+            [param for _, param in self._named],
             lr=learning_rate,
             weight_decay=weight_decay,
             betas=betas,
@@ -161,9 +161,9 @@ class TuningEngine:
         self._engine.step()
         if not self._engine.was_step_applied():
             return None
-        measured = self._engine.get_global_grad_norm()
+        deepspeed_norm = self._engine.get_global_grad_norm()
         if norm is None:
-            norm = measured
+            norm = deepspeed_norm
         return norm if norm is not None else float("nan")
 
     def export_state(self, *, with_moments: bool = True) -> TrainingState:
@@ -185,8 +185,8 @@ class TuningEngine:
 
     def _compute_plain_norm(self) -> Tensor:
         """DeepSpeed reports no norm at stage 0 in float32; gradients are whole and reduced there."""
-        gradients = [one.grad for _, one in self._named if one.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(one.float()) for one in gradients])
+        gradients = [param.grad for _, param in self._named if param.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
         total: Tensor = torch.linalg.vector_norm(norms)
         return total
 
@@ -215,7 +215,7 @@ class TuningEngine:
         """Fill the optimizer's state, which DeepSpeed leaves empty before the first step."""
         inner = self._inner_optimizer
         flats = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps them out of the groups
-        for flat in flats or [one for group in inner.param_groups for one in group["params"]]:
+        for flat in flats or [param for group in inner.param_groups for param in group["params"]]:
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             inner.state[flat] = {"step": torch.tensor(float(state.adam_steps), device=_step_device(flat)), **zeros}
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):

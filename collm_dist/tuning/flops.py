@@ -105,14 +105,14 @@ def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cac
         cached: whether the prefixes' keys and values are at hand.
     """
     header, prefix = len(batch.header_ids), batch.prefix_lengths.numbers
-    before = header + prefix[batch.prefix_rows.numbers]
+    context_lengths = header + prefix[batch.prefix_rows.numbers]
     rows, targets = batch.tree_lengths.list_rows(), batch.tree_targets
-    tails = torch.bincount(rows[targets < 0], minlength=len(before)).numpy()
+    tails = torch.bincount(rows[targets < 0], minlength=len(context_lengths)).numpy()
     branches = torch.bincount(targets[targets >= 0], minlength=len(batch.last)).numpy()
-    own = (before + tails)[rows[batch.last].numpy()]  # what stands before each branch
+    branch_contexts = (context_lengths + tails)[rows[batch.last].numpy()]  # what stands before each branch
     constant, constant_pairs = int(prefix.sum()), int((prefix * (header + prefix)).sum())
     trained = len(batch.tree_ids)
-    trained_pairs = int((tails * (before + tails)).sum() + (branches * (own + branches)).sum())
+    trained_pairs = int((tails * (context_lengths + tails)).sum() + (branches * (branch_contexts + branches)).sum())
     if constant:
         constant, constant_pairs = constant + header, constant_pairs + header * header
     else:

@@ -130,7 +130,7 @@ class TuningLoop:
         self._saved_at = time.monotonic()
         self._window = _Window()
         self._is_validating = False
-        self._watchdog = Watchdog(folder.parent, 60 * timeout_minutes, self._describe_place)
+        self._watchdog = Watchdog(folder.parent, 60 * timeout_minutes, self._describe_position)
 
     def run(self) -> Progress:
         """Train to the end: steps, epochs, or no better validation for too long.
@@ -144,7 +144,7 @@ class TuningLoop:
         """
         self._saved_at = time.monotonic()
         try:
-            with explain_lost_workers(self._describe_place), self._watchdog, _signals_set(self._stop):
+            with explain_lost_workers(self._describe_position), self._watchdog, _stop_on_signals(self._stop):
                 self._train()
         except torch.cuda.OutOfMemoryError as error:
             raise LaunchError(
@@ -162,28 +162,28 @@ class TuningLoop:
         window.restart()
         while not self.progress.is_finished and self.progress.global_step < self.total_steps:
             epoch, start = divmod(self.progress.global_step, steps_per_epoch)
-            waited = time.perf_counter()
-            for prepared in self.iter_epoch(epoch, start):
-                window.waited += time.perf_counter() - waited
+            wait_started = time.perf_counter()
+            for step_batch in self.iter_epoch(epoch, start):
+                window.wait_seconds += time.perf_counter() - wait_started
                 with self.profiler.watch(self.progress.global_step + 1):
-                    agreed = self.train_step(prepared)
+                    agreement = self.train_step(step_batch)
                 self._watchdog.beat()
                 step = self.progress.global_step
                 is_last = step == self.total_steps
                 if step % self.log_every_steps == 0 or is_last:
                     self._log(window)
-                if agreed.stop:  # at once: whoever asked may not wait for a validation
+                if agreement.stop:  # at once: whoever asked may not wait for a validation
                     self._save()
                     raise Preempted(f"stopped as asked after step {step}; run the same command again to go on")
                 if self._is_validation_due():
                     self._validate(step)
                     window.restart()
                 self.progress.is_finished |= is_last
-                if agreed.save or self.progress.is_finished or step % self.stage.checkpoint_every_steps == 0:
+                if agreement.save or self.progress.is_finished or step % self.stage.checkpoint_every_steps == 0:
                     self._save()
                 if self.progress.is_finished:
                     return
-                waited = time.perf_counter()
+                wait_started = time.perf_counter()
 
     def iter_epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Return an epoch's global batches from a step of it on, made ready ahead of their use."""
@@ -191,34 +191,34 @@ class TuningLoop:
         blocks = self.train_order.iter_batches(epoch, start_step)
         return iter_step_batches(blocks, self.collator, self.max_tokens, self.engine.device, masking)
 
-    def train_step(self, prepared: StepBatch) -> Agreement:
+    def train_step(self, step_batch: StepBatch) -> Agreement:
         """Make one update, unless a number is not finite; returns what is to be done after it.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite and may not be left out; nothing was updated.
         """
         started = time.perf_counter()
-        window, block, batches = self._window, prepared.block, prepared.micro_batches
-        finite: list[Tensor] = []
+        window, block, micro_batches = self._window, step_batch.block, step_batch.micro_batches
+        finite_flags: list[Tensor] = []
         step, rank, world_size = self.progress.global_step, get_rank(), get_world_size()
         dropout_key = int(hash_integers(self.seed, step) >> np.uint64(1))
         self.engine.set_training(True)
         total = torch.zeros((), device=self.engine.device)
-        for index, on_host in enumerate(batches):
-            batch = on_host.to(self.engine.device)
+        for index, host_batch in enumerate(micro_batches):
+            batch = host_batch.to(self.engine.device)
             # What a backbone itself draws depends on where training stands, not on what has happened before: a resumed
             # run draws the same.
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
             losses = binary_cross_entropy_with_logits(self.engine(batch, dropout_key), batch.labels, reduction="none")
             loss = (losses * batch.weights).sum() / block.num_targets
             # DeepSpeed averages gradients over the processes; ours are shares of one sum.
-            self.engine.backward(loss * world_size, is_last=index == len(batches) - 1)
-            finite.append(self.engine.take_finite())
+            self.engine.backward(loss * world_size, is_last=index == len(micro_batches) - 1)
+            finite_flags.append(self.engine.take_finite())
             total += loss.detach()
             window.tokens += batch.num_tokens
-        agreed = self._agree(total, torch.stack(finite).all())
-        if not agreed.finite:
-            self._leave_out(prepared, finite)
+        agreement = self._agree(total, torch.stack(finite_flags).all())
+        if not agreement.finite:
+            self._skip_step(step_batch, finite_flags)
         learning_rate = compute_learning_rate(
             step,
             peak=self.stage.learning_rate,
@@ -227,18 +227,18 @@ class TuningLoop:
             final_share=self.stage.final_learning_rate_share,
         )
         norm = self.engine.step(learning_rate)
-        if norm is None and agreed.finite:  # so is every number of each process, but their sum is not
-            self._leave_out(prepared, [torch.ones(())] * len(batches))
+        if norm is None and agreement.finite:  # so is every number of each process, but their sum is not
+            self._skip_step(step_batch, [torch.ones(())] * len(micro_batches))
         if norm is not None:
             window.grad_norm, window.learning_rate, window.steps = norm, learning_rate, window.steps + 1
-            window.loss += agreed.loss
+            window.loss += agreement.loss
             window.rows += block.num_targets
-            self.progress.last_loss = agreed.loss
+            self.progress.last_loss = agreement.loss
             self.trained_rows += block.num_targets
         self.progress.global_step += 1
         self.train_seconds += time.perf_counter() - started
-        self.logger.advance(self.progress.global_step, {"loss": f"{agreed.loss:.4f}"})
-        return agreed
+        self.logger.advance(self.progress.global_step, {"loss": f"{agreement.loss:.4f}"})
+        return agreement
 
     def _agree(self, loss: Tensor, finite: Tensor) -> Agreement:
         """The step's one reduction: what each process has found or was told, all of them know."""
@@ -247,34 +247,34 @@ class TuningLoop:
         save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
         flags = [torch.full_like(loss, float(flag)) for flag in (self._stop.is_set(), save_due)]
         values = torch.stack([torch.nan_to_num(loss), (~finite).float(), *flags])
-        loss_value, bad, stop, save = sum_over_workers(values).tolist()
-        return Agreement(loss_value, finite=bad == 0, stop=stop > 0, save=save > 0)
+        loss_value, num_nonfinite, stop, save = sum_over_workers(values).tolist()
+        return Agreement(loss_value, finite=num_nonfinite == 0, stop=stop > 0, save=save > 0)
 
-    def _leave_out(self, prepared: StepBatch, finite: list[Tensor]) -> None:
+    def _skip_step(self, step_batch: StepBatch, finite_flags: list[Tensor]) -> None:
         """Count a step that is not finite, on all processes, and warn.
 
         Raises:
             NonFiniteError: it may not be left out.
         """
-        found = describe_nonfinite(self.progress.global_step, prepared.block, prepared.micro_batches, finite)
+        fault = describe_nonfinite(self.progress.global_step, step_batch.block, step_batch.micro_batches, finite_flags)
         if self.stage.on_nonfinite == "stop":
             raise NonFiniteError(
-                f"{found}. Lower the learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32; "
+                f"{fault}. Lower the learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32; "
                 "on_nonfinite=skip leaves such steps out"
             )
         if self.progress.nonfinite_skips == self.stage.max_nonfinite_skips:
-            raise NonFiniteError(f"{found}. max_nonfinite_skips={self.stage.max_nonfinite_skips} were left out before")
+            raise NonFiniteError(f"{fault}. max_nonfinite_skips={self.stage.max_nonfinite_skips} were left out before")
         self.progress.nonfinite_skips += 1
         if get_rank() == 0:
-            of = f"{self.progress.nonfinite_skips} of at most {self.stage.max_nonfinite_skips}"
-            logging.getLogger(__name__).warning("%s. Left out (%s)", found, of)
+            count = f"{self.progress.nonfinite_skips} of at most {self.stage.max_nonfinite_skips}"
+            logging.getLogger(__name__).warning("%s. Left out (%s)", fault, count)
 
     def _is_validation_due(self) -> bool:
         step = self.progress.global_step
-        is_time = step % self.stage.eval_every_steps == 0 or step == self.total_steps
-        return is_time and step > self.progress.validated_step
+        is_due = step % self.stage.eval_every_steps == 0 or step == self.total_steps
+        return is_due and step > self.progress.validated_step
 
-    def _describe_place(self) -> str:
+    def _describe_position(self) -> str:
         stage, step = self.folder.parent.name, self.progress.global_step
         return f"{stage}, validation after step {step}" if self._is_validating else f"{stage}, step {step}"
 
@@ -336,7 +336,7 @@ class TuningLoop:
                 monitoring.SAMPLES_PER_SECOND: window.rows / seconds,
                 monitoring.TOKENS_PER_SECOND: window.tokens / seconds,
                 monitoring.STEP_SECONDS: seconds / window.steps,
-                monitoring.DATA_WAIT_SHARE: window.waited / seconds,
+                monitoring.DATA_WAIT_SHARE: window.wait_seconds / seconds,
                 monitoring.PEAK_MEMORY: monitoring.measure_peak_gib(self.engine.device),
                 monitoring.TOTAL_MEMORY: monitoring.measure_total_gib(self.engine.device),
             },
@@ -345,7 +345,7 @@ class TuningLoop:
 
 
 @contextmanager
-def _signals_set(stop: threading.Event) -> Iterator[None]:
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 set an event, where they can be handled: in a process's main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -369,7 +369,7 @@ class _Window:
 
     def restart(self) -> None:
         self.started = time.perf_counter()
-        self.loss = self.waited = 0.0
+        self.loss = self.wait_seconds = 0.0
         self.steps = self.rows = self.tokens = 0
 
 

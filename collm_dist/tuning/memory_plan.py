@@ -86,12 +86,12 @@ class MemoryPlan:
 
 def count_weight_bytes(backbone: Any, dtype: torch.dtype, quantization: Quantization) -> int:
     """Return the bytes of a backbone's weights; those on the meta device will do."""
-    whole: int = sum(one.numel() for one in backbone.parameters()) * dtype.itemsize
+    total: int = sum(param.numel() for param in backbone.parameters()) * dtype.itemsize
     if quantization == "none":
-        return whole
+        return total
     layers = backbone.get_decoder().layers
-    linear: int = sum(one.weight.numel() for one in layers.modules() if isinstance(one, nn.Linear))
-    return whole - round(linear * (dtype.itemsize - QUANTIZED_BYTES[quantization]))
+    linear: int = sum(module.weight.numel() for module in layers.modules() if isinstance(module, nn.Linear))
+    return total - round(linear * (dtype.itemsize - QUANTIZED_BYTES[quantization]))
 
 
 class _NormOnGpu(torch.autograd.Function):
@@ -115,7 +115,7 @@ def measure_layers(
         lora: of stage 1; None = gradients flow through the input embeddings alone, as in stage 2.
         on_gpu: count what a GPU's norms keep, instead of a CPU's.
     """
-    kept, adapters = [], []
+    saved, adapters = [], []
     for layers in (1, 2):
         model = _build_layers(config, layers, dtype, attention)
         if lora is not None:
@@ -127,44 +127,44 @@ def measure_layers(
                 module.forward = _NormOnGpu.apply
         model.train(lora is not None)
         decoder = model.get_decoder()
-        kept.append(_count_kept(decoder, model.config.get_text_config().hidden_size, dtype))
-        adapters.append(sum(one.numel() for one in model.parameters() if one.requires_grad))
-    per_layer = kept[1] - kept[0]
+        saved.append(_count_saved(decoder, model.config.get_text_config().hidden_size, dtype))
+        adapters.append(sum(param.numel() for param in model.parameters() if param.requires_grad))
+    per_layer = saved[1] - saved[0]
     width = config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
     return LayerMemory(
-        per_layer / TRIAL_TOKENS, (kept[0] - per_layer) / TRIAL_TOKENS, float(width), adapters[1] - adapters[0]
+        per_layer / TRIAL_TOKENS, (saved[0] - per_layer) / TRIAL_TOKENS, float(width), adapters[1] - adapters[0]
     )
 
 
 def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) -> Any:
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
+    small_config = copy.deepcopy(config)
+    text = small_config.get_text_config()
     text.num_hidden_layers, text.vocab_size = layers, _TINY_VOCABULARY
     text.pad_token_id = text.bos_token_id = text.eos_token_id = 0
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(small_config, dtype=dtype, attn_implementation=attention)
     return model.requires_grad_(False)
 
 
-def _count_kept(decoder: nn.Module, width: int, dtype: torch.dtype) -> int:
+def _count_saved(decoder: nn.Module, width: int, dtype: torch.dtype) -> int:
     """Return the bytes that autograd keeps of a forward pass over one row, weights not counted."""
-    own = {one.untyped_storage().data_ptr() for one in [*decoder.parameters(), *decoder.buffers()]}
-    kept: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*decoder.parameters(), *decoder.buffers()]}
+    saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     embeds = torch.zeros(TRIAL_TOKENS, width, dtype=dtype, requires_grad=True)
     positions = torch.arange(TRIAL_TOKENS)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         hidden = run_tree(decoder, embeds, torch.full_like(positions, TAIL), positions, Mirrored.of([TRIAL_TOKENS]))
         assert hidden.requires_grad  # the graph, and so what it keeps, is alive until here
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def plan_memory(
@@ -194,20 +194,20 @@ def plan_memory(
         weight_shards: processes that share the frozen weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
-    own = layers.per_layer * tree_tokens
+    layer_activations = layers.per_layer * tree_tokens
     # Keys and values at their places are not kept, but laid out again in the backward pass.
-    of_layer = own + 2 * shape.key_width * (keys - tree_tokens) * element_size
+    layer_working = layer_activations + 2 * shape.key_width * (keys - tree_tokens) * element_size
     if checkpointing:
-        kept, working = shape.num_layers * layers.inputs * tree_tokens, of_layer
+        saved, working = shape.num_layers * layers.inputs * tree_tokens, layer_working
     else:
-        kept, working = shape.num_layers * own, 0.0
+        saved, working = shape.num_layers * layer_activations, 0.0
     # On the way back the gradients of one layer's activations stand beside them, about as much again.
-    working += of_layer
+    working += layer_working
     trainable = layers.adapters * shape.num_layers + other_trainable
     return MemoryPlan(
         weights=weights // weight_shards,
         state=BYTES_PER_TRAINABLE * trainable,
-        activations=int(kept + layers.outside * tree_tokens + cache),
+        activations=int(saved + layers.outside * tree_tokens + cache),
         working=int(working),
     )
 

@@ -11,7 +11,7 @@ from collm_dist.distributed import gather_objects
 from collm_dist.errors import CollmError
 from collm_dist.prompt_batch import PromptBatch
 
-_MOST_ROWS = 20
+_MAX_SHOWN_ROWS = 20
 
 
 class NonFiniteError(CollmError):
@@ -21,24 +21,32 @@ class NonFiniteError(CollmError):
     is_common = True
 
 
-def describe_nonfinite(step: int, block: ContextBlock, batches: Sequence[PromptBatch], finite: Sequence[Tensor]) -> str:
+def describe_nonfinite(
+    step: int, block: ContextBlock, batches: Sequence[PromptBatch], finite_flags: Sequence[Tensor]
+) -> str:
     """Return where the numbers of a step are not finite, by process and row id. Collective.
 
     Args:
         step: in question.
         block: its rows.
         batches: this process's micro-batches.
-        finite: whether each of them is.
+        finite_flags: whether each of them is.
     """
-    bad = [batch.row_ids[batch.weights > 0] for batch, good in zip(batches, finite, strict=True) if not good]
+    bad = [
+        batch.row_ids[batch.weights > 0]
+        for batch, is_finite in zip(batches, finite_flags, strict=True)
+        if not is_finite
+    ]
     bad_rows = gather_objects([int(row) for rows in bad for row in rows])
     places = [
-        f"on process {rank} in the micro-batch of rows {_list(rows)}" for rank, rows in enumerate(bad_rows) if rows
+        f"on process {rank} in the micro-batch of rows {_format_rows(rows)}"
+        for rank, rows in enumerate(bad_rows)
+        if rows
     ]
-    where = "; ".join(places) or f"in the sum over all processes, of rows {_list(block.row_id.tolist())}"
+    where = "; ".join(places) or f"in the sum over all processes, of rows {_format_rows(block.row_id.tolist())}"
     return f"step {step}: the loss or a gradient is not finite, {where}; nothing was updated"
 
 
-def _list(rows: Sequence[int]) -> str:
-    more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
-    return ", ".join(map(str, rows[:_MOST_ROWS])) + more
+def _format_rows(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - _MAX_SHOWN_ROWS} more" if len(rows) > _MAX_SHOWN_ROWS else ""
+    return ", ".join(map(str, rows[:_MAX_SHOWN_ROWS])) + more

@@ -21,7 +21,7 @@ _LATEST = 2**62
 
 
 def write_projector_items(
-    folder: Path, data_dir: Path, loaded: LoadedStage, weights: dict[str, Tensor], most: int
+    folder: Path, data_dir: Path, loaded: LoadedStage, weights: dict[str, Tensor], max_items: int
 ) -> None:
     """Write the vectors of the items that training rows name most often, before and after the mapping.
 
@@ -30,15 +30,17 @@ def write_projector_items(
         data_dir: of the run.
         loaded: stage 2; where no slot reads collaborative vectors, there is nothing to write.
         weights: what it trained, by name, whole and on the CPU.
-        most: items.
+        max_items: most items.
     """
     if "slot_mapper.cf.out.weight" not in weights:
         return
     cf_model: Any = loaded.model.cf_model
     rows, likes = count_train_rows(data_dir)
-    items = np.argsort(-rows, kind="stable")[:most]
+    items = np.argsort(-rows, kind="stable")[:max_items]
     items = items[rows[items] > 0]
-    trained = {name.removeprefix("cf_model."): one for name, one in weights.items() if name.startswith("cf_model.")}
+    trained = {
+        name.removeprefix("cf_model."): weight for name, weight in weights.items() if name.startswith("cf_model.")
+    }
     if trained:  # the best step's, where the model itself has the last step's
         cf_model = copy.deepcopy(cf_model)
         cf_model.load_state_dict(trained, strict=False)
@@ -68,7 +70,7 @@ def count_train_rows(data_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[A
     rows, likes = np.zeros((2, manifest.num_items), dtype=np.int64)
     for bucket in manifest.buckets:
         table = read_bucket(data_dir, bucket, ["item_idx", "label", "split", "sampled"]).to_pandas()
-        found = table[(table["split"] == "train") & (table["sampled"] == 0)]
-        rows += np.bincount(found["item_idx"], minlength=manifest.num_items)
-        likes += np.bincount(found["item_idx"][found["label"] == 1], minlength=manifest.num_items)
+        events = table[(table["split"] == "train") & (table["sampled"] == 0)]
+        rows += np.bincount(events["item_idx"], minlength=manifest.num_items)
+        likes += np.bincount(events["item_idx"][events["label"] == 1], minlength=manifest.num_items)
     return rows, likes

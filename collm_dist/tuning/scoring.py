@@ -65,16 +65,16 @@ def score_batches(
     ``collator`` is one for scoring, ``on_batch`` is called after each batch.
     """
     row_ids, weights, scores = [], [], []
-    for prepared in iter_step_batches(order.iter_batches(), collator, max_tokens, device):
-        for batch in prepared.micro_batches:
+    for step_batch in iter_step_batches(order.iter_batches(), collator, max_tokens, device):
+        for batch in step_batch.micro_batches:
             if shuffle_slots_seed is not None:
-                batch = shuffle_slots(batch, prepared.block, collator, shuffle_slots_seed)
+                batch = shuffle_slots(batch, step_batch.block, collator, shuffle_slots_seed)
             row_ids.append(batch.row_ids)
             weights.append(batch.weights)
             scores.append(model(batch.to(device)).float())
             on_batch()
-    real = torch.cat(weights) > 0
-    return _gather(torch.cat(row_ids)[real], torch.cat(scores).cpu()[real], order.num_rows)
+    is_real = torch.cat(weights) > 0
+    return _gather(torch.cat(row_ids)[is_real], torch.cat(scores).cpu()[is_real], order.num_rows)
 
 
 def _gather(
@@ -99,27 +99,27 @@ def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptColla
         collator: of the prompts.
         seed: of the circle.
     """
-    circle = np.argsort(hash_integers(seed, block.row_id), kind="stable")
-    before = np.empty_like(circle)
-    before[circle] = np.roll(circle, 1)
+    by_hash = np.argsort(hash_integers(seed, block.row_id), kind="stable")
+    previous = np.empty_like(by_hash)
+    previous[by_hash] = np.roll(by_hash, 1)
     by_row = np.argsort(block.row_id, kind="stable")
-    own = by_row[np.searchsorted(block.row_id[by_row], batch.row_ids.numpy())]
-    donors = torch.from_numpy(before[own])  # (N,) targets of the block
+    targets = by_row[np.searchsorted(block.row_id[by_row], batch.row_ids.numpy())]
+    donors = torch.from_numpy(previous[targets])  # (N,) targets of the block
 
     rows = batch.tree_lengths.list_rows()
     first = torch.searchsorted(rows[batch.last], torch.arange(len(batch.tree_lengths)))  # each row's first target
     slots = batch.item_slots
     places = slots.places - len(batch.prefix_ids)
-    target = torch.where(batch.tree_targets[places] < 0, first[rows[places]], batch.tree_targets[places])
+    slot_targets = torch.where(batch.tree_targets[places] < 0, first[rows[places]], batch.tree_targets[places])
     queries: dict[str, Any] = {
         name: torch.from_numpy(values) for name, values in collator.list_user_queries(block).items()
     }
     of_targets = len(batch.user_idx) == len(donors) and len(queries["user_idx"]) == block.num_targets
-    asked = donors if of_targets else torch.from_numpy(block.target_contexts)[donors[first]]
+    query_donors = donors if of_targets else torch.from_numpy(block.target_contexts)[donors[first]]
     return dataclasses.replace(
         batch,
-        item_slots=dataclasses.replace(slots, sources=torch.from_numpy(block.item_idx)[donors[target]]),
-        item_timestamps=torch.from_numpy(block.timestamp)[donors[target]],
+        item_slots=dataclasses.replace(slots, sources=torch.from_numpy(block.item_idx)[donors[slot_targets]]),
+        item_timestamps=torch.from_numpy(block.timestamp)[donors[slot_targets]],
         pair_features=torch.from_numpy(compute_pair_features(block))[donors],
-        **{name: values[asked] for name, values in queries.items()},
+        **{name: values[query_donors] for name, values in queries.items()},
     )

@@ -89,11 +89,11 @@ class Stage1:
         if days is None or not previous.is_done(self.name):
             return False
         record = previous.read_record(self.name)
-        then, now = (
+        recorded, current = (
             {key: value for key, value in keys.items() if key not in _NIGHTLY_KEYS}
             for keys in (record["fingerprint"], fingerprint)
         )
-        if find_changes(then, now):
+        if find_changes(recorded, current):
             return False
         newest = load_manifest(run_dir.step_dir("data")).splits["train"].last_timestamp
         return bool((newest - record["trained_until"]) / DAY_SECONDS < days)

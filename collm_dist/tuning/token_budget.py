@@ -30,10 +30,10 @@ USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32 gradient, two moments and ZeRO's float32 copy.
 BYTES_PER_TRAINABLE = 16
 # Global batches have as many rows, but not as many tokens; one beyond the budget would be divided for a few tokens.
-MOST_OF_A_BATCH = 2
+BATCH_TOKENS_MARGIN = 2
 # A CPU takes the smallest of the trials that takes at most so many times as long as the fastest, since memory goes with
 # it. Each is timed so often, in turn, and its best time counts: one pass differs from the next by several percent.
-NEARLY_AS_FAST = 1.03
+SPEED_TOLERANCE = 1.03
 TIMED_ROUNDS = 2
 
 
@@ -60,14 +60,14 @@ def find_token_budget(
     Args:
         model: on the device and not yet wrapped; its gradients stay untouched.
         collator: of its prompts.
-        block: a global batch; others are taken to have up to ``MOST_OF_A_BATCH`` times as many tokens.
+        block: a global batch; others are taken to have up to ``BATCH_TOKENS_MARGIN`` times as many tokens.
         device: of this process.
     """
     block = collator.cut_contexts(block)
     counts = collator.count_tokens(block)
     rows = counts.header + counts.prefix + counts.tail
     longest = int((rows[block.target_contexts] + counts.branch).max())
-    whole = MOST_OF_A_BATCH * collator.collate(block, block).num_tokens
+    batch_tokens = BATCH_TOKENS_MARGIN * collator.collate(block, block).num_tokens
     model.train()
     trials = []
     for tokens in _list_trials(counts, device):
@@ -76,16 +76,16 @@ def find_token_budget(
         trials.append(_Trial(max(tokens, longest), batches, _measure_peak(model, batches, device)))
     free = _measure_free(model, device)
     slope = _fit_slope(trials)
-    most = min(max(free / slope, longest), max(whole, longest))
+    budget = min(max(free / slope, longest), max(batch_tokens, longest))
     if device.type == "cpu":
         # Timed once all have run: whichever was the first would be the slowest, with everything new to it.
-        rounds = [[_measure_seconds(model, one.batches) for one in trials] for _ in range(TIMED_ROUNDS)]
-        seconds = [min(taken) for taken in zip(*rounds, strict=True)]
-        most = min(most, trials[_choose_fast(seconds)].find_most(whole))
-    found = torch.tensor(float(most), device=device)
+        rounds = [[_measure_seconds(model, trial.batches) for trial in trials] for _ in range(TIMED_ROUNDS)]
+        seconds = [min(times) for times in zip(*rounds, strict=True)]
+        budget = min(budget, trials[_choose_fastest(seconds)].choose_budget(batch_tokens))
+    agreed = torch.tensor(float(budget), device=device)
     if get_world_size() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-    return TokenBudget(int(found), slope, free)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return TokenBudget(int(agreed), slope, free)
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class _Trial:
     @property
     def num_tokens(self) -> int:
         """Tokens of the largest micro-batch."""
-        return max(one.num_tokens for one in self.batches)
+        return max(batch.num_tokens for batch in self.batches)
 
-    def find_most(self, whole: int) -> int:
+    def choose_budget(self, batch_tokens: int) -> int:
         """Return the tokens that do to other global batches what was done here: a whole one is not divided at all."""
-        return whole if len(self.batches) == 1 else self.max_tokens
+        return batch_tokens if len(self.batches) == 1 else self.max_tokens
 
 
 def _fit_slope(trials: list[_Trial]) -> float:
@@ -112,11 +112,11 @@ def _fit_slope(trials: list[_Trial]) -> float:
     Never less than a line through zero would say of the larger one: two near measurements may be noisy.
     """
     small, large = trials[-2:]
-    through_zero = large.peak_bytes / large.num_tokens
+    mean_slope = large.peak_bytes / large.num_tokens
     if large.num_tokens == small.num_tokens:
-        return max(through_zero, 1.0)
+        return max(mean_slope, 1.0)
     growth = (large.peak_bytes - small.peak_bytes) / (large.num_tokens - small.num_tokens)
-    return max(growth, through_zero, 1.0)
+    return max(growth, mean_slope, 1.0)
 
 
 def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
@@ -132,13 +132,13 @@ def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
     return [round(tokens / share) for tokens in TRIAL_TOKENS[device.type]]
 
 
-def _choose_fast(seconds: list[float]) -> int:
+def _choose_fastest(seconds: list[float]) -> int:
     """Return the first of the trials that is nearly the fastest; the smallest stands first."""
-    return next(place for place, taken in enumerate(seconds) if taken <= NEARLY_AS_FAST * min(seconds))
+    return next(index for index, time_taken in enumerate(seconds) if time_taken <= SPEED_TOLERANCE * min(seconds))
 
 
 def _measure_peak(model: CollmModel, batches: list[PromptBatch], device: torch.device) -> int:
-    largest = max(batches, key=lambda one: one.num_tokens)
+    largest = max(batches, key=lambda batch: batch.num_tokens)
     peak = 0
     for _ in range(2):  # the first pass warms up
         with PeakMeter(device) as meter:
@@ -155,16 +155,16 @@ def _measure_seconds(model: CollmModel, batches: list[PromptBatch]) -> float:
 
 
 def _run(model: CollmModel, batch: PromptBatch) -> None:
-    trainable = [one for one in model.parameters() if one.requires_grad]
+    trainable = [param for param in model.parameters() if param.requires_grad]
     loss = binary_cross_entropy_with_logits(model(batch), batch.labels)
     torch.autograd.grad(loss, trainable, allow_unused=True)
 
 
 def _measure_free(model: CollmModel, device: torch.device) -> int:
-    later = BYTES_PER_TRAINABLE * sum(one.numel() for one in model.parameters() if one.requires_grad)
+    training_state = BYTES_PER_TRAINABLE * sum(param.numel() for param in model.parameters() if param.requires_grad)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available // max(get_world_size(), 1)
-    return int(USABLE_SHARE[device.type] * free) - later
+    return int(USABLE_SHARE[device.type] * free) - training_state

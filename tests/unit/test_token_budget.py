@@ -9,9 +9,9 @@ from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
 from collm_dist.tuning.token_budget import (
-    MOST_OF_A_BATCH,
+    BATCH_TOKENS_MARGIN,
     TRIAL_TOKENS,
-    _choose_fast,
+    _choose_fastest,
     _list_trials,
     find_token_budget,
 )
@@ -66,7 +66,7 @@ def test_a_meter_that_measures_from_the_first_time_counts_what_was_kept_since():
 
 def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
     def choose(*seconds):
-        return TRIAL_TOKENS["cpu"][_choose_fast(list(seconds))]
+        return TRIAL_TOKENS["cpu"][_choose_fastest(list(seconds))]
 
     assert choose(1.02, 1.0, 1.0) == 512
     assert choose(1.2, 1.02, 1.0) == 1024
@@ -81,7 +81,7 @@ def test_where_a_whole_global_batch_is_fastest_larger_ones_are_not_divided(tmp_p
     budget = find_token_budget(CollmModel(backbone, (5, 6), "yes"), collator, small, torch.device("cpu"))
     tokens = [collator.collate(block, block).num_tokens for block in (small, larger)]
     assert tokens[0] < min(TRIAL_TOKENS["cpu"])
-    assert budget.tokens == MOST_OF_A_BATCH * tokens[0] > tokens[1]
+    assert budget.tokens == BATCH_TOKENS_MARGIN * tokens[0] > tokens[1]
     assert len(plan_micro_batches(larger, collator.count_tokens(larger), 0, 1, budget.tokens)) == 1
 
 
