@@ -174,8 +174,8 @@ def compute_group_ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, 
     expected = (total[rows.first + rows.size] - total[rows.first]) / rows.size
     dcg = np.bincount(rows.group, expected * positive, len(rows.groups))
     positives = np.bincount(rows.group, positive, len(rows.groups)).astype(np.int64)
-    found = positives > 0
-    return GroupValues(rows.groups[found], dcg[found] / total[positives[found]])
+    has_positive = positives > 0
+    return GroupValues(rows.groups[has_positive], dcg[has_positive] / total[positives[has_positive]])
 
 
 def compute_group_hits(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -> GroupValues:
@@ -205,8 +205,8 @@ def compute_group_hits(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, 
     none = np.where(drawn > misses, 0.0, np.exp(log_none))
     all_missed = np.ones(num_groups)
     np.multiply.at(all_missed, run_group, none)
-    found = np.bincount(rows.group, positive, num_groups) > 0
-    return GroupValues(rows.groups[found], 1 - all_missed[found])
+    has_positive = np.bincount(rows.group, positive, num_groups) > 0
+    return GroupValues(rows.groups[has_positive], 1 - all_missed[has_positive])
 
 
 def compute_ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -> float | None:

@@ -1,1 +1,1 @@
-"""Collaborative-filtering models, their training and export, and what the slots read from them."""
+"""Collaborative-filtering models: training, export, and the vectors that slots read."""

@@ -1,10 +1,10 @@
-"""Labelled pairs as the collaborative models read them, and the batches that they are trained on.
+"""Training rows of the CF models, and their batches.
 
-A context is a user at a number of likes so far; its targets share the user's vector, so they stay together in a batch
-and the vector is computed once. A worker holds the rows of the users that it owns and nothing of anybody else's.
+A context is a user at a number of likes so far. Its targets share the user's vector, so they stay together in a batch
+and the vector is computed once. A worker holds only the rows of the users that it owns.
 
-The batches are a function of the data, the seed, the epoch and the batch size alone. A context's place in an epoch is
-a keyed permutation of its number, which every worker computes for its own contexts without knowing the others.
+Batches depend only on the data, the seed, the epoch and the batch size. A keyed permutation maps a context's number to
+its place in the epoch, so each worker computes the places of its own contexts without knowing the others.
 
 Shapes: N rows, C contexts, U users owned, L likes of those users, B targets of a batch, H history items.
 """
@@ -25,7 +25,7 @@ from collm_dist.data.samples.statistics import compute_count_features
 from collm_dist.random_keys import hash_integers
 
 _PERMUTED_AT_ONCE = 1 << 20
-_ROUNDS = 4  # of the Feistel network; four make a pseudorandom permutation (Luby and Rackoff, 1988)
+_ROUNDS = 4  # Feistel rounds; four make a pseudorandom permutation (Luby and Rackoff, 1988)
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class CfBatch:
 
     Attributes:
         user_idx: (C,) local user, -1 = unknown.
-        history: (C, H) liked items before, oldest first, right-aligned, -1 = padding.
+        history: (C, H) earlier liked items, oldest first, right-aligned, -1 = padding.
         target_contexts: (B,) context of each target, ascending.
         item_idx: (B,) target items, -1 = unknown.
-        keys: (C,) non-negative numbers that random choices about a context are made from; None = none are made.
-        features: (B, F) statistics of each target as of its time (``cf.feedback: all``); None = not read.
+        keys: (C,) non-negative keys of the random draws of each context; None = no random draws (no dropout).
+        features: (B, F) as-of statistics of each target (``cf.feedback: all``); None = not used.
     """
 
     user_idx: Tensor
@@ -50,28 +50,28 @@ class CfBatch:
 
     @classmethod
     def from_pairs(cls, user_idx: Tensor, history: Tensor, item_idx: Tensor, features: Tensor | None = None) -> CfBatch:
-        """Take (B,), (B, H), (B,) and (B, F): every pair is a context of its own."""
+        """Build a batch from (B,), (B, H), (B,) and (B, F), in which each pair is its own context."""
         contexts = torch.arange(len(user_idx), device=user_idx.device)
         return cls(user_idx, history, contexts, item_idx, features=features)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows sorted by user and time, of the users that a worker owns.
+    """N rows of the users that a worker owns, sorted by user and time.
 
     Attributes:
         context_offsets: (C + 1,) the targets of context c are rows ``context_offsets[c]:context_offsets[c + 1]``.
         user_idx: (C,) local user of each context.
         history_ends: (C,) one past the last liked item in ``liked_items``.
-        history_counts: (C,) likes so far; not all of them need be in reach of a history.
+        history_counts: (C,) likes so far; a history holds at most the latest ones.
         item_idx: (N,) target items.
         label: (N,) int8, 1 = like, 0 = dislike or sampled negative.
         timestamp: (N,) seconds since 1970.
-        liked_items: (L,) liked items of the owned users, by user and time; all splits share them.
-        first_context: number of context 0 among the contexts of all workers.
-        total_contexts, total_rows: of all workers.
-        counts: (N, 4) int32 likes and rows of the user, likes and rows of the item, strictly before each row; None =
-            not loaded.
+        liked_items: (L,) liked items of the owned users, sorted by user and time, of all splits.
+        first_context: global number of context 0.
+        total_contexts, total_rows: totals over all workers.
+        counts: (N, 4) int32: likes and rows of the user, likes and rows of the item, strictly before each row; None
+            = not loaded.
     """
 
     context_offsets: Tensor
@@ -104,34 +104,35 @@ class Rows:
         return self.user_idx[self.target_contexts]
 
     def to(self, device: torch.device) -> Rows:
-        """Copy to a device."""
-        moved: dict[str, Any] = {
+        """Return a copy on a device."""
+        tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **tensors)
 
     def take(self, contexts: Tensor, history_length: int) -> tuple[CfBatch, Tensor]:
-        """Return some contexts as a batch, and the (B,) row numbers of its targets.
+        """Return contexts as a batch, and the (B,) row numbers of its targets.
 
         Args:
-            contexts: (K,) their numbers.
-            history_length: H, the most that the model reads.
+            contexts: (K,) numbers of the contexts.
+            history_length: maximum H.
         """
         starts = self.context_offsets[contexts]
         counts = self.context_offsets[contexts + 1] - starts
-        owners = torch.arange(len(contexts), device=contexts.device).repeat_interleave(counts)
-        rows = torch.arange(len(owners), device=contexts.device) + (starts - counts.cumsum(0) + counts)[owners]
+        target_contexts = torch.arange(len(contexts), device=contexts.device).repeat_interleave(counts)
+        shifts = (starts - counts.cumsum(0) + counts)[target_contexts]
+        rows = torch.arange(len(target_contexts), device=contexts.device) + shifts
         batch = CfBatch(
             self.user_idx[contexts].long(),
             self._gather_history(contexts, history_length),
-            owners,
+            target_contexts,
             self.item_idx[rows].long(),
             features=None if self.counts is None else compute_features(self.counts[rows]),
         )
         return batch, rows
 
     def _gather_history(self, contexts: Tensor, length: int) -> Tensor:
-        """(K,) -> (K, H), no wider than the longest history."""
+        """Return (K, H), where H is the longest history, at most ``length``."""
         counts = self.history_counts[contexts].clamp(max=length)
         length = int(counts.max()) if len(counts) else 0
         places = torch.arange(-length, 0, device=contexts.device)
@@ -143,44 +144,44 @@ class Rows:
 
 
 def compute_features(counts: Tensor) -> Tensor:
-    """(B, 4) counts -> (B, F) features, see ``data.statistics``."""
-    found = compute_count_features(*counts.long().cpu().numpy().T)
-    return torch.from_numpy(found).to(counts.device)
+    """Return the (B, F) features of (B, 4) counts, see ``data.samples.statistics``."""
+    features = compute_count_features(*counts.long().cpu().numpy().T)
+    return torch.from_numpy(features).to(counts.device)
 
 
 def permute(numbers: NDArray[np.int64], total: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return where a keyed permutation of ``range(total)`` puts (K,) numbers, each computed on its own.
+    """Return the images of (K,) numbers under a keyed permutation of ``range(total)``.
 
-    A balanced Feistel network over the next even number of bits; what falls outside the range goes round again.
+    A balanced Feistel network over the next even number of bits; results outside the range are permuted again.
     """
     half = max(1, (max(total - 1, 1).bit_length() + 1) // 2)
     mask = np.int64((1 << half) - 1)
-    found = numbers.astype(np.int64)
-    pending = np.arange(len(found))
+    places = numbers.astype(np.int64)
+    pending = np.arange(len(places))
     while len(pending):
-        left, right = found[pending] >> half, found[pending] & mask
+        left, right = places[pending] >> half, places[pending] & mask
         for step in range(_ROUNDS):
             mixed = (hash_integers(seed, epoch, step, right) & np.uint64(mask)).astype(np.int64)
             left, right = right, left ^ mixed
-        found[pending] = (left << half) | right
-        pending = pending[found[pending] >= total]
-    return found
+        places[pending] = (left << half) | right
+        pending = pending[places[pending] >= total]
+    return places
 
 
 def count_batches(rows: Rows, batch_rows: int) -> int:
-    """Return the batches of an epoch: as few as keep the mean number of rows at most ``batch_rows``."""
+    """Return the smallest number of batches in which the mean number of rows is at most ``batch_rows``."""
     return -(-rows.total_rows // batch_rows)
 
 
 def iter_batches(rows: Rows, batch_rows: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield a worker's contexts (its own numbers) of each batch of an epoch; every worker yields as many batches.
+    """Yield the local numbers of a worker's contexts in each batch of an epoch; all workers yield equally many batches.
 
-    A batch holds an even share of all workers' contexts, so its rows vary a little around their mean.
+    Each batch holds an even share of all workers' contexts, so its number of rows varies a little around the mean.
 
     Args:
         rows: training rows.
-        batch_rows: most rows of a batch, in the mean.
-        seed, epoch: what the order is drawn from.
+        batch_rows: maximum mean number of rows in a batch.
+        seed, epoch: keys of the order.
     """
     num_batches = count_batches(rows, batch_rows)
     places = np.empty(rows.num_contexts, dtype=np.int64)
@@ -203,16 +204,16 @@ def build_rows(
     likes: tuple[NDArray[Any], NDArray[Any]],
     counts: NDArray[Any] | None = None,
 ) -> Rows:
-    """Return the rows of one worker, as if it were the only one.
+    """Return rows numbered for a single worker; ``user_shards.number_globally`` renumbers them.
 
     Args:
         user_idx, item_idx, label, num_likes, timestamp: (N,) sorted by local user and time.
         likes: (U + 1,) offsets and (L,) liked items of each user.
         counts: (N, 4), see ``Rows``.
     """
-    changed = np.ones(len(user_idx), dtype=bool)
-    changed[1:] = (user_idx[1:] != user_idx[:-1]) | (num_likes[1:] != num_likes[:-1])
-    starts = np.flatnonzero(changed)
+    is_first = np.ones(len(user_idx), dtype=bool)
+    is_first[1:] = (user_idx[1:] != user_idx[:-1]) | (num_likes[1:] != num_likes[:-1])
+    starts = np.flatnonzero(is_first)
     offsets, items = likes
     return Rows(
         context_offsets=torch.from_numpy(np.append(starts, len(user_idx))),
@@ -231,10 +232,10 @@ def build_rows(
 
 
 def take_before(rows: Rows, end: int) -> Rows:
-    """Return the rows with a timestamp below ``end``, numbered as if there were no others and no other worker."""
+    """Return the rows with a timestamp below ``end``, numbered for a single worker."""
     keep = rows.timestamp < end
-    owners = rows.target_contexts[keep]
-    contexts, counts = torch.unique_consecutive(owners, return_counts=True)
+    kept_contexts = rows.target_contexts[keep]
+    contexts, counts = torch.unique_consecutive(kept_contexts, return_counts=True)
     return replace(
         rows,
         context_offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
@@ -247,5 +248,5 @@ def take_before(rows: Rows, end: int) -> Rows:
         counts=None if rows.counts is None else rows.counts[keep],
         first_context=0,
         total_contexts=len(contexts),
-        total_rows=len(owners),
+        total_rows=len(kept_contexts),
     )

@@ -1,8 +1,8 @@
-"""Where training starts: the biases that explain the labels best without any vectors.
+"""Initial biases: the ones that explain the labels best without vectors.
 
-A logistic regression on user and item identity, under the biases' own prior, by Newton's method one coordinate at a
-time: given the items' biases a user's is a problem of one unknown, and the other way round. No seed can start at chance
-level, and the vectors have only to learn what the biases leave.
+A logistic regression on user and item identity under the biases' prior, fitted by Newton's method one coordinate at a
+time: given the item biases, each user bias is a problem in one unknown, and vice versa. So no seed starts at chance
+level, and the vectors learn only the residual.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ROUNDS = 12  # the change in a bias is below 1e-3 after about ten on ML-1M
 
 @torch.no_grad()
 def fit_biases(model: TrainableCfModel, train: Rows, bias_weight_decay: float) -> None:
-    """Set the global, user and item biases. All workers call this together; rows of users stay where they are.
+    """Set the global, user and item biases. All workers call this together; user rows are not communicated.
 
     Args:
-        model: initialised; its vectors are not read.
+        model: initialized model; its vectors are not read.
         train: this worker's training rows, numbered globally.
         bias_weight_decay: inverse variance of the prior on a bias.
     """
@@ -40,7 +40,7 @@ def fit_biases(model: TrainableCfModel, train: Rows, bias_weight_decay: float) -
             if is_shared:
                 slope, curvature = sum_over_workers(torch.stack([slope, curvature]))
             step = (slope - bias_weight_decay * biases) / (curvature + max(bias_weight_decay, 1e-3))
-            biases += step.clamp(-2, 2)  # Newton overshoots where all labels are alike
+            biases += step.clamp(-2, 2)  # Newton overshoots where all labels are equal
     model.users.weight[:, -1] = user_bias.float()
     model.items.weight[:, -1] = item_bias.float()
     model.global_bias.fill_(float(base))

@@ -1,10 +1,10 @@
-"""The rows that a model keeps for each user and item: a vector and a bias, learned, and zero where nothing is known.
+"""Embedding tables of users and items: a learned vector and bias per row, zero for unknown users.
 
-Weight decay is a Gaussian prior around zero with ``weight_decay`` as its inverse variance: a pass through the training
-rows minimizes the sum of their losses + weight_decay / 2 * the squares of every known user's and item's vector, once
-each; biases have a prior of their own, ``bias_weight_decay``. A row of a table that a pass meets n times carries
-1/n of its share each time. So heavy users are not held down more than light ones, and no row decays in batches that do
-not meet it. In expectation it is Adam's own L2 penalty with a coefficient of weight_decay / number of training rows.
+Weight decay is a Gaussian prior around zero with inverse variance ``weight_decay``. An epoch minimizes the sum of the
+rows' losses + weight_decay / 2 * the squared norm of each known user's and item's vector, counted once; biases have
+their own prior, ``bias_weight_decay``. A table row that occurs n times in an epoch contributes 1/n of its penalty each
+time. So heavy users are not penalized more than light ones, and no row decays in batches that do not contain it. In
+expectation this equals Adam's L2 penalty with the coefficient weight_decay / number of training rows.
 
 Shapes: U users owned, I items, E width of a vector.
 """
@@ -19,16 +19,16 @@ from torch.nn import functional
 from collm_dist.random_keys import hash_integers, to_unit_interval
 
 _INIT_ROWS = 1 << 14
-_TINY = 2.0**-54  # the inverse of the normal distribution is infinite at zero
+_TINY = 2.0**-54  # the inverse normal CDF is infinite at zero
 
 
-class Table(nn.Module):
-    """Learned rows of E + 1 numbers, the last one the bias; only rows that a batch meets take part in its step.
+class EmbeddingTable(nn.Module):
+    """Table of R learned rows: a vector and, last, a bias. A step updates only the rows that its batch contains.
 
     Attributes:
         weight: (R, E + 1).
-        known: (R,) whether the training rows hold it.
-        share: (R,) one over how many training rows hold it.
+        known: (R,) whether the training rows contain the user or item.
+        share: (R,) one over the number of training rows that contain it.
         sparse: whether gradients are sparse.
     """
 
@@ -36,7 +36,7 @@ class Table(nn.Module):
     share: Tensor
 
     def __init__(self, num_rows: int, dim: int, *, sparse: bool = True) -> None:
-        """Make R rows of zeros."""
+        """Build R rows of zeros."""
         super().__init__()
         self.sparse = sparse
         self.weight = nn.Parameter(torch.zeros(num_rows, dim + 1))
@@ -45,16 +45,16 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, counts: Tensor, numbers: Tensor, scale: float, seed: int) -> None:
-        """Draw the vectors of the known rows; biases start at zero and learn at once.
+        """Draw the vectors of the known rows; biases start at zero.
 
-        So the vectors never have to find the way out of a saddle point by themselves. Each row is drawn from its own
-        number, whoever holds it.
+        Zero vectors would be a saddle point. Each row is drawn from its global number, so the draws do not depend on
+        the number of workers.
 
         Args:
-            counts: (R,) training rows that hold each row; 0 = unknown.
-            numbers: (R,) the row's number in the whole table.
+            counts: (R,) training rows that contain each row; 0 = unknown.
+            numbers: (R,) number of each row in the whole table.
             scale: standard deviation.
-            seed: of the draw.
+            seed: of the draws.
         """
         self.known.copy_(counts > 0)
         self.share.copy_(1 / counts.clamp(min=1))
@@ -66,17 +66,17 @@ class Table(nn.Module):
             self.weight[rows, :-1] = torch.where(self.known[rows, None], vectors, 0.0)
 
     def penalty(self, index: Tensor, weight_decay: float, bias_weight_decay: float) -> Tensor:
-        """(B,) known rows -> (): half their weighted squares, each divided by how often a pass meets it."""
+        """(B,) known rows -> (): half their weighted squares, each divided by its number of training rows."""
         squares = functional.embedding(index, self.weight, sparse=self.sparse).square()
         weighted = weight_decay * squares[:, :-1].sum(dim=-1) + bias_weight_decay * squares[:, -1]
         return weighted @ self.share[index] / 2
 
 
-class UserTable(Table):
-    """Rows of the users that a worker owns. An unknown user's is zero, the mean of the prior."""
+class UserTable(EmbeddingTable):
+    """Rows of the users that a worker owns. The row of an unknown user is zero, the mean of the prior."""
 
     def is_known(self, index: Tensor) -> Tensor:
-        """(B,) -> (B,) bool; -1 and what is beyond the table are unknown."""
+        """(B,) -> (B,) bool; -1 and indices beyond the table are unknown."""
         if len(self.known) == 0:
             return torch.zeros_like(index, dtype=torch.bool)
         inside = (index >= 0) & (index < len(self.known))
@@ -89,32 +89,32 @@ class UserTable(Table):
         rows = functional.embedding(index.clamp(0, len(self.known) - 1), self.weight, sparse=self.sparse)
         return rows * self.is_known(index)[:, None]
 
-    def adopt(self, tensors: dict[str, Tensor]) -> None:
-        """Take weight and buffers as they are, however many rows they have: a view of a file stays one."""
+    def assign(self, tensors: dict[str, Tensor]) -> None:
+        """Set weight and buffers without copying, with any number of rows: a memory map stays one."""
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor) if name == "weight" else tensor)
 
 
-class ItemTable(Table):
-    """Rows of all items, the same on every worker. The last row stands for every item that training has not met."""
+class ItemTable(EmbeddingTable):
+    """Rows of all items, replicated on all workers. The last row stands for all items without training rows."""
 
     def __init__(self, num_items: int, dim: int, *, sparse: bool = True) -> None:
-        """Make I + 1 rows of zeros."""
+        """Build I + 1 rows of zeros."""
         super().__init__(num_items + 1, dim, sparse=sparse)
 
     @torch.no_grad()
     def init_weights(self, counts: Tensor, numbers: Tensor, scale: float, seed: int) -> None:
-        """As for every table, but the unknown item starts at zero: it may be met too seldom to forget a draw."""
+        """Draw as for any table, but start the unknown item at zero: it may occur too rarely to unlearn a draw."""
         super().init_weights(counts, numbers, scale, seed)
         self.weight[self.unknown] = 0
 
     @property
     def unknown(self) -> int:
-        """I, the row of unknown items."""
+        """Row of unknown items: I."""
         return len(self.known) - 1
 
     def resolve(self, index: Tensor) -> Tensor:
-        """Map items to rows; any shape."""
+        """Return the rows of items, in any shape."""
         inside = (index >= 0) & (index < self.unknown)
         clamped = index.clamp(0, self.unknown)
         return torch.where(inside & self.known[clamped], clamped, self.unknown)

@@ -1,4 +1,4 @@
-"""CF models as files: safetensors, with the model's class and the id tables that its rows belong to in the header.
+"""Model files of the CF step: safetensors whose header names the model's class and id tables.
 
 Tables are read through a memory map, so no table has to fit into memory.
 """
@@ -27,13 +27,13 @@ FILE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """What a file says of its model.
+    """Header of a model file.
 
     Attributes:
         model: ``cf.model``.
-        arguments: that the class is built with.
-        users_hash, items_hash, num_users, num_items: of the id tables; a model without user rows has none of them.
-        fold_starts: timestamps (seconds) from which the folds after the first one begin; none without cross-fitting.
+        arguments: constructor arguments of the class.
+        users_hash, items_hash, num_users, num_items: of the id tables.
+        fold_starts: timestamps (seconds) at which folds 1, 2, ... begin; empty without cross-fitting.
         feedback: ``cf.feedback``.
     """
 
@@ -55,44 +55,44 @@ class ModelHeader:
         fold_starts: Sequence[int] = (),
         feedback: str = "likes",
     ) -> ModelHeader:
-        """Take the id tables of the data."""
+        """Build a header with the id tables of the data."""
         tables = manifest.users_hash, manifest.items_hash, manifest.num_users, manifest.num_items
         return cls(model, arguments, *tables, tuple(fold_starts), feedback)
 
     def to_metadata(self) -> dict[str, str]:
-        """Return it as safetensors metadata: text by text."""
+        """Return the header as safetensors metadata: JSON strings by name."""
         return {name: json.dumps(value, sort_keys=True) for name, value in vars(self).items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ModelHeader:
-        """Read what ``to_metadata`` made."""
+        """Parse the result of ``to_metadata``."""
         values = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
         return cls(**values | {"fold_starts": tuple(values["fold_starts"])})
 
 
 def name_fold_file(number: int) -> str:
-    """Return the file of the model that serves fold ``number``, 1 or more; the last fold's is ``FILE_NAME``."""
+    """Return the file name of the model that serves a fold (1 or more); the last fold's is ``FILE_NAME``."""
     return f"fold-{number:02d}.safetensors"
 
 
 def load_model(path: Path) -> tuple[ModelHeader, TrainableCfModel]:
-    """Load one model file, on the CPU, frozen, in evaluation mode; its tables stay in the memory map.
+    """Load a model file on the CPU, frozen, in evaluation mode; its tables stay memory-mapped.
 
     Raises:
-        ArtifactError: missing or damaged.
+        ArtifactError: the file is missing or damaged.
     """
     if not path.exists():
         raise ArtifactError(f"{path} is missing: run launch/pretrain_cf.py first")
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = ModelHeader.from_metadata(file.metadata())
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         model = get_model_class(header.model)(0, header.num_items, **header.arguments)
         if header.feedback == "all":
             model.add_wide()
-        model.users.adopt({name.removeprefix("users."): one for name, one in tensors.items() if is_local(name)})
-        others = {name: one for name, one in tensors.items() if not is_local(name)}
-        missing, unexpected = model.load_state_dict(others, strict=False, assign=True)
+        model.users.assign({name.removeprefix("users."): tensor for name, tensor in tensors.items() if is_local(name)})
+        shared = {name: tensor for name, tensor in tensors.items() if not is_local(name)}
+        missing, unexpected = model.load_state_dict(shared, strict=False, assign=True)
         if wrong := [*unexpected, *(name for name in missing if not is_local(name))]:
             raise KeyError(", ".join(wrong))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -103,10 +103,10 @@ def load_model(path: Path) -> tuple[ModelHeader, TrainableCfModel]:
 def load_cf_model(run_dir: RunDir, manifest: Manifest) -> SlotVectors:
     """Load the CF models of a run: one, or with cross-fitting one for each fold after the first.
 
-    Tables that have grown since (``dataset.extend_from``) are accepted: what is new is unknown to the model.
+    Id tables that have grown since (``dataset.extend_from``) are accepted; new users and items are unknown.
 
     Raises:
-        ArtifactError: missing, damaged, or made for other id tables; the message names both hashes.
+        ArtifactError: a file is missing, damaged, or belongs to other id tables; the message names both hashes.
     """
     folder = run_dir.step_dir("cf")
     header, final = load_model(folder / FILE_NAME)
@@ -116,23 +116,23 @@ def load_cf_model(run_dir: RunDir, manifest: Manifest) -> SlotVectors:
 
 
 def _check_tables(path: Path, header: ModelHeader, data_dir: Path, manifest: Manifest) -> None:
-    """Refuse a model whose rows are not those of the first users and items of today's tables."""
+    """Raise ArtifactError unless the model's id tables are prefixes of today's."""
     for kind, expected, count in (
         ("users", manifest.users_hash, manifest.num_users),
         ("items", manifest.items_hash, manifest.num_items),
     ):
-        found, size = getattr(header, f"{kind}_hash"), int(getattr(header, f"num_{kind}"))
-        # Users who have been forgotten since have other names in today's table; who made it knew the one of then.
-        if found == expected or (found, size) == (
+        trained_hash, size = getattr(header, f"{kind}_hash"), int(getattr(header, f"num_{kind}"))
+        # Deleted users are renamed in today's table; the manifest records the hash from before.
+        if trained_hash == expected or (trained_hash, size) == (
             manifest.extends.get(f"{kind}_hash"),
             manifest.extends.get(f"num_{kind}"),
         ):
             continue
         if size < count:  # the tables may have grown
             ids = load_user_ids(data_dir) if kind == "users" else load_item_table(data_dir)["item_id"]
-            if compute_ids_hash(ids[:size]) == found:
+            if compute_ids_hash(ids[:size]) == trained_hash:
                 continue
         raise ArtifactError(
-            f"{path} was trained on another table of {kind}: {size} with hash {found}, the data of this run have "
-            f"{count} with hash {expected}; redo the step with --force cf"
+            f"{path} was trained on another table of {kind}: {size} with hash {trained_hash}; the data of this run "
+            f"have {count} with hash {expected}; redo the step with --force cf"
         )

@@ -1,6 +1,6 @@
-"""A safetensors file that is filled through a memory map, for tables that should not have to be in memory at once.
+"""Writer of safetensors files through a memory map, for tables larger than memory.
 
-The format: eight bytes with the length of a JSON header, the header (name -> dtype, shape, position), the data.
+Format: eight bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), the data.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _CODES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
 def create_tensor_file(
     path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> dict[str, NDArray[Any]]:
-    """Make a file of zeros and return a writable map of each tensor; what is written there is in the file.
+    """Create a file of zeros and return a writable memory map of each tensor.
 
     Args:
-        path: where to.
-        shapes: dtype (as numpy calls it) and shape of each tensor.
+        path: of the file.
+        shapes: numpy dtype name and shape of each tensor.
         metadata: goes into the header.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     places, end = {}, 0
-    # Widest first, so that every tensor is aligned.
-    for name in sorted(shapes, key=lambda one: (-np.dtype(shapes[one][0]).itemsize, one)):
+    # Widest dtype first, so that every tensor is aligned.
+    for name in sorted(shapes, key=lambda name: (-np.dtype(shapes[name][0]).itemsize, name)):
         dtype, shape = shapes[name]
         size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}

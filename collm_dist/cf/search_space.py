@@ -1,4 +1,4 @@
-"""The settings that a search tries: drawn before it begins, so that a wrong one is refused while nothing runs."""
+"""Trials of a hyperparameter search: all settings are drawn and validated before any trial starts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Settings = dict[str, Any]
 
 
 def draw_settings(cf: CfConfig, search: CfSearchConfig, seed: int) -> list[Settings]:
-    """Return the settings of each trial: first those of the config itself, then random ones.
+    """Return the settings of each trial: the config's own first, then random ones.
 
     Args:
-        cf: what the search starts from.
-        search: where to look.
-        seed: that trials are drawn from.
+        cf: section that the trials change.
+        search: search space and number of trials.
+        seed: of the draws.
 
     Raises:
-        ConfigError: a value that could be drawn is none that its setting takes; the message names the setting.
+        ConfigError: a value in the search space is invalid; the message names the setting.
     """
     for name, form in search.space.items():
         ((kind, values),) = form.items()
         for value in values:
             try:
-                apply_settings(cf, {name: value}, part=name)
+                apply_settings(cf, {name: value}, only=name)
             except ConfigError as error:
                 raise ConfigError(f"cf_search.space.{name}.{kind}: {error}") from None
     random = np.random.default_rng(seed)
@@ -45,21 +45,21 @@ def draw_settings(cf: CfConfig, search: CfSearchConfig, seed: int) -> list[Setti
     return trials
 
 
-def apply_settings(cf: CfConfig, settings: Settings, part: str | None = None) -> CfConfig:
-    """Return the cf section with some settings replaced.
+def apply_settings(cf: CfConfig, settings: Settings, only: str | None = None) -> CfConfig:
+    """Return the cf section with new values of some settings.
 
     Args:
         cf: the section.
-        settings: by name.
-        part: look at this setting alone: how it goes with the others is not judged.
+        settings: new values by name.
+        only: check this setting alone, not its combination with the others.
 
     Raises:
-        ConfigError: a value is none that its setting takes.
+        ConfigError: a value is invalid.
     """
     try:
         return CfConfig.model_validate(cf.model_dump() | settings)
     except ValidationError as error:
-        details = [one for one in error.errors() if part is None or one["loc"][:1] == (part,)]
+        details = [detail for detail in error.errors() if only is None or detail["loc"][:1] == (only,)]
         if not details:
             return cf
         detail = details[0]
@@ -80,11 +80,11 @@ def _draw(form: dict[Any, tuple[Any, ...]], random: np.random.Generator) -> Any:
 
 
 def _shorten(value: float, low: float, high: float) -> float:
-    """Three digits: more say nothing about a setting, and nobody copies them."""
+    """Round to three significant digits, which is as precise as a setting needs to be."""
     return min(max(float(f"{value:.3g}"), low), high)
 
 
 def describe_settings(settings: Settings) -> str:
-    """Return settings on one line."""
+    """Return the settings as one line."""
     return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
                     for name, value in settings.items())  # fmt: skip

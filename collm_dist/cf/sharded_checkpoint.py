@@ -1,7 +1,7 @@
-"""The training state of a CF model: one file a worker, and a record that names them, written last.
+"""Sharded checkpoint of a CF training: one file per worker, and a record that names them, written last.
 
-A worker's file holds the rows of the users that it owns, with Adam's moments; the first worker's holds what all share,
-too. A state can be read by any number of workers: rows are looked up by whose they are.
+A worker's file holds the rows of the users that it owns, with Adam's moments; the first worker's file also holds the
+shared tensors. Any number of workers can read a state: rows are found by user.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TensorDict = dict[str, Tensor]
 
 @dataclass
 class Progress:
-    """How far training is.
+    """Progress of a training.
 
     Attributes:
-        epoch: passes done; the first is 1.
-        best_epoch: the pass after which the weights were best, 0 = none yet.
-        best_metrics: metrics then.
+        epoch: epochs done; the first is 1.
+        best_epoch: epoch with the best weights, 0 = none yet.
+        best_metrics: metrics after that epoch.
         finished: whether training has ended.
     """
 
@@ -49,44 +49,44 @@ class TrainingState:
     """A checkpoint on disk.
 
     Attributes:
-        progress: how far training was.
-        parts: each worker's file and users, the first worker's first.
+        progress: of the training.
+        parts: file and users of each worker, in the order of the ranks.
     """
 
     progress: Progress
     parts: tuple[tuple[Path, UserRanges], ...]
 
     def read_shared(self, group: str) -> TensorDict:
-        """Return the tensors of a group (model, best, or a moment) that all workers share, by their own names."""
+        """Return the shared tensors of a group (``model``, ``best`` or a moment) by name."""
         return _read(self.parts[0][0], group, local=False)
 
     def read_owned(self, group: str, users: UserRanges) -> TensorDict:
-        """Return the group's tensors with a row for each of these users."""
+        """Return the tensors of a group that have a row for each of these users."""
         for path, owners in self.parts:
             if owners == users:
                 return _read(path, group, local=True)
         return self._assemble(group, users)
 
     def _assemble(self, group: str, users: UserRanges) -> TensorDict:
-        found: TensorDict = {}
+        tensors: TensorDict = {}
         for path, owners in self.parts:
             with safetensors.safe_open(path, "pt") as file:
                 for name in _list_names(file, group, local=True):
                     rows = file.get_slice(f"{group}.{name}")
                     if not rows.get_shape():  # the optimizer's count of steps
-                        found[name] = file.get_tensor(f"{group}.{name}")
+                        tensors[name] = file.get_tensor(f"{group}.{name}")
                         continue
-                    if name not in found:
-                        found[name] = rows[:0].new_zeros(users.num_users, *rows.get_shape()[1:])
+                    if name not in tensors:
+                        tensors[name] = rows[:0].new_zeros(users.num_users, *rows.get_shape()[1:])
                     for target, source, count in find_overlaps(users, owners):
-                        found[name][target : target + count] = rows[source : source + count]
-        return found
+                        tensors[name][target : target + count] = rows[source : source + count]
+        return tensors
 
 
-def find_overlaps(wanted: UserRanges, owners: UserRanges) -> list[tuple[int, int, int]]:
-    """Return (local number in ``wanted``, local number in ``owners``, users) of the runs that both have."""
+def find_overlaps(users: UserRanges, owners: UserRanges) -> list[tuple[int, int, int]]:
+    """Return (first local index in ``users``, first local index in ``owners``, length) of each range that both have."""
     runs, target = [], 0
-    for first, count in wanted.slices:
+    for first, count in users.slices:
         source = 0
         for other, size in owners.slices:
             start, end = max(first, other), min(first + count, other + size)
@@ -106,44 +106,44 @@ def save_state(
     progress: Progress,
     users: UserRanges,
 ) -> None:
-    """Write the state; a reader sees the one before or this one, never a part. All workers call this together.
+    """Write the state atomically. All workers call this together.
 
     Args:
-        folder: seen by all workers.
-        key: names what the training depends on; a state of another key is not continued.
-        model, optimizers: as they are.
-        best: the model's state dict at its best epoch.
-        progress: how far training is.
-        users: whom this worker owns.
+        folder: visible to all workers.
+        key: hash of everything that the training depends on; a state with another key is not resumed.
+        model, optimizers: current weights and moments.
+        best: state dict of the model at its best epoch.
+        progress: of the training.
+        users: users that this worker owns.
     """
     rank = get_rank()
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in best.items()} | optimizers.get_moments()
-    mine = {
+    saved = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in tensors.items()
         if rank == 0 or is_local(name.partition(".")[2])
     }
     path = folder / f"epoch-{progress.epoch:05d}-{rank:05d}-of-{get_world_size():05d}.safetensors"
     with open_atomic(path, "wb") as file:
-        file.write(safetensors.torch.save(mine))
+        file.write(safetensors.torch.save(saved))
     parts: list[Any] = [(path.name, users.slices)]
     if get_world_size() > 1:
         parts = [None] * get_world_size()
-        dist.all_gather_object(parts, (path.name, users.slices))  # every file is there once this returns
+        dist.all_gather_object(parts, (path.name, users.slices))  # once this returns, every file is written
     if rank == 0:
         write_json(folder / RECORD, {"key": key, "progress": asdict(progress), "parts": parts})
         for old in set(folder.glob("epoch-*.safetensors")) - {folder / name for name, _ in parts}:
             old.unlink()
     if get_world_size() > 1:
-        dist.barrier()  # whoever reads the record next finds this one
+        dist.barrier()  # from here on, all workers read this record
 
 
 def read_state(folder: Path, key: str) -> TrainingState | None:
-    """Read a state's record; None if there is none, or one that was made from something else.
+    """Return the state in a folder; None if there is none, or it has another key.
 
     Raises:
-        CheckpointError: record or files are damaged.
+        CheckpointError: the record or a file is damaged.
     """
     path = folder / RECORD
     if not path.exists():
@@ -162,13 +162,13 @@ def read_state(folder: Path, key: str) -> TrainingState | None:
 
 
 def restore_state(state: TrainingState, model: nn.Module, optimizers: Optimizers, users: UserRanges) -> TensorDict:
-    """Put a state back into model and optimizers and return the best weights.
+    """Load a state into model and optimizers and return the best weights.
 
     Args:
-        state: as of read_state.
-        model: whose users are these.
+        state: see ``read_state``.
+        model: with a row for each of the users.
         optimizers: of the model.
-        users: whom this worker owns, whoever wrote them.
+        users: users that this worker owns, whichever worker wrote them.
     """
 
     def read(group: str) -> TensorDict:

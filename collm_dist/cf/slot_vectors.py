@@ -1,9 +1,8 @@
-"""What the slots read: the vectors of one collaborative model, or of one for each time fold.
+"""User and item vectors for the slots, from one CF model or from one per time fold.
 
-With cross-fitting the training rows are cut by time into folds. A row of fold k is served by a model that was fitted to
-the folds before it; fold 0 by none, so its vectors are zero, which is the unknown user and item. User vectors come from
-the history at that moment, never from a table that later rows have shaped. So nothing that a row's slots carry has seen
-that row's label.
+With cross-fitting, the training rows are divided into folds by time. A row of fold k gets its vectors from a model
+fitted to the folds before it; rows of fold 0 get zeros, the vectors of an unknown user and item. User vectors come from
+the history at that time, never from a table that later rows have updated. So a row's slots never depend on its label.
 
 Shapes: Q user queries, M items, H history items.
 """
@@ -19,16 +18,16 @@ from collm_dist.cf.models import TrainableCfModel
 
 
 class SlotVectors(nn.Module):
-    """Vectors as of a time. Without folds there is one model, and the time does not matter."""
+    """Vectors as of a time. Without folds there is one model, and the time is ignored."""
 
     starts: Tensor
 
     def __init__(self, models: Sequence[TrainableCfModel], fold_starts: Sequence[int]) -> None:
-        """Take the models.
+        """Combine the models of all folds.
 
         Args:
-            models: with folds, those of fold 1, 2, ..., the last of which also serves whatever comes later.
-            fold_starts: timestamps (seconds) at which fold 1, 2, ... begin; none = no folds, and one model.
+            models: models of folds 1, 2, ...; the last one also serves later rows. Without folds, the only model.
+            fold_starts: timestamps (seconds) at which folds 1, 2, ... begin; empty = no folds.
         """
         super().__init__()
         self.models = nn.ModuleList(models)
@@ -37,7 +36,7 @@ class SlotVectors(nn.Module):
 
     @property
     def final(self) -> TrainableCfModel:
-        """The model of all training rows."""
+        """The model fitted to all training rows."""
         model = self.models[-1]
         assert isinstance(model, TrainableCfModel)
         return model
@@ -49,7 +48,7 @@ class SlotVectors(nn.Module):
 
     @property
     def depends_on_target(self) -> bool:
-        """Whether a user's vector reads the target."""
+        """Whether user vectors depend on the target."""
         return self.final.depends_on_target
 
     def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor, timestamp: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ class SlotVectors(nn.Module):
         return self._serve("item_vectors", timestamp, item_idx)
 
     def score(self, user_idx: Tensor, history: Tensor, item_idx: Tensor, features: Tensor | None = None) -> Tensor:
-        """(Q,), (Q, H), (Q,), (Q, F) -> (Q,) logits of the model of all training rows."""
+        """(Q,), (Q, H), (Q,), (Q, F) -> (Q,) logits of the final model."""
         return self.final.score(user_idx, history, item_idx, features)
 
     def _serve(self, method: str, timestamp: Tensor, *arguments: Tensor) -> Tensor:
@@ -74,6 +73,6 @@ class SlotVectors(nn.Module):
         for fold in torch.unique(folds).tolist():
             if fold > 0:
                 rows = (folds == fold).nonzero().squeeze(1)
-                found = getattr(self.models[fold - 1], method)(*(one[rows] for one in arguments))
-                vectors = vectors.index_put((rows,), found)
+                served = getattr(self.models[fold - 1], method)(*(argument[rows] for argument in arguments))
+                vectors = vectors.index_put((rows,), served)
         return vectors

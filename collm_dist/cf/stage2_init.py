@@ -1,4 +1,4 @@
-"""A collaborative model that stage 2 trains: the weights that it begins with, and those that it may change.
+"""Initial and trainable weights of a CF model that stage 2 trains.
 
 Shapes: S sampled users, H = 1 history items.
 """
@@ -22,13 +22,13 @@ _SAMPLED = 10_000
 def load_for_tuning(
     run_dir: RunDir, manifest: Manifest, *, from_scratch: bool, init_scale: float, seed: int
 ) -> SlotVectors:
-    """Load a run's collaborative model with gradients for all that its vectors come from, and for nothing else.
+    """Load a run's CF model with gradients for exactly the parameters that its exported vectors depend on.
 
     Args:
-        run_dir, manifest: of the run, whose model is one without folds.
-        from_scratch: draw the weights anew; which users and items training knows stays.
-        init_scale: standard deviation of vectors drawn anew.
-        seed: of the draw.
+        run_dir, manifest: of a run without time folds.
+        from_scratch: draw new weights; the sets of known users and items stay.
+        init_scale: standard deviation of newly drawn vectors.
+        seed: of the draws.
 
     Raises:
         ArtifactError: see ``load_cf_model``.
@@ -38,23 +38,23 @@ def load_for_tuning(
     header, trained = load_model(run_dir.step_dir("cf") / FILE_NAME)
     check_tuning(header.model)
     if from_scratch:
-        vectors = SlotVectors([_draw_anew(header, trained, init_scale, seed)], ())
+        vectors = SlotVectors([_build_untrained(header, trained, init_scale, seed)], ())
     model = vectors.final
-    model.users.sparse = model.items.sparse = False  # AdamW, as DeepSpeed has it, takes no sparse gradients
+    model.users.sparse = model.items.sparse = False  # DeepSpeed's AdamW does not support sparse gradients
     model.requires_grad_(True)
     users, histories, targets = _sample(model)
-    made = model.user_vectors(users, histories, targets).sum() + model.item_vectors(targets).sum()
-    named = dict(model.named_parameters())
-    gradients = torch.autograd.grad(made, list(named.values()), allow_unused=True)
-    for parameter, gradient in zip(named.values(), gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)  # DIN's last network, say, makes scores and no vectors
+    total = model.user_vectors(users, histories, targets).sum() + model.item_vectors(targets).sum()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)  # DIN's final MLP, for example, affects scores but not vectors
     return vectors
 
 
-def _draw_anew(header: ModelHeader, trained: TrainableCfModel, scale: float, seed: int) -> TrainableCfModel:
-    """Return an untrained model of the same kind; its exported vectors are of unit size, too.
+def _build_untrained(header: ModelHeader, trained: TrainableCfModel, scale: float, seed: int) -> TrainableCfModel:
+    """Return a model of the same class with new weights; its exported vectors are unit-scaled too.
 
-    All follows from the file and the seed, so a finished stage finds what of it was never trained.
+    It depends only on the file and the seed, so a finished stage can rebuild the weights that it did not train.
     """
     num_users = len(trained.users.known)
     model = get_model_class(header.model)(num_users, header.num_items, **header.arguments).eval()
@@ -67,7 +67,7 @@ def _draw_anew(header: ModelHeader, trained: TrainableCfModel, scale: float, see
 
 
 def _sample(model: TrainableCfModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (S,) known users, each with a history of (S, 1) known item and a (S,) target, in turn from both ends."""
+    """Return (S,) known users, (S, 1) histories and (S,) targets; items are taken in turn from both ends."""
     users, items = (known.nonzero().squeeze(1) for known in (model.users.known, model.items.known[:-1]))
     count = min(max(len(users), len(items)), _SAMPLED)
     numbers = torch.arange(count)

@@ -1,11 +1,11 @@
-"""Training of a collaborative-filtering model: pointwise BCE, Adam, early stop. Plain torch, no DataLoader.
+"""Training of a CF model: pointwise BCE, Adam, early stopping. Plain torch, no DataLoader.
 
-A worker takes those rows of a global batch whose users it owns; losses are divided by the mean rows of a batch and the
-shared parameters' gradients are summed over the workers, so any number of workers makes the same steps within
-rounding. Adam's moments live where the rows live. For rows of tables it is torch's SparseAdam: a step moves the rows
-that its batch meets and no others, so that a step costs what its batch costs, however large the tables are.
+A worker processes the rows of a global batch whose users it owns. Losses are divided by the mean number of rows in a
+batch, and the shared parameters' gradients are summed over the workers, so any number of workers makes the same steps
+up to rounding. Adam's moments stay with their rows. Embedding tables use SparseAdam: a step updates only the rows that
+its batch contains, so its cost does not grow with the tables.
 
-Shapes: B targets of a worker's share of a batch.
+Shapes: N rows of a worker.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SCORE_CONTEXTS = 1 << 14
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Settings of a training; the names are those of the ``cf`` section."""
+    """Training settings, named as in the ``cf`` section."""
 
     learning_rate: float
     weight_decay: float
@@ -55,7 +55,7 @@ class TrainingPlan:
 
 @torch.no_grad()
 def score_rows(model: TrainableCfModel, rows: Rows, contexts: Tensor | None = None) -> NDArray[np.float64]:
-    """Return (N,) logits of a worker's rows, or of some contexts'; the model is in evaluation mode afterwards."""
+    """Return (N,) logits of a worker's rows, or of the given contexts' rows. Sets evaluation mode."""
     model.eval()
     parts = [torch.zeros(0, dtype=torch.float64)]
     if contexts is None:
@@ -66,7 +66,7 @@ def score_rows(model: TrainableCfModel, rows: Rows, contexts: Tensor | None = No
 
 
 def measure_scores(labels: NDArray[Any], scores: NDArray[Any], users: NDArray[Any]) -> dict[str, float]:
-    """Return AUC, UAUC and log-loss of (N,) logits; one that is not defined on these rows is left out."""
+    """Return AUC, UAUC and log-loss of (N,) logits, without those that these rows do not define."""
     values = {
         "auc": compute_auc(labels, scores),
         "uauc": compute_uauc(labels, scores, users)[0],
@@ -76,20 +76,20 @@ def measure_scores(labels: NDArray[Any], scores: NDArray[Any], users: NDArray[An
 
 
 def compute_metrics(model: TrainableCfModel, rows: Rows) -> dict[str, float]:
-    """Score one worker's rows with a model; see measure_scores."""
+    """Return the metrics of a model on one worker's rows; see ``measure_scores``."""
     return measure_scores(rows.label.cpu().numpy(), score_rows(model, rows), rows.row_users.cpu().numpy())
 
 
-def gather_metrics(model: TrainableCfModel, rows: Rows, most_contexts: int = 1 << 18) -> dict[str, float]:
-    """Return the metrics over the rows of all workers, which call this together; of very many, an even sample.
+def gather_metrics(model: TrainableCfModel, rows: Rows, max_contexts: int = 1 << 18) -> dict[str, float]:
+    """Return the metrics over the rows of all workers, or over an even sample. All workers call this together.
 
     Args:
         model: the trained model.
         rows: this worker's rows.
-        most_contexts: more of a worker's contexts than this are thinned out.
+        max_contexts: maximum number of contexts that a worker scores; beyond it, every n-th is scored.
     """
     device = rows.label.device
-    step = -(-rows.num_contexts // most_contexts) or 1
+    step = -(-rows.num_contexts // max_contexts) or 1
     kept = (rows.target_contexts % step) == 0
     contexts = torch.arange(0, rows.num_contexts, step, device=device)
     scores = gather_rows(torch.from_numpy(score_rows(model, rows, contexts)).to(device))
@@ -97,22 +97,22 @@ def gather_metrics(model: TrainableCfModel, rows: Rows, most_contexts: int = 1 <
     users = gather_rows(rows.row_users[kept].long() * get_world_size() + get_rank())
     values = torch.full((len(METRICS),), torch.nan, dtype=torch.float64, device=device)
     if get_rank() == 0:
-        found = measure_scores(labels.cpu().numpy(), scores.cpu().numpy(), users.cpu().numpy())
-        values = torch.tensor([found.get(name, torch.nan) for name in METRICS], dtype=torch.float64).to(device)
+        defined = measure_scores(labels.cpu().numpy(), scores.cpu().numpy(), users.cpu().numpy())
+        values = torch.tensor([defined.get(name, torch.nan) for name in METRICS], dtype=torch.float64).to(device)
     if get_world_size() > 1:
         dist.broadcast(values, src=0)
     return {name: value for name, value in zip(METRICS, values.tolist(), strict=True) if np.isfinite(value)}
 
 
 def check_metric(labels: NDArray[Any], users: NDArray[Any], metric: Metric) -> None:
-    """Refuse validation rows on which the metric that picks the best epoch is not defined.
+    """Check that the validation rows define the metric that selects the best epoch.
 
     Args:
         labels, users: (N,) of the validation rows.
         metric: ``cf.select_metric``.
 
     Raises:
-        DataError: there is nothing to select by.
+        DataError: the metric is not defined.
     """
     if metric == "auc" and compute_auc(labels, labels) is None:
         raise DataError("cf.select_metric: auc needs likes and dislikes among the validation rows; choose logloss")
@@ -131,20 +131,20 @@ def train_cf(
     key: str,
     on_epoch: Callable[[int, Mapping[str, float]], None],
 ) -> Progress:
-    """Train until the metric stops getting better; the best weights end up in the checkpoint.
+    """Train until the metric stops improving; the best weights are in the checkpoint.
 
-    All workers of the default process group call this together; without a group it trains alone. A checkpoint of the
-    same key is continued as if there had been no break, on any number of workers.
+    All workers of the default process group call this together; without a group, one process trains alone. Training
+    resumes exactly from a checkpoint of the same key, on any number of workers.
 
     Args:
-        model: initialised and prepared, on its device; its users are those that this worker owns.
+        model: initialized and prepared, on its device, with the users that this worker owns.
         train: this worker's training rows, numbered globally. On the model's device.
-        valid: its validation rows; None = train for all epochs and keep the last weights.
-        users: whom this worker owns.
+        valid: this worker's validation rows; None = train for all epochs and keep the last weights.
+        users: users that this worker owns.
         plan: the settings.
-        checkpoints: folder that all workers see.
-        key: names what the training depends on.
-        on_epoch: called on every worker after each epoch with its number and its metrics.
+        checkpoints: folder visible to all workers.
+        key: hash of everything that the training depends on.
+        on_epoch: called on every worker after each epoch with the epoch's number and metrics.
 
     Raises:
         ConfigError: the loss is not finite.
@@ -171,10 +171,10 @@ def train_cf(
 
 
 def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, plan: TrainingPlan, epoch: int) -> float:
-    """Make one pass over the training rows and return their mean loss, without the penalty.
+    """Train for one epoch and return the mean loss of the rows, without the penalty.
 
     Raises:
-        ConfigError: it is not finite.
+        ConfigError: the loss is not finite.
     """
     model.train()
     shared = [parameter for _, parameter in list_shared(model)]
@@ -183,7 +183,7 @@ def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, pl
     length = model.history_length if model.trains_on_history else 0
     for contexts in iter_batches(train, plan.global_batch_size, plan.seed, epoch):
         batch, rows = train.take(contexts, length)
-        batch = _draw(batch, contexts.cpu().numpy() + train.first_context, plan, epoch)
+        batch = _mask_items(batch, contexts.cpu().numpy() + train.first_context, plan, epoch)
         loss = functional.binary_cross_entropy_with_logits(model(batch), train.label[rows].float(), reduction="sum")
         optimizers.zero_grad()
         penalty = model.penalty(batch, plan.weight_decay, plan.bias_weight_decay)
@@ -197,25 +197,25 @@ def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, pl
     return mean
 
 
-def _draw(batch: CfBatch, numbers: NDArray[np.int64], plan: TrainingPlan, epoch: int) -> CfBatch:
-    """Give the contexts their keys, and let some targets stand for the unknown item, which so is learned."""
+def _mask_items(batch: CfBatch, numbers: NDArray[np.int64], plan: TrainingPlan, epoch: int) -> CfBatch:
+    """Set the contexts' keys and replace a share of the target items by the unknown item, which trains its row."""
     keys = (hash_integers(plan.seed, epoch, numbers) >> np.uint64(1)).astype(np.int64)
-    owners, items = batch.target_contexts.cpu().numpy(), batch.item_idx.cpu().numpy()
-    drawn = to_unit_interval(hash_integers(plan.seed, keys[owners], items)) < plan.unknown_item_share
+    contexts, items = batch.target_contexts.cpu().numpy(), batch.item_idx.cpu().numpy()
+    is_masked = to_unit_interval(hash_integers(plan.seed, keys[contexts], items)) < plan.unknown_item_share
     device = batch.item_idx.device
     return replace(
         batch,
-        item_idx=batch.item_idx.masked_fill(torch.from_numpy(drawn).to(device), -1),
+        item_idx=batch.item_idx.masked_fill(torch.from_numpy(is_masked).to(device), -1),
         keys=torch.from_numpy(keys).to(device),
     )
 
 
-def is_better(metrics: Mapping[str, float], others: Mapping[str, float], name: Metric) -> bool:
-    """Whether an epoch's metrics are better than another's by the one that selects."""
-    new, old = metrics[f"valid_{name}"], others[f"valid_{name}"]
+def is_better(metrics: Mapping[str, float], best: Mapping[str, float], name: Metric) -> bool:
+    """Return whether an epoch's selection metric is better than the best one so far."""
+    new, old = metrics[f"valid_{name}"], best[f"valid_{name}"]
     return new < old if name == "logloss" else new > old
 
 
 def copy_weights(model: TrainableCfModel) -> dict[str, Tensor]:
-    """Return a copy of the model's state."""
+    """Return a copy of the model's state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,6 +1,6 @@
-"""Which worker owns which users: whole buckets, so that a worker reads only its own files.
+"""User shards: the users and rows that each worker owns, in whole buckets, so a worker reads only its own files.
 
-A worker numbers its users 0..U-1, in the order of their dense indices; nothing of them is known to the others.
+A worker numbers its U users 0..U-1 in the order of their dense indices; no other worker holds data of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TYPES: dict[str, type[np.generic]] = {
     "num_likes": np.int32,
     "timestamp": np.int64,
 }
-# What cf.feedback "all" reads beside them.
+# Read in addition with cf.feedback "all".
 _COUNTS = ("user_likes", "user_rows", "item_likes", "item_rows")
 
 
@@ -39,16 +39,16 @@ class UserRanges:
     """Slices of dense user indices, ascending.
 
     Attributes:
-        slices: (first user, number of users) each.
+        slices: (first user, number of users) of each slice.
     """
 
     slices: tuple[tuple[int, int], ...]
 
     @classmethod
     def from_buckets(cls, buckets: Sequence[BucketInfo]) -> UserRanges:
-        """Join the buckets' slices where they touch."""
+        """Return the users of buckets; adjacent slices are merged."""
         joined: list[tuple[int, int]] = []
-        for first, count in sorted(one for bucket in buckets for one in bucket.user_ranges):
+        for first, count in sorted(users for bucket in buckets for users in bucket.user_ranges):
             if joined and sum(joined[-1]) == first:
                 first, count = joined[-1][0], joined.pop()[1] + count
             joined.append((first, count))
@@ -56,11 +56,11 @@ class UserRanges:
 
     @property
     def num_users(self) -> int:
-        """U."""
+        """Number of users: U."""
         return sum(count for _, count in self.slices)
 
     def to_local(self, user_idx: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Map dense indices of owned users to 0..U-1."""
+        """Return the local indices of owned users, given their dense ones."""
         firsts = np.array([first for first, _ in self.slices], dtype=np.int64)
         offsets = np.cumsum([0, *(count for _, count in self.slices)])[:-1]
         place = np.searchsorted(firsts, user_idx, side="right") - 1
@@ -74,7 +74,7 @@ class UserRanges:
 
 
 def assign_buckets(buckets: Sequence[BucketInfo], rank: int, world_size: int) -> tuple[BucketInfo, ...]:
-    """Return a worker's buckets: a run of them, with about an even share of the rows."""
+    """Return a worker's buckets: a contiguous run with about an even share of the rows."""
     middles = np.cumsum([bucket.rows for bucket in buckets]) - np.array([bucket.rows for bucket in buckets]) / 2
     owners = middles * world_size // max(sum(bucket.rows for bucket in buckets), 1)
     return tuple(bucket for bucket, owner in zip(buckets, owners, strict=True) if owner == rank)
@@ -82,11 +82,11 @@ def assign_buckets(buckets: Sequence[BucketInfo], rank: int, world_size: int) ->
 
 @dataclass(frozen=True)
 class WorkerData:
-    """What a worker holds.
+    """Data of a worker.
 
     Attributes:
-        users: whom it owns.
-        splits: its rows of each split.
+        users: users that the worker owns.
+        splits: rows of each split.
     """
 
     users: UserRanges
@@ -102,54 +102,54 @@ def load_worker_data(
     *,
     with_counts: bool = False,
 ) -> WorkerData:
-    """Read the interactions of the users that a worker owns.
+    """Load the interactions of the users that a worker owns.
 
     Args:
         data_dir: of the data step.
-        manifest: its record.
-        rank, world_size: the worker, and how many there are.
-        splits: whose rows are wanted. Likes in the others stay in the histories of later rows.
-        with_counts: also read what was counted of user and item before each row.
+        manifest: of the data step.
+        rank, world_size: of the worker.
+        splits: splits to load. Likes of other splits stay in the histories of later rows.
+        with_counts: also load the as-of counts of user and item.
     """
     buckets = assign_buckets(manifest.buckets, rank, world_size)
     users = UserRanges.from_buckets(buckets)
     types = _TYPES | dict.fromkeys(_COUNTS if with_counts else (), np.int32)
     parts = [_read_bucket(data_dir, bucket, users, types) for bucket in buckets]
     columns = {
-        # Taken out of the parts one by one, so that memory never holds everything twice.
+        # Popped from the parts column by column, so that memory never holds all columns twice.
         name: np.concatenate([np.zeros(0, kind), *(part.pop(name) for part in parts)])
         for name, kind in types.items()
     }
-    order = np.argsort(columns["user_idx"], kind="stable")  # a run that was extended has later users in early buckets
+    order = np.argsort(columns["user_idx"], kind="stable")  # in an extended run, early buckets hold later users
     if (order[1:] < order[:-1]).any():
         columns = {name: values[order] for name, values in columns.items()}
     is_like = (columns["label"] == 1) & (columns["sampled"] == 0)
     counts = np.bincount(columns["user_idx"][is_like], minlength=users.num_users)
     likes = (np.concatenate([[0], np.cumsum(counts)]), columns["item_idx"][is_like])
-    found = {}
+    rows = {}
     for split in splits:
-        chosen = columns["split"] == SPLITS.index(split)
+        is_chosen = columns["split"] == SPLITS.index(split)
         names = ("user_idx", "item_idx", "label", "num_likes", "timestamp")
-        states = np.stack([columns[name][chosen] for name in _COUNTS], axis=1) if with_counts else None
-        found[split] = build_rows(**{name: columns[name][chosen] for name in names}, likes=likes, counts=states)
-    return WorkerData(users, found)
+        as_of_counts = np.stack([columns[name][is_chosen] for name in _COUNTS], axis=1) if with_counts else None
+        rows[split] = build_rows(**{name: columns[name][is_chosen] for name in names}, likes=likes, counts=as_of_counts)
+    return WorkerData(users, rows)
 
 
 def _read_bucket(
     data_dir: Path, bucket: BucketInfo, users: UserRanges, types: dict[str, type[np.generic]]
 ) -> dict[str, NDArray[Any]]:
-    """Return a bucket's columns sorted by user, time and row, in narrow types; users are local, splits are numbers."""
+    """Return a bucket's columns in narrow types, sorted by user, time and row, with local users and numbered splits."""
     table = read_bucket(data_dir, bucket, [*types, "row_id"])
     split = table.column("split")
     numbers = sum(number * pc.equal(split, name).to_numpy().astype(np.int8) for number, name in enumerate(SPLITS))
-    found = {name: table.column(name).to_numpy() for name in (*types, "row_id") if name != "split"}
-    found |= {"split": numbers, "user_idx": users.to_local(found["user_idx"])}
-    order = np.lexsort([found["row_id"], found["timestamp"], found["user_idx"]])
-    return {name: found[name][order].astype(kind) for name, kind in types.items()}
+    columns = {name: table.column(name).to_numpy() for name in (*types, "row_id") if name != "split"}
+    columns |= {"split": numbers, "user_idx": users.to_local(columns["user_idx"])}
+    order = np.lexsort([columns["row_id"], columns["timestamp"], columns["user_idx"]])
+    return {name: columns[name][order].astype(kind) for name, kind in types.items()}
 
 
 def number_globally(rows: Rows) -> Rows:
-    """Return the rows with their contexts numbered over all workers, which call this together."""
+    """Return the rows with contexts numbered over all workers. All workers call this together."""
     device = rows.user_idx.device
     contexts, counts = gather_counts(rows.num_contexts, device), gather_counts(len(rows.label), device)
     return replace(

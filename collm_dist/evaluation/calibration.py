@@ -38,26 +38,28 @@ def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> list[Calibr
 
 def compute_calibration_error(bins: Sequence[CalibrationBin]) -> float:
     """Return the expected calibration error: the mean distance of predicted and observed, weighted by rows."""
-    total = sum(one.rows for one in bins)
-    return sum(one.rows * abs(one.predicted - one.observed) for one in bins) / total
+    total = sum(tenth.rows for tenth in bins)
+    return sum(tenth.rows * abs(tenth.predicted - tenth.observed) for tenth in bins) / total
 
 
 def list_calibration(rows: EvaluatedRows, models: Sequence[ScoredModel]) -> list[dict[str, Any]]:
     """Return ``{split, model, error, bins}`` of each model whose scores are log-odds."""
-    found = []
+    calibration = []
     for model in models:
         if model.has_logits and len(rows.label):
             bins = compute_calibration(rows.label, model.scores)
             error = compute_calibration_error(bins)
-            found.append({"split": rows.split, "model": model.name, "error": error, "bins": list(map(asdict, bins))})
-    return found
+            calibration.append(
+                {"split": rows.split, "model": model.name, "error": error, "bins": list(map(asdict, bins))}
+            )
+    return calibration
 
 
 def write_calibration(file: TextIO, calibration: Sequence[Mapping[str, Any]]) -> None:
     """Write the bins of ``list_calibration`` as CSV: one row a bin."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["split", "model", "bin", "rows", "predicted", "observed"])
-    for one in calibration:
-        for number, found in enumerate(one["bins"], start=1):
-            shares = (f"{found[name]:.6f}" for name in ("predicted", "observed"))
-            writer.writerow([one["split"], one["model"], number, found["rows"], *shares])
+    for curve in calibration:
+        for number, values in enumerate(curve["bins"], start=1):
+            shares = (f"{values[name]:.6f}" for name in ("predicted", "observed"))
+            writer.writerow([curve["split"], curve["model"], number, values["rows"], *shares])

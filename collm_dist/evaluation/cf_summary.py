@@ -44,8 +44,8 @@ def summarize(
         "num_workers": cf.num_workers,
         "metrics": metrics,
         "train_metrics": first["metrics"]["train"],
-        "seeds": {str(seed): {split: one["metrics"][split] for split in SPLITS} for seed, one in results.items()},
-        "spread": _summarize_seeds([one["metrics"] for one in results.values()]),
+        "seeds": {str(seed): {split: result["metrics"][split] for split in SPLITS} for seed, result in results.items()},
+        "spread": _summarize_seeds([result["metrics"] for result in results.values()]),
         "baselines": baselines,
         "beats": beaten,
         "warnings": [
@@ -59,15 +59,15 @@ def summarize(
 
 def _summarize_seeds(metrics: list[Metrics]) -> dict[str, dict[str, dict[str, float]]]:
     """Return mean and standard deviation over the seeds, by split and metric."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    spread: dict[str, dict[str, dict[str, float]]] = {}
     for split in SPLITS:
-        shared = [name for name in METRICS if all(name in one[split] for one in metrics)]
-        values = {name: [one[split][name] for one in metrics] for name in shared}
-        found[split] = {
-            name: {"mean": float(np.mean(many)), "std": float(np.std(many, ddof=1)) if len(many) > 1 else 0.0}
-            for name, many in values.items()
+        shared = [name for name in METRICS if all(name in by_split[split] for by_split in metrics)]
+        by_metric = {name: [by_split[split][name] for by_split in metrics] for name in shared}
+        spread[split] = {
+            name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+            for name, values in by_metric.items()
         }
-    return found
+    return spread
 
 
 def _score_baselines(data_dir: Path, manifest: Manifest) -> dict[str, dict[str, dict[str, float]]]:
@@ -75,14 +75,14 @@ def _score_baselines(data_dir: Path, manifest: Manifest) -> dict[str, dict[str, 
     scorers = {"item_mean": fit_item_mean(train, manifest.num_items)}
     if manifest.splits["train"].rows <= _MAX_LOGISTIC_ROWS:
         scorers["bias_logistic"] = fit_bias_logistic(train, manifest.num_users, manifest.num_items)
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in scorers}
+    metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in scorers}
     for split in SPLITS:
         order = GlobalOrder(data_dir, manifest, split, 0, _BATCH_ROWS, shuffle=False)
         block = concatenate_blocks(list(order.iter_batches(0)))
         users = block.user_idx[block.target_contexts]
         for name, scorer in scorers.items():
-            found[name][split] = measure_scores(block.label, scorer(block), users)
-    return found
+            metrics[name][split] = measure_scores(block.label, scorer(block), users)
+    return metrics
 
 
 def _is_beaten(metrics: Metrics, baseline: Metrics, split: str) -> bool | None:
@@ -104,11 +104,11 @@ def _find_warnings(
     ]
 
 
-def _find_unfinished(results: Mapping[int, Mapping[str, Any]], most: int) -> list[str]:
+def _find_unfinished(results: Mapping[int, Mapping[str, Any]], max_epochs: int) -> list[str]:
     return [
-        f"seed {seed}: the last epoch allowed ({most}) was the best one: raise cf.num_epochs"
-        for seed, one in results.items()
-        if one["best_epoch"] == most
+        f"seed {seed}: the last epoch allowed ({max_epochs}) was the best one: raise cf.num_epochs"
+        for seed, result in results.items()
+        if result["best_epoch"] == max_epochs
     ]
 
 
@@ -117,11 +117,13 @@ def print_summary(summary: Mapping[str, Any], path: Path) -> None:
     print(f"cf: the best of {summary['epochs']} epochs is number {summary['best_epoch']}")
     for split in summary["metrics"]:
         for name, metrics in ((summary["model"], summary["metrics"]), *summary["baselines"].items()):
-            shown = "  ".join(f"{one} {metrics[split][one]:.4f}" for one in METRICS if one in metrics[split])
+            shown = "  ".join(
+                f"{metric} {metrics[split][metric]:.4f}" for metric in METRICS if metric in metrics[split]
+            )
             print(f"  {split:5} {name:14} {shown}")
         if len(summary["seeds"]) > 1:
             spread = summary["spread"][split].items()
-            shown = "  ".join(f"{one} {value['mean']:.4f} +- {value['std']:.4f}" for one, value in spread)
+            shown = "  ".join(f"{metric} {value['mean']:.4f} +- {value['std']:.4f}" for metric, value in spread)
             print(f"  {split:5} {len(summary['seeds'])} seeds        {shown}")
     for warning in summary["warnings"]:
         print(f"  {'!' * 20} WARNING: {warning}")

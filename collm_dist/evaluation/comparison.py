@@ -90,8 +90,8 @@ def compute_table(
             table.append({**common, **_describe(model, rows, mask, metrics, samples, settings)})
         for name, versus in pairs:
             if {name, versus} <= names:
-                found = _compare(name, versus, metrics, samples, settings.confidence)
-                differences.append({**common, "model": name, "versus": versus, **found})
+                compared = _compare(name, versus, metrics, samples, settings.confidence)
+                differences.append({**common, "model": name, "versus": versus, **compared})
     return table, differences
 
 
@@ -149,12 +149,12 @@ def _compare(
     confidence: float,
 ) -> dict[str, float | None]:
     """Return the differences of all metrics between two models, with paired intervals."""
-    found: dict[str, float | None] = {}
+    differences: dict[str, float | None] = {}
     for model, metric in metrics:
         if model != name:
             continue
         ours, theirs = metrics[name, metric].value, metrics[versus, metric].value
-        found[metric] = ours - theirs if ours is not None and theirs is not None else None
+        differences[metric] = ours - theirs if ours is not None and theirs is not None else None
         paired = samples[name, metric] - samples[versus, metric]
-        found[f"{metric}_low"], found[f"{metric}_high"] = compute_interval(paired, confidence)
-    return found
+        differences[f"{metric}_low"], differences[f"{metric}_high"] = compute_interval(paired, confidence)
+    return differences

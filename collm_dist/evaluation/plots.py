@@ -67,7 +67,7 @@ def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], tit
     axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
     for name, scores in logits.items():
         bins = compute_calibration(labels, scores)
-        predicted, observed = [one.predicted for one in bins], [one.observed for one in bins]
+        predicted, observed = [tenth.predicted for tenth in bins], [tenth.observed for tenth in bins]
         error = compute_calibration_error(bins)
         axes.plot(predicted, observed, marker="o", markersize=3, label=f"{name} (error {error:.3f})")
     axes.set_xlabel("predicted share of likes")

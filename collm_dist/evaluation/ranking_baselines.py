@@ -43,9 +43,9 @@ def fit_last_item_cooccurrence(train: Columns, num_items: int) -> Scorer:
         tie_break = popularity / (2 * popularity.max(initial=0) + 1)
         if not len(known):
             return np.asarray(tie_break, dtype=np.float64)
-        wanted = np.where(last >= 0, last * num_items + block.item_idx, -1)
-        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        return np.asarray(np.where(known[place] == wanted, counts[place], 0) + tie_break, dtype=np.float64)
+        pair = np.where(last >= 0, last * num_items + block.item_idx, -1)
+        place = np.minimum(np.searchsorted(known, pair), len(known) - 1)
+        return np.asarray(np.where(known[place] == pair, counts[place], 0) + tie_break, dtype=np.float64)
 
     return score
 

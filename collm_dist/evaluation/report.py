@@ -95,7 +95,7 @@ def choose_best_trivial(
     """Return the trivial baseline that is best on valid, by NDCG where there are candidate lists, else by AUC."""
     if "valid" not in splits:
         return _FALLBACK_TRIVIAL[feedback]
-    rows, found = splits["valid"].rows, {}
+    rows, by_name = splits["valid"].rows, {}
     for model in scores.models["valid"]:
         if model.name in TRIVIAL:
             if cutoffs:
@@ -103,8 +103,8 @@ def choose_best_trivial(
             else:
                 value = compute_auc(rows.label, model.scores)
             if value is not None:
-                found[model.name] = value
-    return max(found, key=lambda name: found[name]) if found else _FALLBACK_TRIVIAL[feedback]
+                by_name[model.name] = value
+    return max(by_name, key=lambda name: by_name[name]) if by_name else _FALLBACK_TRIVIAL[feedback]
 
 
 def list_pairs(best_trivial: str, baseline: str) -> list[tuple[str, str]]:
@@ -155,7 +155,7 @@ def build_report(
         "left_out": scores.left_out,
     }
     report["calibration"] = [
-        one for name in config.evaluation.splits for one in list_calibration(splits[name].rows, scores.models[name])
+        curve for name in config.evaluation.splits for curve in list_calibration(splits[name].rows, scores.models[name])
     ]
     report["warnings"] = list_warnings(report, evaluation.confidence)
     report["notes"] = list_notes(config, report)
@@ -225,9 +225,9 @@ def write_report(
         paths = {name: folder / name for name in figures}
         monitoring.log_report(folder / "tensorboard", markdown, paths, build_run_settings(config, report))
     write_json(run_dir.record_path("eval"), report)
-    for shown in config.evaluation.splits:
-        rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (shown, "all")]
-        print(f"\n{shown}, {rows[0]['rows']:,} rows\n{render_results(rows)}")
+    for split_name in config.evaluation.splits:
+        rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split_name, "all")]
+        print(f"\n{split_name}, {rows[0]['rows']:,} rows\n{render_results(rows)}")
     for warning in report["warnings"]:
         print(f"\n{warning}")
     print(f"\nreport: {folder / 'report.md'}\ntensorboard --logdir {run_dir.path}", flush=True)

@@ -106,9 +106,11 @@ def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
 def render_calibration(calibration: Sequence[Mapping[str, Any]]) -> str:
     """Return the expected calibration error and, of the lowest and the highest bin, predicted and observed shares."""
     cells = []
-    for one in calibration:
-        ends = [f"{found['predicted']:.3f} / {found['observed']:.3f}" for found in (one["bins"][0], one["bins"][-1])]
-        cells.append([MODEL_NAMES.get(one["model"], one["model"]), f"{one['error']:.4f}", *ends])
+    for curve in calibration:
+        ends = [
+            f"{tenth['predicted']:.3f} / {tenth['observed']:.3f}" for tenth in (curve["bins"][0], curve["bins"][-1])
+        ]
+        cells.append([MODEL_NAMES.get(curve["model"], curve["model"]), f"{curve['error']:.4f}", *ends])
     header = ["model", "expected calibration error", "lowest tenth, predicted / observed", "highest tenth"]
     return render_table(header, cells)
 
@@ -128,8 +130,8 @@ def _render_header(report: Mapping[str, Any]) -> list[str]:
                     f"{info['rows']:,}",
                     f"{info['real_rows']:,}",
                     *(
-                        [f"{found['rows']:,}", f"{found['users']:,}", f"{found['like_share']:.3f}"]
-                        if (found := data["evaluated"].get(split))
+                        [f"{counts['rows']:,}", f"{counts['users']:,}", f"{counts['like_share']:.3f}"]
+                        if (counts := data["evaluated"].get(split))
                         else ["-", "-", "-"]
                     ),
                 ]
@@ -148,7 +150,7 @@ def _render_deviations(report: Mapping[str, Any]) -> list[str]:
     lines = [f"## Settings that deviate from the paper's recipe for {recipe}", ""]
     if not deviations:
         return [*lines, "None.", ""]
-    cells = [[found["setting"], found["ours"], found["paper"]] for found in deviations]
+    cells = [[deviation["setting"], deviation["ours"], deviation["paper"]] for deviation in deviations]
     return [*lines, render_table(["setting", "here", "paper"], cells), ""]
 
 
@@ -166,7 +168,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         differences = [row for row in report["differences"] if (row["split"], row["slice"]) == (split, "all")]
         if differences:
             lines += ["Paired differences on the same resamples of users:", "", render_differences(differences), ""]
-        calibration = [one for one in report["calibration"] if one["split"] == split]
+        calibration = [curve for curve in report["calibration"] if curve["split"] == split]
         if calibration:
             text = "Predicted and observed shares of likes, in tenths of the rows; all bins are in `calibration.csv`:"
             lines += [text, "", render_calibration(calibration), ""]

@@ -81,13 +81,13 @@ def estimate_standard_error(row: Mapping[str, Any], likes: int, confidence: floa
 def list_warnings(report: Mapping[str, Any], confidence: float) -> list[str]:
     """Return one line for each evaluated split whose numbers are too coarse to compare models by."""
     warnings = []
-    for split, found in report["data"]["evaluated"].items():
+    for split, counts in report["data"]["evaluated"].items():
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split, "all")]
-        errors = [estimate_standard_error(row, found["likes"], confidence) for row in rows if row["auc"] is not None]
+        errors = [estimate_standard_error(row, counts["likes"], confidence) for row in rows if row["auc"] is not None]
         known = [error for error in errors if error is not None]
         if split == "train" or (known and max(known) < _COARSE_STANDARD_ERROR):
             continue
-        size = f"{split}: {found['rows']:,} evaluated rows of {found['users']:,} users"
+        size = f"{split}: {counts['rows']:,} evaluated rows of {counts['users']:,} users"
         if known:
             warnings.append(
                 f"{size}: the standard error of an AUC is about {max(known):.3f}, so this proves operation, not "

@@ -16,26 +16,26 @@ from collm_dist.metrics import FloatArray, IntArray
 from collm_dist.runs.atomic_files import open_atomic
 
 
-def align_scores(wanted: IntArray, row_ids: IntArray, scores: NDArray[Any], what: str) -> FloatArray:
+def align_scores(expected_ids: IntArray, row_ids: IntArray, scores: NDArray[Any], source: str) -> FloatArray:
     """Return the scores in the order of the wanted row ids.
 
     Raises:
-        ArtifactError: a row has no score, two, or one that is not finite; ``what`` names whose scores they are.
+        ArtifactError: a row has no score, two, or one that is not finite; ``source`` names the model and split.
     """
     order = np.argsort(row_ids, kind="stable")
-    if not np.array_equal(row_ids[order], np.sort(wanted)):
-        missing, extra = np.setdiff1d(wanted, row_ids), np.setdiff1d(row_ids, wanted)
+    if not np.array_equal(row_ids[order], np.sort(expected_ids)):
+        missing, extra = np.setdiff1d(expected_ids, row_ids), np.setdiff1d(row_ids, expected_ids)
         raise ArtifactError(
-            f"{what}: {len(row_ids):,} scores for {len(wanted):,} rows; {len(missing):,} rows have none"
+            f"{source}: {len(row_ids):,} scores for {len(expected_ids):,} rows; {len(missing):,} rows have none"
             f"{f' (the first: row {missing[0]})' if len(missing) else ''}, {len(extra):,} scores belong to no row. "
             "The shards and the stage come from different data: redo the stage"
         )
-    aligned = np.asarray(scores, dtype=np.float64)[order[np.searchsorted(row_ids[order], wanted)]]
+    aligned = np.asarray(scores, dtype=np.float64)[order[np.searchsorted(row_ids[order], expected_ids)]]
     broken = np.flatnonzero(~np.isfinite(aligned))
     if len(broken):
         raise ArtifactError(
-            f"{what}: {len(broken):,} scores are not finite, the first for row {wanted[broken[0]]}; the weights or "
-            "the precision are at fault: try llm.dtype: float32, or train again with a lower learning rate"
+            f"{source}: {len(broken):,} scores are not finite, the first for row {expected_ids[broken[0]]}; "
+            "set llm.dtype to float32, or train again with a lower learning rate"
         )
     return aligned
 

@@ -72,7 +72,7 @@ def test_a_table_of_vectors_is_read_and_only_biases_and_gain_are_learned(tmp_pat
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("svd", "none of mf, lightgcn, sasrec, din, table, none, nor an import path"),
+        ("svd", "neither one of mf, lightgcn, sasrec, din, table, none nor an import path"),
         ("no.such.module:Model", r"cannot be imported.*PYTHONPATH"),
         ("tests.examples.own_cf_model:Nothing", "cannot be imported"),
         ("collections:OrderedDict", r"not a subclass of collm_dist\.cf\.models\.TrainableCfModel"),
@@ -103,16 +103,19 @@ MISTAKES = {
     "text": ({"id": IDS, "vector": ["x", "y"]}, r", row 0, field 'vector': .* string; make it a list of numbers"),
     "list of texts": ({"id": IDS, "vector": [["x"], ["y"]]}, r", row 0, field 'vector': .* make it a list of numbers"),
     "matrices": ({"id": IDS, "vector": [[[1.0]], [[2.0]]]}, r", row 0, field 'vector': .* make it a list of numbers"),
-    "empty first": ({"id": IDS, "vector": [[], [1.0]]}, r", row 0, field 'vector': it holds no numbers; leave out ids"),
+    "empty first": ({"id": IDS, "vector": [[], [1.0]]}, r", row 0, field 'vector': it is empty; leave out ids"),
     "length": ({"id": IDS, "vector": [[1.0, 2.0], [3.0, 4.0, 5.0]]}, r", row 1, field 'vector': 3 numbers, not 2; all"),
-    "null": ({"id": IDS, "vector": [[1.0, 2.0], None]}, r", row 1, field 'vector': 0 numbers, not 2; all vectors .*no"),
+    "null": (
+        {"id": IDS, "vector": [[1.0, 2.0], None]},
+        r", row 1, field 'vector': 0 numbers, not 2; all vectors .*same length",
+    ),
     "nan": (
         {"id": IDS, "vector": [[1.0], [float("nan")]]},
         r", row 1, field 'vector': not finite .*; correct it or le",
     ),
     "too large": ({"id": IDS, "vector": [[1.0], [1e300]]}, r", row 1, field 'vector': not finite in float32; correct"),
     "twice": ({"id": ["a", "x", "a"], "vector": [[1.0]] * 3}, r", row 2, field 'id': 'a' occurs twice; keep one row"),
-    "no id": ({"id": ["a", None], "vector": [[1.0]] * 2}, r", row 1, field 'id': it is empty; name it or leave the r"),
+    "no id": ({"id": ["a", None], "vector": [[1.0]] * 2}, r", row 1, field 'id': it is empty; set it or leave the r"),
     "no rows": ({"id": pa.array([], pa.string()), "vector": pa.array([], pa.list_(pa.float32()))}, " has no rows; it "),
 }
 
@@ -144,12 +147,12 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
         with pytest.raises(DataError, match="is missing; it should be a Parquet file"):
             read_vectors(wrong, IDS, 1)
     path.write_text("no parquet")
-    with pytest.raises(DataError, match=r"v\.parquet is no Parquet file, or a damaged one .* write it again"):
+    with pytest.raises(DataError, match=r"v\.parquet is damaged or not a Parquet file .* write it again"):
         read_width(path)
     write_vectors(path, IDS, [[1.0], [2.0]])
     content = path.read_bytes()
     path.write_bytes(content[:4] + b"\xff" * 30 + content[34:])
-    with pytest.raises(DataError, match=r"(?s)v\.parquet is no Parquet file, or a damaged one .* write it again"):
+    with pytest.raises(DataError, match=r"(?s)v\.parquet is damaged or not a Parquet file .* write it again"):
         read_vectors(path, IDS, 1)
 
 

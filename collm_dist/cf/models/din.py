@@ -19,11 +19,11 @@ from collm_dist.cf.models.interface import TrainableCfModel
 
 
 class Din(TrainableCfModel):
-    """logit(like) = global bias + user bias + item bias + network(interest, item, interest * item).
+    """logit(like) = global bias + user bias + item bias + MLP(interest, item, interest * item).
 
-    The interest is the user's vector: the sum of the history's item vectors, each weighted by a network of it and the
-    target (equation 3 of the paper; the weights are not normalised, so a long and strong interest stays visible). It
-    depends on the target, and is zero without a history.
+    The interest is the user vector: the sum of the history's item vectors, each weighted by an MLP of it and the
+    target (equation 3 of the paper; the weights are not normalized, so the sum keeps the strength of the interest). It
+    depends on the target and is zero without history.
     """
 
     depends_on_target: ClassVar[bool] = True
@@ -40,20 +40,20 @@ class Din(TrainableCfModel):
         dropout: float,
         seed: int = 0,
     ) -> None:
-        """Make the layers.
+        """Build the layers.
 
         Args:
             num_users, num_items, embedding_dim, history_length: see the base class.
-            attention_sizes: widths of the layers of the network that weighs the history's items; one at least.
-            hidden_sizes: widths of the layers of the final network; none = the inner product with the interest.
-            dropout: of the final network's layers.
+            attention_sizes: hidden widths of the attention MLP, at least one.
+            hidden_sizes: hidden widths of the final MLP; empty = a linear layer.
+            dropout: of the hidden layers of the final MLP.
             seed: of the layers' initial weights.
         """
         super().__init__(num_users, num_items, embedding_dim=embedding_dim, history_length=history_length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # The first layer reads (item, target, item - target, item * target). It is linear, so what it makes of an
-            # item and of a target is computed once each, and only the products for every pair.
+            # The first layer reads (item, target, item - target, item * target). It is linear, so its item and target
+            # terms are computed once per item and target, and only the product term per pair.
             self.item_part = nn.Linear(embedding_dim, attention_sizes[0])
             self.target_part = nn.Linear(embedding_dim, attention_sizes[0], bias=False)
             self.product_part = nn.Linear(embedding_dim, attention_sizes[0], bias=False)
@@ -63,19 +63,19 @@ class Din(TrainableCfModel):
         self.dropouts = nn.ModuleList(KeyedDropout(dropout, site, size) for site, size in enumerate(hidden_sizes))
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
-        """Return (B, E), the interest that each target meets."""
+        """Return the (B, E) interests, one per target."""
         return self._attend(batch, self.items(batch.item_idx)[:, :-1])
 
     def _attend(self, batch: CfBatch, targets_BE: Tensor) -> Tensor:
         contexts, columns = (batch.history >= 0).nonzero(as_tuple=True)
-        items = self.items(batch.history[contexts, columns])[:, :-1]  # of all contexts, end to end
+        items = self.items(batch.history[contexts, columns])[:, :-1]  # of all contexts, concatenated
         counts = torch.bincount(contexts, minlength=len(batch.history))
         starts = counts.cumsum(0) - counts
         target_counts = counts[batch.target_contexts]
         targets = torch.arange(len(targets_BE), device=counts.device).repeat_interleave(target_counts)
         firsts = starts[batch.target_contexts] - (target_counts.cumsum(0) - target_counts)
         pairs = torch.arange(len(targets), device=counts.device) + firsts[targets]
-        # Looked up as embeddings, whose gradient is summed much faster than that of an index.
+        # embedding() instead of indexing: its backward pass is much faster.
         items_PE = functional.embedding(pairs, items)
         states = functional.embedding(pairs, self.item_part(items))
         states = states + functional.embedding(targets, self.target_part(targets_BE))
@@ -85,7 +85,7 @@ class Din(TrainableCfModel):
         return torch.zeros_like(targets_BE).index_add(0, targets, items_PE * states)
 
     def match(self, users: Tensor, batch: CfBatch, items: Tensor) -> Tensor:
-        """Return the (B,) output of the final network."""
+        """Return the (B,) outputs of the final MLP."""
         keys = None if batch.keys is None else (batch.keys[batch.target_contexts] + 7919 * batch.item_idx).abs()
         states = torch.cat([users, items, users * items], dim=1)
         *hidden, last = self.network

@@ -1,4 +1,4 @@
-"""Id tokens: a learned row for each user and item that nothing but stage 2 trains (the paper's UI-token ablation)."""
+"""Id tokens: a row for each user and item that only stage 2 trains (the paper's UI-token ablation)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collm_dist.cf.models.interface import TrainableCfModel
 
 
 class IdTokens(TrainableCfModel):
-    """Tables alone, of the width of a collaborative model's. Unknown users and items are zero, whatever the history."""
+    """Plain tables without training. Unknown users and items are zero, whatever the history."""
 
     trains_on_history: ClassVar[bool] = False
 
     def __init__(self, num_users: int, num_items: int, *, embedding_dim: int, history_length: int) -> None:
-        """Make the tables; see the base class."""
+        """Build the tables; see the base class."""
         super().__init__(
             num_users, num_items, embedding_dim=embedding_dim, history_length=history_length, user_dim=embedding_dim
         )
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
-        """Return (C, E), the table's rows."""
+        """Return the (C, E) rows of the table."""
         rows: Tensor = self.users(batch.user_idx)
         return rows[:, :-1]

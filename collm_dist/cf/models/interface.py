@@ -1,4 +1,4 @@
-"""What every collaborative-filtering model offers, whatever is inside.
+"""Interface and base class of the CF models.
 
 Shapes: B pairs (targets), C contexts, M items, H history items (right-aligned, -1 = padding), E width of the model's
 own vectors, E + 1 that of the exported ones.
@@ -20,17 +20,17 @@ from collm_dist.data.samples.statistics import PAIR_FEATURES
 
 @runtime_checkable
 class CfModel(Protocol):
-    """A module that scores pairs and hands vectors to the language model.
+    """A module that scores pairs and provides vectors for the slots of the language model.
 
-    Index -1, an index beyond the tables, and a user or item without training rows are unknown. An unknown user's
-    vector comes from the history, an unknown item's is learned as such. No score comes from random numbers.
+    Index -1, indices beyond the tables, and users and items without training rows are unknown. An unknown user's
+    vector comes from the history; the unknown item has a learned vector. No score depends on random numbers.
     """
 
     embedding_dim: int
     depends_on_target: bool
 
     def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
-        """(B,), (B, H), (B,) -> (B, embedding_dim). Target is read only where ``depends_on_target``."""
+        """(B,), (B, H), (B,) -> (B, embedding_dim). Target is read only if ``depends_on_target``."""
         ...
 
     def item_vectors(self, item_idx: Tensor) -> Tensor:
@@ -43,22 +43,23 @@ class CfModel(Protocol):
 
 
 class TrainableCfModel(ABC, nn.Module):
-    """What the models share: tables, biases, export. A model of one's own says how a user's vector is made.
+    """Base class of all models: tables, biases, export. A subclass defines ``compute_user_vectors``.
 
-    logit(like) = global bias + user bias + item bias + match(user vector, item vector); the match is the inner
-    product unless a model says otherwise.
+    logit(like) = global bias + user bias + item bias + match(user vector, item vector). The match is the inner product
+    unless a subclass overrides it.
 
-    **Exported vectors** (``user_vectors``, ``item_vectors``) have E + 1 numbers: the vector, rotated where folds are
-    aligned to each other, and the bias. They are relative to an unknown user without history and to the unknown item,
-    so zero means "nothing is known", and unit-scaled: multiplied by one factor for users and one for items, such that
-    the root mean square of the norms is 1. Directions and relative lengths stay, and the language model's mapping
-    sees inputs of one size whatever model and width made them. ``score`` uses the vectors as they were trained.
+    **Exported vectors** (``user_vectors``, ``item_vectors``) have E + 1 numbers: the vector, rotated to align folds,
+    and the bias. They are relative to an unknown user without history and to the unknown item, so zero means "nothing
+    is known". They are unit-scaled: multiplied by one factor for users and one for items that makes the root mean
+    square of the norms 1. This keeps directions and relative lengths, and gives the mapping inputs of the same size
+    for every model and width. ``score`` uses the vectors as trained.
 
     Attributes:
-        history_length: liked items that the model reads in training.
-        trains_on_history: whether training reads histories at all; a model that reads them only for unknown users
-            is spared the work.
-        supports_tuning: whether stage 2 can go on training it (``stage2.train_cf``).
+        depends_on_target: whether user vectors depend on the target item.
+        history_length: maximum number of liked items that the model reads.
+        trains_on_history: whether training reads histories; False saves gathering them for models that read them
+            only for unknown users.
+        supports_tuning: whether stage 2 can train the model (``stage2.train_cf``).
     """
 
     depends_on_target: ClassVar[bool] = False
@@ -79,47 +80,47 @@ class TrainableCfModel(ABC, nn.Module):
         item_dim: int | None = None,
         sparse: bool = True,
     ) -> None:
-        """Make the tables, all zero; ``init_weights`` fills them.
+        """Build the tables with zeros; ``init_weights`` fills them.
 
         Args:
             num_users: U, users that this process owns.
             num_items: I.
             embedding_dim: E.
             history_length: see the class.
-            user_dim, item_dim: width of a learned vector: E (the default for items), or 0 where only the bias is.
-            sparse: whether a step touches only the rows of its batch.
+            user_dim, item_dim: width of the learned vectors: E (the default for items), or 0 for biases only.
+            sparse: whether a step updates only the rows of its batch.
         """
         super().__init__()
         self.dim, self.embedding_dim, self.history_length = embedding_dim, embedding_dim + 1, history_length
         self.users = UserTable(num_users, user_dim, sparse=sparse)
         self.items = ItemTable(num_items, embedding_dim if item_dim is None else item_dim, sparse=sparse)
         self.wide: nn.Linear | None = None
-        self.global_bias = nn.Parameter(torch.zeros(1))  # not (): DeepSpeed cannot broadcast a parameter without axes
+        self.global_bias = nn.Parameter(torch.zeros(1))  # not (): DeepSpeed cannot broadcast 0-dim parameters
         self.register_buffer("user_scale", torch.ones(()))
         self.register_buffer("item_scale", torch.ones(()))
         self.register_buffer("rotation", torch.eye(embedding_dim))
 
     def add_wide(self) -> None:
-        """Let scores read what was counted of user and item before each row (``cf.feedback: all``), linearly.
+        """Add a linear term in the as-of counts of user and item to the scores (``cf.feedback: all``).
 
-        It is no part of the exported vectors: the pair slot carries the same statistics.
+        Exported vectors do not include it: the pair slot carries the same statistics.
         """
         self.wide = nn.Linear(len(PAIR_FEATURES), 1, bias=False)
         nn.init.zeros_(self.wide.weight)
 
-    def weigh_features(self, batch: CfBatch) -> Tensor | float:
-        """Return what the statistics add to the (B,) logits."""
+    def feature_logits(self, batch: CfBatch) -> Tensor | float:
+        """Return the statistics' contribution to the (B,) logits."""
         if self.wide is None or batch.features is None:
             return 0.0
-        added: Tensor = self.wide(batch.features)[:, 0]
-        return added
+        logits: Tensor = self.wide(batch.features)[:, 0]
+        return logits
 
     @abstractmethod
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
-        """Return (C, E) vectors of a batch's contexts; (B, E) of its targets where ``depends_on_target``."""
+        """Return (C, E) vectors of a batch's contexts, or (B, E) of its targets if ``depends_on_target``."""
 
     def match(self, users: Tensor, batch: CfBatch, items: Tensor) -> Tensor:
-        """Return (B,) from the vectors that ``compute_user_vectors`` made and (B, E) item vectors."""
+        """Return (B,) matches of the vectors from ``compute_user_vectors`` and (B, E) item vectors."""
         if not self.depends_on_target:
             users = functional.embedding(batch.target_contexts, users)
         return (users * items).sum(dim=-1)
@@ -129,18 +130,17 @@ class TrainableCfModel(ABC, nn.Module):
         items = self.item_rows(batch.item_idx)
         matched = self.match(self.compute_user_vectors(batch), batch, items[:, :-1])
         biases = self.global_bias + self.user_biases(batch)[batch.target_contexts] + items[:, -1]
-        return biases + matched + self.weigh_features(batch)
+        return biases + matched + self.feature_logits(batch)
 
     def item_rows(self, item_idx: Tensor) -> Tensor:
-        """(...) -> (..., E + 1): vector and bias of each item as scoring reads them."""
+        """(...) -> (..., E + 1): vector and bias of each item, as used in scoring."""
         rows: Tensor = self.items(item_idx)
         return rows
 
     def history_vectors(self, history: Tensor) -> Tensor:
         """(C, H) -> (C, H, E): vectors of the items, zeros at the padding.
 
-        Padding is not looked up: as an index, -1 is the unknown item, whose row would then be moved by every batch
-        that happens to be padded.
+        Padding is not looked up: index -1 is the unknown item, whose row every padded batch would then update.
         """
         is_item = history >= 0
         vectors = self.item_rows(history[is_item])[:, :-1]
@@ -159,8 +159,8 @@ class TrainableCfModel(ABC, nn.Module):
     def user_vectors(self, user_idx: Tensor, history: Tensor, target: Tensor) -> Tensor:
         """(B,), (B, H), (B,) -> (B, E + 1) exported vectors."""
         batch = CfBatch.from_pairs(user_idx, self._cut(history), target)
-        nobody = CfBatch.from_pairs(user_idx.new_full((1,), -1), history.new_empty(1, 0), user_idx.new_full((1,), -1))
-        relative = self._rotate(self.compute_user_vectors(batch) - self.compute_user_vectors(nobody))
+        unknown = CfBatch.from_pairs(user_idx.new_full((1,), -1), history.new_empty(1, 0), user_idx.new_full((1,), -1))
+        relative = self._rotate(self.compute_user_vectors(batch) - self.compute_user_vectors(unknown))
         return torch.cat([relative, self.user_biases(batch)[:, None]], dim=1) * self.user_scale
 
     def item_vectors(self, item_idx: Tensor) -> Tensor:
@@ -171,32 +171,33 @@ class TrainableCfModel(ABC, nn.Module):
     def init_weights(
         self, user_counts: Tensor, item_counts: Tensor, user_numbers: Tensor, *, scale: float, seed: int
     ) -> None:
-        """Draw the weights, the same ones on any number of workers.
+        """Draw the weights; they do not depend on the number of workers.
 
         Args:
             user_counts: (U,) training rows of each owned user.
-            item_counts: (I + 1,) of each item over all workers; the last is how often the unknown item will be met.
+            item_counts: (I + 1,) training rows of each item over all workers; the last entry is the expected number
+                of rows of the unknown item.
             user_numbers: (U,) dense index of each owned user.
             scale: standard deviation of the vectors.
-            seed: of the draw.
+            seed: of the draws.
         """
         self.users.init_weights(user_counts, user_numbers, scale, 2 * seed)
         self.items.init_weights(item_counts, torch.arange(len(item_counts)), scale, 2 * seed + 1)
 
     def penalty(self, batch: CfBatch, weight_decay: float, bias_weight_decay: float) -> Tensor:
-        """Return (): the batch's share of the squares that weight decay keeps small, see ``tables``."""
+        """Return the batch's share of the weight-decay penalty (), see ``embedding_tables``."""
         users, items = batch.user_idx[batch.target_contexts], self.items.resolve(batch.item_idx)
         decays = weight_decay, bias_weight_decay
         return self.users.penalty(users, *decays) + self.items.penalty(items, *decays)
 
     def prepare(self, train: Rows) -> None:
-        """Take what is needed of a worker's training rows; all workers call it together. Nothing by default."""
+        """Precompute from a worker's training rows; all workers call this together. Does nothing by default."""
 
     def refresh(self) -> None:
-        """Bring up to date what scoring reads beside the weights; all workers call it together. Nothing by default."""
+        """Update cached tensors that scoring reads; all workers call this together. Does nothing by default."""
 
     def _rotate(self, vectors: Tensor) -> Tensor:
-        """(R, E) -> (R, E), in the precision of the rotation: in stage 2 the tables may be in bfloat16."""
+        """(R, E) -> (R, E), in the dtype of the rotation: in stage 2 the tables may be in bfloat16."""
         return vectors.to(self.rotation.dtype) @ self.rotation
 
     def _cut(self, history: Tensor) -> Tensor:
@@ -204,10 +205,10 @@ class TrainableCfModel(ABC, nn.Module):
 
 
 def list_shared(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that are the same on every worker: all but those of the owned users."""
-    return [(name, one) for name, one in model.named_parameters() if not is_local(name)]
+    """Return the parameters that all workers share: all but the users' rows."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if not is_local(name)]
 
 
 def is_local(name: str) -> bool:
-    """Return whether a tensor of the state has a row for each owned user."""
+    """Return whether a state-dict entry has a row for each owned user."""
     return name.startswith("users.")

@@ -1,7 +1,7 @@
 """LightGCN (He et al., "LightGCN: simplifying and powering graph convolution network", SIGIR 2020), with biases.
 
-A user's rows live on one worker, the items' on all: a layer is an update of the owned users, and one all-reduce of the
-sums that they send to the items.
+User rows live on one worker, item rows on all: a layer is a local update of the owned users and one all-reduce of the
+sums for the items.
 
 Shapes: U users owned, I items, C contexts, B targets, E width of a vector, K layers.
 """
@@ -19,8 +19,8 @@ from collm_dist.cf.models.interface import TrainableCfModel
 from collm_dist.distributed import sum_differentiably, sum_over_workers
 
 
-class _Product(torch.autograd.Function):
-    """A sparse matrix times a dense one, with the transpose at hand for the way back."""
+class _SparseMatmul(torch.autograd.Function):
+    """Sparse-dense matmul whose backward pass uses a precomputed transpose."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, transposed: Tensor, dense: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ class _Product(torch.autograd.Function):
         return None, None, ctx.transposed @ gradients[0].contiguous()
 
 
-def _to_compressed(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _build_csr(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():
-        # PyTorch calls compressed rows a beta; what is used of them, a product, it has had for years.
+        # PyTorch warns that CSR support is in beta; the matmul used here has been stable for years.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False).to_sparse_csr()
 
@@ -42,11 +42,10 @@ def _to_compressed(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int,
 class LightGcn(TrainableCfModel):
     """logit(like) = global bias + user bias + item bias + <user vector, item vector>, vectors smoothed over the graph.
 
-    The graph joins every user with the items of the training rows, liked or not: an edge that stood for a like alone
-    would tell the model the label of the very row that it is trained on. A layer replaces a vector by the sum of its
-    neighbours', divided by the square roots of both ends' numbers of neighbours; the vector that scores is the mean
-    over layers 0..K (equations 7 and 8 of the paper). A user whom training has not met starts from zero and is reached
-    by the items of the history.
+    The graph connects each user with all items of the user's training rows, liked or not: edges for likes only would
+    reveal the label of the row that is trained on. A layer replaces a vector by the sum of its neighbors', divided by
+    the square roots of both ends' degrees; the vector used for scoring is the mean over layers 0..K (equations 7 and 8
+    of the paper). An unknown user starts from zero and receives messages from the items of the history.
     """
 
     trains_on_history: ClassVar[bool] = False
@@ -57,14 +56,14 @@ class LightGcn(TrainableCfModel):
     def __init__(
         self, num_users: int, num_items: int, *, embedding_dim: int, history_length: int, num_layers: int
     ) -> None:
-        """Make the tables; num_layers is K, the rest see the base class."""
+        """Build the tables; ``num_layers`` is K, for the others see the base class."""
         super().__init__(
             num_users,
             num_items,
             embedding_dim=embedding_dim,
             history_length=history_length,
             user_dim=embedding_dim,
-            sparse=False,  # every row takes part in every step, by way of the graph
+            sparse=False,  # through the graph, every row takes part in every step
         )
         self.num_layers = num_layers
         self.users.register_buffer("smoothed", torch.zeros(num_users, embedding_dim))
@@ -72,44 +71,44 @@ class LightGcn(TrainableCfModel):
         self.register_buffer("folding_items", torch.zeros(num_items + 1, embedding_dim))
 
     def prepare(self, train: Rows) -> None:
-        """Build the graph of the owned users' distinct pairs."""
+        """Build the graph of the owned users' distinct (user, item) pairs."""
         shape = (len(self.users.known), len(self.items.known))
         pairs = torch.unique(train.row_users.long() * shape[1] + self.items.resolve(train.item_idx.long()))
         users, items = pairs // shape[1], pairs % shape[1]
         user_degrees = torch.bincount(users, minlength=shape[0]).float()
         self.item_degrees = sum_over_workers(torch.bincount(items, minlength=shape[1]).float())
         values = (user_degrees[users] * self.item_degrees[items]).rsqrt()
-        self.graph = _to_compressed(users, items, values, shape)
-        self.transposed = _to_compressed(items, users, values, shape[::-1])
+        self.graph = _build_csr(users, items, values, shape)
+        self.transposed = _build_csr(items, users, values, shape[::-1])
 
     def propagate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (U, E) and (I + 1, E) smoothed vectors, and (I + 1, E) sums of the items' layers below the last."""
+        """Return (U, E) and (I + 1, E) smoothed vectors, and (I + 1, E) sums of the item layers below the last."""
         users, items = self.users.weight[:, :-1], self.items.weight[:, :-1]
         user_sum, item_sum, below = users, items, torch.zeros_like(items)
         for _ in range(self.num_layers):
             below = below + items
             users, items = (
-                _Product.apply(self.graph, self.transposed, items),  # type: ignore[no-untyped-call]
-                sum_differentiably(_Product.apply(self.transposed, self.graph, users)),  # type: ignore[no-untyped-call]
+                _SparseMatmul.apply(self.graph, self.transposed, items),  # type: ignore[no-untyped-call]
+                sum_differentiably(_SparseMatmul.apply(self.transposed, self.graph, users)),  # type: ignore[no-untyped-call]
             )
             user_sum, item_sum = user_sum + users, item_sum + items
         count = self.num_layers + 1
         return user_sum / count, item_sum / count, below / count
 
     def forward(self, batch: CfBatch) -> Tensor:
-        """Return the (B,) logits of a batch's targets; in training the whole graph is propagated for each batch."""
+        """Return the (B,) logits of a batch's targets; training propagates the whole graph for each batch."""
         if not self.training:
             return super().forward(batch)
         users, items, _ = self.propagate()
         rows = self.items.resolve(batch.item_idx)
         matched = self.match(users[batch.user_idx], batch, items[rows])
         biases = self.user_biases(batch)[batch.target_contexts] + self.items(batch.item_idx)[:, -1]
-        logits: Tensor = self.global_bias + biases + matched + self.weigh_features(batch)
+        logits: Tensor = self.global_bias + biases + matched + self.feature_logits(batch)
         return logits
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Propagate once for all the scoring that follows."""
+        """Propagate once and cache the result for scoring."""
         users, items, below = self.propagate()
         self.users.get_buffer("smoothed").copy_(users)
         self.smoothed_items.copy_(items)
@@ -121,7 +120,7 @@ class LightGcn(TrainableCfModel):
         return torch.cat([self.smoothed_items[rows], self.items(item_idx)[..., -1:]], dim=-1)
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
-        """Return (C, E): smoothed rows, or what the history's items send to a user who starts from zero."""
+        """Return (C, E): smoothed rows, or the messages of the history's items for unknown users."""
         known = self.users.is_known(batch.user_idx)
         is_item = batch.history >= 0
         sent = self.folding_items[self.items.resolve(batch.history)] * is_item[..., None]

@@ -1,4 +1,4 @@
-"""Which class a model's name stands for, and what it is built with."""
+"""Model classes by name or import path, and their constructor arguments."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ MODEL_CLASSES: dict[str, type[TrainableCfModel]] = {
     "none": IdTokens,
 }
 
-# What every class is built with, whatever the arguments.
-_GIVEN = ("num_users", "num_items", "embedding_dim", "history_length")
+# Constructor parameters of every class; the remaining ones come from ``cf.arguments``.
+_COMMON_ARGUMENTS = ("num_users", "num_items", "embedding_dim", "history_length")
 
 
 def get_model_class(name: str) -> type[TrainableCfModel]:
     """Return the class of a name or of an import path, ``package.module:Class``.
 
     Raises:
-        ConfigError: there is none, or it is no ``TrainableCfModel``.
+        ConfigError: the class does not exist or is not a subclass of ``TrainableCfModel``.
     """
     if name in MODEL_CLASSES:
         return MODEL_CLASSES[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"cf.model: '{name}' is none of {', '.join(MODEL_CLASSES)}, nor an import path, package.module:Class"
+            f"cf.model: '{name}' is neither one of {', '.join(MODEL_CLASSES)} nor an import path, package.module:Class"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        model_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cf.model: '{name}' cannot be imported ({error}); is its folder on PYTHONPATH?") from error
-    if not (isinstance(found, type) and issubclass(found, TrainableCfModel)):
+    if not (isinstance(model_class, type) and issubclass(model_class, TrainableCfModel)):
         raise ConfigError(f"cf.model: '{name}' is not a subclass of collm_dist.cf.models.TrainableCfModel")
-    return found
+    return model_class
 
 
 def check_tuning(name: str) -> None:
-    """Refuse a model that stage 2 cannot go on training.
+    """Check that stage 2 can train a model.
 
     Raises:
-        ConfigError: its class says so; see also ``get_model_class``.
+        ConfigError: the class sets ``supports_tuning`` to False; see also ``get_model_class``.
     """
     if not get_model_class(name).supports_tuning:
-        raise ConfigError(f"stage2.train_cf: cf.model '{name}' says that stage 2 cannot train it (supports_tuning); "
-                          "set stage2.train_cf to false")  # fmt: skip
+        raise ConfigError(f"stage2.train_cf: stage 2 cannot train cf.model '{name}' (its class sets supports_tuning to "
+                          "False); set stage2.train_cf to false")  # fmt: skip
 
 
 def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str, Any]:
-    """Return what a model's class is built with beside the numbers of users and items: plain JSON values."""
+    """Return the constructor arguments of a model except the numbers of users and items: plain JSON values."""
     common = {
         "embedding_dim": cf.embedding_dim,
         "history_length": cf.history_length or max_history_length,
     }
-    own: dict[str, dict[str, Any]] = {
+    by_model: dict[str, dict[str, Any]] = {
         "mf": {"prior_precision": cf.weight_decay},
         "lightgcn": {"num_layers": cf.num_layers},
         "sasrec": {"num_layers": cf.num_layers, "num_heads": cf.num_heads, "dropout": cf.dropout, "seed": seed},
@@ -81,18 +81,18 @@ def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str
         "table": {},
         "none": {},
     }
-    return common | own.get(cf.model, dict(cf.arguments))
+    return common | by_model.get(cf.model, dict(cf.arguments))
 
 
 def check_arguments(cf: CfConfig) -> None:
-    """Refuse arguments that the model's class does not take, or lacks.
+    """Check ``cf.arguments`` against the constructor of the model's class.
 
     Raises:
-        ConfigError: the message says what the class takes; see also ``get_model_class``.
+        ConfigError: an argument is unknown or missing; see also ``get_model_class``.
     """
     signature = inspect.signature(get_model_class(cf.model))
     try:
         signature.bind(0, 0, **list_arguments(cf, 1, 0))
     except TypeError as error:
-        names = [name for name in signature.parameters if name not in _GIVEN]
-        raise ConfigError(f"cf.arguments: {error}; '{cf.model}' takes {', '.join(names) or 'none'}") from error
+        names = [name for name in signature.parameters if name not in _COMMON_ARGUMENTS]
+        raise ConfigError(f"cf.arguments: {error}; '{cf.model}' takes {', '.join(names) or 'no arguments'}") from error

@@ -13,12 +13,12 @@ from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.keyed_dropout import KeyedDropout
 from collm_dist.cf.models.interface import TrainableCfModel
 
-# Contexts are computed in groups of at most this share of the longest history, since padding costs as much as items.
+# Contexts are grouped by length, each group up to this share of the longest history: padding costs as much as items.
 _LENGTH_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 class _Block(nn.Module):
-    """One layer: causal self-attention, then a position-wise network, each with its residual."""
+    """One layer: causal self-attention, then a position-wise MLP, each with a residual connection."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, site: int, width: int) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class _Block(nn.Module):
         self.outer_dropout = KeyedDropout(dropout, site + 1, width)
 
     def forward(self, states_CHE: Tensor, mask_CHH: Tensor, keys: Tensor | None, *, last_only: bool) -> Tensor:
-        """(C, H, E) -> the same, or (C, 1, E), the last position alone."""
-        wanted = slice(-1, None) if last_only else slice(None)
-        normed = self.attention_norm(states_CHE[:, wanted])
+        """(C, H, E) -> (C, H, E), or (C, 1, E) with ``last_only``."""
+        positions = slice(-1, None) if last_only else slice(None)
+        normed = self.attention_norm(states_CHE[:, positions])
         attended = functional.scaled_dot_product_attention(
             self._split(self.query(normed)),
             self._split(self.key(states_CHE)),
             self._split(self.value(states_CHE)),
-            attn_mask=mask_CHH[:, None, wanted],
+            attn_mask=mask_CHH[:, None, positions],
         )
         states = self.network_norm(normed + attended.transpose(1, 2).flatten(2))
         inner = self.inner_dropout(torch.relu(self.inner(states)), keys, from_end=True)
@@ -51,9 +51,9 @@ class _Block(nn.Module):
 class SasRec(TrainableCfModel):
     """logit(like) = global bias + user bias + item bias + <state after the history, item vector>.
 
-    Positions are counted from the end of the history, so a shorter one is a part of a longer one. The last layer is
-    computed at the last position only, which is all that is read. A user without history has a learned vector. The
-    authors trained on the next item against a sampled one; CoLLM, and we, on the labels.
+    Positions are counted from the end of the history, so cutting a history does not shift them. The last layer is
+    computed at the last position only, the only one that is read. A user without history has a learned vector. The
+    authors train on the next item against a sampled one; CoLLM and this class train on the labels.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class SasRec(TrainableCfModel):
         dropout: float,
         seed: int = 0,
     ) -> None:
-        """Make the layers; num_layers and num_heads of attention, dropout of the networks and embeddings.
+        """Build the layers.
 
         Args:
             num_users, num_items, embedding_dim, history_length: see the base class.
-            num_layers, num_heads: of attention; heads divide E.
-            dropout: of embeddings and of both halves of the networks.
+            num_layers, num_heads: of self-attention; E is divisible by ``num_heads``.
+            dropout: of the embeddings and of both MLP layers.
             seed: of the layers' initial weights.
         """
         super().__init__(num_users, num_items, embedding_dim=embedding_dim, history_length=history_length)
@@ -89,7 +89,7 @@ class SasRec(TrainableCfModel):
         self.embedding_dropout = KeyedDropout(dropout, 0, width)
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
-        """Return (C, E)."""
+        """Return the (C, E) states after the histories."""
         lengths = (batch.history >= 0).sum(dim=1)
         vectors, order, longest = [], [], batch.history.shape[1]
         shortest = 0
@@ -107,13 +107,13 @@ class SasRec(TrainableCfModel):
         return torch.cat(vectors)[positions]
 
     def _encode(self, history_CH: Tensor, keys: Tensor | None) -> Tensor:
-        """(C, H) with an item in each row -> (C, E), the state at the last position."""
+        """(C, H) with at least one item per row -> (C, E), the state at the last position."""
         width = history_CH.shape[1]
         is_item = history_CH >= 0
         embedded = self.history_vectors(history_CH) * self.dim**0.5 + self.positions[len(self.positions) - width :]
         states = self.embedding_dropout(embedded, keys, from_end=True) * is_item[..., None]
         causal = torch.ones(width, width, dtype=torch.bool, device=history_CH.device).tril()
-        # A padded position sees itself, so that no row of the softmax is empty; nobody sees it.
+        # Padding attends to itself, so that no softmax row is empty; items do not attend to padding.
         mask = causal & (is_item[:, None, :] | torch.eye(width, dtype=torch.bool, device=history_CH.device))
         for number, block in enumerate(self.blocks):
             states = block(states, mask, keys, last_only=number == len(self.blocks) - 1)
