@@ -1,4 +1,4 @@
-# The image of all nodes. For GPUs:  docker build -t collm-dist:0.1.0 .
+# The image of all nodes. For GPUs:  docker build -t collm-dist:0.2.0 .
 # For CPUs:  docker build -t collm-dist:cpu --build-arg BASE_IMAGE=python:3.12-slim --build-arg LOCK=cpu \
 #              --build-arg TORCH="torch==2.13.0 --index-url ADDRESS_OF_CPU_BUILDS" .
 # The lock for GPUs brings torch with its CUDA libraries; the base image needs none. What compiles operators, as offloading

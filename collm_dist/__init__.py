@@ -5,6 +5,7 @@ collm_dist.load_recommender("runs/mine").rank(history=["B004", "B017"], candidat
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from collm_dist.serving.requests import RankedItem, RankingRequest
 
 __all__ = ["RankedItem", "RankingRequest", "Recommender", "load_recommender"]
+
+try:
+    __version__ = version("collm-dist")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

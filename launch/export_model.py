@@ -2,41 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from collm_dist.cli import run_command
-from collm_dist.config import Config
-from collm_dist.runs.run_dir import RunDir
-
-EXAMPLES = """examples:
-  python launch/export_model.py --config C --output exported --license apache-2.0 --data-license "internal use"
-
-The folder holds a LoRA adapter for plain peft, the merged model for plain transformers, mapping and collaborative
-models (safetensors), ids, titles and the log, prompts, and a model card. launch/import_model.py makes a run directory
-out of it that gives the same scores. It holds people's events: mind who gets it.
-"""
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
-    for name, what in (("license", "the model"), ("backbone-license", "the backbone"), ("data-license", "the data")):
-        parser.add_argument(f"--{name}", default="not stated", metavar="TEXT", help=f"licence of {what}, for the card")
-
-
-def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.serving.export import export_model
-    from collm_dist.serving.model_card import Licences
-
-    licences = Licences(arguments.license, arguments.backbone_license, arguments.data_license)
-    print(export_model(config, RunDir(Path(config.run.dir)), arguments.output, licences))
-
-
-def main() -> int:
-    """Run the command; returns its exit code."""
-    return run_command("Export a finished run as a folder to hand on.", _run, EXAMPLES, _add_arguments)
-
+from collm_dist.commands.export_model import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,43 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from collm_dist.cli import report_error
-from collm_dist.runs.run_dir import RunDir
-
-DESCRIPTION = """Make a run directory out of what launch/export_model.py wrote. collm_dist.load_recommender and
-launch/score_candidates.py --config R/config.yaml then give the scores of the run that was exported."""
-EPILOG = """example:
-  python launch/import_model.py --input exported --run-dir runs/imported
-
-Every file is compared with its checksum first. exit codes: 0 done, 2 the export is damaged or the folder is there."""
-
-
-def main() -> int:
-    """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the export")
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="R", help="new folder")
-    try:
-        arguments = parser.parse_args()
-    except SystemExit as stop:  # argparse has printed its help or what is wrong
-        return int(stop.code or 0)
-    from collm_dist.serving.export import import_model
-
-    try:
-        print(import_model(arguments.input, RunDir(arguments.run_dir)).path)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_error(error).exit_code
-    return 0
-
+from collm_dist.commands.import_model import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,33 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from collm_dist.cli import run_command
-from collm_dist.config import Config
-from collm_dist.orchestration.pretrain import run_pretrain
-from collm_dist.runs.lock import hold_run_lock
-from collm_dist.runs.run_dir import RunDir
-
-EXAMPLES = """examples:
-  python launch/pretrain_cf.py --config configs/ml100k_demo.yaml
-  python launch/pretrain_cf.py --config configs/ml1m_official.yaml cf.embedding_dim=32 --force cf
-"""
-
-
-def _run(config: Config, arguments: argparse.Namespace) -> None:
-    run_dir = RunDir(Path(config.run.dir))
-    with hold_run_lock(run_dir.path):
-        run_pretrain(config, run_dir, force="cf" in arguments.force)
-
-
-def main() -> int:
-    """Run the command; returns its exit code."""
-    description = "The step 'cf': train the collaborative-filtering model, on Ray Train. Before it: 'data'."
-    return run_command(description, _run, EXAMPLES)
-
+from collm_dist.commands.pretrain_cf import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,58 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
-from collm_dist.cli import end_process, run_command
-from collm_dist.config import Config
-from collm_dist.errors import ConfigError
-from collm_dist.runs.lock import hold_run_lock
-from collm_dist.runs.run_dir import RunDir
-
-DESCRIPTION = "The steps 'stage1' and 'stage2': tune the language model with DeepSpeed. Before them: 'data', 'cf'."
-EXAMPLES = """examples:
-  deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, on all GPUs
-  torchrun --nproc_per_node 2 launch/train.py --config configs/ml1m_official.yaml --stage 2 cluster.zero_stage=3
-"""
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="1: LoRA on text, 2: the mapping; default: both")
-    parser.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="file for cluster.deepspeed_extra")
-
-
-def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.distributed import leave_process_group  # late: --help needs no torch and no DeepSpeed
-    from collm_dist.tuning.run_stage import run_stage
-    from collm_dist.tuning.watchdog import explain_lost_workers
-
-    if arguments.deepspeed_config is not None:
-        try:
-            extra = json.loads(arguments.deepspeed_config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--deepspeed_config {arguments.deepspeed_config}: {error}") from None
-        merged = {**config.cluster.deepspeed_extra, **extra}
-        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
-    run_dir = RunDir(Path(config.run.dir))
-    with hold_run_lock(run_dir.path):
-        for name in [f"stage{arguments.stage}"] if arguments.stage else ["stage1"] * config.stage1.enabled + ["stage2"]:
-            with explain_lost_workers(lambda stage=name: stage):
-                run_stage(config, run_dir, name, force=name in arguments.force)
-    leave_process_group()
-
-
-def main() -> int:
-    """Run the command; returns its exit code."""
-
-    def describe(config: Config, run_dir: RunDir) -> list[str]:
-        from collm_dist.tuning.dry_run import describe_stage_plan
-
-        return describe_stage_plan(config, run_dir)
-
-    return run_command(DESCRIPTION, _run, EXAMPLES, _add_arguments, describe)
-
+from collm_dist.cli import end_process
+from collm_dist.commands.train import main
 
 if __name__ == "__main__":
     end_process(main())

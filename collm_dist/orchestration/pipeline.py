@@ -28,16 +28,17 @@ from collm_dist.runs.status import RunStatus
 from collm_dist.runs.step_processes import StepError, build_command, build_environment, preemptible, run_child
 
 CONFIG_FILE = "config.yaml"
+# Scripts that child processes run: of the installed package, so that no checkout is needed.
+COMMANDS = Path(__file__).parents[1] / "commands"
 # Ray's job supervisor sets this for a job's entry point.
 _RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
-def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -> int:
+def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
     """Run all steps, keep ``status.json``, print it as the last line and return the exit code.
 
     Args:
         config: the experiment.
-        launch_dir: folder of ``train.py`` and ``evaluate_model.py``.
         force: steps to redo; those after the first of them follow.
     """
     run_dir = RunDir(Path(config.run.dir))
@@ -52,7 +53,7 @@ def run_pipeline(config: Config, launch_dir: Path, force: Sequence[Step] = ()) -
             try:
                 with preemptible(), explain_disk_errors(run_dir.path):
                     publisher = build_publisher(config, run_dir)
-                    _run_steps(config, run_dir, launch_dir, force, status, publisher)
+                    _run_steps(config, run_dir, force, status, publisher)
                     decision = _promote(config, run_dir)
                     if publisher is not None:
                         publisher.publish_file(RECORD)
@@ -97,7 +98,6 @@ def _check_run_dir(config: Config) -> None:
 def _run_steps(
     config: Config,
     run_dir: RunDir,
-    launch_dir: Path,
     force: Sequence[Step],
     status: RunStatus,
     publisher: Publisher | None,
@@ -118,7 +118,7 @@ def _run_steps(
                 else:
                     if config.cluster.tuning == "launcher":
                         ray_session.close()  # its memory is wanted
-                    _run_child(_Child(config, run_dir, step, launch_dir, forced), status)
+                    _run_child(_Child(config, run_dir, step, forced), status)
             if publisher is not None:
                 publisher.publish_step(step)
 
@@ -205,7 +205,6 @@ class _Child:
     config: Config
     run_dir: RunDir
     step: Step
-    launch_dir: Path
     force: bool
 
     def run(self) -> None:
@@ -240,7 +239,7 @@ class _Child:
         import torch
 
         processes, gpus = config.cluster.num_processes, torch.cuda.device_count()
-        command = build_command(self.launch_dir / script, arguments, processes, gpus)
+        command = build_command(COMMANDS / script, arguments, processes, gpus)
         run_child(command, build_environment(processes, gpus))
 
 

@@ -100,7 +100,8 @@ def describe_making(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     return (
         f"Kills: {results['kill_points']}, recovered {results['recovered']}, lost {results['lost']}. Seed "
-        f"{results['seed']}; {versions}. The seed determines the moments of the kills; the phase that is hit depends on the machine's speed."
+        f"{results['seed']}; {versions}. The seed determines the moments of the kills; "
+        "the phase that is hit depends on the machine's speed."
     )
 
 

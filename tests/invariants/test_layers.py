@@ -33,6 +33,7 @@ LEVELS = {
     "evaluation": 4,
     "serving": 5,
     "orchestration": 6,
+    "commands": 7,
 }
 # llm takes tensors and a protocol; it knows neither the collaborative models nor the data.
 FORBIDDEN = {"llm": {"cf", "data"}}

@@ -1,0 +1,37 @@
+"""Evaluate a run: ``deepspeed launch/evaluate_model.py --config C``, or plain ``python``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from collm_dist.cli import end_process, run_command
+from collm_dist.config import Config
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
+
+EXAMPLES = """examples:
+  python launch/evaluate_model.py --config configs/ml100k_demo.yaml
+  deepspeed launch/evaluate_model.py --config configs/ml1m_official.yaml evaluation.splits='[test]' --force eval
+"""
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    # Late: --help and mistakes need no DeepSpeed, which takes seconds to import and has things to say.
+    from collm_dist.distributed import leave_process_group
+    from collm_dist.evaluation.report import run_evaluation
+
+    run_dir = RunDir(Path(config.run.dir))
+    with hold_run_lock(run_dir.path):
+        run_evaluation(config, run_dir, force="eval" in arguments.force)
+    leave_process_group()
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    description = "The step 'eval': score every model that the run has, beside baselines, and write the report."
+    return run_command(description, _run, EXAMPLES)
+
+
+if __name__ == "__main__":
+    end_process(main())

@@ -1,0 +1,58 @@
+"""Runs that hold users: ``python launch/forget_users.py --users users.parquet --runs runs/* [--apply]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from collm_dist.cli import report_error
+
+DESCRIPTION = """List the run directories that still hold users who are to be forgotten, and with --apply remove those
+runs whole. A run that is made without these users (dataset.forget) stays; where it had taken stage 1 from one of the
+others, it gets the weights as its own."""
+EXAMPLES = """examples:
+  python launch/forget_users.py --users forget.csv --runs runs/*              which runs hold them
+  python launch/forget_users.py --users forget.csv --runs runs/* --apply      remove these runs
+"""
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from collm_dist.data.ingest.forgetting import load_forgotten
+    from collm_dist.data.shards.interactions import load_user_ids
+    from collm_dist.runs.user_deletion import find_held_users, remove_runs
+
+    held = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_user_ids)
+    for one in held:
+        shown = "unknown: its data step did not end" if one.count is None else f"{one.count:,} users of the list"
+        print(f"{one.path}: {shown}")
+    gone = remove_runs(held) if arguments.apply else []
+    for path in gone:
+        print(f"removed {path}")
+    for one in held:
+        if one.count and one.published_to is not None:
+            print(f"published too, remove it there yourself: {one.path.name} in {one.published_to}")
+    if not arguments.apply and any(one.count for one in held):
+        print("--apply removes the runs that hold users of the list, whole")
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--users", required=True, metavar="URI", help="Parquet or CSV with a column user_id")
+    parser.add_argument("--runs", required=True, nargs="+", type=Path, metavar="R", help="run directories, all of them")
+    parser.add_argument("--apply", action="store_true", help="remove them; without it they are only listed")
+    try:
+        arguments = parser.parse_args()
+    except SystemExit as stop:  # argparse has printed its help or what is wrong
+        return int(stop.code or 0)
+    try:
+        _run(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error).exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

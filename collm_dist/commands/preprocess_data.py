@@ -1,0 +1,53 @@
+"""Raw logs to samples and shards: ``python launch/preprocess_data.py --config C``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from collm_dist.cli import run_command
+from collm_dist.config import Config
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
+
+EXAMPLES = """examples:
+  python launch/preprocess_data.py --config configs/ml100k_demo.yaml
+  python launch/preprocess_data.py --config configs/own_ratings.yaml dataset.path=ratings.csv \\
+      dataset.items_path=items.csv run.dir=runs/mine --preview 3
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preview", type=int, metavar="N", help="show columns, types and N prompts instead of working")
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    run_dir = RunDir(Path(config.run.dir))
+    if arguments.preview is not None:
+        from collm_dist.data.prompts.preview import print_preview
+
+        # Late: only prompts need transformers, which takes seconds to import.
+        def load_tokenizer() -> Any:
+            from collm_dist.llm.backbone import load_tokenizer
+
+            llm = config.llm
+            return load_tokenizer(llm.backbone, llm.revision, trust_remote_code=llm.trust_remote_code)
+
+        print_preview(config, run_dir, arguments.preview, load_tokenizer)
+        return
+    from collm_dist.orchestration.preprocess import run_preprocess
+
+    with hold_run_lock(run_dir.path):
+        run_preprocess(config, run_dir, force="data" in arguments.force)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    description = "The step 'data', the first: turn raw logs into samples, shards and a manifest, on Ray."
+    return run_command(description, _run, EXAMPLES, _add_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

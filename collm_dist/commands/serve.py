@@ -1,0 +1,38 @@
+"""Serve rankings over HTTP: ``python launch/serve.py --config C``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from collm_dist.cli import run_command
+from collm_dist.config import Config
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.serving.service_options import add_option_arguments, read_options
+
+EXAMPLES = """examples:
+  python launch/serve.py --config runs/mine/config.yaml
+  curl -H 'content-type: application/json' -d '{"history": ["B004", "B011"], "top_k": 5}' http://127.0.0.1:8000/rank
+
+exposing it:
+  The service listens at this machine's loopback address. It knows neither passwords nor TLS, and tells whoever reaches
+  it what the users of the log like. With --host 0.0.0.0 everybody in the network reaches it: put a proxy before it that
+  checks who asks, and encrypts. Ray opens ports of its own, at the machine's address; keep them behind a firewall.
+"""
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> None:
+    options = read_options(arguments)
+    from collm_dist.orchestration.service import run_service
+
+    run_service(config, RunDir(Path(config.run.dir)), options)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    return run_command("Serve a finished run over HTTP, on Ray Serve.", _run, EXAMPLES, add_option_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The package as people install it: a wheel, used from an empty folder without a checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import write_items, write_ratings
+
+SUBCOMMANDS = [
+    "run", "preprocess", "pretrain", "train", "evaluate", "rank", "serve", "search", "export", "import", "forget",
+    "assets", "settings",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory, repository):
+    """A folder that holds the wheel's files, and nothing else."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = folder / "source"  # a build in the checkout would leave files there, and find those of earlier builds
+    shutil.copytree(repository / "collm_dist", source / "collm_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, source)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("collm_dist-*.whl")
+    target = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture
+def collm_dist(installed, tmp_path):
+    """Run the installed command in an empty folder."""
+
+    def run(*arguments):
+        # -P: without the folder of the script on the path.
+        command = [sys.executable, "-P", str(installed / "bin" / "collm-dist"), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(installed)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def test_help_lists_the_subcommands_in_the_order_of_the_data(collm_dist):
+    printed = collm_dist("--help").stdout
+    listed = [line.split()[0] for line in printed.splitlines() if line.startswith("  ") and not line.startswith("  -")]
+    assert listed == SUBCOMMANDS
+    assert collm_dist("--version").stdout.startswith("collm-dist 0.")
+    assert "usage: collm-dist train" in collm_dist("train", "--help").stdout
+    refused = collm_dist("trian")
+    assert refused.returncode == 2
+    assert "invalid choice: 'trian'" in refused.stderr
+
+
+def test_it_is_typed_and_ships_prompts_and_recipes(installed):
+    package = installed / "collm_dist"
+    assert (package / "py.typed").exists()
+    assert (package / "data" / "prompts" / "texts" / "question_last" / "stage2.txt").exists()
+    assert (package / "evaluation" / "recipes" / "paper_ml1m_mf.yaml").exists()
+
+
+def test_a_pipeline_runs_from_an_empty_folder(collm_dist, tmp_path, tiny_backbone_dir, repository):
+    write_ratings(tmp_path / "ratings.csv")
+    write_items(tmp_path / "items.csv")
+    settings = yaml.safe_load((repository / "configs" / "tiny_cpu.yaml").read_text(encoding="utf-8"))
+    settings["dataset"] |= {"path": "ratings.csv", "items_path": "items.csv"}
+    settings["llm"]["backbone"] = str(tiny_backbone_dir)
+    settings["prompt"] = {"history_length": 3, "max_title_tokens": 12, "stage2": "configs/prompts/stage2_pair.txt"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    planned = collm_dist("run", "--config", "own.yaml", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    done = collm_dist("run", "--config", "own.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "tiny" / "eval" / "report.md").exists()
