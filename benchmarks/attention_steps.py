@@ -1,9 +1,9 @@
-"""How much does a training step gain where attention compares sequences, in the place of blocks of rows? On a GPU.
+"""How much faster is a training step on a GPU when attention runs over sequences instead of blocks of rows?
 
     python -m benchmarks.attention_steps --run-dir RUN [--phases stage1 stage2] [--overrides key=value ...]
 
-RUN is a run of the configuration whose data and CF steps are done. Whole steps of the product, the two ways in turn in
-one process, on the same global batches as benchmarks/throughput.py has. On a CPU both ways are blocks.
+RUN is a run of the config whose data and CF steps are done. Whole training steps, both layouts in turn in one process,
+on global batches sampled as in benchmarks/throughput.py. On a CPU both layouts are blocks.
 Writes attention_steps_<device>.json.
 """
 
@@ -14,32 +14,32 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.machine import describe_hardware, name_device
-from benchmarks.lib.side_process import ROOT
-from benchmarks.lib.tuning_side import build_ours, measure
-from benchmarks.lib.tuning_workload import TRAINING, prepare_run
+from benchmarks.lib.machine import RESULTS, ROOT, TUNING_PACKAGES, describe_run, name_device
+from benchmarks.lib.step_meter import measure
+from benchmarks.lib.tuning_side import build_ours
+from benchmarks.lib.tuning_workload import TRAINING, prepare_run, sample_batches
 from collm_dist.config import Config
-from collm_dist.llm.packed import passes as shared_context
+from collm_dist.llm.packed import passes
 from collm_dist.runs.atomic_files import write_json
 
-WAYS = {"blocks": lambda *_: False, "sequences": shared_context.takes_sequences}
+LAYOUTS = {"blocks": lambda *_: False, "sequences": passes.takes_sequences}
 
 
 def compare(config: Config, phase: str, count: int, rounds: int) -> dict[str, Any]:
-    """Return each way's seconds and memory above the weights, by batch and round, and the ratio of their medians."""
-    work, device, ready = build_ours(config, phase, count)
-    samples: dict[str, list[list[dict[str, float]]]] = {way: [[] for _ in range(count)] for way in WAYS}
+    """Return each layout's seconds and memory above the weights, by batch and round, and the ratio of their medians."""
+    ours = build_ours(config, phase, sample_batches(config, phase, count).blocks)
+    samples: dict[str, list[list[dict[str, float]]]] = {layout: [[] for _ in range(count)] for layout in LAYOUTS}
     for _ in range(rounds):
-        for way, takes_sequences in WAYS.items():
-            shared_context.takes_sequences = takes_sequences
-            work(0)  # warms up
+        for layout, takes_sequences in LAYOUTS.items():
+            passes.takes_sequences = takes_sequences
+            ours.work(0)  # warms up
             for number in range(count):
-                samples[way][number].append(measure(work, number, device))
+                samples[layout][number].append(measure(ours.work, number, ours.device))
     seconds = {
-        way: sum(statistics.median(one["seconds"] for one in of_batch) for of_batch in found)
-        for way, found in samples.items()
+        layout: sum(statistics.median(sample["seconds"] for sample in of_batch) for of_batch in by_batch)
+        for layout, by_batch in samples.items()
     }
-    return {**ready, "samples": samples, "seconds": seconds, "ratio": seconds["blocks"] / seconds["sequences"]}
+    return {**ours.ready, "samples": samples, "seconds": seconds, "ratio": seconds["blocks"] / seconds["sequences"]}
 
 
 def main() -> None:
@@ -49,25 +49,22 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml1m_official.yaml")
     parser.add_argument("--phases", nargs="+", default=["stage1", "stage2"], choices=TRAINING)
     parser.add_argument("--batches", type=int, default=2, help="global batches of each phase")
-    parser.add_argument("--rounds", type=int, default=4, help="through them")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
+    parser.add_argument("--rounds", type=int, default=4, help="times each batch is measured")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--suffix", default="", help="added to the name of the result")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings")
     arguments = parser.parse_args()
     config = prepare_run(arguments.config, None, arguments.run_dir, arguments.overrides)
+    llm = config.llm
     record: dict[str, Any] = {
-        "question": "How much faster is a step with attention over sequences than in blocks?",
-        "config": {
-            "backbone": Path(config.llm.backbone).name,
-            "compile": config.llm.compile,
-            "dtype": config.llm.dtype,
-        },
-        "hardware": describe_hardware(),
+        "question": __doc__.splitlines()[0],
+        "config": {"backbone": Path(llm.backbone).name, "compile": llm.compile, "dtype": llm.dtype},
         "phases": {},
+        **describe_run(*TUNING_PACKAGES),
     }
     for phase in arguments.phases:
-        found = record["phases"][phase] = compare(config, phase, arguments.batches, arguments.rounds)
-        print(f"{phase}: {found['ratio']:.2f} times as fast", flush=True)
+        result = record["phases"][phase] = compare(config, phase, arguments.batches, arguments.rounds)
+        print(f"{phase}: {result['ratio']:.2f} times as fast", flush=True)
         write_json(arguments.output / f"attention_steps_{name_device()}{arguments.suffix}.json", record)
 
 

@@ -12,7 +12,6 @@ and so a large share. Writes checkpoint_cost_<device>.json.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import statistics
 import tempfile
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks.lib.machine import describe_hardware, name_device
-from benchmarks.lib.tuning_workload import choose_blocks, prepare_run
+from benchmarks.lib.machine import RESULTS, TUNING_PACKAGES, describe_run, name_device
+from benchmarks.lib.tuning_workload import prepare_run, sample_batches
 from collm_dist.config import Config
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
@@ -39,7 +38,6 @@ from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
 from collm_dist.tuning.watchdog import Watchdog
 
 NUM_BLOCKS, WARM_UP = 4, 2
-PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 
 
 @contextmanager
@@ -87,7 +85,7 @@ def measure(config: Config, rounds: int) -> dict[str, Any]:
     loaded = stage.build(run_dir, device)
     loop = build_loop(config, run_dir, stage, loaded, {})
     loop.folder.mkdir(parents=True, exist_ok=True)
-    blocks = choose_blocks(config, "stage1", NUM_BLOCKS)
+    blocks = sample_batches(config, "stage1", NUM_BLOCKS).blocks
     work = list(iter_step_batches(iter(blocks), loaded.collator, loop.max_tokens, device))
 
     def step_on(prepared: StepBatch) -> None:
@@ -154,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.run.parent) as name:  # on the disk of runs
         folder = Path(name)
@@ -178,8 +176,7 @@ def main() -> None:
             "zero_stage": config.cluster.zero_stage,
             "threads": torch.get_num_threads(),
         },
-        "hardware": describe_hardware(),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        **describe_run(*TUNING_PACKAGES),
     }
     path = arguments.output / f"checkpoint_cost_{name_device()}.json"
     write_json(path, record)

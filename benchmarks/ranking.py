@@ -13,7 +13,6 @@ it. Writes ranking_<device>.json; cases that are not run keep what is there.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -27,10 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.machine import RESULTS, ROOT, TUNING_PACKAGES, describe_run, name_device
+from benchmarks.lib.padded_model import REFERENCE_ROWS, pad
 from benchmarks.lib.random_backbone import write_random_backbone
-from benchmarks.lib.tuning_comparison import PACKAGES, ROOT
-from benchmarks.lib.tuning_side import REFERENCE_ROWS, pad
 from benchmarks.lib.tuning_workload import prepare_run, spell_rows
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
@@ -192,7 +190,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--users", type=int, help="users of each case, in the place of 1,000 and 20")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both ways")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -209,8 +207,7 @@ def main() -> None:
             "ratio": {one: values["ratio"] for one, values in found.items()},
             "cases": found,
             "config": {"threads": arguments.threads, "plain_rows": REFERENCE_ROWS, "dtype": config.llm.dtype},
-            "hardware": describe_hardware(),
-            "versions": {one: importlib.metadata.version(one) for one in PACKAGES},
+            **describe_run(*TUNING_PACKAGES),
         }
         write_json(path, record)
         print(f"{name}: {found[name]['ratio']}, largest difference {found[name]['largest_difference']:.1e}", flush=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.metadata
 import json
 import os
 import re
@@ -32,8 +31,7 @@ import aiohttp
 import numpy as np
 
 from benchmarks import ranking
-from benchmarks.lib.machine import describe_hardware, name_device
-from benchmarks.lib.tuning_comparison import PACKAGES, ROOT
+from benchmarks.lib.machine import RESULTS, ROOT, TUNING_PACKAGES, describe_run, name_device
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.runs.atomic_files import write_json
 
@@ -202,7 +200,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the cases' runs")
     parser.add_argument("--cases", nargs="+", default=list(LOADS), choices=LOADS)
     parser.add_argument("--seconds", type=float, default=60, help="of the load on each side; 0 only makes the runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the runs")
     arguments = parser.parse_args()
     path = arguments.output / f"serve_{name_device()}.json"
@@ -221,8 +219,7 @@ def main() -> None:
             "cases": cases,
             "config": {"seconds": arguments.seconds, "threads": os.cpu_count(), "history": HISTORY_LENGTH,
                        "malformed_share": MALFORMED_SHARE},
-            "hardware": describe_hardware(),
-            "versions": {one: importlib.metadata.version(one) for one in (*PACKAGES, "ray", "fastapi", "uvicorn")},
+            **describe_run(*TUNING_PACKAGES, "ray", "fastapi", "uvicorn"),
         }  # fmt: skip
         write_json(path, record)
         print(f"{name}: { {one: round(value, 2) for one, value in cases[name]['ratio'].items()} }", flush=True)

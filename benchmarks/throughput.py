@@ -1,121 +1,123 @@
-"""How fast are training, validation and scoring, beside what people use today? One run, the sides in turn.
+"""How much time and memory does a training step take, compared with transformers.Trainer on the same rows?
 
-    python -m benchmarks.throughput --data DIR [--phases stage1 stage2 ...] [--batches 4] [--overrides key=value ...]
+    python -m benchmarks.throughput --data DIR [--phases stage1 stage2] [--peer-rows 4 8 fastest] [--batches 10]
+                                    [--overrides key=value ...]
 
-DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. The peers are those of
-benchmarks/lib/tuning_side.py: transformers.Trainer, and the authors' recipe with logits at all positions or at the last
-one. Ours and a peer work in turn through the same global batches of an epoch in training order, taken so that they
-stand for its mix of contexts; ratios are the peer's seconds over ours, of all batches together. ``flop_ceiling`` is the
-same ratio of operations, with no padding on our side: the most that can be had. Each side runs in a process of its own.
-Writes throughput_<device>.json and .png; phases that are not run keep what is there.
+DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml expects them. The peers are those of
+benchmarks/lib/tuning_side.py: by default transformers.Trainer with several rows per micro-batch, each a side of its
+own; ``fastest`` adds the row count that a trial in a process of its own finds. The batches are a stratified random
+sample of an epoch in training order with the epoch's mean number of contexts a batch, which the result states.
+
+Ours and one peer take turns batch by batch, each in a fresh process that does nothing else. ``speedup`` is the peer's
+seconds over ours, all batches together, with a bootstrap interval over batches. Memory is the peak resident memory (on
+a GPU, allocated memory) above the level at which the weights were loaded, the largest of all batches. ``flop_ratio`` is
+the ratio of operations without any padding on our side. Writes throughput_<device>.json after each comparison.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks.lib.machine import name_device
-from benchmarks.lib.tuning_comparison import PEERS, add_arguments, count_peer, prepare_comparison
-from benchmarks.lib.tuning_workload import measure_matrix_ceiling
+from benchmarks.lib.machine import TUNING_PACKAGES, describe_run, name_device
+from benchmarks.lib.padded_model import REFERENCE_ROWS
+from benchmarks.lib.tuning_comparison import OURS, Comparison, Side, add_arguments, count_peer, prepare_comparison
+from benchmarks.lib.tuning_workload import measure_matmul_rate
+from collm_dist.config import Config
 from collm_dist.llm.backbone import resolve_dtype
 from collm_dist.runs.atomic_files import write_json
 
-
-def summarize(phase: str, work: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Add ratios and rates to a phase's samples."""
-    flops, seconds, by_batch = dict(work["flops"]), {}, {}
-    for peer, samples in result["samples"].items():
-        flops[peer] = count_peer(work, peer, phase, result["ready"][peer]["rows_per_micro_batch"])
-        took = {side: [one["seconds"] for one in found] for side, found in samples.items()}
-        seconds[peer] = {side: sum(values) for side, values in took.items()}
-        by_batch[peer] = [theirs / ours for theirs, ours in zip(took[peer], took["ours"], strict=True)]
-    ratios = {peer: one[peer] / one["ours"] for peer, one in seconds.items()}
-    ceilings = {peer: flops[peer] / flops["ours"] for peer in ratios}
-    best = {"ours": min(one["ours"] for one in seconds.values())} | {peer: one[peer] for peer, one in seconds.items()}
-    return {
-        **result,
-        **{key: work[key] for key in ("rows", "contexts", "prompt_tokens")},
-        "flops": flops,
-        "seconds": seconds,
-        "ratio": ratios,
-        "ratio_by_batch": by_batch,
-        "flop_ceiling": ceilings,
-        "share_of_ceiling": {peer: ratios[peer] / ceilings[peer] for peer in ratios},
-        "samples_per_second": {side: work["rows"] / one for side, one in best.items()},
-        "useful_tokens_per_second": {side: work["prompt_tokens"] / one for side, one in best.items()},
-    }
+PEERS = ("hf_trainer", "reference", "reference_last")
+FASTEST = "fastest"
+# For the estimate: share of a large matmul's rate that all sides reached on a CPU, and seconds to start a process.
+RATE_SHARE, START_SECONDS = 0.6, 30
 
 
-def rate(found: dict[str, Any], ceiling: float) -> None:
-    """Add to all phases what share of a matrix product's operations per second their sides reach."""
-    for one in found.values():
-        rates = one["samples_per_second"].items()
-        one["share_of_matrix_ceiling"] = {
-            side: one["flops"][side] / one["rows"] * rows / ceiling for side, rows in rates
-        }
+def parse_rows(text: str) -> int | str:
+    """Parse a row count or ``fastest``."""
+    return text if text == FASTEST else int(text)
 
 
-def collect(found: dict[str, Any], key: str) -> dict[str, dict[str, float]]:
-    """Return a figure by peer and phase. A cache is compared with the peers' plain stage 2: they have none."""
-    return {
-        f"vs_{peer}": {phase: round(one[key][peer], 3) for phase, one in found.items() if peer in one[key]}
-        for peer in PEERS
-    }
+def list_peers(arguments: argparse.Namespace, config: Config) -> list[Side]:
+    """Return the peers whose rows per micro-batch are given.
+
+    Raises:
+        SystemExit: a row count does not divide the global batch.
+    """
+    rows = [count for count in arguments.peer_rows if count != FASTEST and "hf_trainer" in arguments.peers]
+    sizes = {stage.global_batch_size for stage in (config.stage1, config.stage2)}
+    if any(size % count for size in sizes for count in rows):
+        sys.exit(f"--peer-rows {rows}: each must divide the global batch size {sizes}")
+    trainers = [Side(f"hf_trainer_{count}", "hf_trainer", count) for count in rows]
+    return trainers + [Side(kind, kind, REFERENCE_ROWS) for kind in arguments.peers if kind != "hf_trainer"]
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw the ratios, with the ceilings as marks."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / len(PEERS)
-    for number, peer in enumerate(PEERS):
-        places = [place + number * width for place in range(len(found))]
-        axis.bar(places, [one["ratio"].get(peer, 0) for one in found.values()], width, label=f"against {peer}")
-        axis.scatter(places, [one["flop_ceiling"].get(peer, 0) for one in found.values()], color="k", marker="_", s=200)
-    axis.axhline(1, color="gray", linewidth=0.8)
-    axis.set(xticks=[place + width for place in range(len(found))], ylabel="times as fast (black: operations)")
-    axis.set_xticklabels(list(found))
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+def print_estimate(comparison: Comparison, peers: list[Side]) -> None:
+    """Print how long the comparisons take, from their operations and a matmul's rate."""
+    dtype = resolve_dtype(comparison.config.llm.dtype)
+    rate = RATE_SHARE * measure_matmul_rate(torch.device("cuda" if comparison.on_gpu else "cpu"), dtype)
+    total = 0.0
+    for phase, work in comparison.work.items():
+        flops = {"ours": work["flops"]} | {side.name: count_peer(work, side, phase) for side in peers}
+        seconds = {name: count / rate / comparison.num_batches for name, count in flops.items()}
+        shown = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        print(f"{phase}: a batch of {shown} (estimated)", flush=True)
+        for side in peers:
+            steps = comparison.num_batches * comparison.rounds + 1
+            total += 2 * START_SECONDS + steps * (seconds["ours"] + seconds[side.name])
+    print(f"about {total / 60:.0f} minutes in all (estimated from operations, without a trial)", flush=True)
+
+
+def summarize(phases: dict[str, Any]) -> dict[str, Any]:
+    """Return speedup and memory share by phase and peer, and the fastest peer of each phase."""
+    summary: dict[str, Any] = {}
+    for phase, result in phases.items():
+        pairs = result["comparisons"]
+        keys = ("speedup", "speedup_95", "memory_share")
+        summary[phase] = {name: {key: pair[key] for key in keys} for name, pair in pairs.items()}
+        summary[phase]["fastest_peer"] = min(pairs, key=lambda name: pairs[name]["speedup"])
+    return summary
+
+
+def print_pair(phase: str, peer: Side, pair: dict[str, Any]) -> None:
+    """Print the numbers of a comparison."""
+    low, high = pair["speedup_95"]
+    memory = ", ".join(f"{name} {value:.2f} GiB" for name, value in pair["peak_extra_gib"].items())
+    print(f"{phase}: {pair['speedup']:.2f} [{low:.2f}, {high:.2f}] times as fast as {peer.name}; {memory}", flush=True)
 
 
 def main() -> None:
-    """Measure phase after phase; the result is written after each."""
+    """Compare ours with each peer, phase after phase."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, batches=4)
+    add_arguments(parser)
+    parser.add_argument("--peers", nargs="+", default=["hf_trainer"], choices=PEERS)
+    rows = [FASTEST] if torch.cuda.is_available() else [4, 8]
+    parser.add_argument("--peer-rows", nargs="+", type=parse_rows, default=rows, help="of a micro-batch of hf_trainer")
     arguments = parser.parse_args()
-    device_name = name_device() + arguments.suffix
-    path = arguments.output / f"throughput_{device_name}.json"
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"phases": {}}
-    found: dict[str, Any] = before["phases"]
+    path = arguments.output / f"throughput_{name_device()}{arguments.suffix}.json"
     with prepare_comparison(arguments) as comparison:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        ceiling = measure_matrix_ceiling(device, resolve_dtype(comparison.config.llm.dtype))
-        described = comparison.describe(arguments.threads)
-        if before.get("hardware") == described["hardware"]:  # a noisy machine's best counts
-            ceiling = max(ceiling, before["matrix_ceiling_flops"])
-        for phase in arguments.phases:
-            result = comparison.measure_phase(phase, arguments.peers)
-            found[phase] = summarize(phase, comparison.work[phase], result)
-            rate(found, ceiling)
-            print(f"{phase}: {found[phase]['ratio']} of at most {found[phase]['flop_ceiling']}", flush=True)
-            record = {
-                "question": "How many times faster than today's usual ways, on the same rows?",
-                "ratios": collect(found, "ratio"),
-                "flop_ceiling": collect(found, "flop_ceiling"),
-                "share_of_ceiling": collect(found, "share_of_ceiling"),
-                "matrix_ceiling_flops": ceiling,
-                "phases": found,
-                **described,
-            }
-            write_json(path, record)
-        plot(found, arguments.output / f"throughput_{device_name}.png")
+        given = list_peers(arguments, comparison.config)
+        print_estimate(comparison, given)
+        phases: dict[str, Any] = {}
+        for phase, work in comparison.work.items():
+            facts = {name: value for name, value in work.items() if name not in ("lengths", "shape")}
+            result = phases[phase] = {**facts, "comparisons": {}}
+            peers = list(given)
+            if FASTEST in arguments.peer_rows and "hf_trainer" in arguments.peers:
+                fastest, result["trial_seconds_by_rows"] = comparison.find_fastest_rows(phase)
+                if fastest not in arguments.peer_rows:
+                    peers.append(Side(f"hf_trainer_{fastest}", "hf_trainer", fastest))
+            for peer in peers:
+                pair = comparison.measure_pair(phase, OURS, peer)
+                pair["flop_ratio"] = count_peer(work, peer, phase) / work["flops"]
+                result["comparisons"][peer.name] = pair
+                print_pair(phase, peer, pair)
+                record = {"question": __doc__.splitlines()[0], "summary": summarize(phases)}
+                record |= {"config": comparison.describe(), "phases": phases}
+                write_json(path, record | describe_run(*TUNING_PACKAGES))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python -m benchmarks.tuning_growth --run-dir RUN [--sweeps prompt targets model] [--shapes 7m 20m 40m] [--repeats 2]
 
-RUN is a run of configs/ml1m_official.yaml whose data and CF steps are done. One sweep changes one thing: the films
-shown in a prompt, the number of targets that each context has (32 rows a batch all the same), the backbone's size
-(random weights, ``lib/random_backbone.py``). At each point ours and plain padded rows (logits at the last position
-alone) work in turn through the same global batch, in both stages. Writes tuning_growth_<device>.json, and a plot for
-each sweep.
+RUN is a run of configs/ml1m_official.yaml whose data and CF steps are done. Each sweep changes one thing: the titles
+shown in a prompt, the targets of each context (32 rows a batch throughout), or the size of the backbone (random
+weights, ``lib/random_backbone.py``). At each point our step and a step on padded rows (logits at the last position
+only) take turns on the same global batch, in both stages. Writes tuning_growth_<device>.json and a plot of each sweep.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.lib.growth_plot import plot_growth
-from benchmarks.lib.machine import describe_hardware, name_device
+from benchmarks.lib.machine import RESULTS, ROOT, TUNING_PACKAGES, describe_run, name_device
+from benchmarks.lib.padded_model import ReferenceStep, build_padded_model
 from benchmarks.lib.random_backbone import SHAPES, write_random_backbone
-from benchmarks.lib.tuning_side import Reference, build_ours, measure
-from benchmarks.lib.tuning_workload import choose_blocks, prepare_run, spell_rows
+from benchmarks.lib.step_meter import measure
+from benchmarks.lib.tuning_side import build_ours
+from benchmarks.lib.tuning_workload import prepare_run, sample_batches, spell_rows, take_targets
 from collm_dist.config import Config
 from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.data.shards.manifest import load_manifest
@@ -31,46 +32,47 @@ from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.stage import get_stage
 
-ROOT = Path(__file__).resolve().parent.parent
 HISTORY_LENGTHS = (1, 4, 10, 25)
 TARGETS = (1, 2, 4, 8, 16, 32)
 STAGES = ("stage1", "stage2")
 AXES = {"prompt": "prompt tokens", "targets": "targets of a context", "model": "parameters"}
 
 
-def list_points(sweep: str, shapes: list[str], folder: Path, longest: int) -> list[tuple[str, list[str]]]:
-    """Return a sweep's points: what the phase's name ends with, and settings.
+def list_points(sweep: str, shapes: list[str], folder: Path, max_history: int) -> list[tuple[list[str], int | None]]:
+    """Return a sweep's points: settings, and targets per context (None = as in the data).
 
     Args:
-        sweep, shapes: as asked for.
+        sweep: a key of ``AXES``.
+        shapes: of the backbones.
         folder: of the backbones.
-        longest: history that the shards hold.
+        max_history: longest history in the shards.
     """
     base = f"llm.backbone={folder / shapes[len(shapes) // 2]}"
     if sweep == "prompt":
-        return [("", [base, f"prompt.history_length={count}"]) for count in HISTORY_LENGTHS if count <= longest]
+        lengths = [length for length in HISTORY_LENGTHS if length <= max_history]
+        return [([base, f"prompt.history_length={length}"], None) for length in lengths]
     if sweep == "targets":
-        return [(f"_targets_{count}", [base]) for count in TARGETS]
-    return [("", [f"llm.backbone={folder / shape}"]) for shape in shapes]
+        return [([base], count) for count in TARGETS]
+    return [([f"llm.backbone={folder / shape}"], None) for shape in shapes]
 
 
-def measure_point(config: Config, stage: str, suffix: str, repeats: int) -> dict[str, Any]:
-    """Let both sides work through one batch in turn, after a pass to warm up."""
-    phase = stage + suffix
+def measure_point(config: Config, stage: str, targets: int | None, repeats: int) -> dict[str, Any]:
+    """Let both sides take turns on one batch, after a pass to warm up."""
     loaded = get_stage(config, stage).build(RunDir(Path(config.run.dir)), torch.device("cpu"))  # type: ignore[arg-type]
-    (block,) = choose_blocks(config, phase, 1)
+    blocks = sample_batches(config, stage, 1 if targets is None else 4).blocks
+    block = blocks[0] if targets is None else take_targets(blocks, targets)
     with torch.no_grad():
         batch = spell_rows(loaded, block)
     answers = resolve_answer_ids(loaded.backbone.tokenizer, config.prompt.yes, config.prompt.no)
-    parameters = sum(one.numel() for one in loaded.backbone.model.parameters())
+    parameters = sum(parameter.numel() for parameter in loaded.backbone.model.parameters())
     del loaded
-    ours, device, _ = build_ours(config, phase, 1)
-    plain = Reference(config, {"batches": [batch], "answer_ids": answers}, stage, device, last=True)
+    ours, rows = build_ours(config, stage, [block]), {"batches": [batch], "answer_ids": answers}
+    padded = ReferenceStep(build_padded_model(config, rows, stage, ours.device), rows, ours.device, last=True)
     samples: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
     for _ in range(1 + repeats):
-        for side, work in (("ours", ours), ("plain", plain.work)):
-            samples[side].append(measure(work, 0, device))
-    found: dict[str, Any] = {
+        for side, work in (("ours", ours.work), ("plain", padded.work)):
+            samples[side].append(measure(work, 0, ours.device))
+    point: dict[str, Any] = {
         "rows": len(batch),
         "contexts": block.num_contexts,
         "prompt tokens": sum(len(row["ids"]) for row in batch) / len(batch),
@@ -79,12 +81,12 @@ def measure_point(config: Config, stage: str, suffix: str, repeats: int) -> dict
         "samples": samples,
     }
     for side, taken in samples.items():
-        kept = taken[1:]
-        found[side] = {
-            "samples_per_second": len(batch) / min(one["seconds"] for one in kept),
-            "extra_gib": max(one["extra_bytes"] for one in kept) / 2**30,
+        measured = taken[1:]
+        point[side] = {
+            "samples_per_second": len(batch) / min(sample["seconds"] for sample in measured),
+            "extra_gib": max(sample["extra_bytes"] for sample in measured) / 2**30,
         }
-    return found
+    return point
 
 
 def plot(points: list[dict[str, Any]], sweep: str, path: Path) -> None:
@@ -92,7 +94,7 @@ def plot(points: list[dict[str, Any]], sweep: str, path: Path) -> None:
     labels = {"samples/s": "samples_per_second", "GiB above the weights": "extra_gib"}
     panels = {
         label: {
-            f"{stage}, {side}": [(one[AXES[sweep]], one[side][key]) for one in points if one["stage"] == stage]
+            f"{stage}, {side}": [(point[AXES[sweep]], point[side][key]) for point in points if point["stage"] == stage]
             for stage in STAGES
             for side in ("ours", "plain")
         }
@@ -108,30 +110,28 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml1m_official.yaml")
     parser.add_argument("--sweeps", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--shapes", nargs="+", default=["7m", "20m", "40m"], choices=SHAPES, help="of the backbones")
-    parser.add_argument("--tokenizer", default="smollm2-135m-instruct-q4_1", help="backbone whose tokenizer is taken")
+    parser.add_argument("--tokenizer", default="smollm2-135m-instruct-q4_1", help="backbone that lends its tokenizer")
     parser.add_argument("--repeats", type=int, default=2, help="samples of each side at each point")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both sides")
     arguments = parser.parse_args()
     name = f"tuning_growth_{name_device()}"
-    found: dict[str, Any] = {}
+    sweeps: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for shape in arguments.shapes:
             write_random_backbone(Path(temporary) / shape, shape, arguments.tokenizer, resolve_dtype("auto"))
-        longest = load_manifest(arguments.run_dir / "data").max_history_length
+        max_history = load_manifest(arguments.run_dir / "data").max_history_length
         for sweep in arguments.sweeps:
-            found[sweep] = []
-            for suffix, settings in list_points(sweep, arguments.shapes, Path(temporary), longest):
+            sweeps[sweep] = []
+            for settings, targets in list_points(sweep, arguments.shapes, Path(temporary), max_history):
                 config = prepare_run(arguments.config, None, arguments.run_dir, [*arguments.overrides, *settings])
                 for stage in STAGES:
-                    point = measure_point(config, stage, suffix, arguments.repeats) | {"stage": stage}
-                    found[sweep].append(point)
-                    print(
-                        f"{sweep} {point[AXES[sweep]]:,.0f} {stage}: {point['ours']} plain: {point['plain']}",
-                        flush=True,
-                    )
-            plot(found[sweep], sweep, arguments.output / f"{name}_{sweep}.png")
-            record = {"question": __doc__.splitlines()[0], "sweeps": found, "hardware": describe_hardware()}
+                    point = measure_point(config, stage, targets, arguments.repeats) | {"stage": stage}
+                    sweeps[sweep].append(point)
+                    shown = f"ours {point['ours']}, plain {point['plain']}"
+                    print(f"{sweep} {point[AXES[sweep]]:,.0f} {stage}: {shown}", flush=True)
+            plot(sweeps[sweep], sweep, arguments.output / f"{name}_{sweep}.png")
+            record = {"question": __doc__.splitlines()[0], "sweeps": sweeps, **describe_run(*TUNING_PACKAGES)}
             write_json(arguments.output / f"{name}.json", record)
 
 

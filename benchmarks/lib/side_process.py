@@ -8,14 +8,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.lib.machine import ROOT
 
 
 def build_environment(**settings: str) -> dict[str, str]:
-    """Return the environment of a process that imports from this repository, with settings of its own."""
+    """Return the environment of a process that imports from this repository, with further variables."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", **settings}
 
@@ -24,13 +23,15 @@ class SideProcess:
     """A started side.
 
     Attributes:
-        ready: its first line.
+        ready: its first answer.
     """
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str] | None = None, *, held: bool = False
-    ) -> None:
-        """Start it and wait until it is ready; held, it waits for ``begin`` once it has imported its libraries."""
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start the process and wait until it is ready.
+
+        Raises:
+            SystemExit: the process has ended; the message holds the end of its standard error.
+        """
         self._name = " ".join(command[:6])
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(
@@ -42,18 +43,16 @@ class SideProcess:
             text=True,
             bufsize=1,
         )
-        self.ready: Any = None
-        if not held:
-            self._await_ready()
-
-    def begin(self) -> None:
-        """Let one that was held get ready, and wait for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("begin\n")
-        self._await_ready()
+        while not (line := self._read_line()).startswith("{"):
+            pass  # libraries print while they are imported
+        self.ready: Any = json.loads(line)
 
     def ask(self, request: str) -> Any:
-        """Send a line and return the answer."""
+        """Send a line and return the answer.
+
+        Raises:
+            SystemExit: the process has ended.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(request + "\n")
         return json.loads(self._read_line())
@@ -64,11 +63,6 @@ class SideProcess:
         self._process.stdin.close()
         self._process.wait()
         self._errors.close()
-
-    def _await_ready(self) -> None:
-        while not (line := self._read_line()).startswith("{"):
-            pass  # what libraries print while they are imported
-        self.ready = json.loads(line)
 
     def _read_line(self) -> str:
         assert self._process.stdout is not None

@@ -1,14 +1,15 @@
-"""What benchmarks/throughput.py and memory.py measure: the same rows for all sides, in the order of training.
+"""Workload of the tuning benchmarks: the same rows for all sides, sampled from an epoch in training order.
 
-Prompts are laid out once, by our collator. The peers get each row as a finished list of token ids with the places and
-vectors of its slots, so tokenizing costs them nothing.
+Our collator lays the prompts out once. Peers get each row as a finished list of token ids with the columns and vectors
+of its slots, so tokenizing costs them nothing.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,32 +28,51 @@ from collm_dist.tuning.loaded_stage import LoadedStage
 PHASES = ("stage1", "stage2", "stage2_cached", "validation", "scoring_100")
 TRAINING = ("stage1", "stage2", "stage2_cached")
 VALIDATION_ROWS, NUM_CANDIDATES = 128, 100
+# Largest relative difference between the contexts of a batch in the sample and in the epoch.
+MIX_TOLERANCE = 0.03
+SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class GivenBlocks:
-    """Blocks in the place of a ``GlobalOrder``."""
+    """Blocks that stand in for a ``GlobalOrder``."""
 
     blocks: tuple[ContextBlock, ...]
 
     @property
     def num_rows(self) -> int:
-        """Of all blocks."""
+        """Rows of all blocks."""
         return sum(block.num_targets for block in self.blocks)
 
     def iter_batches(self) -> Iterator[ContextBlock]:
-        """Yield them."""
+        """Yield the blocks."""
         yield from self.blocks
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Global batches of an epoch.
+
+    Attributes:
+        blocks: the sampled batches.
+        contexts_per_batch: their mean number of contexts.
+        epoch_contexts_per_batch: the mean over all full batches of the epoch.
+    """
+
+    blocks: list[ContextBlock]
+    contexts_per_batch: float
+    epoch_contexts_per_batch: float
+
+
 def prepare_run(config_path: Path, data: Path | None, folder: Path, overrides: list[str]) -> Config:
-    """Return the configuration that all sides use, with its data and CF steps done.
+    """Return the config of all sides; its data and CF steps are done afterwards.
 
     Args:
-        config_path: of the configuration.
-        data: folder of the data; None: ``folder`` is a run whose two steps are done, and Ray is not needed.
-        folder: of the run.
-        overrides: settings.
+        config_path: the config file.
+        data: folder with interactions.parquet and items.parquet; None = both steps are done in ``folder``, and Ray is
+            not needed.
+        folder: the run directory.
+        overrides: settings as ``section.key=value``.
     """
     settings = [
         f"run.dir={folder.resolve()}",
@@ -76,42 +96,70 @@ def prepare_run(config_path: Path, data: Path | None, folder: Path, overrides: l
     return config
 
 
-def choose_blocks(config: Config, phase: str, count: int) -> list[ContextBlock]:
-    """Return global batches that stand for a whole epoch.
+def sample_batches(config: Config, phase: str, count: int) -> Sample:
+    """Sample full global batches whose mix of contexts is the epoch's, in random order.
 
-    Ordered by how many contexts their rows have, which decides what sharing saves, and taken at even distances.
-    A phase's name that ends with ``_targets_N`` gives N targets to each context.
+    The number of contexts in a batch decides what sharing saves, so the sample is stratified by it: the epoch's batches
+    are sorted by contexts and cut into ``count`` equal parts, and one batch is drawn from each part.
     """
     data_dir = RunDir(Path(config.run.dir)).step_dir("data")
     manifest = load_manifest(data_dir)
-    phase, _, targets = phase.partition("_targets_")
     if phase in TRAINING:
         rows = config.stage1.global_batch_size if phase == "stage1" else config.stage2.global_batch_size
         order = GlobalOrder(data_dir, manifest, "train", config.run.seed, rows)
     else:
         order = GlobalOrder(data_dir, manifest, "valid", config.run.seed, VALIDATION_ROWS, shuffle=False)
-    whole = [block for block in order.iter_batches() if block.num_targets == order.global_batch_size]
-    blocks = sorted(whole, key=lambda block: block.num_contexts)
-    places = [(2 * number + 1) * len(blocks) // (2 * count) for number in range(count)]
-    if targets:
-        return [_take_targets(blocks[place : place + 4], int(targets)) for place in places]
-    chosen = [blocks[place] for place in places]
-    return [_take_candidates(one, number) for number, one in enumerate(chosen)] if phase == "scoring_100" else chosen
+    full = [block for block in order.iter_batches() if block.num_targets == order.global_batch_size]
+    if len(full) < count:
+        sys.exit(
+            f"{phase}: the split has {len(full)} full batches of {order.global_batch_size} rows, --batches {count}"
+        )
+    chosen, mean = draw_sample([block.num_contexts for block in full], count)
+    blocks = [full[place] for place in chosen]
+    contexts = sum(block.num_contexts for block in blocks) / count
+    if phase == "scoring_100":
+        blocks = [take_candidates(block, number) for number, block in enumerate(blocks)]
+    return Sample(blocks, contexts, mean)
 
 
-def _take_targets(blocks: list[ContextBlock], count: int) -> ContextBlock:
-    """Return as many rows as one of the blocks has, in contexts of ``count`` targets: each one's first, repeated."""
+def draw_sample(contexts: Sequence[int], count: int) -> tuple[list[int], float]:
+    """Draw a stratified random sample of batches.
+
+    Args:
+        contexts: number of contexts of each batch of the epoch.
+        count: size of the sample.
+
+    Returns:
+        The places of the sampled batches, and the epoch's mean number of contexts.
+
+    Raises:
+        SystemExit: no sample of 1,000 has the epoch's mean number of contexts within ``MIX_TOLERANCE``.
+    """
+    random, mean = np.random.default_rng(SAMPLE_SEED), float(np.mean(contexts))
+    strata = np.array_split(np.argsort(contexts, kind="stable"), count)
+    # The mean of whole numbers cannot come closer than half a context over the size of the sample.
+    allowed = max(MIX_TOLERANCE * mean, 0.5 / count)
+    for _ in range(1000):
+        places = [int(random.choice(stratum)) for stratum in strata]
+        if abs(np.mean([contexts[place] for place in places]) - mean) <= allowed:
+            return [places[number] for number in random.permutation(count)], mean
+    sys.exit(f"no sample of {count} batches has the epoch's {mean:.2f} contexts a batch: raise --batches")
+
+
+def take_targets(blocks: list[ContextBlock], targets_per_context: int) -> ContextBlock:
+    """Return as many rows as the first block has, in contexts whose first target is repeated."""
     pool, rows = concatenate_blocks(blocks), blocks[0].num_targets
-    return pool.take_targets(np.repeat(pool.target_offsets[: -(-rows // count)], count)[:rows])
+    firsts = pool.target_offsets[: -(-rows // targets_per_context)]
+    return pool.take_targets(np.repeat(firsts, targets_per_context)[:rows])
 
 
-def _take_candidates(block: ContextBlock, seed: int) -> ContextBlock:
-    """Return one context with a hundred targets, distinct where there are as many."""
-    many = block.take_targets(np.zeros(NUM_CANDIDATES, dtype=np.int64))
+def take_candidates(block: ContextBlock, seed: int) -> ContextBlock:
+    """Return one context of a block with a hundred targets, distinct if the block has that many items."""
+    repeated = block.take_targets(np.zeros(NUM_CANDIDATES, dtype=np.int64))
     items = np.unique(block.item_idx)
     drawn = np.random.default_rng(seed).choice(items, NUM_CANDIDATES, replace=len(items) < NUM_CANDIDATES)
     changed = {"item_idx": drawn, "row_id": np.arange(NUM_CANDIDATES)}
-    return ContextBlock(**{**vars(many), **changed})
+    return ContextBlock(**{**vars(repeated), **changed})
 
 
 def spell_rows(loaded: LoadedStage, block: ContextBlock) -> list[dict[str, Any]]:
@@ -124,12 +172,12 @@ def spell_rows(loaded: LoadedStage, block: ContextBlock) -> list[dict[str, Any]]
         slots: list[Any] = []
         if vectors is not None:
             user_inputs = batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps
-            found = {
+            vectors_by_kind = {
                 "user": (batch.user_slots, vectors.user_vectors(*user_inputs)[batch.user_slots.sources]),
                 "item": (batch.item_slots, vectors.item_vectors(batch.item_slots.sources, batch.item_timestamps)),
                 "pair": (batch.pair_slots, batch.pair_features[batch.pair_slots.sources]),
             }
-            for kind, (places, values) in found.items():
+            for kind, (places, values) in vectors_by_kind.items():
                 slots += [
                     (len(batch.header_ids) + place, kind, value)
                     for place, value in zip(places.places.tolist(), values.tolist(), strict=True)
@@ -143,19 +191,13 @@ def write_rows(path: Path, batches: list[list[dict[str, Any]]], answer_ids: tupl
     path.write_text(json.dumps({"batches": batches, "answer_ids": list(answer_ids)}), encoding="utf-8")
 
 
-def measure_matrix_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Return the most operations per second that a large matrix product reaches."""
-    # A GPU needs large ones, several without a wait between them.
-    size, products = (8192, 5) if device.type == "cuda" else (2048, 1)
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations per second that a large matmul reaches, for estimates."""
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    for _ in range(5):
         started = time.perf_counter()
-        for _ in range(products):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - started) / products)
+        float((a @ b)[0, 0])
+        best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
