@@ -1,10 +1,10 @@
-# make demo   the whole job on a small real data set (makes the environment first)
-# make test   the fast tests            make test-slow   the slow ones
-# make faults processes killed, files cut, disks filled, for half an hour; goes on where it was stopped
-# make check  format, lint, types, fast tests
+# make demo   every step on a small real data set (creates the environment first)
+# make test   all tests except the slow ones; make test-unit the quickest of them, make test-slow the slow ones
+# make lint   format, lint, types           make check   lint and test
+# make faults kills, truncated files, full disks, for half an hour; resumes after an interruption
 # make lock   requirements/*.lock: the versions of this environment, with hashes
-# make docs   the pages as a site, in build/site
-# VENV=DIR takes an existing environment as it is; by default .venv is made here.
+# make docs   the documentation as a site, in build/site
+# VENV=DIR uses an existing environment as it is; the default is .venv, created if needed.
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -16,13 +16,19 @@ TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.
 
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-slow faults check reference lock docs environment
+.PHONY: demo test test-unit test-slow faults lint check reference lock docs environment
 
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
 
+# Two processes; a file stays in one of them, so that its fixtures are built once.
+PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadfile
+
+test-unit: environment
+	$(PYTEST) -m "not slow and not gpu" tests/unit tests/invariants
+
 test: environment
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: environment
 	$(PYTHON) -m pytest -q -m "slow and not gpu"
@@ -30,11 +36,12 @@ test-slow: environment
 faults: environment
 	$(PYTHON) -m tests.faults
 
-check: environment
+lint: environment
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	$(MAKE) test
+
+check: lint test
 
 reference: environment
 	$(PYTHON) -m collm_dist.config.reference configs/README.md
