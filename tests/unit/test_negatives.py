@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from collm_dist.data.samples.negatives import EventPool, LikedItems, sample_negatives
+from collm_dist.data.samples.event_pool import EventPool
+from collm_dist.data.samples.negatives import LikedItems, sample_negatives
 
 NUM_USERS, NUM_ITEMS, COUNT = 6, 15, 60
 

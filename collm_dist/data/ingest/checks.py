@@ -75,6 +75,21 @@ def _check_bad_rows(
         )
 
 
+def check_filtered_rows(stats: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of rows left by the filters, from what ``filter_bucket`` returned for each bucket.
+
+    Raises:
+        DataError: no row is left.
+    """
+    num_rows = sum(bucket["rows"] for bucket in stats)
+    if num_rows == 0:
+        raise DataError(
+            "dataset: no interaction is left after filters and split windows; loosen dataset.min_*, dataset.max_* or "
+            "dataset.split"
+        )
+    return int(num_rows)
+
+
 def check_splits(dataset: DatasetConfig, rows: Mapping[str, Counter[str]]) -> None:
     """Check that no split is empty.
 

@@ -39,6 +39,19 @@ def sum_over_months(counts: Any, window: SplitRule | None) -> Any:
     return pa.table({"id": summed["id"], "count": summed["count_sum"]})
 
 
+def count_unknown_items(counts: Any, known: Any) -> dict[str, int]:
+    """Return the number of rows of each item that is missing from the item file.
+
+    Args:
+        counts: table ``id, month, count``.
+        known: Arrow array of the ids in the item file, or None without an item file.
+    """
+    if known is None:
+        return {}
+    missing = sum_over_months(counts.filter(pc.invert(pc.is_in(counts.column("id"), known))), None)
+    return dict(zip(missing.column("id").to_pylist(), missing.column("count").to_pylist(), strict=True))
+
+
 def select_ids(counts: Any, low: int, high: int | None) -> Any:
     """Return the ids of a table ``id, count`` whose count is from ``low`` to ``high``, as one Arrow array."""
     fits = pc.field("count") >= low

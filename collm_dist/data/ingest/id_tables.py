@@ -124,6 +124,57 @@ def assign_users(previous: PreviousTables, found: Sequence[Any]) -> tuple[list[A
     return tables, ranges
 
 
+def assign_items(previous: PreviousTables, bucket_ids: Sequence[Any]) -> list[str]:
+    """Return the item ids in the order of their indices: known ones keep theirs, new ones follow in natural order.
+
+    Args:
+        previous: tables that are extended.
+        bucket_ids: for each bucket the Arrow array of its item ids.
+    """
+    # Nearly every bucket has nearly every item, so duplicates are removed before the ids become Python strings.
+    distinct = pa.chunked_array(bucket_ids, pa.string()).unique()
+    new_ids = set(distinct.to_pylist()).difference(previous.item_ids)
+    return [*previous.item_ids, *sort_naturally(list(new_ids))]
+
+
+@dataclass(frozen=True)
+class IdTables:
+    """The id tables of a data folder.
+
+    Attributes:
+        user_ids, item_ids: raw ids in the order of their indices.
+        user_ranges: for each bucket its (first user, number of users) slices.
+        texts_hash: hash of all item texts.
+        num_items_without_text: items that the item file does not have.
+    """
+
+    user_ids: list[str]
+    item_ids: list[str]
+    user_ranges: list[list[tuple[int, int]]]
+    texts_hash: str
+    num_items_without_text: int
+
+
+def write_id_tables(
+    data_dir: Path,
+    user_tables: Sequence[Any],
+    user_ranges: list[list[tuple[int, int]]],
+    item_ids: list[str],
+    items: Any,
+) -> IdTables:
+    """Write ``users.parquet`` and ``items.parquet``.
+
+    Args:
+        data_dir: the data folder.
+        user_tables, user_ranges: from ``assign_users``.
+        item_ids: from ``assign_items``.
+        items: table ``item_id, title, text`` of the item file.
+    """
+    user_ids = write_user_table(data_dir / "users.parquet", user_tables)
+    num_without_text, texts_hash = write_item_table(data_dir / "items.parquet", item_ids, items)
+    return IdTables(user_ids, item_ids, user_ranges, texts_hash, num_without_text)
+
+
 def write_user_table(path: Path, tables: Sequence[Any]) -> list[str]:
     """Write ``users.parquet`` in the order of the indices and return the ids."""
     table = pa.concat_tables(tables).sort_by("idx")

@@ -27,19 +27,19 @@ from collm_dist.data.ingest.partition import (
     read_partition,
     write_table,
 )
-from collm_dist.data.ingest.plan import Plan
 from collm_dist.data.ingest.source import Chunk, Source
+from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.samples.splits import OUTSIDE, SplitRule, get_amazon_book_window
 
 
-def read_chunk(plan: Plan, source: Source, index: int, chunk: Chunk, forgotten: Any) -> dict[str, Any]:
+def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: Chunk, forgotten: Any) -> dict[str, Any]:
     """Part a raw file's rows by user bucket; count rows, losses, and rows of each item.
 
     Args:
         plan, source, index, chunk: which one.
         forgotten: users whose rows are passed over, as an Arrow array.
     """
-    path, items_path = plan.work / f"chunk-{index:05d}.arrow", plan.work / f"items-{index:05d}.arrow"
+    path, items_path = plan.work_file("chunk", index), plan.work_file("items", index)
     marker = path.with_suffix(".json")
     if (finished := find_finished(marker, path, items_path)) is not None:
         return finished
@@ -76,7 +76,7 @@ def read_chunk(plan: Plan, source: Source, index: int, chunk: Chunk, forgotten: 
 
 
 def filter_bucket(
-    plan: Plan,
+    plan: PreprocessPlan,
     bucket: int,
     chunks: list[Path],
     bases: list[int],
@@ -93,9 +93,9 @@ def filter_bucket(
         kept_items: ids of the items that pass the filter.
         window: calendar windows; rows outside are dropped before anything is derived from them.
     """
-    path = plan.work / f"filtered-{bucket:05d}.arrow"
+    path = plan.work_file("filtered", bucket)
     marker = path.with_suffix(".json")
-    outputs = {name: path.with_suffix(f".{name}.arrow") for name in ("times", "items", "users")}
+    outputs = {name: plan.work_file("filtered", bucket, name) for name in ("times", "items", "users")}
     if (finished := find_finished(marker, path, *outputs.values())) is not None:
         return finished
     parts = []

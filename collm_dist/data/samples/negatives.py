@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from collm_dist.data.samples.event_pool import EventPool
 from collm_dist.data.shards.context_block import IntArray
 from collm_dist.random_keys import hash_integers, to_unit_interval
 
 MAX_ATTEMPTS = 32
-
-
-@dataclass(frozen=True)
-class EventPool:
-    """A sample of the log's real events in time order, to draw items by their popularity as of a moment.
-
-    Attributes:
-        timestamps, item_idx: (E,) sorted by timestamp, then row id.
-    """
-
-    timestamps: IntArray
-    item_idx: IntArray
 
 
 class LikedItems:

@@ -26,8 +26,9 @@ from collm_dist.data.ingest.partition import (
     read_table,
     write_table,
 )
-from collm_dist.data.ingest.plan import Plan
-from collm_dist.data.samples.negatives import EventPool, LikedItems, sample_negatives
+from collm_dist.data.preprocess_plan import PreprocessPlan
+from collm_dist.data.samples.event_pool import EventPool
+from collm_dist.data.samples.negatives import LikedItems, sample_negatives
 from collm_dist.data.samples.splits import OUTSIDE, SPLITS, SplitRule
 from collm_dist.data.samples.user_samples import (
     UserState,
@@ -57,7 +58,14 @@ EVENTS = pa.schema(
 
 
 def build_bucket(
-    plan: Plan, bucket: int, rule: SplitRule | None, users: Any, items: Any, pool: EventPool, num_rows: int, parts: int
+    plan: PreprocessPlan,
+    bucket: int,
+    rule: SplitRule | None,
+    users: Any,
+    items: Any,
+    pool: EventPool,
+    num_rows: int,
+    parts: int,
 ) -> dict[str, Any]:
     """Turn a bucket's rows into samples, draw negatives, and part the events by item.
 
@@ -70,11 +78,11 @@ def build_bucket(
         num_rows: raw rows in all; sampled rows get ids from there on.
         parts: item parts.
     """
-    path, samples_path = plan.work / f"events-{bucket:05d}.arrow", plan.work / f"samples-{bucket:05d}.arrow"
+    path, samples_path = plan.work_file("events", bucket), plan.work_file("samples", bucket)
     marker = path.with_suffix(".json")
     if (finished := find_finished(marker, path, samples_path)) is not None:
         return finished
-    rows = _index_rows(read_table(plan.work / f"filtered-{bucket:05d}.arrow"), rule, users, items)
+    rows = _index_rows(read_table(plan.work_file("filtered", bucket)), rule, users, items)
     if plan.dataset.feedback == "implicit":
         rows = _add_negatives(plan, rows, len(items), pool, num_rows)
     order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
@@ -115,7 +123,9 @@ def _index_rows(raw: Any, rule: SplitRule | None, users: Any, items: Any) -> dic
     return {name: values[rows["split"] != OUTSIDE] for name, values in rows.items()}
 
 
-def _add_negatives(plan: Plan, rows: dict[str, Any], num_items: int, pool: EventPool, num_rows: int) -> dict[str, Any]:
+def _add_negatives(
+    plan: PreprocessPlan, rows: dict[str, Any], num_items: int, pool: EventPool, num_rows: int
+) -> dict[str, Any]:
     """Append sampled negatives: for training a few a positive, to choose and test a full candidate list."""
     train = rows["split"] == 0
     counts = np.where(train, plan.dataset.negatives_per_positive, plan.num_candidates - 1)
@@ -134,7 +144,7 @@ def _add_negatives(plan: Plan, rows: dict[str, Any], num_items: int, pool: Event
     extra["item_idx"] = drawn
     extra["label"], extra["sampled"] = np.zeros(len(owner), np.int8), np.ones(len(owner), np.int8)
     extra["group_id"] = rows["row_id"][owner]
-    extra["row_id"] = num_rows + rows["row_id"][owner] * plan.draws_per_row + slot
+    extra["row_id"] = num_rows + rows["row_id"][owner] * plan.max_negatives_per_row + slot
     return {name: np.concatenate([values, extra[name]]) for name, values in rows.items()}
 
 
@@ -148,12 +158,12 @@ STATES = pa.schema(
 )
 
 
-def count_items(plan: Plan, part: int, parts: int) -> dict[str, Any]:
+def count_items(plan: PreprocessPlan, part: int, parts: int) -> dict[str, Any]:
     """Compute what was known of the item before each of a part's rows, and send it back to the rows' buckets."""
-    path = plan.work / f"states-{part:05d}.arrow"
+    path = plan.work_file("states", part)
     if (finished := find_finished(path.with_suffix(".json"), path)) is not None:
         return finished
-    sources = [plan.work / f"events-{bucket:05d}.arrow" for bucket in range(plan.num_buckets)]
+    sources = [plan.work_file("events", bucket) for bucket in range(plan.num_buckets)]
     table = read_partition(sources, part, parts)
     columns = {name: table.column(name).to_numpy() for name in EVENTS.names}
     order = np.lexsort((columns["timestamp"], columns["item_idx"]))
@@ -175,15 +185,15 @@ def count_items(plan: Plan, part: int, parts: int) -> dict[str, Any]:
     return finish_task(path.with_suffix(".json"), {})
 
 
-def join_bucket(plan: Plan, bucket: int, parts: int) -> dict[str, Any]:
+def join_bucket(plan: PreprocessPlan, bucket: int, parts: int) -> dict[str, Any]:
     """Write a bucket's table of interactions, and its contexts parted by split and shard."""
-    path = plan.work / f"contexts-{bucket:05d}.arrow"
+    path = plan.work_file("contexts", bucket)
     target = plan.data_dir / "interactions" / f"bucket-{bucket:05d}.parquet"
     if (finished := find_finished(path.with_suffix(".json"), path, target)) is not None:
         return finished
-    table = read_table(plan.work / f"samples-{bucket:05d}.arrow")
+    table = read_table(plan.work_file("samples", bucket))
     rows = {name: table.column(name).to_numpy() for name in table.column_names}
-    sources = [plan.work / f"states-{part:05d}.arrow" for part in range(parts)]
+    sources = [plan.work_file("states", part) for part in range(parts)]
     states = read_partition(sources, bucket, plan.num_buckets)
     match = np.empty(len(table), np.int64)
     # Both have the same rows: their n-th smallest ids belong together.
@@ -209,7 +219,7 @@ def join_bucket(plan: Plan, bucket: int, parts: int) -> dict[str, Any]:
     return finish_task(path.with_suffix(".json"), {"rows": len(table), "sha256": compute_file_hash(target)})
 
 
-def _deal_contexts(plan: Plan, rows: dict[str, Any], user: UserState) -> tuple[Any, IntArray]:
+def _deal_contexts(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) -> tuple[Any, IntArray]:
     """Return a bucket's contexts as a table, ordered by split and shard, user and likes, and where each belongs."""
     num_shards = plan.preprocessing.num_shards
     shards = hash_integers(0, rows["user_idx"], user.num_likes) % np.uint64(num_shards)
@@ -240,14 +250,14 @@ def _deal_contexts(plan: Plan, rows: dict[str, Any], user: UserState) -> tuple[A
     return to_table(block), places[starts]
 
 
-def write_split_shard(plan: Plan, split: int, shard: int) -> dict[str, Any]:
+def write_split_shard(plan: PreprocessPlan, split: int, shard: int) -> dict[str, Any]:
     """Pack one shard from all buckets; its statistics are empty if it holds nothing."""
     name = f"{SPLITS[split]}-{shard:05d}.tar"
-    marker = plan.work / f"{name}.json"
+    marker = plan.work_dir / f"{name}.json"
     finished = find_finished(marker)
     if finished is not None and (not finished or (plan.data_dir / finished["info"]["path"]).exists()):
         return finished
-    sources = [plan.work / f"contexts-{bucket:05d}.arrow" for bucket in range(plan.num_buckets)]
+    sources = [plan.work_file("contexts", bucket) for bucket in range(plan.num_buckets)]
     num_shards = plan.preprocessing.num_shards
     block = from_table(read_partition(sources, split * num_shards + shard, len(SPLITS) * num_shards))
     if block.num_contexts == 0:

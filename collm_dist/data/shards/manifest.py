@@ -123,6 +123,15 @@ def load_manifest(data_dir: Path) -> Manifest:
         raise ArtifactError(f"{path} is no manifest of a data step ({error}): redo it with --force data") from None
 
 
+def remove_unlisted_files(data_dir: Path, record: Mapping[str, Any]) -> None:
+    """Remove shards and tables that a manifest's record does not list, left by other settings or killed tasks."""
+    listed = {data_dir / info["path"] for info in [*record["shards"], *record["buckets"]]}
+    for folder in ("interactions", "shards"):
+        for path in (data_dir / folder).iterdir():
+            if path not in listed:
+                path.unlink()
+
+
 def compute_content_hash(record: Mapping[str, Any]) -> str:
     """Return the hash of what a manifest's record says of the data."""
     return compute_json_hash({name: record[name] for name in HASHED_FIELDS if name in record})

@@ -1,0 +1,157 @@
+"""The record that becomes ``manifest.json``, built from the statistics of the preprocessing tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from collm_dist.data.ingest.forgetting import find_tombstones
+from collm_dist.data.ingest.id_tables import IdTables, PreviousTables, compute_ids_hash, describe_previous
+from collm_dist.data.ingest.source import Source
+from collm_dist.data.preprocess_plan import PreprocessPlan
+from collm_dist.data.samples.splits import SPLITS
+from collm_dist.data.shards.manifest import FORMAT_VERSION, compute_content_hash
+from collm_dist.runs.atomic_files import compute_file_hash
+
+TaskStats = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PreprocessStats:
+    """Statistics that the preprocessing tasks returned, one dictionary per task.
+
+    Attributes:
+        reads, filters, joins, shards: of ``read_chunk``, ``filter_bucket``, ``join_bucket``, ``write_split_shard``.
+        split_rows: rows of each split, see ``sum_split_rows``.
+        item_repairs: number of repaired item rows, by cause.
+        num_forgotten: number of users on the list ``dataset.forget``.
+    """
+
+    reads: TaskStats
+    filters: TaskStats
+    joins: TaskStats
+    shards: TaskStats
+    split_rows: dict[str, Counter[str]]
+    item_repairs: Counter[str]
+    num_forgotten: int
+
+
+def sum_split_rows(sample_stats: TaskStats) -> dict[str, Counter[str]]:
+    """Return ``rows`` and ``real_rows`` of each split, summed over the buckets."""
+    split_rows = {name: Counter[str]() for name in SPLITS}
+    for stats in sample_stats:
+        for name, rows in stats["splits"].items():
+            split_rows[name].update(rows)
+    return split_rows
+
+
+def build_manifest_record(
+    plan: PreprocessPlan, source: Source, previous: PreviousTables, tables: IdTables, stats: PreprocessStats
+) -> dict[str, Any]:
+    """Return the manifest's record without its fingerprint.
+
+    Args:
+        plan: settings and folders.
+        source: the raw log.
+        previous: id tables of the run that this one extends.
+        tables: id tables of this run.
+        stats: statistics of the tasks.
+    """
+    shards = [shard for shard in stats.shards if shard]
+    hashed = {
+        "format_version": FORMAT_VERSION,
+        "num_users": len(tables.user_ids),
+        "num_items": len(tables.item_ids),
+        "users_hash": compute_ids_hash(tables.user_ids),
+        "items_hash": compute_ids_hash(tables.item_ids),
+        "texts_hash": tables.texts_hash,
+        "ties": plan.preprocessing.ties,
+        "feedback": plan.dataset.feedback,
+        "max_history_length": plan.preprocessing.max_history_length,
+        "splits": {name: _describe_split(name, stats.split_rows[name], shards) for name in SPLITS},
+        "shards": [shard["info"] for shard in shards],
+        "buckets": _describe_buckets(stats.joins, tables.user_ranges),
+    }
+    return hashed | {
+        "content_hash": compute_content_hash(hashed),
+        "extends": describe_previous(plan.dataset.extend_from).get("dataset.extend_from"),
+        "dropped": _count_dropped_rows(stats),
+        **_describe_forgotten(plan, source, stats, previous),
+        "items_without_text": tables.num_items_without_text,
+        "items_mended": dict(sorted(stats.item_repairs.items())),
+        "tables": {name: compute_file_hash(plan.data_dir / name) for name in ("users.parquet", "items.parquet")},
+        "input": {
+            "rows": sum(read["rows_read"] for read in stats.reads),
+            "bad_examples": [example for read in stats.reads for example in read["examples"]][:5],
+        },
+    }
+
+
+def _describe_split(name: str, rows: Counter[str], shards: TaskStats) -> dict[str, Any]:
+    split_shards = [shard for shard in shards if shard["info"]["split"] == name]
+    return {
+        **rows,
+        "contexts": sum(shard["info"]["contexts"] for shard in split_shards),
+        "first_timestamp": min(shard["first"] for shard in split_shards),
+        "last_timestamp": max(shard["last"] for shard in split_shards),
+    }
+
+
+def _describe_buckets(joins: TaskStats, user_ranges: Sequence[list[tuple[int, int]]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": f"interactions/bucket-{bucket:05d}.parquet",
+            "rows": join["rows"],
+            "sha256": join["sha256"],
+            "user_ranges": [list(user_range) for user_range in ranges],
+        }
+        for bucket, (join, ranges) in enumerate(zip(joins, user_ranges, strict=True))
+    ]
+
+
+def _count_dropped_rows(stats: PreprocessStats) -> dict[str, int]:
+    dropped = Counter[str](
+        {
+            "outside the split windows": sum(read["outside"] for read in stats.reads),
+            "forgotten users": sum(read["forgotten"] for read in stats.reads),
+        }
+    )
+    for causes in [read["bad"] for read in stats.reads] + [bucket["dropped"] for bucket in stats.filters]:
+        dropped.update(causes)
+    return {cause: count for cause, count in sorted(dropped.items()) if count}
+
+
+def _describe_forgotten(
+    plan: PreprocessPlan, source: Source, stats: PreprocessStats, previous: PreviousTables
+) -> dict[str, Any]:
+    """Return the effect of ``dataset.forget`` as counts, without any id."""
+    if plan.dataset.forget is None:
+        return {}
+    rows = Counter[str]()
+    for chunk, read in zip(source.chunks, stats.reads, strict=True):
+        rows[chunk.uri] += read["forgotten"]
+    forgotten = {
+        "users_asked": stats.num_forgotten,
+        "users_in_log": len({user for read in stats.reads for user in read["forgotten_users"]}),
+        "rows_passed_over": {uri: count for uri, count in rows.items() if count},
+        "users_in_extended_run": previous.num_forgotten,
+        "tombstones": len(find_tombstones(plan.data_dir)),
+    }
+    return {"forgotten": forgotten}
+
+
+def format_summary(manifest: dict[str, Any]) -> list[str]:
+    """Return the lines that summarize a manifest on the terminal."""
+    lines = [f"data: {manifest['num_users']:,} users, {manifest['num_items']:,} items"]
+    for name, split in manifest["splits"].items():
+        lines.append(f"  {name:5} {split['rows']:>12,} rows  {split['contexts']:>12,} contexts")
+    for cause, count in manifest["dropped"].items():
+        lines.append(f"  left out: {count:,} rows, {cause}")
+    if forgotten := manifest.get("forgotten"):
+        lines.append(
+            f"  to be forgotten: {forgotten['users_asked']:,} users, {forgotten['users_in_log']:,} of them in the log, "
+            f"{forgotten['users_in_extended_run']:,} in the run that is extended"
+        )
+    return lines
