@@ -29,12 +29,16 @@ def collect() -> dict[str, Any]:
     """Return the public API as JSON."""
     return {
         "python": {name: _describe(getattr(collm_dist, name)) for name in collm_dist.__all__},
-        "settings": {name: f"{field.annotation} = {field.get_default(call_default_factory=True)!r}"
+        "settings": {name: re.sub(r" at 0x\w+", "", f"{field.annotation}") + f" = {_get_default(field)!r}"
                      for name, field in list_fields(Config)},
         "exit_codes": _list_exit_codes(),
         "subcommands": {name: _list_options(command.module) for name, command in SUBCOMMANDS.items()},
         "launch": sorted(path.name for path in (Path(__file__).parents[2] / "launch").glob("*.py")),
     }  # fmt: skip
+
+
+def _get_default(field: Any) -> Any:
+    return field.get_default(call_default_factory=True)
 
 
 def _describe(value: Any) -> Any:
