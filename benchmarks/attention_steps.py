@@ -19,10 +19,10 @@ from benchmarks.lib.step_meter import measure
 from benchmarks.lib.tuning_side import build_ours
 from benchmarks.lib.tuning_workload import TRAINING, prepare_run, sample_batches
 from collm_dist.config import Config
-from collm_dist.llm.packed import passes
+from collm_dist.llm.packed.row_blocks import PaddedBlocks
 from collm_dist.runs.atomic_files import write_json
 
-LAYOUTS = {"blocks": lambda *_: False, "sequences": passes.takes_sequences}
+LAYOUTS = {"blocks": PaddedBlocks(), "sequences": None}
 
 
 def compare(config: Config, phase: str, count: int, rounds: int) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def compare(config: Config, phase: str, count: int, rounds: int) -> dict[str, An
     ours = build_ours(config, phase, sample_batches(config, phase, count).blocks)
     samples: dict[str, list[list[dict[str, float]]]] = {layout: [[] for _ in range(count)] for layout in LAYOUTS}
     for _ in range(rounds):
-        for layout, takes_sequences in LAYOUTS.items():
-            passes.takes_sequences = takes_sequences
+        for layout, attention in LAYOUTS.items():
+            ours.model.decoder.attention = attention
             ours.work(0)  # warms up
             for number in range(count):
                 samples[layout][number].append(measure(ours.work, number, ours.device))

@@ -11,16 +11,15 @@ import json
 import statistics
 import time
 from dataclasses import fields
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lib.machine import describe_hardware
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.lora_dropout import DropoutMasks, install_keyed_dropout
-from collm_dist.llm.packed.passes import enable_activation_checkpointing, run_tree
+from collm_dist.llm.packed.decoder import PackedDecoder
+from collm_dist.llm.packed.passes import run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch
 
 SIDES = ("none", "pytorch", "ours")
@@ -59,7 +58,9 @@ def main() -> None:
     print(json.dumps(report, indent=2))
 
 
-def build_decoder(arguments: argparse.Namespace, side: str, device: torch.device) -> tuple[Any, DropoutMasks | None]:
+def build_decoder(
+    arguments: argparse.Namespace, side: str, device: torch.device
+) -> tuple[PackedDecoder, DropoutMasks | None]:
     """Return LoRA layers of random weights, and the masks of our dropout."""
     config = LlamaConfig(
         hidden_size=arguments.width,
@@ -75,9 +76,7 @@ def build_decoder(arguments: argparse.Namespace, side: str, device: torch.device
     add_lora(model, rank=8, alpha=16, dropout=probability, target_modules=("q_proj", "v_proj"), seed=0)
     masks = install_keyed_dropout(model) if side == "ours" else None
     decoder = model.to(device).get_decoder().train()
-    if arguments.checkpointing:
-        enable_activation_checkpointing(decoder)
-    return decoder, masks
+    return PackedDecoder(decoder, checkpointing=arguments.checkpointing), masks
 
 
 def build_batch(contexts: int, tokens: int, device: torch.device) -> PromptBatch:
@@ -95,9 +94,9 @@ def build_batch(contexts: int, tokens: int, device: torch.device) -> PromptBatch
     return PromptBatch(**{field.name: given.get(field.name, empty) for field in fields(PromptBatch)})
 
 
-def time_pass(decoder: nn.Module, masks: DropoutMasks | None, batch: PromptBatch, key: int) -> float:
+def time_pass(decoder: PackedDecoder, masks: DropoutMasks | None, batch: PromptBatch, key: int) -> float:
     """Return the seconds of a forward and a backward pass."""
-    weight = next(decoder.parameters())
+    weight = next(decoder.module.parameters())
     embeds = torch.ones(len(batch.tree_ids), decoder.config.hidden_size, dtype=weight.dtype, device=weight.device)
     if weight.is_cuda:
         torch.cuda.synchronize()

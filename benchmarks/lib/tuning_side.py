@@ -31,6 +31,7 @@ from benchmarks.lib.tuning_workload import TRAINING, GivenBlocks, sample_batches
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.llm.collm import CollmModel
 from collm_dist.monitoring import PeakMeter
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.engine import init_distributed
@@ -47,12 +48,14 @@ class OurSide:
     """The product, ready to work through batches.
 
     Attributes:
+        model: the stage's.
         work: works through the batch of a number.
         device: of the model.
         meter: started when the weights were loaded.
         ready: tokens of a micro-batch at most, and memory.
     """
 
+    model: CollmModel
     work: Work
     device: torch.device
     meter: PeakMeter
@@ -75,7 +78,7 @@ def build_ours(config: Config, phase: str, blocks: Sequence[ContextBlock]) -> Ou
         def score(number: int) -> None:
             score_split(loaded, GivenBlocks((blocks[number],)), setting)  # type: ignore[arg-type]
 
-        return OurSide(score, device, meter, {"max_tokens": max_tokens, "loaded_bytes": loaded_bytes})
+        return OurSide(loaded.model, score, device, meter, {"max_tokens": max_tokens, "loaded_bytes": loaded_bytes})
     with meter:
         loop = build_loop(config, run_dir, stage, loaded, {})
     # Training lays out the next batch while the model computes; the peers' rows are laid out too.
@@ -88,7 +91,7 @@ def build_ours(config: Config, phase: str, blocks: Sequence[ContextBlock]) -> Ou
     if phase == "stage2_cached":
         for number in range(len(blocks)):
             train(number)
-    return OurSide(train, device, meter, ready)
+    return OurSide(loaded.model, train, device, meter, ready)
 
 
 def _read_memory(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """The CoLLM module: backbone, slots and a one-logit head (CoLLM, section 3.2).
 
-Shapes: M tokens of prefixes and tree rows, N targets, S slots, Q user queries, K soft tokens a slot, D model width.
+Shapes: M tokens of prefixes and tree rows, U tokens of the header, N targets, S slots, Q user queries, E width of a
+collaborative vector, K soft tokens a slot, D model width.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.lora_dropout import install_keyed_dropout
+from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.packed.passes import Prefix, run_prefix, run_tree
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.llm.slot_mapping import SlotMapper
@@ -19,9 +21,10 @@ from collm_dist.prompt_batch import Mirrored, PromptBatch, Slots
 
 
 class CollaborativeVectors(Protocol):
-    """What the module asks of a collaborative model. Zero is the vector of an unknown user or item.
+    """Interface of a collaborative model. Zero is the vector of an unknown user or item.
 
-    Timestamps (seconds since 1970) say as of when: what a training row's slots carry must not have seen its label.
+    Timestamps (seconds since 1970) limit what a vector may know: the slots of a training row must not have seen its
+    label.
     """
 
     @property
@@ -34,15 +37,15 @@ class CollaborativeVectors(Protocol):
         ...
 
     def item_vectors(self, item_idx: Tensor, timestamp: Tensor) -> Tensor:
-        """(M,), (M,) -> (M, E)."""
+        """(S,), (S,) -> (S, E)."""
         ...
 
 
 class CollmModel(nn.Module):
-    """Scores targets: the logit of a like.
+    """Scores of targets: the logit that the user likes the item.
 
-    The full vocabulary's logits never exist: a score is one dot product of the target's last hidden state with the
-    head's rows of the answers.
+    The logits of the full vocabulary never exist: a score is a dot product of the target's last hidden state with the
+    head's rows of the two answers.
     """
 
     answer_rows: Tensor
@@ -58,29 +61,32 @@ class CollmModel(nn.Module):
         *,
         detach_cf: bool = True,
         prefix_cache: PrefixCache | None = None,
+        decoder: PackedDecoder | None = None,
     ) -> None:
-        """Put the parts together.
+        """Assemble the module.
 
         Args:
-            backbone: a transformers causal language model with its weights whole (not yet partitioned): the answers'
-                rows of its head are copied, since the head never trains. The dropout of its adapter, if it has one, is
-                replaced by one whose masks follow from counters.
+            backbone: a transformers causal language model with whole (not yet partitioned) weights: the answers' rows
+                of its head are copied, since the head never trains. The dropout of its adapter, if it has one, is
+                replaced by keyed dropout.
             answer_ids: token ids of yes and no.
             score: see ``prompt.score``.
             slot_mapper: None for text-only prompts.
             cf_model: None if no slot reads collaborative vectors.
-            detach_cf: whether the collaborative model is frozen; it is then no part of the module, and is left on the
-                device and in the precision that it has.
-            prefix_cache: keeps constant prefixes; for a frozen backbone alone.
+            detach_cf: the collaborative model is frozen. It is then not a submodule, and stays on its device and in
+                its precision.
+            prefix_cache: keeps constant prefixes; only for a frozen backbone.
+            decoder: of the backbone; None packs it with the defaults.
         """
         super().__init__()
         self.backbone = backbone
+        self.decoder = PackedDecoder(find_decoder(backbone)) if decoder is None else decoder
         self.slot_mapper = slot_mapper
-        # A frozen collaborative model stands beside the module, not in it: what wraps the module (ZeRO-3, bfloat16)
-        # would take its tables apart or round them.
+        # Whatever wraps this module (ZeRO-3, bfloat16) would partition or round the tables of a frozen collaborative
+        # model, so that one is not registered as a submodule.
         self.cf_model: Any
         if detach_cf:
-            self.__dict__["cf_model"] = cf_model
+            object.__setattr__(self, "cf_model", cf_model)
         else:
             self.cf_model = cf_model
         self.detach_cf, self.prefix_cache = detach_cf, prefix_cache
@@ -94,26 +100,17 @@ class CollmModel(nn.Module):
         self.register_buffer("answer_bias", bias.detach().clone(), persistent=False)
 
     @property
-    def decoder(self) -> Any:
-        """The backbone below its language-modelling head."""
-        return (
-            self.backbone.base_model if self.backbone.base_model is not self.backbone else self.backbone.get_decoder()
-        )
-
-    @property
     def _backbone_trains(self) -> bool:
-        return any(one.requires_grad for one in self.backbone.parameters())
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> CollmModel:
-        """Switch dropout on or off; never on in a part that does not train.
-
-        Weights may have changed until then, but not from step to step of a frozen backbone.
-        """
+        """Switch dropout on or off; it stays off in parts that do not train."""
+        # Weights may have changed since the header was computed, except between steps of a frozen backbone.
         if mode != self.training or self._backbone_trains:
             self._kept_header = None
         super().train(mode)
         for part in (self.backbone, self.cf_model):
-            if isinstance(part, nn.Module) and not any(one.requires_grad for one in part.parameters()):
+            if isinstance(part, nn.Module) and not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
         return self
 
@@ -122,18 +119,18 @@ class CollmModel(nn.Module):
 
         Args:
             batch: on the model's device.
-            dropout_key: of seed and step; from it and the batch the masks follow.
+            dropout_key: of seed and step; it and the batch determine the masks.
         """
         if self._dropout_masks is not None and self.training:
             self._dropout_masks.draw(batch, dropout_key)
         embed = self.backbone.get_input_embeddings()
         header = embed(batch.header_ids) if len(batch.header_ids) else None
         tokens = self._insert_slots(embed(torch.cat([batch.prefix_ids, batch.tree_ids])), batch)
-        of_prefix, of_tree = torch.split(tokens, [len(batch.prefix_ids), len(batch.tree_ids)])
-        prefix = self._run_prefix(of_prefix, batch, header) if len(of_prefix) else None
+        prefix_tokens, tree_tokens = torch.split(tokens, [len(batch.prefix_ids), len(batch.tree_ids)])
+        prefix = self._run_prefix(prefix_tokens, batch, header) if len(prefix_tokens) else None
         hidden = run_tree(
             self.decoder,
-            of_tree,
+            tree_tokens,
             batch.tree_targets,
             batch.tree_positions,
             batch.tree_lengths,
@@ -146,18 +143,18 @@ class CollmModel(nn.Module):
 
     @torch.no_grad()
     def _run_prefix(self, embeds: Tensor, batch: PromptBatch, header: Tensor | None) -> Prefix:
-        """Return the keys and values of each row's prefix; equal ones are computed once."""
-        before = None if header is None else self._run_header(header, batch.header_key)
+        """Return the keys and values of each row's prefix; equal prefixes are computed once."""
+        header_prefix = None if header is None else self._run_header(header, batch.header_key)
         if self.prefix_cache is not None:
             prefix = self.prefix_cache.run(
-                self.decoder, embeds, batch.prefix_lengths, batch.prefix_keys.tolist(), before
+                self.decoder, embeds, batch.prefix_lengths, batch.prefix_keys.tolist(), header_prefix
             )
         else:
-            prefix = run_prefix(self.decoder, embeds, batch.prefix_lengths, before)
+            prefix = run_prefix(self.decoder, embeds, batch.prefix_lengths, header_prefix)
         return dataclasses.replace(prefix, rows=batch.prefix_rows)
 
     def _run_header(self, embeds: Tensor, key: int) -> Prefix:
-        """Return the keys and values of a (U, D) header; kept while the weights that made them cannot change."""
+        """Return the keys and values of a (U, D) header; kept while the weights cannot change."""
         if self._kept_header is not None and self._kept_header[0] == key:
             return self._kept_header[1]
         header = run_prefix(self.decoder, embeds, Mirrored.of([len(embeds)], embeds.device))
@@ -166,7 +163,7 @@ class CollmModel(nn.Module):
         return header
 
     def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
-        """Put the soft tokens in their places; (M, D) -> (M, D)."""
+        """Put soft tokens into their slots: (M, D) -> (M, D)."""
         if self.slot_mapper is None:
             return embeds
         if self.slot_mapper.cf is not None and self.cf_model is not None:
@@ -185,7 +182,7 @@ class CollmModel(nn.Module):
         return embeds
 
     def _compute_scores(self, hidden: Tensor) -> Tensor:
-        """(N, D) last hidden states -> (N,) scores, with the head's bias, scale and soft cap where it has them."""
+        """(N, D) last hidden states -> (N,) scores, with the head's bias, scale and soft cap if it has them."""
         logits = hidden.float() @ self.answer_rows.float().T + self.answer_bias.float()
         config = self.backbone.config.get_text_config()
         if (scale := getattr(config, "logit_scale", None)) is not None:
@@ -203,13 +200,13 @@ def _mask(vectors: Tensor, masked: Tensor) -> Tensor:
 
 
 def _join_slots(first: Slots, second: Slots) -> Slots:
-    """Two kinds of slots that share a mapping. Their sources mean different things and are no longer used."""
+    """Join two kinds of slots that share a mapping. Their sources mean different things and are not used any more."""
     return Slots(
         *(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("places", "sources", "masked"))
     )
 
 
 def _place(embeds: Tensor, slots: Slots, tokens_SKD: Tensor) -> Tensor:
-    """Return the (M, D) embeddings with the soft tokens of the slots in their places."""
+    """Return the (M, D) embeddings with (S, K, D) soft tokens in their slots."""
     places = slots.places[:, None] + torch.arange(tokens_SKD.shape[1], device=embeds.device)
     return embeds.index_put((places,), tokens_SKD.to(embeds.dtype))

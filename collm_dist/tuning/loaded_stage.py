@@ -13,8 +13,7 @@ from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.packed.compiled_layers import compile_layers
-from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 
 
 @dataclass
@@ -89,9 +88,10 @@ def assemble_stage(
         backbone, answer_ids, collator, adapter: see ``LoadedStage`` and ``resolve_answers``.
         slot_parts: further arguments of ``CollmModel``.
     """
-    model = CollmModel(backbone.model, answer_ids, config.prompt.score, **slot_parts)
-    if config.llm.compile:
-        compile_layers(model.decoder)
-    if config.llm.activation_checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    decoder = PackedDecoder(
+        find_decoder(backbone.model),
+        checkpointing=config.llm.activation_checkpointing,
+        compile_backend="inductor" if config.llm.compile else None,
+    )
+    model = CollmModel(backbone.model, answer_ids, config.prompt.score, decoder=decoder, **slot_parts)
     return LoadedStage(model.to(device), collator, backbone, adapter, device)

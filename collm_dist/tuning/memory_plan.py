@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from collm_dist.llm.backbone import Quantization
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.lora_dropout import install_keyed_dropout
-from collm_dist.llm.packed.gated_mlp import has_code_of
+from collm_dist.llm.packed.decoder import PackedDecoder
+from collm_dist.llm.packed.lean_modules import run_rms_norm
 from collm_dist.llm.packed.passes import run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.flops import DecoderShape
@@ -103,6 +103,10 @@ class _NormOnGpu(torch.autograd.Function):
         return hidden.clone()
 
 
+def _run_norm_as_on_gpu(norm: nn.Module, hidden: Tensor) -> Tensor:
+    return _NormOnGpu.apply(hidden)  # type: ignore[no-untyped-call, no-any-return]
+
+
 def measure_layers(
     config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None, *, on_gpu: bool = True
 ) -> LayerMemory:
@@ -122,11 +126,8 @@ def measure_layers(
             add_lora(model, **vars(lora), seed=0)
             if (masks := install_keyed_dropout(model)) is not None:
                 masks.windows = torch.zeros(len(masks.windows), 1, TRIAL_TOKENS, dtype=torch.int64)
-        for module in model.modules() if on_gpu else ():
-            if has_code_of(module, LlamaRMSNorm):
-                module.forward = _NormOnGpu.apply
         model.train(lora is not None)
-        decoder = model.get_decoder()
+        decoder = PackedDecoder(model.get_decoder(), norm=_run_norm_as_on_gpu if on_gpu else run_rms_norm)
         saved.append(_count_saved(decoder, model.config.get_text_config().hidden_size, dtype))
         adapters.append(sum(param.numel() for param in model.parameters() if param.requires_grad))
     per_layer = saved[1] - saved[0]
@@ -148,9 +149,10 @@ def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) 
     return model.requires_grad_(False)
 
 
-def _count_saved(decoder: nn.Module, width: int, dtype: torch.dtype) -> int:
+def _count_saved(decoder: PackedDecoder, width: int, dtype: torch.dtype) -> int:
     """Return the bytes that autograd keeps of a forward pass over one row, weights not counted."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in [*decoder.parameters(), *decoder.buffers()]}
+    module = decoder.module
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
     saved: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:

@@ -12,18 +12,17 @@ from collm_dist.data.prompts.prompt_layout import list_segments
 from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.data.samples.statistics import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.packed.compiled_layers import compile_layers
+from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.packing import Copies, lay_out
-from collm_dist.llm.packed.passes import enable_activation_checkpointing
-from collm_dist.llm.packed.row_layout import Past
-from collm_dist.llm.packed.sequences import compare_sequences, lay_out_sequences
+from collm_dist.llm.packed.row_blocks import Past
+from collm_dist.llm.packed.sequences import flash_attention, lay_out_sequences
 from collm_dist.llm.slot_mapping import SlotMapper
 from collm_dist.prompt_batch import Mirrored, Segments
 from collm_dist.tuning.step_batches import iter_step_batches
 from collm_dist.tuning.token_budget import find_token_budget
 from tests.parity.test_shared_context import STAGE2, TEXTS, Tables, collect_gradients, make_block, make_collator
 from tests.reference.padded_rows import score_plainly, spell_prompts
-from tests.reference.plain_sequences import compare_sequences as compare_plainly
+from tests.reference.plain_sequences import attend_sequences
 from tests.tiny import ARCHITECTURES, make_model
 
 pytestmark = [
@@ -67,9 +66,9 @@ def test_shared_contexts_are_padded_rows(architecture, dtype, way, tmp_path):
     )  # fmt: skip
     plain_gradients = collect_gradients(plain.sum(), plain_mapper)
     if way == "checkpointed":
-        enable_activation_checkpointing(model.decoder)
+        model.decoder = PackedDecoder(model.decoder.module, checkpointing=True)
     if way == "compiled":
-        compile_layers(model.decoder)
+        model.decoder = PackedDecoder(model.decoder.module, compile_backend="inductor")
     model.train()
     scores = model(batch.to(DEVICE))
     gradients = collect_gradients(scores.sum(), model.slot_mapper)
@@ -82,7 +81,7 @@ def test_shared_contexts_are_padded_rows(architecture, dtype, way, tmp_path):
 @pytest.mark.parametrize("window", [None, 20], ids=["all", "window"])
 @pytest.mark.parametrize("heads", [(4, 4, 64), (12, 2, 128), (4, 1, 256)], ids=lambda one: f"width{one[2]}")
 @pytest.mark.parametrize("over", ["nothing", "header", "prefix"])
-def test_the_kernel_compares_sequences(over, heads, window):
+def test_flash_attention_of_sequences(over, heads, window):
     """Values and gradients, as the plain kernel gives them in float64 of the same numbers."""
     tails, branches, owner = np.array([40, 0, 90, 3]), np.array([9, 1, 30, 7, 200, 8]), np.array([0, 0, 0, 1, 2, 3])
     on_host = list_segments(tails, branches, owner)
@@ -105,9 +104,9 @@ def test_the_kernel_compares_sequences(over, heads, window):
     ahead = [draw(header + 95, heads[1]) if past is not None else None for _ in range(2)]
     weights = draw(shared + count, heads[0])
     found = []
-    for compare, device, dtype in (
-        (compare_sequences, DEVICE, torch.bfloat16),
-        (compare_plainly, "cpu", torch.float64),
+    for attend, device, dtype in (
+        (flash_attention, DEVICE, torch.bfloat16),
+        (attend_sequences, "cpu", torch.float64),
     ):
         at = move(layout, device)
         leaves = [one.to(device, dtype).requires_grad_() for one in (query, key, value)]
@@ -115,10 +114,11 @@ def test_the_kernel_compares_sequences(over, heads, window):
         for one, before in zip(leaves[1:], ahead, strict=True):
             first, own = torch.split(one, [shared, count])
             whole = one if before is None else torch.cat([before.to(device, dtype), one])
-            is_shared = at.header_places is not None
-            options = {"whole": whole, "ahead": first if is_shared else None, "shared": at.header_places}
-            laid.append(lay_out(own, at.keys, at.key_places, **options))
-        result = compare(at, leaves[0], *laid, scaling=None, dropout=0.0, window=window)
+            header_part = None if at.header_cells is None else first
+            laid.append(
+                lay_out(own, at.key_tokens, at.key_cells, whole=whole, header=header_part, header_cells=at.header_cells)
+            )
+        result = attend(at, leaves[0], *laid, scaling=None, dropout=0.0, window=window)
         gradients = torch.autograd.grad((result * weights.to(device, dtype)).sum(), leaves)
         found.append([one.detach().cpu().double() for one in (result, *gradients)])
     for ours, expected in zip(*found, strict=True):
@@ -132,8 +132,8 @@ def move(layout, device):
         for field in dataclasses.fields(layout)
         if isinstance(value := getattr(layout, field.name), torch.Tensor)
     }
-    copies = Copies(layout.key_places.places.to(device), layout.key_places.starts.to(device))
-    return dataclasses.replace(layout, key_places=copies, **moved)
+    copies = Copies(layout.key_cells.cells.to(device), layout.key_cells.starts.to(device))
+    return dataclasses.replace(layout, key_cells=copies, **moved)
 
 
 def test_batches_come_from_pinned_memory(tmp_path):

@@ -9,8 +9,7 @@ from collm_dist.data.prompts.template import resolve_answer_ids
 from collm_dist.data.samples.statistics import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.packed.compiled_layers import compile_layers
-from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.llm.slot_mapping import SlotMapper
 from tests.parity.test_shared_context import STAGE1, STAGE2, Tables, collect_gradients, make_block, make_collator
@@ -84,9 +83,7 @@ def test_traced_layers(architecture, stage2, checkpointing, tmp_path):
     """The graphs that would be compiled, without the minute that making code of them takes."""
     model, batches = build(architecture, stage2, tmp_path)
     plain = work(model, batches)
-    compile_layers(model.decoder, backend="aot_eager")
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    model.decoder = PackedDecoder(model.decoder.module, compile_backend="aot_eager", checkpointing=checkpointing)
     assert_same(work(model, batches), plain)
     if stage2:
         model.prefix_cache = PrefixCache(10**9)
@@ -101,7 +98,7 @@ def test_layers_share_their_graphs(stage2, tmp_path):
     """
     model, batches = build("llama", stage2, tmp_path, dropout=0.3, layers=4)
     torch._dynamo.utils.counters.clear()
-    compile_layers(model.decoder, backend="aot_eager")
+    model.decoder = PackedDecoder(model.decoder.module, compile_backend="aot_eager")
     work(model, batches)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     # Of what is before attention, behind it, and of the network; with gradients and without. Measured: 11, 12.
@@ -117,5 +114,5 @@ def test_compiled_layers(architecture, stage2, tmp_path):
     """With dropout in stage 1, whose masks are those of uncompiled layers."""
     model, batches = build(architecture, stage2, tmp_path, dropout=0.3)
     plain = work(model, batches)
-    compile_layers(model.decoder)
+    model.decoder = PackedDecoder(model.decoder.module, compile_backend="inductor")
     assert_same(work(model, batches), plain)

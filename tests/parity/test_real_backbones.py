@@ -13,7 +13,7 @@ from collm_dist.errors import DataError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.slot_mapping import SlotMapper
 from tests.parity.test_shared_context import Tables, collect_gradients, compute_loss, make_block
 from tests.reference.padded_rows import score_plainly, spell_prompts
@@ -81,14 +81,11 @@ def test_stage2(backbone, checkpointing, tmp_path):
         backbone.model, samples, block, answers, slot_mapper=mapper, cf_model=tables, pair_features=batch.pair_features
     )
     plain_gradients = collect_gradients(compute_loss(plain, batch), mapper)
-    model = CollmModel(backbone.model, answers, "yes_minus_no", mapper, tables)
-    forwards = [layer.forward for layer in model.decoder.layers]
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    decoder = PackedDecoder(find_decoder(backbone.model), checkpointing=checkpointing)
+    model = CollmModel(backbone.model, answers, "yes_minus_no", mapper, tables, decoder=decoder)
     ours = model.train()(batch)
     gradients = collect_gradients(compute_loss(ours, batch), mapper)
-    for layer, forward in zip(model.decoder.layers, forwards, strict=True):
-        layer.forward = forward
+    decoder.restore()
     assert_close(ours, plain, gradients, plain_gradients)
 
 
@@ -102,13 +99,10 @@ def test_stage1(backbone, checkpointing, tmp_path):
             torch.nn.init.normal_(parameter, std=0.02)
     plain = score_plainly(backbone.model, samples, block, answers)
     plain_gradients = collect_gradients(compute_loss(plain, batch), backbone.model)
-    model = CollmModel(backbone.model, answers, "yes_minus_no")
-    forwards = [layer.forward for layer in model.decoder.layers]
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    decoder = PackedDecoder(find_decoder(backbone.model), checkpointing=checkpointing)
+    model = CollmModel(backbone.model, answers, "yes_minus_no", decoder=decoder)
     ours = model.train()(batch)
     gradients = collect_gradients(compute_loss(ours, batch), backbone.model)
-    for layer, forward in zip(model.decoder.layers, forwards, strict=True):
-        layer.forward = forward
+    decoder.restore()
     wrapper.unload()
     assert_close(ours, plain, gradients, plain_gradients)

@@ -17,14 +17,13 @@ from collm_dist.data.samples.statistics import PAIR_FEATURES
 from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
-from collm_dist.llm.packed import decoder as packed_attention
-from collm_dist.llm.packed import passes as shared_context
-from collm_dist.llm.packed import row_blocks
-from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.llm.packed.row_blocks import PaddedBlocks
+from collm_dist.llm.packed.sequences import Sequences
 from collm_dist.llm.slot_mapping import SlotMapper
 from tests.reference.padded_rows import score_plainly, spell_prompts
-from tests.reference.plain_sequences import compare_sequences
+from tests.reference.plain_sequences import attend_sequences
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
 
 STAGE1 = "Likes: <ItemTitleList>. And <TargetItemTitle>? Answer:"
@@ -37,15 +36,14 @@ TEXTS = ["Heat", 'A "quoted" one', "<UserID>", "<unk> </s>", "é漢字 \u202e", 
 SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-10, 1e-6
 
 
-@pytest.fixture(autouse=True, params=[0, 1 << 30, None], ids=["blocks", "one-block", "sequences"])
-def divided(request, monkeypatch):
-    """Let attention lay out rows in blocks without any padding; or all together; or as sequences, by a plain kernel in
-    the place of the one for GPUs (which tests/gpu has)."""
-    if request.param is None:
-        monkeypatch.setattr(shared_context, "takes_sequences", lambda decoder, _: not decoder.__dict__["_runs_packed"])
-        monkeypatch.setattr(packed_attention, "compare_sequences", compare_sequences)
-        return
-    monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", request.param)
+# Blocks without any padding; all rows in one block; sequences, by a plain kernel instead of the GPU's (see tests/gpu).
+ATTENTION = {"blocks": PaddedBlocks(0), "one-block": PaddedBlocks(1 << 30), "sequences": Sequences(attend_sequences)}
+
+
+@pytest.fixture(params=ATTENTION)
+def attention(request):
+    """Each way for packed tokens to attend."""
+    return ATTENTION[request.param]
 
 
 def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
@@ -133,7 +131,7 @@ def _exact_head(monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_stage1_scores_and_lora_gradients(architecture, checkpointing, tmp_path):
+def test_stage1_scores_and_lora_gradients(architecture, checkpointing, attention, tmp_path):
     tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
     block = make_block([1, 3, 9, 2])
     backbone = make_model(architecture)
@@ -150,10 +148,9 @@ def test_stage1_scores_and_lora_gradients(architecture, checkpointing, tmp_path)
     plain = score_plainly(backbone, samples, block, answers)
     plain_gradients = collect_gradients(compute_loss(plain, batch), backbone)
 
-    model = CollmModel(backbone, answers, "yes_minus_no")
+    decoder = PackedDecoder(find_decoder(backbone), attention=attention, checkpointing=checkpointing)
+    model = CollmModel(backbone, answers, "yes_minus_no", decoder=decoder)
     model.train()
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
     scores = model(batch)
     assert (scores - plain).abs().max() < SCORE_TOLERANCE
     assert_gradients_close(collect_gradients(compute_loss(scores, batch), backbone), plain_gradients)
@@ -162,7 +159,7 @@ def test_stage1_scores_and_lora_gradients(architecture, checkpointing, tmp_path)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("template", [STAGE2, LISTS, SLOTS_FIRST], ids=["stage2", "lists", "slots-first"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_stage2_scores_and_mapping_gradients(architecture, template, checkpointing, tmp_path):
+def test_stage2_scores_and_mapping_gradients(architecture, template, checkpointing, attention, tmp_path):
     width = 2 if template == LISTS else 1
     tokenizer, collator = make_collator(template, tmp_path, stage2=True, tokens_per_slot=width)
     block = make_block([2, 1, 7, 4, 1])
@@ -187,10 +184,9 @@ def test_stage2_scores_and_mapping_gradients(architecture, template, checkpointi
     loss = compute_loss(plain, batch)
     plain_gradients = collect_gradients(loss, torch.nn.ModuleList([mapper, tables]))
 
-    model = CollmModel(backbone, answers, "yes_minus_no", mapper, tables, detach_cf=False)
+    decoder = PackedDecoder(find_decoder(backbone), attention=attention, checkpointing=checkpointing)
+    model = CollmModel(backbone, answers, "yes_minus_no", mapper, tables, detach_cf=False, decoder=decoder)
     model.train()
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
     scores = model(batch)
     assert (scores - plain).abs().max() < SCORE_TOLERANCE
     ours = collect_gradients(compute_loss(scores, batch), torch.nn.ModuleList([mapper, tables]))
@@ -198,8 +194,8 @@ def test_stage2_scores_and_mapping_gradients(architecture, template, checkpointi
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_large_contexts_and_target_dependent_users(architecture, attention, tmp_path):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_large_contexts_and_target_dependent_users(architecture, implementation, attention, tmp_path):
     tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True, by_target=True)
     block = make_block([54, 1], seed=4)
     # transformers' own eager masks overflow in float64, so the reference is SDPA either way.
@@ -215,20 +211,22 @@ def test_large_contexts_and_target_dependent_users(architecture, attention, tmp_
     plain = score_plainly(
         backbone, samples, block, answers, slot_mapper=mapper, cf_model=tables, pair_features=batch.pair_features
     )
-    backbone = make_model(architecture, attention=attention)
-    scores = CollmModel(backbone, answers, "yes_minus_no", mapper, tables)(batch)
+    backbone = make_model(architecture, attention=implementation)
+    decoder = PackedDecoder(find_decoder(backbone), attention=attention)
+    scores = CollmModel(backbone, answers, "yes_minus_no", mapper, tables, decoder=decoder)(batch)
     # Eager attention takes its softmax in float32.
-    assert (scores - plain).abs().max() < (1e-5 if attention == "eager" else SCORE_TOLERANCE)
+    assert (scores - plain).abs().max() < (1e-5 if implementation == "eager" else SCORE_TOLERANCE)
 
 
-def test_context_cut_by_a_batch_border_scores_the_same(tmp_path):
+def test_context_cut_by_a_batch_border_scores_the_same(attention, tmp_path):
     tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True)
     block = make_block([6, 5])
     backbone, tables = make_model("llama"), Tables()
     mapper = SlotMapper(
         cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
     ).double()
-    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes", mapper, tables)
+    decoder = PackedDecoder(find_decoder(backbone), attention=attention)
+    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes", mapper, tables, decoder=decoder)
 
     def score(part: ContextBlock) -> torch.Tensor:
         batch = collator.collate(part, part)
@@ -241,7 +239,7 @@ def test_context_cut_by_a_batch_border_scores_the_same(tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("template", [STAGE1, STAGE2], ids=["stage1", "stage2"])
-def test_scoring_many_candidates_of_a_context(architecture, template, tmp_path):
+def test_scoring_many_candidates_of_a_context(architecture, template, attention, tmp_path):
     """In scoring the whole context is constant, and its targets stand in several rows that share it."""
     stage2 = template == STAGE2
     tokenizer, collator = make_collator(template, tmp_path, stage2=stage2)
@@ -251,7 +249,9 @@ def test_scoring_many_candidates_of_a_context(architecture, template, tmp_path):
         cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
     ).double()
     answers = resolve_answer_ids(tokenizer, " Yes", " No")
-    model = CollmModel(backbone, answers, "yes_minus_no", mapper if stage2 else None, tables if stage2 else None)
+    decoder = PackedDecoder(find_decoder(backbone), attention=attention)
+    parts = (mapper, tables) if stage2 else (None, None)
+    model = CollmModel(backbone, answers, "yes_minus_no", *parts, decoder=decoder)
     features = collator.collate(block, block).pair_features.double()
     samples = spell_prompts(block, template, TEXTS, tokenizer, history_length=4)
     plain = score_plainly(
@@ -274,14 +274,15 @@ def test_scoring_many_candidates_of_a_context(architecture, template, tmp_path):
     assert model.prefix_cache.hits >= model.prefix_cache.misses == len(torch.unique(torch.tensor(block.num_likes)))
 
 
-def test_a_cache_that_is_full_or_knows_a_part_scores_the_same(tmp_path):
+def test_a_full_or_partial_cache_scores_the_same(attention, tmp_path):
     tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True)
     block = make_block([2, 1, 3, 1, 4])
     backbone, tables = make_model("llama"), Tables()
     mapper = SlotMapper(
         cf_dim=6, pair_dim=len(PAIR_FEATURES), llm_dim=32, hidden_multiple=3, tokens_per_slot=1, out_scale=0.1, seed=2
     ).double()
-    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes", mapper, tables)
+    decoder = PackedDecoder(find_decoder(backbone), attention=attention)
+    model = CollmModel(backbone, resolve_answer_ids(tokenizer, " Yes", " No"), "yes", mapper, tables, decoder=decoder)
 
     def score(part: ContextBlock) -> torch.Tensor:
         batch = collator.collate(part, part)

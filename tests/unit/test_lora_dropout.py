@@ -12,8 +12,7 @@ from collm_dist.errors import ConfigError
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.lora_dropout import DropoutMasks, DroppedLinear
-from collm_dist.llm.packed.compiled_layers import compile_layers
-from collm_dist.llm.packed.passes import enable_activation_checkpointing
+from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.random_keys import hash_integers, hash_tensor
 from tests.parity.test_shared_context import STAGE1, collect_gradients, make_block, make_collator
 from tests.tiny import make_model
@@ -68,8 +67,7 @@ def test_masks_do_not_depend_on_micro_batches_and_processes(tmp_path, max_tokens
     # Each row alone: nothing is shared, and every context is computed anew for each of its targets.
     alone = [collator.collate(block.take_targets(torch.tensor([row]).numpy()), block) for row in range(sum(CONTEXTS))]
     plain = work(model, alone)
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    model.decoder = PackedDecoder(model.decoder.module, checkpointing=checkpointing)
     assert_same(work(model, list_batches(collator, block, max_tokens, processes)), plain)
 
 
@@ -154,9 +152,7 @@ def test_compiled_layers_drop_the_same_from_few_graphs(tmp_path, checkpointing):
     batches = [batch for tokens in (10**6, 400, 300, 130) for batch in list_batches(collator, block, tokens)]
     plain = [work(model, [batch]) for batch in batches]
     torch._dynamo.utils.counters.clear()
-    compile_layers(model.decoder, backend="aot_eager")
-    if checkpointing:
-        enable_activation_checkpointing(model.decoder)
+    model.decoder = PackedDecoder(model.decoder.module, compile_backend="aot_eager", checkpointing=checkpointing)
     for batch, expected in zip(batches, plain, strict=True):
         assert_same(work(model, [batch]), expected)
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8

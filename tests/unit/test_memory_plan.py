@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.lora_dropout import install_keyed_dropout
-from collm_dist.llm.packed import row_blocks
-from collm_dist.llm.packed.passes import enable_activation_checkpointing, run_prefix, run_tree
+from collm_dist.llm.packed.decoder import PackedDecoder
+from collm_dist.llm.packed.passes import run_prefix, run_tree
+from collm_dist.llm.packed.row_blocks import PaddedBlocks
 from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.flops import DecoderShape, count_padded
 from collm_dist.tuning.memory_plan import LoraSettings, find_fitting_tokens, measure_layers, plan_memory
@@ -81,9 +82,8 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
         add_lora(model, **vars(lora), seed=0)
         masks = install_keyed_dropout(model)
         masks.windows = torch.zeros(len(masks.windows), 1, tokens, dtype=torch.int64)
-    decoder = model.get_decoder().train(lora is not None)
-    if checkpointing:
-        enable_activation_checkpointing(decoder)
+    module = model.get_decoder().train(lora is not None)
+    decoder = PackedDecoder(module, checkpointing=checkpointing)
     layers = measure_layers(config, torch.float32, "sdpa", lora, on_gpu=False)
     plan = plan_memory(
         DecoderShape.from_model(model),
@@ -99,24 +99,24 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
     embeds = torch.randn(tokens, 512, requires_grad=lora is None)
     positions = torch.arange(tokens // rows).repeat(rows)
     lengths, last = Mirrored.of([tokens // rows] * rows), torch.arange(1, rows + 1) * (tokens // rows) - 1
-    wanted = [one for one in [*decoder.parameters(), embeds] if one.requires_grad]
+    wanted = [one for one in [*module.parameters(), embeds] if one.requires_grad]
 
     def run():
         loss = run_tree(decoder, embeds, torch.full_like(positions, TAIL), positions, lengths)[last].sum()
         torch.autograd.grad(loss, wanted)
 
-    with LivePeak([*decoder.parameters(), *decoder.buffers(), embeds, positions]) as tracker:
+    with LivePeak([*module.parameters(), *module.buffers(), embeds, positions]) as tracker:
         run()
     planned = plan.activations + plan.working
     assert planned == pytest.approx(tracker.peak, rel=0.15)
 
 
-def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take(monkeypatch):
+def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take():
     """Each in a block of its own, which is without padding as on a GPU."""
-    monkeypatch.setitem(row_blocks.BLOCK_COST, "cpu", 0)
     config, sizes, before = make_wide(), list(range(40, 280, 20)), list(range(300, 60, -20))
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    decoder, tokens = model.get_decoder(), sum(sizes)
+    module, tokens = model.get_decoder(), sum(sizes)
+    decoder = PackedDecoder(module, attention=PaddedBlocks(0))
     plan = plan_memory(
         DecoderShape.from_model(model),
         measure_layers(config, torch.float32, "sdpa", None, on_gpu=False),
@@ -137,7 +137,7 @@ def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take(monkeyp
         targets = torch.full_like(positions, TAIL)
         torch.autograd.grad(run_tree(decoder, embeds, targets, positions, lengths, prefix).sum(), embeds)
 
-    with LivePeak([*decoder.parameters(), *decoder.buffers(), embeds, positions]) as tracker:
+    with LivePeak([*module.parameters(), *module.buffers(), embeds, positions]) as tracker:
         run()
     # Made before the tracker watched.
     held = sum(one.nbytes for layer in prefix.layers for parts in layer for one in parts)

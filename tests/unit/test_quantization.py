@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from collm_dist.errors import ConfigError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import add_lora
+from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.passes import run_prefix, run_tree
 from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.flops import DecoderShape
@@ -70,7 +71,7 @@ def test_gradients_pass_through_to_adapters_and_embeddings(folder, quantization)
     for one in ("none", quantization):
         model = load(folder, one)
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj",), seed=1)
-        decoder = model.get_decoder()
+        decoder = PackedDecoder(model.get_decoder())
         generator = torch.Generator().manual_seed(1)
         prefix, embeds, weights = (torch.randn(size, WIDTH, generator=generator) for size in (8, 14, 14))
         embeds.requires_grad_()

@@ -1,392 +1,284 @@
-"""Decoders over packed tokens: everything but attention sees the real tokens alone, one after the other.
+"""``PackedDecoder``: a transformers decoder changed to run on packed tokens, and the only code that changes one.
 
-Rows of a batch have different lengths, and nine tenths of a decoder's work is done token by token. So a decoder is run
-on one long row without padding; its attention, reached through transformers' attention interface, lays out rows of
-similar length in blocks, compares them there, and packs what it finds again. Tokens that all rows begin with, the
-header, are computed once, ahead of the others. Exact: no token's numbers change.
+Rows of a batch have different lengths, and nine tenths of a decoder's work is done token by token. So a decoder runs on
+one long row without padding; only its attention lays out rows (``attention``). Tokens that all rows begin with, the
+header, are computed once, before the others. This is exact: no token's hidden state changes.
 
-Shapes: M packed tokens, U of them in the header; A tokens of a past; a block has R rows, T columns and K keys; H query
-heads, G key/value heads, W width of a head, D of the decoder.
+Shapes: M packed tokens, U of them in the header; N needed tokens; G key/value heads, W width of a head, D of the
+decoder.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as drop
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.utils.checkpoint import checkpoint
 
 from collm_dist.errors import ConfigError
-from collm_dist.llm.packed.fused_norm import fuse_norm, is_fused
-from collm_dist.llm.packed.gated_mlp import slim_down
-from collm_dist.llm.packed.key_recompute import Recomputed, recompute_in_backward
-from collm_dist.llm.packed.packing import collect, lay_out, spread
-from collm_dist.llm.packed.row_layout import RowLayout
-from collm_dist.llm.packed.sequences import WIDEST_HEAD, SequenceLayout, compare_sequences
+from collm_dist.llm.packed.attention import ATTENTION, KeyValues, LayerLayout
+from collm_dist.llm.packed.lean_modules import GATED_MLPS, RMS_NORMS, run_gated_mlp, run_rms_norm
+from collm_dist.llm.packed.packing import gather, scatter
+from collm_dist.llm.packed.row_blocks import PaddedBlocks, RowLayout
+from collm_dist.llm.packed.sequences import SequenceLayout, Sequences, supports_sequences
 
-NAME = "collm_packed"
-# Set on a decoder whose layers are recomputed in the backward pass.
-CHECKPOINTED = "_is_checkpointed"
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-# A layer's keys and its values, each in parts that stand one after the other, (a, G, W).
-Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Graphs of one function: with and without gradients, of a first layer, of a single token, which torch always treats
+# apart. Passes beyond the limit run uncompiled.
+_MAX_GRAPHS = 24
 
 
-@dataclass
-class LayerLayout:
-    """How a layer's packed tokens stand in rows, and what they may see.
+class PackedDecoder:
+    """A decoder that runs on packed tokens. On plain padded rows it computes the same as before.
+
+    The constructor changes the decoder in place, in this order:
+
+    1. The attention implementation becomes ``attention.ATTENTION``.
+    2. Each layer takes its own ``LayerLayout`` from the list that the decoder passes to all of them.
+    3. Gated MLPs and RMS norms run by the functions of ``lean_modules``.
+    4. The last layer's MLP runs on the needed tokens only, unless it has adapters, whose dropout is drawn for every
+       token, or is a mixture of experts.
+    5. Activation checkpointing: layers are recomputed in the backward pass. transformers' own would drop the layouts.
+    6. Compilation, which leaves out 3 and 4: the compiler decides itself what to recompute, and an MLP of fewer tokens
+       would need graphs of its own.
+
+    A decoder is changed by one PackedDecoder at a time: another undoes the changes of the one before. That one still
+    runs on the decoder, with the later one's changes.
 
     Attributes:
-        rows: in which blocks, or as which sequences.
-        header: U.
-        header_mask: (1, 1, U, U) for layers that look back no further than a window; None where it is wider.
-        past: what rows see that was computed before. A past and a header exclude each other.
-        record: whether keys and values are asked for.
-        found: the rows' own, (M, G, W) each.
-        plain: compute attention step by step instead of by PyTorch's fused kernels.
-        checkpointed: the whole layer is recomputed in the backward pass.
+        module: the decoder.
+        config: its configuration.
+        layers: its layers.
+        eager: attention runs step by step, in blocks (``llm.attention=eager``).
     """
 
-    rows: RowLayout | SequenceLayout
-    header: int
-    header_mask: Tensor | None
-    past: Parts | None = None
-    record: bool = False
-    found: tuple[Tensor, Tensor] | None = None
-    plain: bool = False
-    checkpointed: bool = False
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        attention: PaddedBlocks | Sequences | None = None,
+        checkpointing: bool = False,
+        compile_backend: str | None = None,
+        norm: Callable[[Any, Tensor], Tensor] = run_rms_norm,
+    ) -> None:
+        """Change a decoder.
+
+        Args:
+            module: the model below the language-modelling head, with its adapters, if it has any.
+            attention: how packed tokens attend; None = sequences where the device supports them, blocks elsewhere.
+            checkpointing: recompute layers in the backward pass.
+            compile_backend: of ``torch.compile`` for the layers, which are then all of one class and have whole weights
+                (ZeRO-3 gathers partitioned ones by hooks that end a graph). The first pass of each kind takes seconds
+                to minutes. Random numbers are those of uncompiled layers.
+            norm: runs an RMS norm.
+
+        Raises:
+            ConfigError: layers mix tokens by other means than attention, or not through transformers' interface.
+        """
+        _check_support(module)
+        config: Any = module.config
+        self.module, self.config = module, config
+        self.attention, self.checkpointing = attention, checkpointing
+        self.layers = _find_layers(module)
+        self._replaced: list[tuple[nn.Module, Any]] = []
+        earlier = getattr(self.layers[0].forward, "owner", None)
+        if isinstance(earlier, PackedDecoder):
+            earlier.restore()
+        # cuDNN, PyTorch's preference on newer GPUs, plans each new shape for longer than a step takes, and nearly every
+        # micro-batch has a new shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        self._plain_attention: str = config._attn_implementation
+        self.eager = self._plain_attention == "eager"
+        config._attn_implementation = ATTENTION
+        last_mlp = None
+        if compile_backend is None:
+            self._replace_modules(norm)
+            last_mlp = self._replace_last_mlp()
+        compiled = None if compile_backend is None else _compile(type(self.layers[0]), compile_backend)
+        for index, layer in enumerate(self.layers):
+            forward: Any = layer.forward if compiled is None else functools.partial(compiled, layer)
+            is_last = index == len(self.layers) - 1
+            self._replace(layer, _PackedLayer(self, index, forward, last_mlp if is_last else None))
+
+    def uses_sequences(self, embeds: Tensor) -> bool:
+        """Return whether tokens with these (M, D) embeddings attend in sequences, not in blocks."""
+        if self.eager:
+            return False
+        if self.attention is None:
+            return supports_sequences(self.config, embeds)
+        return isinstance(self.attention, Sequences)
+
+    def run(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        tokens: RowLayout | SequenceLayout,
+        *,
+        header: Tensor | None = None,
+        header_mask: Tensor | None = None,
+        past: Sequence[KeyValues] = (),
+        needed: Tensor | None = None,
+        record: bool = False,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run the decoder on packed tokens.
+
+        Args:
+            embeds, positions: (M - U, D) input embeddings and (M - U,) position ids.
+            tokens: layout of the tokens.
+            header: (U, D) input embeddings of the tokens before every row, at the positions 0 to U - 1.
+            header_mask, past: see ``LayerLayout``; the past by layer, empty if there is none.
+            needed: (N,) index of the tokens whose hidden states are needed; None = all.
+            record: return each layer's keys and values of the tokens.
+
+        Returns:
+            (M - U, D) last hidden states, correct where they are needed, and if recorded the keys and values by layer,
+            (M, G, W) each.
+        """
+        length = 0 if header is None else len(header)
+        pasts: Sequence[KeyValues | None] = past or [None] * len(self.layers)
+        layouts = [
+            LayerLayout(
+                tokens,
+                length,
+                header_mask,
+                layer_past,
+                None if needed is None else length + needed,
+                record,
+                eager=self.eager,
+            )
+            for layer_past in pasts
+        ]
+        # A copy even without a header: compiled code would add guards for a view of another tensor.
+        packed = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
+        positions = torch.cat([torch.arange(length, device=positions.device), positions])
+        output = self.module(
+            inputs_embeds=packed,
+            # Only its four dimensions count: transformers takes it for a finished mask and builds none.
+            attention_mask=embeds.new_zeros(1, 1, 1, 1),
+            position_ids=positions[None],
+            use_cache=False,
+            layout=layouts,
+        )
+        recorded = [layout.recorded for layout in layouts if layout.recorded is not None]
+        return output.last_hidden_state[0, length:], recorded
+
+    def restore(self) -> None:
+        """Undo all changes of the decoder."""
+        for module, forward in reversed(self._replaced):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+        self._replaced.clear()
+        self.config._attn_implementation = self._plain_attention
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Replace a module's forward function, and remember the one that it had of its own, if any."""
+        self._replaced.append((module, vars(module).get("forward")))
+        module.forward = forward
+
+    def _replace_modules(self, norm: Callable[[Any, Tensor], Tensor]) -> None:
+        """Let known modules run leaner, unless someone else has replaced their forward function."""
+        for layer in self.layers:
+            mlp: Any = getattr(layer, "mlp", None)
+            if type(mlp) in GATED_MLPS and "forward" not in vars(mlp):
+                self._replace(mlp, functools.partial(run_gated_mlp, mlp))
+        for module in self.module.modules():
+            if type(module) in RMS_NORMS and "forward" not in vars(module):
+                self._replace(module, functools.partial(norm, module))
+
+    def _replace_last_mlp(self) -> _LastMlp | None:
+        """Let the last layer's MLP run on the needed tokens only, if it can."""
+        mlp = getattr(self.layers[-1], "mlp", None)
+        if not isinstance(mlp, nn.Module) or hasattr(mlp, "experts"):
+            return None
+        if any("lora_" in name for name, _ in mlp.named_parameters()):
+            return None
+        last_mlp = _LastMlp(mlp.forward)
+        self._replace(mlp, last_mlp)
+        return last_mlp
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What a layer wants of its attention."""
+class _LastMlp:
+    """Forward function of the last layer's MLP.
 
-    scaling: float | None
-    dropout: float
-    softcap: float | None
-
-
-def prepare_decoder(decoder: nn.Module) -> None:
-    """Make a decoder able to run on packed tokens, once; what it does on plain padded rows stays the same.
-
-    Args:
-        decoder: the model below the language-modelling head.
-
-    Raises:
-        ConfigError: its layers mix tokens by other means than attention, or not through transformers' interface.
+    Attributes:
+        needed: (N,) index of the tokens to run it on, of the layer's present pass; None = all.
     """
-    if "_runs_packed" in decoder.__dict__:
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self._forward = forward
+        self.needed: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(1, M, D) -> (1, M, D), zero where it is not needed."""
+        if self.needed is None:
+            return self._forward(hidden)
+        tokens = self._forward(gather(hidden.squeeze(0), self.needed)[None]).squeeze(0)
+        return scatter(tokens, self.needed, hidden.shape[1])[None]
+
+
+class _PackedLayer:
+    """Forward function of a layer: takes the layer's layout, and recomputes the layer if asked to."""
+
+    def __init__(
+        self, owner: PackedDecoder, index: int, forward: Callable[..., Any], last_mlp: _LastMlp | None
+    ) -> None:
+        self.owner = owner
+        self._index, self._forward, self._last_mlp = index, forward, last_mlp
+
+    def __call__(self, *args: Any, layout: Sequence[LayerLayout] | None = None, **kwargs: Any) -> Any:
+        if layout is not None:
+            kwargs["layout"] = layout[self._index]
+            kwargs["layout"].recomputed = self.owner.checkpointing
+        if self.owner.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._last_mlp is not None:  # in the layer, so that a recomputed one sets it again
+            self._last_mlp.needed = kwargs["layout"].needed if "layout" in kwargs else None
+        return self._forward(*args, **kwargs)
+
+
+def find_decoder(backbone: Any) -> nn.Module:
+    """Return the model below a causal language model's head."""
+    decoder: nn.Module = backbone.base_model if backbone.base_model is not backbone else backbone.get_decoder()
+    return decoder
+
+
+def _find_layers(decoder: nn.Module) -> list[nn.Module]:
+    """Return a decoder's layers, by any name."""
+    config: Any = decoder.config
+    lists = (list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList))
+    return next(layers for layers in lists if len(layers) == config.num_hidden_layers)
+
+
+def _check_support(decoder: nn.Module) -> None:
+    """Refuse a decoder whose contexts cannot be shared."""
+    config: Any = decoder.config
+    unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+    if not unknown and getattr(decoder, "_supports_attention_backend", False):
         return
-    # cuDNN, which PyTorch prefers on newer GPUs, plans anew for each shape, for longer than a step takes; and nearly
-    # every micro-batch has a shape of its own.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    config: Any = decoder.config
-    others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
-    if others or not getattr(decoder, "_supports_attention_backend", False):
-        why = f"has layers of type {', '.join(sorted(others))}" if others else "computes attention in a way of its own"
-        raise ConfigError(
-            f"llm.backbone: a {config.model_type} model {why}, so contexts cannot be shared; choose one whose layers "
-            "are plain attention reached through transformers' attention interface (Llama, Qwen, Mistral, Gemma, "
-            "GPT-NeoX and most others)"
-        )
-    is_plain = config._attn_implementation == "eager"
-    config._attn_implementation = NAME
-    layers: Any = find_layers(decoder)
-    for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(functools.partial(_hand_out, index), with_kwargs=True)
-    for one in _find_networks(decoder):
-        slim_down(one)
-    for one in decoder.modules():
-        fuse_norm(one)
-    network = getattr(layers[-1], "mlp", None)
-    if isinstance(network, nn.Module) and not hasattr(network, "experts") and not _is_adapted(network):
-        network.forward = functools.partial(_run_on_needed, layers[-1], network.forward)
-    decoder.__dict__["_runs_packed"] = is_plain
-
-
-def restore_modules(decoder: nn.Module) -> None:
-    """Give networks and norms their own code again."""
-    for module in [*_find_networks(decoder), *(one for one in decoder.modules() if is_fused(one))]:
-        module.__dict__.pop("forward", None)
-
-
-def _find_networks(decoder: nn.Module) -> Iterator[nn.Module]:
-    """Yield the feed-forward networks of the layers that have one by its usual name."""
-    for layer in find_layers(decoder):
-        if isinstance(network := getattr(layer, "mlp", None), nn.Module):
-            yield network
-
-
-def _is_adapted(network: nn.Module) -> bool:
-    """Return whether a network has adapters: their dropout is drawn for every token, needed or not."""
-    return any("lora_" in name for name, _ in network.named_parameters())
-
-
-def find_layers(decoder: nn.Module) -> Sequence[nn.Module]:
-    """Return a decoder's layers, whatever it calls them."""
-    config: Any = decoder.config
-    lists = (list(one) for one in decoder.modules() if isinstance(one, nn.ModuleList))
-    return next(one for one in lists if len(one) == config.num_hidden_layers)
-
-
-def run_packed(
-    decoder: nn.Module,
-    embeds: Tensor,
-    positions: Tensor,
-    rows: RowLayout | SequenceLayout,
-    *,
-    header: Tensor | None = None,
-    header_mask: Tensor | None = None,
-    past: Sequence[Parts] = (),
-    needed: Tensor | None = None,
-    record: bool = False,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run a decoder on packed tokens.
-
-    Args:
-        decoder: the model below the language-modelling head.
-        embeds, positions: (M - U, D) input embeddings and (M - U,) position ids.
-        rows: where the tokens stand.
-        header: (U, D) input embeddings of what stands before every row, at the positions 0 to U - 1.
-        header_mask, past: see ``LayerLayout``; the past by layer, none without any.
-        needed: (N,) which of the tokens' hidden states are asked for; None = all. The last layer's network is run on
-            these alone.
-        record: return each layer's keys and values of the tokens.
-
-    Returns:
-        (M - U, D) last hidden states, right where they are needed, and if recorded the keys and values by layer,
-        (M, G, W) each.
-    """
-    prepare_decoder(decoder)
-    length = 0 if header is None else len(header)
-    is_plain = decoder.__dict__["_runs_packed"]
-    of_layers: Sequence[Parts | None] = past or [None] * len(find_layers(decoder))
-    flags = {"plain": is_plain, "checkpointed": CHECKPOINTED in decoder.__dict__}
-    layouts = [LayerLayout(rows, length, header_mask, one, record, **flags) for one in of_layers]
-    # A copy even without a header: of a view of another tensor compiled code would ask of what.
-    whole = torch.cat([(embeds[:0] if header is None else header)[None], embeds[None]], dim=1)
-    positions = torch.cat([torch.arange(length, device=positions.device), positions])
-    # Not in the layout, which a layer's network is not handed. A layer that is recomputed belongs to the latest pass,
-    # since its backward pass comes before the next one.
-    find_layers(decoder)[-1].__dict__["_needed"] = None if needed is None else length + needed
-    output = decoder(
-        inputs_embeds=whole,
-        # Nothing but its four dimensions counts: transformers takes it for a finished mask and makes none of its own.
-        attention_mask=embeds.new_zeros(1, 1, 1, 1),
-        position_ids=positions[None],
-        use_cache=False,
-        layout=layouts,
-    )
-    found = [layout.found for layout in layouts if layout.found is not None]
-    return output.last_hidden_state[0, length:], found
-
-
-def _hand_out(index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a layer its own part of the layout."""
-    layouts: list[LayerLayout] | None = kwargs.get("layout")
-    if layouts is not None:
-        return args, {**kwargs, "layout": layouts[index]}
-    layer.__dict__["_needed"] = None  # a pass that is not ours
-    return args, kwargs
-
-
-def _run_on_needed(layer: Any, forward: Any, hidden: Tensor) -> Tensor:
-    """Run a layer's network on the tokens that are needed, and leave zeros for the others."""
-    needed = layer.__dict__.get("_needed")
-    if needed is None:
-        return forward(hidden)  # type: ignore[no-any-return]
-    return spread(forward(collect(hidden.squeeze(0), needed)[None]).squeeze(0), needed, hidden.shape[1])[None]
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    layout: LayerLayout | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers' interface wants it: (1, H, M, W), (1, G, M, W) twice -> (1, M, H, W)."""
-    options = _Options(scaling, dropout, softcap)
-    if layout is None:
-        return _attend_plainly(module, query, key, value, attention_mask, options, others)
-    if others.get("s_aux") is not None:
-        raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
-    # Token by token, as projections leave them: (M, heads, W) each.
-    queries, keys, values = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
-    if layout.record:
-        layout.found = keys, values
-    if isinstance(layout.rows, SequenceLayout):
-        if softcap is not None or key.shape[-1] != value.shape[-1] or key.shape[-1] > WIDEST_HEAD:
-            raise ConfigError(
-                f"llm.backbone: {type(module).__name__} attends in a way that the fastest kernel does not know; set "
-                "llm.attention=eager"
-            )
-        own = [_divide(one, layout.header) for one in (keys, values)]
-        laid, recomputed = _lay_out_keys(layout, (keys, values), own)
-        with recompute_in_backward(*recomputed):
-            found = compare_sequences(
-                layout.rows, queries, *laid, scaling=scaling, dropout=dropout, window=sliding_window
-            )
-        return found[None], None
-    compute: Any = _compare if layout.plain or softcap is not None else _compare_fused
-    compute = functools.partial(compute, options=options)
-    rows, in_window = layout.rows, sliding_window is not None
-    attended: list[Tensor] = []
-    (first, queries), *own = (_divide(one, layout.header) for one in (queries, keys, values))
-    if first is not None and own[0][0] is not None and own[1][0] is not None:
-        # Copies: kept for the backward pass, a part would keep the whole.
-        alone = (one.transpose(0, 1)[None].contiguous() for one in (first, own[0][0], own[1][0]))
-        mask = layout.header_mask if in_window else None
-        attended.append(compute(*alone, mask).transpose(1, 2).flatten(0, 1))
-    laid, recomputed = _lay_out_keys(layout, (keys, values), own)
-    queries = lay_out(queries, rows.queries, rows.query_places)
-    with recompute_in_backward(*recomputed):
-        attended += _attend_in_blocks(rows, queries, laid[0], laid[1], compute, in_window=in_window)
-    found = collect(attended[0] if len(attended) == 1 else torch.cat(attended), rows.found)
-    return found[None], None
-
-
-def _divide(packed: Tensor, header: int) -> tuple[Tensor | None, Tensor]:
-    """Return what is packed of the header, if it is, and the rest."""
-    return tuple(torch.split(packed, [header, len(packed) - header])) if header else (None, packed)  # type: ignore[return-value]
-
-
-def _lay_out_keys(
-    layout: LayerLayout, packed: Sequence[Tensor], divided: Sequence[tuple[Tensor | None, Tensor]]
-) -> tuple[list[Tensor], list[Recomputed]]:
-    """Return keys and values at their places, and those that are not to be kept for the backward pass.
-
-    Args:
-        layout: of the layer.
-        packed: keys and values.
-        divided: the same, the header's apart.
-    """
-    rows, laid, again = layout.rows, [], []
-    for place, (whole, (ahead, own)) in enumerate(zip(packed, divided, strict=True)):
-        parts = (*(layout.past[place] if layout.past is not None else ()), whole.detach())
-        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        found = lay_out(own, rows.keys, rows.key_places, whole=joined, ahead=ahead, shared=rows.header_places)
-        laid.append(found)
-        again.append(Recomputed(found, parts, rows.keys))
-    # In blocks a header alone is copied for a few rows; sequences have many copies of all that is shared.
-    copied = layout.past is not None or isinstance(rows, SequenceLayout)
-    return laid, again if copied and not layout.checkpointed else []
-
-
-def _attend_in_blocks(
-    rows: RowLayout,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    compute: Any,
-    *,
-    in_window: bool,
-) -> Iterator[Tensor]:
-    """Yield what each block's queries find.
-
-    Args:
-        rows: the blocks.
-        queries, keys, values: at their places.
-        compute: compares a block.
-        in_window: whether the layer looks back no further than a window.
-    """
-    of_queries = torch.split(queries, [block.rows * block.columns for block in rows.blocks])
-    of_keys, of_values = (
-        torch.split(one, [block.rows * block.keys for block in rows.blocks]) for one in (keys, values)
-    )
-    for block, query, key, value in zip(rows.blocks, of_queries, of_keys, of_values, strict=True):
-        query, key, value = (one.view(block.rows, -1, *one.shape[1:]).transpose(1, 2) for one in (query, key, value))
-        mask = block.masks.window if in_window and block.masks.window is not None else block.masks.plain
-        ahead = 0
-        if mask is None:
-            # A causal kernel wants as many queries as keys.
-            ahead = block.keys - block.columns
-            query = pad(query, (0, 0, ahead, 0))
-        found = compute(query, key, value, mask)[:, :, ahead:]
-        yield found.transpose(1, 2).flatten(0, 1)
-
-
-def _compare_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
-    """By the fastest kernel that PyTorch has; without a mask each query sees the keys up to its own place.
-
-    Fused kernels take fewer key heads than query heads, but with a mask those for GPUs do not.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and mask is not None and query.device.type != "cpu":
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        groups = 1
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=options.dropout,
-        is_causal=mask is None,
-        scale=options.scaling,
-        enable_gqa=groups > 1,
+    cause = f"has layers of type {', '.join(sorted(unknown))}" if unknown else "has its own attention code"
+    raise ConfigError(
+        f"llm.backbone: a {config.model_type} model {cause}, so contexts cannot be shared; choose a backbone whose "
+        "layers are plain attention through transformers' attention interface (Llama, Qwen, Mistral, Gemma, GPT-NeoX "
+        "and most others)"
     )
 
 
-def _compare(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
-    """Step by step, with the soft cap that some models put on scores (Gemma 2)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
-    scores = query @ key.transpose(2, 3) * scale
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if mask is None:
-        mask = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    shares = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return drop(shares, options.dropout) @ value
+def _compile(layer_class: type[nn.Module], backend: str) -> Callable[..., Any]:
+    """Return the compiled forward function of a layer class.
 
-
-def _attend_plainly(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    options: _Options,
-    others: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """A pass that is not ours, over plain padded rows."""
-    if mask is not None and mask.shape[-1] < key.shape[2]:
-        raise ConfigError(
-            f"llm.backbone: {type(module).__name__} does not hand its arguments down to its attention, so contexts "
-            "cannot be shared; choose another backbone"
-        )
-    return sdpa_attention_forward(  # type: ignore[no-any-return]
-        module,
-        query,
-        key,
-        value,
-        mask,
-        dropout=options.dropout,
-        scaling=options.scaling,
-        softcap=options.softcap,
-        **others,
-    )
-
-
-# Compiled code would be made anew for each number of blocks; so a compiled layer ends before attention and begins again
-# behind it.
-AttentionInterface.register(NAME, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
-AttentionMaskInterface.register(NAME, sdpa_mask)
+    All layers run the same function, so the same graphs serve them all, and compiling 80 layers takes as long as two.
+    Attention is not compiled: it has any number of blocks and consists of PyTorch's kernels anyway. So a layer has
+    three graphs: before attention, after it, and the MLP.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    options: Any = {"fallback_random": True} if backend == "inductor" else None
+    compiled: Callable[..., Any] = torch.compile(layer_class.forward, dynamic=True, backend=backend, options=options)
+    return compiled

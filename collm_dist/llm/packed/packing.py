@@ -1,124 +1,193 @@
-"""From packed tokens, which lie one after the other, to the places of rows (``row_layout``), and back.
+"""Gathers and scatters between packed tokens and the cells of a layout (``row_blocks``, ``sequences``).
 
-Each way is one gather, whose gradient is another one: no place that counts occurs twice, but for keys that several rows
-or sequences see.
+Each direction is one gather, whose gradient is another gather: no cell that counts occurs twice, except for keys that
+several rows or sequences attend to.
 
-Shapes: m packed tokens, A tokens ahead of them, N places.
+Keys and values in cells are not kept for the backward pass but laid out again (``recompute_in_backward``): every row
+has its own copy of the prefix that it attends to, and padding. Copying them a second time costs little beside the rest
+of the pass.
+
+Shapes: m packed tokens, A earlier tokens before them (a header's, a prefix's), N cells; G key/value heads, W width of a
+head.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import embedding_bag
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Where tokens stand that may stand in several places.
+    """Cells of tokens that stand in several cells.
 
     Attributes:
-        places: (n,) those of the first token, then those of the second, and so on.
-        starts: (m,) where each token's begin in them.
+        cells: (n,) cells of the first token, then of the second, and so on.
+        starts: (m,) start of each token's cells in them.
     """
 
-    places: Tensor
+    cells: Tensor
     starts: Tensor
 
 
-class _Spread(torch.autograd.Function):
-    """Some tokens (m, ...) -> all of them (size, ...), zero where there is none. No place occurs twice."""
+class _Scatter(torch.autograd.Function):
+    """Some tokens (m, ...) -> all tokens (size, ...), zero elsewhere. No index occurs twice."""
 
     @staticmethod
-    def forward(ctx: Any, some: Tensor, places: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return some.new_zeros(size, *some.shape[1:]).index_copy_(0, places, some)
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, index, tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
+        (index,) = ctx.saved_tensors
+        return gradients[0].index_select(0, index), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Places (N, ...) -> the tokens that stand there, (m, ...)."""
+class _Gather(torch.autograd.Function):
+    """Cells (N, ...) -> the tokens in them (m, ...). No index occurs twice."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = rows.shape[0]
-        return rows.index_select(0, places)
+    def forward(ctx: Any, cells: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = cells.shape[0]
+        return cells.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
+        (index,) = ctx.saved_tensors
         packed = gradients[0]
-        return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, places, packed), None
+        return packed.new_zeros(ctx.size, *packed.shape[1:]).index_copy_(0, index, packed), None
 
 
 class _LayOut(torch.autograd.Function):
-    """(m, ...), and all (A + m, ...) -> (N, ...), with any token at padding, whose gradient is not looked at."""
+    """(m, ...), and all (A + m, ...) -> (N, ...), with any token at padding, whose gradient is ignored."""
 
     @staticmethod
     def forward(
         ctx: Any,
         packed: Tensor,
-        ahead: Tensor | None,
+        header: Tensor | None,
         whole: Tensor,
-        sources: Tensor,
-        places: Tensor | None,
+        tokens: Tensor,
+        cells: Tensor | None,
         starts: Tensor | None,
-        shared: Tensor | None,
+        header_cells: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(places, starts, shared)
-        return whole.index_select(0, sources)
+        ctx.save_for_backward(cells, starts, header_cells)
+        return whole.index_select(0, tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
-        places, starts, shared = ctx.saved_tensors
-        (rows,), of_ahead = gradients, None
-        if shared is not None:
-            of_ahead = rows.index_select(0, shared.flatten()).view(*shared.shape, *rows.shape[1:]).sum(0)
+        cells, starts, header_cells = ctx.saved_tensors
+        (laid_out,), header_gradient = gradients, None
+        if header_cells is not None:
+            copies = laid_out.index_select(0, header_cells.flatten())
+            header_gradient = copies.view(*header_cells.shape, *laid_out.shape[1:]).sum(0)
         if starts is None:
-            of_packed = rows.index_select(0, places)
-        else:  # the library's way of adding up rows, with sums in float32
-            of_packed = embedding_bag(places, rows.flatten(1), starts, mode="sum").view(-1, *rows.shape[1:])
-        return of_packed, of_ahead, None, None, None, None, None
+            packed_gradient = laid_out.index_select(0, cells)
+        else:  # PyTorch's sum over groups of rows, in float32
+            sums = embedding_bag(cells, laid_out.flatten(1), starts, mode="sum")
+            packed_gradient = sums.view(-1, *laid_out.shape[1:])
+        return packed_gradient, header_gradient, None, None, None, None, None
 
 
-def collect(rows: Tensor, places: Tensor) -> Tensor:
-    """(N, ...) -> (m, ...), what stands at the (m,) places."""
-    return _Collect.apply(rows, places)  # type: ignore[no-untyped-call, no-any-return]
+def gather(cells: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens in some cells: (N, ...), (m,) -> (m, ...)."""
+    return _Gather.apply(cells, index)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def spread(some: Tensor, places: Tensor, size: int) -> Tensor:
-    """(m, ...) -> (size, ...), zero but at the places."""
-    return _Spread.apply(some, places, size)  # type: ignore[no-untyped-call, no-any-return]
+def scatter(tokens: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return tokens at their index and zeros elsewhere: (m, ...), (m,) -> (size, ...)."""
+    return _Scatter.apply(tokens, index, size)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def lay_out(
     packed: Tensor,
-    sources: Tensor,
-    places: Tensor | Copies | None,
+    tokens: Tensor,
+    cells: Tensor | Copies | None,
     *,
     whole: Tensor | None = None,
-    ahead: Tensor | None = None,
-    shared: Tensor | None = None,
+    header: Tensor | None = None,
+    header_cells: Tensor | None = None,
 ) -> Tensor:
-    """Return what stands where: (m, ...) -> (N, ...).
+    """Return the content of every cell: (m, ...) -> (N, ...).
 
     Args:
-        packed: the tokens.
-        sources: (N,) which of the A + m stands at each place; any at padding: nobody sees it, and what it sees is left
-            out.
-        places: (m,) where each packed one stands, or where its copies do; None where no gradient is asked for.
-        whole: (A + m, ...) those ahead and the packed ones; None where there is nothing ahead.
-        ahead: (A, ...), if they need a gradient.
-        shared: (C, A) where they stand in each of C rows, then.
+        packed: the packed tokens.
+        tokens: (N,) index among the A + m tokens of each cell's token; any at padding, which nothing attends to and
+            whose output is left out.
+        cells: (m,) cell of each packed token, or the cells of its copies; None where no gradient is needed.
+        whole: (A + m, ...) earlier and packed tokens; None if there are no earlier ones.
+        header: (U, ...) the header's, if it needs a gradient.
+        header_cells: (C, U) its cells in each of C rows, if it needs a gradient.
     """
     whole = (packed if whole is None else whole).detach()
-    at, starts = (places.places, places.starts) if isinstance(places, Copies) else (places, None)
-    return _LayOut.apply(packed, ahead, whole, sources, at, starts, shared)  # type: ignore[no-untyped-call, no-any-return]
+    index, starts = (cells.cells, cells.starts) if isinstance(cells, Copies) else (cells, None)
+    return _LayOut.apply(  # type: ignore[no-untyped-call, no-any-return]
+        packed, header, whole, tokens, index, starts, header_cells
+    )
+
+
+class RecomputedCells:
+    """The source of a layer's keys, or values, in cells."""
+
+    def __init__(self, laid_out: Tensor, parts: tuple[Tensor, ...], tokens: Tensor) -> None:
+        """Remember the source.
+
+        Args:
+            laid_out: (N, G, W); only its address is kept.
+            parts: tensors of (A + m, G, W) tokens in all, one after the other.
+            tokens: (N,) index of each cell's token.
+        """
+        self.storage = laid_out.untyped_storage().data_ptr()
+        self._unit, self._parts, self._tokens = laid_out[0].numel(), parts, tokens
+        self._whole: Tensor | None = None
+        self._num_pending = 0
+
+    def replace(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        """Return a function that lays out a contiguous range of cells again; other views are kept as they are."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride(), strict=True))
+        first, within = divmod(int(saved.storage_offset()), self._unit)
+        if span != saved.numel() or within or span % self._unit:
+            return saved
+        self._num_pending += 1
+        cells = slice(first, first + span // self._unit)
+        return functools.partial(self._lay_out, cells, saved.shape, saved.stride())
+
+    def _lay_out(self, cells: slice, shape: torch.Size, stride: Sequence[int]) -> Tensor:
+        """Return one block's cells; the parts are joined once for all blocks, which come one after the other."""
+        if self._whole is None:
+            self._whole = torch.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
+        laid_out = self._whole.index_select(0, self._tokens[cells])
+        self._num_pending -= 1
+        if self._num_pending == 0:
+            self._whole = None
+        return laid_out.as_strided(shape, stride)
+
+
+@contextmanager
+def recompute_in_backward(*sources: RecomputedCells) -> Iterator[None]:
+    """Do not keep tensors in cells for the backward pass of the operations inside; lay them out again there."""
+    if not sources:  # hooks of an outer context, such as a checkpoint's, would not be called
+        yield
+        return
+    by_storage = {source.storage: source for source in sources}
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        source = by_storage.get(saved.untyped_storage().data_ptr())
+        return saved if source is None else source.replace(saved)
+
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
