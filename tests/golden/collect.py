@@ -15,8 +15,6 @@ import pyarrow.parquet as pq
 import safetensors
 import safetensors.numpy
 import torch
-from collm_dist.tuning.prepared_batches import prepare
-from collm_dist.tuning.stages import get_stage, get_stage_config, load_stage_model
 
 import collm_dist
 from collm_dist.config.loader import load_config
@@ -25,6 +23,8 @@ from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.run_stage import build_orders
+from collm_dist.tuning.stage import get_stage, load_stage_model
+from collm_dist.tuning.step_batches import iter_step_batches
 from tests.golden.commands import list_places, replace_paths
 from tests.golden.records import describe_array
 
@@ -158,12 +158,12 @@ def collect_batches(run: Path, stage: str) -> dict[str, Any]:
     only scored."""
     config, run_dir = load_config(run / "config.yaml"), RunDir(run)
     loaded = load_stage_model(config, run_dir, stage, torch.device("cpu"))
-    train, valid = build_orders(config, run_dir, get_stage_config(config, get_stage(config, stage)))
+    train, valid = build_orders(config, run_dir, get_stage(config, stage).settings)
 
     def take(order: Any, collator: Any, epoch: int, count: int) -> list[Any]:
         masking = Masking(0.3, config.run.seed, epoch) if collator is loaded.collator and stage == "stage2" else None
         blocks = order.iter_batches(epoch)
-        found = islice(prepare(blocks, collator, MICRO_BATCH_TOKENS, torch.device("cpu"), masking), 2)
+        found = islice(iter_step_batches(blocks, collator, MICRO_BATCH_TOKENS, torch.device("cpu"), masking), 2)
         return [describe_batch(one) for prepared in found for one in prepared.micro_batches][:count]
 
     return {
