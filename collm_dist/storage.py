@@ -166,7 +166,7 @@ def describe_files(uris: list[str]) -> dict[str, Any]:
         LaunchError: an object store cannot be reached or refuses.
     """
     described = {}
-    for uri in dict.fromkeys(one.partition("::")[0] for one in uris):
+    for uri in dict.fromkeys(uris):
         filesystem, path = open_filesystem(uri)
         with explain_store_errors(filesystem, uri):
             info = filesystem.get_file_info(path)

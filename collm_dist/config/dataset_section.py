@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from collm_dist.config.section import Section, Uri
 
 MAX_MONTHS = 12 * 1000
+_CONVERT_COLLM = (
+    "'collm' is no longer read directly; convert the authors' pickles once with `python -m "
+    "collm_dist.data.convert_collm_release FOLDER_OR_ZIP OUTPUT_DIR`, then use format: table with "
+    "dataset.path=OUTPUT_DIR/interactions.parquet, dataset.items_path=OUTPUT_DIR/items.parquet and "
+    "dataset.columns={label: label, split: split}, as configs/ml1m_official.yaml does"
+)
 
 
 class ColumnsConfig(Section):
@@ -76,11 +82,11 @@ class DatasetConfig(Section):
     """The raw logs: their location and columns, and the rows to use."""
 
     format: Literal[
-        "table", "movielens_100k", "movielens_1m", "movielens_32m", "recbole", "amazon_2018", "amazon_2023", "collm"
+        "table", "movielens_100k", "movielens_1m", "movielens_32m", "recbole", "amazon_2018", "amazon_2023"
     ] = Field(
         "table",
-        description="table: CSV, TSV or Parquet with the columns named below. recbole: atomic files. collm: the "
-        "authors' released pickles. The others: the publishers' own layouts.",
+        description="table: CSV, TSV or Parquet with the columns named below. recbole: atomic files. The "
+        "others: the publishers' own layouts.",
     )
     path: Uri | None = Field(
         None, description="URI of the interactions: file, folder, glob, s3://, gs://. Fixed layouts: their folder."
@@ -139,6 +145,13 @@ class DatasetConfig(Section):
         description="URI of a list of users to forget (Parquet or CSV, column user_id): their rows are skipped, and "
         "their data in extend_from are not carried over.",
     )
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _refuse_collm(cls, value: object) -> object:
+        if value == "collm":
+            raise ValueError(_CONVERT_COLLM)
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:

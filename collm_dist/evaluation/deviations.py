@@ -81,7 +81,7 @@ def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) 
 
 def _is_ready(config: Config) -> bool:
     """Return whether the data come split, which is taken for the authors' own split."""
-    return config.dataset.format == "collm" or config.dataset.split.method == "column"
+    return config.dataset.split.method == "column"
 
 
 def _compare_data(config: Config, paper: Config, recipe: Recipe) -> Iterator[Deviation]:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from collm_dist.config import DatasetConfig
 from collm_dist.config.loader import dump_config, load_config
+from collm_dist.data.convert_collm_release import convert_release
 from collm_dist.data.ingest.filters import count_items_by_month
 from collm_dist.data.ingest.normalize import FIRST_SECOND, LAST_SECOND
 from collm_dist.data.ingest.row_filter import parse_row_filter
@@ -143,7 +144,8 @@ def write_types(dice: random.Random, path: Path) -> None:
 def read_log(path: Path, **settings: Any) -> None:
     """Read a log as preprocessing does, and check what no later step checks again."""
     if settings.get("format", "table") == "table":
-        settings |= {"columns": {"rating": "rating"}, "items_path": str(path), "item_columns": {"title": "user_id"}}
+        defaults = {"columns": {"rating": "rating"}, "items_path": str(path), "item_columns": {"title": "user_id"}}
+        settings = defaults | settings
     source = open_source(DatasetConfig.model_validate({"path": str(path), **settings}))
     for chunk in source.chunks:
         for batch in source.read_chunk(chunk):
@@ -211,7 +213,12 @@ def fuzz_released() -> Fuzzer:
         path.write_bytes(mutate(packed, dice) if dice.random() < 0.3 else packed)
         return path
 
-    return Fuzzer(make, lambda path: read_log(path, format="collm", split={"method": "column"}))
+    def use(path: Path) -> None:
+        interactions, items = convert_release(path, path.parent / "converted")
+        columns = {"label": "label", "split": "split"}
+        read_log(interactions, items_path=str(items), item_columns={}, columns=columns, split={"method": "column"})
+
+    return Fuzzer(make, use)
 
 
 def fuzz_shard() -> Fuzzer:

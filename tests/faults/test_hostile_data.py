@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from collm_dist.config import DatasetConfig
+from collm_dist.data.convert_collm_release import convert_release
 from collm_dist.data.ingest.files import BLOCK_BYTES
 from collm_dist.data.ingest.source import open_source
 from collm_dist.data.prompts.template import PromptTemplate
@@ -30,7 +31,8 @@ from tests.faults.fuzz import fuzz
 from tests.faults.fuzz_cases import FUZZERS
 from tests.tiny import make_tokenizer
 from tests.unit.loader_data import make_contexts
-from tests.unit.test_readers import RATINGS, items_of, read, write_release
+from tests.unit.test_convert_collm_release import write_release
+from tests.unit.test_readers import RATINGS, items_of, read
 
 HEADER, ROW = b"user_id,item_id,timestamp,rating\n", b"1,a,1000000000,5\n"
 GOOD = {"user_id": ["1", "2"], "item_id": ["a", "b"], "timestamp": [10**9, 10**9 + 1], "rating": [5.0, 2.0]}
@@ -341,12 +343,12 @@ def test_released_files_that_are_not_what_they_say(tmp_path, way):
             del data[: len(data) // 2]
         path.write_bytes(data)
     message = {
-        "two of a name": "name the folder of one",
-        "no zip": "zip|no train_ood2",
-        "no frame": "holds no data frame but NoneType",
+        "two of a name": "occurs twice",
+        "no zip": "zip|train_ood2.pkl is missing",
+        "no frame": "found NoneType",
     }.get(way, "refused")
     with pytest.raises(DataError, match=message):
-        read(path=str(path), format="collm", split={"method": "column"})
+        convert_release(path, tmp_path / "out")
 
 
 class FalseType:
@@ -376,7 +378,7 @@ def test_pickles_that_lie_about_memory(tmp_path, way):
     else:
         path.write_bytes(pickle.dumps(FalseType() if way == "false type" else FalseArray()))
     with pytest.raises(DataError, match=r"train_ood2\.pkl: refused"):
-        read(path=str(tmp_path / "data"), format="collm", split={"method": "column"})
+        convert_release(tmp_path / "data", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", sorted(FUZZERS))

@@ -27,8 +27,7 @@ def _build(**sections):
             "run": {"dir": "runs/x"},
             "dataset": {
                 "path": "ml-1m",
-                "format": "collm",
-                "columns": {"split": "split"},
+                "columns": {"label": "label", "split": "split"},
                 "split": {"method": "column"},
             },
             "preprocessing": {"ties": "order"},

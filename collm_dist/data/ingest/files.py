@@ -18,7 +18,6 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from collm_dist.data.ingest.released_pickles import read_released_table
 from collm_dist.errors import DataError
 from collm_dist.storage import explain_store_errors, open_filesystem, split_query
 
@@ -40,7 +39,7 @@ class Layout:
         typed_header: header cells look like ``name:type`` (RecBole atomic files).
     """
 
-    kind: Literal["auto", "text", "parquet", "json", "pickle"] = "auto"
+    kind: Literal["auto", "text", "parquet", "json"] = "auto"
     delimiter: str | None = None
     encoding: str = "utf8"
     names: tuple[str, ...] = ()
@@ -101,9 +100,6 @@ def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int,
         DataError: the file as a whole cannot be read.
         LaunchError: it lies in an object store that cannot be reached or refuses.
     """
-    if layout.kind == "pickle":
-        yield read_released_table(uri)
-        return
     filesystem, path = open_filesystem(uri)
     partition = dict(part.split("=", 1) for part in PurePosixPath(path).parts[:-1] if part.count("=") == 1)
     try:

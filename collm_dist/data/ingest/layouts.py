@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.data.ingest.files import Layout
-from collm_dist.data.ingest.released_pickles import list_released_files
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files, split_query
 
@@ -36,8 +35,6 @@ def find_fixed_layout(name: str, folder: str, dataset: DatasetConfig) -> FixedLa
     Raises:
         DataError: a file that the format needs is not in the folder.
     """
-    if name == "collm":
-        return _find_released(folder)
     files = list_files(folder, "dataset.path")
 
     def find(*endings: str, required: bool = True) -> tuple[str, ...]:
@@ -85,14 +82,6 @@ def find_fixed_layout(name: str, folder: str, dataset: DatasetConfig) -> FixedLa
         return FixedLayout(tables, metadata, mapped, "parent_asin", items_layout=meta)
     reviews = tuple(one for one in find(".jsonl", ".jsonl.gz") if "meta_" not in one)
     return FixedLayout(reviews, metadata, mapped, "parent_asin", layout=_REVIEWS_2023, items_layout=meta)
-
-
-def _find_released(path: str) -> FixedLayout:
-    """The authors' pickles say everything themselves: label, split, and the titles beside the rows."""
-    files = tuple(list_released_files(path))
-    columns = ColumnsConfig(user_id="uid", item_id="iid", timestamp="timestamp", label="label", split="split")
-    pickled = Layout("pickle")
-    return FixedLayout(files, files, columns, "iid", "title", pickled, pickled)
 
 
 def _recbole_title(folder: str, files: list[str]) -> str:
