@@ -1,7 +1,7 @@
 """AUC, UAUC, log-loss, NDCG@k and hit rate@k. Exact with ties, vectorised over users and groups.
 
-Equal scores never depend on the order of rows: AUC counts a tied pair as one half, NDCG and the hit rate are the
-expected values over all orders of the tied rows. A number that is not defined is None, never NaN.
+No metric depends on the order of rows with equal scores: AUC counts a tied pair as one half; NDCG and hit rate are
+expected values over all orders of the tied rows. An undefined metric is None, never NaN.
 
 Shapes: N rows, G groups (users or candidate lists).
 """
@@ -19,18 +19,18 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GroupValues:
-    """One number for each group in which it is defined.
+    """Values of a metric in the groups that define it.
 
     Attributes:
-        groups: (G,) the groups, ascending.
-        values: (G,) their numbers.
+        groups: (G,) groups, ascending.
+        values: (G,) values.
     """
 
     groups: IntArray
     values: FloatArray
 
     def compute_mean(self) -> float | None:
-        """Return the unweighted mean over the groups, None without any."""
+        """Return the unweighted mean over the groups, None without groups."""
         return float(self.values.mean()) if len(self.values) else None
 
 
@@ -39,11 +39,12 @@ class _Sorted:
     """Rows sorted by group, then by score.
 
     Attributes:
-        order: (N,) the row at each sorted place.
+        order: (N,) row at each sorted position.
         groups: (G,) distinct groups.
         group: (N,) position in ``groups`` of each sorted row.
-        start: (G,) first place of each group.
-        first, size: (N,) place within its group of the first row with the same score, and how many have it.
+        start: (G,) first sorted position of each group.
+        first, size: (N,) for the run of rows with the same group and score: its first position within the group, and
+            its length.
     """
 
     order: IntArray
@@ -55,10 +56,10 @@ class _Sorted:
 
 
 def _check_rows(labels: ArrayLike, scores: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Return both as float64 vectors; raises ValueError for labels other than 0 and 1 and for scores not finite."""
+    """Return both as float64 vectors, or raise ValueError, see ``compute_group_auc``."""
     y, s = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if y.shape != s.shape or y.ndim != 1:
-        raise ValueError(f"labels {y.shape} and scores {s.shape} must be vectors of one length")
+        raise ValueError(f"labels {y.shape} and scores {s.shape} must be vectors of the same length")
     if not np.isin(y, (0.0, 1.0)).all():
         raise ValueError("labels must be 0 or 1")
     if not np.isfinite(s).all():
@@ -85,11 +86,11 @@ def compute_group_auc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -
 
     Args:
         labels: (N,) 0 or 1.
-        scores: (N,) any finite numbers, higher = more likely a like.
+        scores: (N,) finite, higher = more likely a like.
         groups: (N,) integers, such as dense users.
 
     Raises:
-        ValueError: other labels than 0 and 1, scores that are not finite, or lengths that differ.
+        ValueError: a label is not 0 or 1, a score is not finite, or the lengths differ.
     """
     y, s = _check_rows(labels, scores)
     rows = _sort_rows(groups, s)
@@ -104,31 +105,31 @@ def compute_group_auc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -
 
 
 def compute_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Return the area under the ROC curve; None when only one label occurs.
+    """Return the area under the ROC curve; None if only one label occurs.
 
     Args:
         labels: (N,) 0 or 1.
-        scores: (N,) any finite numbers.
+        scores: (N,) finite.
 
     Raises:
-        ValueError: as for compute_group_auc.
+        ValueError: as for ``compute_group_auc``.
     """
     return compute_group_auc(labels, scores, np.zeros(np.shape(labels), dtype=np.int64)).compute_mean()
 
 
 def compute_uauc(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> tuple[float | None, int]:
-    """Return the unweighted mean AUC over users with both labels, and how many these are.
+    """Return the unweighted mean AUC over users with both labels, and the number of these users.
 
     Args:
         labels: (N,) 0 or 1.
-        scores: (N,) any finite numbers.
+        scores: (N,) finite.
         users: (N,) integer user of each row.
 
     Returns:
-        (None, 0) when no user has both labels.
+        (None, 0) if no user has both labels.
 
     Raises:
-        ValueError: as for compute_group_auc.
+        ValueError: as for ``compute_group_auc``.
     """
     by_user = compute_group_auc(labels, scores, users)
     return by_user.compute_mean(), len(by_user.groups)
@@ -138,14 +139,14 @@ def compute_logloss(labels: ArrayLike, logits: ArrayLike) -> float | None:
     """Return the mean binary cross-entropy in nats, from logits; None without rows.
 
     Raises:
-        ValueError: as for compute_group_auc.
+        ValueError: as for ``compute_group_auc``.
     """
     y, s = _check_rows(labels, logits)
     return float((np.logaddexp(0.0, s) - y * s).mean()) if len(y) else None
 
 
 def _sort_candidates(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> tuple[_Sorted, FloatArray]:
-    """Sort best first within each group; returns the sorted rows and their labels."""
+    """Return the rows sorted best first within each group, and their labels."""
     y, s = _check_rows(labels, scores)
     rows = _sort_rows(groups, -s)
     return rows, y[rows.order]
@@ -154,17 +155,17 @@ def _sort_candidates(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) ->
 def compute_group_ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -> GroupValues:
     """Return NDCG@k with binary relevance for each candidate list that has a positive.
 
-    Gain 1, discount 1 / log2(rank + 1). Each row of a tie gets the mean discount of the ranks that the tie covers,
-    which is the expected value over its orders (McSherry and Najork, ECIR 2008).
+    Gain 1, discount 1 / log2(rank + 1). Each tied row gets the mean discount of the ranks that the tie covers: the
+    expected value over all orders (McSherry and Najork, ECIR 2008).
 
     Args:
         labels: (N,) 1 = positive; a list may have several.
-        scores: (N,) any finite numbers.
-        groups: (N,) the candidate list of each row.
+        scores: (N,) finite.
+        groups: (N,) candidate list of each row.
         k: cutoff, at least 1.
 
     Raises:
-        ValueError: as for compute_group_auc.
+        ValueError: as for ``compute_group_auc``.
     """
     rows, positive = _sort_candidates(labels, scores, groups)
     longest = int((rows.first + rows.size).max(initial=0))
@@ -179,12 +180,12 @@ def compute_group_ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, 
 
 
 def compute_group_hits(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -> GroupValues:
-    """Return, for each candidate list with a positive, the probability that its first k ranks hold one.
+    """Return, for each candidate list with a positive, the probability of a positive in the first k ranks.
 
-    It is 0 or 1 unless a tie stretches over rank k; then it is the share of the tie's orders that bring a positive
-    into the first k ranks.
+    It is 0 or 1 unless a tie crosses rank k; then it is the share of the tie's orders that place a positive in the
+    first k ranks.
 
-    Args and errors: as for compute_group_ndcg.
+    Arguments and errors as for ``compute_group_ndcg``.
     """
     rows, positive = _sort_candidates(labels, scores, groups)
     num_groups = len(rows.groups)
@@ -193,7 +194,7 @@ def compute_group_hits(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, 
     run = np.cumsum(is_first) - 1
     run_group, first, size = rows.group[is_first], rows.first[is_first], rows.size[is_first]
     misses = size - np.bincount(run, positive, len(size)).astype(np.int64)
-    drawn = np.clip(k - first, 0, size)  # ranks of the run that are within the first k
+    drawn = np.clip(k - first, 0, size)  # ranks of the run within the first k
     log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, size.max(initial=0) + 1)))))
     # P(no positive among `drawn` of `size`) = C(misses, drawn) / C(size, drawn)
     log_none = (
@@ -210,10 +211,10 @@ def compute_group_hits(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, 
 
 
 def compute_ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -> float | None:
-    """Return the mean NDCG@k over candidate lists with a positive; None without any. See compute_group_ndcg."""
+    """Return the mean NDCG@k over candidate lists with a positive; None without any. See ``compute_group_ndcg``."""
     return compute_group_ndcg(labels, scores, groups, k).compute_mean()
 
 
 def compute_hit_rate(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int) -> float | None:
-    """Return the mean hit rate@k over candidate lists with a positive; None without any. See compute_group_hits."""
+    """Return the mean hit rate@k over candidate lists with a positive; None without any. See ``compute_group_hits``."""
     return compute_group_hits(labels, scores, groups, k).compute_mean()

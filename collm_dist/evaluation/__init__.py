@@ -1,1 +1,1 @@
-"""Metrics, baselines, intervals and the report."""
+"""Evaluation: baselines, scores, bootstrap intervals and the report."""

@@ -1,9 +1,9 @@
-"""Trivial baselines: what any table of recommenders must beat, and on public benchmarks often does not.
+"""Trivial baselines, which published recommenders often fail to beat.
 
-Each is fitted on the training rows and knows nothing that the config could tune. On ML-1M's released split (test AUC /
-UAUC): item mean .709/.682, item + user mean .732/.682, bias logistic .737/.681, as-of logistic .775/.671.
+Each is fitted to the training rows and has no settings. On ML-1M's released split (test AUC / UAUC): item mean
+.709/.682, item + user mean .732/.682, bias logistic .737/.681, as-of logistic .775/.671.
 
-A baseline scores the targets of a ContextBlock: an as-of number of a row is what was known strictly before it.
+A baseline scores the targets of a ContextBlock. As-of counts of a row are those known strictly before it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from collm_dist.metrics import FloatArray
 Columns = Mapping[str, NDArray[Any]]
 Scorer = Callable[[ContextBlock], FloatArray]
 
-# Strength of the prior, in rows, behind every smoothed share of likes.
+# Weight, in rows, of the prior in every smoothed share of likes.
 SMOOTHING = 5.0
-# Inverse strength of the L2 penalty on the biases.
+# Inverse strength of the L2 penalty on the biases (``C`` of LogisticRegression).
 BIAS_C = 3.0
-# L-BFGS stops this close to the optimum: a looser tolerance moves UAUC in the third decimal.
+# Of L-BFGS; a looser tolerance changes the third decimal of UAUC.
 TOLERANCE = 1e-8
-# The logistic regressions are fitted to the latest rows when there are more, to bound time and memory.
+# The logistic regressions are fitted to at most this many rows, the latest, to bound time and memory.
 MAX_FIT_ROWS = 5_000_000
 
 TRAIN_COLUMNS: tuple[str, ...] = (
@@ -49,11 +49,11 @@ class Baseline:
     """A fitted baseline.
 
     Attributes:
-        name: as in the table.
-        training_labels: what of the training rows' feedback it was fitted to.
-        inputs: what it reads about a row that it scores.
-        score: (N,) scores of the targets of a block, higher = more likely a like.
-        has_logits: whether a score is the log-odds of a like, so that a log-loss means something.
+        name: key in the report.
+        training_labels: feedback of the training rows that it was fitted to, in words.
+        inputs: inputs that it reads for each row that it scores, in words.
+        score: returns (N,) scores of the targets of a block, higher = more likely a like.
+        has_logits: whether scores are log-odds, so that their log-loss is meaningful.
     """
 
     name: str
@@ -68,12 +68,12 @@ def _logit(probability: FloatArray) -> FloatArray:
 
 
 def _compute_shares(likes: NDArray[Any], rows: NDArray[Any], prior: float) -> FloatArray:
-    """Return the smoothed share of likes; always strictly between 0 and 1 for a prior that is."""
+    """Return the smoothed share of likes, strictly between 0 and 1."""
     return np.asarray((likes + SMOOTHING * prior) / (rows + SMOOTHING), dtype=np.float64)
 
 
 def _compute_prior(train: Columns) -> float:
-    """Return the share of likes among the training rows, kept off 0 and 1 by half a row of each."""
+    """Return the share of likes among the training rows, with half a row of each label added to avoid 0 and 1."""
     return float((train["label"].sum() + 0.5) / (len(train["label"]) + 1))
 
 
@@ -84,19 +84,19 @@ def _fit_shares(train: Columns, key: str, count: int) -> FloatArray:
 
 
 def fit_item_mean(train: Columns, num_items: int) -> Scorer:
-    """Score a row by its item's smoothed share of likes in training."""
+    """Return a scorer: the smoothed share of likes of the item in training."""
     item = _fit_shares(train, "item_idx", num_items)
     return lambda block: _logit(item[block.item_idx])
 
 
 def fit_item_user_mean(train: Columns, num_users: int, num_items: int) -> Scorer:
-    """Score a row by the mean of its item's and its user's smoothed share of likes in training."""
+    """Return a scorer: the mean of the item's and the user's smoothed share of likes in training."""
     item, user = _fit_shares(train, "item_idx", num_items), _fit_shares(train, "user_idx", num_users)
     return lambda block: _logit((item[block.item_idx] + user[block.user_idx[block.target_contexts]]) / 2)
 
 
 def fit_bias_logistic(train: Columns, num_users: int, num_items: int) -> Scorer:
-    """Fit a logistic regression on the user's and the item's identity: one bias each, an unknown one has 0."""
+    """Fit a logistic regression on user and item identity: one bias each, 0 for unknown users and items."""
     latest = _find_latest_rows(train)
     users, items = train["user_idx"][latest], train["item_idx"][latest]
     columns = np.stack([users, num_users + items], axis=1).ravel()
@@ -109,10 +109,10 @@ def fit_bias_logistic(train: Columns, num_users: int, num_items: int) -> Scorer:
 
 
 def fit_as_of_logistic(train: Columns) -> Scorer:
-    """Fit a logistic regression on six numbers known strictly before a row.
+    """Fit a logistic regression on six as-of features.
 
-    They are log(1 + count) of the user's likes and rows and of the item's, and the log-odds of both smoothed shares of
-    likes, each standardized over the training rows.
+    They are log(1 + count) of likes and rows of user and item, and the log-odds of both smoothed shares of likes, each
+    standardized over the training rows.
     """
     prior = _compute_prior(train)
 
@@ -138,7 +138,7 @@ def fit_as_of_logistic(train: Columns) -> Scorer:
 
 
 def _find_latest_rows(train: Columns) -> NDArray[np.int64]:
-    """Return the positions of the latest MAX_FIT_ROWS training rows, in the order of the table."""
+    """Return the positions of the latest MAX_FIT_ROWS training rows, ascending."""
     timestamps = train["timestamp"]
     if len(timestamps) <= MAX_FIT_ROWS:
         return np.arange(len(timestamps))
@@ -146,7 +146,7 @@ def _find_latest_rows(train: Columns) -> NDArray[np.int64]:
 
 
 def _fit_logistic(features: Any, labels: NDArray[Any], c: float) -> tuple[FloatArray, float]:
-    """Return weights and intercept; weights of 0 and the prior's log-odds when only one label occurs."""
+    """Return weights and intercept; zero weights and the prior's log-odds if only one label occurs."""
     if labels.min() == labels.max():
         return np.zeros(features.shape[1]), float(_logit(np.array(_compute_prior({"label": labels}))))
     model = LogisticRegression(C=c, tol=TOLERANCE, max_iter=1000).fit(features, labels)
@@ -154,10 +154,10 @@ def _fit_logistic(features: Any, labels: NDArray[Any], c: float) -> tuple[FloatA
 
 
 def fit_baselines(train: Columns, num_users: int, num_items: int) -> list[Baseline]:
-    """Fit all baselines for labelled feedback.
+    """Fit all baselines for explicit feedback.
 
     Args:
-        train: the training rows' TRAIN_COLUMNS, at least one row.
+        train: TRAIN_COLUMNS of the training rows, at least one row.
         num_users, num_items: sizes of the id tables.
     """
     everything, nothing, earlier = "all feedback", "ids alone", "all earlier feedback"

@@ -1,9 +1,9 @@
-"""Intervals by resampling users with replacement: rows of one user are no independent draws, so they stay together.
+"""Bootstrap intervals that resample users, because rows of the same user are not independent.
 
-A resample is a vector of multiplicities, one for each user. Every statistic is a function of these, so all models are
-computed on the same resamples, and the difference of two models on them is paired.
+A resample is a vector of user multiplicities. Every statistic is a function of it, so all models share the same
+resamples, and differences of two models are paired.
 
-Shapes: N rows, U users, B resamples computed at once, S resamples in all.
+Shapes: N rows, U users, B resamples per batch, S resamples in total.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from collm_dist.metrics import FloatArray, GroupValues
 
-# (U, B) multiplicities -> (B,) values, NaN where the resample does not define one (say, only one label in it).
+# (U, B) multiplicities -> (B,) values, NaN for resamples that do not define one (for example with only one label).
 Statistic = Callable[[FloatArray], FloatArray]
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
-# Multiplicities of this many (row, resample) pairs are held at once: 32 MB.
+# Maximum number of (row, resample) multiplicities in memory: 32 MB.
 _PAIRS_AT_ONCE = 1 << 22
 
 
 def build_auc_statistic(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) -> Statistic:
-    """Return the AUC as a function of how often each user is drawn. Ties count one half.
+    """Return the AUC as a function of user multiplicities. Ties count one half.
 
     Args:
         labels: (N,) 0 or 1.
@@ -51,10 +51,10 @@ def build_auc_statistic(labels: ArrayLike, scores: ArrayLike, users: ArrayLike) 
 
 
 def build_mean_statistic(group_values: GroupValues, group_users: ArrayLike) -> Statistic:
-    """Return the mean of the groups' values as a function of how often each user is drawn.
+    """Return the mean over groups as a function of user multiplicities.
 
     Args:
-        group_values: the values, such as each user's AUC or each candidate list's NDCG.
+        group_values: values such as each user's AUC or each candidate list's NDCG.
         group_users: (G,) dense user of each group.
     """
     owner, values = np.asarray(group_users), group_values.values
@@ -67,7 +67,7 @@ def build_mean_statistic(group_values: GroupValues, group_users: ArrayLike) -> S
 
 
 def _divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-    """Divide, NaN where the denominator is 0."""
+    """Return the quotient, NaN where the denominator is 0."""
     result: FloatArray = np.full(len(numerator), np.nan)
     np.divide(numerator, denominator, out=result, where=denominator > 0)
     return result
@@ -76,17 +76,17 @@ def _divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
 def compute_samples(
     statistics: Mapping[KeyT, Statistic], num_users: int, num_rows: int, num_samples: int, seed: int
 ) -> dict[KeyT, FloatArray]:
-    """Return every statistic on the same resamples of users.
+    """Return the values of all statistics on the same resamples of users.
 
     Args:
-        statistics: by any key.
-        num_users: U, each drawn with equal chance.
-        num_rows: N, bounds the memory.
+        statistics: statistics by key.
+        num_users: U; each user is drawn with equal probability.
+        num_rows: N, which determines the batch size.
         num_samples: S.
-        seed: the same seed gives the same resamples.
+        seed: of the resamples.
 
     Returns:
-        (S,) values for each key, NaN where a resample does not define one.
+        (S,) values for each key, NaN for resamples that do not define one.
     """
     generator = np.random.default_rng(seed)
     samples = {name: np.full(num_samples, np.nan) for name in statistics}
@@ -103,7 +103,7 @@ def compute_samples(
 
 
 def compute_interval(samples: NDArray[np.float64], confidence: float) -> tuple[float | None, float | None]:
-    """Return the percentile interval of a bootstrap; (None, None) when no resample defines the number."""
+    """Return the percentile interval of a bootstrap; (None, None) if no resample defines the statistic."""
     defined = samples[~np.isnan(samples)]
     if not len(defined):
         return None, None

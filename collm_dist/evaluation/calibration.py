@@ -1,4 +1,4 @@
-"""Whether a predicted share of likes is the observed one: bins of a reliability diagram, and their mean error."""
+"""Calibration of predicted likes: bins of a reliability diagram and the expected calibration error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_BINS = 10
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Rows of similar predictions: how many, the mean predicted and the observed share of likes."""
+    """A bin of rows with similar predictions: number of rows, mean predicted and observed share of likes."""
 
     rows: int
     predicted: float
@@ -26,7 +26,7 @@ class CalibrationBin:
 
 
 def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> list[CalibrationBin]:
-    """Return bins of (almost) equally many rows, from the lowest predictions to the highest; N rows, N logits."""
+    """Return NUM_BINS bins of about equally many rows, in the order of the predictions, from (N,) labels and logits."""
     predicted = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
     order = np.argsort(predicted, kind="stable")
     return [
@@ -37,13 +37,13 @@ def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> list[Calibr
 
 
 def compute_calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """Return the expected calibration error: the mean distance of predicted and observed, weighted by rows."""
+    """Return the expected calibration error: mean absolute difference of predicted and observed, weighted by rows."""
     total = sum(tenth.rows for tenth in bins)
     return sum(tenth.rows * abs(tenth.predicted - tenth.observed) for tenth in bins) / total
 
 
 def list_calibration(rows: EvaluatedRows, models: Sequence[ScoredModel]) -> list[dict[str, Any]]:
-    """Return ``{split, model, error, bins}`` of each model whose scores are log-odds."""
+    """Return ``{split, model, error, bins}`` for each model whose scores are log-odds."""
     calibration = []
     for model in models:
         if model.has_logits and len(rows.label):
@@ -56,7 +56,7 @@ def list_calibration(rows: EvaluatedRows, models: Sequence[ScoredModel]) -> list
 
 
 def write_calibration(file: TextIO, calibration: Sequence[Mapping[str, Any]]) -> None:
-    """Write the bins of ``list_calibration`` as CSV: one row a bin."""
+    """Write the bins of ``list_calibration`` as CSV, one row per bin."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["split", "model", "bin", "rows", "predicted", "observed"])
     for curve in calibration:

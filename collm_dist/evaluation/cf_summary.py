@@ -1,4 +1,4 @@
-"""What the CF step says about its model: metrics, and whether the trivial baselines on the same rows are beaten."""
+"""Summary of the CF step: metrics of the model beside trivial baselines on the same rows, and warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, fit_bias_logistic, fit_item_mean
 
 _BATCH_ROWS = 1 << 16
-# Above this many training rows the logistic regression would take longer than the model.
+# With more training rows the logistic regression would take longer than the model.
 _MAX_LOGISTIC_ROWS = 3_000_000
 SPLITS = ("valid", "test")
 Metrics = Mapping[str, Mapping[str, float]]
@@ -26,12 +26,12 @@ Metrics = Mapping[str, Mapping[str, float]]
 def summarize(
     cf: CfConfig, data_dir: Path, manifest: Manifest, results: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the summary's figures.
+    """Return the summary of a CF step.
 
     Args:
         cf: the settings.
         data_dir, manifest: of the data step.
-        results: what each seed's training left, the first one's first.
+        results: result of each seed's training (see ``Job.read_result``), the first seed first.
     """
     first = next(iter(results.values()))
     metrics = {split: first["metrics"][split] for split in SPLITS}
@@ -58,7 +58,7 @@ def summarize(
 
 
 def _summarize_seeds(metrics: list[Metrics]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return mean and standard deviation over the seeds, by split and metric."""
+    """Return mean and standard deviation over the seeds by split and metric."""
     spread: dict[str, dict[str, dict[str, float]]] = {}
     for split in SPLITS:
         shared = [name for name in METRICS if all(name in by_split[split] for by_split in metrics)]
@@ -86,7 +86,7 @@ def _score_baselines(data_dir: Path, manifest: Manifest) -> dict[str, dict[str, 
 
 
 def _is_beaten(metrics: Metrics, baseline: Metrics, split: str) -> bool | None:
-    """Whether the model's AUC is above the baseline's; None where there is no AUC."""
+    """Return whether the model's AUC is above the baseline's; None if either is not defined."""
     ours, theirs = metrics[split].get("auc"), baseline[split].get("auc")
     return None if ours is None or theirs is None else ours > theirs
 
@@ -96,8 +96,8 @@ def _find_warnings(
 ) -> list[str]:
     return [
         f"on {split} the model (AUC {metrics[split]['auc']:.4f}) does not beat the baseline {name} "
-        f"({baselines[name][split]['auc']:.4f}): its vectors carry little. Look at cf.learning_rate, cf.weight_decay "
-        "and cf.num_epochs, or let launch/search_cf.py look"
+        f"({baselines[name][split]['auc']:.4f}): its vectors carry little information. Tune cf.learning_rate, "
+        "cf.weight_decay and cf.num_epochs, or run launch/search_cf.py"
         for name, outcome in beaten.items()
         for split in SPLITS
         if outcome[split] is False
@@ -106,15 +106,15 @@ def _find_warnings(
 
 def _find_unfinished(results: Mapping[int, Mapping[str, Any]], max_epochs: int) -> list[str]:
     return [
-        f"seed {seed}: the last epoch allowed ({max_epochs}) was the best one: raise cf.num_epochs"
+        f"seed {seed}: the last epoch ({max_epochs}) was the best one; raise cf.num_epochs"
         for seed, result in results.items()
         if result["best_epoch"] == max_epochs
     ]
 
 
 def print_summary(summary: Mapping[str, Any], path: Path) -> None:
-    """Show the figures beside those of the baselines, and warnings that cannot be overlooked."""
-    print(f"cf: the best of {summary['epochs']} epochs is number {summary['best_epoch']}")
+    """Print the metrics beside those of the baselines, and the warnings."""
+    print(f"cf: best epoch {summary['best_epoch']} of {summary['epochs']}")
     for split in summary["metrics"]:
         for name, metrics in ((summary["model"], summary["metrics"]), *summary["baselines"].items()):
             shown = "  ".join(

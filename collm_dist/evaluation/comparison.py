@@ -1,4 +1,4 @@
-"""The table: every model on the same rows, over all / warm / cold slices, with intervals and paired differences."""
+"""Comparison of models on the same rows: metrics by slice, bootstrap intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from collm_dist.metrics import (
 
 @dataclass(frozen=True)
 class TableSettings:
-    """How the table is computed.
+    """Settings of the comparison.
 
     Attributes:
-        num_samples: resamples of users; 0 leaves the intervals out.
+        num_samples: number of resamples; 0 = no intervals.
         confidence: coverage of the intervals.
         seed: of the resamples.
-        cutoffs: k of NDCG@k and HR@k; empty where rows are no candidate lists.
+        cutoffs: k of NDCG@k and HR@k; empty if rows are not candidate lists.
     """
 
     num_samples: int
@@ -47,7 +47,7 @@ class TableSettings:
 
 @dataclass(frozen=True)
 class _Metric:
-    """A number of one model on one slice, and the same as a function of users' multiplicities."""
+    """A metric of one model on one slice: value, number of rows, users or lists, and bootstrap statistic."""
 
     value: float | None
     count: int
@@ -57,18 +57,18 @@ class _Metric:
 def compute_table(
     rows: EvaluatedRows, models: Sequence[ScoredModel], pairs: Sequence[tuple[str, str]], settings: TableSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of the table and the paired differences, for each slice that has rows.
+    """Return the rows of the table and the paired differences for each non-empty slice.
 
     Args:
         rows: the evaluated rows.
-        models: their scores by each model.
-        pairs: (model, versus) names of models to compare; pairs with a model that is not there are left out.
+        models: scores of each model.
+        pairs: (model, versus) names to compare; pairs with a missing model are skipped.
         settings: intervals and cutoffs.
 
     Returns:
         Rows ``{model, split, slice, rows, users_counted, auc, auc_low, auc_high, uauc.., logloss, training_labels,
-        inputs}``, with ``lists``, ``ndcg@k..`` and ``hr@k..`` where there are cutoffs; differences ``{model, versus,
-        split, slice, rows, auc, auc_low, auc_high, ..}``. A number that is not defined is None.
+        inputs}``, with ``lists``, ``ndcg@k..`` and ``hr@k..`` if there are cutoffs; differences ``{model, versus,
+        split, slice, rows, auc, auc_low, auc_high, ..}``. An undefined number is None.
     """
     table: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
@@ -98,7 +98,7 @@ def compute_table(
 def _compute_metrics(
     rows: EvaluatedRows, mask: NDArray[np.bool_], users: IntArray, model: ScoredModel, cutoffs: tuple[int, ...]
 ) -> dict[str, _Metric]:
-    """Return the metrics of one model on one slice; ``users`` are the slice's, dense."""
+    """Return the metrics of one model on one slice; ``users`` holds the slice's dense users."""
     labels, scores = rows.label[mask], model.scores[mask]
     by_user = compute_group_auc(labels, scores, users)
     metrics = {
@@ -124,7 +124,7 @@ def _describe(
     samples: dict[tuple[str, str], FloatArray],
     settings: TableSettings,
 ) -> dict[str, Any]:
-    """Return one row of the table, without what all models of the slice share."""
+    """Return the model's own columns of its row in the table."""
     row: dict[str, Any] = {
         "model": model.name,
         "training_labels": model.training_labels,
@@ -148,7 +148,7 @@ def _compare(
     samples: dict[tuple[str, str], FloatArray],
     confidence: float,
 ) -> dict[str, float | None]:
-    """Return the differences of all metrics between two models, with paired intervals."""
+    """Return the differences of all metrics between two models with paired intervals."""
     differences: dict[str, float | None] = {}
     for model, metric in metrics:
         if model != name:

@@ -1,4 +1,4 @@
-"""What of a run TensorBoard's hyper-parameter table shows: the settings that matter, and the final metrics."""
+"""Row of a run in TensorBoard's HParams table: main settings and final metrics."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _MAX_TEXT = 60
 
 
 def build_run_settings(config: Config, report: Mapping[str, Any]) -> RunSettings:
-    """Return a run's row of the table.
+    """Return the row of a run.
 
     Args:
         config: the experiment.
-        report: its report.json.
+        report: contents of its report.json.
     """
     flat = flatten_config(config)
     rows = [row for row in report["rows"] if row["slice"] == "all" and row["split"] != "train"]

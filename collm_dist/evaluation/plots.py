@@ -1,4 +1,4 @@
-"""The report's figures, as PNG files. Drawn without a display."""
+"""Figures of the report and of the hyperparameter search, drawn without a display."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ _DPI = 110
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; the same figure gives the same bytes."""
+    """Write a figure as PNG; the bytes depend only on the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 def plot_forest(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], metric: str, title: str) -> Figure | None:
-    """Draw one dot a model with its interval, in the order of the table. None when no row has the metric.
+    """Draw a dot with its interval for each model, in the order of the table.
 
     Args:
         rows: rows of the table, of one split and slice.
-        names: what to call each model.
+        names: display name of each model.
         metric: auc, uauc or ndcg@k.
-        title: above the plot.
+        title: of the plot.
+
+    Returns:
+        None if no row has the metric.
     """
     rows = [row for row in rows if row.get(metric) is not None]
     if not rows:
@@ -55,12 +58,12 @@ def plot_forest(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], met
 
 
 def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], title: str) -> Figure:
-    """Draw the observed against the predicted share of likes, one line a model, with its calibration error.
+    """Draw the observed over the predicted share of likes, a line per model with its calibration error.
 
     Args:
         labels: (N,) 0 or 1.
-        logits: (N,) by the models' displayed names.
-        title: above the plot.
+        logits: (N,) by the models' display names.
+        title: of the plot.
     """
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.add_subplot()
@@ -78,7 +81,7 @@ def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], tit
 
 
 def read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Read a stage's metrics.jsonl: (steps, values) of every number that it logs, by name."""
+    """Read the (steps, values) of each metric in a stage's metrics.jsonl."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for point in read_metrics(path):
         step = point.pop("step", None)
@@ -91,13 +94,13 @@ def read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def plot_training(logs: Mapping[str, Path]) -> Figure | None:
-    """Draw loss (left) and validation AUC and UAUC (right) over steps, a row of plots a stage.
+    """Draw loss (left) and validation AUC and UAUC (right) over steps, a row of plots per stage.
 
     Args:
-        logs: each stage's metrics.jsonl, by the stage's name; those that do not exist are left out.
+        logs: path of each stage's metrics.jsonl, by stage; missing files are skipped.
 
     Returns:
-        None without any log.
+        None if all files are missing.
     """
     curves = {stage: read_curves(path) for stage, path in logs.items() if path.exists()}
     if not curves:
@@ -124,21 +127,21 @@ def plot_search(
     best: int,
     metric: str,
 ) -> Figure:
-    """Draw a search: the metric over epochs, a line a trial, and over each setting, a dot a trial; the best in red.
+    """Draw a search: the metric over epochs and over each setting, a line or dot per trial, the best in red.
 
     Args:
-        curves: (epoch, metric) of each trial, by its number.
+        curves: (epoch, metric) points of each trial, by its number.
         scores: best metric of each trial that has one.
-        settings: each setting's value in each trial.
-        logarithmic: settings whose axis is logarithmic.
+        settings: value of each setting in each trial.
+        logarithmic: settings with a logarithmic axis.
         best: number of the best trial.
-        metric: what to call the metric.
+        metric: display name of the metric.
     """
     columns = 2 if len(settings) < 3 else 3
     rows = -(-(1 + len(settings)) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    numbers = [*(number for number in scores if number != best), best]  # the last one drawn lies on top
+    numbers = [*(number for number in scores if number != best), best]  # drawn last, so it is on top
     colors = ["tab:red" if number == best else "0.6" for number in numbers]
     for number, color in zip(numbers, colors, strict=True):
         panels[0].plot(*zip(*curves[number], strict=True), color=color, linewidth=1)

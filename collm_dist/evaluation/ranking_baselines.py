@@ -1,6 +1,6 @@
-"""Baselines for logs without labels: a like is ranked among sampled candidates by popularity or co-occurrence.
+"""Baselines for implicit feedback, which rank a like among sampled candidates: popularity and co-occurrence.
 
-Both count real events only; a sampled negative never moves a count.
+Both count only real events, never sampled negatives.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.evaluation.baselines import Baseline, Columns, Scorer
 from collm_dist.metrics import FloatArray
 
-# Likes that follow an item within this many likes of the same user count as liked after it.
+# An item counts as liked after another one if it is among the user's next FOLLOWERS likes.
 FOLLOWERS = 5
 
 
 def score_popularity(block: ContextBlock) -> FloatArray:
-    """Score a row by the log of its item's likes so far; needs no fitting."""
+    """Return the log of one plus the item's likes so far; needs no fitting."""
     return np.log1p(block.item_likes.astype(np.float64))
 
 
 def fit_last_item_cooccurrence(train: Columns, num_items: int) -> Scorer:
-    """Count which items training users liked after which; score a row by its item's count after the last liked item.
+    """Return a scorer: how often training users liked the item after the user's last liked item.
 
-    Counts that are equal (most are 0) are decided by popularity, which moves a score by less than half a count.
+    Equal counts (most are 0) are ordered by popularity, which adds less than half a count.
 
     Args:
         train: user_idx, item_idx, label, sampled of the training rows, each user's rows in time order.
@@ -51,7 +51,7 @@ def fit_last_item_cooccurrence(train: Columns, num_items: int) -> Scorer:
 
 
 def find_last_liked(block: ContextBlock) -> IntArray:
-    """Return (C,) the item that each context's user liked last, -1 without one."""
+    """Return the (C,) last liked item of each context, -1 without history."""
     lengths = np.diff(block.history_offsets)
     last = np.full(block.num_contexts, -1, dtype=np.int64)
     last[lengths > 0] = block.history_items[block.history_offsets[1:][lengths > 0] - 1]
@@ -59,7 +59,7 @@ def find_last_liked(block: ContextBlock) -> IntArray:
 
 
 def fit_ranking_baselines(train: Columns, num_items: int) -> list[Baseline]:
-    """Fit all baselines for logs without labels; arguments as for fit_last_item_cooccurrence."""
+    """Fit all baselines for implicit feedback; arguments as for ``fit_last_item_cooccurrence``."""
     cooccurrence = fit_last_item_cooccurrence(train, num_items)
     return [
         Baseline("popularity", "likes", "all earlier likes", score_popularity, has_logits=False),

@@ -1,4 +1,4 @@
-"""The evaluation step: scores of every model, the table, report.json, report.md, plots and score files."""
+"""Evaluation step: score all models, compare them, write report.json, report.md, figures and score files."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ from collm_dist.runs.run_dir import RunDir
 TRIVIAL = frozenset(
     {"item_mean", "item_user_mean", "bias_logistic", "as_of_logistic", "popularity", "last_item_cooccurrence"}
 )
-# Which trivial baseline models are compared with when valid is not in the report: named here, never chosen on test.
+# Trivial baseline to compare with if valid is not evaluated; it is never chosen on test.
 _FALLBACK_TRIVIAL = {"explicit": "as_of_logistic", "implicit": "popularity"}
 
 
 def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict[str, Any]:
-    """Evaluate what the run has made so far and write the report.
+    """Evaluate all finished steps of a run and write the report.
 
-    Under a launcher every process calls this: all of them score, the first one reports. Steps that have not run are
-    left out of the table, and the report says so.
+    Under a launcher all processes call this: all score, and rank 0 writes the report. The report lists steps that have
+    not run as missing.
 
     Args:
         config: the experiment.
-        run_dir: where its data step, and any of the later steps, are done.
-        force: evaluate again though the report is up to date.
+        run_dir: a run whose data step is done.
+        force: evaluate again even if the report is up to date.
 
     Returns:
-        The contents of report.json; empty on all processes but the first.
+        The contents of report.json on rank 0, an empty dictionary on other ranks.
 
     Raises:
-        ArtifactError: the data step is not done, something is damaged, or the report was made from something else.
+        ArtifactError: the data step is not done, an artifact is damaged, or the existing report has other inputs.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
     fingerprint = compute_step_fingerprint(config, run_dir, "eval")
@@ -80,7 +80,7 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
 
 
 def _is_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
-    """Return whether the report is up to date; one made before a later step had run is simply made again."""
+    """Return whether the report is up to date; if only steps have been added since, it is out of date but no error."""
     if run_dir.is_done("eval"):
         recorded = run_dir.read_record("eval").get("fingerprint", {})
         added = {key for key in fingerprint if key not in recorded and key.startswith("upstream.")}
@@ -92,7 +92,7 @@ def _is_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
 def choose_best_trivial(
     splits: Mapping[str, EvaluatedSplit], scores: ModelScores, feedback: str, cutoffs: Sequence[int]
 ) -> str:
-    """Return the trivial baseline that is best on valid, by NDCG where there are candidate lists, else by AUC."""
+    """Return the best trivial baseline on valid, by NDCG for candidate lists, else by AUC."""
     if "valid" not in splits:
         return _FALLBACK_TRIVIAL[feedback]
     rows, by_name = splits["valid"].rows, {}
@@ -108,11 +108,11 @@ def choose_best_trivial(
 
 
 def list_pairs(best_trivial: str, baseline: str) -> list[tuple[str, str]]:
-    """Return the pairs (model, versus) that the report compares, the most telling first.
+    """Return the (model, versus) pairs that the report compares, the most important first.
 
     Args:
-        best_trivial: baseline, chosen on valid.
-        baseline: of the promotion.
+        best_trivial: see ``choose_best_trivial``.
+        baseline: ``promotion.baseline``.
     """
     pairs = [
         ("stage2", "slots_without_llm"),
@@ -131,7 +131,7 @@ def list_pairs(best_trivial: str, baseline: str) -> list[tuple[str, str]]:
 def build_report(
     config: Config, manifest: Manifest, splits: Mapping[str, EvaluatedSplit], scores: ModelScores
 ) -> dict[str, Any]:
-    """Return the contents of report.json without plots and fingerprint."""
+    """Return the contents of report.json, without ``plots`` and ``fingerprint``."""
     evaluation = config.evaluation
     cutoffs = evaluation.cutoffs if manifest.feedback == "implicit" else ()
     settings = TableSettings(evaluation.bootstrap_samples, evaluation.confidence, config.run.seed, cutoffs)
@@ -190,7 +190,7 @@ def build_figures(
 
 
 def _remove_old(run_dir: RunDir) -> None:
-    """Remove an earlier report: its record first, so that it never stands over files of another one."""
+    """Remove an earlier report, its record first, so that a record never lies beside files of another report."""
     run_dir.withdraw("eval")
     folder = run_dir.step_dir("eval")
     for name in ("scores", "tensorboard"):
@@ -207,7 +207,7 @@ def write_report(
     report: dict[str, Any],
     figures: Mapping[str, Figure],
 ) -> None:
-    """Write score files, plots, report.md and, last, report.json; print the table and where things are."""
+    """Write score files, figures, report.md and, last, report.json; print the tables and paths."""
     folder = run_dir.step_dir("eval")
     _remove_old(run_dir)
     for name, split in splits.items():

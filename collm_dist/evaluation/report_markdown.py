@@ -1,4 +1,4 @@
-"""The report as Markdown, and its main table for the terminal. Everything shown comes out of report.json."""
+"""Markdown of the report, and its main table for the terminal, rendered from the contents of report.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SLICE_NAMES = {"all": "all", "warm": "warm", "cold_user": "cold user", "cold_it
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned Markdown table: the first column left, the others right."""
+    """Return an aligned Markdown table: first column left-aligned, the others right-aligned."""
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
 
@@ -40,7 +40,7 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
-    """Return a row's ``value [low, high]``: no interval where there is none, a dash where there is no number."""
+    """Return ``value [low, high]`` of a row, without the interval if it has none; a dash if the value is undefined."""
     if row.get(metric) is None:
         return "-"
     sign = "+" if signed else ""
@@ -50,14 +50,14 @@ def format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) 
 
 
 def list_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the metrics of the table in order: ranking ones, where there are some, then AUC and UAUC."""
+    """Return the metrics of the table in order: ranking metrics if there are any, then AUC and UAUC."""
     ranking = sorted({key for row in rows for key in row if "@" in key and not key.endswith(("_low", "_high"))})
     ranking.sort(key=lambda key: (not key.startswith("ndcg"), int(key.split("@")[1])))
     return [*ranking, "auc", "uauc"]
 
 
 def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of the models on one split and slice, with what each may see."""
+    """Return the table of the models on one split and slice, with the information that each model uses."""
     metrics = list_metrics(rows)
     header = ["model", *(metric.upper() for metric in metrics), "log-loss", "training labels", "inputs"]
     cells = [
@@ -74,7 +74,7 @@ def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return AUC / UAUC by slice, one line a model."""
+    """Return AUC / UAUC by slice, one line per model."""
     slices = list(dict.fromkeys(row["slice"] for row in rows))
     by_key = {(row["model"], row["slice"]): row for row in rows}
     counts = {name: next(row["rows"] for row in rows if row["slice"] == name) for name in slices}
@@ -91,7 +91,7 @@ def render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
-    """Return the paired differences, one line each."""
+    """Return the table of paired differences."""
     metrics = list_metrics(differences)
     cells = [
         [
@@ -104,14 +104,14 @@ def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
 
 
 def render_calibration(calibration: Sequence[Mapping[str, Any]]) -> str:
-    """Return the expected calibration error and, of the lowest and the highest bin, predicted and observed shares."""
+    """Return the table of calibration errors, with predicted and observed shares of the lowest and highest bin."""
     cells = []
     for curve in calibration:
         ends = [
             f"{tenth['predicted']:.3f} / {tenth['observed']:.3f}" for tenth in (curve["bins"][0], curve["bins"][-1])
         ]
         cells.append([MODEL_NAMES.get(curve["model"], curve["model"]), f"{curve['error']:.4f}", *ends])
-    header = ["model", "expected calibration error", "lowest tenth, predicted / observed", "highest tenth"]
+    header = ["model", "expected calibration error", "lowest tenth (predicted / observed)", "highest tenth"]
     return render_table(header, cells)
 
 
@@ -123,7 +123,7 @@ def _render_header(report: Mapping[str, Any]) -> list[str]:
         f"{data['num_users']:,} users, {data['num_items']:,} items.",
         "",
         render_table(
-            ["split", "rows", "of these real events", "evaluated rows", "evaluated users", "share of likes"],
+            ["split", "rows", "real events", "evaluated rows", "evaluated users", "share of likes"],
             [
                 [
                     split,
@@ -155,7 +155,7 @@ def _render_deviations(report: Mapping[str, Any]) -> list[str]:
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
-    """Return report.md for the contents of report.json."""
+    """Return report.md, given the contents of report.json."""
     lines = _render_header(report) + _render_deviations(report)
     for split in dict.fromkeys(row["split"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["split"] == split]
@@ -167,10 +167,15 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             lines += [render_slices(rows), ""]
         differences = [row for row in report["differences"] if (row["split"], row["slice"]) == (split, "all")]
         if differences:
-            lines += ["Paired differences on the same resamples of users:", "", render_differences(differences), ""]
+            lines += [
+                "Paired differences on the same bootstrap resamples of users:",
+                "",
+                render_differences(differences),
+                "",
+            ]
         calibration = [curve for curve in report["calibration"] if curve["split"] == split]
         if calibration:
-            text = "Predicted and observed shares of likes, in tenths of the rows; all bins are in `calibration.csv`:"
+            text = "Predicted and observed shares of likes by tenths of the rows; all bins are in `calibration.csv`:"
             lines += [text, "", render_calibration(calibration), ""]
         lines += [line for name in report["plots"] if name.endswith(f"-{split}.png") for line in _link(name)]
     lines += [line for name in report["plots"] if name == "training.png" for line in ["## Training", "", *_link(name)]]

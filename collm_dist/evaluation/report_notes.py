@@ -1,4 +1,4 @@
-"""What a reader must know beside the numbers: what the data are, how far the numbers carry, what is not there."""
+"""Notes and warnings of the report: data summary, statistical power, missing models."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.evaluated_rows import EvaluatedRows
 from collm_dist.evaluation.report_markdown import MODEL_NAMES
 
-# Beyond this standard error of an AUC, the differences that papers report (.01 to .03) cannot be seen.
+# With a larger standard error of the AUC, the differences that papers report (.01 to .03) are not significant.
 _COARSE_STANDARD_ERROR = 0.015
 
 
 def describe_data(config: Config, manifest: Manifest, evaluated: Mapping[str, EvaluatedRows]) -> dict[str, Any]:
-    """Return what data the numbers are from; a path is given by its last part alone.
+    """Return a summary of the evaluated data; of a path it holds only the last component.
 
     Args:
         config: the experiment.
         manifest: of its data.
-        evaluated: the evaluated rows by split.
+        evaluated: evaluated rows of each split.
     """
     dataset = config.dataset
     implicit = manifest.feedback == "implicit"
@@ -63,9 +63,17 @@ def describe_data(config: Config, manifest: Manifest, evaluated: Mapping[str, Ev
 
 
 def estimate_standard_error(row: Mapping[str, Any], likes: int, confidence: float) -> float | None:
-    """Return the standard error of a row's AUC: from its interval, else by Hanley and McNeil (1982).
+    """Return the standard error of an AUC from its interval, or by Hanley and McNeil (1982) if it has none.
 
-    The second takes rows as independent, so it is too small where users have many rows. None without both labels.
+    The formula assumes independent rows, so it is too small if users have many rows.
+
+    Args:
+        row: row of the table.
+        likes: number of likes among its rows.
+        confidence: coverage of the interval.
+
+    Returns:
+        None if only one label occurs.
     """
     auc, low, high = row["auc"], row["auc_low"], row["auc_high"]
     if low is not None and high is not None and high > low:
@@ -79,7 +87,7 @@ def estimate_standard_error(row: Mapping[str, Any], likes: int, confidence: floa
 
 
 def list_warnings(report: Mapping[str, Any], confidence: float) -> list[str]:
-    """Return one line for each evaluated split whose numbers are too coarse to compare models by."""
+    """Return a warning for each evaluated split that is too small to compare models."""
     warnings = []
     for split, counts in report["data"]["evaluated"].items():
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split, "all")]
@@ -90,70 +98,74 @@ def list_warnings(report: Mapping[str, Any], confidence: float) -> list[str]:
         size = f"{split}: {counts['rows']:,} evaluated rows of {counts['users']:,} users"
         if known:
             warnings.append(
-                f"{size}: the standard error of an AUC is about {max(known):.3f}, so this proves operation, not "
-                f"quality; models that differ by less than about {2 * max(known):.2f} cannot be told apart."
+                f"{size}. The standard error of an AUC is about {max(known):.3f}, so this proves operation, not "
+                f"quality: AUC differences below about {2 * max(known):.2f} are not significant."
             )
         else:
-            warnings.append(f"{size}: they hold one label only, so no AUC is defined; this proves operation alone.")
+            warnings.append(
+                f"{size}. They have only one label, so AUC is not defined: this proves operation, not quality."
+            )
     return warnings
 
 
 def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
-    """Return how the numbers were made, in plain words, one line each."""
+    """Return notes on how the numbers were computed, one sentence or two each."""
     evaluation, data = config.evaluation, report["data"]
     notes = []
     if evaluation.bootstrap_samples:
         notes.append(
             f"Brackets are {evaluation.confidence:.0%} percentile intervals from {evaluation.bootstrap_samples:,} "
-            "resamples of users; differences are paired on the same resamples."
+            "bootstrap resamples of users; differences are paired on the same resamples."
         )
     if evaluation.max_users is not None:
-        notes.append(f"Only {evaluation.max_users:,} users chosen by hash are evaluated, the same for all models.")
+        notes.append(
+            f"Only {evaluation.max_users:,} users, chosen by hash, are evaluated; they are the same for all models."
+        )
     if data["sampling"] is not None:
         sampling = data["sampling"]
         notes.append(
             f"Every real row is a like. Dislikes are sampled ({sampling['negative_sampling']}): "
             f"{sampling['negatives_per_positive']} for each training like; each like of valid and test is ranked "
-            f"among {sampling['num_candidates']} candidates, itself included. Counts and histories hold real events "
-            "only, and AUC is against sampled dislikes."
+            f"among {sampling['num_candidates']} candidates, itself included. Counts and histories contain "
+            "only real events; AUC compares likes with sampled dislikes."
         )
     notes.append(
-        "Warm: user and item both occur in training rows; cold user, cold item: they do not. A user with one label "
-        "only has no AUC and is not in UAUC."
+        "Warm: user and item occur in training rows. Cold user, cold item: the user or the item does not. Users with "
+        "only one label have no AUC and are not part of UAUC."
     )
     notes.append(
         "Checkpoints were selected on valid: "
         + ("" if config.cf.model == "none" else f"collaborative model by {config.cf.select_metric}, ")
-        + f"stage 1 by {config.stage1.select_metric}, stage 2 by {config.stage2.select_metric}. The trivial baseline "
-        f"that the others are compared with is {MODEL_NAMES[report['best_trivial']]}, "
-        + ("the best on valid." if "valid" in evaluation.splits else "named in advance, since valid is not evaluated.")
+        + f"stage 1 by {config.stage1.select_metric}, stage 2 by {config.stage2.select_metric}. Models are compared "
+        f"with the trivial baseline {MODEL_NAMES[report['best_trivial']]}, "
+        + ("the best on valid." if "valid" in evaluation.splits else "fixed in advance because valid is not evaluated.")
     )
     if config.stage2.train_cf:
         notes.append(
             ("Id tokens were" if config.cf.model == "none" else "The collaborative model was")
             + " trained in stage 2 too"
-            + (", from weights drawn anew" if config.stage2.train_cf == "scratch" else "")
-            + " (stage2.train_cf). Slots without LLM read the vectors that stage 2 ended with."
+            + (", from new random weights" if config.stage2.train_cf == "scratch" else "")
+            + " (stage2.train_cf). Slots without LLM use the vectors after stage 2."
         )
     if config.stage2.train_cf == "scratch":
-        notes.append("Stage 2's vectors have seen the labels of the rows that it was trained on, and no others.")
+        notes.append("The vectors of stage 2 depend on the labels of its own training rows only.")
     elif config.cf.cross_fit == "off":
         notes.append(
-            "Stage 2 was trained on rows that the collaborative model was fitted to (cf.cross_fit: off, the paper's "
-            "way): its vectors look better there than they are."
+            "Stage 2 was trained on rows that the collaborative model was fitted to (cf.cross_fit: off, as in the "
+            "paper), where its vectors look better than they are."
         )
     else:
         notes.append(
-            f"What slots carry had not seen the row's label: collaborative vectors come from models of the time folds "
-            f"before (cf.cross_fit: {config.cf.cross_fit}) and from the history."
+            "Slots do not depend on the row's label: collaborative vectors come from models fitted to earlier time "
+            f"folds (cf.cross_fit: {config.cf.cross_fit}) and from the history."
         )
     notes += _note_memorization(report)
-    notes += [f"Not in the table: {MODEL_NAMES[name]}: {reason}." for name, reason in report["left_out"].items()]
+    notes += [f"Not in the table: {MODEL_NAMES[name]} ({reason})." for name, reason in report["left_out"].items()]
     return notes
 
 
 def _note_memorization(report: Mapping[str, Any]) -> list[str]:
-    """Return stage 1's AUC on its own training rows beside valid's: labels that it memorized teach stage 2 nothing."""
+    """Return a note on the AUC of stage 1 on its training rows and on valid: memorized labels leave stage 2 little."""
     auc = {
         row["split"]: row["auc"]
         for row in report["rows"]
@@ -163,6 +175,6 @@ def _note_memorization(report: Mapping[str, Any]) -> list[str]:
         return []
     beside = f", {auc['valid']:.3f} on valid" if "valid" in auc else ""
     return [
-        f"Stage 1 reaches AUC {auc['train']:.3f} on rows that it trained on{beside}: a wide gap means "
-        "that it has memorized labels, which leaves stage 2 little to learn."
+        f"Stage 1 reaches AUC {auc['train']:.3f} on its training rows{beside}. A large gap means memorized labels, "
+        "which leave stage 2 little to learn."
     ]

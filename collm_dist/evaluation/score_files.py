@@ -1,4 +1,4 @@
-"""Score files: one Parquet a model and split, so that anybody can compute other numbers from the same scores."""
+"""Score files: one Parquet file per model and split, for analyses beyond the report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from collm_dist.runs.atomic_files import open_atomic
 
 
 def align_scores(expected_ids: IntArray, row_ids: IntArray, scores: NDArray[Any], source: str) -> FloatArray:
-    """Return the scores in the order of the wanted row ids.
+    """Return the scores in the order of the expected row ids.
+
+    Args:
+        expected_ids: (N,) row ids to score.
+        row_ids: ids of the scored rows, in any order.
+        scores: score of each of ``row_ids``.
+        source: model and split, for the error message.
 
     Raises:
-        ArtifactError: a row has no score, two, or one that is not finite; ``source`` names the model and split.
+        ArtifactError: a row has no score or two, or a score is not finite.
     """
     order = np.argsort(row_ids, kind="stable")
     if not np.array_equal(row_ids[order], np.sort(expected_ids)):

@@ -1,7 +1,7 @@
-"""Slots without the language model: a small network on exactly the numbers that stage 2's slots carry.
+"""Slots without LLM: an MLP on exactly the numbers that the slots of stage 2 carry.
 
-What stage 2 gains over it is what the language model and the text add. It sees the same training rows as stage 2 and
-stops early on the same validation rows.
+The gain of stage 2 over it is the contribution of the language model and the text. It is trained on the same rows as
+stage 2 and stops early on the same validation rows.
 
 Shapes: C contexts, N targets, H history items, E width of a collaborative vector, X inputs.
 """
@@ -20,13 +20,13 @@ from collm_dist.metrics import FloatArray, compute_auc, compute_logloss
 
 
 class SlotsMlp(nn.Module):
-    """Standardize, then ``Linear -> ReLU -> Dropout -> Linear`` to one logit."""
+    """Standardization, then ``Linear -> ReLU -> Dropout -> Linear`` to one logit."""
 
     mean: Tensor
     scale: Tensor
 
     def __init__(self, mean_X: Tensor, scale_X: Tensor, hidden_dim: int, dropout: float) -> None:
-        """Build it with the training rows' mean and standard deviation of each input."""
+        """Build the layers, given the mean and standard deviation of each input over the training rows."""
         super().__init__()
         self.register_buffer("mean", mean_X)
         self.register_buffer("scale", scale_X)
@@ -59,14 +59,14 @@ def fit_slots_mlp(
     num_epochs: int = 50,
     patience: int = 5,
 ) -> SlotsMlp:
-    """Fit by BCE with AdamW; the epoch with the best validation AUC is kept (log-loss where AUC is not defined).
+    """Fit by BCE with AdamW and keep the epoch with the best validation AUC (log-loss if AUC is not defined).
 
     Args:
         train, valid: (N, X) inputs and (N,) labels.
         seed: of initial weights, order and dropout.
         hidden_dim, dropout, learning_rate, weight_decay, batch_size: as usual.
-        num_epochs: most passes.
-        patience: passes without a better validation before stopping.
+        num_epochs: maximum number of epochs.
+        patience: epochs without improvement before stopping.
     """
     inputs, labels = torch.from_numpy(train[0]), torch.from_numpy(train[1]).float()
     scale = inputs.std(dim=0, correction=0)
@@ -94,7 +94,7 @@ def fit_slots_mlp(
 
 
 def _compute_quality(labels: IntArray, scores: FloatArray) -> float:
-    """Return AUC, or minus the log-loss where only one label occurs: higher is better."""
+    """Return the AUC, or minus the log-loss if only one label occurs: higher is better."""
     auc = compute_auc(labels, scores)
     if auc is not None:
         return auc

@@ -117,8 +117,8 @@ def test_fewer_users_are_the_same_for_all_models(tmp_path):
     }
     assert report["data"]["evaluated"]["test"]["users"] == 5
     assert report["rows"][0]["auc_low"] is None
-    assert any("5 users chosen by hash" in note for note in report["notes"])
-    assert any("named in advance" in note for note in report["notes"])
+    assert any("5 users, chosen by hash" in note for note in report["notes"])
+    assert any("fixed in advance" in note for note in report["notes"])
 
 
 def test_clicks_are_ranked(tmp_path):
@@ -248,7 +248,7 @@ def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_pa
     assert gain["slots_shuffled"]["auc_low"] > 0
     expected = of_all["test", "stage2"]["auc"] - of_all["test", "stage1"]["auc"]
     assert gain["stage1"]["auc"] == pytest.approx(expected, abs=1e-12)
-    assert any("on rows that it trained on" in note for note in report["notes"])
+    assert any("on its training rows" in note for note in report["notes"])
     assert "stage 2 (text + slots) vs slots without LLM" in render_markdown({**report, "plots": []})
 
 
