@@ -28,7 +28,7 @@ from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.trainer import measure_scores
 from collm_dist.config.loader import load_config
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions

@@ -32,7 +32,7 @@ from benchmarks.lib.random_backbone import write_random_backbone
 from benchmarks.lib.tuning_workload import prepare_run, spell_rows
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids

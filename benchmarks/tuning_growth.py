@@ -25,7 +25,7 @@ from benchmarks.lib.step_meter import measure
 from benchmarks.lib.tuning_side import build_ours
 from benchmarks.lib.tuning_workload import prepare_run, sample_batches, spell_rows, take_targets
 from collm_dist.config import Config
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import resolve_dtype
 from collm_dist.runs.atomic_files import write_json

@@ -24,7 +24,7 @@ from benchmarks.lib.side_process import SideProcess, build_environment
 from benchmarks.lib.step_meter import REST
 from benchmarks.lib.tuning_workload import PHASES, TRAINING, Sample, prepare_run, sample_batches, spell_rows, write_rows
 from collm_dist.config import Config
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.flops import DecoderShape, count_padded, count_shared
 from collm_dist.tuning.loaded_stage import LoadedStage

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm_dist.data.samples.statistics import compute_count_features
+from collm_dist.data.samples.pair_features import compute_count_features
 from collm_dist.random_keys import hash_integers
 
 _PERMUTED_AT_ONCE = 1 << 20
@@ -144,7 +144,7 @@ class Rows:
 
 
 def compute_features(counts: Tensor) -> Tensor:
-    """Return the (B, F) features of (B, 4) counts, see ``data.samples.statistics``."""
+    """Return the (B, F) features of (B, 4) counts, see ``data.samples.pair_features``."""
     features = compute_count_features(*counts.long().cpu().numpy().T)
     return torch.from_numpy(features).to(counts.device)
 

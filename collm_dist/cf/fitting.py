@@ -22,7 +22,7 @@ from collm_dist.cf.trainer import TrainingPlan, copy_weights, train_cf
 from collm_dist.cf.user_shards import UserRanges, load_worker_data, number_globally
 from collm_dist.cf.weight_transfer import copy_known_rows, load_previous_weights
 from collm_dist.config import CfConfig
-from collm_dist.data.ingest.forgetting import find_tombstones
+from collm_dist.data.ingest.forgotten_users import find_tombstones
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.distributed import sum_over_workers

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from collm_dist.data.ingest.forgetting import load_forgotten
+    from collm_dist.data.ingest.forgotten_users import load_forgotten
     from collm_dist.data.shards.interactions import load_user_ids
     from collm_dist.runs.user_deletion import find_held_users, remove_runs
 

@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     if arguments.preview is not None:
-        from collm_dist.data.prompts.preview import print_preview
+        from collm_dist.data.prompts.prompt_preview import print_preview
 
         # Late: only prompts need transformers, which takes seconds to import.
         def load_tokenizer() -> Any:

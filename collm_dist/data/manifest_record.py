@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collm_dist.data.ingest.forgetting import find_tombstones
+from collm_dist.data.ingest.forgotten_users import find_tombstones
 from collm_dist.data.ingest.id_tables import IdTables, PreviousTables, compute_ids_hash, describe_previous
 from collm_dist.data.ingest.source import Source
 from collm_dist.data.preprocess_plan import PreprocessPlan

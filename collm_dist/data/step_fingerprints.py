@@ -8,7 +8,7 @@ from typing import Any
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.ingest.id_tables import describe_previous
 from collm_dist.data.ingest.source import open_source
-from collm_dist.data.prompts.template import load_prompt_text
+from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.runs.fingerprints import compute_fingerprint
 from collm_dist.runs.previous_run import describe_previous_step
 from collm_dist.runs.run_dir import RunDir, Step

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
-from collm_dist.data.prompts.template import load_prompt_text
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.prompts.prompt_template import load_prompt_text
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from collm_dist import monitoring
 from collm_dist.config import Config
-from collm_dist.data.prompts.template import load_prompt_text
+from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.evaluation.calibration import list_calibration, write_calibration

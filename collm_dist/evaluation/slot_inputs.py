@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from collm_dist.cf.slot_vectors import SlotVectors
-from collm_dist.data.prompts.template import FIELDS
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.prompts.prompt_template import FIELDS
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 
 

@@ -13,10 +13,8 @@ import pyarrow as pa
 import ray
 
 from collm_dist.config import Config
-from collm_dist.data.ingest.checks import check_filtered_rows, check_reads, check_splits
 from collm_dist.data.ingest.filtered_buckets import load_filtered_ids
-from collm_dist.data.ingest.filters import count_unknown_items, select_ids, sum_item_counts, sum_over_months
-from collm_dist.data.ingest.forgetting import load_forgotten
+from collm_dist.data.ingest.forgotten_users import load_forgotten
 from collm_dist.data.ingest.id_tables import (
     PreviousTables,
     assign_items,
@@ -25,7 +23,9 @@ from collm_dist.data.ingest.id_tables import (
     write_id_tables,
 )
 from collm_dist.data.ingest.ingest_tasks import filter_bucket, read_chunk
-from collm_dist.data.ingest.partition import read_table
+from collm_dist.data.ingest.input_checks import check_filtered_rows, check_reads, check_splits
+from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_item_counts, sum_over_months
+from collm_dist.data.ingest.shuffle_files import read_table
 from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.manifest_record import PreprocessStats, build_manifest_record, format_summary, sum_split_rows
 from collm_dist.data.preprocess_plan import PreprocessPlan

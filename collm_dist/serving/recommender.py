@@ -25,7 +25,7 @@ from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest

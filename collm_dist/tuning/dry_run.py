@@ -14,7 +14,7 @@ from collm_dist.cf.models.registry import get_model_class, list_arguments
 from collm_dist.config import Config
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
-from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype

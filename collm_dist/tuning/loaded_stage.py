@@ -10,7 +10,7 @@ import torch
 
 from collm_dist.config import Config, LlmConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder

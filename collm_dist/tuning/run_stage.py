@@ -12,7 +12,7 @@ import torch
 
 from collm_dist import monitoring
 from collm_dist.config import Config, StageConfig
-from collm_dist.data.prompts.preview import render_example
+from collm_dist.data.prompts.prompt_preview import render_example
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import load_manifest

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from collm_dist.data.prompts.prompt_layout import PromptCollator
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.distributed import gather_objects

@@ -17,7 +17,7 @@ from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.stage2_init import load_for_tuning
 from collm_dist.config import Config, LoraConfig, StageConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
-from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.distributed import any_rank
 from collm_dist.errors import ArtifactError, ConfigError

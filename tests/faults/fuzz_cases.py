@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from collm_dist.config import DatasetConfig
 from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.convert_collm_release import convert_release
-from collm_dist.data.ingest.filters import count_items_by_month
+from collm_dist.data.ingest.interaction_filters import count_items_by_month
 from collm_dist.data.ingest.normalize import FIRST_SECOND, LAST_SECOND
 from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.data.ingest.source import open_source

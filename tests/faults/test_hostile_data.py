@@ -3,7 +3,7 @@
 Elsewhere: settings (tests/faults/test_hostile_settings.py), ids of 2^63, NaN, byte order marks, undecodable bytes,
 units of time, pickles, control characters (tests/unit/test_readers.py), truncated and altered shards
 (tests/unit/test_shards.py, tests/integration/test_preprocess.py), markup in titles (tests/unit/test_item_tokens.py),
-duplicates (tests/unit/test_filters.py).
+duplicates (tests/unit/test_interaction_filters.py).
 """
 
 import gzip
@@ -21,9 +21,9 @@ import pytest
 
 from collm_dist.config import DatasetConfig
 from collm_dist.data.convert_collm_release import convert_release
-from collm_dist.data.ingest.files import BLOCK_BYTES
+from collm_dist.data.ingest.file_readers import BLOCK_BYTES
 from collm_dist.data.ingest.source import open_source
-from collm_dist.data.prompts.template import PromptTemplate
+from collm_dist.data.prompts.prompt_template import PromptTemplate
 from collm_dist.data.shards.shard_reader import read_shard
 from collm_dist.data.shards.shard_writer import encode_block
 from collm_dist.errors import ArtifactError, CollmError, DataError

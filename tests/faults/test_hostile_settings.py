@@ -10,7 +10,7 @@ import pytest
 from collm_dist.config.loader import MAX_SHOWN_ERRORS, dump_config, load_config
 from collm_dist.config.yaml_document import MAX_VALUES
 from collm_dist.config.yaml_file import MAX_BYTES
-from collm_dist.data.prompts.template import load_prompt_text
+from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.errors import ConfigError
 
 GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from collm_dist.data.prompts.prompt_layout import list_segments
-from collm_dist.data.prompts.template import resolve_answer_ids
-from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
+from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.packing import Copies, lay_out

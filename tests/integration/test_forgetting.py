@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from collm_dist.data.ingest.forgetting import find_tombstones, load_forgotten
+from collm_dist.data.ingest.forgotten_users import find_tombstones, load_forgotten
 from collm_dist.data.shards.interactions import load_user_ids
 from collm_dist.errors import ArtifactError, ConfigError, DataError
 from collm_dist.orchestration.cluster import connect_ray

@@ -15,7 +15,7 @@ from collm_dist.cf.models.mf import MatrixFactorization
 from collm_dist.cf.user_shards import UserRanges
 from collm_dist.cf.weight_transfer import load_previous_weights
 from collm_dist.config.loader import load_config
-from collm_dist.data.ingest.forgetting import find_tombstones, write_tombstone
+from collm_dist.data.ingest.forgotten_users import find_tombstones, write_tombstone
 from collm_dist.data.shards.interactions import load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, ConfigError

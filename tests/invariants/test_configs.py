@@ -7,7 +7,7 @@ import pytest
 from collm_dist.config import Config
 from collm_dist.config.loader import list_fields, load_config
 from collm_dist.config.reference import render_reference
-from collm_dist.data.prompts.template import PromptTemplate, load_prompt_text
+from collm_dist.data.prompts.prompt_template import PromptTemplate, load_prompt_text
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.llm import collm
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora

@@ -7,8 +7,8 @@ import torch
 
 from collm_dist.data.prompts.item_tokens import load_item_tokens
 from collm_dist.data.prompts.prompt_layout import PromptCollator
-from collm_dist.data.prompts.template import PromptTemplate, resolve_answer_ids
-from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.prompt_template import PromptTemplate, resolve_answer_ids
+from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.errors import DataError
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.collm import CollmModel

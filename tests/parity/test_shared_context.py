@@ -12,8 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from collm_dist.data.prompts.item_tokens import load_item_tokens
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator
-from collm_dist.data.prompts.template import PromptTemplate, resolve_answer_ids
-from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.prompts.prompt_template import PromptTemplate, resolve_answer_ids
+from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora

@@ -6,7 +6,7 @@ import torch
 
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.user_shards import load_worker_data
-from collm_dist.data.samples.statistics import PAIR_FEATURES, compute_count_features
+from collm_dist.data.samples.pair_features import PAIR_FEATURES, compute_count_features
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.manifest import load_manifest
 from tests.unit.cf_data import MODELS, fit_and_export, make_cf

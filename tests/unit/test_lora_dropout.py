@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.errors import ConfigError
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora

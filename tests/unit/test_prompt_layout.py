@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from collm_dist.data.prompts.item_tokens import load_item_tokens
 from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.prompt_template import PromptTemplate
 from collm_dist.data.prompts.slot_codes import Masking
-from collm_dist.data.prompts.template import PromptTemplate
-from collm_dist.data.samples.statistics import PAIR_FEATURES, compute_pair_features
+from collm_dist.data.samples.pair_features import PAIR_FEATURES, compute_pair_features
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import Mirrored, Segments, Slots

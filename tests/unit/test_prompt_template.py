@@ -1,6 +1,6 @@
 import pytest
 
-from collm_dist.data.prompts.template import PromptTemplate, load_prompt_text, resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import PromptTemplate, load_prompt_text, resolve_answer_ids
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_tokenizer
 

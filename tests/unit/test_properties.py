@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm_dist.config.yaml_document import dump_yaml, parse_yaml
-from collm_dist.data.ingest.files import NULLS
+from collm_dist.data.ingest.file_readers import NULLS
 from collm_dist.data.ingest.item_texts import MAX_TEXT_CHARACTERS, clean_text
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import TokenCounts
-from collm_dist.data.prompts.template import FIELDS, PromptTemplate
+from collm_dist.data.prompts.prompt_template import FIELDS, PromptTemplate
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_contexts, write_split

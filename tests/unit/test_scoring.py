@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.tuning.scoring import shuffle_slots
 from tests.parity.test_shared_context import STAGE2, make_block, make_collator
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from collm_dist.cf.batches import CfBatch, Rows
 from collm_dist.cf.embedding_tables import ItemTable, UserTable
-from collm_dist.data.samples.statistics import PAIR_FEATURES
+from collm_dist.data.samples.pair_features import PAIR_FEATURES
 
 
 @runtime_checkable

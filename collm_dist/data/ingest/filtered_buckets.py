@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from collm_dist.data.ingest.partition import read_table
+from collm_dist.data.ingest.shuffle_files import read_table
 from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.shards.context_block import IntArray
 

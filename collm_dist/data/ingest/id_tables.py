@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collm_dist.config import DatasetConfig
-from collm_dist.data.ingest.forgetting import write_tombstone
+from collm_dist.data.ingest.forgotten_users import write_tombstone
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError, ConfigError

@@ -16,10 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from collm_dist.data.ingest.files import Losses
-from collm_dist.data.ingest.filters import count_items_by_month, drop_duplicates, select_ids, sum_item_counts
+from collm_dist.data.ingest.file_readers import BadRows
+from collm_dist.data.ingest.interaction_filters import (
+    count_items_by_month,
+    drop_duplicates,
+    select_ids,
+    sum_item_counts,
+)
 from collm_dist.data.ingest.normalize import SCHEMA
-from collm_dist.data.ingest.partition import (
+from collm_dist.data.ingest.shuffle_files import (
     PartitionWriter,
     find_finished,
     finish_task,
@@ -27,12 +32,12 @@ from collm_dist.data.ingest.partition import (
     read_partition,
     write_table,
 )
-from collm_dist.data.ingest.source import Chunk, Source
+from collm_dist.data.ingest.source import FileChunk, Source
 from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.samples.splits import OUTSIDE, SplitRule, get_amazon_book_window
 
 
-def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: Chunk, forgotten: Any) -> dict[str, Any]:
+def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChunk, forgotten: Any) -> dict[str, Any]:
     """Part a raw file's rows by user bucket; count rows, losses, and rows of each item.
 
     Args:
@@ -43,13 +48,13 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: Chunk, f
     marker = path.with_suffix(".json")
     if (finished := find_finished(marker, path, items_path)) is not None:
         return finished
-    losses, items, rows_read = Losses(), [], 0
+    losses, items, rows_read = BadRows(), [], 0
     counts, met = Counter[str](), pa.array([], pa.int32())
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     with PartitionWriter(path, SCHEMA, plan.num_buckets) as writer:
         for batch in source.read_chunk(chunk):
             rows_read += batch.rows_read
-            losses.merge(Losses(batch.bad, batch.bad_examples))
+            losses.merge(BadRows(batch.bad, batch.bad_examples))
             table = batch.table
             if plan.dataset.split.method == "amazon_book":
                 start, _, end = get_amazon_book_window()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig
-from collm_dist.data.ingest.files import NULLS, Losses
+from collm_dist.data.ingest.file_readers import NULLS, BadRows
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # From where on a number of this age counts the next finer unit: seconds of this age have ten digits.
@@ -134,7 +134,7 @@ def normalize_batch(
     unit_is_guessed: bool,
     place: str,
     first_row: int,
-    losses: Losses,
+    losses: BadRows,
 ) -> Any:
     """Return the usable rows of a raw table in ``SCHEMA``; the others are counted by cause.
 

@@ -11,15 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
-from collm_dist.data.ingest.files import (
-    Layout,
-    Losses,
+from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
+from collm_dist.data.ingest.file_readers import (
+    BadRows,
+    FileFormat,
     count_row_groups,
     find_kind,
     read_tables,
 )
 from collm_dist.data.ingest.item_texts import build_item_table, list_template_columns
-from collm_dist.data.ingest.layouts import FixedLayout, find_fixed_layout
 from collm_dist.data.ingest.normalize import ROW_COLUMN, guess_unit, has_dates, normalize_batch, to_numbers
 from collm_dist.data.ingest.row_filter import infer_types, parse_row_filter
 from collm_dist.errors import DataError
@@ -30,7 +30,7 @@ MAX_SHOWN = 50
 
 
 @dataclass(frozen=True)
-class Chunk:
+class FileChunk:
     """A piece of the log that one task reads: a file, or a range of a Parquet file's row groups."""
 
     uri: str
@@ -68,10 +68,10 @@ class Source:
         column_types: of the first file, for the preview.
     """
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[FileChunk, ...]
     columns: ColumnsConfig
-    layout: Layout
-    items_layout: Layout
+    layout: FileFormat
+    items_layout: FileFormat
     items_uris: tuple[str, ...]
     item_id_column: str
     title_column: str
@@ -79,14 +79,14 @@ class Source:
     dataset: DatasetConfig
     column_types: dict[str, str] = field(default_factory=dict)
 
-    def read_chunk(self, chunk: Chunk) -> Iterator[ReadBatch]:
+    def read_chunk(self, chunk: FileChunk) -> Iterator[ReadBatch]:
         """Stream a chunk's rows in file order.
 
         Raises:
             DataError: the file cannot be read, or lacks a column.
         """
         condition, names = parse_row_filter(self.dataset.row_filter) if self.dataset.row_filter else (None, ())
-        first_row, losses = 0, Losses()
+        first_row, losses = 0, BadRows()
         for table in read_tables(chunk.uri, self.layout, losses, chunk.row_groups):
             rows = table.num_rows
             _check_columns(table, chunk.uri, self.columns, self.dataset)
@@ -110,7 +110,7 @@ class Source:
                     f"dataset.columns or dataset.row_filter make of it: {error}"
                 ) from error
             yield ReadBatch(uniform, losses.counts, losses.examples, rows)
-            first_row, losses = first_row + rows, Losses()
+            first_row, losses = first_row + rows, BadRows()
 
     def read_items(self) -> tuple[Any, Counter[str]]:
         """Return ``item_id, title, text`` of every item in the item files, and what was mended, by cause.
@@ -118,12 +118,12 @@ class Source:
         Raises:
             DataError: a file cannot be read, or lacks a column.
         """
-        losses = Losses()
+        losses = BadRows()
         tables = (table for uri in self.items_uris for table in self._read_item_file(uri, losses))
         items, mended = build_item_table(tables, self.item_id_column, self.title_column, self.dataset.item_text)
         return items, mended + Counter({f"item rows: {cause}": count for cause, count in losses.counts.items()})
 
-    def _read_item_file(self, uri: str, losses: Losses) -> Iterator[Any]:
+    def _read_item_file(self, uri: str, losses: BadRows) -> Iterator[Any]:
         for table in read_tables(uri, self.items_layout, losses):
             _check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
             yield table
@@ -158,7 +158,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         folder, found = resolve_dataset(dataset.asset)
         path, format_name = str(folder), found  # type: ignore[assignment]
     if format_name == "table":
-        fixed = FixedLayout(
+        fixed = DatasetLayout(
             interactions=tuple(list_files(path, "dataset.path")),
             items=tuple(list_files(dataset.items_path, "dataset.items_path")) if dataset.items_path else (),
             columns=_columns_of_feedback(dataset),
@@ -166,7 +166,7 @@ def open_source(dataset: DatasetConfig) -> Source:
             title=dataset.item_columns.title,
         )
     else:
-        fixed = find_fixed_layout(format_name, path, dataset)
+        fixed = find_dataset_layout(format_name, path, dataset)
     uri, first = _read_first(fixed.interactions, fixed.layout)
     _check_columns(first, uri, fixed.columns, dataset)
     unit: str = dataset.timestamp_unit
@@ -203,20 +203,20 @@ def _columns_of_feedback(dataset: DatasetConfig) -> ColumnsConfig:
     return columns
 
 
-def _split_into_chunks(fixed: FixedLayout) -> Iterator[Chunk]:
+def _split_into_chunks(fixed: DatasetLayout) -> Iterator[FileChunk]:
     for uri in fixed.interactions:
         if find_kind(uri, fixed.layout) != "parquet":
-            yield Chunk(uri)
+            yield FileChunk(uri)
             continue
         groups = count_row_groups(uri)
         for start in range(0, max(groups, 1), ROW_GROUPS_PER_CHUNK):
-            yield Chunk(uri, (start, min(start + ROW_GROUPS_PER_CHUNK, groups)))
+            yield FileChunk(uri, (start, min(start + ROW_GROUPS_PER_CHUNK, groups)))
 
 
-def _read_first(uris: tuple[str, ...], layout: Layout) -> tuple[str, Any]:
+def _read_first(uris: tuple[str, ...], layout: FileFormat) -> tuple[str, Any]:
     """Return the first file that has rows, and its first rows; Spark, for one, writes files without any."""
     for uri in uris:
-        for table in read_tables(uri, layout, Losses()):
+        for table in read_tables(uri, layout, BadRows()):
             return uri, table
     raise DataError(f"{uris[0]}: " + ("the file has no rows" if len(uris) == 1 else "no file of these has rows"))
 

@@ -21,10 +21,10 @@ import torch
 
 from collm_dist.config import Config
 from collm_dist.data.prompts.item_tokens import ItemTokens, load_item_tokens
+from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment, load_prompt_text
 from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct, to_offsets
-from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, LaidOut, Masking, find_slots
-from collm_dist.data.prompts.template import PromptTemplate, Segment, load_prompt_text
-from collm_dist.data.samples.statistics import compute_pair_features
+from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, Masking, PromptTokens, find_slots
+from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ConfigError
@@ -192,7 +192,7 @@ class PromptCollator:
         contexts = hash_integers(0, block.user_idx, block.num_likes).view(np.int64)
         prefix, prefix_keys, prefix_rows = take_distinct(prefix, self._describe_slots(block))
         firsts = np.unique(prefix_rows, return_index=True)[1]
-        laid = LaidOut(
+        laid = PromptTokens(
             np.concatenate([prefix.values, tree.values]),
             np.concatenate([firsts[prefix.rows], tree.rows]),
             np.concatenate([np.full(len(prefix.values), TAIL), targets]),

@@ -30,7 +30,7 @@ class Masking:
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class PromptTokens:
     """A micro-batch's tokens, those of the prefixes first and then those of the tree, rows laid end to end.
 
     Attributes:
@@ -46,7 +46,7 @@ class LaidOut:
 
 def find_slots(
     block: ContextBlock,
-    laid: LaidOut,
+    laid: PromptTokens,
     shown: Ragged,
     context_keys: IntArray,
     masking: Masking | None,

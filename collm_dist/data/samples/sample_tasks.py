@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from collm_dist.data.ingest.partition import (
+from collm_dist.data.ingest.shuffle_files import (
     PartitionWriter,
     find_finished,
     finish_task,

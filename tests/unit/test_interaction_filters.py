@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from collm_dist.config import SplitConfig
-from collm_dist.data.ingest.filters import (
+from collm_dist.data.ingest.interaction_filters import (
     count_items_by_month,
     drop_duplicates,
     select_ids,

@@ -27,7 +27,7 @@ NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileFormat:
     """How the bytes of a file become a table.
 
     Attributes:
@@ -48,7 +48,7 @@ class Layout:
 
 
 @dataclass
-class Losses:
+class BadRows:
     """Rows that cannot be used, by cause, with the first examples."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -61,13 +61,13 @@ class Losses:
             if len(self.examples) < 5:
                 self.examples.append(f"{example}: {cause}")
 
-    def merge(self, other: Losses) -> None:
+    def merge(self, other: BadRows) -> None:
         """Add another's counts and examples."""
         self.counts.update(other.counts)
         self.examples = (self.examples + other.examples)[:5]
 
 
-def find_kind(uri: str, layout: Layout) -> str:
+def find_kind(uri: str, layout: FileFormat) -> str:
     """Return text, parquet or json."""
     if layout.kind != "auto":
         return layout.kind
@@ -87,7 +87,9 @@ def count_row_groups(uri: str) -> int:
         raise DataError(f"{uri}: not a Parquet file, or a damaged one ({error})") from error
 
 
-def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int, int] | None = None) -> Iterator[Any]:
+def read_tables(
+    uri: str, layout: FileFormat, losses: BadRows, row_groups: tuple[int, int] | None = None
+) -> Iterator[Any]:
     """Stream a file as tables, in order, with the values of hive partitions (``key=value`` folders) as columns.
 
     Args:
@@ -114,7 +116,7 @@ def read_tables(uri: str, layout: Layout, losses: Losses, row_groups: tuple[int,
 
 
 def _stream(
-    uri: str, filesystem: Any, path: str, layout: Layout, losses: Losses, row_groups: tuple[int, int] | None
+    uri: str, filesystem: Any, path: str, layout: FileFormat, losses: BadRows, row_groups: tuple[int, int] | None
 ) -> Iterator[Any]:
     kind = find_kind(uri, layout)
     if kind == "parquet":
@@ -148,7 +150,7 @@ def _filter(one: _Filter, filters: list[_Filter]) -> Any:
     return pa.PythonFile(one, mode="r")
 
 
-def _stream_text(uri: str, stream: Any, layout: Layout, losses: Losses, filters: list[_Filter]) -> Iterator[Any]:
+def _stream_text(uri: str, stream: Any, layout: FileFormat, losses: BadRows, filters: list[_Filter]) -> Iterator[Any]:
     """Stream a text table with every column as bytes: a value that does not parse is one bad row, not a dead file."""
     delimiter = layout.delimiter or (
         "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","

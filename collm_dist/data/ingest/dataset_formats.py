@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
-from collm_dist.data.ingest.files import Layout
+from collm_dist.data.ingest.file_readers import FileFormat
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files, split_query
 
 
 @dataclass(frozen=True)
-class FixedLayout:
+class DatasetLayout:
     """Files of a dataset and how they are read."""
 
     interactions: tuple[str, ...]
@@ -19,17 +19,17 @@ class FixedLayout:
     columns: ColumnsConfig
     item_id: str = "item_id"
     title: str = "title"
-    layout: Layout = field(default_factory=Layout)
-    items_layout: Layout = field(default_factory=Layout)
+    layout: FileFormat = field(default_factory=FileFormat)
+    items_layout: FileFormat = field(default_factory=FileFormat)
 
 
-_REVIEWS_2018 = Layout("json", schema=(("reviewerID", "string"), ("asin", "string"), ("overall", "double"),
+_REVIEWS_2018 = FileFormat("json", schema=(("reviewerID", "string"), ("asin", "string"), ("overall", "double"),
                                        ("unixReviewTime", "int64")))  # fmt: skip
-_REVIEWS_2023 = Layout("json", schema=(("user_id", "string"), ("parent_asin", "string"), ("rating", "double"),
+_REVIEWS_2023 = FileFormat("json", schema=(("user_id", "string"), ("parent_asin", "string"), ("rating", "double"),
                                        ("timestamp", "int64")))  # fmt: skip
 
 
-def find_fixed_layout(name: str, folder: str, dataset: DatasetConfig) -> FixedLayout:
+def find_dataset_layout(name: str, folder: str, dataset: DatasetConfig) -> DatasetLayout:
     """Return the layout of a dataset in one of the publishers' formats.
 
     Raises:
@@ -51,45 +51,45 @@ def find_fixed_layout(name: str, folder: str, dataset: DatasetConfig) -> FixedLa
     names = ("user_id", "item_id", "rating", "timestamp")
     if name == "movielens_100k":
         flags = tuple(f"genre_{number}" for number in range(19))
-        items = Layout("text", "|", "latin1", ("item_id", "title", "release_date", "video_date", "url", *flags))
-        return FixedLayout(find("u.data")[:1], find("u.item")[:1], plain,
-                           layout=Layout("text", "\t", names=names), items_layout=items)  # fmt: skip
+        items = FileFormat("text", "|", "latin1", ("item_id", "title", "release_date", "video_date", "url", *flags))
+        return DatasetLayout(find("u.data")[:1], find("u.item")[:1], plain,
+                           layout=FileFormat("text", "\t", names=names), items_layout=items)  # fmt: skip
     if name == "movielens_1m":
-        items = Layout("text", "::", "latin1", ("item_id", "title", "genres"))
-        return FixedLayout(find("ratings.dat")[:1], find("movies.dat")[:1], plain,
-                           layout=Layout("text", "::", "latin1", names), items_layout=items)  # fmt: skip
+        items = FileFormat("text", "::", "latin1", ("item_id", "title", "genres"))
+        return DatasetLayout(find("ratings.dat")[:1], find("movies.dat")[:1], plain,
+                           layout=FileFormat("text", "::", "latin1", names), items_layout=items)  # fmt: skip
     if name == "movielens_32m":
-        return FixedLayout(find("ratings.csv")[:1], find("movies.csv")[:1],
+        return DatasetLayout(find("ratings.csv")[:1], find("movies.csv")[:1],
                            columns("userId", "movieId", "timestamp", "rating"), item_id="movieId")  # fmt: skip
     if name == "recbole":
-        atomic = Layout("text", "\t", typed_header=True)
-        return FixedLayout(find(".inter"), find(".item", required=False), plain, title=_recbole_title(folder, files),
+        atomic = FileFormat("text", "\t", typed_header=True)
+        return DatasetLayout(find(".inter"), find(".item", required=False), plain, title=_recbole_title(folder, files),
                            layout=atomic, items_layout=atomic)  # fmt: skip
     metadata = tuple(one for one in find(".jsonl", ".json", ".jsonl.gz", ".json.gz", required=False) if "meta_" in one)
     if name == "amazon_2018":
         tables = find(".csv", ".csv.gz", required=False)
-        meta = Layout("json", schema=(("asin", "string"), ("title", "string")))
+        meta = FileFormat("json", schema=(("asin", "string"), ("title", "string")))
         if tables:
-            layout = Layout("text", ",", names=("item_id", "user_id", "rating", "timestamp"))
-            return FixedLayout(tables, metadata, plain, "asin", layout=layout, items_layout=meta)
+            layout = FileFormat("text", ",", names=("item_id", "user_id", "rating", "timestamp"))
+            return DatasetLayout(tables, metadata, plain, "asin", layout=layout, items_layout=meta)
         reviews = tuple(one for one in find(".json", ".json.gz") if "meta_" not in one)
-        return FixedLayout(reviews, metadata, columns("reviewerID", "asin", "unixReviewTime", "overall"), "asin",
+        return DatasetLayout(reviews, metadata, columns("reviewerID", "asin", "unixReviewTime", "overall"), "asin",
                            layout=_REVIEWS_2018, items_layout=meta)  # fmt: skip
-    meta = Layout("json", schema=(("parent_asin", "string"), ("title", "string")))
+    meta = FileFormat("json", schema=(("parent_asin", "string"), ("title", "string")))
     mapped = columns("user_id", "parent_asin", "timestamp", "rating")
     tables = find(".csv", ".csv.gz", required=False)
     if tables:
-        return FixedLayout(tables, metadata, mapped, "parent_asin", items_layout=meta)
+        return DatasetLayout(tables, metadata, mapped, "parent_asin", items_layout=meta)
     reviews = tuple(one for one in find(".jsonl", ".jsonl.gz") if "meta_" not in one)
-    return FixedLayout(reviews, metadata, mapped, "parent_asin", layout=_REVIEWS_2023, items_layout=meta)
+    return DatasetLayout(reviews, metadata, mapped, "parent_asin", layout=_REVIEWS_2023, items_layout=meta)
 
 
 def _recbole_title(folder: str, files: list[str]) -> str:
     """Atomic files name the title column as they like: the first whose name holds 'title', else the item's id."""
-    from collm_dist.data.ingest.files import Losses, read_tables
+    from collm_dist.data.ingest.file_readers import BadRows, read_tables
 
     for uri in files:
         if uri.endswith(".item"):
-            for table in read_tables(uri, Layout("text", "\t", typed_header=True), Losses()):
+            for table in read_tables(uri, FileFormat("text", "\t", typed_header=True), BadRows()):
                 return next((name for name in table.column_names if "title" in name), "item_id")
     return "item_id"

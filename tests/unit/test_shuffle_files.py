@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from collm_dist.data.ingest.partition import PartitionWriter, find_finished, finish_task, hash_text, read_partition
+from collm_dist.data.ingest.shuffle_files import PartitionWriter, find_finished, finish_task, hash_text, read_partition
 
 SCHEMA = pa.schema([("value", pa.int64())])
 

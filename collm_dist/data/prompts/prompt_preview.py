@@ -10,7 +10,7 @@ import numpy as np
 from collm_dist.config import Config
 from collm_dist.data.ingest.source import open_source
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
-from collm_dist.data.prompts.template import resolve_answer_ids
+from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from collm_dist.data.samples.statistics import (
+from collm_dist.data.samples.pair_features import (
     ITEM_PRIOR_WEIGHT,
     PAIR_FEATURES,
     USER_PRIOR_WEIGHT,

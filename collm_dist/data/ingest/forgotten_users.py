@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from collm_dist.data.ingest.files import NULLS, Layout, Losses, read_tables
+from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.normalize import to_text
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files
@@ -41,8 +41,8 @@ def load_forgotten(uri: str | None, key: str = KEY) -> Any:
     """
     found = pa.chunked_array([pa.array([], pa.string())])
     for one in list_files(uri, key) if uri is not None else ():
-        losses, first = Losses(), 0
-        for table in read_tables(one, Layout(), losses):
+        losses, first = BadRows(), 0
+        for table in read_tables(one, FileFormat(), losses):
             if COLUMN not in table.column_names:
                 raise DataError(f"{key}: {one} has no column '{COLUMN}' (has {', '.join(table.column_names)}); rename "
                                 "the one that names the users")  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from collm_dist.config import DatasetConfig
-from collm_dist.data.ingest.checks import check_reads, check_splits
+from collm_dist.data.ingest.input_checks import check_reads, check_splits
 from collm_dist.errors import DataError
 
 NOW = int(time.time())
