@@ -1,17 +1,16 @@
-"""How good are the four collaborative models on CoLLM's ML-1M split? Mean and spread over seeds, beside the baselines.
+"""How good are the four CF models on CoLLM's ML-1M split, compared with the baselines?
 
     python -m benchmarks.cf_quality --data DIR [--models mf lightgcn sasrec din] [--seeds 0 1 2 3 4]
 
-DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. Each model runs with the
-settings of its own configuration (configs/ml1m_*.yaml), which were chosen on validation rows alone; the test rows are
-scored once, by the weights of the epoch that was best on validation. Writes cf_quality_ml1m.json and .png; entries
-that are there already and not asked for stay.
+DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml expects them. Each model runs with the
+settings of its own config (configs/ml1m_*.yaml), which were chosen on validation rows only; the test rows are scored
+once, by the weights of the best epoch on validation. The result has mean and spread over seeds. Writes
+cf_quality_ml1m.json and .png; models that are not measured keep their earlier entries.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import RESULTS, ROOT, describe_run
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.trainer import measure_scores
@@ -40,14 +39,13 @@ from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 
-ROOT = Path(__file__).resolve().parent.parent
-# Configuration and further settings of each entry, all chosen on validation rows.
+# Config and further settings of each entry, all chosen on validation rows.
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mf": ("ml1m_official.yaml", ()),
     "lightgcn": ("ml1m_lightgcn.yaml", ()),
     "sasrec": ("ml1m_sasrec.yaml", ()),
     "din": ("ml1m_din.yaml", ()),
-    # Biases that have seen all training rows would hide what was known as of each row, so their prior is strong.
+    # Biases fitted to all training rows would hide what was known as of each row, so their prior is strong.
     "mf_all_feedback": (
         "ml1m_official.yaml",
         ("cf.feedback=all", "cf.bias_weight_decay=100", "cf.learning_rate=1e-2"),
@@ -58,7 +56,7 @@ PUBLISHED = {"mf": (0.6482, 0.6361), "lightgcn": (0.5959, 0.6499), "sasrec": (0.
 
 
 def measure(name: str, data: Path, folder: Path, seeds: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train a model once for each seed and return its figures, and those of the baselines."""
+    """Train a model once per seed and return its metrics and those of the baselines."""
     overrides = [
         f"run.dir={folder}",
         f"dataset.path={data / 'interactions.parquet'}",
@@ -77,7 +75,7 @@ def measure(name: str, data: Path, folder: Path, seeds: list[int]) -> tuple[dict
     manifest = load_manifest(data_dir)
     slices = measure_slices(load_cf_model(run_dir, manifest), data_dir, manifest)
     test = summary["spread"]["test"]
-    figures = {
+    metrics = {
         "auc_mean": test["auc"]["mean"],
         "auc_std": test["auc"]["std"],
         "uauc_mean": test["uauc"]["mean"],
@@ -89,12 +87,12 @@ def measure(name: str, data: Path, folder: Path, seeds: list[int]) -> tuple[dict
         "settings": config.cf.model_dump(mode="json"),
         "published_auc_uauc": PUBLISHED.get(name),
     }
-    return figures, summary["baselines"]
+    return metrics, summary["baselines"]
 
 
 @torch.no_grad()
 def measure_slices(model: SlotVectors, data_dir: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return AUC and UAUC of test rows by whether training has met both user and item, with the item mean beside."""
+    """Return AUC and UAUC of test rows, warm and cold, of the model, the as-of logistic and the item mean."""
     train = load_interactions(data_dir, TRAIN_COLUMNS, "train")
     item_mean = fit_item_mean(train, manifest.num_items)
     order = GlobalOrder(data_dir, manifest, "test", 0, 1 << 16, shuffle=False)
@@ -105,7 +103,7 @@ def measure_slices(model: SlotVectors, data_dir: Path, manifest: Manifest) -> di
     columns = np.arange(manifest.max_history_length) >= manifest.max_history_length - lengths[:, None]
     history[columns] = block.history_items
     pairs = (users, history[block.target_contexts], block.item_idx, compute_pair_features(block))
-    scores = model.score(*(torch.from_numpy(np.ascontiguousarray(one)) for one in pairs)).numpy()
+    scores = model.score(*(torch.from_numpy(np.ascontiguousarray(array)) for array in pairs)).numpy()
     as_of = fit_as_of_logistic(train)(block)
     warm = (block.user_in_train == 1) & (block.item_in_train == 1)
     slices = {"all": np.ones_like(warm), "warm": warm, "cold": ~warm, "cold user": block.user_in_train == 0}
@@ -121,18 +119,18 @@ def measure_slices(model: SlotVectors, data_dir: Path, manifest: Manifest) -> di
 
 
 def plot(models: dict[str, Any], baselines: dict[str, Any], path: Path) -> None:
-    """Draw each seed's test AUC beside the published one and the baselines."""
+    """Draw the test AUC of each seed, the published AUC and the baselines."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axis = figure.subplots()
-    for place, one in enumerate(models.values()):
-        values = [scores["test"]["auc"] for scores in one["by_seed"].values()]
+    for place, model in enumerate(models.values()):
+        values = [scores["test"]["auc"] for scores in model["by_seed"].values()]
         axis.scatter(
             [place] * len(values), values, label="ours, each seed" if place == 0 else None, color="C0", alpha=0.7
         )
-        if one["published_auc_uauc"] is None:
+        if model["published_auc_uauc"] is None:
             continue
         label = "as published" if place == 0 else None
-        axis.scatter([place], one["published_auc_uauc"][:1], marker="x", color="C3", label=label)
+        axis.scatter([place], model["published_auc_uauc"][:1], marker="x", color="C3", label=label)
     for number, (name, scores) in enumerate(baselines.items()):
         axis.axhline(
             scores["test"]["auc"], color="gray", linestyle=("--", ":")[number % 2], label=name.replace("_", " ")
@@ -143,12 +141,12 @@ def plot(models: dict[str, Any], baselines: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure the models one after the other; the result is written after each."""
+    """Measure model after model; the result is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with interactions.parquet and items.parquet")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     path = arguments.output / "cf_quality_ml1m.json"
     models: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else {}
@@ -159,11 +157,11 @@ def main() -> None:
             write_json(
                 path,
                 {
-                    "question": "How good are the collaborative models on the released ML-1M split?",
+                    "question": __doc__.splitlines()[0],
                     "models": models,
                     "baselines": baselines,
-                    "hardware": describe_hardware() | {"load_average": os.getloadavg()[0]},
-                    "versions": {package: importlib.metadata.version(package) for package in ("torch", "ray", "numpy")},
+                    "load_average": os.getloadavg()[0],
+                    **describe_run("torch", "ray", "numpy"),
                 },
             )
             plot(models, baselines, arguments.output / "cf_quality_ml1m.png")

@@ -1,19 +1,19 @@
-"""How do time and memory of CF training grow? Matrix factorization on generated logs, on one worker and on several.
+"""How do time and memory of CF training grow with interactions and workers?
 
     python -m benchmarks.cf_scale [--sizes 1e6 3e6 10e6 30e6] [--workers 1 2] [--output benchmarks/results]
 
-Every measurement is the real command on a real data step: logs are generated, preprocessed once for each size, and then
-``launch/pretrain_cf.py`` trains a few epochs on Ray with each number of workers, one thread each. The epoch's seconds
-include its validation; memory is the peak of the first worker's process, whose share of the users is about even.
+Matrix factorization on generated logs. Each measurement runs the real commands: logs are generated and preprocessed
+once per size, and ``launch/pretrain_cf.py`` trains a few epochs on Ray with each number of workers, one thread each. An
+epoch's seconds include its validation; memory is the peak of the first worker's process, which owns an about equal
+share of the users.
 
-Writes cf_scale_cpu.json and cf_scale_cpu.png. The table of what a billion interactions would need is computed from the
-measured growth: a line through the largest two sizes.
+Writes cf_scale_cpu.json and cf_scale_cpu.png. ``extrapolation`` estimates a billion interactions from a line through
+the two largest sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -26,13 +26,12 @@ from typing import Any
 import yaml
 
 from benchmarks.lib.growth_plot import plot_growth
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import RESULTS, ROOT, describe_run
 from benchmarks.lib.synthetic_logs import write_synthetic_logs
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.monitoring import EPOCH_SECONDS, PEAK_MEMORY, read_metrics
 from collm_dist.runs.atomic_files import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 3
 CF = {"model": "mf", "embedding_dim": 64, "global_batch_size": 16384, "num_epochs": EPOCHS}
 FUTURE_INTERACTIONS, FUTURE_USERS, FUTURE_WORKERS = 10**9, 50 * 10**6, (1, 8, 32)
@@ -42,7 +41,7 @@ def run_command(name: str, config: Path, *overrides: str) -> float:
     """Run a launch file and return its seconds.
 
     Raises:
-        RuntimeError: it failed; the message has the end of its output.
+        RuntimeError: the command failed; the message holds the end of its output.
     """
     started = time.perf_counter()
     done = subprocess.run(
@@ -58,7 +57,7 @@ def run_command(name: str, config: Path, *overrides: str) -> float:
 
 
 def write_config(folder: Path, num_interactions: int) -> Path:
-    """Generate logs and return a configuration for them."""
+    """Generate logs and return a config for them."""
     logs = write_synthetic_logs(folder / "logs", num_interactions)
     config = {
         "run": {"dir": str(folder / "run")},
@@ -78,7 +77,7 @@ def write_config(folder: Path, num_interactions: int) -> Path:
 
 
 def measure(config: Path, workers: int) -> dict[str, Any]:
-    """Train and return what it took."""
+    """Train, and return seconds, memory and sizes."""
     folder = config.parent / "run" / "cf"
     shutil.rmtree(folder, ignore_errors=True)
     step_seconds = run_command("pretrain_cf.py", config, f"cf.num_workers={workers}")
@@ -89,7 +88,7 @@ def measure(config: Path, workers: int) -> dict[str, Any]:
         "train_rows": manifest.splits["train"].rows,
         "num_users": manifest.num_users,
         "num_items": manifest.num_items,
-        # The first epoch's time has the loading in it.
+        # The first epoch includes loading.
         "epoch_seconds": min(line[EPOCH_SECONDS] for line in lines[1:]),
         "first_epoch_seconds": lines[0][EPOCH_SECONDS],
         "peak_worker_gib": max(line[PEAK_MEMORY] for line in lines),
@@ -99,11 +98,11 @@ def measure(config: Path, workers: int) -> dict[str, Any]:
 
 
 def extrapolate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what a billion interactions would need, from one worker's growth over the largest two sizes."""
-    alone = sorted((one for one in runs if one["workers"] == 1), key=lambda one: int(one["interactions"]))[-2:]
-    if len(alone) < 2:
+    """Return estimates for a billion interactions, from one worker's growth over the two largest sizes."""
+    largest = sorted((run for run in runs if run["workers"] == 1), key=lambda run: int(run["interactions"]))[-2:]
+    if len(largest) < 2:
         return []
-    small, large = alone
+    small, large = largest
     rows = large["interactions"] - small["interactions"]
     seconds = (large["epoch_seconds"] - small["epoch_seconds"]) / rows
     gib = (large["peak_worker_gib"] - small["peak_worker_gib"]) / rows
@@ -127,9 +126,9 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     def list_points(key: str) -> dict[str, list[tuple[float, float]]]:
         return {
             f"{workers} worker{'s'[: workers > 1]}": [
-                (one["interactions"], one[key]) for one in runs if one["workers"] == workers
+                (run["interactions"], run[key]) for run in runs if run["workers"] == workers
             ]
-            for workers in sorted({one["workers"] for one in runs})
+            for workers in sorted({run["workers"] for run in runs})
         }
 
     panels = {"seconds per epoch": "epoch_seconds", "peak GiB of a worker": "peak_worker_gib"}
@@ -137,29 +136,27 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure every size on every number of workers; results are written after each."""
+    """Measure each size with each number of workers; the result is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 3e6, 1e7, 3e7], help="interactions")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="Ray Train workers")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
-    packages = ("torch", "ray", "numpy", "pyarrow")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             config = write_config(Path(folder), int(size))
             preprocess_seconds = run_command("preprocess_data.py", config)
             for workers in arguments.workers:
-                found = {"interactions": int(size), **measure(config, workers)}
-                runs.append(found | {"preprocess_seconds": preprocess_seconds, "load_average": os.getloadavg()[0]})
-                print(f"{size:>12,.0f} interactions, {workers} workers: {found['epoch_seconds']:.1f} s an epoch, "
-                      f"{found['peak_worker_gib']:.2f} GiB a worker", flush=True)  # fmt: skip
+                measured = {"interactions": int(size), **measure(config, workers)}
+                runs.append(measured | {"preprocess_seconds": preprocess_seconds, "load_average": os.getloadavg()[0]})
+                print(f"{size:>12,.0f} interactions, {workers} workers: {measured['epoch_seconds']:.1f} s an epoch, "
+                      f"{measured['peak_worker_gib']:.2f} GiB a worker", flush=True)  # fmt: skip
                 write_json(
                     arguments.output / "cf_scale_cpu.json",
                     {
-                        "question": "How do time and memory of CF training grow with interactions and workers?",
-                        "hardware": describe_hardware(),
-                        "versions": {name: importlib.metadata.version(name) for name in packages},
+                        "question": __doc__.splitlines()[0],
+                        **describe_run("torch", "ray", "numpy", "pyarrow"),
                         "config": CF,
                         "runs": runs,
                         "extrapolation": extrapolate(runs),

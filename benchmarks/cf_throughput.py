@@ -1,35 +1,33 @@
-"""How fast is a CF model's training epoch, beside RecBole's? Same rows, dimensions and batch size, on the CPU, in turn.
+"""How fast is a training epoch of the CF models on a CPU, compared with RecBole?
 
     python -m benchmarks.cf_throughput [--data data/ml-1m-collm] [--models mf lightgcn sasrec din] [--threads 2 1]
 
-RecBole is installed once, in an environment of its own (1 GB; RecBole 1.2.1 wants older libraries than we do):
+Install RecBole once, in an environment of its own (1 GB; RecBole 1.2.1 needs older libraries):
 
     python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
         recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
 
-The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or without them MovieLens-100K;
-with --interactions N they are generated (benchmarks/lib/synthetic_logs.py), to see what a larger catalogue changes:
+The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or MovieLens-100K if they are
+missing; with --interactions N they are generated (benchmarks/lib/synthetic_logs.py), for a larger catalogue:
 
     python -m benchmarks.cf_throughput --interactions 1e6 --models mf --out benchmarks/results/cf_throughput_1m_cpu.json
 
-One sample is one epoch of pure training, without evaluation: our trainer's ``train_epoch`` against RecBole's
-``Trainer._train_epoch``. The two sides take turns, each after a warm-up epoch. ``ratios`` are RecBole's
-median over ours.
+A sample is one epoch of training without evaluation, on the same rows with the same dimensions and batch size: our
+trainer's ``train_epoch`` against RecBole's ``Trainer._train_epoch``. The sides take turns, each after a warm-up epoch.
+``ratios`` are RecBole's median over ours.
 
-    model     RecBole's     what is made equal
-    mf        FM            fields user_id and item_id alone: first-order terms are biases, second-order <user, item>
-    lightgcn  LightGCN      its forward pass; the loss is the rows' binary cross-entropy in place of BPR's
+    model     RecBole's     made equal
+    mf        FM            fields user_id and item_id only: first-order terms are biases, second-order <user, item>
+    lightgcn  LightGCN      its forward pass; the loss is binary cross-entropy of the rows instead of BPR
     sasrec    SASRec        the same; no dropout in attention, ReLU, inner width = width, as ours
-    din       DIN           attention and final network 80-40 on both sides
+    din       DIN           attention MLP and final MLP 80-40 on both sides
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -41,7 +39,7 @@ import numpy as np
 import torch
 
 from benchmarks.lib.epoch_timing import TimedCall, list_operators
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import RESULTS, ROOT, describe_run
 from benchmarks.lib.side_process import SideProcess
 from benchmarks.lib.synthetic_logs import write_synthetic_logs
 from collm_dist.cf.batches import Rows, count_batches, iter_batches
@@ -58,8 +56,8 @@ from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 
 HISTORY_LENGTH, BATCH_ROWS, LEARNING_RATE, WEIGHT_DECAY = 25, 2048, 1e-3, 5.0
-# Epochs of a second and less are measured more often.
-SHORT_EPOCH, MORE_OFTEN = 1.0, 3
+# Shorter epochs are measured that many times as often.
+SHORT_EPOCH_SECONDS, SHORT_EPOCH_REPEATS = 1.0, 3
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,9 @@ class Pair:
 
     Attributes:
         ours: settings of the ``cf`` section.
-        recbole: its name there.
+        recbole: RecBole's name of the model.
         settings: RecBole's settings.
-        differs: what is not the same, and whom it costs time.
+        differs: remaining differences.
     """
 
     ours: dict[str, Any]
@@ -99,23 +97,23 @@ PAIRS = {
             "hidden_dropout_prob": 0.2,
             "attn_dropout_prob": 0.0,
         },
-        "ours has biases, RecBole's has none; RecBole's attention has an output projection, ours has none, as the "
-        "paper; both drop at three places",
+        "ours has biases, RecBole's has none; RecBole's attention has an output projection, ours and "
+        "the paper's have none; both have dropout at three places",
     ),
     "din": Pair(
         {"attention_sizes": (80, 40), "hidden_sizes": (80, 40), "dropout": 0.0},
         "DIN",
         {"embedding_size": 64, "mlp_hidden_size": [80, 40], "dropout_prob": 0.0},
-        "ours has biases, RecBole's has none; RecBole's final network has batch normalisation and SiLU, ours PReLU",
+        "ours has biases, RecBole's has none; RecBole's final MLP has batch normalization and SiLU, ours PReLU",
     ),
 }
 NOTES = [
     "Optimizers: RecBole's is torch.optim.Adam with L2 on all rows of the tables in every step. Ours is Adam whose "
-    "step moves the rows of tables that its batch meets; not so lightgcn's, where the graph joins all rows to a step.",
-    "Batches: ours keep the targets of one context together, so they have 2,048 rows at most in the mean; as many "
-    "batches an epoch on both sides.",
-    "Every RecBole row has the history that ours has. RecBole's SASRec cannot take an empty one: its length is set to "
-    "1, which reads the padding.",
+    "step updates only the rows of the batch, except for lightgcn, whose graph connects all rows.",
+    "Batches: ours keep the targets of a context together, so they have at most 2,048 rows on average; the number of "
+    "batches per epoch is the same on both sides.",
+    "Every RecBole row has the same history as ours. RecBole's SASRec does not accept an empty history: its length is "
+    "set to 1, which reads the padding.",
     "Importing RecBole's sequential models turns on autograd's anomaly detection (model/sequential_recommender/"
     "sine.py), which searches every gradient for NaN. ratios has RecBole as released; "
     "ratios_without_anomaly_detection has it turned off.",
@@ -123,7 +121,7 @@ NOTES = [
 
 
 class OurSide:
-    """Our trainer's epochs of one model."""
+    """Epochs of one model with our trainer."""
 
     def __init__(self, pair: Pair, name: str, data_dir: Path) -> None:
         self.cf = CfConfig(
@@ -146,7 +144,7 @@ class OurSide:
         self.optimizers = Optimizers(self.model, self.plan.learning_rate)
 
     def train_epoch(self) -> dict[str, float]:
-        """Train one epoch and return its seconds and where they went."""
+        """Train one epoch and return its seconds, in all and by part."""
         forward, step = TimedCall(self.model.forward), TimedCall(self.optimizers.step)
         self.model.forward, self.optimizers.step = forward, step  # type: ignore[method-assign]
         started = time.perf_counter()
@@ -159,7 +157,7 @@ class OurSide:
         return {"seconds": seconds, "mean_loss": loss, **parts}
 
     def describe(self) -> dict[str, Any]:
-        """Return the heaviest operators, the seconds to make an epoch's batches alone, and the model's size."""
+        """Return the heaviest operators, the seconds to build an epoch's batches, and the model's size."""
         started = time.perf_counter()
         length = self.model.history_length if self.model.trains_on_history else 0
         for contexts in iter_batches(self.train, BATCH_ROWS, 0, self.epoch):
@@ -176,21 +174,21 @@ class OurSide:
 def start_recbole(
     python: Path, pair: Pair, rows: Path, num_rows: int, threads: int, *, as_released: bool
 ) -> SideProcess:
-    """Start RecBole's epochs of one model, in a process of its own."""
+    """Start RecBole with one model, in a process of its own."""
     settings = {
         "train_batch_size": BATCH_ROWS,
         "learning_rate": LEARNING_RATE,
         "weight_decay": WEIGHT_DECAY / num_rows,
         **pair.settings,
     }
-    script = Path(__file__).parent / "lib" / "recbole_epoch.py"
+    script = ROOT / "benchmarks" / "lib" / "recbole_epoch.py"
     command = [str(python), "-W", "ignore", str(script), "--rows", str(rows), "--model", pair.recbole]
     command += ["--threads", str(threads), "--settings", json.dumps(settings)]
     return SideProcess(command if as_released else [*command, "--no-anomaly-detection"])
 
 
 def prepare_data(data: Path, num_interactions: int | None, folder: Path) -> tuple[Path, str]:
-    """Preprocess the data and return the data folder and what they are."""
+    """Preprocess the data and return their folder and name."""
     quiet = [f"run.dir={folder}", "monitoring.progress_bar=false"]
     if num_interactions is not None:
         logs = write_synthetic_logs(folder / "logs", num_interactions)
@@ -209,7 +207,7 @@ def prepare_data(data: Path, num_interactions: int | None, folder: Path) -> tupl
 
 
 def write_rows(data_dir: Path, path: Path) -> dict[str, int]:
-    """Write the training rows for RecBole, each with its own history, and return their numbers."""
+    """Write the training rows with their histories for RecBole, and return their counts."""
     manifest = load_manifest(data_dir)
     rows: Rows = load_worker_data(data_dir, manifest).splits["train"]
     batch, targets = rows.take(torch.arange(rows.num_contexts), HISTORY_LENGTH)
@@ -239,12 +237,12 @@ def measure(
     if {key: ready[key] for key in ("rows", "batches")} != {key: counts[key] for key in ("rows", "batches")}:
         raise ValueError(f"{name}: RecBole has {ready['rows']} rows in {ready['batches']} batches, we have {counts}")
     if ready["anomaly_detection"]:
-        other = start_recbole(python, pair, rows, counts["rows"], threads, as_released=False)
-        theirs["recbole_without_anomaly_detection"] = other
+        faster = start_recbole(python, pair, rows, counts["rows"], threads, as_released=False)
+        theirs["recbole_without_anomaly_detection"] = faster
     warm = [ours.train_epoch(), *(side.ask("epoch") for side in theirs.values())]
     samples: dict[str, list[Any]] = {"ours": [], **{side: [] for side in theirs}}
     loads = []
-    for _ in range(repeats * (MORE_OFTEN if warm[1]["seconds"] < SHORT_EPOCH else 1)):
+    for _ in range(repeats * (SHORT_EPOCH_REPEATS if warm[1]["seconds"] < SHORT_EPOCH_SECONDS else 1)):
         loads.append(round(os.getloadavg()[0], 2))
         samples["ours"].append(ours.train_epoch())
         for side, process in theirs.items():
@@ -274,7 +272,7 @@ def summarize(samples: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def compute_ratios(results: dict[str, Any], side: str, number: str) -> dict[str, float]:
-    """Return RecBole's time over ours for each model; a model without that side has the released one's."""
+    """Return RecBole's time over ours by model, of the released RecBole if a model lacks the side."""
     ratios = {}
     for name, result in results.items():
         theirs = result.get(side, result["recbole"])
@@ -283,20 +281,20 @@ def compute_ratios(results: dict[str, Any], side: str, number: str) -> dict[str,
 
 
 def compute_spread(result: dict[str, Any]) -> list[float]:
-    """Return the quartiles of the rounds' own ratios, which a machine whose speed drifts disturbs least."""
+    """Return quartiles of the ratio of each round, which is least sensitive to a machine whose speed drifts."""
     rounds = zip(result["recbole"]["seconds"], result["ours"]["seconds"], strict=True)
-    return [round(one, 2) for one in statistics.quantiles([theirs / ours for theirs, ours in rounds], n=4)]
+    return [round(quartile, 2) for quartile in statistics.quantiles([theirs / ours for theirs, ours in rounds], n=4)]
 
 
 def describe_time(name: str, result: dict[str, Any]) -> str:
-    """Say where both sides' time goes."""
+    """Describe how both sides spend their time."""
     texts = []
     for side in ("recbole", "ours"):
         median, parts = result[side]["median"], result[side]["parts"]
         if side == "ours":
             parts = {"load": result[side]["load"], **parts}
         shares = ", ".join(f"{part} {seconds / median:.0%}" for part, seconds in parts.items())
-        operators = ", ".join(f"{one['operator']} {one['share']:.0%}" for one in result[side]["operators"][:4])
+        operators = ", ".join(f"{entry['operator']} {entry['share']:.0%}" for entry in result[side]["operators"][:4])
         texts.append(f"{side} {median * 1e3:.0f} ms ({shares}; heaviest: {operators})")
     return f"{name}: {'; '.join(texts)}"
 
@@ -305,17 +303,17 @@ def main() -> None:
     """Run the benchmark and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/ml-1m-collm"), help="folder of the two tables")
-    parser.add_argument("--interactions", type=float, help="generate so many instead")
+    parser.add_argument("--interactions", type=float, help="generate this many instead")
     parser.add_argument("--models", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    parser.add_argument("--threads", nargs="+", type=int, default=[2, 1], help="torch threads; the first makes ratios")
-    parser.add_argument("--repeats", type=int, default=7, help="epochs of each side, three times as many if short")
+    parser.add_argument("--threads", nargs="+", type=int, default=[2, 1], help="torch threads; ratios are of the first")
+    parser.add_argument("--repeats", type=int, default=7, help="epochs of each side; three times as many if short")
     parser.add_argument(
         "--recbole-python", type=Path, default=Path("~/.cache/collm-dist/recbole-env/bin/python").expanduser()
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cf_throughput_cpu.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "cf_throughput_cpu.json")
     arguments = parser.parse_args()
     if not arguments.recbole_python.exists():
-        parser.error(f"{arguments.recbole_python} is missing: install RecBole as --help says")
+        parser.error(f"{arguments.recbole_python} is missing: install RecBole as described in --help")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -331,17 +329,17 @@ def main() -> None:
                 medians = {side: round(result[side]["median"], 4) for side in result if "median" in result[side]}
                 print(f"{threads} threads, {model}: {medians}", flush=True)
     first = results[str(arguments.threads[0])]
-    fast = "recbole_without_anomaly_detection"
+    faster = "recbole_without_anomaly_detection"
     record = {
-        "benchmark": "cf_throughput",
+        "question": __doc__.splitlines()[0],
         "ratios": compute_ratios(first, "recbole", "median"),
-        "ratios_without_anomaly_detection": compute_ratios(first, fast, "median"),
+        "ratios_without_anomaly_detection": compute_ratios(first, faster, "median"),
         "ratios_by_threads": {
             threads: {
                 "median": compute_ratios(result, "recbole", "median"),
                 "smallest": compute_ratios(result, "recbole", "smallest"),
-                "median_without_anomaly_detection": compute_ratios(result, fast, "median"),
-                "smallest_without_anomaly_detection": compute_ratios(result, fast, "smallest"),
+                "median_without_anomaly_detection": compute_ratios(result, faster, "median"),
+                "smallest_without_anomaly_detection": compute_ratios(result, faster, "smallest"),
             }
             for threads, result in results.items()
         },
@@ -349,11 +347,7 @@ def main() -> None:
         "notes": [*NOTES, *(describe_time(model, result) for model, result in first.items())],
         "config": {"data": data_name, **counts, "embedding_dim": 64, "history_length": HISTORY_LENGTH,
                    "batch_rows": BATCH_ROWS, "threads": arguments.threads},
-        "hardware": describe_hardware(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "torch")},
-        },
+        **describe_run("numpy", "torch"),
         "results": results,
     }  # fmt: skip
     write_json(arguments.out, record)

@@ -1,12 +1,12 @@
-"""What does it cost that nothing is lost: the stall of a checkpoint, and the checks of every step?
+"""How much training time do checkpoints and the checks of each step take?
 
     python -m benchmarks.checkpoint_cost --run RUN [--rounds 20] [--rows 4] [--overrides key=value ...]
 
-RUN's data and CF steps are done with configs/ml1m_official.yaml. Each round makes the same update twice, in turn: as
-the product does, under its watchdog, with its look at every loss and gradient and its one reduction; and bare: forward,
-backward and DeepSpeed's step alone. Both draw dropout from counters; benchmarks/dropout_cost.py says what that costs.
-Then the round writes a checkpoint of weights, moments and best weights, as training does. Few rows make a short step
-and so a large share. Writes checkpoint_cost_<device>.json.
+RUN is a run of configs/ml1m_official.yaml whose data and CF steps are done. Each round makes an update twice: with
+the product's watchdog, its checks of every loss and gradient and its reduction, and bare, with forward pass, backward
+pass and DeepSpeed's step only. Both draw dropout from counters; benchmarks/dropout_cost.py measures that. The round
+then writes a checkpoint of weights, moments and best weights, as training does. Few rows make a short step and thus a
+large share. Writes checkpoint_cost_<device>.json.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ NUM_BLOCKS, WARM_UP = 4, 2
 
 @contextmanager
 def without_checks(engine: TuningEngine) -> Iterator[None]:
-    """Take the hooks that look at gradients off the trainable parameters for as long as the block lasts."""
-    hooks = [one._backward_hooks for one in engine.module.parameters() if one.requires_grad and one._backward_hooks]
-    kept = [dict(one) for one in hooks]
-    for one in hooks:
-        one.clear()
+    """Remove the hooks that check gradients from the trainable parameters within the block."""
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    hooks = [parameter._backward_hooks for parameter in trained if parameter._backward_hooks]
+    copies = [dict(entries) for entries in hooks]
+    for entries in hooks:
+        entries.clear()
     try:
         yield
     finally:
-        for one, entries in zip(hooks, kept, strict=True):
-            one.update(entries)
+        for entries, copy in zip(hooks, copies, strict=True):
+            entries.update(copy)
 
 
 def make_bare_step(loop: TuningLoop, prepared: StepBatch) -> None:
-    """Make an update with nothing around it."""
+    """Make an update without watchdog and checks."""
     engine, batches = loop.engine.module, prepared.micro_batches
     loop.engine.set_training(True)
     for index, on_host in enumerate(batches):
@@ -78,7 +79,7 @@ def time_call(function: Callable[[], object]) -> float:
 
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:
-    """Return the seconds of all steps and checkpoints, and a checkpoint's bytes."""
+    """Return the seconds of all steps and checkpoints, and the bytes of a checkpoint."""
     run_dir = RunDir(Path(config.run.dir))
     device = init_distributed(5)
     stage = get_stage(config, "stage1")
@@ -115,17 +116,17 @@ def measure(config: Config, rounds: int) -> dict[str, Any]:
             for name, value in taken.items():
                 seconds[name].append(value)
         print("  ".join(f"{name} {value:.3f} s" for name, value in taken.items()), flush=True)
-    size = max(one.stat().st_size for one in loop.folder.glob("*.safetensors"))
-    trainable = sum(one.numel() for one in loop.best_weights.values())
+    size = max(path.stat().st_size for path in loop.folder.glob("*.safetensors"))
+    trainable = sum(weight.numel() for weight in loop.best_weights.values())
     return {"seconds": seconds, "load_average": loads, "checkpoint_bytes": size, "trainable_parameters": trainable}
 
 
 def summarize(seconds: dict[str, list[float]], every_steps: int) -> dict[str, Any]:
-    """Return the stall and the shares of step time.
+    """Return the stall of a checkpoint and the shares of step time.
 
     Args:
-        seconds: of the rounds' steps, ``on`` and ``off``, and of their checkpoints.
-        every_steps: between checkpoints.
+        seconds: by round, of the steps with checks (``on``) and without (``off``), and of ``checkpoint``.
+        every_steps: steps between checkpoints.
     """
     bare = statistics.median(seconds["off"])
     shares = [on / off - 1 for on, off in zip(seconds["on"], seconds["off"], strict=True)]
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/ml1m_official.yaml"))
     parser.add_argument("--run", type=Path, required=True, help="a run whose data and CF steps are done")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=4, help="of a step")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a step")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -161,12 +162,12 @@ def main() -> None:
                 (folder / step).symlink_to((arguments.run / step).resolve(), target_is_directory=True)
         settings = [f"stage1.global_batch_size={arguments.rows}", *arguments.overrides]
         config = prepare_run(arguments.config, None, folder, settings)
-        found = measure(config, arguments.rounds)
+        measured = measure(config, arguments.rounds)
     stage, lora = config.stage1, config.lora
     record = {
         "question": __doc__.splitlines()[0],
-        **summarize(found["seconds"], stage.checkpoint_every_steps),
-        **found,
+        **summarize(measured["seconds"], stage.checkpoint_every_steps),
+        **measured,
         "config": {
             "backbone": config.llm.backbone,
             "dtype": config.llm.dtype,

@@ -1,17 +1,16 @@
-"""What does it cost to train stage 2 on rows that the collaborative model was fitted to? Without a language model.
+"""What does it cost to train stage 2 on rows that the CF model was fitted to?
 
     python -m benchmarks.cross_fit_leak --data DIR [--config configs/ml1m_official.yaml] [--folds 0 4 8 16]
 
-The CF model is trained the paper's way (0 folds) and cross-fitted. On each kind of slots a small network is fitted to
-exactly what the slots of the training rows carry, and scored on train, valid and test, for several seeds. A gap between
-train and test says how far the network trusts numbers that have seen the answer. DIR holds interactions.parquet and
-items.parquet. Writes cross_fit_ml1m.json and .png.
+Measured without a language model. The CF model is trained the paper's way (0 folds) and cross-fitted. For each kind of
+slots, an MLP is fitted to the slot inputs of the training rows and scored on train, valid and test, for several seeds.
+The gap between train and test shows how much the MLP trusts inputs that have seen the label. DIR holds
+interactions.parquet and items.parquet. Writes cross_fit_ml1m.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import RESULTS, ROOT, describe_run
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
@@ -35,7 +34,6 @@ from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 
-ROOT = Path(__file__).resolve().parent.parent
 SLOTS = {
     "vectors": frozenset({"UserID", "TargetItemID"}),
     "statistics": frozenset({"MatchID"}),
@@ -53,10 +51,10 @@ def load_blocks(config: Config, run_dir: RunDir) -> dict[str, ContextBlock]:
 
 
 def measure(config: Config, run_dir: RunDir, blocks: dict[str, ContextBlock], seeds: int) -> dict[str, Any]:
-    """Fit the networks on the slots that the run's CF model gives; return AUC by kind of slots and split."""
+    """Fit MLPs to the slot inputs of the run's CF model; return AUC by kind of slots and split."""
     manifest = load_manifest(run_dir.step_dir("data"))
     cf_model = load_cf_model(run_dir, manifest)
-    found: dict[str, Any] = {}
+    by_kind: dict[str, Any] = {}
     for kind, slots in SLOTS.items():
         inputs = {
             split: build_slot_inputs(block, slots, cf_model, manifest.max_history_length, config.prompt.history_length)
@@ -65,19 +63,19 @@ def measure(config: Config, run_dir: RunDir, blocks: dict[str, ContextBlock], se
         values: dict[str, list[float]] = {name: [] for name in (*SPLITS, "test_uauc")}
         for seed in range(seeds):
             train, valid = ((inputs[split], blocks[split].label) for split in ("train", "valid"))
-            network = fit_slots_mlp(train, valid, seed, batch_size=1024)
-            scores = {split: network.score(inputs[split]) for split in SPLITS}
+            mlp = fit_slots_mlp(train, valid, seed, batch_size=1024)
+            scores = {split: mlp.score(inputs[split]) for split in SPLITS}
             for split, block in blocks.items():
                 values[split].append(compute_auc(block.label, scores[split]) or 0.5)
             test = blocks["test"]
             uauc = compute_uauc(test.label, scores["test"], test.user_idx[test.target_contexts])[0]
             values["test_uauc"].append(uauc or 0.5)
-        found[kind] = {
-            name: {"mean": float(np.mean(many)), "std": float(np.std(many, ddof=1)) if seeds > 1 else 0.0}
-            for name, many in values.items()
+        by_kind[kind] = {
+            name: {"mean": float(np.mean(scores)), "std": float(np.std(scores, ddof=1)) if seeds > 1 else 0.0}
+            for name, scores in values.items()
         }
-        found[kind]["gap"] = found[kind]["train"]["mean"] - found[kind]["test"]["mean"]
-    return found
+        by_kind[kind]["gap"] = by_kind[kind]["train"]["mean"] - by_kind[kind]["test"]["mean"]
+    return by_kind
 
 
 def plot(runs: dict[str, Any], path: Path) -> None:
@@ -86,7 +84,7 @@ def plot(runs: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, len(SLOTS), sharey=True)
     for axis, kind in zip(axes, SLOTS, strict=True):
         for split, color in zip(SPLITS, ("C3", "C1", "C0"), strict=True):
-            axis.plot([one[kind][split]["mean"] for one in runs.values()], marker="o", color=color, label=split)
+            axis.plot([run[kind][split]["mean"] for run in runs.values()], marker="o", color=color, label=split)
         labels = ["off" if name == "0" else name for name in runs]
         axis.set(title=kind, xticks=range(len(runs)), xticklabels=labels, xlabel="cf.cross_fit (folds)")
         axis.grid(visible=True, alpha=0.3)
@@ -101,8 +99,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with interactions.parquet and items.parquet")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml1m_official.yaml")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 4, 8, 16], help="values of cf.cross_fit; 0 = off")
-    parser.add_argument("--seeds", type=int, default=5, help="networks fitted on each kind of slots")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--seeds", type=int, default=5, help="MLPs fitted for each kind of slots")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +110,7 @@ def main() -> None:
                 f"run.dir={folder}",
                 f"dataset.path={data / 'interactions.parquet'}",
                 f"dataset.items_path={data / 'items.parquet'}",
-                "preprocessing.ties=strict",  # nothing of the same second is known: the rule that cannot leak
+                "preprocessing.ties=strict",  # rows of the same second are unknown, so they cannot leak
                 f"cf.cross_fit={folds}",
                 "monitoring.progress_bar=false",
             ]
@@ -125,12 +123,11 @@ def main() -> None:
                 shown = "  ".join(f"{name} {values[name]['mean']:.4f}" for name in ("train", "test", "test_uauc"))
                 print(f"folds {folds}: {kind:10} {shown}", flush=True)
     record = {
-        "question": "What do slots promise on training rows that they do not keep on test rows?",
+        "question": __doc__.splitlines()[0],
         "runs": runs,
         "config": config.cf.model_dump(mode="json"),
         "seeds": arguments.seeds,
-        "hardware": describe_hardware(),
-        "versions": {package: importlib.metadata.version(package) for package in ("torch", "ray", "numpy")},
+        **describe_run("torch", "ray", "numpy"),
     }
     write_json(arguments.output / "cross_fit_ml1m.json", record)
     plot(runs, arguments.output / "cross_fit_ml1m.png")

@@ -1,7 +1,10 @@
-"""What the adapter's dropout costs: no dropout, PyTorch's and ours, in turn, in a training pass over LoRA layers.
+"""How much does LoRA dropout from counters cost, compared with PyTorch's dropout and with none?
 
-python -m benchmarks.dropout_cost                              SmolLM2-135M's width, four layers
-python -m benchmarks.dropout_cost --width 4096 --heads 32 --key-heads 32 --inner 11008 --dtype bfloat16   Llama-7B's
+    python -m benchmarks.dropout_cost [--checkpointing] [--passes 15]
+    python -m benchmarks.dropout_cost --width 4096 --heads 32 --key-heads 32 --inner 11008 --dtype bfloat16
+
+Forward and backward passes over four LoRA layers, the three sides in turn; the second command has the widths of
+Llama-7B, the first those of SmolLM2-135M. Prints the result; results/dropout_cost_*.json are its output.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import fields
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import describe_run
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.lora_dropout import DropoutMasks, install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder
@@ -27,7 +30,7 @@ PROBABILITY = 0.05
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("width", 576), ("inner", 1536), ("heads", 9), ("key-heads", 3), ("layers", 4), ("contexts", 8),
@@ -44,13 +47,12 @@ def main() -> None:
     for number in range(arguments.passes + 2):
         for side in SIDES:
             taken = time_pass(*models[side], batch, number)
-            if number >= 2:  # the first ones warm up
+            if number >= 2:  # the first two passes warm up
                 seconds[side].append(taken)
     medians = {side: statistics.median(taken) for side, taken in seconds.items()}
     report = {
         "settings": vars(arguments),
-        "hardware": describe_hardware(),
-        "torch": torch.__version__,
+        **describe_run("torch", "transformers", "peft"),
         "seconds": seconds,
         "median_seconds": medians,
         "cost_share": {side: medians[side] / medians["none"] - 1 for side in SIDES[1:]},
@@ -61,7 +63,7 @@ def main() -> None:
 def build_decoder(
     arguments: argparse.Namespace, side: str, device: torch.device
 ) -> tuple[PackedDecoder, DropoutMasks | None]:
-    """Return LoRA layers of random weights, and the masks of our dropout."""
+    """Return LoRA layers with random weights, and the masks of our dropout."""
     config = LlamaConfig(
         hidden_size=arguments.width,
         intermediate_size=arguments.inner,
@@ -80,7 +82,7 @@ def build_decoder(
 
 
 def build_batch(contexts: int, tokens: int, device: torch.device) -> PromptBatch:
-    """Return rows whose second half is a target's; what dropout does not read is empty."""
+    """Return rows whose second half belongs to a target; fields that dropout does not read are empty."""
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     columns, rows = torch.arange(tokens, device=device), torch.arange(contexts, device=device)
     given = {

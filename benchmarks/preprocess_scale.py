@@ -1,22 +1,20 @@
-"""How fast and in how much memory do logs become samples, beside plain pandas, at 1 to 30 million interactions?
+"""How do time and memory of preprocessing grow from 1 to 30 million interactions, compared with plain pandas?
 
     python -m benchmarks.preprocess_scale [--sizes 1e6 3e6 1e7 3e7] [--workers 1 2] [--plain-up-to 3e6]
 
-Logs are generated (``lib/synthetic_logs.py``: item popularity after Zipf, users' activity a power law). Ours is the
-whole data step of launch/preprocess_data.py: reading, checking, id tables, as-of states, histories, shards with
-checksums. The peer (``lib/plain_preprocess.py``) makes the same samples user by user in Python, as the CoLLM authors
-do, and writes them to one Parquet file. Both start from the same Parquet files, in turn, each in a fresh process.
+Logs are generated (``lib/synthetic_logs.py``: Zipf item popularity, power-law user activity). Ours is the whole data
+step of launch/preprocess_data.py: reading, checks, id tables, as-of states, histories, shards with checksums. The peer
+(``lib/plain_preprocess.py``) builds the same samples user by user in Python, as the CoLLM authors do, and writes them
+to one Parquet file. Both read the same Parquet files and take turns, each in a fresh process.
 
-Seconds are without imports: ours first does a data step of a few rows, in which Ray starts its workers and these import
-what they need; what that takes is reported beside. CPU seconds are those of the driver and of all workers; Ray's own
-daemons are left out. They are the measure of work, because a machine that others use adds to wall time at will. Writes
-preprocess_scale_cpu.json and .png.
+Seconds exclude imports: ours first runs a data step of a few rows, in which Ray starts its workers and these import
+their libraries (``start_seconds``). CPU seconds are those of the driver and of all workers, without Ray's daemons. They
+measure the work, since other processes on the machine lengthen wall time. Writes preprocess_scale_cpu.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -34,7 +32,7 @@ import psutil
 import yaml
 
 from benchmarks.lib.growth_plot import plot_growth
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import RESULTS, ROOT, describe_run
 from benchmarks.lib.plain_preprocess import preprocess_plainly
 from benchmarks.lib.synthetic_logs import write_synthetic_logs
 from collm_dist.config.loader import load_config
@@ -44,30 +42,29 @@ from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 
-ROOT = Path(__file__).resolve().parent.parent
 MAX_HISTORY, MAX_DISLIKES = 25, 10
-# A partition's rows stay as they are, whatever the size of the log: that keeps the memory of a worker where it is.
+# The rows of a partition do not grow with the log, so neither does a worker's memory.
 ROWS_PER_BUCKET, ROWS_PER_SHARD = 125_000, 500_000
 WARM_UP_ROWS = 20_000
 SAMPLED_SECONDS = 0.05
 NOTES = [
-    "What makes it fast: a partition of users is sorted once, and likes so far, histories and as-of counts are "
-    "cumulative sums and slices of that order, computed by numpy over Arrow tables. No row is touched by Python, and a "
-    "history is a pair of offsets until it is written.",
-    "What keeps memory flat: a task holds one partition of users, items or contexts; here their number grows with the "
-    "log (preprocessing.num_user_buckets, preprocessing.num_shards), so that their rows do not. peak_worker_gib is the "
-    "largest anonymous resident memory of any worker (plain: all resident memory of the process).",
-    "What is the same: rows, splits, labels, histories, dislikes and as-of counts. What differs: the peer writes them "
-    "to one Parquet file. Ours also moves every row through three shuffles on disk, which is what lets it run on "
-    "any number of workers in bounded memory and go on after a kill; it checks every value that it reads, and writes "
-    "WebDataset shards, interactions by bucket, id tables, checksums and a manifest, each file synced to disk.",
-    "The peer is a lean one: its sets, lists and slices take about 15 microseconds of CPU a row. A ratio of 20 would "
-    "leave ours less than one microsecond a row for everything above.",
+    "Speed: a partition of users is sorted once, and likes so far, histories and as-of counts are cumulative sums and "
+    "slices of that order, computed by numpy over Arrow tables. No Python code runs per row, and a history is a pair "
+    "of offsets until it is written.",
+    "Memory: a task holds one partition of users, items or contexts. The number of partitions grows with the log "
+    "(preprocessing.num_user_buckets, preprocessing.num_shards), so their rows do not. peak_worker_gib is the largest "
+    "anonymous resident memory of any worker (plain: all resident memory of the process).",
+    "Both sides produce the same rows, splits, labels, histories, dislikes and as-of counts. The peer writes them to "
+    "one Parquet file. Ours also moves every row through three shuffles on disk, so that it runs on any number of "
+    "workers in bounded memory and resumes after a kill; it checks every value, and writes WebDataset shards, "
+    "interactions by bucket, id tables, checksums and a manifest, each file synced to disk.",
+    "The peer is lean: its sets, lists and slices take about 15 microseconds of CPU per row. A ratio of 20 would leave "
+    "ours less than one microsecond per row for everything above.",
 ]
 
 
 def write_config(folder: Path, num_interactions: int) -> Path:
-    """Generate logs and return a configuration for them."""
+    """Generate logs and return a config for them."""
     logs = write_synthetic_logs(folder / "logs", num_interactions)
     config = {
         "run": {"dir": str(folder / "run")},
@@ -91,14 +88,14 @@ def write_config(folder: Path, num_interactions: int) -> Path:
 
 
 class WorkerWatch:
-    """Samples in a thread what Ray's workers below this process use, from its making on.
+    """Thread that samples the memory and CPU time of the Ray workers under this process.
 
     Attributes:
-        peak_bytes: largest anonymous memory of any of them.
+        peak_bytes: largest anonymous memory of any worker.
     """
 
     def __init__(self) -> None:
-        """Start."""
+        """Start sampling."""
         self.peak_bytes, self._cpu = 0, dict[int, float]()
         self._sample()
         self._before, self.peak_bytes = sum(self._cpu.values()), 0
@@ -107,7 +104,7 @@ class WorkerWatch:
         self._thread.start()
 
     def close(self) -> float:
-        """Stop and return the CPU seconds that all of them have used meanwhile."""
+        """Stop, and return the CPU seconds of all workers since the start."""
         self._done.set()
         self._thread.join()
         self._sample()
@@ -118,20 +115,20 @@ class WorkerWatch:
             self._sample()
 
     def _sample(self) -> None:
-        for one in psutil.Process().children(recursive=True):
+        for process in psutil.Process().children(recursive=True):
             try:
-                if one.cmdline() and one.cmdline()[0].startswith("ray::"):
-                    times = one.cpu_times()
-                    self._cpu[one.pid] = times.user + times.system
-                    status = Path(f"/proc/{one.pid}/status").read_text(encoding="utf-8")
+                if process.cmdline() and process.cmdline()[0].startswith("ray::"):
+                    times = process.cpu_times()
+                    self._cpu[process.pid] = times.user + times.system
+                    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
                     private = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
                     self.peak_bytes = max(self.peak_bytes, int(private.split()[1]) * 1024)
             except (psutil.Error, OSError, StopIteration):
-                continue  # it has just ended
+                continue  # the process has ended
 
 
 def run_ours(config_path: Path, workers: int) -> dict[str, float]:
-    """Run the data step on a Ray of so many CPUs; in a process of its own."""
+    """Run the data step on a Ray with this number of CPUs, in a process of its own."""
     config = load_config(config_path, [f"cluster.ray_num_cpus={workers}"])
     warm_up = load_config(config_path.parent / "warm" / "config.yaml", [f"cluster.ray_num_cpus={workers}"])
     started = time.perf_counter()
@@ -150,7 +147,7 @@ def run_ours(config_path: Path, workers: int) -> dict[str, float]:
 
 
 def run_plain(config_path: Path) -> dict[str, float]:
-    """Run the peer; in a process of its own."""
+    """Run the peer, in a process of its own."""
     started, cpu = time.perf_counter(), time.process_time()
     preprocess_plainly(config_path.parent / "logs" / "interactions", config_path.parent / "plain.parquet", MAX_HISTORY,
                        MAX_DISLIKES)  # fmt: skip
@@ -166,7 +163,7 @@ def measure_peak_gib_of_cpu() -> float:
 
 
 def run_alone(config: Path, side: str) -> dict[str, Any]:
-    """Run a side in a fresh process and return its figures."""
+    """Run a side in a fresh process and return its measurement."""
     for folder in (config.parent, config.parent / "warm"):
         shutil.rmtree(folder / "run", ignore_errors=True)
     command = [sys.executable, "-m", "benchmarks.preprocess_scale", "--side", side, "--config", str(config)]
@@ -174,12 +171,12 @@ def run_alone(config: Path, side: str) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed ({done.returncode}): {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
 
 
 def measure_size(size: int, workers: list[int], rounds: int, plain: bool) -> list[dict[str, Any]]:
-    """Return one entry for each side, with its samples; the sides take turns."""
+    """Return an entry for each side, with its samples; the sides take turns."""
     sides = [*(f"ours-{count}" for count in workers), *(["plain"] * plain)]
     samples: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,12 +185,12 @@ def measure_size(size: int, workers: list[int], rounds: int, plain: bool) -> lis
         for _ in range(rounds):
             for side in sides:
                 samples[side].append(run_alone(config, side) | {"load_average": os.getloadavg()[0]})
-                took = samples[side][-1]
-                print(f"{size:>12,} interactions, {side}: {took['seconds']:.1f} s, {took['cpu_seconds']:.1f} s of CPU, "
-                      f"{took['peak_worker_gib']:.2f} GiB", flush=True)  # fmt: skip
+                sample = samples[side][-1]
+                cpu_and_memory = f"{sample['cpu_seconds']:.1f} s of CPU, {sample['peak_worker_gib']:.2f} GiB"
+                print(f"{size:>12,} interactions, {side}: {sample['seconds']:.1f} s, {cpu_and_memory}", flush=True)
     entries = []
-    for side, found in samples.items():
-        seconds, cpu = (statistics.median(one[key] for one in found) for key in ("seconds", "cpu_seconds"))
+    for side, taken in samples.items():
+        seconds, cpu = (statistics.median(sample[key] for sample in taken) for key in ("seconds", "cpu_seconds"))
         entries.append(
             {
                 "interactions": size,
@@ -203,18 +200,18 @@ def measure_size(size: int, workers: list[int], rounds: int, plain: bool) -> lis
                 "cpu_seconds": cpu,
                 "rows_per_second": size / seconds,
                 "rows_per_cpu_second": size / cpu,
-                "peak_worker_gib": max(one["peak_worker_gib"] for one in found),
-                "samples": found,
+                "peak_worker_gib": max(sample["peak_worker_gib"] for sample in taken),
+                "samples": taken,
             }
         )
     return entries
 
 
 def compute_ratios(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the peer's seconds over ours on one worker, by size: of CPU (per core), and of wall time."""
+    """Return the peer's seconds over ours on one worker by size: CPU seconds (per core) and wall time."""
 
     def list_seconds(side: str, key: str) -> dict[int, float]:
-        return {one["interactions"]: one[key] for one in runs if (one["side"], one["workers"]) == (side, 1)}
+        return {run["interactions"]: run[key] for run in runs if (run["side"], run["workers"]) == (side, 1)}
 
     ratios = {}
     for name, key in (("per_core", "cpu_seconds"), ("wall", "seconds")):
@@ -229,10 +226,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
     def list_points(key: str) -> dict[str, list[tuple[float, float]]]:
         lines: dict[str, list[tuple[float, float]]] = {}
-        for one in runs:
-            ours = f"ours, {one['workers']} worker{'s'[: one['workers'] > 1]}"
-            name = "plain pandas" if one["side"] == "plain" else ours
-            lines.setdefault(name, []).append((one["interactions"], one[key]))
+        for run in runs:
+            ours = f"ours, {run['workers']} worker{'s'[: run['workers'] > 1]}"
+            name = "plain pandas" if run["side"] == "plain" else ours
+            lines.setdefault(name, []).append((run["interactions"], run[key]))
         return lines
 
     panels = {
@@ -244,13 +241,13 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure every size; results are written after each."""
+    """Measure each size; the result is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 3e6, 1e7, 3e7], help="interactions")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="CPUs of Ray")
     parser.add_argument("--plain-up-to", type=float, default=3e6, help="largest size for plain pandas")
-    parser.add_argument("--rounds", type=int, default=3, help="samples up to 3 million interactions; above: one")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--rounds", type=int, default=3, help="samples up to 3 million interactions; one above")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -265,12 +262,11 @@ def main() -> None:
         write_json(
             arguments.output / "preprocess_scale_cpu.json",
             {
-                "question": "How do time and memory of preprocessing grow, and what does plain pandas take?",
+                "question": __doc__.splitlines()[0],
                 "ratios": compute_ratios(runs),
                 "notes": NOTES,
                 "runs": runs,
-                "hardware": describe_hardware(),
-                "versions": {one: importlib.metadata.version(one) for one in ("pandas", "pyarrow", "numpy", "ray")},
+                **describe_run("pandas", "pyarrow", "numpy", "ray"),
             },
         )
         print(f"ratios of plain to ours: {compute_ratios(runs)}", flush=True)

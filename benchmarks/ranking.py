@@ -1,13 +1,13 @@
-"""How much faster does a recommender rank than row by row? A hundred candidates a user; one run, both ways in turn.
+"""How much faster does a recommender rank a hundred candidates than row-by-row scoring?
 
     python -m benchmarks.ranking --data DIR [--cases tiny smollm2] [--threads N] [--output FOLDER]
 
-DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml wants them. Ours is
-``Recommender.score`` from the request to the scores. The plain way gets its prompts as finished token ids and its
-vectors looked up: padded rows, 16 at a time, through the same backbone and mapping, logits at all positions (the
-authors' way, and what a model returns unless told otherwise) or at the last one. Both score the same users, some at a
-time, in turn; the ratio is of the seconds of all. The largest difference between two scores of a row is written beside
-it. Writes ranking_<device>.json; cases that are not run keep what is there.
+DIR holds interactions.parquet and items.parquet as configs/ml1m_official.yaml expects them. Ours is
+``Recommender.score`` from the request to the scores. The peer gets finished token ids and vectors: padded rows, 16 at a
+time, through the same backbone and mapping, with logits at all positions (the authors' way and the default of HF
+models) or at the last position. Both score the same users in turn, some at a time; the ratio is of total seconds. The
+result includes the largest difference between the two scores of a row. Writes ranking_<device>.json; cases that are not
+run keep their earlier entries.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from collm_dist.tuning.run_stage import run_stage
 from collm_dist.tuning.stage import load_stage_model
 
 NUM_CANDIDATES = 100
-# Enough for a mapping that is no longer what it began as; the paper's prompt, whose two slots need no statistics: the
-# random candidates of ``draw_requests`` have none.
+# Two steps change the mapping from its initial weights. The paper's prompt has two slots that need no statistics, which
+# the random candidates of ``draw_requests`` lack.
 SETTINGS = [
     "prompt.stage2=configs/prompts/stage2.txt",
     "stage2.max_steps=2",
@@ -61,7 +61,14 @@ FULL, LAST = "logits everywhere", "logits at the last position"
 
 @dataclass(frozen=True)
 class Case:
-    """A backbone (None: a random one of the shape ``tiny``), users, users at a time, and plain ways."""
+    """A backbone with its load.
+
+    Attributes:
+        backbone: None = random weights of the shape ``tiny``.
+        users: number of users.
+        step: users at a time.
+        peers: kinds of row-by-row scoring.
+    """
 
     backbone: str | None
     users: int
@@ -69,7 +76,7 @@ class Case:
     peers: tuple[str, ...]
 
 
-# With a tiny backbone logits of a real vocabulary would be nearly all of the plain way's work: left out, in its favour.
+# With a tiny backbone, logits at all positions would be nearly all of the peer's work; they are left out in its favor.
 CASES = {
     "tiny": Case(None, 1000, 100, (LAST,)),
     "smollm2": Case("smollm2-135m-instruct-q4_1", 20, 1, (FULL, LAST)),
@@ -77,7 +84,7 @@ CASES = {
 
 
 class PlainScorer:
-    """One padded row for each candidate."""
+    """Row-by-row scoring: a padded row for each candidate."""
 
     def __init__(self, config: Config, loaded: LoadedStage, device: torch.device) -> None:
         llm = config.llm
@@ -88,7 +95,7 @@ class PlainScorer:
 
     @torch.inference_mode()
     def score(self, rows: list[dict[str, Any]], peer: str) -> Tensor:
-        """Return the (N,) scores of rows as ``spell_rows`` gives them."""
+        """Return the (N,) scores of rows from ``spell_rows``."""
         return torch.cat([self._score_batch(rows[first : first + REFERENCE_ROWS], peer)
                           for first in range(0, len(rows), REFERENCE_ROWS)])  # fmt: skip
 
@@ -106,7 +113,7 @@ class PlainScorer:
 
 
 def build_run(case: Case, data: Path, folder: Path, overrides: list[str]) -> Config:
-    """Make a run whose stage 2 has gone a few steps; its stage 1 is left out, so the backbone is the plain one."""
+    """Train stage 2 for a few steps, without stage 1, so that the backbone is the published one."""
     backbone = case.backbone
     if backbone is None:
         backbone = str(folder / "backbone")
@@ -119,7 +126,7 @@ def build_run(case: Case, data: Path, folder: Path, overrides: list[str]) -> Con
 
 
 def draw_requests(config: Config, users: int) -> tuple[list[RankingRequest], list[ContextBlock]]:
-    """Return validation contexts of so many users, each with a hundred random items, as requests and as blocks."""
+    """Return validation contexts, each with a hundred random items, as requests and as blocks."""
     data_dir = RunDir(Path(config.run.dir)).step_dir("data")
     user_ids, item_ids = load_user_ids(data_dir), load_item_table(data_dir)["item_id"]
     order = GlobalOrder(data_dir, load_manifest(data_dir), "valid", config.run.seed, 1024, shuffle=False)
@@ -130,17 +137,17 @@ def draw_requests(config: Config, users: int) -> tuple[list[RankingRequest], lis
         for target in block.target_offsets[:-1].tolist():
             if len(requests) == users:
                 return requests, blocks
-            one = block.take_targets(np.full(NUM_CANDIDATES, target))
+            context = block.take_targets(np.full(NUM_CANDIDATES, target))
             items = random.choice(len(item_ids), NUM_CANDIDATES, replace=False)
-            blocks.append(ContextBlock(**{**vars(one), "item_idx": items, "row_id": np.arange(NUM_CANDIDATES)}))
-            history, user = [item_ids[item] for item in one.history_items], user_ids[one.user_idx[0]]
-            as_of, candidates = int(one.timestamp[0]), [item_ids[item] for item in items]
+            blocks.append(ContextBlock(**{**vars(context), "item_idx": items, "row_id": np.arange(NUM_CANDIDATES)}))
+            history, user = [item_ids[item] for item in context.history_items], user_ids[context.user_idx[0]]
+            as_of, candidates = int(context.timestamp[0]), [item_ids[item] for item in items]
             requests.append(RankingRequest(user, history, candidates, as_of))
-    raise SystemExit(f"the validation rows have {len(requests)} contexts, {users} are wanted")
+    raise SystemExit(f"the validation split has {len(requests)} contexts, fewer than --users {users}")
 
 
 def measure(case: Case, config: Config, users: int) -> dict[str, Any]:
-    """Let both ways score the same users in turn, some at a time."""
+    """Let both sides score the same users in turn, some at a time."""
     run_dir = RunDir(Path(config.run.dir))
     recommender = load_recommender(run_dir.path)
     loaded = load_stage_model(config, run_dir, "stage2", recommender.device)
@@ -148,7 +155,7 @@ def measure(case: Case, config: Config, users: int) -> dict[str, Any]:
     requests, blocks = draw_requests(config, users)
     samples: dict[str, list[float]] = {side: [] for side in ("ours", *case.peers)}
     worst, largest = 0.0, 0.0
-    for first in range(-case.step, len(requests), case.step):  # the first time is a warm-up
+    for first in range(-case.step, len(requests), case.step):  # the first part is scored twice, to warm up
         part = slice(max(first, 0), max(first, 0) + case.step)
         with torch.no_grad():
             rows = [row for block in blocks[part] for row in spell_rows(loaded, block)]
@@ -170,7 +177,7 @@ def measure(case: Case, config: Config, users: int) -> dict[str, Any]:
         "ratio": {peer: seconds_of[peer] / seconds_of["ours"] for peer in case.peers},
         "ratio_by_part": {peer: [theirs / ours for theirs, ours in zip(samples[peer], samples["ours"], strict=True)]
                           for peer in case.peers},
-        "users_per_second": {side: users / one for side, one in seconds_of.items()},
+        "users_per_second": {side: users / seconds for side, seconds in seconds_of.items()},
         "largest_difference": worst,
         "largest_score": largest,
         "samples": samples,
@@ -188,29 +195,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with interactions.parquet and items.parquet")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--users", type=int, help="users of each case, in the place of 1,000 and 20")
+    parser.add_argument("--users", type=int, help="users of each case, instead of 1,000 and 20")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both ways")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for both sides")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = arguments.output / f"ranking_{name_device()}.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+    cases: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
     for name in arguments.cases:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
             config = build_run(case, arguments.data, Path(folder), arguments.overrides)
-            found[name] = measure(case, config, arguments.users or case.users)
-        found[name]["backbone"] = case.backbone or "random, 2 layers of width 64"
+            cases[name] = measure(case, config, arguments.users or case.users)
+        cases[name]["backbone"] = case.backbone or "random, 2 layers of width 64"
         record = {
             "question": __doc__.splitlines()[0],
-            "ratio": {one: values["ratio"] for one, values in found.items()},
-            "cases": found,
+            "ratio": {case_name: values["ratio"] for case_name, values in cases.items()},
+            "cases": cases,
             "config": {"threads": arguments.threads, "plain_rows": REFERENCE_ROWS, "dtype": config.llm.dtype},
             **describe_run(*TUNING_PACKAGES),
         }
         write_json(path, record)
-        print(f"{name}: {found[name]['ratio']}, largest difference {found[name]['largest_difference']:.1e}", flush=True)
+        shown = f"{cases[name]['ratio']}, largest difference {cases[name]['largest_difference']:.1e}"
+        print(f"{name}: {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Put a run's results into README.md: ``python -m benchmarks.render_readme runs/ml100k_demo``."""
+"""Results of a run in README.md: replace the section between its markers.
+
+python -m benchmarks.render_readme runs/ml100k_demo
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.machine import ROOT
 from collm_dist.errors import CollmError
 from collm_dist.evaluation.report_markdown import render_results
 from collm_dist.runs.atomic_files import open_atomic
@@ -32,18 +36,18 @@ def _describe_stage(summary: dict[str, Any]) -> str:
 
 
 def replace_section(text: str, section: str) -> str:
-    """Return README's text with the part between the markers replaced."""
+    """Return the README with the part between the markers replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{section}\n{END}{after}"
 
 
 def main() -> int:
-    """Render; returns the exit code."""
+    """Render, and return the exit code."""
     if len(sys.argv) != 2:
         print("usage: python -m benchmarks.render_readme RUN_DIR", file=sys.stderr)
         return 2
-    readme = Path(__file__).parent.parent / "README.md"
+    readme = ROOT / "README.md"
     try:
         section = render_section(RunDir(Path(sys.argv[1])))
     except CollmError as error:

@@ -1,4 +1,4 @@
-"""Where an epoch's time goes, on both sides of benchmarks/cf_throughput.py; so this imports torch and nothing else."""
+"""Timing of an epoch's parts for both sides of benchmarks/cf_throughput.py; imports torch only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class TimedCall:
-    """A function whose calls' time is added up."""
+    """A function with the total time of its calls."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it."""
+        """Call the function."""
         started = time.perf_counter()
         result = self.function(*args, **kwargs)
         self.seconds += time.perf_counter() - started
@@ -24,7 +24,7 @@ class TimedCall:
 
 
 def list_operators(run: Callable[[], Any], count: int = 8) -> list[dict[str, Any]]:
-    """Run under the profiler and return the operators that most of the time is spent in, their callees not counted."""
+    """Run under the profiler and return the operators with the largest time, without that of their callees."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         run()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)

@@ -1,4 +1,4 @@
-"""A figure of how a benchmark's figures grow with size, both axes logarithmic."""
+"""Plots of measurements against size, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Points = Sequence[tuple[float, float]]
 
 
 def plot_growth(panels: Mapping[str, Mapping[str, Points]], size_name: str, path: Path) -> None:
-    """Draw one panel for each figure.
+    """Draw a panel for each measurement.
 
     Args:
-        panels: by the label of the vertical axis, the lines by their names: (size, figure) points.
+        panels: lines of (size, value) points by name, by the label of the vertical axis.
         size_name: label of the horizontal axis.
-        path: of the PNG file.
+        path: the PNG file.
     """
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)

@@ -1,9 +1,9 @@
-"""The same samples by plain pandas and Python loops: what benchmarks/preprocess_scale.py is measured against.
+"""The peer of benchmarks/preprocess_scale.py: the same samples with plain pandas and Python loops.
 
-The loop goes the way of the CoLLM authors' notebooks (dataset/*/processing_ood.ipynb in their repository): rows sorted
-by user and time, a list for each column and user, then row by row, with a copy of the history so far in every row. It
-leaves out what is slow there for no reason: ids are looked up in sets instead of arrays, and a row keeps as much of
-the history as ours does, and no titles.
+The loop follows the CoLLM authors' notebooks (dataset/*/processing_ood.ipynb in their repository): rows sorted by user
+and time, a list for each column and user, then row by row, with a copy of the history so far in every row. It avoids
+needless costs of the notebooks: ids are looked up in sets instead of arrays, and a row keeps as much history as ours,
+without titles.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ COLUMNS = ["user_id", *LISTED, "history", "dislikes", "user_likes", "user_rows",
 
 
 def preprocess_plainly(interactions: Path, target: Path, max_history: int, max_dislikes: int) -> None:
-    """Turn a log into samples and write them as one Parquet file with ``COLUMNS``.
+    """Turn a log into samples and write them to a Parquet file with ``COLUMNS``.
 
     Args:
         interactions: folder of Parquet files ``user_id, item_id, rating, timestamp``.
-        target: file to write.
-        max_history, max_dislikes: items kept of each.
+        target: the file.
+        max_history, max_dislikes: most items of each in a sample.
     """
     data = pd.concat([pd.read_parquet(path) for path in sorted(interactions.iterdir())], ignore_index=True)
     data["row_id"] = data.index
@@ -47,7 +47,7 @@ def preprocess_plainly(interactions: Path, target: Path, max_history: int, max_d
 
 
 def _split(timestamps: pd.Series[int]) -> pd.Series[str]:
-    """The earliest share trains; rows of one second go together."""
+    """Split by time, the earliest share for training; rows of the same second stay together."""
     in_order = timestamps.sort_values(ignore_index=True)
     cuts = [in_order[int(share * len(in_order) + 1e-6)] for share in (TRAIN_SHARE, TRAIN_SHARE + VALID_SHARE)]
     return timestamps.map(lambda time: "train" if time < cuts[0] else "valid" if time < cuts[1] else "test")
@@ -69,7 +69,7 @@ def _count_items(data: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def _build_samples(columns: list[list[Any]], max_history: int, max_dislikes: int) -> list[tuple[Any, ...]]:
-    """Return a user's samples: the row, and what had happened strictly before it."""
+    """Return a user's samples: the row, and the user's state strictly before it."""
     liked: list[int] = []
     disliked: list[int] = []
     samples = []

@@ -1,8 +1,8 @@
-"""Write a backbone with random weights: throughput and memory do not need trained ones.
+"""Backbones with random weights: throughput and memory do not depend on trained ones.
 
     python -m benchmarks.lib.random_backbone FOLDER --shape qwen2-1.5b [--tokenizer smollm2-135m-instruct-q4_1]
 
-The folder is fit for ``llm.backbone``. The tokenizer is that of a backbone at hand; the vocabulary grows if it has to.
+The folder is a value for ``llm.backbone``. The tokenizer is another backbone's; the vocabulary grows if needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Shape:
     tied: bool = True
 
 
-# Published shapes, and small ones for a CPU.
+# Published shapes, and small shapes for a CPU.
 SHAPES = {
     "llama-7b": Shape("llama", 4096, 11008, 32, 32, 32, 32000, tied=False),
     "qwen2-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151936),
@@ -44,17 +44,17 @@ SHAPES = {
 
 
 def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch.dtype) -> None:
-    """Write configuration, weights and tokenizer."""
-    one, tokens = SHAPES[shape], load_tokenizer(tokenizer)
+    """Write config, weights and tokenizer."""
+    sizes, tokens = SHAPES[shape], load_tokenizer(tokenizer)
     config = AutoConfig.for_model(
-        one.kind,
-        hidden_size=one.width,
-        intermediate_size=one.inner,
-        num_hidden_layers=one.layers,
-        num_attention_heads=one.heads,
-        num_key_value_heads=one.key_heads,
-        vocab_size=max(one.vocabulary, len(tokens)),
-        tie_word_embeddings=one.tied,
+        sizes.kind,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.inner,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_heads,
+        vocab_size=max(sizes.vocabulary, len(tokens)),
+        tie_word_embeddings=sizes.tied,
         **{name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     torch.manual_seed(0)
@@ -64,11 +64,11 @@ def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch
 
 
 def main() -> None:
-    """Write one."""
+    """Write a backbone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", required=True, choices=SHAPES)
-    parser.add_argument("--tokenizer", default="smollm2-135m-instruct-q4_1", help="backbone whose tokenizer is taken")
+    parser.add_argument("--tokenizer", default="smollm2-135m-instruct-q4_1", help="backbone that lends its tokenizer")
     arguments = parser.parse_args()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     write_random_backbone(arguments.folder, arguments.shape, arguments.tokenizer, dtype)

@@ -1,21 +1,20 @@
-"""Train a model with RecBole, one epoch for every line on standard input. benchmarks/cf_throughput.py runs this.
+"""RecBole's side of benchmarks/cf_throughput.py: train one epoch per line on standard input.
 
-RecBole wants older libraries than we do, so this runs in an environment of its own and imports nothing of
-ours but epoch_timing.py:
+RecBole needs older libraries, so this runs in an environment of its own and imports only epoch_timing.py from here:
 
     python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
         recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
 
-The rows come as an .npz file: user_idx, item_idx, label (N,), history (N, H) padded with -1, num_users, num_items. They
-are written as RecBole's own files, with ready-made sequences, and read by RecBole's Dataset. Training is RecBole's
-``Trainer._train_epoch`` with RecBole's loader, model and optimizer. The line ``epoch`` trains one and answers with its
-seconds; ``profile`` trains one under the profiler and answers with its heaviest operators.
+The rows are an .npz file: user_idx, item_idx, label (N,), history (N, H) padded with -1, num_users, num_items. They are
+written as RecBole's own files, with finished sequences, and read by RecBole's Dataset. Training is RecBole's
+``Trainer._train_epoch`` with RecBole's loader, model and optimizer. The line ``epoch`` trains an epoch and answers with
+its seconds; ``profile`` trains an epoch under the profiler and answers with the heaviest operators.
 
-RecBole trains LightGCN with pairs and SASRec with a softmax over all items. Here both keep their forward pass, and the
+RecBole trains LightGCN on pairs and SASRec with a softmax over all items. Here both keep their forward pass, and the
 loss is that of FM and DIN: binary cross-entropy of each row's label.
 
 Importing any of RecBole's sequential models imports SINE, whose module turns on autograd's anomaly detection for the
-whole process: every gradient is searched for NaN. ``--no-anomaly-detection`` turns it off again, to tell its cost.
+whole process: every gradient is searched for NaN. ``--no-anomaly-detection`` turns it off again, to measure its cost.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ LIBRARIES = ("recbole", "torch", "numpy", "pandas", "scipy")
 
 
 class TimedLoader:
-    """A loader whose batches' time is added up."""
+    """A loader with the total time of its batches."""
 
     def __init__(self, loader: Any) -> None:
         self.loader, self.seconds = loader, 0.0
@@ -79,12 +78,12 @@ def write_atomic_files(rows: Any, folder: Path) -> None:
         with (folder / DATASET / f"{DATASET}.{name}.inter").open("w", encoding="utf-8") as file:
             file.write("user_id:token\titem_id:token\tlabel:float\titem_id_list:token_seq\n")
             for user, item, label, history in part:
-                sequence = " ".join(str(one) for one in history if one >= 0)
+                sequence = " ".join(str(item) for item in history if item >= 0)
                 file.write(f"{user}\t{item}\t{float(label)}\t{sequence}\n")
 
 
 def build_config(model: str, folder: Path, settings: dict[str, Any], history_length: int) -> Any:
-    """Return RecBole's configuration; what is not set here or in the settings is RecBole's default."""
+    """Return RecBole's config; all other settings keep RecBole's defaults."""
     columns = ["user_id", "item_id", "label"]
     sequential = model in SEQUENTIAL
     values = {
@@ -104,7 +103,7 @@ def build_config(model: str, folder: Path, settings: dict[str, Any], history_len
         "seed": 0,
         **settings,
     }
-    # RecBole reads the process's arguments as settings; ours are not meant for it.
+    # RecBole would read this process's arguments as settings.
     sys.argv = sys.argv[:1]
     return Config(model=model, dataset=DATASET, config_dict=values)
 
@@ -114,7 +113,7 @@ def build_trainer(model_name: str, config: Any) -> tuple[Any, Any, Any]:
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config).build()[0]
     if model_name == "SASRec":
-        # It reads the vector at the last place of the sequence. Without history that is the padding at the first.
+        # SASRec reads the vector at the last position of the sequence; for an empty history, the padding at the first.
         dataset.inter_feat["item_length"].clamp_(min=1)
     model = get_model(model_name)(config, dataset)
     loader = get_dataloader(config, "train")(config, dataset, None, shuffle=True)
@@ -132,12 +131,12 @@ def _choose_loss(model_name: str, model: Any) -> Callable[[Any], torch.Tensor]:
         logits = (vectors * model.item_embedding(batch["item_id"])).sum(dim=1)
         return functional.binary_cross_entropy_with_logits(logits, batch["label"])
 
-    own: Callable[[Any], torch.Tensor] = model.calculate_loss
-    return {"LightGCN": compute_graph_loss, "SASRec": compute_sequence_loss}.get(model_name, own)
+    default: Callable[[Any], torch.Tensor] = model.calculate_loss
+    return {"LightGCN": compute_graph_loss, "SASRec": compute_sequence_loss}.get(model_name, default)
 
 
 def train_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], epoch: int) -> dict[str, float]:
-    """Train one epoch and return its seconds and where they went."""
+    """Train one epoch and return its seconds, in all and by part."""
     timed, forward = TimedLoader(loader), TimedCall(loss)
     plain_step, step = trainer.optimizer.step, TimedCall(trainer.optimizer.step)
     trainer.optimizer.step = step
@@ -151,13 +150,15 @@ def train_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], 
 
 
 def main() -> None:
-    """Answer every line of standard input with a line of JSON; the first one says that all is ready."""
+    """Answer each line of standard input with a line of JSON; the first line of output means ready."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help=".npz file of the training rows")
     parser.add_argument("--model", required=True, choices=["FM", "LightGCN", *SEQUENTIAL])
     parser.add_argument("--settings", type=json.loads, default={}, help="RecBole settings as JSON")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--no-anomaly-detection", action="store_true", help="turn off what RecBole turned on")
+    parser.add_argument(
+        "--no-anomaly-detection", action="store_true", help="turn off the anomaly detection that RecBole turned on"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = np.load(arguments.rows)

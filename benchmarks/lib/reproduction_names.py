@@ -1,4 +1,4 @@
-"""What the cells of the reproduction are called on its page."""
+"""Names of cells and models on the page of the reproduction."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collm_dist.evaluation.report_markdown import MODEL_NAMES
 
 VARIANT_NAMES = {
     "stage2": "the paper's two slots",
-    "train_cf": "two slots, CF model trained on (T1)",
+    "train_cf": "two slots, CF model trained further (T1)",
     "scratch": "two slots, CF model from scratch (T2)",
-    "ui_tokens": "learned in stage 2 alone",
+    "ui_tokens": "learned in stage 2 only",
     "item_ids": "slots of the history's items",
     "pair": "also the pair slot",
     "pair_cross_fit": "pair slot, cross-fitted",
@@ -21,14 +21,14 @@ VARIANT_NAMES = {
 _OF_CELLS = ("stage2", "slots_without_llm", "slots_shuffled")
 CF_NAMES = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN", "none": "id tokens"}
 
-# Of the collaborative model, which most variants share.
+# Suffixes of the collaborative model, which most variants share.
 _FITS = {"pair_cross_fit": ", cross-fitted", "pair_all": ", cross-fitted, all feedback"}
-# Of stage 1, which other variants share.
+# Suffixes of stage 1, which most variants share.
 _QUESTIONS = {"pair_ask_first": ", the question first"}
 
 
 def name_model(row: Mapping[str, Any], model: str) -> str:
-    """Return what a row's model is called, with its cell where that matters: the trivial baselines are all cells'."""
+    """Return the name of a row's model, with its cell unless all cells share it, as they do the baselines."""
     name = MODEL_NAMES.get(model, model)
     if model == "cf":
         return f"{CF_NAMES[row['cf']]}{_FITS.get(row['variant'], '')}: {name}"
@@ -38,5 +38,5 @@ def name_model(row: Mapping[str, Any], model: str) -> str:
 
 
 def name_cell(row: Mapping[str, Any]) -> str:
-    """Return the name of the cell that a row is of."""
+    """Return the name of a row's cell."""
     return f"{CF_NAMES[row['cf']]}, {VARIANT_NAMES[row['variant']]}"

@@ -1,4 +1,4 @@
-"""The page docs/results.md with its plots, out of the results of benchmarks/reproduce_ml1m.py."""
+"""The page docs/results.md with its plots, rendered from the results of benchmarks/reproduce_ml1m.py."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from collm_dist.evaluation.report_markdown import (
 )
 from collm_dist.runs.atomic_files import open_atomic
 
-# AUC / UAUC on the released split, as their authors give them, with Vicuna-7B where nothing else is said: Zhang et al.,
-# arXiv 2310.19488, and for BinLLM, GraphLoRA and SAILRec the papers of these names.
+# AUC / UAUC on the released split as published, with Vicuna-7B unless named otherwise: Zhang et al., arXiv 2310.19488,
+# and for BinLLM, GraphLoRA and SAILRec the papers of these names.
 PUBLISHED = (
     ("MF", ".6482 / .6361"),
     ("LightGCN", ".5959 / .6499"),
     ("SASRec", ".7078 / .6884"),
     ("DIN", ".7166 / .6459"),
-    ("TALLRec (text alone)", ".7097 / .6818"),
+    ("TALLRec (text only)", ".7097 / .6818"),
     ("TALLRec, Qwen2-1.5B", ".7027 / .6638"),
     ("id tokens from scratch", ".7214 / .6563"),
     ("CoLLM-MF", ".7295 / .6875"),
@@ -45,12 +45,12 @@ PUBLISHED = (
     ("GraphLoRA", ".7472 / .7102"),
     ("SAILRec", ".7571 / not given"),
 )
-# What stage 2 is compared with in the plot.
-_TOLD = ("slots_without_llm", "cf", "as_of_logistic")
+# Models that stage 2 is compared with in the plot.
+_PLOTTED = ("slots_without_llm", "cf", "as_of_logistic")
 
 
 def name_rows(rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows whose ``model`` says the cell too; rows that every cell has, once for each precision."""
+    """Return rows whose ``model`` includes the cell; rows that all cells share, once per precision."""
     named: dict[str, dict[str, Any]] = {}
     precisions = {(cell["cf"], cell["variant"]): cell["precision"] for cell in cells}
     for row in rows:
@@ -68,11 +68,11 @@ def select(rows: Sequence[Mapping[str, Any]], slices: Sequence[str] = ("all",)) 
 
 
 def name_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return differences whose ``model`` says the cell, each once; ``pair`` holds the models' own names."""
+    """Return differences whose ``model`` includes the cell, each once; ``pair`` holds the keys of the models."""
     named: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         versus = MODEL_NAMES.get(row["versus"], row["versus"])
-        if row["model"] == "stage1":  # which does not name the collaborative model
+        if row["model"] == "stage1":  # its name does not include the collaborative model
             versus = name_model(row, row["versus"])
         key = name_model(row, row["model"]), versus
         named.setdefault(key, {**row, "pair": (row["model"], row["versus"]), "model": key[0], "versus": key[1]})
@@ -80,52 +80,52 @@ def name_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def judge(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each comparison of stage 2: in how many cells it is above, below, or cannot be told."""
+    """Return a line for each comparison of stage 2: the number of cells in which it is above and below."""
     lines = []
     for versus in dict.fromkeys(row["versus"] for row in differences if row["model"] == "stage2"):
-        found = [row for row in differences if (row["model"], row["versus"]) == ("stage2", versus)]
-        above = sum(row["auc_low"] is not None and row["auc_low"] > 0 for row in found)
-        below = sum(row["auc_high"] is not None and row["auc_high"] < 0 for row in found)
+        compared = [row for row in differences if (row["model"], row["versus"]) == ("stage2", versus)]
+        above = sum(row["auc_low"] is not None and row["auc_low"] > 0 for row in compared)
+        below = sum(row["auc_high"] is not None and row["auc_high"] < 0 for row in compared)
         first = f"above in {above}" if above else "**above in none**"
         lines.append(
-            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: {first} of {len(found)} cells, below in "
+            f"- Stage 2 against {MODEL_NAMES.get(versus, versus)}, AUC: {first} of {len(compared)} cells, below in "
             f"{below}; in the others the interval includes zero."
         )
     return lines
 
 
 def write_page(path: Path, results: Path) -> None:
-    """Write the page and, beside it, its plots, of the largest profile that has results; without any, nothing.
+    """Write the page and its plots from the largest profile that has results; without results, write nothing.
 
     Args:
         path: the page, Markdown.
-        results: folder of the benchmarks' results.
+        results: folder of the results.
     """
-    found = {one: _load(results / f"reproduce_ml1m_{one}.json") for one in ("gpu", "cpu", "slots")}
-    result = found["gpu"] or found["cpu"]
+    by_profile = {name: _load(results / f"reproduce_ml1m_{name}.json") for name in ("gpu", "cpu", "slots")}
+    result = by_profile["gpu"] or by_profile["cpu"]
     if result is None:
         return
     rows, differences = name_rows(select(result["rows"]), result["cells"]), select(result["differences"])
     shown = [row for row in rows if not row["model"].endswith(MODEL_NAMES["slots_shuffled"])]
     plots = {"auc": plot_forest(shown, {}, "auc", f"AUC on test, {rows[0]['rows']:,} rows")}
-    told = [
-        {**row, "model": f"{row['model']} less {row['versus']}"}
+    plotted = [
+        {**row, "model": f"{row['model']} minus {row['versus']}"}
         for row in name_differences(differences)
-        if row["pair"][0] == "stage2" and row["pair"][1] in _TOLD
+        if row["pair"][0] == "stage2" and row["pair"][1] in _PLOTTED
     ]
-    plots["differences"] = plot_forest(told, {}, "auc", "Paired differences in AUC")
+    plots["differences"] = plot_forest(plotted, {}, "auc", "Paired differences in AUC")
     for name, figure in plots.items():
         if figure is not None:
             figure.axes[0].set_xlabel({"auc": "AUC", "differences": "difference in AUC"}[name])
             if name == "differences":
                 figure.axes[0].axvline(0, color="0.4", linewidth=0.8)
-                figure.axes[0].set_xlim(*_span(told))
+                figure.axes[0].set_xlim(*_span(plotted))
             save_figure(figure, path.parent / "images" / f"reproduction_{result['profile']}_{name}.png")
     names = [name for name in plots if plots[name] is not None]
     parts = [
         *render_parts([row for row in result["against"] if row["split"] == "test"]),
         *render_llm_share(differences),
-        *(render_without_titles(found["slots"]) if found["slots"] else []),
+        *(render_without_titles(by_profile["slots"]) if by_profile["slots"] else []),
         *render_leak(results),
         *render_tables(results),
     ]
@@ -159,14 +159,14 @@ def _render(
         f"Made by `python -m benchmarks.reproduce_ml1m --data DIR --profile {profile}` on {machine} "
         f"(`benchmarks/results/reproduce_ml1m_{profile}.json`). {_describe_size(result, rows)}",
         "",
-        "Intervals are from resampled users, differences are paired. `training labels` and `inputs` say what a row of "
-        "the table may see: only rows that may see the same are rivals.",
+        "Intervals are bootstrap intervals over users; differences are paired. `training labels` and `inputs` state "
+        "what a model may see: only rows with equal entries compete.",
         "",
         *judge(differences),
         "",
         "## What each part brings",
         "",
-        "`docs/recipes.md` says what each part is and how it is set.",
+        "`docs/recipes.md` explains each part and its settings.",
         "",
         *parts,
         "## Every model",
@@ -182,18 +182,18 @@ def _render(
         "",
         render_slices(sliced),
         "",
-        "## Published figures, with other backbones",
+        "## Published results, with other backbones",
         "",
-        "Not measured here, and with backbones of ten to fifty times the size; AUC / UAUC on the whole test split.",
+        "Not measured here; their backbones are ten to fifty times as large. AUC / UAUC on the whole test split.",
         "",
         render_table(["published", "AUC / UAUC"], [[name, figures] for name, figures in PUBLISHED]),
         "",
         "## Cells",
         "",
-        render_table(["cell", "seed", "precision", "minutes"], [_describe_cell(one) for one in result["cells"]]),
+        render_table(["cell", "seed", "precision", "minutes"], [_describe_cell(cell) for cell in result["cells"]]),
         "",
-        "All cells are tested on the same rows. Minutes are of the cell's own steps, on a machine that may have done "
-        "other work beside them; data, CF model and stage 1 are taken from an earlier cell where they are the same.",
+        "All cells are tested on the same rows. Minutes are those of the cell's own steps, on a machine that may have "
+        "run other work; data, CF model and stage 1 are reused from an earlier cell with the same settings.",
     ]
     if result["not_run"]:
         lines += ["", f"Not run yet: {', '.join(result['not_run'])}."]
@@ -208,6 +208,6 @@ def _describe_size(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     if result["profile"] == "gpu":
         return "Each stage trains on all training rows, with early stopping."
     return (
-        f"Each stage trains once on about 2,000 of the 33,891 rows and is tested on {rows[0]['rows']:,} rows: it shows "
-        "what the parts do to each other, not how good they can be."
+        f"Each stage trains once on about 2,000 of the 33,891 rows and is tested on {rows[0]['rows']:,} rows: this "
+        "shows how the parts affect each other, not how good they can be."
     )

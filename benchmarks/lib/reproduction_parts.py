@@ -1,4 +1,4 @@
-"""The section "What each part brings" of docs/results.md: one line a part of the recipe, with its evidence."""
+"""The section "What each part brings" of docs/results.md: the evidence for each part of the recipe."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from benchmarks.lib.reproduction_names import CF_NAMES, VARIANT_NAMES, name_cell
 from collm_dist.evaluation.report_markdown import format_number, render_table
 
-# What a variant has that its base lacks.
+# The part of a variant that its base lacks.
 _PARTS = {
     "pair": "pair slot: as-of statistics of user and item",
     "pair_cross_fit": "cross-fitting: slots that have not seen the row's label",
     "pair_all": "CF model that reads all feedback",
-    "train_cf": "CF model trained on in stage 2 (T1)",
-    "scratch": "CF model trained in stage 2 alone (T2)",
+    "train_cf": "CF model trained further in stage 2 (T1)",
+    "scratch": "CF model trained in stage 2 only (T2)",
     "ui_tokens": "id tokens in place of a CF model",
     "item_ids": "a slot for each item of the history",
-    "pair_ask_first": "a prompt that asks first",
+    "pair_ask_first": "a prompt with the question first",
 }
 _LEAK_FILE = "cross_fit_ml1m.json"
 _TABLES_FILE = "tuned_tables_ml1m.json"
-_WAYS = {
-    "frozen": "frozen as the CF step left it (the paper's recipe)",
-    "T1": "trained on (T1)",
+_MODES = {
+    "frozen": "frozen after the CF step (the paper's recipe)",
+    "T1": "trained further (T1)",
     "T2": "trained from scratch (T2)",
 }
-_KINDS = {"vectors": "user and item vector", "statistics": "pair slot alone", "both": "both"}
+_KINDS = {"vectors": "user and item vector", "statistics": "pair slot only", "both": "both"}
 
 
 def judge(row: Mapping[str, Any], metric: str) -> str:
-    """Say what a difference's interval allows to say: better, worse, or cannot be told."""
+    """Return the verdict of a difference's interval: better, worse or cannot be told."""
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
     if low is None or high is None:
         return "not defined"
@@ -40,7 +40,7 @@ def judge(row: Mapping[str, Any], metric: str) -> str:
 
 
 def render_parts(against: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the table of stage 2 with a part less stage 2 without it, on the same test rows."""
+    """Return the table of stage 2 with a part minus stage 2 without it, on the same test rows."""
     if not against:
         return []
     cells = []
@@ -57,44 +57,44 @@ def render_parts(against: Sequence[Mapping[str, Any]]) -> list[str]:
             ]
         )
     return [
-        "Stage 2 with a part less stage 2 without it, paired on the same test rows:",
+        "Stage 2 with a part minus stage 2 without it, paired on the same test rows:",
         "",
-        render_table(["part", "compared with", "AUC", "so it is", "UAUC", "so it is"], cells),
+        render_table(["part", "compared with", "AUC", "verdict", "UAUC", "verdict"], cells),
         "",
     ]
 
 
 def render_llm_share(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return, cell by cell, whether the language model adds something to what its slots carry."""
-    found = [row for row in differences if (row["model"], row["versus"]) == ("stage2", "slots_without_llm")]
-    words = {
+    """Return, for each cell, whether the language model adds to its slots."""
+    compared = [row for row in differences if (row["model"], row["versus"]) == ("stage2", "slots_without_llm")]
+    verdicts = {
         "better": "the language model adds to its slots",
         "worse": "**the language model takes away from its slots**",
         "cannot be told": "**no gain from the language model can be seen**",
         "not defined": "not defined",
     }
     lines = [
-        f"- {name_cell(row)}: {words[judge(row, 'auc')]} (AUC {format_number(row, 'auc', signed=True)} against the "
+        f"- {name_cell(row)}: {verdicts[judge(row, 'auc')]} (AUC {format_number(row, 'auc', signed=True)} against the "
         "slots without LLM)."
-        for row in found
+        for row in compared
     ]
-    return ["What the language model adds to what its slots carry:", "", *lines, ""] if lines else []
+    return ["What the language model adds to its slots:", "", *lines, ""] if lines else []
 
 
 def render_without_titles(result: Mapping[str, Any]) -> list[str]:
-    """Return what the profile slots found: the parts where the language model reads slots alone."""
+    """Return the section on the profile slots: the parts when the language model reads only slots."""
     shown = {"cf": "collaborative model", "slots_without_llm": "slots without LLM", "stage2": "stage 2"}
     rows = [row for row in result["rows"] if (row["split"], row["slice"]) == ("test", "all")]
     by_model = {(row["cf"], row["variant"], row["model"]): row for row in rows}
     cells = []
     for cell in result["cells"]:
-        found = [by_model.get((cell["cf"], cell["variant"], model)) for model in shown]
-        cells.append([name_cell(cell), *("-" if row is None else format_number(row, "auc") for row in found)])
+        by_shown = [by_model.get((cell["cf"], cell["variant"], model)) for model in shown]
+        cells.append([name_cell(cell), *("-" if row is None else format_number(row, "auc") for row in by_shown)])
     test_rows = rows[0]["rows"]
     return [
         "### Without titles",
         "",
-        "The same parts on prompts that hold slots and no titles, without stage 1 (`--profile slots`, "
+        "The same parts on prompts with slots but without titles, and without stage 1 (`--profile slots`, "
         f"`benchmarks/results/reproduce_ml1m_slots.json`): the language model is a frozen reader of the slots. About "
         f"2,000 training rows, {test_rows:,} test rows, {result['cells'][0]['precision']}.",
         "",
@@ -105,43 +105,43 @@ def render_without_titles(result: Mapping[str, Any]) -> list[str]:
 
 
 def render_leak(results: Path) -> list[str]:
-    """Return the table of what the leak costs on all training rows, as benchmarks/cross_fit_leak.py measured it."""
+    """Return the table of the cost of the leak on all training rows, from benchmarks/cross_fit_leak.py."""
     path = results / _LEAK_FILE
     if not path.exists():
         return []
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     cells = []
     for kind, name in _KINDS.items():
-        for folds in sorted(runs, key=int)[: 1 if kind == "statistics" else None]:  # counts have no folds
-            found = runs[folds][kind]
-            shown = _show_spread(found, ("train", "test", "test_uauc"))
+        for folds in sorted(runs, key=int)[: 1 if kind == "statistics" else None]:  # statistics do not depend on folds
+            metrics = runs[folds][kind]
+            shown = _show_spread(metrics, ("train", "test", "test_uauc"))
             label = name if kind == "statistics" else f"{name}, {_name_folds(folds)}"
-            cells.append([label, *shown, f"{found['gap']:+.3f}"])
+            cells.append([label, *shown, f"{metrics['gap']:+.3f}"])
     return [
-        "The cost of the leak alone, without a language model and on all training rows: a small network on what the "
-        f"slots carry, mean over seeds (`benchmarks/results/{_LEAK_FILE}`). Where the CF model was fitted to the rows "
-        "that the network learns from (`cf.cross_fit: off`, the paper's way) the slots promise on training rows what "
-        "they do not keep on test rows.",
+        "The cost of the leak itself, without a language model and on all training rows: an MLP on the slot inputs, "
+        f"mean over seeds (`benchmarks/results/{_LEAK_FILE}`). If the CF model was fitted to the rows that the MLP "
+        "learns from (`cf.cross_fit: off`, the paper's way), the slots look far better on training rows than they are "
+        "on test rows.",
         "",
-        render_table(["slots, folds", "AUC on train", "AUC on test", "UAUC on test", "train less test"], cells),
+        render_table(["slots, folds", "AUC on train", "AUC on test", "UAUC on test", "train minus test"], cells),
         "",
     ]
 
 
 def render_tables(results: Path) -> list[str]:
-    """Return the table of the ways to train what slots read, as benchmarks/tuned_tables.py measured it."""
+    """Return the table of the ways to train the slots' tables, from benchmarks/tuned_tables.py."""
     path = results / _TABLES_FILE
     if not path.exists():
         return []
     record = json.loads(path.read_text(encoding="utf-8"))
     cells = []
-    for name in sorted(record["runs"], key=_place_way):
-        found, (model, _, way) = record["runs"][name], name.partition(" ")
-        label = f"{CF_NAMES[model]}, {_WAYS[way]}" if way in _WAYS else "id tokens, no CF model"
-        cells.append([label, *_show_spread(found, ("train", "valid", "test", "test_uauc"))])
+    for name in sorted(record["runs"], key=_order_mode):
+        metrics, (model, _, mode) = record["runs"][name], name.partition(" ")
+        label = f"{CF_NAMES[model]}, {_MODES[mode]}" if mode in _MODES else "id tokens, no CF model"
+        cells.append([label, *_show_spread(metrics, ("train", "valid", "test", "test_uauc"))])
     return [
-        "What training the tables brings, without a language model and on all training rows: a small network in the "
-        f"language model's place reads user and item vector, mean over {record['seeds']} seeds "
+        "The gain from training the tables, without a language model and on all training rows: an MLP in place of the "
+        f"language model reads user and item vector, mean over {record['seeds']} seeds "
         f"(`benchmarks/results/{_TABLES_FILE}`).",
         "",
         render_table(["tables", "AUC on train", "AUC on valid", "AUC on test", "UAUC on test"], cells),
@@ -149,15 +149,15 @@ def render_tables(results: Path) -> list[str]:
     ]
 
 
-def _place_way(name: str) -> tuple[bool, str, int]:
-    """Order model by model, from the paper's way on; id tokens last."""
-    model, _, way = name.partition(" ")
-    return way not in _WAYS, model, list(_WAYS).index(way) if way in _WAYS else 0
+def _order_mode(name: str) -> tuple[bool, str, int]:
+    """Return a sort key: by model, the paper's way first; id tokens last."""
+    model, _, mode = name.partition(" ")
+    return mode not in _MODES, model, list(_MODES).index(mode) if mode in _MODES else 0
 
 
-def _show_spread(found: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    return [f"{found[key]['mean']:.4f} ± {found[key]['std']:.4f}" for key in keys]
+def _show_spread(metrics: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [f"{metrics[key]['mean']:.4f} ± {metrics[key]['std']:.4f}" for key in keys]
 
 
 def _name_folds(folds: str) -> str:
-    return "one CF model of all rows (off)" if folds == "0" else f"{folds} folds"
+    return "a CF model of all rows (off)" if folds == "0" else f"{folds} folds"

@@ -1,8 +1,7 @@
-"""What benchmarks/reproduce_ml1m.py keeps of a cell: one file each, which outlives the cell's run directory."""
+"""Records of the cells of benchmarks/reproduce_ml1m.py: a file each, which outlives the cell's run directory."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,14 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.lib.machine import describe_hardware
+from benchmarks.lib.machine import TUNING_PACKAGES, describe_run
 from collm_dist.config.loader import load_config
 from collm_dist.evaluation.comparison import TableSettings, compute_table
 from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 
-# The variant that each one is compared with: they differ in one part of the recipe.
+# The variant that each variant is compared with; the two differ in one part of the recipe.
 BASES = {
     "train_cf": "stage2",
     "scratch": "stage2",
@@ -32,12 +31,11 @@ BASES = {
     "pair_all": "pair_cross_fit",
     "pair_ask_first": "pair",
 }
-_LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid."""
+    """A run of the grid: CF model, variant and seed."""
 
     cf: str
     variant: str
@@ -45,27 +43,27 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What it is chosen by."""
+        """The value for --cells."""
         return f"{self.cf}/{self.variant}/{self.seed}"
 
     @property
     def base(self) -> Cell | None:
-        """The cell that differs from this one in one part alone."""
+        """The cell that lacks one part of this cell."""
         if self.variant not in BASES:
             return None
         return Cell("mf" if self.cf == "none" else self.cf, BASES[self.variant], self.seed)
 
     def find_run(self, folder: Path) -> Path:
-        """Return its run directory."""
+        """Return the cell's run directory."""
         return folder / self.name.replace("/", "-")
 
     def find_record(self, folder: Path) -> Path:
-        """Return the file of its record."""
+        """Return the path of the cell's record."""
         return folder / f"{self.name.replace('/', '-')}.json"
 
 
 def read_record(cell: Cell, folder: Path, settings: Sequence[str]) -> dict[str, Any] | None:
-    """Return a cell's record if it was made with these settings."""
+    """Return a cell's record, or None if it has other settings or does not exist."""
     path = cell.find_record(folder)
     if not path.exists():
         return None
@@ -74,11 +72,11 @@ def read_record(cell: Cell, folder: Path, settings: Sequence[str]) -> dict[str, 
 
 
 def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -> None:
-    """Keep what the report of a cell's finished run says."""
-    report, hardware = RunDir(run).read_record("eval"), describe_hardware()
+    """Write the record of a cell from the report of its finished run."""
+    report, provenance = RunDir(run).read_record("eval"), describe_run(*TUNING_PACKAGES)
     dtype, seconds = load_config(run / "config.yaml").llm.dtype, run / "seconds.json"
     if dtype == "auto":
-        dtype = "bfloat16" if "gpu" in hardware else "float32"
+        dtype = "bfloat16" if "gpu" in provenance["hardware"] else "float32"
     write_json(
         cell.find_record(folder),
         {
@@ -87,8 +85,7 @@ def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -
             "seed": cell.seed,
             "settings": list(settings),
             "precision": dtype,
-            "hardware": hardware,
-            "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            **provenance,
             "seconds": json.loads(seconds.read_text(encoding="utf-8")) if seconds.exists() else 0.0,
             **{key: report[key] for key in ("rows", "differences", "warnings")},
             "against": None,
@@ -97,11 +94,11 @@ def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -
 
 
 def compare_cells(cell: Cell, records: Path, runs: Path) -> None:
-    """Add to a cell's record how its stage 2 does against that of its base, once the scores of both are there."""
+    """Add the paired difference between stage 2 of a cell and of its base to the record, if both have scores."""
     base = cell.base
     if base is None or not cell.find_record(records).exists():
         return
-    paths = [one.find_run(runs) / "eval" / "scores" / "stage2-test.parquet" for one in (cell, base)]
+    paths = [member.find_run(runs) / "eval" / "scores" / "stage2-test.parquet" for member in (cell, base)]
     if not all(path.exists() for path in paths):
         return
     ours, theirs = (pq.read_table(path) for path in paths)
@@ -128,25 +125,25 @@ def compare_cells(cell: Cell, records: Path, runs: Path) -> None:
 
 
 def summarize_seeds(
-    found: Iterable[tuple[dict[str, Any], dict[str, Any]]], keys: tuple[str, ...]
+    pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]], keys: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Return one row for each of what ``keys`` tell apart: numbers are means over seeds.
+    """Return a row for each CF model, variant and value of ``keys``, with means over seeds.
 
-    ``auc_std`` and ``uauc_std`` are added where there are several; ends of intervals are means too.
+    The ends of intervals are means too. ``auc_std`` and ``uauc_std`` are added if there are several seeds.
 
     Args:
-        found: (record of a cell, row of its report).
-        keys: columns of a row.
+        pairs: (record of a cell, row of its report).
+        keys: columns that identify a row of a report.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
-    for record, row in found:
+    for record, row in pairs:
         groups[record["cf"], record["variant"], *(row[key] for key in keys)].append((record["seed"], row))
     merged = []
     for (cf, variant, *_), members in groups.items():
         first = members[0][1]
         row: dict[str, Any] = {"cf": cf, "variant": variant, "seeds": [seed for seed, _ in members]}
         for key, value in first.items():
-            numbers = [one[key] for _, one in members]
+            numbers = [member[key] for _, member in members]
             averaged = isinstance(value, float) and None not in numbers
             row[key] = fmean(numbers) if averaged else value
             if averaged and len(numbers) > 1 and key in ("auc", "uauc"):

@@ -28,7 +28,8 @@ def measure(work: Work, number: int, device: torch.device, meter: PeakMeter | No
     """Work through a batch and return its ``seconds``, ``extra_bytes`` and, if known, ``loss``.
 
     Args:
-        work, number: what to do with which batch.
+        work: the side's work.
+        number: of the batch.
         device: the process's device.
         meter: None = memory is measured above its present level.
     """

@@ -1,4 +1,4 @@
-"""Rating logs of any size for benchmarks: few items get most of the rows, few users give most, tastes are learnable."""
+"""Generated rating logs of any size: skewed popularity and activity, learnable tastes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 ROWS_PER_FILE, ROWS_PER_GROUP = 500_000, 125_000
 ROWS_PER_USER = 50
 # Item ranks are shifted (Zipf-Mandelbrot): the first item has about 0.3 % of all rows, as in MovieLens-1M. Plain Zipf
-# would give it 10 %, and every user the same few items again and again.
+# would give it 10 %, and every user the same few items.
 RANK_SHIFT = 50
-# Activity falls off with this exponent, but no user has more than this many times the mean.
+# Activity follows a power law with this exponent, capped at this many times the mean.
 ACTIVITY_EXPONENT, MOST_ACTIVE = 1.5, 100.0
 TASTES = 8
 FIRST_TIME, SECONDS = 1_640_995_200, 2 * 365 * 86_400  # two years from 2022 on
@@ -24,14 +24,14 @@ FIRST_TIME, SECONDS = 1_640_995_200, 2 * 365 * 86_400  # two years from 2022 on
 
 @dataclass(frozen=True)
 class SyntheticLogs:
-    """Where a generated log lies.
+    """A generated log.
 
     Attributes:
         interactions: folder of Parquet files ``user_id, item_id, rating, timestamp``; ids are integers, ratings 1 to 5,
             timestamps seconds since 1970.
         items: Parquet file ``item_id, title``.
-        num_interactions, num_users, num_items: rows, and the users and items that they are drawn from; not every one
-            of these is met.
+        num_interactions, num_users, num_items: rows, and the users and items that they are drawn from; some of these
+            may not occur.
     """
 
     interactions: Path
@@ -48,15 +48,15 @@ def write_synthetic_logs(
     num_users: int | None = None,
     num_items: int | None = None,
 ) -> SyntheticLogs:
-    """Generate a log, file by file, so that memory does not grow with its rows. The same arguments give the same rows.
+    """Generate a log file by file, so that memory does not grow with its rows. The same arguments give the same rows.
 
-    Every file covers its own part of the two years; inside a file, rows come in no order.
+    Files cover successive parts of the two years; rows within a file are in random order.
 
     Args:
-        folder: where to write; made if missing.
-        num_interactions: rows in all.
-        seed: of everything that is drawn.
-        num_users: default: a user for every 50 rows.
+        folder: where to write; created if missing.
+        num_interactions: total number of rows.
+        seed: of all random draws.
+        num_users: default: one per 50 rows.
         num_items: default: 20 times the root of the rows, which is 20,000 for a million and 110,000 for 30 million.
     """
     num_users = num_users or max(num_interactions // ROWS_PER_USER, 1)
@@ -70,19 +70,19 @@ def write_synthetic_logs(
         rows = world.draw_rows(np.random.default_rng([seed, 1, number]), stop - start, times[0], times[1])
         pq.write_table(rows, logs.interactions / f"part-{number:05d}.parquet", row_group_size=ROWS_PER_GROUP)
     ids = np.arange(1, num_items + 1)
-    titles = [f"The long way home, part {one} ({1930 + one % 90})" for one in ids.tolist()]
+    titles = [f"The long way home, part {item} ({1930 + item % 90})" for item in ids.tolist()]
     pq.write_table(pa.table({"item_id": ids, "title": titles}), logs.items)
     return logs
 
 
 @dataclass(frozen=True)
 class _World:
-    """What rows are drawn from. Shapes: U users, I items, D tastes; position p stands for the id p + 1.
+    """Distribution of the rows. Shapes: U users, I items, D tastes; position p stands for the id p + 1.
 
     Attributes:
         activity, popularity: (U,), (I,) cumulative shares of the rows.
-        user_tastes, item_tastes: (U, D), (I, D); their product is what a user thinks of an item.
-        user_mood, item_quality: (U,), (I,) what both add to a rating.
+        user_tastes, item_tastes: (U, D), (I, D); their dot product is a user's liking for an item.
+        user_mood, item_quality: (U,), (I,) offsets of a rating.
     """
 
     activity: NDArray[np.float64]
@@ -96,7 +96,7 @@ class _World:
     def draw(cls, rng: np.random.Generator, num_users: int, num_items: int) -> _World:
         activity = 1 + rng.pareto(ACTIVITY_EXPONENT, num_users)
         activity = np.minimum(activity, MOST_ACTIVE * activity.mean())
-        # Popularity is dealt at random, so that an id says nothing about it.
+        # Popularity is assigned at random, so ids are not ordered by it.
         popularity = 1 / (RANK_SHIFT + rng.permutation(num_items))
         tastes = [rng.standard_normal((count, TASTES), np.float32) for count in (num_users, num_items)]
         return cls(
@@ -109,7 +109,7 @@ class _World:
         )
 
     def draw_rows(self, rng: np.random.Generator, count: int, first_time: int, last_time: int) -> Any:
-        """Return a table of that many rows whose times are in [first, last)."""
+        """Return a table of ``count`` rows with timestamps in [first, last)."""
         users = np.searchsorted(self.activity, rng.random(count), side="right")
         items = np.searchsorted(self.popularity, rng.random(count), side="right")
         likings = np.einsum("nd,nd->n", self.user_tastes[users], self.item_tastes[items])
@@ -125,7 +125,7 @@ class _World:
 
 
 def _accumulate(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return cumulative shares; the last is one exactly, so that no draw lies beyond it."""
+    """Return cumulative shares; the last is exactly 1, so that no draw exceeds it."""
     shares: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
     shares[-1] = 1.0
     return shares

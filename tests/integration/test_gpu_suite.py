@@ -16,13 +16,13 @@ NO_RAY = "import sys\nsys.modules['ray'] = None\n"
 
 
 def run_suite(output, run_dir, overrides, *arguments, folder):
-    """Run the command with an interpreter that cannot import Ray, nor can those that it starts."""
+    """Run the suite with an interpreter that cannot import Ray, like the processes that it starts."""
     (folder / "sitecustomize.py").write_text(NO_RAY)
-    backbone = next(one.partition("=")[2] for one in overrides if one.startswith("llm.backbone="))
-    others = [one for one in overrides if not one.startswith("llm.backbone=")]
+    backbone = next(setting.partition("=")[2] for setting in overrides if setting.startswith("llm.backbone="))
+    settings = [setting for setting in overrides if not setting.startswith("llm.backbone=")]
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--run-dir", str(run_dir), "--output", str(output)]
     command += ["--backbone", f"tiny={backbone}", "--config", "configs/tiny_cpu.yaml", "--batches", "1", "--shapes"]
-    command += [*arguments, "--overrides", *others]
+    command += [*arguments, "--overrides", *settings]
     path = os.pathsep.join([str(folder), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500)
@@ -37,14 +37,14 @@ def test_every_piece_runs_without_ray(prepared_run, tmp_path):  # noqa: F811
     tests = index["tasks"].pop("tests")
     assert tests["status"] in ("done", "failed with code 5")  # without a GPU there is nothing to run
     logs = {name: (tmp_path / "out" / f"{name}.log").read_text()[-2000:] for name in index["tasks"]}
-    assert {one["status"] for one in index["tasks"].values()} == {"done"}, (done.stdout, logs)
-    found = {path.name for path in Path(tmp_path / "out").glob("*.json")}
+    assert {task["status"] for task in index["tasks"].values()} == {"done"}, (done.stdout, logs)
+    results = {path.name for path in Path(tmp_path / "out").glob("*.json")}
     assert {
         "throughput_cpu_tiny.json",
         "tuning_growth_cpu.json",
         "zero3_stage2_summary.json",
         "full_eval_report.json",
-    } <= found
+    } <= results
 
 
 def test_commands_are_printed(tmp_path):
@@ -67,5 +67,4 @@ def test_commands_are_printed(tmp_path):
         "launch/evaluate_model.py",
     ]
     assert programs == expected
-    settled = [line for line in lines if "pytest" not in line]
-    assert all("cluster.zero_stage=1" in line for line in settled)
+    assert all("cluster.zero_stage=1" in line for line in lines if "pytest" not in line)

@@ -1,4 +1,4 @@
-"""The reproduction's largest profile at tiny size: two cells by the command, in pieces, with record and page."""
+"""The reproduction's largest profile at tiny size: two cells, interrupted and resumed, with record and page."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_cells_of_the_gpu_profile_run_stop_and_are_kept(released, tiny_backbone_
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "reproduce_ml1m_gpu.json").read_text())
-    assert [(one["cf"], one["variant"]) for one in result["cells"]] == [("mf", "stage2"), ("none", "ui_tokens")]
+    assert [(cell["cf"], cell["variant"]) for cell in result["cells"]] == [("mf", "stage2"), ("none", "ui_tokens")]
     assert len(result["not_run"]) == 10
     (against,) = result["against"]
     assert (against["cf"], against["versus"], against["split"]) == ("none", "mf/stage2", "test")

@@ -1,4 +1,4 @@
-"""Records of the reproduction's cells: what counts, what is kept, and the page that is made of them."""
+"""Records of the reproduction's cells, and the page rendered from them."""
 
 import json
 
@@ -96,7 +96,7 @@ def test_a_part_is_compared_with_the_cell_that_lacks_it(monkeypatch, tmp_path):
     assert (tmp_path / "docs" / "images" / "reproduction_cpu_auc.png").stat().st_size > 5000
 
 
-def test_the_language_models_share_and_the_leak_are_told_as_measured(repository):
+def test_the_language_models_share_and_the_leak_are_rendered_as_measured(repository):
     differences = [
         {"cf": "din", "variant": "stage2", "model": "stage2", "versus": "slots_without_llm", "auc": auc,
          "auc_low": auc - 0.01, "auc_high": auc + 0.01}
@@ -112,11 +112,11 @@ def test_the_language_models_share_and_the_leak_are_told_as_measured(repository)
     assert render_leak(repository / "docs") == []
 
 
-def test_ways_to_train_the_tables_are_told_as_measured(tmp_path):
-    found = {key: {"mean": 0.7 + place / 100, "std": 0.001} for place, key in enumerate(("train", "valid", "test"))}
-    found["test_uauc"] = {"mean": 0.65, "std": 0.002}
+def test_ways_to_train_the_tables_are_rendered_as_measured(tmp_path):
+    metrics = {key: {"mean": 0.7 + place / 100, "std": 0.001} for place, key in enumerate(("train", "valid", "test"))}
+    metrics["test_uauc"] = {"mean": 0.65, "std": 0.002}
     assert render_tables(tmp_path) == []
-    write_json(tmp_path / "tuned_tables_ml1m.json", {"seeds": 3, "runs": {"mf T2": found, "id tokens": found}})
+    write_json(tmp_path / "tuned_tables_ml1m.json", {"seeds": 3, "runs": {"mf T2": metrics, "id tokens": metrics}})
     text = "\n".join(render_tables(tmp_path))
     assert "| MF, trained from scratch (T2) | 0.7000 ± 0.0010 | 0.7100 ± 0.0010 | 0.7200 ± 0.0010 |" in text
     assert "| id tokens, no CF model        |" in text

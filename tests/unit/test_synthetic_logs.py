@@ -1,4 +1,4 @@
-"""Generated logs for benchmarks: exactly as many rows, the same each time, skewed, with something to learn."""
+"""Generated logs: exact number of rows, reproducible, skewed and learnable."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_few_users_and_items_have_most_rows(logs):
         assert counts.iloc[: len(counts) // 10].sum() > least * 20_000
 
 
-def test_a_users_mean_rating_and_an_items_tell_of_the_next(logs):
+def test_mean_ratings_of_users_and_items_predict_further_ratings(logs):
     frame = pq.read_table(logs.interactions).to_pandas()
     for name in ("user_id", "item_id"):
         halves = [frame[frame.index % 2 == half].groupby(name)["rating"] for half in (0, 1)]
