@@ -1,6 +1,6 @@
-"""What a run shows while it works: TensorBoard, metrics.jsonl, progress, peak memory, traces, Prometheus text files.
+"""Monitoring of a run: TensorBoard, metrics.jsonl, progress bar, peak memory, profiler traces, Prometheus text files.
 
-Nothing here waits for a GPU, but a profiler's end: what is shown are numbers that the host has anyway.
+Only numbers that are on the host already are logged. Nothing here waits for a GPU, except the end of a profiler trace.
 """
 
 from collm_dist.monitoring.memory import PeakMeter, measure_peak_gib, measure_total_gib

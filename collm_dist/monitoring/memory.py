@@ -1,4 +1,4 @@
-"""How much memory a process takes, and how much there is. Torch is imported late: who only watches needs none of it."""
+"""Memory of a process and of its device. Torch is imported late, so that monitoring alone does not load it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def measure_peak_gib(device: torch.device) -> float:
-    """Return the peak memory of this process so far, in GiB: of the GPU if it has one, else resident memory."""
+    """Return this process's peak memory so far, in GiB: GPU memory on a GPU, else resident memory."""
     if device.type == "cuda":
         import torch
 
@@ -27,7 +27,7 @@ def measure_peak_gib(device: torch.device) -> float:
 
 
 def measure_total_gib(device: torch.device) -> float:
-    """Return the memory that there is, in GiB: the GPU's, else the machine's."""
+    """Return the total memory in GiB: the GPU's, else the machine's."""
     if device.type == "cuda":
         import torch
 
@@ -36,26 +36,26 @@ def measure_total_gib(device: torch.device) -> float:
 
 
 class PeakMeter:
-    """A context that measures how far memory rises above where it stood on entry.
+    """Context manager that measures the rise of memory above its level on entry.
 
     Attributes:
-        extra_bytes: known on leaving; of the GPU, else of this process's resident memory (Linux).
+        extra_bytes: the rise, set on exit: GPU memory on a GPU, else this process's resident memory (Linux).
     """
 
     def __init__(self, device: torch.device, *, from_first: bool = False) -> None:
-        """Measure a device.
+        """Select the device.
 
         Args:
-            device: of this process.
-            from_first: entered again, measure above where memory stood on the first entry. What an allocator keeps in
-                between then counts, and need not be asked for anew, which takes a CPU time.
+            device: this process's device.
+            from_first: on later entries, measure above the level of the first entry. Memory that the allocator keeps in
+                between then counts, and does not have to be released, which takes a CPU time.
         """
         self._device, self._from_first = device, from_first
         self._start: int | None = None
         self.extra_bytes = 0
 
     def __enter__(self) -> PeakMeter:
-        """Start from what is in use now."""
+        """Reset the peak."""
         if self._device.type == "cuda":
             import torch
 
@@ -66,13 +66,13 @@ class PeakMeter:
         else:
             if sys.platform != "linux":
                 raise LaunchError(
-                    "memory can be measured on Linux or a GPU: set max_tokens_per_micro_batch to a number"
+                    "memory can be measured only on Linux or on a GPU; set max_tokens_per_micro_batch to a number"
                 )
             if self._start is None:
-                # What the allocator keeps for later would hide the same amount taken again.
+                # Free memory that the allocator keeps would hide a new allocation of the same size.
                 ctypes.CDLL(None).malloc_trim(0)
                 self._start = _read_status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""A trace of some steps, on demand: what the time goes into, operator by operator."""
+"""Profiler trace of a range of steps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _TABLE_ROWS = 30
 
 
 class StepProfiler:
-    """Runs ``torch.profiler`` over a range of optimizer steps; it changes no number.
+    """``torch.profiler`` over a range of optimizer steps. Results do not change.
 
-    What lies between two of the steps, waiting for data or a validation, is in the trace too.
+    The trace includes the time between the steps, such as waiting for data and validations.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, *, start_step: int, total_steps: int) -> None:
-        """Choose the steps, on the process that is to be watched.
+        """Select the steps.
 
         Args:
-            folder: of what is written.
-            steps: first and last one, counted from 1; None = none.
-            start_step: steps that are done already.
+            folder: output folder.
+            steps: first and last step, counted from 1; None = no trace, as on all ranks but the first.
+            start_step: steps done before.
             total_steps: most steps.
         """
         self._folder, self._steps = folder, steps
@@ -35,13 +35,13 @@ class StepProfiler:
         self._last_step = 0
         if steps is not None and not start_step < steps[0] <= total_steps:
             logger.warning(
-                "monitoring.profile_steps: %s has no step %d to come (%d of %d are done): nothing is traced",
-                folder.parent.name, steps[0], start_step, total_steps,
+                "monitoring.profile_steps: step %d of %s will not run (%d of %d are done); no trace is written",
+                steps[0], folder.parent.name, start_step, total_steps,
             )  # fmt: skip
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
-        """Enclose a step: the trace begins before the first and is written after the last."""
+        """Wrap a step. The trace starts before the first step of the range and is written after the last."""
         if self._steps is None or not self._steps[0] <= step <= self._steps[1]:
             yield
             return
@@ -63,7 +63,7 @@ class StepProfiler:
             self.stop()
 
     def stop(self) -> None:
-        """End a trace that is running and write it: for Perfetto, and as a table of the top operators."""
+        """Stop a running trace; write it for Perfetto, and as a table of the top operators."""
         if self._profile is None:
             return
         import torch

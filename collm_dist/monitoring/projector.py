@@ -1,4 +1,4 @@
-"""Vectors with names, for TensorBoard's embedding projector."""
+"""Files of TensorBoard's embedding projector."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from collm_dist.runs.atomic_files import open_atomic
 
 @dataclass(frozen=True)
 class VectorSet:
-    """Vectors that are shown together.
+    """One tensor of the projector.
 
     Attributes:
-        name: what the projector calls them, and, with hyphens for blanks, their file.
+        name: shown in the projector; with hyphens for spaces, the name of the file.
         vectors: (N, D).
     """
 
@@ -26,12 +26,12 @@ class VectorSet:
 
 
 def write_projector(folder: Path, sets: Sequence[VectorSet], columns: Mapping[str, Sequence[object]]) -> None:
-    """Write what the projector reads, below a folder of event files.
+    """Write the projector's files.
 
     Args:
-        folder: of the event files.
-        sets: of N vectors each, for the same N things.
-        columns: two or more names or numbers of each thing, by what they are; the first is the label.
+        folder: folder of the event files.
+        sets: tensors of N vectors each, all of the same N objects.
+        columns: two or more metadata columns of N cells by title; the first is the label.
     """
     from google.protobuf import text_format
     from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
@@ -40,7 +40,7 @@ def write_projector(folder: Path, sets: Sequence[VectorSet], columns: Mapping[st
     with open_atomic(folder / "projector" / "metadata.tsv") as file:
         file.write("\t".join(columns) + "\n")
         for row in zip(*columns.values(), strict=True):
-            # A tab or a line break of a title would be another column or row.
+            # A tab or a line break in a title would start another column or row.
             file.write("\t".join(" ".join(str(cell).split()) or "-" for cell in row) + "\n")
     config = ProjectorConfig()
     for vector_set in sets:

@@ -1,7 +1,7 @@
-"""Text files for Prometheus, read by node exporter's textfile collector: no port, and nothing that a run waits for.
+"""Prometheus gauges as text files for node exporter's textfile collector: no port, nothing to wait for.
 
-A run writes one file of its state and one for each step that trains, each whole or not at all. All gauges carry the
-label ``run``; those of training carry ``step`` too.
+A run writes one file with its state and one for each step that trains, each atomically. Every gauge has the label
+``run``; training gauges also have ``step``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ logger = logging.getLogger(__name__)
 
 STATES = ("running", "done", "promoted", "rejected", "failed", "interrupted")
 
-# Tag: name, help, factor into Prometheus' base units.
+# Tag: name, help, factor to Prometheus base units.
 _TRAINING_GAUGES = {
     tags.TRAIN_LOSS: ("collm_training_loss", "Mean loss of the last log window.", 1),
     tags.LEARNING_RATE: ("collm_training_learning_rate", "Learning rate of the last step.", 1),
     tags.GRAD_NORM: ("collm_training_grad_norm", "Gradient norm of the last step, before clipping.", 1),
-    tags.SAMPLES_PER_SECOND: ("collm_training_samples_per_second", "Rows trained a second, over all processes.", 1),
-    tags.TOKENS_PER_SECOND: ("collm_training_tokens_per_second", "Padded tokens a second on the first device.", 1),
+    tags.SAMPLES_PER_SECOND: ("collm_training_samples_per_second", "Rows trained per second, over all processes.", 1),
+    tags.TOKENS_PER_SECOND: ("collm_training_tokens_per_second", "Padded tokens per second on the first device.", 1),
     tags.STEP_SECONDS: ("collm_training_step_seconds", "Mean duration of a step in the last log window.", 1),
     tags.EPOCH_SECONDS: ("collm_training_epoch_seconds", "Duration of the last epoch.", 1),
-    tags.DATA_WAIT_SHARE: ("collm_training_data_wait_ratio", "Share of the time spent waiting for data.", 1),
-    tags.PEAK_MEMORY: ("collm_memory_peak_bytes", "Most memory of the first process so far.", 2**30),
-    tags.TOTAL_MEMORY: ("collm_memory_total_bytes", "Memory of the device, without a GPU of the machine.", 2**30),
+    tags.DATA_WAIT_SHARE: ("collm_training_data_wait_ratio", "Share of time spent waiting for data.", 1),
+    tags.PEAK_MEMORY: ("collm_memory_peak_bytes", "Peak memory of the first process so far.", 2**30),
+    tags.TOTAL_MEMORY: ("collm_memory_total_bytes", "Total memory of the GPU, or of the machine.", 2**30),
     tags.VALID_AUC: ("collm_valid_auc", "AUC of the last validation.", 1),
     tags.VALID_UAUC: ("collm_valid_uauc", "UAUC of the last validation.", 1),
     tags.VALID_LOGLOSS: ("collm_valid_logloss", "Log-loss of the last validation.", 1),
@@ -42,23 +42,23 @@ _TRAINING_GAUGES = {
 
 
 def check_textfile_dir(folder: str | None) -> None:
-    """Make the folder of ``monitoring.prometheus_dir``.
+    """Create the folder of ``monitoring.prometheus_dir``.
 
     Raises:
-        ConfigError: it cannot be one.
+        ConfigError: it cannot be created.
     """
     try:
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"monitoring.prometheus_dir: '{folder}' cannot be made ({error.strerror}); give a folder that may be "
-            "written to, or null for no files"
+            f"monitoring.prometheus_dir: '{folder}' cannot be created ({error.strerror}); name a writable "
+            "folder, or null for no files"
         ) from None
 
 
 class _Textfile:
-    """A file of gauges with the same labels."""
+    """One file of gauges that share labels."""
 
     def __init__(self, folder: Path, run: str, step: str, labels: Mapping[str, str]) -> None:
         name = re.sub(r"[^\w.-]+", "-", run).strip("-")  # many runs may write into one folder
@@ -75,35 +75,35 @@ class _Textfile:
         self._gauges[name].labels(**labels).set(value)
 
     def _write(self) -> None:
-        """Write the file; if that fails, say so once: a run does not end for want of its gauges."""
+        """Write the file. A failure is reported once and does not end the run."""
         try:
             write_to_textfile(str(self._path), self._registry)
         except OSError as error:
             if not self._has_warned:
-                logger.warning("%s cannot be written (%s); the run goes on without", self._path, error)
+                logger.warning("%s cannot be written (%s); the run continues without it", self._path, error)
             self._has_warned = True
 
 
 class TrainingTextfile(_Textfile):
-    """What a training step shows, renewed with each logged point."""
+    """Gauges of a step that trains, updated with each logged point."""
 
     def __init__(self, folder: Path, *, run: str, step: str, total_steps: int) -> None:
-        """Describe the training.
+        """Name the step.
 
         Args:
-            folder: exists.
+            folder: existing folder.
             run: ``run.dir``.
             step: cf, stage1 or stage2.
-            total_steps: most optimizer steps; of the collaborative model, epochs.
+            total_steps: most optimizer steps; for cf, most epochs.
         """
         super().__init__(folder, run, step, {"step": step})
         self._total_steps = total_steps
 
     def update(self, global_step: int, values: Mapping[str, float]) -> None:
-        """Set the gauges of the tags that have one, and write the file."""
-        self._set("collm_training_steps", "Optimizer steps, or epochs of the collaborative model, so far.", global_step)
-        self._set("collm_training_planned_steps", "Most steps, or epochs, that there will be.", self._total_steps)
-        self._set("collm_training_updated_timestamp_seconds", "When these gauges were renewed.", time.time())
+        """Set the gauges of the known tags and write the file."""
+        self._set("collm_training_steps", "Optimizer steps, or epochs of the CF model, so far.", global_step)
+        self._set("collm_training_planned_steps", "Most steps, or epochs, of the training.", self._total_steps)
+        self._set("collm_training_updated_timestamp_seconds", "Time of the last update.", time.time())
         for tag, value in values.items():
             if tag in _TRAINING_GAUGES:
                 name, text, factor = _TRAINING_GAUGES[tag]
@@ -112,23 +112,23 @@ class TrainingTextfile(_Textfile):
 
 
 class StateTextfile(_Textfile):
-    """What ``status.json`` says: state, step, restarts and times."""
+    """Gauges of ``status.json``: state, step, restarts and times."""
 
     def __init__(self, folder: Path, *, run: str, steps: tuple[str, ...]) -> None:
-        """Name the run's steps; the folder exists."""
+        """Name the run and its steps; the folder must exist."""
         super().__init__(folder, run, "state", {})
         self._steps = steps
 
     def update(self, status: Mapping[str, Any]) -> None:
-        """Write a status: state, step, restarts, exit_code, started_at and heartbeat_at (ISO 8601)."""
+        """Write a status with state, step, restarts, exit_code, started_at and heartbeat_at (ISO 8601)."""
         for state in STATES:
             self._set("collm_run_state", "1 for the state of the run.", status["state"] == state, state=state)
         for step in self._steps:
             is_current = status["step"] == step
-            self._set("collm_run_step", "1 for the step that the run is, or ended, at.", is_current, step=step)
-        self._set("collm_run_restarts", "Restarts of steps whose processes were lost.", status["restarts"])
+            self._set("collm_run_step", "1 for the current or last step.", is_current, step=step)
+        self._set("collm_run_restarts", "Restarts of steps after lost processes.", status["restarts"])
         if status["exit_code"] is not None:
-            self._set("collm_run_exit_code", "Exit code, once the run has ended.", status["exit_code"])
+            self._set("collm_run_exit_code", "Exit code of the ended run.", status["exit_code"])
         for name, key in (("started", "started_at"), ("heartbeat", "heartbeat_at")):
             seconds = datetime.fromisoformat(status[key]).timestamp()
             self._set(f"collm_run_{name}_timestamp_seconds", f"Time: {key.replace('_', ' ')}.", seconds)

@@ -1,4 +1,4 @@
-"""The report in TensorBoard, and the run's settings beside its final metrics, by which runs are compared there."""
+"""The report in TensorBoard, and the run's row in its table of hyperparameters and final metrics."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collm_dist.monitoring.tags import build_layout
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A row of TensorBoard's hyper-parameter table.
+    """A row of TensorBoard's hyperparameter table.
 
     Attributes:
-        run: what the run is called; runs of one name share a row.
-        settings: numbers, truth values and texts by name.
-        metrics: final ones by tag.
+        run: name of the run; runs of the same name share a row.
+        settings: numbers, booleans and strings by name.
+        metrics: final metrics by tag.
     """
 
     run: str
@@ -25,7 +25,7 @@ class RunSettings:
 
 
 def log_report(folder: Path, markdown: str, figures: Mapping[str, Path], settings: RunSettings) -> None:
-    """Show a report, its figures (PNG files), and the run among others in TensorBoard."""
+    """Write a report, its figures (PNG files by name) and the run's hyperparameters as TensorBoard events."""
     from matplotlib.image import imread
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
     from torch.utils.tensorboard import SummaryWriter
@@ -35,8 +35,8 @@ def log_report(folder: Path, markdown: str, figures: Mapping[str, Path], setting
         writer.add_text("report", markdown, 0)
         for name, path in figures.items():
             writer.add_image(f"report/{Path(name).stem}", imread(str(path))[..., :3], 0, dataformats="HWC")
-        # No description of the experiment goes along: TensorBoard takes one for all runs, where it finds any, and would
-        # hide the settings that this run lacks.
+        # No experiment description is written: TensorBoard uses a single one for all runs and would hide the settings
+        # that it lacks.
         writer.file_writer.add_summary(hparams_pb(settings.settings, trial_id=settings.run))
         for tag, value in settings.metrics.items():
             writer.add_scalar(tag, value, 0)

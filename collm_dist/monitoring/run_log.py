@@ -1,4 +1,4 @@
-"""The numbers of a training step: metrics.jsonl, TensorBoard, Prometheus and a progress bar."""
+"""Log of a step that trains: metrics.jsonl, TensorBoard, Prometheus and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collm_dist.runs.atomic_files import open_atomic
 
 
 class RunLogger:
-    """Writes one step's numbers wherever they are wanted, and shows a progress bar; rank 0 only."""
+    """Logger of one step. Only rank 0 writes."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class RunLogger:
         """Open the files.
 
         Args:
-            folder: of the stage.
-            is_main: whether this process shows anything.
-            tensorboard, progress_bar: whether to write and show them.
-            start_step: points after it, left by an interrupted run, are taken back.
+            folder: the step's folder.
+            is_main: whether this is rank 0.
+            tensorboard, progress_bar: whether to write events, and to show a bar.
+            start_step: logged points after this step, left by an interrupted run, are removed.
             total_steps: most steps.
-            textfile: gets each point too; of the first process.
+            textfile: Prometheus file that gets each point too.
         """
         self._textfile = textfile
         self._writer: Any = None
@@ -52,7 +52,7 @@ class RunLogger:
         lines = [line for line in read_metrics(path) if line["step"] <= start_step]
         with open_atomic(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-        # A run that went on from here before, and was killed again, may have made the last step's points already.
+        # A run that resumed here before and was killed again may have logged points of this step.
         self._logged = {(line["step"], *list(line)[1:]) for line in lines if line["step"] == start_step}
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -62,7 +62,7 @@ class RunLogger:
             self._writer.add_custom_scalars(build_layout())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of a step; the same ones again are left out."""
+        """Log values by tag; values of a step that are logged already are skipped."""
         if self._file is None or (step, *values) in self._logged:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -74,7 +74,7 @@ class RunLogger:
                 self._writer.add_scalar(tag, value, step)
 
     def log_text(self, tag: str, text: str) -> None:
-        """Record a text as it is, such as the first prompt."""
+        """Log a preformatted text."""
         if self._writer is not None:
             self._writer.add_text(tag, f"```\n{text}\n```", 0)
 
@@ -93,7 +93,7 @@ class RunLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl; a last line that a crash cut off is left out."""
+    """Read a metrics.jsonl, without a last line that a crash truncated."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

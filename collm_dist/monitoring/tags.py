@@ -1,4 +1,4 @@
-"""Names of what is logged, ``group/name_unit``, and how TensorBoard's custom scalars lay them out."""
+"""Tags of logged values, ``group/name_unit``, and the layout of TensorBoard's custom scalars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VALID_AUC = "valid/auc"
 VALID_UAUC = "valid/uauc"
 VALID_LOGLOSS = "valid/logloss"
 
-# Category, chart, its tags. A chart has one line for each of its tags in each step of each run that is shown.
+# Category -> chart -> tags. A chart draws one line per tag, step and run.
 LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {
         "training loss": (TRAIN_LOSS,),
@@ -29,17 +29,17 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "validation log-loss": (VALID_LOGLOSS,),
     },
     "speed": {
-        "samples a second": (SAMPLES_PER_SECOND,),
-        "tokens a second on each device": (TOKENS_PER_SECOND,),
-        "seconds a step, or an epoch of the collaborative model": (STEP_SECONDS, EPOCH_SECONDS),
-        "share of the time spent waiting for data": (DATA_WAIT_SHARE,),
+        "samples per second": (SAMPLES_PER_SECOND,),
+        "tokens per second per device": (TOKENS_PER_SECOND,),
+        "seconds per step, or per epoch of the CF model": (STEP_SECONDS, EPOCH_SECONDS),
+        "share of time spent waiting for data": (DATA_WAIT_SHARE,),
     },
     "memory": {"peak and total, GiB": (PEAK_MEMORY, TOTAL_MEMORY)},
 }
 
 
 def build_layout() -> dict[str, dict[str, list[object]]]:
-    """Return the layout as ``SummaryWriter.add_custom_scalars`` wants it; tags are regular expressions there."""
+    """Return the layout for ``SummaryWriter.add_custom_scalars``, whose tags are regular expressions."""
     return {
         category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in charts.items()}
         for category, charts in LAYOUT.items()

@@ -1,8 +1,8 @@
-"""Checkpoints: one safetensors file with the training state and its position, whatever ZeRO stage or process count.
+"""Checkpoints of a tuning stage: atomic safetensors files, portable across ZeRO stages and world sizes.
 
-A checkpoint is written under a temporary name, brought to the disk and renamed. The two newest are kept: should the
-newest be found damaged, training goes on from the one before. A file holds all that training has to remember, the
-weights of the best validation too, so that whichever is taken leads to the same end.
+A checkpoint is written under a temporary name, synced to disk and renamed. The two newest are kept; if the newest is
+damaged, training resumes from the one before. A file holds the whole training state, including the weights of the best
+validation, so resuming from either file leads to the same result.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _PATTERN = "step-*.safetensors"
 
 @dataclass
 class Progress:
-    """Where training stands.
+    """Position of training.
 
     Attributes:
-        global_step: batches consumed.
-        last_loss: of the last update.
-        validated_step: of the last validation; a run that is stopped between an update and its validation makes it
-            good when it goes on.
-        best_value, best_step: of the selection metric; None before the first validation.
+        global_step: global batches consumed.
+        last_loss: loss of the last update.
+        validated_step: step of the last validation. A run stopped between an update and its validation validates when
+            it resumes.
+        best_value, best_step: best value of the selection metric, and its step; None before the first validation.
         best_metrics: all validation metrics of the best step.
-        bad_validations: validations since the best one.
-        nonfinite_skips: batches left out because their loss or a gradient was not finite.
-        is_finished: nothing is left to train.
+        bad_validations: validations since the best step.
+        nonfinite_skips: steps skipped because the loss or a gradient was not finite.
+        is_finished: whether training has ended.
     """
 
     global_step: int = 0
@@ -61,12 +61,12 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """All that training has to remember.
+    """Complete training state.
 
     Attributes:
-        state: weights and optimizer; None before anything was trained.
-        best_weights: float32 weights by parameter name at the best validation; empty before the first one.
-        progress: where training stands.
+        state: weights and optimizer state; None before training.
+        best_weights: float32 weights of the best validation by parameter name; empty before the first validation.
+        progress: position of training.
     """
 
     state: TrainingState | None = None
@@ -75,22 +75,22 @@ class Checkpoint:
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file that is no whole checkpoint."""
+    """A checkpoint file is incomplete or corrupt."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, fingerprint: Mapping[str, Any]) -> Path:
-    """Write a checkpoint, whole or not at all, then remove all older ones but the one before.
+    """Write a checkpoint atomically, then delete all but the two newest.
 
     Args:
-        folder: of the stage's checkpoints.
-        checkpoint: what to go on from.
-        fingerprint: of the stage; resuming under another one is refused.
+        folder: the stage's checkpoint folder.
+        checkpoint: the training state.
+        fingerprint: the stage's fingerprint; resuming with another one is refused.
 
     Returns:
         The file.
 
     Raises:
-        DiskError: it cannot be written; the ones before are untouched.
+        DiskError: the file cannot be written; earlier checkpoints are untouched.
     """
     state = checkpoint.state
     assert state is not None
@@ -112,18 +112,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, fingerprint: Mapping[s
 
 
 def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
-    """Read a checkpoint.
+    """Load a checkpoint.
 
     Raises:
-        DamagedCheckpointError: it is not what was written.
+        DamagedCheckpointError: the file is incomplete or its checksum does not match.
         CheckpointError: it belongs to other data or settings.
     """
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if header.pop("checksum") != _compute_checksum(tensors, header):
-            raise ValueError("its checksum is another one")
+            raise ValueError("the checksum does not match")
         progress = Progress(**json.loads(header["progress"]))
         recorded = json.loads(header["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
@@ -131,8 +131,10 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
     changes = find_changes(recorded, fingerprint)
     if changes:
         raise CheckpointError(
-            f"{path} was made with something else:\n  " + "\n  ".join(changes) + "\nStart anew with --force, or set "
-            "run.dir to a new directory."
+            f"{path} was made from other settings or data:\n  "
+            + "\n  ".join(changes)
+            + "\nStart over with --force, or "
+            "set run.dir to a new directory."
         )
 
     def select(prefix: str) -> dict[str, Tensor]:
@@ -143,19 +145,19 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
 
 
 def load_last_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
-    """Read the newest whole checkpoint; an empty one if there is none at all. Collective.
+    """Load the newest intact checkpoint; without any file, return an empty one. Collective.
 
-    The first process decides which one that is, and sets damaged ones aside under another name.
+    Rank 0 selects the file, and renames damaged ones.
 
     Raises:
-        CheckpointError: all are damaged, or the newest whole one belongs to other data or settings.
+        CheckpointError: all files are damaged, or the newest intact one belongs to other data or settings.
     """
     path = run_on_rank_0(lambda: _find_newest(folder, fingerprint))
     return load_checkpoint(path, fingerprint) if path else Checkpoint()
 
 
 def _find_newest(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:
-    for unfinished in folder.glob(f".{_PATTERN}.*.tmp"):  # a process was killed while it wrote them
+    for unfinished in folder.glob(f".{_PATTERN}.*.tmp"):  # left by a killed process
         unfinished.unlink()
     damaged = []
     for path in sorted(folder.glob(_PATTERN), reverse=True):
@@ -163,21 +165,21 @@ def _find_newest(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:
             load_checkpoint(path, fingerprint)
         except DamagedCheckpointError as error:
             damaged.append(path)
-            logger.warning("%s; going back to the one before", error)
+            logger.warning("%s; falling back to the one before", error)
             continue
         for damaged_path in damaged:
             damaged_path.rename(damaged_path.with_suffix(".damaged"))
         return path
     if damaged:
         raise CheckpointError(
-            f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}); remove them to start "
-            "the stage anew"
+            f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}); delete them to "
+            "restart the stage"
         )
     return None
 
 
 def _compute_checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """Return the SHA-256 of all that a checkpoint says: names, types, shapes, numbers and the header's texts."""
+    """Return the SHA-256 of names, dtypes, shapes, values and header strings."""
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""The lines of ``--dry-run`` about the tuning stages: steps, operations, memory, and what fits which GPU."""
+"""``--dry-run`` of the tuning stages: steps, FLOPs, memory, and what fits which GPU."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from collm_dist.tuning.run_stage import build_orders
 from collm_dist.tuning.stage import Stage, get_stage
 
 SAMPLED_BATCHES = 8
-# What `auto` would settle at is known on the GPU alone; memory is shown for so many tokens.
+# The result of `auto` is known only on the GPU; memory is shown for this many tokens.
 ASSUMED_TOKENS = 8192
 SHOWN_GPUS_GB = (24.0, 80.0)
-# Of a GPU's bfloat16 products, what a well-filled step reaches.
+# bfloat16 throughput of a GPU in a well-filled step.
 ASSUMED_TFLOPS = 150.0
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """What some global batches are made of.
+    """Measurements of some global batches.
 
     Attributes:
         shared, padded: cost with shared contexts, and of padded rows with logits at every position.
-        contexts: of the batches.
-        prefix_tokens: of all their contexts.
+        contexts: number of contexts.
+        prefix_tokens: tokens of all prefixes.
         largest: the largest micro-batch.
     """
 
@@ -60,13 +60,13 @@ class _Sample:
 
 
 def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
-    """Return the lines; only the data step must be done.
+    """Return the lines of the plan; only the data step must be done.
 
     Raises:
-        ConfigError, DataError: the prompt or the backbone do not fit, or cannot be found.
+        ConfigError, DataError: the prompt or the backbone does not fit, or cannot be found.
     """
     if not run_dir.is_done("data"):
-        return ["steps, operations and memory: known once the data step is done"]
+        return ["steps, FLOPs and memory: known once the data step is done"]
     source = resolve_backbone(config.llm.backbone, config.llm.revision)
     backbone_config = AutoConfig.from_pretrained(
         source.location, revision=source.revision, trust_remote_code=config.llm.trust_remote_code
@@ -98,8 +98,8 @@ def _describe_stage(config: Config, run_dir: RunDir, stage: Stage, skeleton: Any
     lines = [
         f"{name}: {steps:,} steps of {settings.global_batch_size} rows at most ({train.num_rows:,} rows in "
         f"{train.num_contexts:,} contexts an epoch), validation on {valid.num_rows:,} rows",
-        f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens a step; padded rows "
-        f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times as many operations. "
+        f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens per step; padded rows "
+        f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times the FLOPs. "
         f"{minutes:,.1f} GPU minutes at {ASSUMED_TFLOPS:.0f} TFLOP/s, validation not counted",
         *_describe_memory(config, run_dir, stage, skeleton, shape, layers, sample, dtype),
     ]
@@ -107,13 +107,13 @@ def _describe_stage(config: Config, run_dir: RunDir, stage: Stage, skeleton: Any
         size = 2 * shape.num_layers * shape.key_width * dtype.itemsize * sample.prefix_tokens / sample.contexts
         lines.append(
             f"{name}: context_cache=memory would hold an epoch in {size * train.num_contexts / 2**30:.1f} GiB of host "
-            "memory; worth it where that fits and several epochs are made"
+            "memory; worthwhile if that fits and several epochs run"
         )
     return lines
 
 
 def _choose_dtype(config: Config) -> torch.dtype:
-    """A plan is for a GPU, wherever it is made."""
+    """Return the dtype on a GPU, which the plan is for."""
     return torch.bfloat16 if config.llm.dtype == "auto" else resolve_dtype(config.llm.dtype)
 
 
@@ -135,7 +135,7 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
 
 
 def _count_keys(batch: PromptBatch) -> int:
-    """Return how many keys attention lays out on a GPU."""
+    """Return the number of keys that attention lays out on a GPU."""
     segments, header = batch.tree_segments, len(batch.header_ids)
     context_lengths = header + batch.prefix_lengths.numbers[batch.prefix_rows.numbers]
     num_keys = context_lengths[segments.rows.numbers] + segments.tails.numbers + segments.lengths.numbers
@@ -143,7 +143,7 @@ def _count_keys(batch: PromptBatch) -> int:
 
 
 def _count_tuned_cf(config: Config, run_dir: RunDir) -> int:
-    """Return how many numbers of the collaborative model stage 2 trains, at most."""
+    """Return an upper bound of the CF model's parameters that stage 2 trains."""
     if not config.stage2.train_cf:
         return 0
     manifest = load_manifest(run_dir.step_dir("data"))
@@ -191,7 +191,7 @@ def _describe_memory(
     lines = [
         f"{name}: memory in {str(dtype).removeprefix('torch.')} with micro-batches of up to {tokens:,} tokens: weights "
         f"{gigabytes[0]} + training state {gigabytes[1]} + activations {gigabytes[2]} + working {gigabytes[3]} = "
-        f"{gigabytes[4]} GB a process"
+        f"{gigabytes[4]} GB per process"
     ]
     for gpu in SHOWN_GPUS_GB:
         fitting = find_fitting_tokens(plan, tokens, gpu * 1e9)
@@ -207,5 +207,5 @@ def _describe_memory(
                 advice.append(f"{setting} with up to {fitting:,} tokens")
         if not advice:
             advice.append("cluster.zero_stage=3 on several GPUs, which share the weights")
-        lines.append(f"{name}: does not fit a GPU of {gpu:.0f} GB so; it does with {', or '.join(advice)}")
+        lines.append(f"{name}: does not fit a GPU of {gpu:.0f} GB; it does with {', or '.join(advice)}")
     return lines

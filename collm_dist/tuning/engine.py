@@ -1,4 +1,4 @@
-"""Everything that knows DeepSpeed: process groups, the wrapped model, and its state as plain full tensors."""
+"""DeepSpeed: process group, wrapped model, and its training state as full tensors. No other file imports it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def init_distributed(timeout_minutes: float) -> torch.device:
     """Join the process group and return this process's device.
 
-    Works under the deepspeed launcher, torchrun and Ray Train, which set the environment, and under plain ``python``.
+    The deepspeed launcher, torchrun and Ray Train set the environment; under plain ``python`` it is set here.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -42,11 +42,11 @@ def init_distributed(timeout_minutes: float) -> torch.device:
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs on first use: a minute, for nothing here.
+        # Otherwise DeepSpeed compiles a shared-memory all-reduce for CPUs on first use, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Newer PyTorch has other names for collectives that DeepSpeed calls: nothing that our user could act on.
+    # DeepSpeed calls collectives by names that newer PyTorch deprecates; the user cannot act on that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # A group that Ray Train has made already it takes as it is.
+    # Uses an existing group, such as that of Ray Train.
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
     )
@@ -55,12 +55,12 @@ def init_distributed(timeout_minutes: float) -> torch.device:
 
 @dataclass
 class TrainingState:
-    """What training has to remember of its tensors, whole and on the CPU, whatever ZeRO stage made it.
+    """Tensors of the training state, unpartitioned and on the CPU, independent of the ZeRO stage.
 
     Attributes:
         weights: float32 trainable weights by parameter name.
-        moments: Adam's running averages, by ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; empty before the first step.
-        adam_steps: updates made.
+        moments: Adam's moments by ``exp_avg.<name>`` and ``exp_avg_sq.<name>``; empty before the first step.
+        adam_steps: number of updates.
     """
 
     weights: dict[str, Tensor]
@@ -85,11 +85,11 @@ class TuningEngine:
         """Wrap a model.
 
         Args:
-            model: only parameters that require gradients train.
+            model: parameters that require gradients train.
             deepspeed_config: see ``build_deepspeed_config``.
-            device: of this process.
+            device: this process's device.
             learning_rate, weight_decay, betas: of AdamW.
-            state: to go on from.
+            state: state to resume from.
         """
         self._named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         if state is not None:
@@ -110,8 +110,8 @@ class TuningEngine:
             model=model.to(device), optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
         )
         if self._zero_stage in (1, 2):
-            # In bfloat16 these look at each gradient by itself, ten kernels for each, and then at the norm of all,
-            # which says the same and is all that is looked at in float32.
+            # In bfloat16 these check every gradient separately, with ten kernels each, and then the global norm, which
+            # is equivalent and the only check in float32.
             self._optimizer.check_overflow = lambda **_: None
         self._norms: list[Tensor] = []
         for _, parameter in self._named:
@@ -125,7 +125,7 @@ class TuningEngine:
         return self._engine  # type: ignore[no-any-return]
 
     def set_training(self, training: bool) -> None:
-        """Switch dropout on or off."""
+        """Switch between training and evaluation mode."""
         self._engine.train(training)
 
     def __call__(self, *args: Any) -> Any:
@@ -133,28 +133,30 @@ class TuningEngine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add a micro-batch's gradients. ``is_last`` closes the step's accumulation.
+        """Accumulate a micro-batch's gradients. ``is_last`` ends the step's accumulation.
 
-        Where the loss is not finite the gradients are not, either: a step taken with them updates nothing.
+        A non-finite loss makes all gradients non-finite, so a step with them updates nothing.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
     def take_finite(self) -> Tensor:
-        """Return whether all gradients since the last call were finite on this process, as a bool tensor; no sync."""
+        """Return whether all gradients since the last call were finite on this rank, as a bool tensor; no host sync."""
         norms, self._norms = [torch.zeros((), device=self.device), *self._norms], []
         return torch.isfinite(torch.stack(norms)).all()
 
     def step(self, learning_rate: float) -> Tensor | float | None:
-        """Clip, update, clear the gradients, and return the norm before clipping.
+        """Clip, update and clear the gradients.
 
         Returns:
-            None where the norm over all processes is not finite: then nothing was updated, on any of them.
+            The global gradient norm before clipping; None if it is not finite, and then no rank has updated.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._compute_plain_norm() if self._zero_stage == 0 else None
-        is_plain = isinstance(self._optimizer, torch.optim.Optimizer)  # DeepSpeed's own look at the norm themselves
+        is_plain = isinstance(
+            self._optimizer, torch.optim.Optimizer
+        )  # DeepSpeed's optimizers check the norm themselves
         if is_plain and norm is not None and not torch.isfinite(norm):
             self._engine.zero_grad()
             return None
@@ -167,7 +169,7 @@ class TuningEngine:
         return norm if norm is not None else float("nan")
 
     def export_state(self, *, with_moments: bool = True) -> TrainingState:
-        """Gather the state. Collective: every process must call it; every process gets it."""
+        """Gather the full state on every rank. Collective."""
         state = TrainingState(weights={})
         for name, parameter in self._named:
             state.weights[name] = self._get_weight(parameter).detach().float().cpu().clone()
@@ -179,12 +181,11 @@ class TuningEngine:
         return state
 
     def _note_norm(self, gradient: Tensor) -> None:
-        # A single kernel. The norm is NaN or infinite wherever any number is, and, like DeepSpeed's, where squares
-        # overflow.
+        # A single kernel. The norm is not finite if any value is not, and, like DeepSpeed's, if squares overflow.
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     def _compute_plain_norm(self) -> Tensor:
-        """DeepSpeed reports no norm at stage 0 in float32; gradients are whole and reduced there."""
+        """Return the norm at stage 0 in float32, where DeepSpeed reports none and gradients are already all-reduced."""
         gradients = [param.grad for _, param in self._named if param.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
         total: Tensor = torch.linalg.vector_norm(norms)
@@ -204,7 +205,7 @@ class TuningEngine:
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer behind ZeRO's wrapper."""
+        """The torch optimizer inside ZeRO's wrapper."""
         return getattr(self._optimizer, "optimizer", self._optimizer)  # type: ignore[no-any-return]
 
     def _count_adam_steps(self) -> int:
@@ -212,9 +213,9 @@ class TuningEngine:
         return max(steps, default=0)
 
     def _load_optimizer(self, state: TrainingState) -> None:
-        """Fill the optimizer's state, which DeepSpeed leaves empty before the first step."""
+        """Create and fill the optimizer state, which DeepSpeed leaves empty before the first step."""
         inner = self._inner_optimizer
-        flats = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps them out of the groups
+        flats = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps these outside the groups
         for flat in flats or [param for group in inner.param_groups for param in group["params"]]:
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             inner.state[flat] = {"step": torch.tensor(float(state.adam_steps), device=_step_device(flat)), **zeros}
@@ -226,9 +227,9 @@ class TuningEngine:
                 self._set_full(parameter, state.moments[f"{key}.{name}"].to(self.device), key)
 
     def _set_full(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Set a parameter's float32 weight (key None) or one of its moments from the whole tensor."""
+        """Set a parameter's float32 weight (key None) or one of its moments from the full tensor."""
         if self._zero_stage == 3:
-            # DeepSpeed's own setter fails where a parameter's size is not divisible by the number of processes.
+            # DeepSpeed's setter fails if a parameter's size is not divisible by the world size.
             partition, _ = self._optimizer._get_fp32_opt_state_partition(
                 parameter, release_swap_buffers=False, optim_state_key=key
             )
@@ -240,10 +241,10 @@ class TuningEngine:
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
-        elif key is not None:  # the weight itself was set before the model was wrapped
+        elif key is not None:  # the weight was set before the model was wrapped
             self._inner_optimizer.state[parameter][key].copy_(value)
 
 
 def _step_device(parameter: Tensor) -> torch.device:
-    """Fused AdamW keeps its step count beside the parameter, the plain one on the CPU."""
+    """Return the device of AdamW's step count: the parameter's for fused AdamW, else the CPU."""
     return parameter.device if parameter.is_cuda else torch.device("cpu")

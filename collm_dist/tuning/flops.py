@@ -1,7 +1,7 @@
-"""Floating-point operations of decoders: what a step needs, and what a plainer way of doing it would.
+"""FLOPs of a step with shared contexts, and of padded rows for comparison.
 
-Counted are matrix products, two operations for a multiplication and an addition; everything else is small beside
-them. Backward passes count products with activations alone, since the backbone's weights get no gradient.
+Only matmuls count, with two operations per multiply-add; everything else is small. Backward passes count the gradients
+of activations alone, because the backbone's weights are frozen.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collm_dist.prompt_batch import PromptBatch
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What the cost of a decoder follows from.
+    """Sizes of a decoder that determine its FLOPs.
 
     Attributes:
         num_layers: L.
-        layer_weights: entries of the weight matrices of one layer.
-        attention_width: query heads times their width.
-        key_width: key/value heads times their width.
+        layer_weights: elements of one layer's weight matrices.
+        attention_width: query heads times head width.
+        key_width: key/value heads times head width.
         hidden_size: D.
-        vocabulary: rows of the head.
+        vocabulary: rows of the language-modelling head.
     """
 
     num_layers: int
@@ -37,10 +37,10 @@ class DecoderShape:
 
     @classmethod
     def from_model(cls, backbone: Any) -> DecoderShape:
-        """Read it off a model, adapters not counted; weights on the meta device will do."""
+        """Return the sizes of a model without its adapters; it may be on the meta device."""
         decoder, config = backbone.get_decoder(), backbone.config.get_text_config()
         linear = [
-            module.in_features * module.out_features  # quantized weights are packed: they have fewer entries
+            module.in_features * module.out_features  # not numel: quantized weights are packed
             for name, module in decoder.layers.named_modules()
             if isinstance(module, nn.Linear) and "lora_" not in name
         ]
@@ -56,32 +56,34 @@ class DecoderShape:
         )
 
     def count_forward(self, tokens: int, pairs: int) -> int:
-        """Return the operations of a forward pass below the head.
+        """Return the FLOPs of a forward pass without the head.
 
         Args:
-            tokens: that pass through.
-            pairs: (query, key) positions that attention compares, over all rows.
+            tokens: positions computed.
+            pairs: (query, key) pairs of attention, over all rows.
         """
         return self.num_layers * (2 * self.layer_weights * tokens + 4 * self.attention_width * pairs)
 
     def count_backward(self, tokens: int, pairs: int) -> int:
-        """Return those of the backward pass, with frozen weights: one product for each of the forward pass, two in
-        attention, where both factors are activations."""
+        """Return the FLOPs of the backward pass with frozen weights.
+
+        Each matmul of the forward pass has one in the backward pass; in attention two, as both factors are activations.
+        """
         return self.num_layers * (2 * self.layer_weights * tokens + 8 * self.attention_width * pairs)
 
     def count_head(self, tokens: int) -> int:
-        """Return those of the head's product with all of the vocabulary."""
+        """Return the FLOPs of full-vocabulary logits."""
         return 2 * self.vocabulary * self.hidden_size * tokens
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What some rows cost.
+    """Cost of a set of rows.
 
     Attributes:
-        tokens: positions computed forward.
-        trained_tokens: positions computed backward.
-        flops: operations, forward and backward.
+        tokens: positions of the forward pass.
+        trained_tokens: positions of the backward pass.
+        flops: FLOPs, forward and backward.
     """
 
     tokens: int
@@ -89,27 +91,27 @@ class StepCost:
     flops: int
 
     def __add__(self, other: StepCost) -> StepCost:
-        """Add up."""
+        """Add two costs."""
         return StepCost(
             self.tokens + other.tokens, self.trained_tokens + other.trained_tokens, self.flops + other.flops
         )
 
 
 def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cached: bool = False) -> StepCost:
-    """Return what a micro-batch costs with shared contexts if nothing is spent on padding.
+    """Return the cost of a micro-batch with shared contexts, without padding.
 
     Args:
-        shape: of the decoder.
-        batch: laid out by a collator.
-        training: whether there is a backward pass, over the tree alone.
-        cached: whether the prefixes' keys and values are at hand.
+        shape: the decoder's sizes.
+        batch: the micro-batch.
+        training: whether there is a backward pass, over the tree only.
+        cached: whether the prefixes' keys and values are cached.
     """
     header, prefix = len(batch.header_ids), batch.prefix_lengths.numbers
     context_lengths = header + prefix[batch.prefix_rows.numbers]
     rows, targets = batch.tree_lengths.list_rows(), batch.tree_targets
     tails = torch.bincount(rows[targets < 0], minlength=len(context_lengths)).numpy()
     branches = torch.bincount(targets[targets >= 0], minlength=len(batch.last)).numpy()
-    branch_contexts = (context_lengths + tails)[rows[batch.last].numpy()]  # what stands before each branch
+    branch_contexts = (context_lengths + tails)[rows[batch.last].numpy()]  # tokens before each branch
     constant, constant_pairs = int(prefix.sum()), int((prefix * (header + prefix)).sum())
     trained = len(batch.tree_ids)
     trained_pairs = int((tails * (context_lengths + tails)).sum() + (branches * (branch_contexts + branches)).sum())
@@ -125,12 +127,12 @@ def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cac
 
 
 def count_padded(shape: DecoderShape, rows: int, width: int, *, training: bool, full_head: bool) -> StepCost:
-    """Return what plain padded rows cost.
+    """Return the cost of padded rows.
 
     Args:
-        shape: of the decoder.
-        rows, width: of the batch.
-        training: whether there is a backward pass; it reaches all positions.
+        shape: the decoder's sizes.
+        rows, width: shape of the batch.
+        training: whether there is a backward pass, over all positions.
         full_head: whether logits are computed at every position.
     """
     tokens, pairs = rows * width, rows * width * width

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: linear warm-up, then a cosine."""
+"""Learning rate schedule: linear warm-up, then cosine decay."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 
 def compute_learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, final_share: float) -> float:
-    """Return the learning rate of update ``step`` (the first is 0).
+    """Return the learning rate of a step.
 
     Args:
-        step: update in question.
-        peak: highest rate, reached after the warm-up.
-        warmup_steps: updates of linear growth.
-        total_steps: updates in all.
-        final_share: the cosine ends at this share of the peak.
+        step: number of the step, from 0.
+        peak: highest learning rate, reached after the warm-up.
+        warmup_steps: steps of linear growth.
+        total_steps: all steps.
+        final_share: share of the peak at which the cosine ends.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

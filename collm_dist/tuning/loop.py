@@ -1,4 +1,4 @@
-"""The training loop of both stages, read top to bottom."""
+"""Training loop of both stages."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers
 
 @dataclass(frozen=True)
 class ValidRows:
-    """What validation scores.
+    """Validation rows.
 
     Attributes:
-        order: unshuffled.
+        order: the rows, unshuffled.
         row_id, label, user_idx: (N,) sorted by row id.
     """
 
@@ -51,7 +51,7 @@ class ValidRows:
 
 
 def load_valid_rows(order: GlobalOrder) -> ValidRows:
-    """Read the labels and users of an order's rows."""
+    """Read labels and users of an order's rows."""
     blocks = list(order.iter_batches())
     row_id = np.concatenate([block.row_id for block in blocks])
     by_row = np.argsort(row_id, kind="stable")
@@ -62,13 +62,13 @@ def load_valid_rows(order: GlobalOrder) -> ValidRows:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all processes know after a step.
+    """Result of the all-reduce of a step, the same on every rank.
 
     Attributes:
-        loss: of the global batch.
-        finite: whether the loss and all gradients are, on every process.
-        stop: whether any process was asked to stop.
-        save: whether it is time for a checkpoint.
+        loss: loss of the global batch.
+        finite: whether the loss and all gradients are finite on every rank.
+        stop: whether a stop was requested on any rank.
+        save: whether a checkpoint is due by time.
     """
 
     loss: float
@@ -78,7 +78,7 @@ class Agreement:
 
 
 class TuningLoop:
-    """Trains one stage, from wherever it stands to its end."""
+    """Training of one stage, from its current position to its end."""
 
     def __init__(
         self,
@@ -105,18 +105,20 @@ class TuningLoop:
         """Put the parts together.
 
         Args:
-            engine, collator, scoring_collator, train_order, valid_rows: what trains on what.
-            stage: its settings.
+            engine: the wrapped model.
+            collator, scoring_collator: lay out the prompts for training and for validation.
+            train_order, valid_rows: the rows.
+            stage: the stage's config section.
             max_tokens: most tokens of a micro-batch.
-            seed: of dropout and of masking.
+            seed: seed of dropout and masking.
             mask_probability: share of slots whose vector is hidden in training.
-            folder: of checkpoints.
-            fingerprint: of the stage.
-            progress, best_weights: where to go on; see ``Checkpoint``.
-            logger, profiler: for numbers, and for a trace of some steps.
-            log_every_steps: steps between points.
-            timeout_minutes: a process that completes no step and no validation batch for so long ends the job.
-            stop: set on any process, it ends the training of all after the step, with a checkpoint.
+            folder: checkpoint folder.
+            fingerprint: the stage's fingerprint.
+            progress, best_weights: position to resume from; see ``Checkpoint``.
+            logger, profiler: metrics, and the trace of selected steps.
+            log_every_steps: steps between logged points.
+            timeout_minutes: longest time without a completed step or validation batch before the job is ended.
+            stop: set on any rank, it ends training on all ranks after the current step, with a checkpoint.
         """
         self.engine, self.collator, self.scoring_collator = engine, collator, scoring_collator
         self.train_order, self.valid_rows = train_order, valid_rows
@@ -133,14 +135,14 @@ class TuningLoop:
         self._watchdog = Watchdog(folder.parent, 60 * timeout_minutes, self._describe_position)
 
     def run(self) -> Progress:
-        """Train to the end: steps, epochs, or no better validation for too long.
+        """Train until the last step, or until validation has not improved for ``early_stop_patience`` validations.
 
         Raises:
             NonFiniteError: the loss or a gradient is not finite.
-            Preempted: asked to stop.
+            Preempted: a stop was requested.
             DiskError: a checkpoint cannot be written.
-            LaunchError: the GPU's memory does not suffice.
-            WorkerLostError: another process is gone or does not answer.
+            LaunchError: the GPU is out of memory.
+            WorkerLostError: a peer has died or does not answer.
         """
         self._saved_at = time.monotonic()
         try:
@@ -172,9 +174,9 @@ class TuningLoop:
                 is_last = step == self.total_steps
                 if step % self.log_every_steps == 0 or is_last:
                     self._log(window)
-                if agreement.stop:  # at once: whoever asked may not wait for a validation
+                if agreement.stop:  # at once: the scheduler may not wait for a validation
                     self._save()
-                    raise Preempted(f"stopped as asked after step {step}; run the same command again to go on")
+                    raise Preempted(f"stopped on request after step {step}; run the same command again to resume")
                 if self._is_validation_due():
                     self._validate(step)
                     window.restart()
@@ -186,16 +188,16 @@ class TuningLoop:
                 wait_started = time.perf_counter()
 
     def iter_epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """Return an epoch's global batches from a step of it on, made ready ahead of their use."""
+        """Return an epoch's global batches, from one of its steps on, prefetched."""
         masking = Masking(self.mask_probability, self.seed, epoch)
         blocks = self.train_order.iter_batches(epoch, start_step)
         return iter_step_batches(blocks, self.collator, self.max_tokens, self.engine.device, masking)
 
     def train_step(self, step_batch: StepBatch) -> Agreement:
-        """Make one update, unless a number is not finite; returns what is to be done after it.
+        """Make one update, unless the loss or a gradient is not finite.
 
         Raises:
-            NonFiniteError: the loss or a gradient is not finite and may not be left out; nothing was updated.
+            NonFiniteError: the loss or a gradient is not finite and the step may not be skipped; nothing was updated.
         """
         started = time.perf_counter()
         window, block, micro_batches = self._window, step_batch.block, step_batch.micro_batches
@@ -206,12 +208,11 @@ class TuningLoop:
         total = torch.zeros((), device=self.engine.device)
         for index, host_batch in enumerate(micro_batches):
             batch = host_batch.to(self.engine.device)
-            # What a backbone itself draws depends on where training stands, not on what has happened before: a resumed
-            # run draws the same.
+            # The backbone's own random draws depend only on the position, so a resumed run draws the same.
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
             losses = binary_cross_entropy_with_logits(self.engine(batch, dropout_key), batch.labels, reduction="none")
             loss = (losses * batch.weights).sum() / block.num_targets
-            # DeepSpeed averages gradients over the processes; ours are shares of one sum.
+            # DeepSpeed averages gradients over ranks; these are parts of a sum.
             self.engine.backward(loss * world_size, is_last=index == len(micro_batches) - 1)
             finite_flags.append(self.engine.take_finite())
             total += loss.detach()
@@ -227,7 +228,7 @@ class TuningLoop:
             final_share=self.stage.final_learning_rate_share,
         )
         norm = self.engine.step(learning_rate)
-        if norm is None and agreement.finite:  # so is every number of each process, but their sum is not
+        if norm is None and agreement.finite:  # finite on every rank, but not in their sum
             self._skip_step(step_batch, [torch.ones(())] * len(micro_batches))
         if norm is not None:
             window.grad_norm, window.learning_rate, window.steps = norm, learning_rate, window.steps + 1
@@ -241,9 +242,9 @@ class TuningLoop:
         return agreement
 
     def _agree(self, loss: Tensor, finite: Tensor) -> Agreement:
-        """The step's one reduction: what each process has found or was told, all of them know."""
+        """All-reduce the loss and the flags of a step: its only small collective."""
         minutes = (time.monotonic() - self._saved_at) / 60
-        # By one clock, or processes would come to different answers when it is time.
+        # By rank 0's clock alone, because clocks differ.
         save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
         flags = [torch.full_like(loss, float(flag)) for flag in (self._stop.is_set(), save_due)]
         values = torch.stack([torch.nan_to_num(loss), (~finite).float(), *flags])
@@ -251,23 +252,25 @@ class TuningLoop:
         return Agreement(loss_value, finite=num_nonfinite == 0, stop=stop > 0, save=save > 0)
 
     def _skip_step(self, step_batch: StepBatch, finite_flags: list[Tensor]) -> None:
-        """Count a step that is not finite, on all processes, and warn.
+        """Count a step that is not finite, on all ranks, and warn.
 
         Raises:
-            NonFiniteError: it may not be left out.
+            NonFiniteError: the step may not be skipped.
         """
         fault = describe_nonfinite(self.progress.global_step, step_batch.block, step_batch.micro_batches, finite_flags)
         if self.stage.on_nonfinite == "stop":
             raise NonFiniteError(
                 f"{fault}. Lower the learning rate, raise warmup_steps, set max_grad_norm, or use llm.dtype=float32; "
-                "on_nonfinite=skip leaves such steps out"
+                "on_nonfinite=skip skips such steps"
             )
         if self.progress.nonfinite_skips == self.stage.max_nonfinite_skips:
-            raise NonFiniteError(f"{fault}. max_nonfinite_skips={self.stage.max_nonfinite_skips} were left out before")
+            raise NonFiniteError(
+                f"{fault}. max_nonfinite_skips={self.stage.max_nonfinite_skips} steps were skipped before"
+            )
         self.progress.nonfinite_skips += 1
         if get_rank() == 0:
             count = f"{self.progress.nonfinite_skips} of at most {self.stage.max_nonfinite_skips}"
-            logging.getLogger(__name__).warning("%s. Left out (%s)", fault, count)
+            logging.getLogger(__name__).warning("%s. Skipped (%s)", fault, count)
 
     def _is_validation_due(self) -> bool:
         step = self.progress.global_step
@@ -299,7 +302,7 @@ class TuningLoop:
             self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
 
     def compute_valid_metrics(self) -> dict[str, float | None]:
-        """Score the validation rows; the same numbers on every process, since all hold all scores."""
+        """Score the validation rows. Collective; the metrics are the same on every rank."""
         self.engine.set_training(False)
         rows = self.valid_rows
         row_ids, scores = score_batches(
@@ -324,7 +327,7 @@ class TuningLoop:
         self._watchdog.beat()
 
     def _log(self, window: _Window) -> None:
-        if window.steps == 0:  # all were left out
+        if window.steps == 0:  # all were skipped
             return
         seconds = time.perf_counter() - window.started
         self.logger.log(
@@ -346,7 +349,7 @@ class TuningLoop:
 
 @contextmanager
 def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 set an event, where they can be handled: in a process's main thread."""
+    """Set an event on SIGTERM and SIGUSR1; only a process's main thread can handle signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -374,6 +377,6 @@ class _Window:
 
 
 def count_total_steps(stage: StageConfig, order: GlobalOrder) -> int:
-    """Return the steps of a stage if nothing stops it early."""
+    """Return the steps of a stage without early stopping."""
     steps = stage.num_epochs * order.steps_per_epoch
     return min(steps, stage.max_steps) if stage.max_steps is not None else steps

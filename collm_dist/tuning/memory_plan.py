@@ -1,8 +1,8 @@
-"""What a tuning stage will need, before a GPU is rented: memory at its peak, operations, hours (``--dry-run``).
+"""Memory plan of a tuning stage, without a GPU (``--dry-run``).
 
-Activations are not estimated from a formula: one and two layers of the backbone, of true width and with random weights,
-run forward on the CPU, and what autograd keeps for the backward pass is counted. It is the code that will train, so
-adapters, masks and precisions are in the count whatever the architecture.
+Activation memory is measured, not estimated: one and two layers of the backbone, of full width and with random weights,
+run a forward pass on the CPU, and the tensors that autograd saves are counted. The training code itself runs, so
+adapters, masks and precision count for any architecture.
 
 Shapes: T tokens of a micro-batch, L layers, D width.
 """
@@ -27,17 +27,17 @@ from collm_dist.prompt_batch import TAIL, Mirrored
 from collm_dist.tuning.flops import DecoderShape
 from collm_dist.tuning.token_budget import BYTES_PER_TRAINABLE, USABLE_SHARE
 
-# Tokens of the trial: enough that what does not grow with them hardly counts.
+# Enough tokens that the constant part hardly counts.
 TRIAL_TOKENS = 256
 _TINY_VOCABULARY = 64
-# Bytes of a quantized weight, its scales included: 4 bits with one 8-bit scale for 64 weights and one 32-bit scale for
-# 256 of those; 8 bits with a 32-bit scale for a row, which does not count.
+# Bytes of a quantized weight with its scales: 4 bits, an 8-bit scale per 64 weights and a 32-bit scale per 256 scales;
+# 8 bits and a negligible 32-bit scale per row.
 QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapter of stage 1; None trains no adapter."""
+    """The adapter of stage 1; see the config section ``lora``."""
 
     rank: int
     alpha: int
@@ -47,13 +47,13 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """What autograd keeps, in bytes a token.
+    """Memory that autograd saves, in bytes per token.
 
     Attributes:
         per_layer: of each layer.
         outside: before and after the layers.
-        inputs: of a layer's input, all that a recomputed layer keeps.
-        adapters: trainable numbers of each layer.
+        inputs: of a layer's input, which is all that a checkpointed layer saves.
+        adapters: trainable parameters of each layer.
     """
 
     per_layer: float
@@ -67,10 +67,10 @@ class MemoryPlan:
     """Memory of one process in bytes.
 
     Attributes:
-        weights: of the frozen backbone.
-        state: gradients, moments and float32 copies of what trains.
-        activations: kept for the backward pass at its start, keys and values of the prefixes included.
-        working: more than that at the peak: the gradients of a layer's activations, or a layer that is recomputed.
+        weights: frozen backbone.
+        state: gradients, moments and float32 copies of the trainable parameters.
+        activations: saved for the backward pass, with the prefixes' keys and values.
+        working: extra memory at the peak: gradients of one layer's activations, or one recomputed layer.
     """
 
     weights: int
@@ -80,12 +80,12 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.state + self.activations + self.working
 
 
 def count_weight_bytes(backbone: Any, dtype: torch.dtype, quantization: Quantization) -> int:
-    """Return the bytes of a backbone's weights; those on the meta device will do."""
+    """Return the bytes of a backbone's weights; it may be on the meta device."""
     total: int = sum(param.numel() for param in backbone.parameters()) * dtype.itemsize
     if quantization == "none":
         return total
@@ -95,7 +95,7 @@ def count_weight_bytes(backbone: Any, dtype: torch.dtype, quantization: Quantiza
 
 
 class _NormOnGpu(torch.autograd.Function):
-    """A norm that keeps what PyTorch's kernel for GPUs does: its input and a number for each token."""
+    """RMSNorm that saves the same as PyTorch's GPU kernel: its input, and one number per token."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
@@ -110,14 +110,14 @@ def _run_norm_as_on_gpu(norm: nn.Module, hidden: Tensor) -> Tensor:
 def measure_layers(
     config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None, *, on_gpu: bool = True
 ) -> LayerMemory:
-    """Run one and two layers of a backbone and count what the backward pass needs.
+    """Run one and two layers of a backbone and count what autograd saves.
 
     Args:
-        config: the backbone's.
-        dtype: of weights and activations.
+        config: the backbone's transformers config.
+        dtype: dtype of weights and activations.
         attention: transformers' attention implementation.
-        lora: of stage 1; None = gradients flow through the input embeddings alone, as in stage 2.
-        on_gpu: count what a GPU's norms keep, instead of a CPU's.
+        lora: the adapter that trains; None = only the input embeddings get gradients, as in stage 2.
+        on_gpu: count the norms of a GPU instead of a CPU.
     """
     saved, adapters = [], []
     for layers in (1, 2):
@@ -150,7 +150,7 @@ def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) 
 
 
 def _count_saved(decoder: PackedDecoder, width: int, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd keeps of a forward pass over one row, weights not counted."""
+    """Return the bytes that autograd saves in a forward pass over one row, without weights."""
     module = decoder.module
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
     saved: dict[int, int] = {}
@@ -165,7 +165,7 @@ def _count_saved(decoder: PackedDecoder, width: int, dtype: torch.dtype) -> int:
     positions = torch.arange(TRIAL_TOKENS)
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         hidden = run_tree(decoder, embeds, torch.full_like(positions, TAIL), positions, Mirrored.of([TRIAL_TOKENS]))
-        assert hidden.requires_grad  # the graph, and so what it keeps, is alive until here
+        assert hidden.requires_grad  # keeps the graph and its saved tensors alive until here
     return sum(saved.values())
 
 
@@ -185,25 +185,25 @@ def plan_memory(
     """Return the memory of a step's largest micro-batch.
 
     Args:
-        shape: of the decoder.
-        layers: what ``measure_layers`` found.
+        shape: the decoder's sizes.
+        layers: result of ``measure_layers``.
         weights: bytes of the whole backbone.
-        other_trainable: trainable numbers beside the adapters.
-        tree_tokens, prefix_tokens: tokens of the micro-batch, with gradient and without.
-        keys: places that attention lays keys out at: copies of what stands before rows or branches included.
-        element_size: bytes of a number.
-        checkpointing: whether layers are recomputed.
-        weight_shards: processes that share the frozen weights (ZeRO-3).
+        other_trainable: trainable parameters besides the adapters.
+        tree_tokens, prefix_tokens: tokens of the micro-batch with and without gradients.
+        keys: keys that attention lays out, including copies of those before rows or branches.
+        element_size: bytes of an element.
+        checkpointing: whether activation checkpointing is on.
+        weight_shards: number of ranks that share the frozen weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
     layer_activations = layers.per_layer * tree_tokens
-    # Keys and values at their places are not kept, but laid out again in the backward pass.
+    # Laid-out keys and values are not saved, but recomputed in the backward pass.
     layer_working = layer_activations + 2 * shape.key_width * (keys - tree_tokens) * element_size
     if checkpointing:
         saved, working = shape.num_layers * layers.inputs * tree_tokens, layer_working
     else:
         saved, working = shape.num_layers * layer_activations, 0.0
-    # On the way back the gradients of one layer's activations stand beside them, about as much again.
+    # In the backward pass the gradients of one layer's activations take about as much again.
     working += layer_working
     trainable = layers.adapters * shape.num_layers + other_trainable
     return MemoryPlan(
@@ -215,6 +215,6 @@ def plan_memory(
 
 
 def find_fitting_tokens(plan: MemoryPlan, tokens: int, gpu_bytes: float) -> int:
-    """Return how many tokens fit a GPU if ``tokens`` of them take what a plan says; 0 if the weights alone do not."""
+    """Return how many tokens fit a GPU, given the plan for ``tokens`` tokens; 0 if the weights alone do not fit."""
     free = USABLE_SHARE["cuda"] * gpu_bytes - plan.weights - plan.state
     return max(0, int(free / ((plan.activations + plan.working) / tokens)))

@@ -1,4 +1,4 @@
-"""What to say where a loss or a gradient is no finite number. Gathered only then: a good step pays nothing for it."""
+"""Error and message for a loss or gradient that is not finite. Gathered only then, so a good step costs nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_SHOWN_ROWS = 20
 
 
 class NonFiniteError(CollmError):
-    """The loss or a gradient is no finite number; nothing was updated with it."""
+    """The loss or a gradient is not finite; no weight was updated."""
 
     exit_code = 4
     is_common = True
@@ -24,13 +24,13 @@ class NonFiniteError(CollmError):
 def describe_nonfinite(
     step: int, block: ContextBlock, batches: Sequence[PromptBatch], finite_flags: Sequence[Tensor]
 ) -> str:
-    """Return where the numbers of a step are not finite, by process and row id. Collective.
+    """Describe which micro-batches of a step are not finite, by process and row id. Collective.
 
     Args:
-        step: in question.
+        step: number of the step.
         block: its rows.
-        batches: this process's micro-batches.
-        finite_flags: whether each of them is.
+        batches: this rank's micro-batches.
+        finite_flags: whether each of them is finite.
     """
     bad = [
         batch.row_ids[batch.weights > 0]

@@ -1,4 +1,4 @@
-"""Items as the language model gets them: their mapped vectors, with titles, for TensorBoard's projector."""
+"""Item vectors for TensorBoard's projector: as the CF model has them, and as the language model gets them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.slot_mapping import map_vectors
 from collm_dist.tuning.loaded_stage import LoadedStage
 
-# Later than any row: what serves rows after the last fold.
+# Later than any row: selects the CF model of rows after the last fold.
 _LATEST = 2**62
 
 
 def write_projector_items(
     folder: Path, data_dir: Path, loaded: LoadedStage, weights: dict[str, Tensor], max_items: int
 ) -> None:
-    """Write the vectors of the items that training rows name most often, before and after the mapping.
+    """Write the CF vectors and the mapped vectors of the most frequent training items.
+
+    Does nothing if no slot reads CF vectors.
 
     Args:
-        folder: of the stage's event files.
-        data_dir: of the run.
-        loaded: stage 2; where no slot reads collaborative vectors, there is nothing to write.
-        weights: what it trained, by name, whole and on the CPU.
+        folder: folder of the stage's event files.
+        data_dir: the run's data folder.
+        loaded: stage 2's model.
+        weights: full trained weights on the CPU, by parameter name.
         max_items: most items.
     """
     if "slot_mapper.cf.out.weight" not in weights:
@@ -41,7 +43,7 @@ def write_projector_items(
     trained = {
         name.removeprefix("cf_model."): weight for name, weight in weights.items() if name.startswith("cf_model.")
     }
-    if trained:  # the best step's, where the model itself has the last step's
+    if trained:  # of the best step; the model has the last step's
         cf_model = copy.deepcopy(cf_model)
         cf_model.load_state_dict(trained, strict=False)
     with torch.no_grad():
@@ -65,7 +67,7 @@ def write_projector_items(
 
 
 def count_train_rows(data_dir: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return (num_items,) training rows and likes of each item, real ones alone; reads one bucket after the other."""
+    """Return two (num_items,) arrays: each item's training rows and likes, without sampled negatives."""
     manifest = load_manifest(data_dir)
     rows, likes = np.zeros((2, manifest.num_items), dtype=np.int64)
     for bucket in manifest.buckets:

@@ -1,4 +1,4 @@
-"""Running a stage: from what the steps before left, or its own last checkpoint, to its product and summary."""
+"""A tuning stage from start to finish: skip, resume or train; then product and summary."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def build_loop(
 def _build_monitors(
     config: Config, folder: Path, start_step: int, total_steps: int
 ) -> tuple[monitoring.RunLogger, monitoring.StepProfiler]:
-    """Return what shows the training; the first process alone shows anything."""
+    """Return logger and profiler; only those of rank 0 write."""
     settings, is_main = config.monitoring, get_rank() == 0
     textfile = None
     if is_main and settings.prometheus_dir is not None:
@@ -179,7 +179,7 @@ def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order:
     budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device)
     if get_rank() == 0:
         print(
-            f"max_tokens_per_micro_batch: {budget.tokens:,} (auto: {budget.bytes_per_token / 2**20:.2f} MiB a token, "
+            f"max_tokens_per_micro_batch: {budget.tokens:,} (auto: {budget.bytes_per_token / 2**20:.2f} MiB per token, "
             f"{budget.free_bytes / 2**30:.1f} GiB free)"
         )
     return budget.tokens
@@ -188,7 +188,7 @@ def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order:
 def _build_engine(
     config: Config, settings: StageConfig, loaded: LoadedStage, state: TrainingState | None, folder: Path
 ) -> TuningEngine:
-    """Wrap a stage's model and save the effective DeepSpeed configuration beside its checkpoints."""
+    """Wrap the model and write the effective DeepSpeed config to the stage's folder."""
     deepspeed_config = build_deepspeed_config(
         zero_stage=config.cluster.zero_stage,
         bfloat16=loaded.backbone.model.dtype == torch.bfloat16,
@@ -209,7 +209,7 @@ def _build_engine(
 
 
 def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
-    """Take back the record of a stage that is to be redone, and with force its checkpoints too."""
+    """Withdraw the stage's record before it is redone; with force, delete its checkpoints too."""
     if get_rank() == 0:
         run_dir.withdraw(name)
         if force:
@@ -219,7 +219,7 @@ def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
 
 
 def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tuple[GlobalOrder, GlobalOrder]:
-    """Return a stage's training and validation rows in their order."""
+    """Return the global orders of a stage's training and validation rows."""
     data_dir = run_dir.step_dir("data")
     manifest, local_shards = load_manifest(data_dir), build_local_shards(config, data_dir)
     train = GlobalOrder(

@@ -1,4 +1,4 @@
-"""Scoring a split with all processes: every row once, none twice, none lost."""
+"""Distributed scoring of a split: every row exactly once."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ AUTO_TOKENS = {"cuda": 16384, "cpu": 2048}
 def score_split(
     loaded: LoadedStage, order: GlobalOrder, max_tokens: int | Literal["auto"], *, shuffle_slots_seed: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Score every row of an order; collective, and complete on every process.
+    """Score every row of an order. Collective; every rank returns all scores.
 
     Args:
-        loaded: a stage's model with its collator.
-        order: of the rows, unshuffled.
+        loaded: a stage's model.
+        order: the rows, unshuffled.
         max_tokens: see ``evaluation.max_tokens_per_micro_batch``.
-        shuffle_slots_seed: give every slot the input of another row's (the text stays): the ablation that asks what the
-            slots' content brings.
+        shuffle_slots_seed: ablation: fill every slot from another row (see ``shuffle_slots``); None = off.
 
     Returns:
-        (N,) row ids and (N,) scores, in the order of the batches.
+        (N,) row ids, sorted, and (N,) scores.
     """
     if max_tokens == "auto":
         max_tokens = AUTO_TOKENS[loaded.device.type]
@@ -62,7 +61,11 @@ def score_batches(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score an order with a model in evaluation mode; see ``score_split``.
 
-    ``collator`` is one for scoring, ``on_batch`` is called after each batch.
+    Args:
+        model, device: the model and its device.
+        collator: a collator for scoring.
+        order, max_tokens, shuffle_slots_seed: see ``score_split``.
+        on_batch: called after each micro-batch.
     """
     row_ids, weights, scores = [], [], []
     for step_batch in iter_step_batches(order.iter_batches(), collator, max_tokens, device):
@@ -88,16 +91,16 @@ def _gather(
 
 
 def shuffle_slots(batch: PromptBatch, block: ContextBlock, collator: PromptCollator, seed: int) -> PromptBatch:
-    """Return the batch with every slot filled from another row; the text stays.
+    """Return the micro-batch with every slot filled from another row of the block; the text stays.
 
-    Which row that is depends on the block and the seed alone, not on micro-batches or processes: the rows of the block
-    are put in a circle by hash, and each takes what belongs to the one before.
+    The other row depends only on the block and the seed, not on micro-batches or ranks: rows are ordered by hash, and
+    each takes the slots of its predecessor in that circle.
 
     Args:
-        batch: a micro-batch of the block; no prefix has slots.
-        block: where the other rows come from.
-        collator: of the prompts.
-        seed: of the circle.
+        batch: a micro-batch of the block; prefixes have no slots.
+        block: the global batch.
+        collator: lays out the prompts.
+        seed: seed of the hash.
     """
     by_hash = np.argsort(hash_integers(seed, block.row_id), kind="stable")
     previous = np.empty_like(by_hash)

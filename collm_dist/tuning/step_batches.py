@@ -1,4 +1,4 @@
-"""Global batches made ready for this process: planned, laid out, and on their way to the device."""
+"""Global batches as this rank's micro-batches, laid out ahead of the model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from collm_dist.prompt_batch import PromptBatch
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A global batch and this process's share of it.
+    """A global batch and this rank's part of it.
 
     Attributes:
-        block: the rows of all processes.
-        micro_batches: on the host, page-locked if they go to a GPU; as many on every process.
+        block: the rows of all ranks.
+        micro_batches: this rank's micro-batches on the host, in pinned memory if they go to a GPU; every rank has the
+            same number.
     """
 
     block: ContextBlock
@@ -36,14 +37,14 @@ def iter_step_batches(
     device: torch.device,
     masking: Masking | None = None,
 ) -> Iterator[StepBatch]:
-    """Lay out global batches ahead of the model, in a thread.
+    """Yield global batches as micro-batches, prefetched in a thread.
 
     Args:
         blocks: the global batches.
-        collator: of the prompts.
+        collator: lays out the prompts.
         max_tokens: most tokens of a micro-batch.
-        device: where the micro-batches go.
-        masking: in training only.
+        device: device that the micro-batches go to.
+        masking: masking of slots, for training.
 
     Raises:
         ConfigError: a single row exceeds ``max_tokens``.

@@ -1,9 +1,9 @@
-"""``max_tokens_per_micro_batch: auto``: the most tokens that fit a forward and backward pass, or fewer if faster.
+"""Token budget of a micro-batch (``max_tokens_per_micro_batch: auto``): the most that fit, or fewer if faster.
 
-Peak memory grows in proportion to a micro-batch's tokens. Trials at sizes that surely fit give the line; where
-it meets the memory that is free is the budget. Nothing is tried that might not fit, so no process can run out of memory
-while others wait for it. A GPU is fastest with as many tokens as fit. A CPU is not, since activations that outgrow its
-caches come from memory again and again: there the smallest of the trials that is nearly the fastest is taken.
+Peak memory grows linearly with a micro-batch's tokens. Trials at sizes that surely fit give the slope, and the free
+memory divided by the slope is the budget. Larger sizes are not tried, so no rank can run out of memory while its peers
+wait. A GPU is fastest with as many tokens as fit. A CPU slows down when activations outgrow its caches, so it takes the
+smallest trial that is nearly the fastest.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from collm_dist.monitoring import PeakMeter
 from collm_dist.prompt_batch import PromptBatch
 
 TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
-# Left for fragmentation, for what libraries take, and on a CPU for everybody else on the machine.
+# Share of the free memory; the rest is for fragmentation, libraries and, on a CPU, other processes.
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
-# float32 gradient, two moments and ZeRO's float32 copy.
+# float32: gradient, two moments, ZeRO's copy of the weight.
 BYTES_PER_TRAINABLE = 16
-# Global batches have as many rows, but not as many tokens; one beyond the budget would be divided for a few tokens.
+# Global batches have equal rows but not equal tokens. The margin avoids a second micro-batch for a few tokens.
 BATCH_TOKENS_MARGIN = 2
-# A CPU takes the smallest of the trials that takes at most so many times as long as the fastest, since memory goes with
-# it. Each is timed so often, in turn, and its best time counts: one pass differs from the next by several percent.
+# A CPU takes the smallest trial within this factor of the fastest one's time, as it needs the least memory. Trials are
+# timed in turn, in several rounds, and their best time counts: single passes differ by several percent.
 SPEED_TOLERANCE = 1.03
 TIMED_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """What was found.
+    """Result of the search.
 
     Attributes:
-        tokens: of a micro-batch at most; the same on all processes.
-        bytes_per_token: that the peak grows by.
-        free_bytes: that a micro-batch may take on this process.
+        tokens: most tokens of a micro-batch; the same on all ranks.
+        bytes_per_token: growth of peak memory.
+        free_bytes: memory that a micro-batch may take on this rank.
     """
 
     tokens: int
@@ -58,10 +58,10 @@ def find_token_budget(
     """Measure forward and backward passes at several sizes. Collective.
 
     Args:
-        model: on the device and not yet wrapped; its gradients stay untouched.
-        collator: of its prompts.
-        block: a global batch; others are taken to have up to ``BATCH_TOKENS_MARGIN`` times as many tokens.
-        device: of this process.
+        model: on the device and not yet wrapped by DeepSpeed; its gradients stay untouched.
+        collator: lays out its prompts.
+        block: a global batch; others are assumed to have up to ``BATCH_TOKENS_MARGIN`` times as many tokens.
+        device: this process's device.
     """
     block = collator.cut_contexts(block)
     counts = collator.count_tokens(block)
@@ -78,7 +78,7 @@ def find_token_budget(
     slope = _fit_slope(trials)
     budget = min(max(free / slope, longest), max(batch_tokens, longest))
     if device.type == "cpu":
-        # Timed once all have run: whichever was the first would be the slowest, with everything new to it.
+        # Timed after all have run once: the first pass of all is slow.
         rounds = [[_measure_seconds(model, trial.batches) for trial in trials] for _ in range(TIMED_ROUNDS)]
         seconds = [min(times) for times in zip(*rounds, strict=True)]
         budget = min(budget, trials[_choose_fastest(seconds)].choose_budget(batch_tokens))
@@ -90,7 +90,7 @@ def find_token_budget(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A budget, the micro-batches that it makes of a global batch, and what the largest took at its peak."""
+    """A budget, the micro-batches that it makes of a global batch, and the peak memory of the largest."""
 
     max_tokens: int
     batches: list[PromptBatch]
@@ -102,14 +102,14 @@ class _Trial:
         return max(batch.num_tokens for batch in self.batches)
 
     def choose_budget(self, batch_tokens: int) -> int:
-        """Return the tokens that do to other global batches what was done here: a whole one is not divided at all."""
+        """Return the budget that divides other global batches alike; an undivided one stays undivided."""
         return batch_tokens if len(self.batches) == 1 else self.max_tokens
 
 
 def _fit_slope(trials: list[_Trial]) -> float:
-    """Return bytes a token from the two largest trials.
+    """Return bytes per token from the two largest trials.
 
-    Never less than a line through zero would say of the larger one: two near measurements may be noisy.
+    At least the largest trial's mean, because the difference of two close measurements is noisy.
     """
     small, large = trials[-2:]
     mean_slope = large.peak_bytes / large.num_tokens
@@ -120,10 +120,10 @@ def _fit_slope(trials: list[_Trial]) -> float:
 
 
 def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
-    """Return the budgets to be tried.
+    """Return the budgets to try.
 
-    On a CPU time and memory are up to the tokens that train, so these are as many whatever share of a micro-batch they
-    are; a GPU, where a trial must surely fit, is asked about all tokens.
+    On a CPU, time and memory depend on the tokens that train, so the sizes count only these. On a GPU, where a trial
+    must surely fit, the sizes count all tokens.
     """
     share = 1.0
     if device.type == "cpu" and counts.prefix.any():
@@ -133,7 +133,7 @@ def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
 
 
 def _choose_fastest(seconds: list[float]) -> int:
-    """Return the first of the trials that is nearly the fastest; the smallest stands first."""
+    """Return the index of the first (smallest) trial that is nearly the fastest."""
     return next(index for index, time_taken in enumerate(seconds) if time_taken <= SPEED_TOLERANCE * min(seconds))
 
 

@@ -1,4 +1,4 @@
-"""What TensorBoard makes of the files of a run: read back by TensorBoard's own code."""
+"""TensorBoard files of a run, read back by TensorBoard's own code."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from collm_dist.monitoring import tags
 
 
 def open_board(logdir) -> TBContext:
-    """What TensorBoard's plugins get for a folder of runs."""
+    """Return the context of TensorBoard's plugins for a folder of runs."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
     multiplexer.Reload()
     provider = MultiplexerDataProvider(multiplexer, str(logdir))
@@ -28,7 +28,7 @@ def open_board(logdir) -> TBContext:
 
 
 def read_scalars(folder, tag):
-    """Steps and values in the event files of a step that trains."""
+    """Return (step, value) pairs of a tag in a step's event files."""
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     return [(point.step, point.value) for point in events.Scalars(tag)]
 
@@ -42,53 +42,55 @@ def log_training(folder, values):
         start_step=0,
         total_steps=9,
     )
-    for step, one in enumerate(values, start=1):
-        logger.log(step, one)
+    for step, point in enumerate(values, start=1):
+        logger.log(step, point)
     logger.close()
 
 
 def list_sessions(board):
-    """The rows of the hyper-parameter table."""
+    """Return the experiment and the rows of the hyperparameter table."""
     context = backend_context.Context(board)
-    found = get_experiment.Handler(RequestContext(), context, "", api_pb2.GetExperimentRequest()).run()
+    experiment = get_experiment.Handler(RequestContext(), context, "", api_pb2.GetExperimentRequest()).run()
     request = api_pb2.ListSessionGroupsRequest(
         slice_size=99,
         allowed_statuses=api_pb2.Status.values(),
         col_params=[
-            *(api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in found.hparam_infos),
-            *(api_pb2.ColParams(metric=info.name) for info in found.metric_infos),
+            *(api_pb2.ColParams(hparam=info.name, include_in_result=True) for info in experiment.hparam_infos),
+            *(api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos),
         ],
     )
-    return found, list_session_groups.Handler(RequestContext(), context, "", request).run().session_groups
+    return experiment, list_session_groups.Handler(RequestContext(), context, "", request).run().session_groups
 
 
 def test_custom_scalars_are_laid_out_once_for_all_steps(tmp_path):
     for stage in ("stage1", "stage2"):
         log_training(tmp_path / stage, [{tags.TRAIN_LOSS: 0.7, tags.VALID_AUC: 0.6}])
     layout = json.loads(CustomScalarsPlugin(open_board(tmp_path)).layout_impl(RequestContext(), ""))
-    charts = {one["title"]: {chart["title"]: chart["multiline"]["tag"] for chart in one["chart"]}
-              for one in layout["category"]}  # fmt: skip
-    assert list(charts) == ["loss", "quality", "speed", "memory"]
-    assert {title: list(found) for title, found in charts.items()} == {
-        title: list(found) for title, found in tags.LAYOUT.items()
+    charts = {
+        category["title"]: {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
+        for category in layout["category"]
     }
-    # Each number that is logged is on a chart, and a chart shows no number but its own.
+    assert list(charts) == ["loss", "quality", "speed", "memory"]
+    assert {title: list(category) for title, category in charts.items()} == {
+        title: list(category) for title, category in tags.LAYOUT.items()
+    }
+    # Every logged tag is on a chart, and a chart shows only its own tags.
     logged = {value for name, value in vars(monitoring).items() if name.isupper()}
-    patterns = [pattern for one in charts.values() for found in one.values() for pattern in found]
+    patterns = [pattern for category in charts.values() for chart in category.values() for pattern in chart]
     for tag in logged:
         assert any(re.match(pattern, tag) for pattern in patterns), tag
-    for title, one in charts.items():
-        for chart, found in one.items():
-            shown = {tag for tag in logged if any(re.match(pattern, tag) for pattern in found)}
+    for title, category in charts.items():
+        for chart, patterns in category.items():
+            shown = {tag for tag in logged if any(re.match(pattern, tag) for pattern in patterns)}
             assert shown == set(tags.LAYOUT[title][chart])
     for stage in ("stage1", "stage2"):
         assert read_scalars(tmp_path / stage, tags.TRAIN_LOSS) == [(1, pytest.approx(0.7))]
 
 
-def test_runs_are_rows_of_the_hyper_parameter_table(tmp_path):
+def test_runs_are_rows_of_the_hyperparameter_table(tmp_path):
     for number, rate in enumerate((1e-3, 1e-4)):
         settings = {"stage2.learning_rate": rate, "cf.model": "mf", "stage1.enabled": True}
-        if number == 1:  # of a later release
+        if number == 1:  # a later release
             settings["new.setting"] = "x"
         shown = monitoring.RunSettings(f"runs/{number}", settings, {"final/stage2_test_auc": 0.6 + number / 10})
         monitoring.log_report(tmp_path / str(number) / "eval", "# Report", {}, shown)
@@ -105,7 +107,7 @@ def test_runs_are_rows_of_the_hyper_parameter_table(tmp_path):
     assert rows["runs/1"].metric_values[0].value == pytest.approx(0.7)
 
 
-def test_names_in_the_projector_keep_to_their_cells(tmp_path):
+def test_projector_titles_stay_in_their_cells(tmp_path):
     titles = ["Tab\there", "Two\r\nlines", "  ", "Amélie\u2028"]
     vectors = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
     monitoring.write_projector(
@@ -116,10 +118,13 @@ def test_names_in_the_projector_keep_to_their_cells(tmp_path):
         ],
         {"title": titles, "rows": [4, 3, 2, 1]},
     )
-    (tmp_path / "run" / "events.out.tfevents.0.x").touch()  # what makes it a run
+    (tmp_path / "run" / "events.out.tfevents.0.x").touch()  # TensorBoard lists folders with event files
     apps = ProjectorPlugin(open_board(tmp_path)).get_plugin_apps()
     config = Client(apps["/info"]).get("?run=run").json
-    assert [one["tensorName"] for one in config["embeddings"]] == ["items, as mapped", "items, collaborative"]
+    assert [embedding["tensorName"] for embedding in config["embeddings"]] == [
+        "items, as mapped",
+        "items, collaborative",
+    ]
     assert config["embeddings"][0]["tensorShape"] == [4, 3]
     data = Client(apps["/tensor"]).get("?run=run&name=items, as mapped").data
     assert np.frombuffer(data, dtype=np.float32).reshape(4, 3) == pytest.approx(vectors, rel=1e-4)
@@ -135,21 +140,21 @@ def test_a_finished_run_in_tensorboard(finished_run):
     assert {"report/calibration-valid", "report/calibration-test", "report/training"} <= set(images)
     _, groups = list_sessions(board)
     report = json.loads((finished_run / "eval" / "report.json").read_text())
-    wanted = {
+    expected = {
         f"final/{row['model']}_{row['split']}_{name}": row[name]
         for row in report["rows"]
         for name in ("auc", "uauc", "logloss")
         if row["slice"] == "all" and row["model"] in ("cf", "stage1", "stage2") and row["split"] != "train"
     }
-    assert len(wanted) == 18
-    assert {one.name.tag: one.value for one in groups[0].metric_values} == pytest.approx(wanted)
+    assert len(expected) == 18
+    assert {metric.name.tag: metric.value for metric in groups[0].metric_values} == pytest.approx(expected)
     assert groups[0].hparams["lora.rank"].number_value == 2
     assert groups[0].hparams["prompt.stage1"].string_value.startswith("Liked: <ItemTitleList>")
     for stage in ("stage1", "stage2"):
         assert [step for step, _ in read_scalars(finished_run / stage, tags.STEP_SECONDS)] == [1, 2, 3, 4]
 
 
-def test_the_projector_shows_what_stage_2_maps_items_to(finished_run):
+def test_projector_shows_mapped_items_of_stage_2(finished_run):
     import safetensors.torch
     import torch
 
@@ -157,12 +162,12 @@ def test_the_projector_shows_what_stage_2_maps_items_to(finished_run):
     query = "?run=stage2/tensorboard&name="
     lines = Client(apps["/metadata"]).get(query + "items, as mapped").text.splitlines()
     names = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
-    rows = [int(one["training rows"]) for one in names]
+    rows = [int(item["training rows"]) for item in names]
     assert rows == sorted(rows, reverse=True)
     assert rows[-1] >= 1
     train = json.loads((finished_run / "data" / "manifest.json").read_text())["splits"]["train"]
     assert sum(rows) == train["rows"]
-    assert {"Amélie — 2001", "千と千尋の神隠し"} <= {one["title"] for one in names}
+    assert {"Amélie — 2001", "千と千尋の神隠し"} <= {item["title"] for item in names}
     items, mapped = (
         np.frombuffer(Client(apps["/tensor"]).get(query + name).data, dtype=np.float32).reshape(len(names), -1)
         for name in ("items, collaborative", "items, as mapped")
@@ -172,7 +177,7 @@ def test_the_projector_shows_what_stage_2_maps_items_to(finished_run):
     module = torch.nn.Sequential(torch.nn.Linear(*reversed(layers["hidden.weight"].shape)), torch.nn.ReLU(),
                                  torch.nn.Linear(*reversed(layers["out.weight"].shape)))  # fmt: skip
     module.load_state_dict(
-        {f"{0 if 'hidden' in name else 2}.{name.split('.')[1]}": one for name, one in layers.items()}
+        {f"{0 if 'hidden' in name else 2}.{name.split('.')[1]}": weight for name, weight in layers.items()}
     )
     with torch.no_grad():
         expected = module(torch.from_numpy(items.copy())).numpy()

@@ -1,4 +1,4 @@
-"""A profiler's trace of some steps: whole, readable, and without a trace in the results."""
+"""Profiler traces: complete, readable, without effect on results."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def run_steps(profiler, steps):
     profiler.stop()
 
 
-def test_the_steps_asked_for_are_in_the_trace(tmp_path):
+def test_trace_holds_the_selected_steps(tmp_path):
     folder = tmp_path / "stage1" / "profile"
     run_steps(StepProfiler(folder, (2, 3), start_step=0, total_steps=5), range(1, 6))
     assert sorted(path.name for path in folder.iterdir()) == ["steps-2-3.operators.txt", "steps-2-3.pt.trace.json.gz"]
@@ -38,34 +38,34 @@ def test_the_steps_asked_for_are_in_the_trace(tmp_path):
     assert "Self CPU" in table
 
 
-def test_training_that_ends_early_leaves_what_there_is(tmp_path):
+def test_early_end_writes_a_partial_trace(tmp_path):
     run_steps(StepProfiler(tmp_path / "profile", (2, 9), start_step=0, total_steps=9), range(1, 4))
     assert {"step 2", "step 3"} <= read_trace(tmp_path / "profile" / "steps-2-3.pt.trace.json.gz")
 
 
 @pytest.mark.parametrize("start, total", [(2, 9), (0, 1)])
-def test_steps_that_do_not_come_are_said_to(tmp_path, caplog, start, total):
+def test_warns_of_steps_that_will_not_run(tmp_path, caplog, start, total):
     with caplog.at_level(logging.WARNING):
         profiler = StepProfiler(tmp_path / "stage2" / "profile", (2, 4), start_step=start, total_steps=total)
     run_steps(profiler, range(start + 1, total + 1))
-    assert "stage2 has no step 2 to come" in caplog.text
+    assert "step 2 of stage2 will not run" in caplog.text
     assert not (tmp_path / "stage2").exists()
 
 
 @pytest.mark.parametrize("given", ["[10, 12]", "10-12", "10 - 12"])
-def test_ways_to_write_the_steps(repository, given):
+def test_notations_of_a_step_range(repository, given):
     config = load_config(repository / "configs" / "tiny_cpu.yaml", [f"monitoring.profile_steps={given}"])
     assert config.monitoring.profile_steps == (10, 12)
 
 
 @pytest.mark.parametrize("given", ["0-2", "[3, 2]", "[1, 51]", "7", "[1.5, 2]", "[1, 2, 3]", "a-b", "[true, 2]"])
-def test_steps_that_are_none_are_refused(repository, given):
+def test_invalid_step_ranges_are_refused(repository, given):
     with pytest.raises(ConfigError, match=r"monitoring.profile_steps: .* is not a range of steps: write \[10, 12\]"):
         load_config(repository / "configs" / "tiny_cpu.yaml", [f"monitoring.profile_steps={given}"])
 
 
-def test_a_profiled_stage_comes_out_the_same(finished_run, tmp_path):
-    """Both ways from the same data: every metric and every weight."""
+def test_profiling_changes_no_result(finished_run, tmp_path):
+    """Same metrics and weights from the same data."""
     from collm_dist.tuning.run_stage import run_stage
 
     run_dir = RunDir(tmp_path / "run")

@@ -15,10 +15,10 @@ from collm_dist.runs.status import RunStatus
 
 
 def read_samples(path):
-    """Value by name and the labels that are not the run's."""
+    """Return values by gauge name and labels, without the run label."""
     families = text_string_to_metric_families(path.read_text(encoding="utf-8"))
     samples = {}
-    for sample in (one for family in families for one in family.samples):
+    for sample in (sample for family in families for sample in family.samples):
         labels = {key: value for key, value in sample.labels.items() if key != "run"}
         assert sample.labels["run"] == "runs/mine"
         samples[sample.name, *labels.values()] = sample.value
@@ -31,18 +31,18 @@ def test_training_gauges_are_in_base_units(tmp_path):
     textfile.update(20, {tags.TRAIN_LOSS: 0.6, tags.STEP_SECONDS: 1.5, tags.PEAK_MEMORY: 2.5})
     textfile.update(20, {tags.VALID_AUC: 0.61, tags.VALID_UAUC: 0.58})
     assert [path.name for path in tmp_path.iterdir()] == ["runs-mine-stage1.prom"]
-    found = read_samples(tmp_path / "runs-mine-stage1.prom")
-    assert found["collm_training_loss", "stage1"] == 0.6
-    assert found["collm_training_steps", "stage1"] == 20
-    assert found["collm_training_planned_steps", "stage1"] == 40
-    assert found["collm_training_step_seconds", "stage1"] == 1.5
-    assert found["collm_memory_peak_bytes", "stage1"] == 2.5 * 2**30
-    assert found["collm_valid_auc", "stage1"] == 0.61
-    assert found["collm_training_grad_norm", "stage1"] == 3.0  # of the last time it was told
-    assert found["collm_training_updated_timestamp_seconds", "stage1"] == pytest.approx(time.time(), abs=60)
+    samples = read_samples(tmp_path / "runs-mine-stage1.prom")
+    assert samples["collm_training_loss", "stage1"] == 0.6
+    assert samples["collm_training_steps", "stage1"] == 20
+    assert samples["collm_training_planned_steps", "stage1"] == 40
+    assert samples["collm_training_step_seconds", "stage1"] == 1.5
+    assert samples["collm_memory_peak_bytes", "stage1"] == 2.5 * 2**30
+    assert samples["collm_valid_auc", "stage1"] == 0.61
+    assert samples["collm_training_grad_norm", "stage1"] == 3.0  # the last reported value
+    assert samples["collm_training_updated_timestamp_seconds", "stage1"] == pytest.approx(time.time(), abs=60)
 
 
-def test_every_number_of_training_has_a_gauge(tmp_path):
+def test_every_tag_has_a_gauge(tmp_path):
     textfile = TrainingTextfile(tmp_path, run="runs/mine", step="cf", total_steps=1)
     logged = [value for name, value in vars(tags).items() if name.isupper() and isinstance(value, str)]
     textfile.update(1, dict.fromkeys(logged, 1.0))
@@ -55,35 +55,35 @@ def test_state_follows_the_status(tmp_path):
     assert not path.exists()
     status.begin()
     status.enter("cf")
-    status.restart(WorkerLostError("a worker is gone"))
-    found = read_samples(path)
-    assert [found["collm_run_state", state] for state in STATES] == [1, 0, 0, 0, 0, 0]
-    assert (found["collm_run_step", "data"], found["collm_run_step", "cf"]) == (0, 1)
-    assert found["collm_run_restarts",] == 1
-    assert ("collm_run_exit_code",) not in found
-    assert found["collm_run_heartbeat_timestamp_seconds",] == pytest.approx(time.time(), abs=60)
+    status.restart(WorkerLostError("a worker died"))
+    samples = read_samples(path)
+    assert [samples["collm_run_state", state] for state in STATES] == [1, 0, 0, 0, 0, 0]
+    assert (samples["collm_run_step", "data"], samples["collm_run_step", "cf"]) == (0, 1)
+    assert samples["collm_run_restarts",] == 1
+    assert ("collm_run_exit_code",) not in samples
+    assert samples["collm_run_heartbeat_timestamp_seconds",] == pytest.approx(time.time(), abs=60)
     status.end(decision={"state": "rejected", "reason": "no better"})
-    found = read_samples(path)
-    assert [state for state in STATES if found["collm_run_state", state]] == ["rejected"]
-    assert found["collm_run_exit_code",] == 0
-    status.end(describe_error(WorkerLostError("a worker is gone")))
-    found = read_samples(path)
-    assert [state for state in STATES if found["collm_run_state", state]] == ["failed"]
-    assert found["collm_run_exit_code",] == WorkerLostError.exit_code
+    samples = read_samples(path)
+    assert [state for state in STATES if samples["collm_run_state", state]] == ["rejected"]
+    assert samples["collm_run_exit_code",] == 0
+    status.end(describe_error(WorkerLostError("a worker died")))
+    samples = read_samples(path)
+    assert [state for state in STATES if samples["collm_run_state", state]] == ["failed"]
+    assert samples["collm_run_exit_code",] == WorkerLostError.exit_code
 
 
-def test_a_run_goes_on_without_its_gauges(tmp_path, caplog):
-    textfile = TrainingTextfile(tmp_path / "gone", run="runs/mine", step="cf", total_steps=1)
+def test_a_run_continues_without_its_gauges(tmp_path, caplog):
+    textfile = TrainingTextfile(tmp_path / "missing", run="runs/mine", step="cf", total_steps=1)
     with caplog.at_level(logging.WARNING):
         for step in (1, 2):
             textfile.update(step, {tags.TRAIN_LOSS: 1.0})
     assert len(caplog.records) == 1
-    assert "the run goes on without" in caplog.text
+    assert "the run continues without" in caplog.text
 
 
-def test_a_folder_that_cannot_be_one_is_refused(tmp_path, repository):
+def test_an_invalid_folder_is_refused(tmp_path, repository):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"prometheus_dir: '.*file' cannot be made .* give a folder"):
+    with pytest.raises(ConfigError, match=r"prometheus_dir: '.*file' cannot be created .* name a writable"):
         check_textfile_dir(str(tmp_path / "file"))
     check_textfile_dir(str(tmp_path / "new" / "folder"))
     assert (tmp_path / "new" / "folder").is_dir()
