@@ -1,8 +1,8 @@
-"""``launch/train.py`` with one thing wrong: FAULT says what.
+"""``launch/train.py`` with a fault, selected by the variable FAULT.
 
-nan:<row>     a training row's score is no number
-raise:<rank>  a process raises an error of its own in its third training pass
-hang:<rank>   a process stands still there
+nan:<row>     the score of a training row is NaN
+raise:<rank>  a rank raises an error in its third training pass
+hang:<rank>   a rank hangs there
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def break_down(module, arguments, output):
         return output.masked_fill(arguments[0].row_ids == int(NUMBER), torch.nan)
     if next(PASSES) == 3 and os.environ["RANK"] == NUMBER:
         if KIND == "raise":
-            raise ValueError("this process alone has a fault")
+            raise ValueError("only this rank has a fault")
         time.sleep(3600)
     return None
 

@@ -1,4 +1,4 @@
-"""A run whose data and CF steps are done, for tests of tuning."""
+"""Fixtures of the tuning tests: a run with finished data and CF steps, and helpers that run commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def prepared_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
-    """Return (folder, overrides) of a run with data and CF."""
+    """Return (folder, overrides) of a run whose data and CF steps are done."""
     from collm_dist.orchestration.cluster import connect_ray
     from collm_dist.orchestration.preprocess import run_preprocess
     from collm_dist.orchestration.pretrain import run_pretrain
@@ -50,13 +50,13 @@ def copy_run(prepared_run, tmp_path):
     return copy
 
 
-# Of a stage that crosses validations and checkpoints, with something random in it.
+# Arguments of a stage that crosses validations and checkpoints and has random dropout.
 STAGE1 = ["--stage", "1", "lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10"]
 
 
 @pytest.fixture(scope="session")
 def whole(prepared_run, tmp_path_factory):
-    """The folder of a run of STAGE1 on one process that nothing has disturbed."""
+    """Return the folder of an undisturbed run of STAGE1 on one process."""
     folder, overrides = prepared_run
     copied = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(folder, copied)
@@ -71,7 +71,7 @@ LONGER = ["lora.dropout=0.3", "stage1.max_steps=30", "stage1.eval_every_steps=10
 
 @pytest.fixture(scope="session")
 def one_process(prepared_run, tmp_path_factory):
-    """Return the run directory of a whole pipeline of LONGER whose tuning was one process, without Ray."""
+    """Return the run directory of a pipeline of LONGER, tuned by one process without Ray."""
     folder, overrides = prepared_run
     copied = tmp_path_factory.mktemp("one") / "run"
     shutil.copytree(folder, copied)
@@ -80,13 +80,13 @@ def one_process(prepared_run, tmp_path_factory):
 
 
 def read_status(folder: Path) -> dict:
-    """Return what a run says of itself."""
+    """Return a run's status."""
     return json.loads((folder / "status.json").read_text())
 
 
 def assert_same_report(ours: Path, other: Path, tolerance: float = 1e-4) -> None:
-    """Every model's metrics on every split; two rows of nearly equal score that change places move AUC by 1.3e-5."""
-    a, b = (json.loads((one / "eval" / "report.json").read_text())["rows"] for one in (ours, other))
+    """Compare every model's metrics on every split. Swapping two rows of nearly equal score moves AUC by 1.3e-5."""
+    a, b = (json.loads((run / "eval" / "report.json").read_text())["rows"] for run in (ours, other))
     assert len(a) == len(b) > 3
     for left, right in zip(a, b, strict=True):
         assert left.keys() == right.keys()
@@ -111,7 +111,7 @@ def start(command: list[str], arguments: list[str], **options) -> subprocess.Pop
 
 
 def run(command: list[str], arguments: list[str]) -> str:
-    """Run a command to its end, which must be a good one."""
+    """Run a command to its end; it must succeed."""
     process = start(command, arguments)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -119,13 +119,13 @@ def run(command: list[str], arguments: list[str]) -> str:
 
 
 def read_series(folder: Path, stage: str, tag: str) -> list[float]:
-    """Return a tag's values in the order of the steps."""
+    """Return a tag's values in step order."""
     lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
     return [line[tag] for line in sorted(lines, key=lambda line: line["step"]) if tag in line]
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, stage: str, step: int) -> None:
-    """Wait until a run that is still at work has logged a step."""
+    """Wait until a running stage has logged a step."""
     log = folder / stage / "metrics.jsonl"
     while not log.exists() or f'"step": {step},' not in log.read_text():
         assert process.poll() is None, process.stdout.read()

@@ -1,4 +1,4 @@
-"""What goes wrong on real machines, done to real processes: each run ends as if nothing had happened."""
+"""Faults of real machines on real processes: a rerun ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRODUCT = "stage1/adapter/adapter_model.safetensors"
 def assert_same_end(folder, whole):
     assert_same_training(folder, whole, stages=("stage1",), tolerance=0.0)
     assert (folder / PRODUCT).read_bytes() == (whole / PRODUCT).read_bytes()
-    ours, theirs = (json.loads((one / "stage1" / "summary.json").read_text()) for one in (folder, whole))
+    ours, theirs = (json.loads((run / "stage1" / "summary.json").read_text()) for run in (folder, whole))
     for key in ("best_valid", "last_train", "global_steps", "content_hash"):
         assert ours[key] == theirs[key], key
 
@@ -31,8 +31,8 @@ def list_checkpoints(folder):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_stops_at_the_next_step_and_damage_goes_one_checkpoint_back(copy_run, whole, name):
-    """Asked to stop: checkpoint and code 75. Then the newest checkpoint is damaged, in one way or the other."""
+def test_a_signal_stops_after_the_step_and_damage_falls_back_one_checkpoint(copy_run, whole, name):
+    """A stop request writes a checkpoint and exits with 75. Then the newest checkpoint is damaged in two ways."""
     folder, overrides = copy_run("run")
     process = start(PYTHON, [*overrides, *STAGE1])
     wait_for_step(process, folder, "stage1", 5)
@@ -51,7 +51,7 @@ def test_a_signal_stops_at_the_next_step_and_damage_goes_one_checkpoint_back(cop
 
 
 def test_a_full_disk_then_space(copy_run, whole, tmp_path):
-    """The run directory's file system is full when a checkpoint is due; later there is space."""
+    """The file system is full when a checkpoint is due; later it has space."""
     folder, overrides = copy_run("run")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -79,8 +79,8 @@ def test_a_full_disk_then_space(copy_run, whole, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_checkpoints_by_the_clock(copy_run, whole):
-    """No step is due for one, but the time is: by the first process's clock, on both."""
+def test_checkpoints_by_time(copy_run, whole):
+    """Checkpoints due by time alone, by rank 0's clock on both ranks."""
     folder, overrides = copy_run("run")
     settings = ["stage1.checkpoint_every_steps=100", "stage1.checkpoint_every_minutes=1e-4"]
     process = start(TORCHRUN, [*overrides, *STAGE1, *settings], start_new_session=True)
@@ -88,7 +88,7 @@ def test_checkpoints_by_the_clock(copy_run, whole):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert list_checkpoints(folder)
-    run(PYTHON, [*overrides, *STAGE1])  # what two processes have begun, one ends
+    run(PYTHON, [*overrides, *STAGE1])  # started by two processes, finished by one
     assert_same_training(folder, whole, stages=("stage1",))
 
 
@@ -96,7 +96,7 @@ PIPELINE = [sys.executable, "launch/run_pipeline.py"]
 
 
 def find_tuning(pipeline) -> psutil.Process:
-    """The process that a pipeline has started for a stage."""
+    """Return the process that a pipeline started for a stage."""
     while True:
         for process in psutil.Process(pipeline.pid).children(recursive=True):
             if any(part.endswith("train.py") for part in process.cmdline()):
@@ -105,8 +105,8 @@ def find_tuning(pipeline) -> psutil.Process:
         time.sleep(0.05)
 
 
-def test_the_pipeline_restarts_what_was_killed_and_passes_signals_on(copy_run, whole):
-    """A stage is killed, then asked to stop; then the pipeline is asked to stop; then it is killed itself."""
+def test_the_pipeline_restarts_killed_stages_and_forwards_signals(copy_run, whole):
+    """The stage is killed, then stopped; then the pipeline is stopped, then killed."""
     folder, overrides = copy_run("run")
     settings = [*overrides, *STAGE1[2:], "cluster.restart_backoff_seconds=0.1", "evaluation.bootstrap_samples=0"]
     status = folder / "status.json"
@@ -131,7 +131,7 @@ def test_the_pipeline_restarts_what_was_killed_and_passes_signals_on(copy_run, w
     pipeline.communicate()
     assert orphan.is_running()
     run(PIPELINE, settings)
-    assert not orphan.is_running()  # the one who took over the run has seen to that
+    assert not orphan.is_running()  # the pipeline that took over the run ended it
     assert_same_end(folder, whole)
     ended = json.loads(status.read_text())
     assert (ended["state"], ended["exit_code"], ended["retryable"]) == ("done", 0, False)

@@ -1,4 +1,4 @@
-"""Compiled layers and quantized weights through both stages and the report, as a user runs them."""
+"""Compiled layers and quantized weights, through both stages and the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVALUATE = [sys.executable, "launch/evaluate_model.py"]
 
 @pytest.mark.slow
 def test_compiled_training_is_plain_training(copy_run):
-    """On two processes, with activation checkpointing. Measured: losses and metrics differ by up to 1e-6."""
+    """Two processes, with activation checkpointing. Measured: losses and metrics differ by up to 1e-6."""
     plain, overrides = copy_run("plain")
     run(PYTHON, overrides)
     compiled, overrides = copy_run("compiled")
@@ -26,11 +26,11 @@ def test_compiled_training_is_plain_training(copy_run):
 
 @pytest.mark.slow
 def test_layers_compiled_for_the_automatic_budget_train(copy_run):
-    """In bfloat16, as on a GPU: what is compiled to find the budget must be what trains afterwards.
+    """In bfloat16, as on a GPU: the graphs compiled for the budget's trials must also train.
 
     Compiled code rounds less often. Measured: losses differ by up to 0.002, gradient norms by up to 0.009.
     """
-    options = ["llm.dtype=bfloat16", *(f"stage{one}.max_tokens_per_micro_batch=auto" for one in (1, 2))]
+    options = ["llm.dtype=bfloat16", *(f"stage{number}.max_tokens_per_micro_batch=auto" for number in (1, 2))]
     plain, overrides = copy_run("plain")
     run(PYTHON, [*overrides, *options])
     compiled, overrides = copy_run("compiled")
@@ -45,8 +45,8 @@ def test_quantized_backbone_through_both_stages(copy_run):
     run(PYTHON, overrides)
     quantized, overrides = copy_run("quantized")
     run(TORCHRUN, [*overrides, "llm.quantization=4bit", "cluster.zero_stage=2"])
-    # Another model, but a near one; with the plain one's weights nothing would differ. Measured: losses differ by less
-    # than 0.2, gradient norms by up to 0.34.
+    # Quantized weights give a slightly different model. Measured: losses differ by less than 0.2, gradient norms by up
+    # to 0.34.
     with pytest.raises(AssertionError):
         assert_same_training(quantized, plain)
     assert_same_training(quantized, plain, tolerance=0.5)

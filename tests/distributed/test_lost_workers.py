@@ -1,4 +1,4 @@
-"""A process that dies, fails or stands still ends the job soon, with a word on why, and the rerun goes on."""
+"""A rank that dies, fails or hangs ends the job soon with an explanation, and a rerun resumes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MINUTE = 60
 
 
 def find_worker(launcher, rank: int) -> psutil.Process:
-    """The training process of a number below a launcher."""
+    """Return the training process of a rank below a launcher."""
     for process in psutil.Process(launcher.pid).children(recursive=True):
         if process.environ().get("RANK") == str(rank) and "train.py" in " ".join(process.cmdline()):
             return process
-    raise AssertionError(f"there is no process of rank {rank}")
+    raise AssertionError(f"no process has rank {rank}")
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(DEEPSPEED, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_job_within_a_minute(copy_run, whole, launcher):
+def test_a_killed_rank_ends_the_job_within_a_minute(copy_run, whole, launcher):
     folder, overrides = copy_run("run")
     process = start(launcher, [*overrides, *STAGE1])
     wait_for_step(process, folder, "stage1", 8)
@@ -42,7 +42,7 @@ def test_a_killed_process_ends_the_job_within_a_minute(copy_run, whole, launcher
     assert_same_training(folder, whole, stages=("stage1",))
 
 
-def test_of_several_errors_the_first_one_is_told(copy_run, tmp_path, monkeypatch):
+def test_the_first_of_several_errors_is_reported(copy_run, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "raise:1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv(ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
@@ -50,14 +50,14 @@ def test_of_several_errors_the_first_one_is_told(copy_run, tmp_path, monkeypatch
     process = start(BROKEN, [*overrides, *STAGE1])
     output, _ = process.communicate(timeout=MINUTE)
     assert process.returncode != 0
-    first, second = output.index("this process alone has a fault"), output.index("WorkerLostError: process 0")
+    first, second = output.index("only this rank has a fault"), output.index("WorkerLostError: process 0")
     assert first < second
-    told = json.loads((tmp_path / "error.json").read_text())
-    assert told["exit_code"] == 1
-    assert "this process alone has a fault" in told["message"]
+    report = json.loads((tmp_path / "error.json").read_text())
+    assert report["exit_code"] == 1
+    assert "only this rank has a fault" in report["message"]
 
 
-def test_a_process_that_stands_still_is_given_up_with_everybodys_stacks(copy_run, tmp_path, monkeypatch):
+def test_a_hanging_rank_ends_the_job_with_all_stack_traces(copy_run, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "hang:1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv(ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
@@ -66,22 +66,22 @@ def test_a_process_that_stands_still_is_given_up_with_everybodys_stacks(copy_run
     output, _ = process.communicate(timeout=MINUTE)
     assert process.returncode != 0
     assert "process 1 of 2, stage1, step 2: no step and no validation batch completed for 0.1 minutes" in output
-    told = json.loads((tmp_path / "error.json").read_text())
-    assert (told["error"], told["exit_code"], told["retryable"]) == ("WorkerLostError", 76, True)
+    report = json.loads((tmp_path / "error.json").read_text())
+    assert (report["error"], report["exit_code"], report["retryable"]) == ("WorkerLostError", 76, True)
     stacks = [(folder / "stage1" / f"stacks-rank{rank}.txt").read_text() for rank in (0, 1)]
     assert "in break_down" in stacks[1]
     assert "in _agree" in stacks[0] or "all_reduce" in stacks[0]
 
 
 @pytest.mark.slow
-def test_a_stopped_process_is_missed_by_the_others(copy_run, whole):
-    """No time-out of a collective is near, no connection is closed: heartbeats alone tell."""
+def test_a_suspended_rank_is_noticed_by_its_peers(copy_run, whole):
+    """No collective times out and no connection closes: only heartbeats show it."""
     folder, overrides = copy_run("run")
     process = start(TORCHRUN, [*overrides, *STAGE1])
     wait_for_step(process, folder, "stage1", 8)
     find_worker(process, 1).send_signal(signal.SIGSTOP)
     stopped_at = time.monotonic()
-    output, _ = process.communicate(timeout=3 * MINUTE)  # torchrun waits 30 s for what does not answer SIGTERM
+    output, _ = process.communicate(timeout=3 * MINUTE)  # torchrun waits 30 s for a process that ignores SIGTERM
     print(f"ended after {time.monotonic() - stopped_at:.1f} s")
     assert "no heartbeat from process 1 for 30 seconds" in output
     run(TORCHRUN, [*overrides, *STAGE1])
@@ -89,8 +89,8 @@ def test_a_stopped_process_is_missed_by_the_others(copy_run, whole):
 
 
 @pytest.mark.slow
-def test_a_pause_of_all_is_no_loss(copy_run, whole):
-    """As when a machine is suspended: no process concludes that the others are gone."""
+def test_a_pause_of_all_ranks_is_not_a_loss(copy_run, whole):
+    """As if the machine were suspended: no rank takes its peers for lost."""
     folder, overrides = copy_run("run")
     process = start(TORCHRUN, [*overrides, *STAGE1])
     wait_for_step(process, folder, "stage1", 8)

@@ -1,4 +1,4 @@
-"""A row whose loss is no number: nothing is updated with it, on any process, and it is named."""
+"""A row with a NaN loss: no rank updates, and the message names the row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD_STEP = 2
 
 @pytest.fixture
 def poisoned_row(prepared_run, monkeypatch):
-    """A row of one step, which the processes that a test starts find poisoned."""
+    """Return a row whose score is NaN in all processes that the test starts."""
     folder, overrides = prepared_run
     config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", [*overrides, f"run.dir={folder}"])
     order, _ = build_orders(config, RunDir(folder), config.stage1)
@@ -35,33 +35,33 @@ def poisoned_row(prepared_run, monkeypatch):
 
 
 def assert_named(output, row):
-    found = re.search(rf"step {BAD_STEP}: .* not finite, on process (\d) in the micro-batch of rows ([\d, ]+);", output)
-    assert found, output
-    rows = [int(one) for one in found[2].split(",")]
+    match = re.search(rf"step {BAD_STEP}: .* not finite, on process (\d) in the micro-batch of rows ([\d, ]+);", output)
+    assert match, output
+    rows = [int(number) for number in match[2].split(",")]
     assert row in rows
-    assert len(rows) < 16  # a micro-batch's, not the step's
+    assert len(rows) < 16  # the rows of a micro-batch, not of the step
 
 
 def test_stops_before_the_update(copy_run, poisoned_row):
     folder, overrides = copy_run("run")
     process = start(TWO, [*overrides, *SETTINGS])
     output, _ = process.communicate()
-    assert process.returncode != 0  # the launcher's own code; ours is in the message below
+    assert process.returncode != 0  # the launcher's exit code; the rank's is in the message below
     assert "exitcode  : 4" in output
     assert_named(output, poisoned_row)
     assert output.count("NonFiniteError") == 1
     assert 'Traceback (most recent call last):\n  File "launch' not in output
-    # What was whole is there; leaving the step out, the run goes on from it.
+    # The last good state was saved; skipping the step, the run resumes from it.
     assert list((folder / "stage1" / "checkpoints").glob("step-*"))
     output = run(TWO, [*overrides, *SETTINGS, "stage1.on_nonfinite=skip"])
-    assert "Left out (1 of at most 10)" in output
+    assert "Skipped (1 of at most 10)" in output
     assert json.loads((folder / "stage1" / "summary.json").read_text())["nonfinite_skips"] == 1
 
 
 @pytest.mark.parametrize(
     "zero_stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
-def test_left_out_alike_on_any_processes(copy_run, poisoned_row, zero_stage):
+def test_skips_alike_on_any_number_of_processes(copy_run, poisoned_row, zero_stage):
     skip = [*SETTINGS, "stage1.on_nonfinite=skip"]
     one, overrides = copy_run("one")
     run(ONE, [*overrides, *skip])
@@ -76,8 +76,8 @@ def test_left_out_alike_on_any_processes(copy_run, poisoned_row, zero_stage):
 @pytest.mark.parametrize(
     "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-def test_left_out_in_bfloat16(copy_run, poisoned_row, zero_stage):
-    """Where DeepSpeed keeps the weights in float32 and would look at gradients one by one."""
+def test_skips_in_bfloat16(copy_run, poisoned_row, zero_stage):
+    """In bfloat16 DeepSpeed keeps float32 weights and would check gradients separately."""
     folder, overrides = copy_run("run")
     settings = [*SETTINGS, "stage1.on_nonfinite=skip", "llm.dtype=bfloat16", f"cluster.zero_stage={zero_stage}"]
     output = run(ONE, [*overrides, *settings])
@@ -87,9 +87,9 @@ def test_left_out_in_bfloat16(copy_run, poisoned_row, zero_stage):
     assert math.isfinite(summary["best_valid"]["logloss"])
 
 
-def test_not_more_than_the_bound(copy_run, poisoned_row):
+def test_skips_no_more_than_allowed(copy_run, poisoned_row):
     _, overrides = copy_run("run")
     process = start(ONE, [*overrides, *SETTINGS, "stage1.on_nonfinite=skip", "stage1.max_nonfinite_skips=0"])
     output, _ = process.communicate()
     assert process.returncode == 4, output
-    assert "max_nonfinite_skips=0 were left out before" in output
+    assert "max_nonfinite_skips=0 steps were skipped before" in output

@@ -1,4 +1,4 @@
-"""Both stages for real: the launcher, two processes, every ZeRO stage, a kill in the middle."""
+"""Both stages with real launchers: two processes, every ZeRO stage, a kill in the middle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.distributed.conftest import read_series, run, start
 PYTHON = [sys.executable, "launch/train.py"]
 DEEPSPEED = ["deepspeed", "--num_gpus", "2", "launch/train.py"]
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "launch/train.py"]
-# float32 sums taken in another order; measured are differences below 1e-6.
+# float32 sums in another order; measured differences are below 1e-6.
 TOLERANCE = 1e-5
 
 
@@ -30,7 +30,7 @@ def assert_same_training(ours, other, stages=("stage1", "stage2"), tolerance=TOL
             assert worst <= tolerance, f"{stage} {tag}: {worst:.1e}, tolerance {tolerance}"
 
 
-def test_two_processes_are_one_and_products_load(copy_run):
+def test_two_processes_equal_one_and_products_load(copy_run):
     one, overrides = copy_run("one")
     run(PYTHON, overrides)
     two, overrides = copy_run("two")
@@ -69,7 +69,7 @@ def test_zero_stages_train_alike(copy_run, zero_stage):
     assert_same_training(other, plain)
 
 
-def test_killed_run_goes_on_bit_for_bit(copy_run):
+def test_killed_run_resumes_bit_for_bit(copy_run):
     settings = ["lora.dropout=0.3", "--stage", "1", "stage1.max_steps=12"]
     whole, overrides = copy_run("whole")
     run(PYTHON, [*overrides, *settings])
@@ -88,7 +88,7 @@ def test_killed_run_goes_on_bit_for_bit(copy_run):
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_goes_on_with_one_under_another_zero_stage(copy_run):
+def test_run_of_two_processes_resumes_on_one_under_another_zero_stage(copy_run):
     whole, overrides = copy_run("whole")
     run(PYTHON, [*overrides, "--stage", "1"])
     moved, overrides = copy_run("moved")
@@ -107,8 +107,8 @@ def test_run_of_two_processes_goes_on_with_one_under_another_zero_stage(copy_run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_a_context_cache_and_automatic_budget_change_nothing(copy_run, zero_stage):
-    """Validations come again and find what the first one has kept; on two processes, whose hits differ."""
+def test_context_cache_and_automatic_budget_change_no_result(copy_run, zero_stage):
+    """Later validations hit the cache of the first one; the two ranks have different hits."""
     settings = ["--stage", "2", "stage1.enabled=false"]
     plain, overrides = copy_run("plain")
     run(PYTHON, [*overrides, *settings])

@@ -1,7 +1,6 @@
-"""ZeRO stages, offload and activation checkpointing, alone and together, against one plain process, in both stages.
+"""ZeRO stages, offload and activation checkpointing, alone and combined, against one plain process, in both stages.
 
-Compared are losses, gradient norms and validation at every step; that the plain process itself is right is shown in
-tests/parity.
+Losses, gradient norms and validation metrics of every step are compared; tests/parity checks the plain process itself.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from tests.distributed.test_tuning import PYTHON, TORCHRUN, assert_same_training
 
 OFFLOAD_PARAMETERS = '{"zero_optimization": {"offload_param": {"device": "cpu"}}}'
 OFFLOAD_OPTIMIZER = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}'
-WAYS = [
+CASES = [
     pytest.param(stage, checkpointing, "{}", marks=pytest.mark.slow, id=f"zero{stage}-{checkpointing}")
     for stage, checkpointing in itertools.product((0, 1, 2, 3), (False, True))
 ] + [
@@ -27,8 +26,8 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("zero_stage", "checkpointing", "extra"), WAYS)
-def test_every_way_trains_the_same(copy_run, zero_stage, checkpointing, extra):
+@pytest.mark.parametrize(("zero_stage", "checkpointing", "extra"), CASES)
+def test_every_case_trains_the_same(copy_run, zero_stage, checkpointing, extra):
     plain, overrides = copy_run("plain")
     run(PYTHON, overrides)
     other, overrides = copy_run("other")

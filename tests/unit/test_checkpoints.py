@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked when read, and the one before is kept."""
+"""Checkpoints: atomic, verified when loaded, with the one before kept."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def make_checkpoint(step: int, size: int = 3) -> Checkpoint:
     return Checkpoint(TrainingState(weights, moments, adam_steps=step), {"a": torch.ones(2, size)}, progress)
 
 
-def assert_same(one: Checkpoint, other: Checkpoint):
-    assert one.progress == other.progress
-    assert one.state.adam_steps == other.state.adam_steps
-    for ours, theirs in ((one.state.weights, other.state.weights), (one.state.moments, other.state.moments),
-                         (one.best_weights, other.best_weights)):  # fmt: skip
+def assert_same(first: Checkpoint, second: Checkpoint):
+    assert first.progress == second.progress
+    assert first.state.adam_steps == second.state.adam_steps
+    for ours, theirs in ((first.state.weights, second.state.weights), (first.state.moments, second.state.moments),
+                         (first.best_weights, second.best_weights)):  # fmt: skip
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -44,7 +44,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_comes_back_whole_and_the_two_newest_are_kept(tmp_path):
+def test_round_trip_and_the_two_newest_are_kept(tmp_path):
     for step in (3, 5, 7):
         save_checkpoint(tmp_path, make_checkpoint(step), {"x": 1})
     assert names(tmp_path) == ["step-000000005.safetensors", "step-000000007.safetensors"]
@@ -53,15 +53,15 @@ def test_it_comes_back_whole_and_the_two_newest_are_kept(tmp_path):
         load_last_checkpoint(tmp_path, {"x": 2})
 
 
-def test_without_any_training_starts_anew(tmp_path):
+def test_an_empty_folder_gives_an_empty_checkpoint(tmp_path):
     assert load_last_checkpoint(tmp_path, {}) == Checkpoint()
-    (tmp_path / ".step-000000003.safetensors.abc.tmp").write_bytes(b"what a killed process has left")
+    (tmp_path / ".step-000000003.safetensors.abc.tmp").write_bytes(b"left by a killed process")
     assert load_last_checkpoint(tmp_path, {}) == Checkpoint()
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
-def test_a_damaged_one_falls_back_to_the_one_before(tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, damage):
     save_checkpoint(tmp_path, make_checkpoint(3), {})
     path = save_checkpoint(tmp_path, make_checkpoint(5), {})
     data = bytearray(path.read_bytes())
@@ -70,7 +70,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(tmp_path, caplog, damage):
     path.write_bytes(data[: {"truncated": len(data) // 2, "empty": 0}.get(damage)])
     assert_same(load_last_checkpoint(tmp_path, {}), make_checkpoint(3))
     assert "step-000000005.safetensors: the checkpoint is damaged" in caplog.text
-    assert "going back" in caplog.text
+    assert "falling back" in caplog.text
     assert names(tmp_path) == ["step-000000003.safetensors", "step-000000005.damaged"]
     save_checkpoint(tmp_path, make_checkpoint(4), {})
     assert_same(load_last_checkpoint(tmp_path, {}), make_checkpoint(4))
@@ -80,18 +80,18 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path):
     path = save_checkpoint(tmp_path, make_checkpoint(5), {"x": 1})
     whole = path.read_bytes()
     random = np.random.default_rng(0)
-    for place in random.choice(len(whole) * 8, 400, replace=False):
+    for bit in random.choice(len(whole) * 8, 400, replace=False):
         data = bytearray(whole)
-        data[place // 8] ^= 1 << (place % 8)
+        data[bit // 8] ^= 1 << (bit % 8)
         path.write_bytes(data)
         try:
-            found = load_checkpoint(path, {"x": 1})
+            loaded = load_checkpoint(path, {"x": 1})
         except DamagedCheckpointError:
             continue
-        assert_same(found, make_checkpoint(5))  # a blank of the header
+        assert_same(loaded, make_checkpoint(5))  # padding of the header
 
 
-def test_if_all_are_damaged_nothing_starts_anew_by_itself(tmp_path):
+def test_training_does_not_restart_by_itself_if_all_are_damaged(tmp_path):
     for step in (3, 5):
         save_checkpoint(tmp_path, make_checkpoint(step), {}).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
@@ -100,7 +100,7 @@ def test_if_all_are_damaged_nothing_starts_anew_by_itself(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 KiB, and a function that mounts it again with other options."""
+    """Return a file system of 256 KiB, and a function that remounts it with other options."""
     folder = tmp_path / "small"
     folder.mkdir()
     done = subprocess.run(
@@ -112,7 +112,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_one_before_and_nothing_else(small_disk):
+def test_a_full_disk_leaves_only_the_checkpoint_before(small_disk):
     folder, _ = small_disk
     save_checkpoint(folder, make_checkpoint(3), {})
     too_large = make_checkpoint(5, size=50_000)
@@ -136,7 +136,7 @@ def test_a_read_only_disk(small_disk):
     assert names(folder) == ["step-000000003.safetensors", "step-000000005.safetensors"]
 
 
-def test_other_errors_of_the_writer_stay_what_they_are(tmp_path):
+def test_other_errors_of_the_writer_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), open_atomic(tmp_path / "a.json"):
         (tmp_path / "missing").read_text()
     assert names(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Operation counts against PyTorch's own counter; planned memory against what a pass really takes."""
+"""FLOP counts against PyTorch's counter; planned memory against measured memory."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ LORA = LoraSettings(4, 8, 0.05, ("q_proj", "v_proj"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_operations_equal_those_that_pytorch_counts(architecture):
+def test_flops_equal_pytorchs_count(architecture):
     model = make_model(architecture, dtype=torch.float32, attention="eager")
     shape = DecoderShape.from_model(model)
     embeds = torch.randn(ROWS, WIDTH, 32, requires_grad=True)
@@ -38,16 +38,16 @@ def test_operations_equal_those_that_pytorch_counts(architecture):
 
 
 class LivePeak(TorchDispatchMode):
-    """Adds up the storages that operations make and that are still alive: what a wasteless allocator would hold."""
+    """Peak of the bytes in live storages that operations created: the need of a perfect allocator."""
 
-    def __init__(self, there_before):
+    def __init__(self, existing):
         super().__init__()
-        self.known = {StorageWeakRef(one.untyped_storage()).cdata for one in there_before}
+        self.known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in existing}
         self.live, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.live = {key: one for key, one in self.live.items() if not one[0].expired()}
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 reference = StorageWeakRef(tensor.untyped_storage())
@@ -74,8 +74,8 @@ def make_wide(layers=6):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("lora", [LORA, None], ids=["stage1", "stage2"])
-def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
-    """Measured: 1 % below to 4 % above."""
+def test_planned_memory_equals_a_measured_pass(lora, checkpointing):
+    """Measured: the plan is 1 % below to 4 % above."""
     config, tokens, rows = make_wide(), 2400, 12
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     if lora is not None:
@@ -99,11 +99,11 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
     embeds = torch.randn(tokens, 512, requires_grad=lora is None)
     positions = torch.arange(tokens // rows).repeat(rows)
     lengths, last = Mirrored.of([tokens // rows] * rows), torch.arange(1, rows + 1) * (tokens // rows) - 1
-    wanted = [one for one in [*module.parameters(), embeds] if one.requires_grad]
+    inputs = [tensor for tensor in [*module.parameters(), embeds] if tensor.requires_grad]
 
     def run():
         loss = run_tree(decoder, embeds, torch.full_like(positions, TAIL), positions, lengths)[last].sum()
-        torch.autograd.grad(loss, wanted)
+        torch.autograd.grad(loss, inputs)
 
     with LivePeak([*module.parameters(), *module.buffers(), embeds, positions]) as tracker:
         run()
@@ -111,8 +111,8 @@ def test_planned_memory_is_what_a_pass_takes(lora, checkpointing):
     assert planned == pytest.approx(tracker.peak, rel=0.15)
 
 
-def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take():
-    """Each in a block of its own, which is without padding as on a GPU."""
+def test_planned_memory_equals_rows_of_different_lengths_over_prefixes():
+    """Each row in its own block, without padding, as on a GPU."""
     config, sizes, before = make_wide(), list(range(40, 280, 20)), list(range(300, 60, -20))
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     module, tokens = model.get_decoder(), sum(sizes)
@@ -139,13 +139,13 @@ def test_planned_memory_is_what_rows_of_other_lengths_over_prefixes_take():
 
     with LivePeak([*module.parameters(), *module.buffers(), embeds, positions]) as tracker:
         run()
-    # Made before the tracker watched.
-    held = sum(one.nbytes for layer in prefix.layers for parts in layer for one in parts)
+    # Allocated before the tracker started.
+    held = sum(part.nbytes for layer in prefix.layers for parts in layer for part in parts)
     print("RATIO", (plan.activations + plan.working) / (tracker.peak + held))
     assert plan.activations + plan.working == pytest.approx(tracker.peak + held, rel=0.15), (plan, tracker.peak, held)
 
 
-def test_what_fits_grows_with_the_gpu_and_is_nothing_without_room_for_the_weights():
+def test_fitting_tokens_grow_with_the_gpu_and_are_0_if_weights_do_not_fit():
     shape = DecoderShape.from_model(make_model("llama"))
     layers = measure_layers(make_model("llama").config, torch.float32, "sdpa", LORA)
     arguments = {"other_trainable": 100, "tree_tokens": 500, "prefix_tokens": 300, "element_size": 2}

@@ -1,4 +1,4 @@
-"""Slots shuffled between rows."""
+"""Shuffling of slots between rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collm_dist.tuning.scoring import shuffle_slots
 from tests.parity.test_shared_context import STAGE2, make_block, make_collator
 
 
-def test_every_slot_is_filled_from_one_other_row_whatever_the_micro_batch(tmp_path):
+def test_every_slot_gets_one_other_rows_input_in_any_micro_batch(tmp_path):
     _, collator = make_collator(STAGE2, tmp_path, stage2=True)
     block = make_block([2, 1, 7, 4, 1])
     whole = shuffle_slots(collator.collate(block, block), block, collator, seed=3)
@@ -20,7 +20,7 @@ def test_every_slot_is_filled_from_one_other_row_whatever_the_micro_batch(tmp_pa
     cut = shuffle_slots(collator.collate(piece, block), block, collator, seed=3)
     torch.testing.assert_close(cut.pair_features, whole.pair_features[part])
     torch.testing.assert_close(cut.item_slots.sources, whole.item_slots.sources[part])
-    # Nothing is lost or doubled by the exchange.
+    # The shuffle is a permutation.
     torch.testing.assert_close(whole.pair_features.sort(dim=0)[0], features.sort(dim=0)[0])
     assert sorted(whole.item_slots.sources.tolist()) == sorted(block.item_idx.tolist())
     plain = collator.collate(block, block)

@@ -1,4 +1,4 @@
-"""The automatic token budget, on the real model and machine."""
+"""Automatic token budget, measured on a real model and this machine."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def test_the_budget_is_one_of_the_trials_and_any_batch_fits_it(tmp_path):
     backbone = make_model("llama", dtype=torch.float32)
     add_lora(backbone, rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj"), seed=1)
     model = CollmModel(backbone, (5, 6), "yes_minus_no")
-    before = {name: one.clone() for name, one in model.named_parameters()}
+    before = {name: param.clone() for name, param in model.named_parameters()}
     budget = find_token_budget(model, collator, block, torch.device("cpu"))
     counts = collator.count_tokens(block)
     assert budget.tokens <= max(TRIAL_TOKENS["cpu"])
@@ -33,7 +33,7 @@ def test_the_budget_is_one_of_the_trials_and_any_batch_fits_it(tmp_path):
     pieces = plan_micro_batches(block, counts, 0, 1, budget.tokens)
     assert sum(piece.num_targets for piece in pieces) == block.num_targets
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(before[name], one) for name, one in model.named_parameters())
+    assert all(torch.equal(before[name], param) for name, param in model.named_parameters())
 
 
 def test_a_row_longer_than_every_trial_still_fits(tmp_path):
@@ -49,13 +49,13 @@ def test_a_row_longer_than_every_trial_still_fits(tmp_path):
     plan_micro_batches(block, counts, 0, 1, budget.tokens)
 
 
-def test_the_meter_sees_what_is_taken_and_given_back():
+def test_the_meter_sees_memory_that_was_freed():
     with PeakMeter(torch.device("cpu")) as meter:
         np.ones(50_000_000 // 8)
     assert 45e6 < meter.extra_bytes < 80e6
 
 
-def test_a_meter_that_measures_from_the_first_time_counts_what_was_kept_since():
+def test_a_meter_from_the_first_entry_counts_memory_kept_since():
     meter = PeakMeter(torch.device("cpu"), from_first=True)
     with meter:
         kept = np.ones(50_000_000 // 8)
@@ -73,7 +73,7 @@ def test_a_cpu_takes_the_smallest_budget_that_is_nearly_the_fastest():
     assert choose(1.2, 1.04, 1.0) == 2048
 
 
-def test_where_a_whole_global_batch_is_fastest_larger_ones_are_not_divided(tmp_path):
+def test_larger_global_batches_stay_undivided_if_a_whole_one_is_fastest(tmp_path):
     _, collator = make_collator(STAGE1, tmp_path, stage2=False)
     small, larger = make_block([3, 2]), make_block([4, 3])
     backbone = make_model("llama", dtype=torch.float32)
@@ -85,9 +85,9 @@ def test_where_a_whole_global_batch_is_fastest_larger_ones_are_not_divided(tmp_p
     assert len(plan_micro_batches(larger, collator.count_tokens(larger), 0, 1, budget.tokens)) == 1
 
 
-def test_trials_on_a_cpu_are_of_tokens_that_train():
+def test_trials_on_a_cpu_count_tokens_that_train():
     counts = TokenCounts(np.array([90, 60]), np.array([5, 5]), np.array([10, 10, 20]), header=30)
     assert _list_trials(counts, torch.device("cpu")) == [4 * tokens for tokens in TRIAL_TOKENS["cpu"]]
     assert _list_trials(counts, torch.device("cuda")) == list(TRIAL_TOKENS["cuda"])
-    nothing = TokenCounts(np.zeros(2, dtype=int), np.array([95, 65]), counts.branch, header=30)
-    assert _list_trials(nothing, torch.device("cpu")) == list(TRIAL_TOKENS["cpu"])
+    without_prefix = TokenCounts(np.zeros(2, dtype=int), np.array([95, 65]), counts.branch, header=30)
+    assert _list_trials(without_prefix, torch.device("cpu")) == list(TRIAL_TOKENS["cpu"])

@@ -1,4 +1,4 @@
-"""The parts of tuning that need no process group."""
+"""Parts of tuning that need no process group: learning rate, DeepSpeed config, log."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def test_deepspeed_config_is_explicit_and_merges_extra_last():
 @pytest.mark.parametrize(
     ("zero_stage", "bfloat16", "expected"), [(0, False, 0), (0, True, 1), (2, True, 2), (3, True, 3)]
 )
-def test_stage_0_in_bfloat16_is_stage_1(zero_stage, bfloat16, expected):
+def test_zero_stage_0_in_bfloat16_becomes_1(zero_stage, bfloat16, expected):
     config = build_deepspeed_config(zero_stage=zero_stage, bfloat16=bfloat16, max_grad_norm=0.0, extra={})
     assert config["zero_optimization"] == {"stage": expected}
 
 
 @pytest.mark.parametrize("key", OWNED_KEYS)
-def test_keys_that_are_ours_are_refused(key):
+def test_owned_keys_are_refused(key):
     extra: dict = {}
     target = extra
     *parents, last = key.split(".")
     for parent in parents:
         target = target.setdefault(parent, {})
     target[last] = 1
-    with pytest.raises(ConfigError, match=f"'{key}' is decided by"):
+    with pytest.raises(ConfigError, match=f"'{key}' is determined by"):
         build_deepspeed_config(zero_stage=2, bfloat16=False, max_grad_norm=1.0, extra=extra)
 
 
-def test_logger_takes_back_points_after_the_resumed_step(tmp_path):
+def test_logger_removes_points_after_the_resumed_step(tmp_path):
     def log(start_step: int, steps: range) -> None:
         logger = monitoring.RunLogger(
             tmp_path, is_main=True, tensorboard=True, progress_bar=False, start_step=start_step, total_steps=9
@@ -70,7 +70,7 @@ def test_logger_takes_back_points_after_the_resumed_step(tmp_path):
 
     log(0, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "train/lo')  # what a crash leaves
+        file.write('{"step": 6, "train/lo')  # truncated by a crash
     log(3, range(4, 8))
     assert [line["step"] for line in monitoring.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert list((tmp_path / "tensorboard").iterdir())
@@ -86,7 +86,7 @@ def test_logger_writes_the_points_of_the_resumed_step_once(tmp_path):
     assert len(monitoring.read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_only_the_main_process_writes(tmp_path):
+def test_only_rank_0_writes(tmp_path):
     logger = monitoring.RunLogger(
         tmp_path, is_main=False, tensorboard=True, progress_bar=True, start_step=0, total_steps=9
     )
