@@ -1,4 +1,4 @@
-"""Loading the backbone: any transformers causal language model, from a name, hub id, folder or GGUF file."""
+"""Backbones: any transformers causal language model, loaded by name or hub id, from a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Backbone:
     Attributes:
         model: the causal language model.
         tokenizer: its tokenizer.
-        source: where it came from.
+        source: of its files.
     """
 
     model: Any
@@ -35,7 +35,7 @@ class Backbone:
 
 
 def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """Load a backbone's tokenizer alone."""
+    """Load only the tokenizer of a backbone."""
     source = resolve_backbone(name, revision)
     with _hub_errors(name):
         return AutoTokenizer.from_pretrained(
@@ -52,22 +52,22 @@ def load_backbone(
     quantization: Quantization = "none",
     trust_remote_code: bool = False,
 ) -> Backbone:
-    """Load a backbone and its tokenizer; nothing in it is trainable.
+    """Load a backbone, frozen, and its tokenizer.
 
     Args:
         name, revision: see ``assets.resolve_backbone``.
-        dtype: float32, bfloat16, or auto (bfloat16 on a GPU, float32 without).
+        dtype: float32, bfloat16, or auto (bfloat16 with a GPU, float32 without).
         attention: transformers' attention implementation.
-        quantization: of the weights of linear layers other than the head, made while loading; arithmetic stays in
+        quantization: of the weights of linear layers other than the head, done while loading; arithmetic stays in
             ``dtype``.
         trust_remote_code: run code that comes with a hub model.
 
     Raises:
-        ConfigError: not a causal language model, or bitsandbytes is not installed.
-        DataError: it cannot be found or fetched.
+        ConfigError: the model is not a causal language model, or bitsandbytes is not installed.
+        DataError: the model cannot be found or downloaded.
     """
     source = resolve_backbone(name, revision)
-    # Bars of a second each, one a process, between our own.
+    # Its progress bars last a second, one in each process, and break up ours.
     transformers_logging.disable_progress_bar()
     options = {"revision": source.revision, "trust_remote_code": trust_remote_code}
     number_type = resolve_dtype(dtype)
@@ -96,7 +96,7 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def _build_quantization(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what transformers needs to quantize while it loads, on the device where the weights will stay."""
+    """Return transformers' arguments for quantization while loading, on the device where the weights will stay."""
     if quantization == "none":
         return {}
     if find_spec("bitsandbytes") is None:
@@ -119,11 +119,11 @@ def _build_quantization(quantization: Quantization, dtype: torch.dtype) -> dict[
 
 
 def _keep_differentiable(model: Any) -> None:
-    """Undo what bitsandbytes does with inference alone in mind.
+    """Undo optimisations of bitsandbytes for inference.
 
-    On CPUs with AVX512-BF16 a 4-bit layer repacks its weights in the first pass without gradients, after which
-    gradients no longer flow through it, and nothing says so: stage 2 runs its prefixes just like that. 8-bit layers say
-    at every call that they round their inputs.
+    On CPUs with AVX512-BF16 a 4-bit layer repacks its weights in the first pass without gradients, such as stage 2's
+    prefixes. After that no gradients flow through it, without any message. 8-bit layers log at every call that they
+    round their inputs.
     """
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
@@ -132,11 +132,13 @@ def _keep_differentiable(model: Any) -> None:
 
 
 def _check_is_causal(name: str, config: Any) -> None:
-    """Refuse encoders and encoder-decoders, which transformers may well load as something else."""
+    """Refuse encoders and encoder-decoders, which transformers may load as another kind of model."""
     known = type(config) in AutoModelForCausalLM._model_mapping
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     declared = getattr(config, "architectures", None) or ["CausalLM"]
-    if not (known or remote) or not any("CausalLM" in one or "LMHead" in one for one in declared):
+    if not (known or remote) or not any(
+        "CausalLM" in architecture or "LMHead" in architecture for architecture in declared
+    ):
         raise ConfigError(
             f"llm.backbone: '{name}' is a {config.model_type} model ({', '.join(declared)}), not a causal language "
             "model; choose one that transformers loads with AutoModelForCausalLM"
@@ -145,7 +147,7 @@ def _check_is_causal(name: str, config: Any) -> None:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Turn what transformers raises for a missing model into an error that says what to do."""
+    """Turn transformers' error for a missing model into one with a remedy."""
     try:
         yield
     except OSError as error:

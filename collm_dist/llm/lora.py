@@ -1,4 +1,4 @@
-"""LoRA through peft: adding, saving, loading and merging the adapter of stage 1. No other file imports peft."""
+"""LoRA adapters through peft: add, save, load, merge. No other file imports peft."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from collm_dist.errors import ConfigError
 def add_lora(
     backbone: Any, *, rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...], seed: int
 ) -> PeftModel:
-    """Put a fresh adapter into the backbone's layers, in place; only the adapter is left trainable.
+    """Add a new adapter to the backbone's layers, in place; only the adapter is trainable.
 
     Args:
         backbone: a transformers causal language model.
@@ -26,26 +26,26 @@ def add_lora(
         seed: of the adapter's initial weights.
 
     Returns:
-        peft's wrapper around the same backbone; it is needed to save the adapter.
+        peft's wrapper around the same backbone, which ``save_adapter`` needs.
 
     Raises:
-        ConfigError: no layer bears one of the names.
+        ConfigError: no layer has one of the names.
     """
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(devices=[]), _hide_old_words():
+    with torch.random.fork_rng(devices=[]), _hide_deprecation():
         torch.manual_seed(seed)
         try:
-            # In the backbone's own precision, which DeepSpeed would give it anyway: what is tried out before it comes
-            # is then what will be trained, and compiled layers stay good.
+            # In the backbone's precision, which DeepSpeed would give it anyway: trial passes before DeepSpeed then
+            # measure what will be trained, and compiled layers stay valid.
             return get_peft_model(backbone, config, autocast_adapter_dtype=False)
         except ValueError as error:
             names = sorted(
                 {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}
             )
             raise ConfigError(
-                f"lora.target_modules: no layer of this backbone is called {' or '.join(target_modules)}; its linear "
+                f"lora.target_modules: no layer of this backbone is named {' or '.join(target_modules)}; its linear "
                 f"layers are {', '.join(names)}"
             ) from error
 
@@ -56,10 +56,10 @@ def save_adapter(
     """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Args:
-        wrapper: what ``add_lora`` returned.
-        folder: where to write.
+        wrapper: result of ``add_lora``.
+        folder: to write to.
         weights: full (unpartitioned) adapter weights by their names in the backbone.
-        base_model, revision: what the adapter belongs to; a hub id or a backbone's name, never a path of this machine.
+        base_model, revision: of the adapter; a hub id or a named backbone, never a path of this machine.
     """
     config = wrapper.peft_config["default"]
     config.base_model_name_or_path, config.revision = base_model, revision
@@ -70,22 +70,22 @@ def save_adapter(
 
 def load_adapter(backbone: Any, folder: Path) -> PeftModel:
     """Load an adapter into a backbone, in place, frozen."""
-    with _hide_old_words():
+    with _hide_deprecation():
         return PeftModel.from_pretrained(backbone, str(folder))
 
 
 @contextmanager
-def _hide_old_words() -> Iterator[None]:
-    """Hide that peft asks a question in words that newer transformers call old: nobody here can act on it."""
+def _hide_deprecation() -> Iterator[None]:
+    """Hide a deprecation warning of transformers that concerns a call inside peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield
 
 
 def merge_adapter(backbone: Any, folder: Path) -> Any:
-    """Return the backbone with an adapter's update added to its weights, once, in float32, and no adapter left.
+    """Return the backbone with an adapter added to its weights and removed.
 
-    The sum is rounded to the backbone's own precision only when it is complete.
+    The sum is computed in float32 and then rounded to the backbone's precision.
     """
     dtype = backbone.dtype
     merged = load_adapter(backbone.float(), folder).merge_and_unload(safe_merge=True)

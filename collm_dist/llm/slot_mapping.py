@@ -17,8 +17,8 @@ from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import open_atomic
 
 
-class Mapping(nn.Module):
-    """``Linear(E, m E) -> ReLU -> Linear(m E, K D)``: a vector becomes K soft tokens."""
+class MappingMLP(nn.Module):
+    """``Linear(E, m E) -> ReLU -> Linear(m E, K D)``: maps a vector to K soft tokens."""
 
     def __init__(self, in_dim: int, llm_dim: int, hidden_multiple: int, tokens_per_slot: int, out_scale: float) -> None:
         """Draw the weights so that soft tokens start at the size of the model's own token embeddings.
@@ -28,14 +28,14 @@ class Mapping(nn.Module):
             hidden_multiple: m.
             tokens_per_slot: K.
             out_scale: root mean square of a token embedding's entries. Much larger soft tokens would swamp the text
-                around them before a single step is made, much smaller ones would not be noticed.
+                around them from the first step; much smaller ones would have no effect.
         """
         super().__init__()
         self.tokens_per_slot = tokens_per_slot
         self.hidden = nn.Linear(in_dim, hidden_multiple * in_dim)
         self.out = nn.Linear(hidden_multiple * in_dim, tokens_per_slot * llm_dim)
-        # Inputs have about unit norm, so a hidden unit has variance ~1 with entries of variance 1, half of it after
-        # the ReLU's cut; the second layer divides by its fan-in.
+        # Inputs have about unit norm, so weights of variance 1 give hidden units of variance ~1, and the ReLU halves
+        # their second moment; the second layer divides by its fan-in.
         nn.init.normal_(self.hidden.weight, std=1.0)
         nn.init.zeros_(self.hidden.bias)
         nn.init.normal_(self.out.weight, std=out_scale * (2.0 / (hidden_multiple * in_dim)) ** 0.5)
@@ -66,7 +66,7 @@ class SlotMapper(nn.Module):
         Args:
             cf_dim: E, or None if no slot reads collaborative vectors.
             pair_dim: F, or None if the prompt has no pair slot.
-            llm_dim, hidden_multiple, tokens_per_slot, out_scale: see ``Mapping``.
+            llm_dim, hidden_multiple, tokens_per_slot, out_scale: see ``MappingMLP``.
             seed: of the initial weights.
         """
         super().__init__()
@@ -74,45 +74,45 @@ class SlotMapper(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
 
-            def build(in_dim: int | None) -> Mapping | None:
+            def build(in_dim: int | None) -> MappingMLP | None:
                 if in_dim is None:
                     return None
-                return Mapping(in_dim, llm_dim, hidden_multiple, tokens_per_slot, out_scale)
+                return MappingMLP(in_dim, llm_dim, hidden_multiple, tokens_per_slot, out_scale)
 
             self.cf = build(cf_dim)
             self.pair = build(pair_dim)
 
 
 def map_vectors(weights: dict[str, Tensor], vectors_NE: Tensor) -> Tensor:
-    """Map (N, E) collaborative vectors to (N, K D) soft tokens, by what ``save_mapper`` writes.
+    """Map (N, E) collaborative vectors to (N, K D) soft tokens, with the weights that ``save_mapper`` writes.
 
-    A mapping that DeepSpeed has taken over runs on all processes together or not at all; this runs anywhere.
+    A module wrapped by DeepSpeed runs on all processes together or not at all; this function runs on any of them.
     """
     prefix = "slot_mapper.cf."
-    weights = {name.removeprefix(prefix): one.float() for name, one in weights.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
     hidden = torch.relu(functional.linear(vectors_NE, weights["hidden.weight"], weights["hidden.bias"]))
     return functional.linear(hidden, weights["out.weight"], weights["out.bias"])
 
 
 def save_mapper(path: Path, weights: dict[str, Tensor]) -> Path:
-    """Write what stage 2 trained (the mapping, and the collaborative model if it trained too) and return the path."""
+    """Write the weights that stage 2 trained: the mapping's, and the collaborative model's if it trained too."""
     with open_atomic(path, "wb") as file:
         file.write(safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}))
     return path
 
 
 def load_mapper(mapper: SlotMapper | None, cf_model: Any, path: Path) -> None:
-    """Load what ``save_mapper`` wrote into a mapper, if one is given, and a collaborative model, if one was trained.
+    """Load a file of ``save_mapper`` into a mapper and, if it was trained too, a collaborative model.
 
     Raises:
         ArtifactError: the file is missing or does not fit.
     """
     try:
         weights = safetensors.torch.load_file(str(path))
-        parts = {"slot_mapper.": mapper, "cf_model.": cf_model}
-        for prefix, module in parts.items():
-            own = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
-            if own and module is not None:
-                module.load_state_dict(own, strict=prefix == "slot_mapper.")
+        modules = {"slot_mapper.": mapper, "cf_model.": cf_model}
+        for prefix, module in modules.items():
+            part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            if part and module is not None:
+                module.load_state_dict(part, strict=prefix == "slot_mapper.")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be loaded ({error}); run stage 2 again with --force stage2") from error

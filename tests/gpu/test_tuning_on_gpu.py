@@ -1,4 +1,4 @@
-"""What only a GPU can show: the shared path in its kernels and precisions, pinned batches, the automatic budget."""
+"""Tests that need a GPU: shared contexts in its kernels and precisions, pinned batches, the automatic budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tiny import ARCHITECTURES, make_model
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 DEVICE = torch.device("cuda")
 # bfloat16 has 8 bits: shared and padded rows round their sums in another order.
@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def build(architecture, dtype, tmp_path):
-    """A model of stage 2 on the device, its collator and a block."""
+    """Return a tokenizer, its collator, a stage 2 model on the device, and a block."""
     tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True)
     backbone = make_model(architecture, dtype=dtype)
     mapper = SlotMapper(
@@ -48,10 +48,10 @@ def build(architecture, dtype, tmp_path):
     return tokenizer, collator, model.to(DEVICE), make_block([2, 1, 7, 4, 1])
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("layers", ["plain", "checkpointed", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_shared_contexts_are_padded_rows(architecture, dtype, way, tmp_path):
+def test_shared_contexts_are_padded_rows(architecture, dtype, layers, tmp_path):
     tokenizer, collator, model, block = build(architecture, dtype, tmp_path)
     batch = collator.collate(block, block)
     samples = spell_prompts(block, STAGE2, TEXTS, tokenizer, history_length=4)
@@ -65,9 +65,9 @@ def test_shared_contexts_are_padded_rows(architecture, dtype, way, tmp_path):
         cf_model=tables, pair_features=batch.pair_features.double(),
     )  # fmt: skip
     plain_gradients = collect_gradients(plain.sum(), plain_mapper)
-    if way == "checkpointed":
+    if layers == "checkpointed":
         model.decoder = PackedDecoder(model.decoder.module, checkpointing=True)
-    if way == "compiled":
+    if layers == "compiled":
         model.decoder = PackedDecoder(model.decoder.module, compile_backend="inductor")
     model.train()
     scores = model(batch.to(DEVICE))
@@ -79,54 +79,58 @@ def test_shared_contexts_are_padded_rows(architecture, dtype, way, tmp_path):
 
 
 @pytest.mark.parametrize("window", [None, 20], ids=["all", "window"])
-@pytest.mark.parametrize("heads", [(4, 4, 64), (12, 2, 128), (4, 1, 256)], ids=lambda one: f"width{one[2]}")
-@pytest.mark.parametrize("over", ["nothing", "header", "prefix"])
-def test_flash_attention_of_sequences(over, heads, window):
-    """Values and gradients, as the plain kernel gives them in float64 of the same numbers."""
+@pytest.mark.parametrize("heads", [(4, 4, 64), (12, 2, 128), (4, 1, 256)], ids=lambda heads: f"width{heads[2]}")
+@pytest.mark.parametrize("context", ["nothing", "header", "prefix"])
+def test_flash_attention_of_sequences(context, heads, window):
+    """Outputs and gradients, against the plain kernel in float64 on the same values."""
     tails, branches, owner = np.array([40, 0, 90, 3]), np.array([9, 1, 30, 7, 200, 8]), np.array([0, 0, 0, 1, 2, 3])
     on_host = list_segments(tails, branches, owner)
-    parts = ((one.numbers, DEVICE) for one in (on_host.lengths, on_host.rows, on_host.tails))
-    segments = Segments(*(Mirrored.of(*one) for one in parts))
+    parts = (on_host.lengths, on_host.rows, on_host.tails)
+    segments = Segments(*(Mirrored.of(part.numbers, DEVICE) for part in parts))
     lengths = Mirrored.of(tails + np.bincount(owner, branches).astype(np.int64), DEVICE)
-    header = 0 if over == "nothing" else 11
+    header = 0 if context == "nothing" else 11
     past = None
-    if over == "prefix":
-        before = Mirrored.of([30, 5, 30, 60], DEVICE)
-        past = Past(header + 95, before, header + torch.tensor([0, 30, 0, 35], device=DEVICE))
+    if context == "prefix":
+        prefix_lengths = Mirrored.of([30, 5, 30, 60], DEVICE)
+        past = Past(header + 95, prefix_lengths, header + torch.tensor([0, 30, 0, 35], device=DEVICE))
     layout = lay_out_sequences(segments, lengths, header, past)
     count, shared, width = int(lengths.numbers.sum()), header if past is None else 0, heads[2]
     generator = torch.Generator(DEVICE).manual_seed(0)
 
-    def draw(tokens, number):
-        return torch.randn(tokens, number, width, generator=generator, device=DEVICE).bfloat16()
+    def draw(tokens, num_heads):
+        return torch.randn(tokens, num_heads, width, generator=generator, device=DEVICE).bfloat16()
 
     query, key, value = draw(shared + count, heads[0]), draw(shared + count, heads[1]), draw(shared + count, heads[1])
-    ahead = [draw(header + 95, heads[1]) if past is not None else None for _ in range(2)]
+    earlier = [draw(header + 95, heads[1]) if past is not None else None for _ in range(2)]
     weights = draw(shared + count, heads[0])
-    found = []
+    results = []
     for attend, device, dtype in (
         (flash_attention, DEVICE, torch.bfloat16),
         (attend_sequences, "cpu", torch.float64),
     ):
-        at = move(layout, device)
-        leaves = [one.to(device, dtype).requires_grad_() for one in (query, key, value)]
-        laid = []
-        for one, before in zip(leaves[1:], ahead, strict=True):
-            first, own = torch.split(one, [shared, count])
-            whole = one if before is None else torch.cat([before.to(device, dtype), one])
-            header_part = None if at.header_cells is None else first
-            laid.append(
-                lay_out(own, at.key_tokens, at.key_cells, whole=whole, header=header_part, header_cells=at.header_cells)
+        sequences = move(layout, device)
+        leaves = [values.to(device, dtype).requires_grad_() for values in (query, key, value)]
+        laid_out = []
+        for packed, past_values in zip(leaves[1:], earlier, strict=True):
+            header_values, own = torch.split(packed, [shared, count])
+            cells = lay_out(
+                own,
+                sequences.key_tokens,
+                sequences.key_cells,
+                whole=packed if past_values is None else torch.cat([past_values.to(device, dtype), packed]),
+                header=None if sequences.header_cells is None else header_values,
+                header_cells=sequences.header_cells,
             )
-        result = attend(at, leaves[0], *laid, scaling=None, dropout=0.0, window=window)
+            laid_out.append(cells)
+        result = attend(sequences, leaves[0], *laid_out, scaling=None, dropout=0.0, window=window)
         gradients = torch.autograd.grad((result * weights.to(device, dtype)).sum(), leaves)
-        found.append([one.detach().cpu().double() for one in (result, *gradients)])
-    for ours, expected in zip(*found, strict=True):
+        results.append([values.detach().cpu().double() for values in (result, *gradients)])
+    for ours, expected in zip(*results, strict=True):
         assert (ours - expected).norm() < 0.01 * expected.norm()
 
 
 def move(layout, device):
-    """The same layout on another device."""
+    """Return the same layout on another device."""
     moved = {
         field.name: value.to(device)
         for field in dataclasses.fields(layout)

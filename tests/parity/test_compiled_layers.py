@@ -1,4 +1,4 @@
-"""Compiled layers against plain ones: the same scores and gradients from few graphs, whatever the batches' shapes."""
+"""Compiled layers against plain ones: the same scores and gradients, from few graphs for batches of any shape."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _forget_graphs():
 
 
 def build(architecture, stage2, tmp_path, dropout=0.0, layers=2):
-    """A model in float32, and batches of several shapes."""
+    """Return a model in float32, and batches of several shapes."""
     tokenizer, collator = make_collator(STAGE2 if stage2 else STAGE1, tmp_path, stage2=stage2)
     backbone = make_model(architecture, dtype=torch.float32, layers=layers)
     answers = resolve_answer_ids(tokenizer, " Yes", " No")
@@ -49,8 +49,8 @@ def build(architecture, stage2, tmp_path, dropout=0.0, layers=2):
 
 
 def work(model, batches):
-    """Scores and gradients in training, and scores without gradients."""
-    found = []
+    """Return scores and gradients in training, and scores without gradients."""
+    results = []
     for batch in batches:
         model.train()
         torch.manual_seed(7)
@@ -58,8 +58,8 @@ def work(model, batches):
         gradients = collect_gradients(scores.square().sum(), model)
         model.eval()
         with torch.no_grad():
-            found.append((scores.detach(), gradients, model(batch)))
-    return found
+            results.append((scores.detach(), gradients, model(batch)))
+    return results
 
 
 def assert_same(ours, plain):
@@ -80,7 +80,7 @@ def assert_same(ours, plain):
     ],
 )
 def test_traced_layers(architecture, stage2, checkpointing, tmp_path):
-    """The graphs that would be compiled, without the minute that making code of them takes."""
+    """The graphs that would be compiled, without the minute of code generation."""
     model, batches = build(architecture, stage2, tmp_path)
     plain = work(model, batches)
     model.decoder = PackedDecoder(model.decoder.module, compile_backend="aot_eager", checkpointing=checkpointing)
@@ -93,15 +93,16 @@ def test_traced_layers(architecture, stage2, checkpointing, tmp_path):
 
 @pytest.mark.parametrize("stage2", [False, True], ids=["stage1", "stage2"])
 def test_layers_share_their_graphs(stage2, tmp_path):
-    """Four layers, whose adapters drop, need no more graphs than two, and no new ones once all kinds of batches were
-    seen. The first layer's input has no gradient in stage 1, so that two layers alone could hide a graph for each.
+    """Four layers with dropout need no more graphs than two, and no new graphs after all kinds of batches.
+
+    The first layer's input has no gradient in stage 1, so two layers could hide a graph for each.
     """
     model, batches = build("llama", stage2, tmp_path, dropout=0.3, layers=4)
     torch._dynamo.utils.counters.clear()
     model.decoder = PackedDecoder(model.decoder.module, compile_backend="aot_eager")
     work(model, batches)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # Of what is before attention, behind it, and of the network; with gradients and without. Measured: 11, 12.
+    # Before attention, after it, and the MLP; with gradients and without. Measured: 11, 12.
     assert 0 < graphs <= 12
     work(model, [*batches, *reversed(batches)])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
@@ -111,7 +112,7 @@ def test_layers_share_their_graphs(stage2, tmp_path):
 @pytest.mark.parametrize("stage2", [False, True], ids=["stage1", "stage2"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_layers(architecture, stage2, tmp_path):
-    """With dropout in stage 1, whose masks are those of uncompiled layers."""
+    """With dropout in stage 1, whose masks equal those of uncompiled layers."""
     model, batches = build(architecture, stage2, tmp_path, dropout=0.3)
     plain = work(model, batches)
     model.decoder = PackedDecoder(model.decoder.module, compile_backend="inductor")

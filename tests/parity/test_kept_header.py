@@ -1,4 +1,4 @@
-"""The header's keys and values: computed once where nothing trains, and anew once weights may have changed."""
+"""The header's keys and values: computed once while nothing trains, and again after weights may have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import make_model
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
-    """A model with an adapter, batches laid out for scoring, and a list that gets an entry for each header computed."""
+    """Return a model with an adapter, batches for scoring, and a list with an entry for each computed header."""
     computed = []
     plain = collm.run_prefix
 
@@ -42,12 +42,12 @@ def score(model, batches):
 
 def change(model):
     with torch.no_grad():
-        for name, one in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                one.normal_()
+                parameter.normal_()
 
 
-def test_once_in_a_pass_that_trains_nothing_and_again_with_new_weights(setting):
+def test_computed_once_in_scoring_and_again_with_new_weights(setting):
     model, batches, computed = setting
     model.eval()
     before = score(model, batches)
@@ -60,7 +60,7 @@ def test_once_in_a_pass_that_trains_nothing_and_again_with_new_weights(setting):
     assert len(computed) == 2
     assert (after - before).abs().max() > 1e-3
     for batch, expected in zip(batches, after.split([len(batch.labels) for batch in batches]), strict=True):
-        model.eval()  # nothing is kept
+        model.eval()  # drops the header
         assert torch.equal(score(model, [batch]), expected)
 
 
@@ -80,13 +80,13 @@ def test_never_kept_while_the_backbone_trains_and_kept_while_it_is_frozen(settin
     assert len(computed) == len(batches) + 2
 
 
-def test_another_prompt_gets_a_header_of_its_own(setting, tmp_path):
+def test_another_prompt_gets_its_own_header(setting, tmp_path):
     model, batches, computed = setting
     _, other = make_collator("Seen: <ItemTitleList>. And <TargetItemTitle>? Answer:", tmp_path / "other", stage2=False)
     block = make_block([2, 1])
-    foreign = other.for_scoring().collate(block, block)
+    other_batch = other.for_scoring().collate(block, block)
     model.eval()
-    alone = score(model, [foreign])
+    alone = score(model, [other_batch])
     score(model, batches)
-    assert torch.equal(score(model, [foreign]), alone)
+    assert torch.equal(score(model, [other_batch]), alone)
     assert len(computed) == 3

@@ -43,7 +43,7 @@ def backbone(request):
 
 
 def build(backbone, template, tmp_path, *, slots):
-    """A batch of our collator, the same samples spelled plainly, and the answers."""
+    """Return a batch of our collator, the block, the same samples as plain prompts, and the answers."""
     tokenizer = backbone.tokenizer
     collator = PromptCollator(
         PromptTemplate.parse(template, allow_slots=slots, user_depends_on_target=False),
@@ -63,7 +63,7 @@ def build(backbone, template, tmp_path, *, slots):
 
 def assert_close(ours, plain, our_gradients, plain_gradients):
     assert (ours - plain).abs().max() < SCORE_TOLERANCE * plain.abs().max(), (ours, plain)
-    worst = max(((our_gradients[name] - one).norm() / one.norm()).item() for name, one in plain_gradients.items())
+    worst = max(((our_gradients[name] - value).norm() / value.norm()).item() for name, value in plain_gradients.items())
     assert worst < GRADIENT_TOLERANCE
     print(f"scores {(ours - plain).abs().max() / plain.abs().max():.1e}, gradients {worst:.1e}")
 

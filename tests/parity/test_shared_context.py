@@ -52,7 +52,7 @@ def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
     histories = rng.integers(0, 6, contexts)
     histories[0] = 0
     values = {name: rng.integers(0, 5, targets) for name in TARGET_FIELDS}
-    values |= {f"{one}_rows": values[f"{one}_likes"] + 1 for one in ("user", "item")}
+    values |= {f"{side}_rows": values[f"{side}_likes"] + 1 for side in ("user", "item")}
     values["item_idx"] = rng.integers(0, len(TEXTS), targets)
     values["label"] = rng.integers(0, 2, targets)
     values["row_id"] = np.arange(targets)
@@ -69,7 +69,7 @@ def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
 
 
 class Tables(torch.nn.Module):
-    """A collaborative model that is two tables."""
+    """A collaborative model of two tables."""
 
     embedding_dim = 6
 
@@ -121,12 +121,14 @@ def assert_gradients_close(ours, plain):
 
 @pytest.fixture(autouse=True)
 def _exact_head(monkeypatch):
-    """Let the head compute in float64 here, so that rounding cannot hide an error.
+    """Compute the head in float64, so that rounding cannot hide an error.
 
-    Positions, which older transformers multiply by float32 frequencies, stay float32.
+    Positions stay float32: older transformers multiply them by float32 frequencies.
     """
     to_float32 = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda one: one.double() if one.is_floating_point() else to_float32(one))
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda value: value.double() if value.is_floating_point() else to_float32(value)
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -140,7 +142,7 @@ def test_stage1_scores_and_lora_gradients(architecture, checkpointing, attention
     backbone.double()
     torch.manual_seed(3)
     for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:  # zero at first, which would leave the other half without gradient
+        if "lora_B" in name:  # initially zero, which would leave the other half without gradients
             torch.nn.init.normal_(parameter, std=0.2)
     answers = resolve_answer_ids(tokenizer, " Yes", " No")
     batch = collator.collate(block, block)
@@ -218,7 +220,7 @@ def test_large_contexts_and_target_dependent_users(architecture, implementation,
     assert (scores - plain).abs().max() < (1e-5 if implementation == "eager" else SCORE_TOLERANCE)
 
 
-def test_context_cut_by_a_batch_border_scores_the_same(attention, tmp_path):
+def test_a_context_divided_between_batches_scores_the_same(attention, tmp_path):
     tokenizer, collator = make_collator(STAGE2, tmp_path, stage2=True)
     block = make_block([6, 5])
     backbone, tables = make_model("llama"), Tables()
@@ -240,7 +242,7 @@ def test_context_cut_by_a_batch_border_scores_the_same(attention, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("template", [STAGE1, STAGE2], ids=["stage1", "stage2"])
 def test_scoring_many_candidates_of_a_context(architecture, template, attention, tmp_path):
-    """In scoring the whole context is constant, and its targets stand in several rows that share it."""
+    """In scoring the whole context is constant, and several rows of its targets share it."""
     stage2 = template == STAGE2
     tokenizer, collator = make_collator(template, tmp_path, stage2=stage2)
     block = make_block([40, 1, 25])
@@ -262,15 +264,15 @@ def test_scoring_many_candidates_of_a_context(architecture, template, attention,
     assert (counts.prefix > 0).all()
     pieces = plan_micro_batches(block, counts, 0, 1, 2000)
     assert any(piece.num_contexts > len(np.unique(piece.num_likes)) for piece in pieces)
-    found = torch.zeros(block.num_targets, dtype=torch.float64)
-    for caching in (None, PrefixCache(10**9)):
-        model.prefix_cache = caching
+    scores = torch.zeros(block.num_targets, dtype=torch.float64)
+    for cache in (None, PrefixCache(10**9)):
+        model.prefix_cache = cache
         for piece in [*pieces, *pieces]:
             batch = scoring.collate(piece, block)
             batch = dataclasses.replace(batch, pair_features=batch.pair_features.double())
             with torch.no_grad():
-                found[batch.row_ids] = model(batch)
-        assert (found - plain).abs().max() < SCORE_TOLERANCE
+                scores[batch.row_ids] = model(batch)
+        assert (scores - plain).abs().max() < SCORE_TOLERANCE
     assert model.prefix_cache.hits >= model.prefix_cache.misses == len(torch.unique(torch.tensor(block.num_likes)))
 
 
@@ -292,12 +294,12 @@ def test_a_full_or_partial_cache_scores_the_same(attention, tmp_path):
     gradients = collect_gradients(plain.sum(), mapper)
     model.prefix_cache = PrefixCache(80_000)
     score(block.take_contexts(np.array([1, 3])))
-    held = model.prefix_cache.num_bytes
-    assert 0 < held <= 80_000
+    num_bytes = model.prefix_cache.num_bytes
+    assert 0 < num_bytes <= 80_000
     for _ in range(2):
         again = score(block)
         assert (again - plain).abs().max() < SCORE_TOLERANCE
         assert_gradients_close(collect_gradients(again.sum(), mapper), gradients)
-    assert held <= model.prefix_cache.num_bytes <= 80_000
+    assert num_bytes <= model.prefix_cache.num_bytes <= 80_000
     assert model.prefix_cache.hits >= 4
     assert model.prefix_cache.misses > 5

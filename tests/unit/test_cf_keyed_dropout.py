@@ -1,4 +1,4 @@
-"""Dropout by keys: what is dropped follows from whose row it is, not from the batch that it is in."""
+"""Keyed dropout: the mask of a row follows from its key, not from its batch."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ def drop(values, keys, probability=0.3, site=0, **settings):
     return KeyedDropout(probability, site, values[0].numel())(values, keys, **settings)
 
 
-def test_the_share_is_dropped_and_the_rest_makes_up_for_it():
-    """Standard error of the share over 80,000 numbers: .0016; windows overlap, so it is a little more."""
+def test_a_share_of_elements_is_dropped_and_the_rest_is_scaled():
+    """Standard error of the share over 80,000 elements: .0016; windows overlap, so it is a little more."""
     dropped = drop(torch.ones(4000, 20), KEYS)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert torch.unique(dropped).tolist() == pytest.approx([0, 1 / 0.7])
@@ -22,7 +22,7 @@ def test_the_share_is_dropped_and_the_rest_makes_up_for_it():
     assert (per_column - 0.3).abs().max() < 0.04  # 5 standard errors of one column
 
 
-def test_a_row_loses_the_same_in_any_batch():
+def test_a_row_has_the_same_mask_in_any_batch():
     values = torch.ones(4000, 20)
     whole = drop(values, KEYS)
     assert torch.equal(drop(values[100:110], KEYS[100:110]), whole[100:110])
@@ -31,8 +31,8 @@ def test_a_row_loses_the_same_in_any_batch():
 
 
 @pytest.mark.parametrize("padding", [1, 4])
-def test_padding_on_the_left_shifts_nothing(padding):
-    """A worker pads to the longest history of its own share of a batch; masks must not depend on that."""
+def test_padding_on_the_left_does_not_shift_masks(padding):
+    """A worker pads to the longest history of its share of a batch; masks must not depend on that."""
     dropout = KeyedDropout(0.3, 0, 35)
     alone = dropout(torch.ones(900, 3, 5), KEYS[:900], from_end=True)
     padded = dropout(torch.ones(900, 3 + padding, 5), KEYS[:900], from_end=True)
@@ -47,7 +47,7 @@ def test_without_keys_nothing_is_dropped():
 
 @pytest.mark.parametrize("width", [1 << 17, 1 << 18, (1 << 18) + 5])
 def test_rows_of_any_width_are_dropped(width):
-    """A history of 1,100 items with vectors of 256 numbers is wider than the pool would otherwise be."""
+    """A history of 1,100 items with vectors of width 256 is wider than the default pool."""
     dropped = drop(torch.ones(2, width), KEYS[:2])
     assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert not torch.equal(dropped[0], dropped[1])

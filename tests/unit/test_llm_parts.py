@@ -1,4 +1,4 @@
-"""Assets, backbones, adapters and the mapping."""
+"""Assets, backbones, adapters and the mapping MLP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_soft_tokens_start_at_the_size_of_token_embeddings():
     assert 0.03 < tokens.square().mean().sqrt() < 0.08
 
 
-def test_mapping_comes_back_and_refuses_another_shape(tmp_path):
+def test_mapping_is_restored_and_refuses_another_shape(tmp_path):
     mapper = make_mapper()
     weights = {f"slot_mapper.{name}": value for name, value in mapper.state_dict().items()}
     path = save_mapper(tmp_path / "mapping.safetensors", weights)
@@ -39,36 +39,36 @@ def test_mapping_comes_back_and_refuses_another_shape(tmp_path):
         load_mapper(make_mapper(llm_dim=16), None, path)
 
 
-def test_adapter_is_drawn_by_its_seed_and_alone_trains():
+def test_adapter_depends_on_its_seed_and_nothing_else_trains():
     models = [make_model("llama", dtype=torch.float32) for _ in range(2)]
     for model in models:
-        torch.rand(3)  # what happened before must not matter
+        torch.rand(3)  # earlier draws must not matter
         add_lora(model, rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj"), seed=3)
     first, second = (dict(model.named_parameters()) for model in models)
-    assert {name for name, one in first.items() if one.requires_grad} == {n for n in first if "lora_" in n}
+    assert {name for name, parameter in first.items() if parameter.requires_grad} == {n for n in first if "lora_" in n}
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_an_adapter_is_as_precise_as_its_backbone_from_the_start():
-    """DeepSpeed makes it so in any case; layers compiled before that, for the automatic budget, would fail after it."""
+def test_an_adapter_has_the_precision_of_its_backbone_from_the_start():
+    """DeepSpeed converts it anyway; layers compiled before that, for the automatic budget, would fail afterwards."""
     model = make_model("llama", dtype=torch.bfloat16)
     add_lora(model, rank=2, alpha=4, dropout=0.1, target_modules=("q_proj", "v_proj"), seed=3)
-    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_unknown_layers_are_answered_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"called Wq;.*q_proj"):
+def test_unknown_layers_are_refused_with_the_known_names():
+    with pytest.raises(ConfigError, match=r"named Wq;.*q_proj"):
         add_lora(make_model("llama"), rank=2, alpha=4, dropout=0.0, target_modules=("Wq",), seed=0)
 
 
-def test_merged_backbone_says_what_the_adapted_one_says(tmp_path):
+def test_a_merged_backbone_computes_the_same_as_the_adapted_one(tmp_path):
     adapted = make_model("llama", dtype=torch.float32)
     wrapper = add_lora(adapted, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj", "v_proj"), seed=3)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    weights = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+    weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     save_adapter(wrapper, tmp_path, weights, "some/name", "main")
     merged = merge_adapter(make_model("llama", dtype=torch.float32), tmp_path)
     ids = torch.arange(20)[None]
@@ -83,7 +83,7 @@ def test_backbone_from_a_folder(tiny_backbone_dir):
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
 
 
-def test_what_is_no_causal_language_model_is_refused(tmp_path):
+def test_a_model_that_is_not_a_causal_language_model_is_refused(tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=30)
@@ -93,19 +93,19 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "no-such-name", "a/b/c"])
-def test_unknown_backbones_are_answered_with_the_choices(name):
+def test_unknown_backbones_are_refused_with_the_known_names(name):
     with pytest.raises(DataError, match="smollm2-135m-instruct-q4_1"):
         assets.resolve_backbone(name)
 
 
-def test_hub_id_without_a_network_says_what_to_do(monkeypatch, tmp_path):
+def test_a_hub_id_without_a_network_gives_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(DataError, match=r"local folder.*\.gguf"):
         load_backbone("nobody/nothing-at-all")
 
 
 def test_wrong_content_is_never_used(monkeypatch, tmp_path):
-    """One name is one content: a package that holds something else is refused and leaves nothing behind."""
+    """A name stands for one content: a package with another is refused and leaves no files behind."""
     wheel = tmp_path / "thing-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("thing/data.bin", "not what was promised")

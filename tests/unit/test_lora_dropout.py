@@ -1,4 +1,4 @@
-"""The adapter's dropout: masks by counters, whatever the micro-batches, and recomputed alike."""
+"""Dropout of adapters: masks by keys, independent of micro-batches, the same when recomputed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = 2e-5
 
 
 def build(probability: float, tmp_path, architecture="llama", targets=("q_proj", "v_proj")):
-    """A model whose adapter matters, its collator, and a block."""
+    """Return a model with a large adapter, its collator, and a block."""
     tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
     backbone = make_model(architecture, dtype=torch.float32)
     add_lora(backbone, rank=2, alpha=4, dropout=probability, target_modules=targets, seed=1)
@@ -43,13 +43,13 @@ def list_batches(collator, block, max_tokens, processes=1):
 
 
 def work(model, batches, key=5):
-    """Scores by row id, and gradients of a sum over all rows."""
-    scores, total = {}, 0.0
+    """Return scores by row id, and gradients of a sum over all rows."""
+    scores, total = {}, {}
     for batch in batches:
-        found = model(batch, key)
+        output = model(batch, key)
         real = batch.weights > 0
-        scores |= dict(zip(batch.row_ids[real].tolist(), found[real].tolist(), strict=True))
-        gradients = collect_gradients((found * batch.weights).square().sum(), model)
+        scores |= dict(zip(batch.row_ids[real].tolist(), output[real].tolist(), strict=True))
+        gradients = collect_gradients((output * batch.weights).square().sum(), model)
         total = gradients if not total else {name: total[name] + gradients[name] for name in gradients}
     return torch.tensor([scores[row] for row in sorted(scores)]), total
 
@@ -64,75 +64,77 @@ def assert_same(ours, plain):
 @pytest.mark.parametrize(("max_tokens", "processes"), [(10**6, 1), (400, 1), (130, 1), (300, 2), (10**6, 3)])
 def test_masks_do_not_depend_on_micro_batches_and_processes(tmp_path, max_tokens, processes, checkpointing):
     model, collator, block = build(0.3, tmp_path)
-    # Each row alone: nothing is shared, and every context is computed anew for each of its targets.
+    # Each row alone: nothing is shared, and every context is computed again for each of its targets.
     alone = [collator.collate(block.take_targets(torch.tensor([row]).numpy()), block) for row in range(sum(CONTEXTS))]
     plain = work(model, alone)
     model.decoder = PackedDecoder(model.decoder.module, checkpointing=checkpointing)
     assert_same(work(model, list_batches(collator, block, max_tokens, processes)), plain)
 
 
-def test_adapters_of_the_layers_networks_drop_too(tmp_path):
-    """Of the last layer's as well, which runs on fewer tokens where it has no adapter."""
+def test_adapters_of_mlps_drop_too(tmp_path):
+    """Including the last layer's MLP, which runs on fewer tokens if it has no adapter."""
     model, collator, block = build(0.3, tmp_path, targets=("v_proj", "up_proj", "down_proj"))
     whole = work(model, list_batches(collator, block, 10**6))
     assert_same(work(model, list_batches(collator, block, 130)), whole)
 
 
-def test_they_depend_on_all_the_rest(tmp_path):
+def test_masks_depend_on_key_token_layer_and_mode(tmp_path):
     model, collator, block = build(0.3, tmp_path)
     batch = collator.collate(block, block)
     first = model(batch, 5)
     assert torch.equal(first, model(batch, 5))
     assert not torch.isclose(first, model(batch, 6)).any()
     masks = model._dropout_masks
-    assert len(masks.windows) == 4  # two layers, two matrices each
+    assert len(masks.windows) == 4  # two layers with two adapted matrices each
     windows = masks.windows
     assert windows.shape[1:] == (1, batch.num_tokens)
-    assert len(windows.unique()) > 0.995 * windows.numel()  # of 2,328 draws out of a million two or three meet
+    assert len(windows.unique()) > 0.995 * windows.numel()  # 2,328 draws of 262,144 windows: about ten collide
     model.eval()
     plain = model(batch, 5)
     assert torch.equal(plain, model(batch, 6))
     assert not torch.isclose(first, plain).any()
 
 
-def test_the_share_is_dropped_and_the_rest_makes_up_for_it(tmp_path):
+def test_a_share_of_elements_is_dropped_and_the_rest_is_scaled(tmp_path):
     _, collator, block = build(0.3, tmp_path)
     batch = collator.collate(block, block)
     masks = DropoutMasks(0.3, 2)
     masks.draw(batch, 1)
     ones, same = torch.ones(1, batch.num_tokens, 576), nn.Linear(576, 576, bias=False)
     nn.init.eye_(same.weight)
-    product = DroppedLinear(same, masks, 1)
-    dropped = product(ones)
+    layer = DroppedLinear(same, masks, 1)
+    dropped = layer(ones)
     share = (dropped == 0)[0].float()
     assert share.mean().item() == pytest.approx(0.3, abs=0.004)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (share.mean(0) - 0.3).abs().max() < 0.08  # standard error of a column: 0.019
     with pytest.raises(ConfigError, match="sees tokens in shape"):
-        product(ones[0])
+        layer(ones[0])
 
 
-def test_gradients_are_those_of_plain_autograd_and_the_values_alone_are_kept(tmp_path):
-    """Against the same masks multiplied in by hand, in float64; equal to the last digit or two (measured: 5e-16)."""
+def test_gradients_equal_those_of_autograd_and_only_the_values_are_saved(tmp_path):
+    """Against the same masks applied by hand, in float64; equal to the last digit or two (measured: 5e-16)."""
     _, collator, block = build(0.3, tmp_path)
     masks = DropoutMasks(0.3, 1)
     masks.draw(collator.collate(block, block), 1)
     tokens = masks.windows.shape[2]
     values = torch.randn(1, tokens, 32, dtype=torch.float64).requires_grad_()
-    product = nn.Linear(32, 4, bias=False, dtype=torch.float64)
+    adapter = nn.Linear(32, 4, bias=False, dtype=torch.float64)
     weights = torch.randn(1, tokens, 4, dtype=torch.float64)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
-        ours = DroppedLinear(product, masks, 0)(values)
-    assert kept == [values.shape, product.weight.shape, (1, tokens)]
-    plain = product(masks.drop(values, masks.windows[0]))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: saved.append(value.shape) or value, lambda value: value
+    ):
+        ours = DroppedLinear(adapter, masks, 0)(values)
+    assert saved == [values.shape, adapter.weight.shape, (1, tokens)]
+    plain = adapter(masks.drop(values, masks.windows[0]))
     assert (ours - plain).norm() < 1e-14 * plain.norm()
-    wanted = [values, product.weight]
-    for found, one in zip(
-        torch.autograd.grad((ours * weights).sum(), wanted), torch.autograd.grad((plain * weights).sum(), wanted),
+    leaves = [values, adapter.weight]
+    for gradient, expected in zip(
+        torch.autograd.grad((ours * weights).sum(), leaves), torch.autograd.grad((plain * weights).sum(), leaves),
         strict=True,
     ):  # fmt: skip
-        assert (found - one).norm() < 1e-14 * one.norm()
+        assert (gradient - expected).norm() < 1e-14 * expected.norm()
 
 
 def test_bfloat16_values_stay_bfloat16(tmp_path):
@@ -158,7 +160,7 @@ def test_compiled_layers_drop_the_same_from_few_graphs(tmp_path, checkpointing):
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
-def test_the_hash_is_the_one_of_the_data():
+def test_the_tensor_hash_equals_the_numpy_hash():
     values = [0, 1, 2**40, -7]
     ours = hash_tensor(torch.tensor(values)).tolist()
     assert ours == [int(hash_integers(value).view("int64")) for value in values]

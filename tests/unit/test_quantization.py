@@ -1,4 +1,4 @@
-"""Quantized backbones: loaded, trained through, and as large as the planner says."""
+"""Quantized backbones: loading, gradients, and memory as planned."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def load(folder, quantization):
     return load_backbone(str(folder), dtype="float32", quantization=quantization).model
 
 
-def count_held_bytes(model):
-    """Weights with their scales."""
+def count_weight_memory(model):
+    """Return the bytes of weights and their scales."""
     total = 0
     for parameter in model.parameters():
         total += parameter.nbytes
@@ -54,12 +54,12 @@ def count_held_bytes(model):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_size_and_cost_are_those_of_the_plan(folder, quantization):
-    """Measured: 1.5 % above for 4 bits, whose tables of codes count in a model as small as this; equal for 8."""
+def test_size_and_cost_are_as_planned(folder, quantization):
+    """Measured: 1.5 % above for 4 bits, whose code tables count in such a small model; equal for 8 bits."""
     plain, quantized = load(folder, "none"), load(folder, quantization)
     planned = count_weight_bytes(plain, torch.float32, quantization)
-    assert planned < 0.6 * count_held_bytes(plain)
-    assert count_held_bytes(quantized) == pytest.approx(planned, rel=0.02)
+    assert planned < 0.6 * count_weight_memory(plain)
+    assert count_weight_memory(quantized) == pytest.approx(planned, rel=0.02)
     assert DecoderShape.from_model(quantized) == DecoderShape.from_model(plain)
 
 
@@ -67,26 +67,26 @@ def test_size_and_cost_are_those_of_the_plan(folder, quantization):
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_gradients_pass_through_to_adapters_and_embeddings(folder, quantization):
     """A prefix without gradients and a tree over it, as in stage 2, with an adapter, as in stage 1."""
-    found = []
-    for one in ("none", quantization):
-        model = load(folder, one)
+    results = []
+    for setting in ("none", quantization):
+        model = load(folder, setting)
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj",), seed=1)
         decoder = PackedDecoder(model.get_decoder())
         generator = torch.Generator().manual_seed(1)
         prefix, embeds, weights = (torch.randn(size, WIDTH, generator=generator) for size in (8, 14, 14))
         embeds.requires_grad_()
-        before = run_prefix(decoder, prefix, Mirrored.of([5, 3]))
+        prefix_keys = run_prefix(decoder, prefix, Mirrored.of([5, 3]))
         positions = torch.cat([length + torch.arange(7) for length in (5, 3)])
-        hidden = run_tree(decoder, embeds, torch.full((14,), TAIL), positions, Mirrored.of([7, 7]), before)
+        hidden = run_tree(decoder, embeds, torch.full((14,), TAIL), positions, Mirrored.of([7, 7]), prefix_keys)
         adapter = [value for name, value in model.named_parameters() if "lora_B" in name]
         gradients = torch.autograd.grad((hidden * weights).sum(), [embeds, *adapter])
-        found.append((hidden.detach(), *gradients))
-    for plain, quantized in zip(*found, strict=True):
+        results.append((hidden.detach(), *gradients))
+    for plain, quantized in zip(*results, strict=True):
         error = (plain - quantized).norm() / plain.norm()
         assert 0 < error < (0.05 if quantization == "8bit" else 0.3), error
 
 
-def test_without_bitsandbytes_the_error_says_what_to_install(folder, monkeypatch):
+def test_without_bitsandbytes_the_error_names_the_package(folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "collm_dist.llm.backbone.find_spec", lambda name: None if name == "bitsandbytes" else find(name)

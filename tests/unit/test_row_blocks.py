@@ -1,4 +1,4 @@
-"""Which rows attention lays out together."""
+"""Division of rows into padded blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pytest
 
 from collm_dist.llm.packed.row_blocks import split_rows
 
-WHOLE = 1 << 62  # more than anything wastes
+WHOLE = 1 << 62  # more than any padding costs
 
 
-def waste(spans, lengths, pasts, header):
-    """Comparisons that nobody asked for, of each span."""
+def count_wasted_pairs(spans, lengths, pasts, header):
+    """Return the query-key pairs of each span that padding adds."""
     needed = lengths * (header + pasts + lengths)
     return [
         (span.rows.stop - span.rows.start) * span.columns * (header + span.past + span.columns)
@@ -22,7 +22,7 @@ def waste(spans, lengths, pasts, header):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("cost", [0, 500, 10_000, WHOLE])
-def test_every_row_is_in_one_span_and_none_wastes_more_than_a_span_costs(seed, cost):
+def test_every_row_is_in_one_span_and_no_span_wastes_more_than_a_span_costs(seed, cost):
     random = np.random.default_rng(seed)
     lengths, pasts = np.sort(random.integers(1, 60, 30)), random.integers(0, 90, 30)
     spans = split_rows(lengths, pasts, 7, cost)
@@ -31,16 +31,16 @@ def test_every_row_is_in_one_span_and_none_wastes_more_than_a_span_costs(seed, c
     for span in spans:
         assert (span.columns, span.past) == (lengths[span.rows].max(), pasts[span.rows].max())
         assert span.tokens == slice(ends[span.rows.start] - lengths[span.rows.start], ends[span.rows.stop - 1])
-    assert min(waste(spans, lengths, pasts, 7)) >= 0
+    assert min(count_wasted_pairs(spans, lengths, pasts, 7)) >= 0
     if cost == WHOLE:
         assert len(spans) == 1
     else:
-        assert max(waste(spans, lengths, pasts, 7)) <= cost
+        assert max(count_wasted_pairs(spans, lengths, pasts, 7)) <= cost
         # No span could have taken the next one's first row.
         for span in spans[:-1]:
-            longer = [slice(span.rows.start, span.rows.stop + 1)]
-            (one,) = split_rows(lengths[longer[0]], pasts[longer[0]], 7, WHOLE)
-            assert waste([one], lengths[longer[0]], pasts[longer[0]], 7)[0] > cost
+            rows = slice(span.rows.start, span.rows.stop + 1)
+            longer = split_rows(lengths[rows], pasts[rows], 7, WHOLE)
+            assert count_wasted_pairs(longer, lengths[rows], pasts[rows], 7)[0] > cost
 
 
 def test_rows_alike_stay_together_whatever_a_span_costs():
