@@ -1,4 +1,4 @@
-"""Workers and whole nodes of a Ray cluster that die under the data step and CF training: what comes out is the same.
+"""Lost workers and nodes of a Ray cluster during the data step and CF training: the results stay the same.
 
 Nodes are processes of one machine (``ray.cluster_utils.Cluster``), each with its own scheduler and workers.
 """
@@ -24,10 +24,10 @@ ROWS = 400_000
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A log that takes some ten seconds, its settings, and the record of its data step on one quiet machine."""
+    """Return the folder of a log that takes about ten seconds, its overrides, and its undisturbed data record."""
     folder = tmp_path_factory.mktemp("logs")
-    made = write_synthetic_logs(folder, ROWS)
-    overrides = [f"dataset.path={made.interactions}", f"dataset.items_path={made.items}",
+    written = write_synthetic_logs(folder, ROWS)
+    overrides = [f"dataset.path={written.interactions}", f"dataset.items_path={written.items}",
                  "preprocessing.num_user_buckets=32", "preprocessing.ties=order"]  # fmt: skip
     run("preprocess_data", [*overrides, f"run.dir={folder / 'quiet'}"])
     return folder, overrides, json.loads((folder / "quiet" / "data" / "manifest.json").read_text())
@@ -35,12 +35,12 @@ def logs(tmp_path_factory):
 
 @pytest.fixture
 def cluster():
-    """A head without CPUs, where the command runs, and two nodes with one each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
-    made.wait_for_nodes()
-    yield made, nodes
-    made.shutdown()
+    """Return a Ray cluster, whose head has no CPUs, and its two nodes of one CPU each."""
+    ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [ray_cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray_cluster.wait_for_nodes()
+    yield ray_cluster, nodes
+    ray_cluster.shutdown()
 
 
 def start(script, overrides):
@@ -55,9 +55,13 @@ def run(script, overrides):
 
 
 def list_busy():
-    """Processes that run a task, of all nodes; a node does not outlive its agents, which have such names too."""
-    names = {one: "".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
-    return [one for one, name in names.items() if name.startswith("ray::") and not ("IDLE" in name or "Agent" in name)]
+    """Return the processes that run a task, on all nodes. Agents have similar names; a node dies with its agents."""
+    names = {process: "".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
+    return [
+        process
+        for process, name in names.items()
+        if name.startswith("ray::") and not ("IDLE" in name or "Agent" in name)
+    ]
 
 
 def finish(process, folder):
@@ -74,11 +78,13 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
-def test_workers_that_die_while_data_are_prepared(cluster, logs, tmp_path):
-    """Every second, one worker that is at work is killed."""
-    made, _ = cluster
+def test_killed_workers_in_the_data_step(cluster, logs, tmp_path):
+    """Every second, one busy worker is killed."""
+    ray_cluster, _ = cluster
     _, overrides, quiet = logs
-    process = start("preprocess_data", [*overrides, f"cluster.ray_address={made.address}", f"run.dir={tmp_path}"])
+    process = start(
+        "preprocess_data", [*overrides, f"cluster.ray_address={ray_cluster.address}", f"run.dir={tmp_path}"]
+    )
     killed = []
 
     def kill():
@@ -96,24 +102,26 @@ def test_workers_that_die_while_data_are_prepared(cluster, logs, tmp_path):
     assert (record["content_hash"], record["shards"]) == (quiet["content_hash"], quiet["shards"])
 
 
-def test_a_node_that_is_lost_while_data_are_prepared(cluster, logs, tmp_path):
-    made, nodes = cluster
+def test_a_lost_node_in_the_data_step(cluster, logs, tmp_path):
+    ray_cluster, nodes = cluster
     _, overrides, quiet = logs
-    process = start("preprocess_data", [*overrides, f"cluster.ray_address={made.address}", f"run.dir={tmp_path}"])
-    wait_for(lambda: any(one.is_file() for one in (tmp_path / "data").rglob("*")), process)
+    process = start(
+        "preprocess_data", [*overrides, f"cluster.ray_address={ray_cluster.address}", f"run.dir={tmp_path}"]
+    )
+    wait_for(lambda: any(path.is_file() for path in (tmp_path / "data").rglob("*")), process)
     time.sleep(1)
-    made.remove_node(nodes[0], allow_graceful=False)
+    ray_cluster.remove_node(nodes[0], allow_graceful=False)
     assert process.poll() is None
     record = finish(process, tmp_path)
     assert (record["content_hash"], record["shards"]) == (quiet["content_hash"], quiet["shards"])
 
 
-def test_a_node_that_is_lost_while_the_cf_model_trains(cluster, logs, tmp_path):
-    """Two workers on two nodes; one node goes, a new one comes, training goes on from its checkpoint."""
-    made, nodes = cluster
+def test_a_lost_node_in_cf_training(cluster, logs, tmp_path):
+    """Two workers on two nodes: one node is lost, a new one joins, training resumes from its checkpoint."""
+    ray_cluster, nodes = cluster
     folder, overrides, _ = logs
     settings = [*overrides, "cf.num_workers=2", "cf.num_epochs=14", "cf.early_stop_patience=14",
-                "cf.checkpoint_every_epochs=2", f"cluster.ray_address={made.address}"]  # fmt: skip
+                "cf.checkpoint_every_epochs=2", f"cluster.ray_address={ray_cluster.address}"]  # fmt: skip
     summaries = []
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
@@ -122,8 +130,8 @@ def test_a_node_that_is_lost_while_the_cf_model_trains(cluster, logs, tmp_path):
         if name == "disturbed":
             log = tmp_path / name / "cf" / "metrics.jsonl"
             wait_for(lambda log=log: log.exists() and '"step": 5' in log.read_text(), process)
-            made.remove_node(nodes[0], allow_graceful=False)
-            made.add_node(num_cpus=1)
+            ray_cluster.remove_node(nodes[0], allow_graceful=False)
+            ray_cluster.add_node(num_cpus=1)
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         summaries.append(json.loads((tmp_path / name / "cf" / "summary.json").read_text()))

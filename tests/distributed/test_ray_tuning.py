@@ -1,4 +1,4 @@
-"""Tuning stages as Ray Train workers: on one node, on two, and when workers, nodes or the driver are asked to go.
+"""Tuning stages as Ray Train workers: on one and two nodes, with lost workers and nodes, and with a stopped driver.
 
 Nodes are processes of one machine (``ray.cluster_utils.Cluster``), each with its own scheduler and workers.
 """
@@ -43,21 +43,23 @@ ON_RAY = ["cluster.tuning=ray", "cluster.num_processes=2"]
 
 @pytest.fixture
 def cluster():
-    """A head without CPUs, where the command runs, and two nodes with one each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
-    made.wait_for_nodes()
-    yield made, nodes
-    made.shutdown()
+    """Return a Ray cluster, whose head has no CPUs, and its two nodes of one CPU each."""
+    ray_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [ray_cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray_cluster.wait_for_nodes()
+    yield ray_cluster, nodes
+    ray_cluster.shutdown()
 
 
 def list_training():
-    """Processes in which a Ray Train worker is at work."""
-    names = {one: "".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
-    return sorted((one for one, name in names.items() if "RayTrainWorker" in name), key=lambda one: one.pid)
+    """Return the processes of busy Ray Train workers."""
+    names = {process: "".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
+    return sorted(
+        (process for process, name in names.items() if "RayTrainWorker" in name), key=lambda process: process.pid
+    )
 
 
-def test_workers_are_as_many_as_devices():
+def test_there_is_one_worker_per_device():
     assert count_workers(None, {"CPU": 8.0}) == (1, False)
     assert count_workers(3, {"CPU": 8.0}) == (3, False)
     assert count_workers(None, {"CPU": 8.0, "GPU": 4.0}) == (4, True)
@@ -66,10 +68,10 @@ def test_workers_are_as_many_as_devices():
 
 
 @pytest.mark.slow
-def test_two_nodes_end_with_the_metrics_of_one_process(cluster, copy_run, one_process):
-    made, _ = cluster
+def test_two_nodes_equal_one_process(cluster, copy_run, one_process):
+    ray_cluster, _ = cluster
     folder, overrides = copy_run("two")
-    output = run(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={made.address}"])
+    output = run(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={ray_cluster.address}"])
     assert "stage2: 30 steps" in output
     assert json.loads((folder / "stage2" / "summary.json").read_text())["world_size"] == 2
     assert_same_training(folder, one_process)
@@ -78,23 +80,25 @@ def test_two_nodes_end_with_the_metrics_of_one_process(cluster, copy_run, one_pr
 
 
 @pytest.mark.slow
-def test_a_worker_and_a_node_that_are_lost(cluster, copy_run, one_process):
-    """A worker is killed in stage 1 and a whole node in stage 2; each time the stage goes on from its checkpoint."""
-    made, nodes = cluster
+def test_a_lost_worker_and_a_lost_node(cluster, copy_run, one_process):
+    """A worker is killed in stage 1 and a node in stage 2; each time the stage resumes from its checkpoint."""
+    ray_cluster, nodes = cluster
     folder, overrides = copy_run("lost")
-    process = start(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={made.address}"])
+    process = start(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={ray_cluster.address}"])
     wait_for_step(process, folder, "stage1", 5)
     list_training()[-1].kill()
     wait_for_step(process, folder, "stage2", 5)
-    made.remove_node(nodes[0], allow_graceful=False)
-    made.add_node(num_cpus=1)
+    ray_cluster.remove_node(nodes[0], allow_graceful=False)
+    ray_cluster.add_node(num_cpus=1)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     status = read_status(folder)
     assert (status["state"], status["restarts"]) == ("done", 2)
     assert output.count("WorkerLostError: ") >= 2
     assert_same_training(folder, one_process)
-    ours, other = (safetensors.numpy.load_file(one / "stage2" / "mapping.safetensors") for one in (folder, one_process))
+    ours, other = (
+        safetensors.numpy.load_file(run_dir / "stage2" / "mapping.safetensors") for run_dir in (folder, one_process)
+    )
     for name, value in ours.items():
         assert abs(value - other[name]).max() < 1e-4
     assert_same_report(folder, one_process)
@@ -102,17 +106,16 @@ def test_a_worker_and_a_node_that_are_lost(cluster, copy_run, one_process):
 
 @pytest.mark.slow
 def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process, tmp_path):
-    """As ``ray job submit`` runs it: through the cluster's job service, which uploads a working directory.
+    """A job as of ``ray job submit``, through the job service, which uploads a working directory.
 
-    Data and collaborative model are made there too, on both nodes. Each node has a folder of its own for what Ray
-    keeps, as a machine would: in a common one a node that is done with
-    the working directory deletes it under the others' feet. Sockets lie there, whose paths must be short.
+    The data and CF steps run on both nodes too. Each node has its own temporary folder, as a machine would: in a shared
+    one, a node deletes the working directory while its peers still use it. Socket paths in it must be short.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    ray_cluster = Cluster(initialize_head=True, head_node_args=head)
     for name in ("launch", "configs"):
         shutil.copytree(REPOSITORY / name, tmp_path / "work" / name)
     folder = tmp_path / "run"
@@ -120,9 +123,9 @@ def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process,
     killed = False
     folders = [tempfile.mkdtemp(prefix="ray-") for _ in range(2)]
     try:
-        for one in folders:
-            made.add_node(num_cpus=1, temp_dir=one)
-        made.wait_for_nodes()
+        for temp_dir in folders:
+            ray_cluster.add_node(num_cpus=1, temp_dir=temp_dir)
+        ray_cluster.wait_for_nodes()
         client, deadline = JobSubmissionClient(f"http://127.0.0.1:{port}"), time.monotonic() + 400
         job = submit(client, settings, tmp_path / "work", deadline)
         while not client.get_job_status(job).is_terminal():
@@ -134,9 +137,9 @@ def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process,
             time.sleep(0.05)
         assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
     finally:
-        made.shutdown()
-        for one in folders:
-            shutil.rmtree(one, ignore_errors=True)
+        ray_cluster.shutdown()
+        for temp_dir in folders:
+            shutil.rmtree(temp_dir, ignore_errors=True)
     assert killed
     assert (read_status(folder)["state"], read_status(folder)["restarts"]) == ("done", 1)
     assert_same_training(folder, one_process)
@@ -144,24 +147,24 @@ def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process,
 
 
 def submit(client, settings, working_dir, deadline):
-    """Submit the pipeline and return the job's number."""
-    quoted = " ".join(shlex.quote(one) for one in settings)
+    """Submit the pipeline and return the job's id."""
+    quoted = " ".join(shlex.quote(setting) for setting in settings)
     while True:
         try:
             return client.submit_job(
                 entrypoint=f"{sys.executable} launch/run_pipeline.py --config configs/tiny_cpu.yaml {quoted}",
                 runtime_env={"working_dir": str(working_dir)},
             )
-        except RuntimeError as error:  # the service answers before it can run anything
+        except RuntimeError as error:  # the service answers before it can run a job
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(1)
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_asked_to_stop(copy_run):
-    """The workers, on a local Ray here, save a checkpoint after the step that they are at."""
-    folder, overrides = copy_run("asked")
+def test_a_stopped_driver(copy_run):
+    """The workers, on a local Ray, save a checkpoint after the current step."""
+    folder, overrides = copy_run("stopped")
     process = start(PIPELINE, [*overrides, *ON_RAY, *LONGER, "stage1.checkpoint_every_steps=1000"])
     wait_for_step(process, folder, "stage1", 5)
     process.send_signal(signal.SIGTERM)
@@ -173,8 +176,8 @@ def test_a_driver_that_is_asked_to_stop(copy_run):
 
 
 @pytest.mark.slow
-def test_what_a_worker_says_is_said(copy_run):
-    """An error in the workers ends the pipeline with the same words and code as without Ray, and no restart."""
+def test_a_workers_error_is_reported(copy_run):
+    """A worker's error ends the pipeline with the same message and exit code as without Ray, and without a restart."""
     folder, overrides = copy_run("error")
     process = start(PIPELINE, [*overrides, *ON_RAY, "stage1.learning_rate=1e30", "stage1.warmup_steps=0"])
     output, _ = process.communicate(timeout=200)
@@ -186,21 +189,21 @@ def test_what_a_worker_says_is_said(copy_run):
 
 @pytest.mark.slow
 def test_a_node_with_other_versions(cluster, copy_run, tmp_path):
-    """Python's path of one node leads to a package that says it is another version."""
-    made, _ = cluster
+    """One node's PYTHONPATH holds a package with another version."""
+    ray_cluster, _ = cluster
     package = tmp_path / "site" / "torch-9.9.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
-    made.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(package.parent)})
+    ray_cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(package.parent)})
     _, overrides = copy_run("versions")
-    process = start(PIPELINE, [*overrides, *ON_RAY, f"cluster.ray_address={made.address}"])
+    process = start(PIPELINE, [*overrides, *ON_RAY, f"cluster.ray_address={ray_cluster.address}"])
     output, _ = process.communicate(timeout=100)
     assert process.returncode == LaunchError.exit_code, output
     assert "has torch 9.9 (here" in output
 
 
 @pytest.mark.slow
-def test_a_cluster_that_nobody_named_is_left_alone(cluster):
-    """Ray itself would join any cluster that it finds on this machine."""
+def test_an_unnamed_cluster_is_not_joined(cluster):
+    """By default, Ray joins any cluster that it finds on the machine."""
     with connect_ray(ClusterConfig(ray_num_cpus=1, object_store_gb=0.1)):
         assert len(ray.nodes()) == 1

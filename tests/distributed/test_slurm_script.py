@@ -1,4 +1,4 @@
-"""The Slurm script without Slurm: a Ray of its own, the pipeline on it, and the signal that comes before the end."""
+"""The Slurm script without Slurm: its own Ray, the pipeline on it, and the signal before the time limit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.distributed.test_tuning import assert_same_training
 
 @pytest.fixture
 def start_script(tmp_path_factory):
-    """Return a function that starts the script with overrides; nothing of it may be left at the end."""
-    folder = tmp_path_factory.mktemp("r")  # of Ray's sockets, whose paths must be short
+    """Return a function that starts the script with overrides; afterwards no process of it may be left."""
+    folder = tmp_path_factory.mktemp("r")  # for Ray's sockets, whose paths must be short
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,12 +41,12 @@ def start_script(tmp_path_factory):
         )
 
     yield begin
-    words = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
-    assert not [line for line in words if str(folder) in line]
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(folder) in command]
 
 
 @pytest.mark.slow
-def test_it_is_asked_to_stop_and_goes_on(start_script, copy_run, one_process):
+def test_it_stops_on_the_signal_and_resumes(start_script, copy_run, one_process):
     folder, overrides = copy_run("slurm")
     settings = [*overrides, *LONGER, "cluster.num_processes=2", "stage1.checkpoint_every_steps=1000"]
     process = start_script(settings)
@@ -63,7 +63,7 @@ def test_it_is_asked_to_stop_and_goes_on(start_script, copy_run, one_process):
 
 
 @pytest.mark.slow
-def test_it_passes_on_what_the_pipeline_ends_with(start_script, copy_run):
+def test_it_forwards_the_pipelines_exit_code(start_script, copy_run):
     _, overrides = copy_run("wrong")
     process = start_script([*overrides, "stage1.learning_rate=-1"])
     output, _ = process.communicate(timeout=300)
