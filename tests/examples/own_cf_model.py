@@ -1,9 +1,9 @@
-"""A collaborative model of one's own: a user is the mean of the items liked, the newer the heavier.
+"""Custom CF model: a user is the mean of the liked items, weighted by recency.
 
     PYTHONPATH=. python launch/pretrain_cf.py --config C cf.model=tests.examples.own_cf_model:RecentLikes \
         'cf.arguments={half_life: 5}'
 
-Tables, biases, training, checkpoints, cross-fitting and export are the base class's.
+The base class provides tables, biases, training, checkpoints, cross-fitting and export.
 """
 
 import torch
@@ -18,7 +18,7 @@ class RecentLikes(TrainableCfModel):
     def __init__(
         self, num_users: int, num_items: int, *, embedding_dim: int, history_length: int, half_life: float
     ) -> None:
-        """half_life: likes after which an item weighs half."""
+        """half_life: number of likes after which an item's weight is halved."""
         super().__init__(num_users, num_items, embedding_dim=embedding_dim, history_length=history_length)
         self.half_life = half_life
 

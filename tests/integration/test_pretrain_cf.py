@@ -1,4 +1,4 @@
-"""The CF step on real Ray Train workers, which die; and as a command, which is killed."""
+"""CF step on real Ray Train workers, with lost workers, and as a command that is killed."""
 
 import contextlib
 import os
@@ -79,7 +79,7 @@ def compute_difference(ours, theirs):
 
 
 def kill_worker_at(run_dir, epoch, killed):
-    """SIGKILL one of this test's own Ray Train workers once the log says that the epoch is over."""
+    """Send SIGKILL to one of this test's Ray Train workers once the log contains the epoch."""
     path = run_dir.step_dir("cf") / "metrics.jsonl"
     while not killed:
         lines = read_metrics(path)
@@ -121,11 +121,11 @@ def test_done_step_is_skipped_and_a_changed_one_stops(undisturbed, capsys):
 
 
 class Interrupted(Exception):
-    """Stops a training between two checkpoints."""
+    """Interruption of a training between two checkpoints."""
 
 
 def fit_until(job, rank, world_size, last_epoch):
-    """Train up to an epoch; the checkpoint that is left is an earlier one."""
+    """Train up to an epoch; the checkpoint on disk is an earlier one."""
 
     def interrupt(epoch, _):
         if epoch == last_epoch:
@@ -136,39 +136,39 @@ def fit_until(job, rank, world_size, last_epoch):
 
 
 def fit_on_two(settings):
-    """What each of two Ray Train workers does."""
+    """Run one of two Ray Train workers."""
     context = ray.train.get_context()
     for job, last_epoch in settings["jobs"]:
         fit_until(job, context.get_world_rank(), context.get_world_size(), last_epoch)
 
 
-# Small batches of histories of all lengths: what pads them is then another share of them on two workers than on one.
+# Small batches of histories of all lengths, so the amount of padding differs between one and two workers.
 RAGGED = {"dropout": 0.3, "feedback": "all", "global_batch_size": 24, "history_length": 10, "unknown_item_share": 0.05}
 JOBS = (*MODELS, "table", "mf in folds", "sasrec in folds")
-FOLD_STARTS = (130, 260, 400)  # a row's number is its second; the last is the end of the training rows
+FOLD_STARTS = (130, 260, 400)  # a row's number is its timestamp; the last one is the end of the training rows
 
 
 def make_jobs(run_dir, folder, how):
-    """One job of each kind, in folders of their own."""
+    """Return one job of each kind, each with its own folder."""
     write_tables(run_dir, USERS, ITEMS)
     random, tables = np.random.default_rng(0), {}
     for name, ids in (("user_vectors", USERS), ("item_vectors", ITEMS)):
         tables[name] = write_vectors(folder / f"{name}.parquet", ids, random.normal(size=(len(ids), 4)))
-    found = {}
+    jobs = {}
     for name in JOBS if how in ("one", "two") else MODELS:
         model, *folds = name.split(" in ")
         settings = RAGGED | (tables if model == "table" else {}) | ({"fold_epochs": 2} if folds else {})
         states = folder / how / name
         states.mkdir(parents=True)
-        found[name] = Job(
+        jobs[name] = Job(
             run_dir.step_dir("data"), states, "key", make_cf(model, **settings), 0, FOLD_STARTS if folds else ()
         )
-    return found
+    return jobs
 
 
 @pytest.fixture(scope="module")
 def by_one_and_two(ray_session, tmp_path_factory):
-    """All models, trained by one worker, by two, and by both in turn: {(model, how): Job}, manifest, users."""
+    """Return ({(model, how): Job}, manifest, users): all models trained by one worker, by two, and by both in turn."""
     folder = tmp_path_factory.mktemp("models")
     run_dir = write_data_step(folder)
     data_dir = run_dir.step_dir("data")
@@ -185,7 +185,9 @@ def by_one_and_two(ray_session, tmp_path_factory):
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         run_config=ray.train.RunConfig(name="two", storage_path=str(folder / "ray")),
     ).fit()
-    signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own behind, which asks a cluster that is gone
+    signal.signal(
+        signal.SIGINT, on_interrupt
+    )  # Ray Train leaves its own handler, which calls a cluster that no longer exists
     for (_, how), job in jobs.items():
         if how == "two then one":
             assert job.read_state("final").progress.epoch == 4  # an epoch before the interruption
@@ -198,38 +200,38 @@ def by_one_and_two(ray_session, tmp_path_factory):
     ("name", "how"),
     [(name, "two") for name in JOBS] + [(name, how) for name in MODELS for how in ("one then two", "two then one")],
 )
-def test_any_number_of_workers_ends_where_one_does(by_one_and_two, name, how):
-    """With dropout, in folds, and with the work handed over between two checkpoints.
+def test_any_number_of_workers_ends_with_the_same_weights(by_one_and_two, name, how):
+    """With dropout, with folds, and with a change of workers between two checkpoints.
 
-    Measured: metrics differ by up to 2e-8, weights by up to 9e-7; not so the keys' biases of sasrec, which have no
-    gradient but rounding, since a softmax does not see them.
+    Measured: metrics differ by up to 2e-8, weights by up to 9e-7, except the key biases of sasrec: the softmax is
+    invariant to them, so their gradient is only rounding.
     """
     jobs, _, users = by_one_and_two
     for part in jobs[name, "one"].list_models():
         ours, theirs = jobs[name, how].read_state(part), jobs[name, "one"].read_state(part)
         assert (ours.progress.epoch, ours.progress.best_epoch) == (theirs.progress.epoch, theirs.progress.best_epoch)
         assert ours.progress.best_metrics == pytest.approx(theirs.progress.best_metrics, abs=1e-6)
-        for group in ("model", "best"):  # after the last epoch, and after the best one, which may be an early one
-            one, other = (state.read_shared(group) | state.read_owned(group, users) for state in (ours, theirs))
-            seen = {key for key in one if not key.endswith("key.bias")}
-            assert compute_difference({key: one[key] for key in seen}, {key: other[key] for key in seen}) < 1e-5
+        for group in ("model", "best"):  # after the last epoch, and after the best one
+            weights, expected = (state.read_shared(group) | state.read_owned(group, users) for state in (ours, theirs))
+            seen = {key for key in weights if not key.endswith("key.bias")}
+            assert compute_difference({key: weights[key] for key in seen}, {key: expected[key] for key in seen}) < 1e-5
     assert len(jobs[name, how].read_state("final").parts) == (1 if how == "two then one" else 2)
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_files_of_two_workers_hold_the_vectors_of_one(by_one_and_two, tmp_path, name):
+def test_exports_of_one_and_two_workers_are_equal(by_one_and_two, tmp_path, name):
     """Measured: they differ by up to 8e-7."""
     jobs, manifest, _ = by_one_and_two
-    found = {}
+    by_file = {}
     for how in ("one", "two"):
         export_models(jobs[name, how], tmp_path / how, manifest)
         for path in sorted((tmp_path / how).glob("*.safetensors")):
             model = load_model(path)[1]
             users, history = torch.arange(NUM_USERS), torch.arange(3).expand(NUM_USERS, 3)
-            found[how, path.name] = torch.cat([model.user_vectors(users, history, users), model.item_vectors(users)])
-    assert len(found) == 2 * len(jobs[name, "one"].list_models())
-    for (how, file), vectors in found.items():
-        assert (vectors - found["one", file]).abs().max() < 1e-5, (how, file)
+            by_file[how, path.name] = torch.cat([model.user_vectors(users, history, users), model.item_vectors(users)])
+    assert len(by_file) == 2 * len(jobs[name, "one"].list_models())
+    for (how, file), vectors in by_file.items():
+        assert (vectors - by_file["one", file]).abs().max() < 1e-5, (how, file)
         assert vectors.abs().max() > 0.1
 
 
@@ -268,7 +270,7 @@ def test_too_many_workers_are_refused(ray_session, tmp_path):
         run_pretrain(make_config(tmp_path, num_workers=3), run_dir)
 
 
-def test_a_model_below_the_baselines_says_so(ray_session, tmp_path, capsys):
+def test_a_model_below_the_baselines_gives_warnings(ray_session, tmp_path, capsys):
     run_dir = write_data_step(tmp_path)
     summary = run_pretrain(make_config(tmp_path, init_scale=3.0, learning_rate=1e-6, num_epochs=2), run_dir)
     assert summary["beats"]["item_mean"]["valid"] is False
@@ -280,7 +282,7 @@ def test_a_model_below_the_baselines_says_so(ray_session, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_and_ends_where_it_would_have(undisturbed, tmp_path, repository):
+def test_a_killed_command_resumes_and_ends_with_the_same_weights(undisturbed, tmp_path, repository):
     run_dir = write_data_step(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(make_config(tmp_path, num_workers=2).model_dump(mode="json")))

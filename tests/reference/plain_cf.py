@@ -1,6 +1,6 @@
-"""The collaborative models written plainly from their papers: dense matrices, loops over rows, torch's own layers.
+"""Reference implementations of the CF models from their papers: dense matrices, loops over rows, torch's own layers.
 
-They read the weights out of the package's modules and share nothing else with them. Rows of a table are (vector, bias).
+They read the weights of the package's modules and share no code with them. Table rows are (vector, bias).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch.nn import functional
 
 
 def score_mf(model, users, items):
-    """Logits of known users and items from the tables."""
+    """Return the logits of known users and items."""
     p, q = model.users.weight[users], model.items.weight[items]
     return model.global_bias + p[:, -1] + q[:, -1] + (p[:, :-1] * q[:, :-1]).sum(1)
 
 
 def fold_in_mf(model, history, precision, steps=1):
-    """An unknown user's vector: Newton's method from zero on log-likelihood and prior, with E unknowns."""
+    """Return an unknown user's vector by Newton steps from zero on log-likelihood and prior, in E unknowns."""
     q, bias = model.items.weight[history, :-1].double(), model.items.weight[history, -1].double()
     vector = torch.zeros(q.shape[1], dtype=torch.float64)
     for _ in range(steps):
@@ -31,9 +31,9 @@ def fold_in_mf(model, history, precision, steps=1):
 
 
 def smooth_lightgcn(model, users, items, num_layers):
-    """Mean over layers of powers of the dense normalised adjacency matrix, all users and items in one matrix.
+    """Return (U, E) and (I + 1, E): the mean over layers of powers of the dense normalized adjacency matrix.
 
-    ``users``, ``items`` are the training pairs. Returns (U, E) and (I + 1, E).
+    ``users`` and ``items`` are the training pairs.
     """
     num_users, num_items = len(model.users.weight), len(model.items.weight)
     ratings = torch.zeros(num_users, num_items, dtype=torch.float64)
@@ -51,7 +51,7 @@ def smooth_lightgcn(model, users, items, num_layers):
 
 
 def encode_sasrec(model, history):
-    """The user's state after a history (a list of item rows), by torch.nn.MultiheadAttention with an explicit mask."""
+    """Return the state after a history (a list of items), by torch.nn.MultiheadAttention with an explicit mask."""
     width, length = model.dim, len(history)
     states = model.items.weight[history, :-1] * math.sqrt(width) + model.positions[len(model.positions) - length :]
     mask = torch.full((length, length), float("-inf"), dtype=states.dtype).triu(1)
@@ -71,11 +71,11 @@ def encode_sasrec(model, history):
 
 
 def attend_din(model, history, target):
-    """The interest that a target meets, one history item after the other."""
+    """Return the interest for a target, one history item at a time."""
     interest = torch.zeros(model.dim, dtype=model.items.weight.dtype)
     item = model.items.weight[target, :-1]
-    for one in history:
-        vector = model.items.weight[one, :-1]
+    for liked in history:
+        vector = model.items.weight[liked, :-1]
         states = model.item_part(vector) + model.target_part(item) + model.product_part(vector * item)
         for layer in model.attention:
             states = layer(torch.sigmoid(states))
@@ -84,7 +84,7 @@ def attend_din(model, history, target):
 
 
 def score_din(model, user_bias, history, target):
-    """The logit of one pair."""
+    """Return the logit of one pair."""
     item = model.items.weight[target]
     interest = attend_din(model, history, target)
     states = torch.cat([interest, item[:-1], interest * item[:-1]])

@@ -1,4 +1,4 @@
-"""Collaborative models of every kind over the small data step, ready to score or to train."""
+"""CF models of every kind on the small data step, to score or to train."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def make_cf(model, **settings) -> CfConfig:
 
 
 def load_data(run_dir):
-    """Return (manifest, worker data) of a finished data step, all of it on one worker."""
+    """Return (manifest, data of a single worker) of a finished data step."""
     data_dir = run_dir.step_dir("data")
     manifest = load_manifest(data_dir)
     data = load_worker_data(data_dir, manifest)
@@ -41,7 +41,7 @@ def load_data(run_dir):
 
 
 def build(run_dir, cf, *, seed=0, spread=0.3):
-    """Return (model in evaluation mode, data): untrained, but with no weight left at a special value such as zero."""
+    """Return (untrained model in evaluation mode, data); no weight has a special value such as zero."""
     manifest, data = load_data(run_dir)
     model = build_untrained(cf, manifest, data.users, data.splits["train"], seed)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def make_plan(cf, seed=0):
 
 
 def fit_and_export(run_dir, cf, folder, fold_starts=(), seed=0):
-    """Train on this process and write the model files, as the CF step does; return the hash of them all."""
+    """Train in this process and write the model files like the CF step; return their hash."""
     data_dir = run_dir.step_dir("data")
     job = Job(data_dir, folder, "key", cf, seed, tuple(fold_starts))
     fit_job(job, torch.device("cpu"), 0, 1, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Rows for the tests of evaluation: blocks from flat columns, and as-of counts worked out apart from the product."""
+"""Rows for the evaluation tests: blocks from flat columns, and independently computed as-of counts."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ needs_ml1m = pytest.mark.skipif(
 
 
 def build_block(user_idx, histories=None, num_likes=None, **targets) -> ContextBlock:
-    """A block with one context for each row; what is not given is 0."""
+    """Return a block with one context per row; missing columns are 0."""
     user_idx = np.asarray(user_idx, dtype=np.int64)
     count = len(user_idx)
     histories = histories if histories is not None else [[]] * count
@@ -36,7 +36,7 @@ def build_block(user_idx, histories=None, num_likes=None, **targets) -> ContextB
 
 
 def count_strictly_before(keys, timestamps, labels):
-    """Likes and rows of the same key with an earlier timestamp, by plain counting over dictionaries."""
+    """Return likes and rows of the same key with an earlier timestamp, counted with dictionaries."""
     likes, rows = np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=np.int64)
     known, pending, now = {}, [], None
     for row in np.argsort(timestamps, kind="stable"):
@@ -52,7 +52,7 @@ def count_strictly_before(keys, timestamps, labels):
 
 
 def read_ml1m():
-    """Columns of the released split, with as-of counts and dense indices."""
+    """Return the columns of the released split, with as-of counts and dense indices."""
     import pandas as pd
 
     table = pd.read_parquet(ML1M_DIR / "interactions.parquet")

@@ -1,4 +1,4 @@
-"""A small finished data step, written by hand in the run directory's format."""
+"""Small finished data step, written in the format of the run directory."""
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +32,10 @@ def build_config(path, *overrides, feedback="explicit", **evaluation) -> Config:
 
 
 def _build_rows(feedback, num_users, num_items, count, rows_per_second, taste):
-    """Rows of all splits in time order, the last four users in test only.
+    """Return rows of all splits in time order, with the last four users only in test.
 
-    Items are good or bad and users kind or not; with ``taste`` even users like even items and odd ones odd ones
-    instead, of which no bias can tell anything.
+    Labels follow item and user biases. With ``taste``, even users like even items and odd users odd items instead,
+    which biases cannot express.
     """
     random = np.random.default_rng(0)
     quality = random.normal(size=num_items)
@@ -60,14 +60,14 @@ def _build_rows(feedback, num_users, num_items, count, rows_per_second, taste):
 
 
 def _add_state(rows):
-    """Likes so far, histories, as-of counts and train flags."""
+    """Add as-of counts and train flags to the rows and return their histories."""
     real = rows["sampled"] == 0
     for kind in ("user", "item"):
         ids = rows[f"{kind}_idx"]
         order = np.argsort(rows["timestamp"] * 2 + rows["sampled"], kind="stable")
         likes, counts = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
-        counted = count_strictly_before(ids[real], rows["timestamp"][real], rows["label"][real])
-        likes[real], counts[real] = counted
+        before_counts = count_strictly_before(ids[real], rows["timestamp"][real], rows["label"][real])
+        likes[real], counts[real] = before_counts
         for row in order[~real[order]]:
             before = real & (ids == ids[row]) & (rows["timestamp"] < rows["timestamp"][row])
             likes[row], counts[row] = rows["label"][before].sum(), before.sum()
@@ -82,7 +82,7 @@ def _add_state(rows):
 
 
 def _write_buckets(data_dir, rows, num_users):
-    """Interactions by user, a quarter of the users in each table."""
+    """Write interactions by user, a quarter of the users in each bucket."""
     (data_dir / "interactions").mkdir()
     buckets, size = [], num_users // NUM_BUCKETS
     order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
@@ -112,7 +112,7 @@ def write_data_step(
     taste=False,
     flip=None,
 ) -> RunDir:
-    """Write interactions, tables, shards and manifest below ``path``; ``flip`` = a row whose label is turned round."""
+    """Write interactions, tables, shards and manifest below ``path``; ``flip`` = row whose label is inverted."""
     run_dir = RunDir(path)
     data_dir = run_dir.step_dir("data")
     rows = _build_rows(feedback, num_users, num_items, count, rows_per_second, taste)

@@ -1,4 +1,4 @@
-"""Baselines: by hand on a few rows, and the reference figures on the released ML-1M split."""
+"""Baselines: hand-computed values, and reference figures on the released ML-1M split."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_only_the_latest_rows_are_fitted_when_there_are_too_many(monkeypatch):
 
 @needs_ml1m
 def test_reference_figures_on_ml1m():
-    """The released split; a reference figure was computed apart from this code, the tolerance covers other solvers."""
+    """Reference figures come from independent code; the tolerance covers other solvers."""
     columns = read_ml1m()
     is_train, is_test = columns["split"] == "train", columns["split"] == "test"
     train = {name: columns[name][is_train] for name in baselines.TRAIN_COLUMNS}

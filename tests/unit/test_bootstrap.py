@@ -1,4 +1,4 @@
-"""The bootstrap against a plain loop that repeats users, its coverage, and its speed at ML-1M's size."""
+"""Bootstrap: parity with a plain loop that repeats users, coverage, and speed at the size of ML-1M."""
 
 import time
 
@@ -58,7 +58,7 @@ def test_same_seed_same_interval_and_equal_models_differ_by_nothing():
 
 
 def test_interval_covers_the_truth():
-    """Users differ in their taste for one score; 90 % intervals must cover the true AUC in 80-98 % of 100 trials."""
+    """90 % intervals must cover the true AUC in 80-98 % of 100 trials with heterogeneous users."""
     random = np.random.default_rng(2)
     covered = 0
     for trial in range(100):

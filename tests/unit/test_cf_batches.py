@@ -1,4 +1,4 @@
-"""Whose rows are whose, and the batches that any number of workers makes of them."""
+"""Ownership of rows, and batches that do not depend on the number of workers."""
 
 import numpy as np
 import pytest
@@ -29,38 +29,38 @@ def test_the_order_of_an_epoch_is_a_permutation(total):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_workers_together_make_the_batches_of_one(run_dir, world_size):
+def test_any_number_of_workers_draws_the_same_batches(run_dir, world_size):
     manifest, whole = load_data(run_dir)
     rows = whole.splits["train"]
-    alone = [list_rows(rows, whole.users, contexts) for contexts in iter_batches(rows, 64, seed=3, epoch=1)]
-    assert sum(map(len, alone)) == rows.total_rows == manifest.splits["train"].rows
-    assert len(set.union(*alone)) == rows.total_rows
-    mean = rows.total_rows / len(alone)
+    expected = [list_rows(rows, whole.users, contexts) for contexts in iter_batches(rows, 64, seed=3, epoch=1)]
+    assert sum(map(len, expected)) == rows.total_rows == manifest.splits["train"].rows
+    assert len(set.union(*expected)) == rows.total_rows
+    mean = rows.total_rows / len(expected)
     assert mean <= 64
-    assert all(abs(len(batch) - mean) < 0.3 * mean for batch in alone)
-    first, together = 0, [set() for _ in alone]
+    assert all(abs(len(batch) - mean) < 0.3 * mean for batch in expected)
+    first, merged = 0, [set() for _ in expected]
     for rank in range(world_size):
         data = load_worker_data(run_dir.step_dir("data"), manifest, rank, world_size)
-        mine = data.splits["train"]
-        numbered = type(mine)(
-            **vars(mine)
+        owned = data.splits["train"]
+        numbered = type(owned)(
+            **vars(owned)
             | {"first_context": first, "total_contexts": rows.total_contexts, "total_rows": rows.total_rows}
         )
-        for batch, contexts in zip(together, iter_batches(numbered, 64, seed=3, epoch=1), strict=True):
-            batch |= list_rows(mine, data.users, contexts)
-        first += mine.num_contexts
-    assert together == alone
+        for batch, contexts in zip(merged, iter_batches(numbered, 64, seed=3, epoch=1), strict=True):
+            batch |= list_rows(owned, data.users, contexts)
+        first += owned.num_contexts
+    assert merged == expected
 
 
 def list_rows(rows, users, contexts):
-    """The (user, time, item) of a batch's rows; every context comes whole."""
+    """Return the (user, time, item) of each row of a batch and check that contexts are complete."""
     batch, numbers = rows.take(contexts, 8)
     dense = users.to_dense()[batch.user_idx[batch.target_contexts]]
-    found = list(zip(dense.tolist(), rows.timestamp[numbers].tolist(), batch.item_idx.tolist(), strict=True))
-    assert len(found) == len(set(found))
+    listed = list(zip(dense.tolist(), rows.timestamp[numbers].tolist(), batch.item_idx.tolist(), strict=True))
+    assert len(listed) == len(set(listed))
     offsets = rows.context_offsets
-    assert len(found) == int((offsets[contexts + 1] - offsets[contexts]).sum())
-    return set(found)
+    assert len(listed) == int((offsets[contexts + 1] - offsets[contexts]).sum())
+    return set(listed)
 
 
 def test_histories_are_the_likes_strictly_before(run_dir):
@@ -81,7 +81,7 @@ def test_histories_are_the_likes_strictly_before(run_dir):
         assert history[history >= 0].tolist() == expected
 
 
-def test_rows_before_a_time_are_those_and_no_others(run_dir):
+def test_take_before_returns_exactly_the_earlier_rows(run_dir):
     _, data = load_data(run_dir)
     rows = data.splits["train"]
     early = take_before(rows, 200)
@@ -91,12 +91,12 @@ def test_rows_before_a_time_are_those_and_no_others(run_dir):
     assert torch.equal(whole.item_idx, rows.item_idx[rows.timestamp < 200].long())
     assert torch.equal(early.row_users, rows.row_users[rows.timestamp < 200])
     assert len(numbers) == early.total_rows
-    # Their histories are those that they had among all rows, so nothing that came later is in them.
+    # The histories equal those among all rows, so they hold nothing later.
     everything, _ = rows.take(torch.arange(rows.num_contexts), 5)
     expected = everything.history[everything.target_contexts][rows.timestamp < 200]
-    found = whole.history[whole.target_contexts]
-    assert torch.equal(found, expected[:, expected.shape[1] - found.shape[1] :])
-    assert (found >= 0).any()
+    history = whole.history[whole.target_contexts]
+    assert torch.equal(history, expected[:, expected.shape[1] - history.shape[1] :])
+    assert (history >= 0).any()
 
 
 def test_every_bucket_has_one_owner_and_shares_are_even():
@@ -105,8 +105,8 @@ def test_every_bucket_has_one_owner_and_shares_are_even():
     ]
     for world_size in (1, 2, 3, 6, 9):
         owned = [assign_buckets(buckets, rank, world_size) for rank in range(world_size)]
-        assert [one for part in owned for one in part] == buckets
-    assert [sum(one.rows for one in assign_buckets(buckets, rank, 2)) for rank in range(2)] == [15, 17]
+        assert [bucket for part in owned for bucket in part] == buckets
+    assert [sum(bucket.rows for bucket in assign_buckets(buckets, rank, 2)) for rank in range(2)] == [15, 17]
 
 
 def test_users_of_an_extended_run_are_numbered_in_the_order_of_their_indices():

@@ -1,4 +1,4 @@
-"""``cf.feedback: all``: scores read what was counted of user and item before each row, and nothing else changes."""
+"""``cf.feedback: all``: scores use as-of counts of user and item, and nothing else changes."""
 
 import numpy as np
 import pytest
@@ -42,10 +42,10 @@ def test_statistics_are_learned_come_back_and_leave_the_vectors_alone(tmp_path, 
     vectors = model.user_vectors(users, history, items, time), model.item_vectors(items, time)
     torch.nn.init.normal_(model.final.wide.weight)
     again = model.user_vectors(users, history, items, time), model.item_vectors(items, time)
-    assert all(torch.equal(one, other) for one, other in zip(vectors, again, strict=True))
+    assert all(torch.equal(before, after) for before, after in zip(vectors, again, strict=True))
 
 
-def test_without_it_nothing_is_read(tmp_path):
+def test_with_feedback_likes_counts_are_not_read(tmp_path):
     run_dir = write_data_step(tmp_path)
     fit_and_export(run_dir, make_cf("mf"), tmp_path / "states")
     model = load_cf_model(run_dir, load_manifest(run_dir.step_dir("data")))

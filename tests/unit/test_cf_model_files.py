@@ -1,4 +1,4 @@
-"""CF models as files: what comes back, what it costs in memory, and what is refused."""
+"""Model files: round trip, memory, id-table checks."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def write_tables(run_dir, users, items):
 
 
 def name_tables(manifest, users=USERS, items=ITEMS):
-    """The manifest as if its id tables were these."""
+    """Return the manifest with the hashes of these id tables."""
     return replace(
         manifest,
         num_users=len(users),
@@ -45,7 +45,7 @@ def name_tables(manifest, users=USERS, items=ITEMS):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A trained MF in its file, whose header names USERS and ITEMS."""
+    """Return a run with a trained MF whose header names USERS and ITEMS."""
     run_dir = write_data_step(tmp_path)
     record = json.loads(run_dir.record_path("data").read_text())
     record |= {"users_hash": compute_ids_hash(USERS), "items_hash": compute_ids_hash(ITEMS)}
@@ -56,7 +56,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_comes_back_as_it_was(tmp_path, name):
+def test_round_trip(tmp_path, name):
     run_dir, cf = write_data_step(tmp_path), make_cf(name)
     fit_and_export(run_dir, cf, tmp_path / "states")
     manifest, data = load_data(run_dir)
@@ -82,7 +82,7 @@ def test_a_model_comes_back_as_it_was(tmp_path, name):
 
 
 def test_exported_vectors_still_match(saved):
-    """What the language model reads holds the score: products of vectors, undone the scales, and both biases."""
+    """Exported vectors reproduce the score: unscaled inner product plus both biases."""
     run_dir, manifest = saved
     loaded = load_cf_model(run_dir, manifest)
     users, items = torch.arange(10), torch.arange(10)
@@ -128,12 +128,12 @@ def test_the_content_hash_is_of_tensors_and_tables(saved, tmp_path):
 def test_another_table_is_refused_with_both_hashes(saved, kind):
     run_dir, manifest = saved
     other = replace(manifest, **{f"{kind}_hash": "f" * 64})
-    own = getattr(manifest, f"{kind}_hash")
-    with pytest.raises(ArtifactError, match=f"another table of {kind}.*{own}.*{'f' * 64}.*--force cf"):
+    actual_hash = getattr(manifest, f"{kind}_hash")
+    with pytest.raises(ArtifactError, match=f"another table of {kind}.*{actual_hash}.*{'f' * 64}.*--force cf"):
         load_cf_model(run_dir, other)
 
 
-def test_a_grown_table_is_accepted_and_what_is_new_is_unknown(saved):
+def test_a_grown_table_is_accepted_and_new_ids_are_unknown(saved):
     run_dir, manifest = saved
     users, items = [*USERS, "new"], [*ITEMS, "newer"]
     write_tables(run_dir, users, items)
@@ -173,7 +173,7 @@ def read_private():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-load_model(Path(sys.argv[2]))  # what a first load takes for itself
+load_model(Path(sys.argv[2]))  # one-time allocations
 before = read_private()
 _, model = load_model(Path(sys.argv[1]))
 users = torch.arange(0, 1_500_000, 1000)
@@ -183,21 +183,21 @@ print(read_private() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_and_looking_up_does_not_take_the_table_into_memory(saved, tmp_path):
-    """A table of 42 MB and its flags: less than 8 MB of private memory are needed to look 1,500 users up."""
+def test_lookup_does_not_load_the_table_into_memory(saved, tmp_path):
+    """Looking up 1,500 users in a table of 42 MB takes less than 8 MB of private memory."""
     run_dir, _ = saved
     small, large = run_dir.step_dir("cf") / "model.safetensors", tmp_path / "large.safetensors"
     with safetensors.safe_open(small, "np") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     rows = 1_500_000
     shapes = {
-        name: (str(one.dtype), (rows, *one.shape[1:]) if name.startswith("users.") else one.shape)
-        for name, one in tensors.items()
+        name: (str(tensor.dtype), (rows, *tensor.shape[1:]) if name.startswith("users.") else tensor.shape)
+        for name, tensor in tensors.items()
     }
     maps = create_tensor_file(large, shapes, header)
-    for name, one in tensors.items():
-        maps[name][...] = 1 if name.startswith("users.") else one
+    for name, tensor in tensors.items():
+        maps[name][...] = 1 if name.startswith("users.") else tensor
     assert sum(np.prod(shape, dtype=int) * np.dtype(kind).itemsize for kind, shape in shapes.values()) > 40e6
     command = [sys.executable, "-c", LOOK_UP, str(large), str(small)]
-    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert int(found) * 1024 < 8e6
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(output) * 1024 < 8e6

@@ -1,4 +1,4 @@
-"""The four collaborative models: against plain references, and what their scores may depend on."""
+"""The four CF models: parity with plain references, and independence of padding and later rows."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def run_dir(tmp_path_factory):
 
 
 def pick_known(model, data, count=40):
-    """(user, history, item) of training rows."""
+    """Return (user, history, item) of training rows."""
     batch, _ = data.splits["train"].take(torch.arange(count), model.history_length)
     firsts = torch.searchsorted(batch.target_contexts, torch.arange(count))
     return batch.user_idx, batch.history, batch.item_idx[firsts]
@@ -61,36 +61,36 @@ def test_lightgcn_equals_powers_of_the_dense_matrix(run_dir, num_layers):
     ours_users, ours_items, _ = model.propagate()
     assert (ours_users - users).abs().max() < 1e-5
     assert (ours_items - items).abs().max() < 1e-5
-    asked, history, targets = pick_known(model, data)
-    biases = model.users.weight[asked, -1] + model.items.weight[targets, -1] + model.global_bias
-    expected = biases + (users[asked] * items[targets]).sum(1)
-    assert (model.score(asked, history, targets) - expected).abs().max() < 1e-5
+    queried, history, targets = pick_known(model, data)
+    biases = model.users.weight[queried, -1] + model.items.weight[targets, -1] + model.global_bias
+    expected = biases + (users[queried] * items[targets]).sum(1)
+    assert (model.score(queried, history, targets) - expected).abs().max() < 1e-5
 
 
 def test_lightgcn_gradients_equal_those_through_the_dense_matrix(run_dir):
-    """Ours go back by the stored transpose, the reference's by autograd. Measured: up to 3e-7 of 0.19, float32."""
+    """Stored transpose against autograd. Measured: differences up to 3e-7 of 0.19, float32."""
     model, data = build(run_dir, make_cf("lightgcn", num_layers=3))
     rows = data.splits["train"]
-    asked, _, targets = pick_known(model, data)
-    labels = (torch.arange(len(asked)) % 3 == 0).float()
+    queried, _, targets = pick_known(model, data)
+    labels = (torch.arange(len(queried)) % 3 == 0).float()
     model.train()
-    logits = model(CfBatch.from_pairs(asked, asked.new_zeros(len(asked), 0), targets))
+    logits = model(CfBatch.from_pairs(queried, queried.new_zeros(len(queried), 0), targets))
     weights = model.users.weight, model.items.weight
-    ours = torch.autograd.grad(binary_cross_entropy_with_logits(logits, labels, reduction="sum"), weights)
+    gradients = torch.autograd.grad(binary_cross_entropy_with_logits(logits, labels, reduction="sum"), weights)
 
     users, items = plain_cf.smooth_lightgcn(
         model, rows.row_users.long(), model.items.resolve(rows.item_idx.long()), num_layers=3
     )
-    biases = model.users.weight[asked, -1] + model.items.weight[targets, -1] + model.global_bias
-    expected = biases + (users[asked] * items[targets]).sum(1)
+    biases = model.users.weight[queried, -1] + model.items.weight[targets, -1] + model.global_bias
+    expected = biases + (users[queried] * items[targets]).sum(1)
     loss = binary_cross_entropy_with_logits(expected, labels.double(), reduction="sum")
-    for one, other in zip(ours, torch.autograd.grad(loss, weights), strict=True):
-        assert (one - other).abs().max() < 1e-5
-        assert other[:, :-1].abs().max() > 0.1
+    for gradient, expected_gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+        assert (gradient - expected_gradient).abs().max() < 1e-5
+        assert expected_gradient[:, :-1].abs().max() > 0.1
 
 
-def test_lightgcn_reaches_an_unknown_user_as_a_node_with_the_history_as_neighbours(run_dir):
-    """The same number comes out of the dense matrix with one more user, whose own row is zero and who gives nothing."""
+def test_lightgcn_folds_an_unknown_user_in_with_the_history_as_neighbors(run_dir):
+    """Equal to the dense matrix with an additional user whose row is zero and who sends no messages."""
     model, data = build(run_dir, make_cf("lightgcn", num_layers=2))
     rows = data.splits["train"]
     users, items = rows.row_users.long(), model.items.resolve(rows.item_idx.long())
@@ -133,7 +133,7 @@ def test_din_equals_a_loop_over_the_history(run_dir):
 
 
 def test_mf_folds_an_unknown_user_in_by_a_newton_step(run_dir):
-    """Measured: up to 1e-6; the product solves a system of as many unknowns as the history has items."""
+    """Measured: up to 1e-6; the package solves a system in H unknowns, the reference in E."""
     model, _ = build(run_dir, make_cf("mf", weight_decay=3.0))
     liked = torch.tensor([1, 4, 2])
     batch = CfBatch.from_pairs(torch.tensor([NUM_USERS + 5]), torch.tensor([[-1, -1, 1, 4, 2]]), torch.tensor([0]))
@@ -155,7 +155,7 @@ def test_padding_never_changes_a_score(run_dir, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_later_item_influences_a_score(run_dir, name):
-    """Every like after a row is replaced by another item: scores of the rows before do not move."""
+    """Replacing all later likes by other items leaves the scores of earlier rows unchanged."""
     model, data = build(run_dir, make_cf(name))
     rows = data.splits["test"]
     batch, _ = rows.take(torch.arange(rows.num_contexts), model.history_length)
@@ -168,36 +168,36 @@ def test_no_later_item_influences_a_score(run_dir, name):
         changed[end:last] = (changed[end:last] + 1) % NUM_ITEMS
         perturbed = type(rows)(**{**vars(rows), "liked_items": changed})
         again = model(perturbed.take(torch.arange(rows.num_contexts), model.history_length)[0])
-        mine = batch.target_contexts == context
-        assert torch.equal(again[mine], before[mine])
+        is_own = batch.target_contexts == context
+        assert torch.equal(again[is_own], before[is_own])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_training_has_not_met_is_one_learned_unknown(run_dir, name):
-    """Items beyond training share the learned row; an unknown user without history has no vector at all."""
+def test_unseen_items_share_the_learned_unknown_row(run_dir, name):
+    """Items without training rows share the learned row; an unknown user without history has a zero vector."""
     model, _ = build(run_dir, make_cf(name))
-    unmet = (~model.items.known[:-1]).nonzero().squeeze(1)
-    assert len(unmet) >= 3  # the last three are held back from training
-    strange = torch.cat([unmet, torch.tensor([-1, NUM_ITEMS, NUM_ITEMS + 100])])
-    history = torch.full((len(strange), 2), -1)
-    nobody = torch.full((len(strange),), -1)
-    scores = model.score(nobody, history, strange)
+    unseen = (~model.items.known[:-1]).nonzero().squeeze(1)
+    assert len(unseen) >= 3  # the last three are held back from training
+    unknown = torch.cat([unseen, torch.tensor([-1, NUM_ITEMS, NUM_ITEMS + 100])])
+    history = torch.full((len(unknown), 2), -1)
+    no_user = torch.full((len(unknown),), -1)
+    scores = model.score(no_user, history, unknown)
     assert (scores - scores[0]).abs().max() < 1e-6
-    assert torch.equal(model.item_vectors(strange), torch.zeros(len(strange), model.embedding_dim))
-    vectors = model.user_vectors(nobody, history, strange)
+    assert torch.equal(model.item_vectors(unknown), torch.zeros(len(unknown), model.embedding_dim))
+    vectors = model.user_vectors(no_user, history, unknown)
     assert vectors.abs().max() < 1e-6
     late = (~model.users.known).nonzero().squeeze(1)
-    assert len(late) == 4  # they are in test only
+    assert len(late) == 4  # in test only
     known_item = torch.zeros(len(late), dtype=torch.int64)
     liked = torch.arange(3).expand(len(late), 3)
-    as_stranger = model.score(torch.full_like(late, -1), liked, known_item)
-    assert torch.equal(model.score(late, liked, known_item), as_stranger)
-    assert not torch.equal(as_stranger, model.score(torch.full_like(late, -1), liked[:, :0], known_item))
+    as_unknown = model.score(torch.full_like(late, -1), liked, known_item)
+    assert torch.equal(model.score(late, liked, known_item), as_unknown)
+    assert not torch.equal(as_unknown, model.score(torch.full_like(late, -1), liked[:, :0], known_item))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_unknown_item_never_scores_by_a_random_draw(run_dir, name):
-    """Training may meet the unknown item too seldom to forget where it started, so it starts at zero."""
+    """The unknown item starts at zero: it may occur too rarely to unlearn a random draw."""
     for seed in range(3):
         model, _ = build(run_dir, make_cf(name, unknown_item_share=0.2), seed=seed, spread=0.0)
         assert model.items.known[-1]
@@ -206,11 +206,12 @@ def test_an_unknown_item_never_scores_by_a_random_draw(run_dir, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_keep_the_protocol_and_targets_do_not_leak_between_rows(run_dir, name):
+def test_models_implement_the_protocol_and_targets_do_not_leak_between_rows(run_dir, name):
     model, data = build(run_dir, make_cf(name))
     assert isinstance(model, CfModel)
     users, history, items = pick_known(model, data)
-    alone = torch.cat([model.score(*(one[row : row + 1] for one in (users, history, items))) for row in range(9)])
+    singles = [tuple(column[row : row + 1] for column in (users, history, items)) for row in range(9)]
+    alone = torch.cat([model.score(*single) for single in singles])
     assert (model.score(users, history, items)[:9] - alone).abs().max() < 1e-5
     assert model.user_vectors(users, history, items).shape == (len(users), model.embedding_dim)
     other = model.user_vectors(users, history, items.flip(0))

@@ -1,4 +1,4 @@
-"""Training of the collaborative models: where it starts, where it goes on, what stops it."""
+"""Training of the CF models: initial biases, resume, early stopping, errors."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def read_best(folder, users):
 
 
 def test_training_starts_at_the_bias_logistic(run_dir):
-    """Twelve rounds of one coordinate at a time end within 0.01 of the minimum with the same intercept."""
+    """Twelve rounds of coordinate-wise Newton steps end within 0.01 of the optimum with the same intercept."""
     model, data = build(run_dir, make_cf("mf"), spread=0.0)
     rows = data.splits["train"]
     fit_biases(model, rows, 2.0)
@@ -61,7 +61,7 @@ def test_training_starts_at_the_bias_logistic(run_dir):
 
 
 def fit_with_offset(features, labels, base, decay):
-    """Plain Newton in all coordinates at once."""
+    """Return the optimum by Newton's method on all coordinates jointly."""
     weights = np.zeros(features.shape[1])
     for _ in range(30):
         chance = 1 / (1 + np.exp(-(base + features @ weights)))
@@ -80,13 +80,13 @@ def test_every_seed_leaves_chance_level(run_dir, tmp_path, name, seed):
 
 @pytest.fixture(scope="module")
 def tastes(tmp_path_factory):
-    """Who likes what depends on the pair alone, so biases stay at chance level."""
+    """Build data in which labels depend only on the pair, so biases stay at chance level."""
     return write_data_step(tmp_path_factory.mktemp("tastes"), taste=True)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", MODELS)
-def test_every_seed_learns_vectors_where_biases_tell_nothing(tastes, tmp_path, name, seed):
+def test_every_seed_learns_vectors_if_biases_carry_no_information(tastes, tmp_path, name, seed):
     """Measured on valid: mf .99, lightgcn .81 to .90, sasrec and din .98 and above; biases alone .49."""
     model, data = build(tastes, make_cf(name), seed=seed, spread=0.0)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_every_seed_learns_vectors_where_biases_tell_nothing(tastes, tmp_path, n
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_interrupted_training_ends_where_an_undisturbed_one_does(run_dir, tmp_path, name):
+def test_interrupted_training_ends_with_the_same_weights(run_dir, tmp_path, name):
     cf = make_cf(name, dropout=0.3)
     _, data, whole = run(run_dir, tmp_path / "whole", cf)
     seen = []
@@ -130,7 +130,7 @@ def test_best_weights_are_those_of_the_best_epoch(run_dir, tmp_path):
     assert compute_metrics(model, data.splits["valid"])["auc"] == progress.best_metrics["valid_auc"]
 
 
-def test_a_pass_penalizes_every_row_that_it_meets_once(run_dir):
+def test_an_epoch_penalizes_each_row_once(run_dir):
     model, data = build(run_dir, make_cf("mf", unknown_item_share=0.0))
     rows = data.splits["train"]
     batch, _ = rows.take(torch.arange(rows.num_contexts), 0)
@@ -150,9 +150,9 @@ def test_the_unknown_item_is_learned(run_dir, tmp_path):
 
 @pytest.mark.parametrize("name", [*MODELS, "tests.examples.own_cf_model:RecentLikes"])
 def test_padding_is_not_an_unknown_item(run_dir, name):
-    """SparseAdam moves a row that a gradient names, even by zero; how much padding there is depends on the workers."""
-    own = {"arguments": {"half_life": 5.0}} if ":" in name else {}
-    model, data = build(run_dir, make_cf(name, **own))
+    """SparseAdam updates every row in a sparse gradient, even with zero; the padding depends on the workers."""
+    settings = {"arguments": {"half_life": 5.0}} if ":" in name else {}
+    model, data = build(run_dir, make_cf(name, **settings))
     rows = data.splits["train"]
     batch, _ = rows.take(torch.arange(40), model.history_length)
     assert (batch.history < 0).any()
@@ -160,12 +160,12 @@ def test_padding_is_not_an_unknown_item(run_dir, name):
     model(batch).sum().backward()
     assert model.items.known[-1]
     gradient = model.items.weight.grad
-    met = gradient.coalesce().indices()[0] if gradient.is_sparse else gradient.abs().sum(1).nonzero()
-    assert len(met)
-    assert model.items.unknown not in met
+    updated = gradient.coalesce().indices()[0] if gradient.is_sparse else gradient.abs().sum(1).nonzero()
+    assert len(updated)
+    assert model.items.unknown not in updated
 
 
-def test_state_of_another_run_is_not_continued_and_a_damaged_one_is_named(run_dir, tmp_path):
+def test_state_with_another_key_is_not_resumed_and_a_damaged_one_is_reported(run_dir, tmp_path):
     run(run_dir, tmp_path, make_cf("mf", num_epochs=2))
     assert read_state(tmp_path, "other") is None
     path = next(tmp_path.glob("epoch-*.safetensors"))
@@ -174,12 +174,12 @@ def test_state_of_another_run_is_not_continued_and_a_damaged_one_is_named(run_di
         read_state(tmp_path, "key")
 
 
-def test_rows_are_found_by_whose_they_are():
-    wanted, owners = UserRanges(((0, 4), (10, 5))), UserRanges(((2, 6), (12, 10)))
-    assert find_overlaps(wanted, owners) == [(2, 0, 2), (6, 6, 3)]
+def test_overlaps_of_user_ranges():
+    users, owners = UserRanges(((0, 4), (10, 5))), UserRanges(((2, 6), (12, 10)))
+    assert find_overlaps(users, owners) == [(2, 0, 2), (6, 6, 3)]
 
 
-def test_what_cannot_be_selected_by_is_refused():
+def test_an_undefined_selection_metric_is_refused():
     users, likes = np.array([0, 1]), np.ones(2)
     with pytest.raises(DataError, match="auc needs likes and dislikes"):
         check_metric(likes, users, "auc")

@@ -1,4 +1,4 @@
-"""The table on hand-made rows: slices, candidate lists, undefined numbers, paired differences."""
+"""Comparison on hand-made rows: slices, candidate lists, undefined numbers, paired differences."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Cross-fitting: what a row's slots carry knows nothing of its label, nor of any later one."""
+"""Cross-fitting: a row's slots do not depend on its label or on later labels."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ def list_slots(run_dir, slots=SLOTS):
     data_dir = run_dir.step_dir("data")
     manifest = load_manifest(data_dir)
     orders = [GlobalOrder(data_dir, manifest, split, 0, 10_000, shuffle=False) for split in ("train", "valid", "test")]
-    block = concatenate_blocks([one for order in orders for one in order.iter_batches()])
+    block = concatenate_blocks([batch for order in orders for batch in order.iter_batches()])
     vectors = load_cf_model(run_dir, manifest)
     return build_slot_inputs(block, slots, vectors, manifest.max_history_length, 10), block
 
@@ -41,16 +41,16 @@ def cross_fit(folder, cf, folds, **data):
     return run_dir, starts
 
 
-def find_rows_with_company(block, count):
-    """Training rows in whose second another row has the same user or item."""
-    found = []
+def find_simultaneous_rows(block, count):
+    """Return training rows that share their second and their user or item with another row."""
+    matches = []
     users = block.user_idx[block.target_contexts]
     for row in range(100, 400):
-        (mine,) = np.flatnonzero(block.row_id == row)
-        same = (users == users[mine]) | (block.item_idx == block.item_idx[mine])
-        if (same & (block.timestamp == block.timestamp[mine])).sum() > 1:
-            found.append(row)
-    return found[:: len(found) // count][:count]
+        (position,) = np.flatnonzero(block.row_id == row)
+        same = (users == users[position]) | (block.item_idx == block.item_idx[position])
+        if (same & (block.timestamp == block.timestamp[position])).sum() > 1:
+            matches.append(row)
+    return matches[:: len(matches) // count][:count]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,7 +59,7 @@ def test_a_flipped_label_changes_no_slot_of_an_earlier_or_simultaneous_row(tmp_p
     run_dir, starts = cross_fit(tmp_path / "plain", cf, 4, rows_per_second=6)
     before, block = list_slots(run_dir)
     assert len(starts) == 4
-    rows = find_rows_with_company(block, 2)
+    rows = find_simultaneous_rows(block, 2)
     assert len(rows) == 2
     for row in rows:
         flipped, _ = list_slots(cross_fit(tmp_path / str(row), cf, 4, rows_per_second=6, flip=row)[0])
@@ -75,27 +75,27 @@ def test_without_folds_a_flipped_label_changes_its_own_slots(tmp_path):
     assert not np.array_equal(flipped[block.row_id == 130], before[block.row_id == 130])
 
 
-def test_the_first_fold_has_unknown_vectors_and_later_ones_those_of_the_folds_before(tmp_path):
+def test_the_first_fold_has_unknown_vectors_and_later_folds_those_of_earlier_models(tmp_path):
     cf = make_cf("mf", fold_epochs=3, num_epochs=3)
     run_dir, starts = cross_fit(tmp_path, cf, 3)
     assert all(first < second for first, second in pairwise(starts))
     vectors = load_cf_model(run_dir, load_manifest(run_dir.step_dir("data")))
     items = torch.arange(10)
     times = [starts[0] - 1, starts[0], starts[1] - 1, starts[1], starts[2] + 100]
-    found = [vectors.item_vectors(items, torch.full((10,), time)) for time in times]
-    assert torch.equal(found[0], torch.zeros_like(found[0]))
-    assert torch.equal(found[1], found[2])
-    assert not torch.equal(found[2], found[3])
+    by_time = [vectors.item_vectors(items, torch.full((10,), time)) for time in times]
+    assert torch.equal(by_time[0], torch.zeros_like(by_time[0]))
+    assert torch.equal(by_time[1], by_time[2])
+    assert not torch.equal(by_time[2], by_time[3])
     history = torch.tensor([[1, 2]]).expand(10, 2)
-    known, stranger = torch.arange(10), torch.full((10,), -1)
+    known, unknown = torch.arange(10), torch.full((10,), -1)
     late = torch.full((10,), starts[2] + 100)
     assert torch.equal(
-        vectors.user_vectors(known, history, items, late), vectors.user_vectors(stranger, history, items, late)
+        vectors.user_vectors(known, history, items, late), vectors.user_vectors(unknown, history, items, late)
     )
 
 
 def test_folds_are_rotated_onto_each_other(tmp_path):
-    """Models whose spaces are turned round are turned back, each onto its predecessor; measured: up to 1e-6."""
+    """Each model is rotated back onto its predecessor. Measured: differences up to 1e-6."""
     run_dir = write_data_step(tmp_path)
     chain = [build(run_dir, make_cf("mf"))[0] for _ in range(3)]
     generator = torch.Generator().manual_seed(1)
@@ -119,7 +119,7 @@ def test_folds_are_rotated_onto_each_other(tmp_path):
 
 
 def measure_gap(inputs, block, with_vectors):
-    """Train minus test AUC of a probe that knows the item and, if asked, the slots and their products."""
+    """Return train minus test AUC of a probe on the item's identity, optionally with the slot inputs."""
     train, test = block.timestamp < 4000, block.timestamp >= 5000
     features = np.eye(block.item_idx.max() + 1)[block.item_idx]
     if with_vectors:
@@ -129,8 +129,8 @@ def measure_gap(inputs, block, with_vectors):
     return compute_auc(block.label[train], scores[train]) - compute_auc(block.label[test], scores[test])
 
 
-def test_a_probe_trusts_vectors_no_further_than_they_hold(tmp_path):
-    """With folds the slots of training rows promise what those of test rows keep; without, far more.
+def test_a_probe_does_not_overtrust_cross_fitted_vectors(tmp_path):
+    """With folds, slots are as informative on training rows as on test rows; without, far more on training rows.
 
     Measured gaps (train minus test AUC): the item alone .028, with cross-fitted vectors .041, without folds .178.
     """
@@ -147,7 +147,7 @@ def test_a_probe_trusts_vectors_no_further_than_they_hold(tmp_path):
     assert gaps[0] > gaps["none"] + 0.1, gaps
 
 
-def test_too_many_folds_for_the_times_are_refused(tmp_path):
+def test_more_folds_than_distinct_timestamps_are_refused(tmp_path):
     run_dir = write_data_step(tmp_path)
     manifest = load_manifest(run_dir.step_dir("data"))
     with pytest.raises(DataError, match=r"cf\.cross_fit: 500 folds"):

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, brute force and values worked out by hand."""
+"""Metrics: parity with scikit-learn, brute force and hand-computed values."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def test_auc_by_hand():
     assert compute_auc([0, 1, 1], [2, 2, 1]) == 0.25
 
 
-def test_auc_of_one_label_or_nothing_is_none():
+def test_auc_of_a_single_label_or_no_rows_is_none():
     assert compute_auc([1, 1], [0.1, 0.2]) is None
     assert compute_auc([], []) is None
     assert compute_uauc([1, 0], [0.1, 0.2], [3, 4]) == (None, 0)
@@ -54,11 +54,11 @@ def test_auc_and_uauc_equal_scikit_learn(rows):
         for user in np.unique(users)
         if 0 < labels[users == user].mean() < 1
     }
-    found = compute_group_auc(labels, scores, users)
-    assert found.groups.tolist() == list(expected)
-    assert found.values == pytest.approx(list(expected.values()), abs=1e-12)
-    value, counted = compute_uauc(labels, scores, users)
-    assert counted == len(expected)
+    by_user = compute_group_auc(labels, scores, users)
+    assert by_user.groups.tolist() == list(expected)
+    assert by_user.values == pytest.approx(list(expected.values()), abs=1e-12)
+    value, num_users = compute_uauc(labels, scores, users)
+    assert num_users == len(expected)
     assert value == (pytest.approx(np.mean(list(expected.values())), abs=1e-12) if expected else None)
 
 
@@ -70,7 +70,7 @@ def test_logloss_equals_scikit_learn_and_survives_extreme_logits():
 
 
 def _rank_by_hand(labels, scores, k):
-    """Expected NDCG@k and hit rate of one list, by going through all orders."""
+    """Return expected NDCG@k and hit rate of one list by enumerating all orders."""
     ideal = sum(1 / math.log2(rank + 2) for rank in range(min(k, sum(labels))))
     ndcg, hits = [], []
     for order in itertools.permutations(range(len(labels))):

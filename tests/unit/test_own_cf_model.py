@@ -1,4 +1,4 @@
-"""Collaborative models from elsewhere: a table of vectors, and a class by its import path."""
+"""Custom CF models: a table of external vectors, and a class by its import path."""
 
 import subprocess
 import sys
@@ -25,11 +25,11 @@ OWN = "tests.examples.own_cf_model:RecentLikes"
 
 
 def write_vectors(path, ids, vectors):
-    pq.write_table(pa.table({"id": ids, "vector": [list(map(float, one)) for one in vectors]}), path)
+    pq.write_table(pa.table({"id": ids, "vector": [list(map(float, vector)) for vector in vectors]}), path)
     return str(path)
 
 
-def test_a_class_by_import_path_is_trained_and_comes_back(tmp_path):
+def test_a_class_by_import_path_is_trained_exported_and_loaded(tmp_path):
     run_dir = write_data_step(tmp_path)
     fit_and_export(run_dir, make_cf(OWN, arguments={"half_life": 5}), tmp_path / "states")
     loaded = load_cf_model(run_dir, load_manifest(run_dir.step_dir("data")))
@@ -60,8 +60,8 @@ def test_a_table_of_vectors_is_read_and_only_biases_and_gain_are_learned(tmp_pat
     model, number = loaded.final, torch.arange(10)
     history = torch.tensor([[1, 2]]).expand(10, 2)
     scores = loaded.score(number, history, number)
-    own = users[:10] if with_users else np.repeat(items[[1, 2]].mean(0)[None], 10, axis=0)
-    matched = (own * items[:10]).sum(1) * model.gain.item()
+    user_vectors = users[:10] if with_users else np.repeat(items[[1, 2]].mean(0)[None], 10, axis=0)
+    matched = (user_vectors * items[:10]).sum(1) * model.gain.item()
     biases = model.global_bias + model.users.weight[:10, -1] + model.items(number)[:, -1]
     assert np.abs(scores.numpy() - matched - biases.numpy()).max() < 1e-5
     assert model.gain.item() != 0
@@ -78,7 +78,7 @@ def test_a_table_of_vectors_is_read_and_only_biases_and_gain_are_learned(tmp_pat
         ("collections:OrderedDict", r"not a subclass of collm_dist\.cf\.models\.TrainableCfModel"),
     ],
 )
-def test_what_is_no_model_is_refused(name, message):
+def test_invalid_classes_are_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         get_model_class(name)
 
@@ -91,7 +91,7 @@ def test_what_is_no_model_is_refused(name, message):
         ({"half_life": 5, "num_users": 3}, r"cf\.arguments: .*num_users"),
     ],
 )
-def test_arguments_that_a_class_does_not_take_are_refused_before_work_starts(arguments, message):
+def test_invalid_arguments_are_refused_before_work_starts(arguments, message):
     with pytest.raises(ConfigError, match=message):
         check_arguments(make_cf(OWN, arguments=arguments))
     check_arguments(make_cf(OWN, arguments={"half_life": 5}))
@@ -130,7 +130,7 @@ def test_wrong_tables_are_refused_by_file_row_field_and_remedy(tmp_path, mistake
 
 
 def test_rows_are_counted_over_the_whole_file(tmp_path):
-    """Files are read in pieces of 65,536 rows; both mistakes lie in the second piece."""
+    """Files are read in batches of 65,536 rows; both mistakes are in the second batch."""
     path, ids = tmp_path / "v.parquet", [str(number) for number in range(70_000)]
     vectors = [[1.0]] * len(ids)
     write_vectors(path, [*ids, "3"], [*vectors, [1.0]])
@@ -141,9 +141,9 @@ def test_rows_are_counted_over_the_whole_file(tmp_path):
         read_vectors(path, ids, 1)
 
 
-def test_files_that_are_no_tables_are_refused(tmp_path):
+def test_files_that_are_not_parquet_are_refused(tmp_path):
     path = tmp_path / "v.parquet"
-    for wrong in (path, tmp_path):  # nothing there, and a folder
+    for wrong in (path, tmp_path):  # a missing file and a folder
         with pytest.raises(DataError, match="is missing; it should be a Parquet file"):
             read_vectors(wrong, IDS, 1)
     path.write_text("no parquet")

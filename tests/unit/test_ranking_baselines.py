@@ -1,4 +1,4 @@
-"""Baselines for logs without labels, on sequences short enough to count by hand."""
+"""Baselines for implicit feedback, on sequences short enough to count by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The evaluation step on a hand-made run in which only the data step is done: report, plots, score files."""
+"""Evaluation step on a hand-made run with only the data step done: report, plots, score files."""
 
 import csv
 import json
@@ -55,11 +55,11 @@ def test_report_has_the_promised_rows(explicit):
     assert report["data"]["evaluated"]["test"]["rows"] == 100
 
 
-def test_report_says_how_far_it_carries_and_what_deviates(explicit):
+def test_report_states_its_power_and_the_deviations(explicit):
     _, run_dir, report = explicit
     assert set(report["data"]["evaluated"]) == {"valid", "test"}
     assert any("proves operation, not quality" in warning for warning in report["warnings"])
-    settings = {found["setting"] for found in report["deviations"]}
+    settings = {deviation["setting"] for deviation in report["deviations"]}
     assert {"preprocessing.ties", "llm.backbone", "prompt.stage2", "prompt.score"} <= settings
     text = (run_dir.step_dir("eval") / "report.md").read_text()
     for part in ("as-of logistic", "all earlier feedback", "cold item", "deviate from the paper's recipe", "not run"):
@@ -72,24 +72,24 @@ def test_report_says_how_far_it_carries_and_what_deviates(explicit):
     assert list((run_dir.step_dir("eval") / "tensorboard").iterdir())
 
 
-def test_score_files_give_the_numbers_of_the_table(explicit):
+def test_score_files_reproduce_the_table(explicit):
     _, run_dir, report = explicit
-    wanted = load_interactions(run_dir.step_dir("data"), ["row_id", "user_idx", "item_idx", "label"], split="test")
+    expected = load_interactions(run_dir.step_dir("data"), ["row_id", "user_idx", "item_idx", "label"], split="test")
     for row in report["rows"]:
         if (row["split"], row["slice"]) != ("test", "all"):
             continue
         path = run_dir.step_dir("eval") / "scores" / f"{row['model']}-test.parquet"
         scores = pq.read_table(path).to_pydict()
-        assert sorted(wanted["row_id"].tolist()) == scores["row_id"]
-        by_id = np.argsort(wanted["row_id"])
+        assert sorted(expected["row_id"].tolist()) == scores["row_id"]
+        by_id = np.argsort(expected["row_id"])
         for name in ("user_idx", "item_idx", "label"):
-            assert wanted[name][by_id].tolist() == scores[name]
+            assert expected[name][by_id].tolist() == scores[name]
         assert row["auc"] == pytest.approx(compute_auc(scores["label"], scores["score"]), abs=1e-12)
-        value, counted = compute_uauc(scores["label"], scores["score"], scores["user_idx"])
-        assert (row["uauc"], row["users_counted"]) == (pytest.approx(value, abs=1e-12), counted)
+        value, num_users = compute_uauc(scores["label"], scores["score"], scores["user_idx"])
+        assert (row["uauc"], row["users_counted"]) == (pytest.approx(value, abs=1e-12), num_users)
 
 
-def test_done_is_done_changed_is_refused_and_force_repeats(explicit, capsys):
+def test_a_rerun_is_skipped_a_change_is_refused_and_force_repeats(explicit, capsys):
     config, run_dir, report = explicit
     before = run_dir.record_path("eval").stat().st_mtime_ns
     assert run_evaluation(config, run_dir) == json.loads(json.dumps(report))
@@ -140,11 +140,11 @@ def test_clicks_are_ranked(tmp_path):
 
 
 def test_scores_must_be_complete_unique_and_finite():
-    wanted = np.array([5, 3, 9])
-    assert align_scores(wanted, np.array([3, 5, 9]), np.array([0.3, 0.5, 0.9]), "a").tolist() == [0.5, 0.3, 0.9]
+    expected_ids = np.array([5, 3, 9])
+    assert align_scores(expected_ids, np.array([3, 5, 9]), np.array([0.3, 0.5, 0.9]), "a").tolist() == [0.5, 0.3, 0.9]
     for row_ids, scores in (([3, 5], [1, 2]), ([3, 5, 5, 9], [1, 2, 2, 3]), ([3, 5, 9], [1, np.nan, 2])):
         with pytest.raises(ArtifactError, match="stage1 on test"):
-            align_scores(wanted, np.array(row_ids), np.array(scores, dtype=float), "stage1 on test")
+            align_scores(expected_ids, np.array(row_ids), np.array(scores, dtype=float), "stage1 on test")
 
 
 def test_standard_error_without_intervals():
@@ -184,16 +184,21 @@ def test_calibration_error_by_hand():
 
 def test_calibration_is_in_the_report(explicit):
     _, run_dir, report = explicit
-    assert {one["split"] for one in report["calibration"]} == {"valid", "test"}
+    assert {curve["split"] for curve in report["calibration"]} == {"valid", "test"}
     text = (run_dir.step_dir("eval") / "report.md").read_text()
     with (run_dir.step_dir("eval") / "calibration.csv").open() as file:
         written = list(csv.DictReader(file))
-    assert len(written) == sum(len(one["bins"]) for one in report["calibration"])
-    for one in report["calibration"]:
-        assert sum(found["rows"] for found in one["bins"]) == report["data"]["evaluated"][one["split"]]["rows"]
-        assert f"{one['error']:.4f}" in text
-        ours = [row for row in written if (row["split"], row["model"]) == (one["split"], one["model"])]
-        assert [float(row["observed"]) for row in ours] == pytest.approx([f["observed"] for f in one["bins"]], abs=1e-6)
+    assert len(written) == sum(len(curve["bins"]) for curve in report["calibration"])
+    for curve in report["calibration"]:
+        assert (
+            sum(bin_values["rows"] for bin_values in curve["bins"])
+            == report["data"]["evaluated"][curve["split"]]["rows"]
+        )
+        assert f"{curve['error']:.4f}" in text
+        ours = [row for row in written if (row["split"], row["model"]) == (curve["split"], curve["model"])]
+        assert [float(row["observed"]) for row in ours] == pytest.approx(
+            [f["observed"] for f in curve["bins"]], abs=1e-6
+        )
 
 
 def test_training_curves_survive_a_crash_in_the_last_line(tmp_path):
@@ -211,7 +216,7 @@ def test_tables_are_aligned():
 
 
 def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_path):
-    """Scores as two finished stages would give them; the slots without the language model are fitted for real."""
+    """Scores of the stages are made up; the slots without LLM are really fitted."""
     run_dir = write_data_step(tmp_path)
     config = build_config(tmp_path)
     prompt = config.prompt.model_copy(update={"stage2": "<ItemTitleList> <TargetItemTitle> <MatchID> Answer:"})

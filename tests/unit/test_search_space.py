@@ -1,4 +1,4 @@
-"""Where a search looks: what may be asked, what is drawn."""
+"""Search space: validation and draws."""
 
 import math
 
@@ -28,14 +28,14 @@ def test_the_first_trial_is_the_config_itself():
 
 
 def test_draws_fill_their_ranges():
-    drawn = draw()[1:]
-    rates = [math.log10(one["learning_rate"]) for one in drawn]
+    trials = draw()[1:]
+    rates = [math.log10(trial["learning_rate"]) for trial in trials]
     assert -4 <= min(rates) < -3.9
     assert -1.1 < max(rates) <= -1
     assert 0.4 < sum(rate < -2.5 for rate in rates) / len(rates) < 0.6  # even in the logarithm
-    assert all(0.2 <= one["dropout"] <= 0.4 for one in drawn)
-    assert {one["num_layers"] for one in drawn} == {1, 2, 3}
-    assert {tuple(one["hidden_sizes"]) for one in drawn} == {(20, 8), (40, 16)}
+    assert all(0.2 <= trial["dropout"] <= 0.4 for trial in trials)
+    assert {trial["num_layers"] for trial in trials} == {1, 2, 3}
+    assert {tuple(trial["hidden_sizes"]) for trial in trials} == {(20, 8), (40, 16)}
 
 
 def test_the_seed_decides():
@@ -80,17 +80,17 @@ def test_a_wrong_space_is_a_mistake_in_the_config(tmp_path, space, message):
         ({"embedding_dim": {"choice": [8, "x"]}}, r"cf_search\.space\.embedding_dim\.choice: .*valid integer.*'x'"),
     ],
 )
-def test_a_value_that_its_setting_does_not_take_is_refused(space, message):
+def test_an_invalid_value_is_refused(space, message):
     with pytest.raises(ConfigError, match=message):
         draw(space, num_trials=2)
 
 
-def test_settings_that_do_not_go_together_are_refused():
+def test_invalid_combinations_are_refused():
     space = {"num_heads": {"choice": [3]}, "embedding_dim": {"choice": [8, 9]}}
     with pytest.raises(ConfigError, match=r"trial \d+ \(num_heads=3 embedding_dim=8\): cf\.num_heads 3 does not"):
         draw(space, model="sasrec")
 
 
-def test_a_name_that_is_like_no_other():
+def test_an_unknown_name_without_near_match():
     with pytest.raises(ValueError, match="xyzzy is not a setting of the cf section"):
         CfSearchConfig(space={"xyzzy": {"uniform": (0.0, 1.0)}})

@@ -1,4 +1,4 @@
-"""The slots without the language model: what it reads, and that it learns from nothing else."""
+"""Slots without LLM: inputs and training."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from tests.unit.evaluation_data import build_block
 
 
 class TableModel:
-    """Vectors by index; the user's depends on the last liked item too, the unknown index -1 is zero."""
+    """Vectors by index; a user's also depends on the last liked item; the unknown index -1 is zero."""
 
     def __init__(self, size=10, width=3):
         self.table = torch.arange(1.0, size * width + 1).view(size, width)
@@ -34,7 +34,7 @@ def test_histories_are_right_aligned():
     assert pad_histories(block, 4).tolist() == [[-1, 1, 2, 3], [-1] * 4, [-1, -1, -1, 4]]
 
 
-def test_inputs_are_exactly_what_the_slots_carry():
+def test_inputs_are_exactly_the_contents_of_the_slots():
     block = build_block([0, 1], histories=[[1, 2], []], item_idx=[4, 5], item_rows=[7, 8], item_likes=[3, 8])
     model = TableModel()
     user = torch.stack([100 * model.table[0] + model.table[2], 100 * model.table[1]]).numpy()
@@ -47,10 +47,10 @@ def test_inputs_are_exactly_what_the_slots_carry():
     assert np.array_equal(liked, np.stack([model.table[[1, 2]].mean(dim=0).numpy(), np.zeros(3)]))
 
 
-def test_it_learns_repeats_and_survives_one_label():
+def test_training_learns_is_reproducible_and_accepts_a_single_label():
     random = np.random.default_rng(0)
     inputs = random.normal(size=(2000, 6)).astype(np.float32)
-    inputs[:, 5] = 1.0  # an input that never moves must not divide by zero
+    inputs[:, 5] = 1.0  # a constant input must not divide by zero
     labels = (inputs[:, 0] * inputs[:, 1] + 0.3 * random.normal(size=2000) > 0).astype(np.int64)
     train, valid = (inputs[:1500], labels[:1500]), (inputs[1500:], labels[1500:])
     state = torch.get_rng_state()

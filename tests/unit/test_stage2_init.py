@@ -1,4 +1,4 @@
-"""Collaborative models as stage 2 begins to train them, and settings that would train nothing."""
+"""Initial weights of CF models that stage 2 trains, and settings that would train nothing."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ FROZEN = {
 }  # fmt: skip
 
 
-def ask(vectors):
-    """Return user and item vectors, users with and without a history and unknown ones among them."""
+def read_vectors(vectors):
+    """Return user and item vectors of known and unknown users and items, with and without history."""
     users, items = torch.tensor([0, 3, NUM_USERS - 1, -1]), torch.tensor([2, 0, 3, -1])
     history, times = torch.tensor([[-1, 4], [1, 2], [0, 5], [-1, -1]]), torch.zeros(4)
     return vectors.user_vectors(users, history, items, times), vectors.item_vectors(items, times)
@@ -40,21 +40,21 @@ def fitted(request, tmp_path_factory):
     return request.param, run_dir, load_manifest(run_dir.step_dir("data"))
 
 
-def test_training_goes_on_from_the_fitted_weights_with_what_vectors_come_from(fitted):
+def test_fitted_weights_are_trainable_if_vectors_depend_on_them(fitted):
     name, run_dir, manifest = fitted
     vectors = load_for_tuning(run_dir, manifest, from_scratch=False, init_scale=0.1, seed=0)
-    frozen = {key for key, one in vectors.final.named_parameters() if not one.requires_grad}
+    frozen = {key for key, parameter in vectors.final.named_parameters() if not parameter.requires_grad}
     assert frozen == FROZEN[name]
-    users, items = ask(vectors)
-    for found, expected in zip((users, items), ask(load_cf_model(run_dir, manifest)), strict=True):
-        assert torch.equal(found.detach(), expected)
+    users, items = read_vectors(vectors)
+    for vector, expected in zip((users, items), read_vectors(load_cf_model(run_dir, manifest)), strict=True):
+        assert torch.equal(vector.detach(), expected)
     (users.square().sum() + items.square().sum()).backward()
-    gradients = {key: one.grad for key, one in vectors.final.named_parameters() if one.requires_grad}
-    assert all(one is not None and not one.is_sparse for one in gradients.values())
+    gradients = {key: parameter.grad for key, parameter in vectors.final.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None and not gradient.is_sparse for gradient in gradients.values())
     assert gradients["items.weight"].abs().sum() > 0
 
 
-def test_from_scratch_nothing_of_the_fit_is_left_but_who_is_known(fitted):
+def test_from_scratch_keeps_only_the_sets_of_known_users_and_items(fitted):
     name, run_dir, manifest = fitted
     first, again, other = (
         load_for_tuning(run_dir, manifest, from_scratch=True, init_scale=0.1, seed=seed) for seed in (0, 0, 1)
@@ -62,10 +62,10 @@ def test_from_scratch_nothing_of_the_fit_is_left_but_who_is_known(fitted):
     trained = load_cf_model(run_dir, manifest)
     assert torch.equal(first.final.items.known, trained.final.items.known)
     assert not first.final.users.weight[~trained.final.users.known].any()
-    for one, same, seeded, fit in zip(*map(ask, (first, again, other, trained)), strict=True):
-        assert torch.equal(one, same)
-        assert not torch.allclose(one, seeded)
-        assert not torch.allclose(one, fit)
+    for drawn, same, seeded, fit in zip(*map(read_vectors, (first, again, other, trained)), strict=True):
+        assert torch.equal(drawn, same)
+        assert not torch.allclose(drawn, seeded)
+        assert not torch.allclose(drawn, fit)
     known = first.final.items.known[:-1].nonzero().squeeze(1)
     norms = first.item_vectors(known, torch.zeros(len(known))).square().sum(1)
     assert norms.mean().item() == pytest.approx(1.0, rel=1e-4)
@@ -80,7 +80,7 @@ def test_a_model_that_stage_2_cannot_train_is_refused():
         check_tuning("lightgcn")
 
 
-def test_there_is_nothing_to_search_for_where_no_model_is_fitted(tmp_path):
+def test_a_search_needs_a_model_that_is_fitted(tmp_path):
     sections = {"cf": {"model": "none"}, "stage2": {"train_cf": "scratch"}}
     config = Config.model_validate({"run": {"dir": str(tmp_path)}, "dataset": DATASET, **sections})
     with pytest.raises(ConfigError, match="name a collaborative model"):
@@ -100,7 +100,7 @@ def test_there_is_nothing_to_search_for_where_no_model_is_fitted(tmp_path):
         ({"stage2": {"train_cf": "anew"}}, "scratch"),
         (
             {"cf": {"model": "none"}, "stage2": {"train_cf": "scratch"}, "promotion": {"baseline": "cf"}},
-            "no collaborative model to compare with",
+            "has no CF model to compare with",
         ),
     ],
 )
