@@ -1,4 +1,4 @@
-"""What each step depends on today. Cheap: no tensor library, no model, no cluster."""
+"""Fingerprints of the steps: everything their results depend on. Needs no tensor library, model or cluster."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
 
     Args:
         config: the experiment.
-        run_dir: where the steps before it are done; evaluation takes what there is.
-        step: the step in question.
+        run_dir: holds the finished earlier steps; missing ones are skipped for evaluation.
+        step: the step to describe.
 
     Raises:
-        ArtifactError: a step before it is not done.
+        ArtifactError: an earlier step is not done.
         DataError: the input is missing.
         ConfigError: a prompt file is missing.
     """
@@ -45,14 +45,14 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
 
 
 def _describe_vectors(cf: CfConfig) -> dict[str, Any]:
-    """Return size and time of the files with vectors from elsewhere."""
+    """Return size and modification time of the user and item vector files."""
     paths = {"user_vectors": cf.user_vectors, "item_vectors": cf.item_vectors}
     files = {name: Path(path) for name, path in paths.items() if path is not None and Path(path).is_file()}
-    return {name: [one.stat().st_size, one.stat().st_mtime_ns] for name, one in files.items()}
+    return {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
 
 
 def _describe_local_backbone(name: str) -> dict[str, Any]:
-    """Return size and time of a local backbone's files; a named one or a hub revision never changes."""
+    """Return size and modification time of a local backbone's files; named backbones and hub revisions never change."""
     path = Path(name).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return {f"backbone.{one.name}": [one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()}
+    return {f"backbone.{file.name}": [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}

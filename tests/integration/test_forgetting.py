@@ -87,7 +87,7 @@ def test_an_extended_table_forgets_names_and_keeps_indices(tmp_path, log, feedba
     write_log(log, [one for one in USERS if one not in FORGOTTEN], 264)
     (tmp_path / "nobody.csv").write_text("user_id\n")
     options |= {"extend_from": str(tmp_path / "two")}
-    with pytest.raises(ConfigError, match="would come back: give the list again"):
+    with pytest.raises(ConfigError, match="would come back\. Set dataset\.forget again"):
         run(tmp_path, "three", log, **options | {"forget": None})
     third = run(tmp_path, "three", log, **options | {"forget": str(tmp_path / "nobody.csv")})
     assert third["forgotten"]["tombstones"] == 2
@@ -123,7 +123,7 @@ def test_lists_are_read_as_logs_are(tmp_path):
     [
         ("user\nu1\n", r"users\.csv has no column 'user_id' \(has user\)"),
         ("user_id,x\nu1,1\n,2\n", r"users\.csv, row 2: user_id is empty"),
-        ("user_id\nu1\nu2,3\n", r"users\.csv:3: wrong number of columns; mend the list, it must be whole"),
+        ("user_id\nu1\nu2,3\n", r"users\.csv:3: wrong number of columns; fix the list, every row must be readable"),
     ],
 )
 def test_a_list_that_is_not_whole_is_refused(tmp_path, log, text, message):

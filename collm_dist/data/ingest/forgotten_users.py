@@ -1,7 +1,7 @@
-"""Users who are to be forgotten (``dataset.forget``): the list of them, and what stands in their place.
+"""Forgotten users (``dataset.forget``): the list of their ids, and the tombstones that replace them.
 
-Indices, once given, stay: a forgotten user's index remains in the id table of a run that extends another, and leads to
-a tombstone, which is no id. It names no rows, and every model treats it as unknown.
+Assigned indices never change: in a run that extends another, the index of a forgotten user stays in the id table and
+maps to a tombstone instead of an id. No row has that index, and every model treats it as unknown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collm_dist.errors import DataError
 from collm_dist.storage import list_files
 
 KEY, COLUMN = "dataset.forget", "user_id"
-# Ids with control characters are refused in logs, so no id begins like this.
+# Logs with control characters in ids are refused, so no id can start with this.
 _TOMBSTONE = "\x1aforgotten-"
 
 
@@ -29,40 +29,40 @@ def load_forgotten(uri: str | None, key: str = KEY) -> Any:
     """Load a list of users.
 
     Args:
-        uri: files with a column ``user_id``; ids are compared as they are in logs. None = nobody.
-        key: where it was named, for messages.
+        uri: files with a column ``user_id``, normalized like ids in logs. None = no users.
+        key: name of the setting, for messages.
 
     Returns:
-        The ids, each once, as an Arrow array of text.
+        The distinct ids as an Arrow string array.
 
     Raises:
-        DataError: it is missing, has no such column, or a row without an id: a list must be whole.
-        LaunchError: an object store cannot be reached or refuses.
+        DataError: a file is missing, has no such column, or has a row without an id.
+        LaunchError: an object store is unreachable or denies access.
     """
-    found = pa.chunked_array([pa.array([], pa.string())])
-    for one in list_files(uri, key) if uri is not None else ():
-        losses, first = BadRows(), 0
-        for table in read_tables(one, FileFormat(), losses):
+    all_ids = pa.chunked_array([pa.array([], pa.string())])
+    for file in list_files(uri, key) if uri is not None else ():
+        bad_rows, first_row = BadRows(), 0
+        for table in read_tables(file, FileFormat(), bad_rows):
             if COLUMN not in table.column_names:
-                raise DataError(f"{key}: {one} has no column '{COLUMN}' (has {', '.join(table.column_names)}); rename "
-                                "the one that names the users")  # fmt: skip
+                raise DataError(f"{key}: {file} has no column '{COLUMN}' (has {', '.join(table.column_names)}); rename "
+                                "the column of user ids")  # fmt: skip
             ids = pc.utf8_trim_whitespace(to_text(table.column(COLUMN)))
             missing = pc.is_in(ids, pa.array([*NULLS, None])).to_numpy(zero_copy_only=False)
             if missing.any():
-                raise DataError(f"{key}: {one}, row {first + missing.argmax() + 1}: {COLUMN} is empty; complete it or "
-                                "take the row out")  # fmt: skip
-            found, first = pa.chunked_array([*found.chunks, ids]), first + table.num_rows
-        if losses.examples:
-            raise DataError(f"{key}: {losses.examples[0]}; mend the list, it must be whole")
-    return found.unique()
+                raise DataError(f"{key}: {file}, row {first_row + missing.argmax() + 1}: {COLUMN} is empty; fill it in "
+                                "or remove the row")  # fmt: skip
+            all_ids, first_row = pa.chunked_array([*all_ids.chunks, ids]), first_row + table.num_rows
+        if bad_rows.examples:
+            raise DataError(f"{key}: {bad_rows.examples[0]}; fix the list, every row must be readable")
+    return all_ids.unique()
 
 
 def write_tombstone(index: int) -> str:
-    """Return what stands in the id table for a user who has been forgotten."""
+    """Return the id-table entry of a forgotten user."""
     return f"{_TOMBSTONE}{index}"
 
 
 def find_tombstones(data_dir: Path) -> NDArray[np.int64]:
-    """Return the indices of users who have been forgotten, in ascending order."""
+    """Return the indices of forgotten users in ascending order."""
     ids = pq.read_table(data_dir / "users.parquet", columns=[COLUMN]).column(COLUMN)
     return np.flatnonzero(pc.starts_with(ids, _TOMBSTONE).to_numpy())

@@ -1,4 +1,4 @@
-"""Id tables: raw ids to dense indices. Append-only: an index, once given, stays."""
+"""Id tables: raw ids to dense indices. Append-only: an assigned index never changes."""
 
 from __future__ import annotations
 
@@ -23,23 +23,27 @@ from collm_dist.runs.run_dir import RunDir
 
 
 def compute_ids_hash(ids: Iterable[str]) -> str:
-    """Return the SHA-256 of ids in the order of their indices; equal hashes = equal tables."""
+    """Return the SHA-256 of ids in the order of their indices; equal hashes mean equal tables."""
     digest = hashlib.sha256()
-    for one in ids:
-        digest.update(one.encode() + b"\x00")
+    for raw_id in ids:
+        digest.update(raw_id.encode() + b"\x00")
     return digest.hexdigest()
 
 
 def sort_naturally(ids: Sequence[str]) -> list[str]:
-    """Sort ids, shorter ones first, so that whole numbers come in their order."""
-    return sorted(ids, key=lambda one: (len(one), one))
+    """Sort ids by length, then alphabetically, so that whole numbers are in numeric order."""
+    return sorted(ids, key=lambda raw_id: (len(raw_id), raw_id))
 
 
 @dataclass(frozen=True)
 class PreviousTables:
-    """The id tables of a run that this one extends, and the raw rows it was made from; empty without one.
+    """Id tables of the run that this one extends; empty if there is none.
 
-    ``num_forgotten`` users have tombstones in the place of the ids that they have there.
+    Attributes:
+        user_ids, item_ids: raw ids in the order of their indices, with tombstones for forgotten users.
+        buckets: the tables of interactions.
+        rows: number of raw rows that the run was made from.
+        num_forgotten: number of ids that were replaced by tombstones here.
     """
 
     user_ids: tuple[str, ...] = ()
@@ -50,9 +54,9 @@ class PreviousTables:
 
 
 def describe_previous(run: str | None) -> dict[str, Any]:
-    """Return what the data step depends on in ``dataset.extend_from``: the sizes and hashes of its id tables.
+    """Return the sizes and hashes of the id tables of ``dataset.extend_from``, on which the data step depends.
 
-    An extended table begins with the tables that it extends; who knows their sizes and hashes can check that.
+    An extended table starts with the table that it extends; size and hash allow to check that.
 
     Raises:
         ArtifactError: that run has no data.
@@ -65,11 +69,11 @@ def describe_previous(run: str | None) -> dict[str, Any]:
 
 
 def load_previous_tables(dataset: DatasetConfig, num_buckets: int, forgotten: Any) -> PreviousTables:
-    """Load the id tables of ``dataset.extend_from``, with tombstones in the place of users who are to be forgotten.
+    """Load the id tables of ``dataset.extend_from``, with tombstones in place of forgotten users.
 
     Raises:
-        ArtifactError: that run has no data or damaged ones, or another number of user buckets.
-        ConfigError: that run has forgotten users, and this one has no list of them.
+        ArtifactError: that run has no data, damaged data, or another number of user buckets.
+        ConfigError: that run has forgotten users, but ``dataset.forget`` is not set.
     """
     run = dataset.extend_from
     if run is None:
@@ -84,33 +88,33 @@ def load_previous_tables(dataset: DatasetConfig, num_buckets: int, forgotten: An
     record, ids = RunDir(Path(run)).read_record("data"), load_user_ids(data_dir)
     if "forgotten" in record and dataset.forget is None:
         raise ConfigError(
-            f"dataset.forget: {run} was made without the users of a list; what the log still has of them would come "
-            "back: give the list again (once the log is clean, one without rows will do)"
+            f"dataset.forget: {run} was made without the users of a list; their rows that are still in the log would "
+            "come back. Set dataset.forget again (once the log is clean, an empty list will do)"
         )
-    found = np.flatnonzero(pc.is_in(pa.array(ids, pa.string()), forgotten).to_numpy(zero_copy_only=False))
-    for index in found.tolist():
+    indices = np.flatnonzero(pc.is_in(pa.array(ids, pa.string()), forgotten).to_numpy(zero_copy_only=False))
+    for index in indices.tolist():
         ids[index] = write_tombstone(index)
     return PreviousTables(
         user_ids=tuple(ids),
         item_ids=tuple(load_item_table(data_dir)["item_id"]),
         buckets=manifest.buckets,
         rows=record["input"]["rows"],
-        num_forgotten=len(found),
+        num_forgotten=len(indices),
     )
 
 
-def assign_users(previous: PreviousTables, found: Sequence[Any]) -> tuple[list[Any], list[list[tuple[int, int]]]]:
-    """Give every user an index: known ones keep theirs, new ones follow bucket by bucket.
+def assign_users(previous: PreviousTables, bucket_ids: Sequence[Any]) -> tuple[list[Any], list[list[tuple[int, int]]]]:
+    """Assign an index to every user: known users keep theirs, new users follow bucket by bucket.
 
     Args:
         previous: tables that are extended.
-        found: for each bucket the sorted Arrow array of its user ids.
+        bucket_ids: for each bucket the sorted Arrow array of its user ids.
 
     Returns:
-        For each bucket the table ``id, idx`` (old users first) and its (first user, count) slices.
+        For each bucket its table ``id, idx`` (known users first) and its (first user, number of users) slices.
     """
     tables, ranges, next_index = [], [], len(previous.user_ids)
-    for bucket, ids in enumerate(found):
+    for bucket, ids in enumerate(bucket_ids):
         slices = list(previous.buckets[bucket].user_ranges) if previous.buckets else []
         old = [index for first, count in slices for index in range(first, first + count)]
         old_ids = pa.array([previous.user_ids[index] for index in old], pa.string())
@@ -145,7 +149,7 @@ class IdTables:
         user_ids, item_ids: raw ids in the order of their indices.
         user_ranges: for each bucket its (first user, number of users) slices.
         texts_hash: hash of all item texts.
-        num_items_without_text: items that the item file does not have.
+        num_items_without_text: number of items missing from the item file.
     """
 
     user_ids: list[str]
@@ -180,21 +184,21 @@ def write_user_table(path: Path, tables: Sequence[Any]) -> list[str]:
     table = pa.concat_tables(tables).sort_by("idx")
     with open_atomic(path, "wb") as file:
         pq.write_table(pa.table({"user_idx": table.column("idx"), "user_id": table.column("id")}), file)
-    return [str(one) for one in table.column("id").to_pylist()]
+    return [str(user_id) for user_id in table.column("id").to_pylist()]
 
 
 def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> tuple[int, str]:
-    """Write ``items.parquet`` in the order of the indices; an item without a row stands for itself.
+    """Write ``items.parquet`` in the order of the indices; the id is the text of an item that ``items`` lacks.
 
     Returns:
-        Number of items without a text of their own, and the hash of all texts.
+        Number of items that ``items`` lacks, and the hash of all texts.
     """
     ids = pa.array(item_ids, pa.string())
-    found = pc.index_in(ids, items.column("item_id").combine_chunks())
+    rows = pc.index_in(ids, items.column("item_id").combine_chunks())
     columns = {"item_idx": pa.array(range(len(item_ids)), pa.int64()), "item_id": ids}
     for name in ("title", "text"):
-        columns[name] = pc.coalesce(items.column(name).combine_chunks().take(found), ids)
+        columns[name] = pc.coalesce(items.column(name).combine_chunks().take(rows), ids)
     with open_atomic(path, "wb") as file:
         pq.write_table(pa.table(columns), file)
     texts = (text for name in ("title", "text") for text in columns[name].to_pylist())
-    return int(found.null_count), compute_ids_hash(texts)
+    return int(rows.null_count), compute_ids_hash(texts)

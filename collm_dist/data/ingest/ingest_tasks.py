@@ -1,9 +1,10 @@
-"""The first tasks of preprocessing: raw rows, parted by user and cleaned. Each is skipped where its outputs exist.
+"""First tasks of preprocessing: read raw rows, partition them by user, filter them.
 
-    read_chunk      a raw file            -> its rows, parted by user bucket; counts
-    filter_bucket   a bucket of all files -> rows that pass the filters; what the split rule must know
+    read_chunk      a raw file            -> its rows, partitioned by user bucket; counts
+    filter_bucket   a bucket of all files -> rows that pass the filters; times and ids for the driver
 
-Only file names and counts travel between tasks, so memory is bounded by a batch of a file, or by a bucket.
+A task is skipped if its outputs exist. Tasks exchange only file names and counts, so memory is bounded by one batch of
+a file, or by one bucket.
 """
 
 from __future__ import annotations
@@ -38,33 +39,35 @@ from collm_dist.data.samples.splits import OUTSIDE, SplitRule, get_amazon_book_w
 
 
 def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChunk, forgotten: Any) -> dict[str, Any]:
-    """Part a raw file's rows by user bucket; count rows, losses, and rows of each item.
+    """Partition a chunk's rows by user bucket; count rows, bad rows, and rows of each item.
 
     Args:
-        plan, source, index, chunk: which one.
-        forgotten: users whose rows are passed over, as an Arrow array.
+        plan: settings and folders.
+        source: the raw log.
+        index, chunk: the chunk and its number.
+        forgotten: ids of users whose rows are dropped, as an Arrow array.
     """
     path, items_path = plan.work_file("chunk", index), plan.work_file("items", index)
     marker = path.with_suffix(".json")
     if (finished := find_finished(marker, path, items_path)) is not None:
         return finished
-    losses, items, rows_read = BadRows(), [], 0
-    counts, met = Counter[str](), pa.array([], pa.int32())
+    bad_rows, item_counts, rows_read = BadRows(), [], 0
+    counts, forgotten_users = Counter[str](), pa.array([], pa.int32())
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     with PartitionWriter(path, SCHEMA, plan.num_buckets) as writer:
         for batch in source.read_chunk(chunk):
             rows_read += batch.rows_read
-            losses.merge(BadRows(batch.bad, batch.bad_examples))
+            bad_rows.merge(BadRows(batch.bad, batch.bad_examples))
             table = batch.table
             if plan.dataset.split.method == "amazon_book":
                 start, _, end = get_amazon_book_window()
                 table = table.filter((pc.field("timestamp") >= start) & (pc.field("timestamp") < end))
                 counts["outside"] += batch.table.num_rows - table.num_rows
             if len(forgotten):
-                places = pc.index_in(table.column("user_id"), forgotten)
-                counts["forgotten"] += table.num_rows - places.null_count
-                met = pa.concat_arrays([met, places.drop_null().combine_chunks()]).unique()
-                table = table.filter(places.is_null())
+                matches = pc.index_in(table.column("user_id"), forgotten)
+                counts["forgotten"] += table.num_rows - matches.null_count
+                forgotten_users = pa.concat_arrays([forgotten_users, matches.drop_null().combine_chunks()]).unique()
+                table = table.filter(matches.is_null())
             if table.num_rows == 0:
                 continue
             counts["usable"] += table.num_rows
@@ -72,11 +75,11 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
             writer.write(table, parts.astype(np.int64))
             times = table.column("timestamp").to_numpy()
             first, last = min(first, int(times.min())), max(last, int(times.max()))
-            items.append(count_items_by_month(table))
-    write_table(items_path, sum_item_counts(items))
+            item_counts.append(count_items_by_month(table))
+    write_table(items_path, sum_item_counts(item_counts))
     return finish_task(marker, {"rows_read": rows_read, "usable": counts["usable"], "outside": counts["outside"],
-                                "forgotten": counts["forgotten"], "forgotten_users": met.to_pylist(),
-                                "bad": losses.counts, "examples": losses.examples,
+                                "forgotten": counts["forgotten"], "forgotten_users": forgotten_users.to_pylist(),
+                                "bad": bad_rows.counts, "examples": bad_rows.examples,
                                 "first": int(first), "last": int(last)})  # fmt: skip
 
 
@@ -84,19 +87,20 @@ def filter_bucket(
     plan: PreprocessPlan,
     bucket: int,
     chunks: list[Path],
-    bases: list[int],
+    first_rows: list[int],
     known_items: Any,
     kept_items: Any,
     window: SplitRule | None,
 ) -> dict[str, Any]:
-    """Apply windows, filters and the duplicates rule to a bucket, and tell what split rule and id tables need.
+    """Apply split windows, filters and the duplicates rule to a bucket; write its rows, distinct ids and times.
 
     Args:
-        plan, bucket: which one.
-        chunks, bases: shuffle files and the row id of the first row of each.
-        known_items: ids in the item file, as an Arrow array; None without one.
+        plan: settings and folders.
+        bucket: number of the user bucket.
+        chunks, first_rows: shuffle files, and the row id of the first row of each.
+        known_items: ids in the item file as an Arrow array, or None without an item file.
         kept_items: ids of the items that pass the filter.
-        window: calendar windows; rows outside are dropped before anything is derived from them.
+        window: calendar windows; rows outside are dropped before anything is computed from them.
     """
     path = plan.work_file("filtered", bucket)
     marker = path.with_suffix(".json")
@@ -104,9 +108,9 @@ def filter_bucket(
     if (finished := find_finished(marker, path, *outputs.values())) is not None:
         return finished
     parts = []
-    for chunk, base in zip(chunks, bases, strict=True):
+    for chunk, first_row in zip(chunks, first_rows, strict=True):
         part = read_partition([chunk], bucket, plan.num_buckets)
-        parts.append(part.set_column(0, "row", pc.add(part.column("row"), base)))
+        parts.append(part.set_column(0, "row", pc.add(part.column("row"), first_row)))
     table, dropped = pa.concat_tables(parts), Counter[str]()
 
     def keep(mask: Any, cause: str) -> None:
@@ -123,7 +127,7 @@ def filter_bucket(
     users = table.column("user_id").value_counts()
     counts = pa.table({"id": users.field("values"), "count": users.field("counts")})
     kept_users = select_ids(counts, plan.dataset.min_user_interactions, plan.dataset.max_user_interactions)
-    # Both filters look at the same rows: one pass, in which neither sees what the other has dropped.
+    # One pass: both filters count the same rows, including those that the other filter drops.
     keep(pc.is_in(table.column("user_id"), kept_users), "user filter")
     keep(pc.is_in(table.column("item_id"), kept_items), "item filter")
     if plan.dataset.duplicates != "keep":

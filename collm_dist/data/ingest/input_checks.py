@@ -1,4 +1,4 @@
-"""Refusing data that is not what was promised, before anything is made of it."""
+"""Checks of the input: bad rows, ``dataset.expect`` and empty splits, before later steps use the data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def check_reads(
 
     Args:
         dataset: the settings.
-        reads: what ``ingest_tasks.read_chunk`` returned for each chunk.
-        unknown: rows of each item that the item file does not have.
+        reads: statistics of ``ingest_tasks.read_chunk`` for each chunk.
+        unknown: number of rows of each item that is missing from the item file.
         previous_rows: raw rows of ``dataset.extend_from``; 0 without one.
 
     Raises:
-        DataError: with the counts, the first examples and the setting that allows more.
+        DataError: a check failed; the message has counts, the first examples and the setting to change.
     """
     total = sum(read["rows_read"] for read in reads)
     if total == 0:
@@ -70,7 +70,7 @@ def _check_bad_rows(
         causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
         raise DataError(
             f"dataset: {bad.total()} of {total} rows cannot be used ({causes}), more than dataset.max_bad_row_share="
-            f"{dataset.max_bad_row_share} allows; mend the input or raise it. The first ones:\n  "
+            f"{dataset.max_bad_row_share} allows; fix the input or raise the limit. The first ones:\n  "
             + "\n  ".join(examples)
         )
 
@@ -94,15 +94,15 @@ def check_splits(dataset: DatasetConfig, rows: Mapping[str, Counter[str]]) -> No
     """Check that no split is empty.
 
     Raises:
-        DataError: one is; the message names it and the settings to change.
+        DataError: a split is empty; the message names it and the settings to change.
     """
     for name, counts in rows.items():
         if counts["real_rows"] == 0:
-            sizes = ", ".join(f"{one} {count['real_rows']}" for one, count in rows.items())
+            sizes = ", ".join(f"{split} {count['real_rows']}" for split, count in rows.items())
             remedy = {
-                "ratio": "change dataset.split.train_ratio or valid_ratio; rows of one second are never divided",
+                "ratio": "change dataset.split.train_ratio or valid_ratio; rows of one second are never split up",
                 "calendar": f"change dataset.split.{name}_months, which count from the data's first month",
-                "amazon_book": "this rule needs rows of 2017, with two in December; choose another method",
-                "column": f"the column '{dataset.columns.split}' needs rows that say '{name}'",
+                "amazon_book": "this rule needs rows from 2017, two or more in December; choose another method",
+                "column": f"the column '{dataset.columns.split}' needs rows with the value '{name}'",
             }[dataset.split.method]
             raise DataError(f"dataset.split: the split '{name}' is empty (rows: {sizes}); {remedy}")

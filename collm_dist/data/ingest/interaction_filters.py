@@ -1,4 +1,4 @@
-"""Which rows stay: limits on rows per user and item, and repeated rows of one user and item."""
+"""Filters of interactions: limits on rows per user and item, and duplicate rows of a user and item."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collm_dist.data.samples.splits import OUTSIDE, SplitRule
 
 
 def count_items_by_month(table: Any) -> Any:
-    """Return ``id, month, count`` of the rows of each item; ``month`` is the start of the calendar month, in seconds.
+    """Return a table ``id, month, count`` of rows per item; ``month`` is the start of the calendar month, in seconds.
 
-    By month, because the windows of a calendar split are known only after everything has been read once.
+    Months are kept apart because the windows of a calendar split are known only after all rows have been read.
     """
     months = pc.floor_temporal(table.column("timestamp").cast(pa.timestamp("s")), unit="month").cast(pa.int64())
     ones = pa.array(np.ones(table.num_rows, dtype=np.int64))
@@ -31,7 +31,7 @@ def sum_item_counts(tables: list[Any]) -> Any:
 
 
 def sum_over_months(counts: Any, window: SplitRule | None) -> Any:
-    """Return ``id, count`` over all months, or over those of a calendar split."""
+    """Return a table ``id, count`` over all months, or over the months inside the windows of a calendar split."""
     if window is not None:
         months = counts.column("month").to_numpy()
         counts = counts.filter(pa.array(window.assign(months, np.zeros_like(months)) != OUTSIDE))
@@ -53,7 +53,7 @@ def count_unknown_items(counts: Any, known: Any) -> dict[str, int]:
 
 
 def select_ids(counts: Any, low: int, high: int | None) -> Any:
-    """Return the ids of a table ``id, count`` whose count is from ``low`` to ``high``, as one Arrow array."""
+    """Return the ids of a table ``id, count`` with ``low <= count <= high``, as one Arrow array."""
     fits = pc.field("count") >= low
     if high is not None:
         fits = fits & (pc.field("count") <= high)
@@ -61,11 +61,11 @@ def select_ids(counts: Any, low: int, high: int | None) -> Any:
 
 
 def drop_duplicates(table: Any, *, collapse: bool) -> Any:
-    """Keep the earliest row of each user and item, in the order given.
+    """Keep the earliest row of each user and item, in the table's order.
 
     Args:
-        table: with user_id, item_id, timestamp, row and label.
-        collapse: whether the row that stays is a like if any of them was.
+        table: with columns user_id, item_id, timestamp, row and label.
+        collapse: the kept row is a like if any of the duplicates is.
     """
     frame = table.to_pandas().sort_values(["timestamp", "row"], kind="stable")
     if collapse:

@@ -1,4 +1,4 @@
-"""Item texts: a template over any item columns, cleaned by rule."""
+"""Item texts: a template over item columns, with fixed rules for cleaning."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from collm_dist.data.ingest.normalize import to_text
 from collm_dist.errors import ConfigError
 
-# Invisible or direction-changing characters would print one thing and tokenize as another; with variation selectors and
-# tag characters a title can carry a whole text that nobody sees.
+# With invisible or direction-changing characters a title prints as one thing and tokenizes as another; variation
+# selectors and tag characters can hide a whole text.
 _INVISIBLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     r"\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]+"
@@ -26,13 +26,13 @@ MAX_TEXT_CHARACTERS = 1000
 
 
 def clean_text(text: str | None) -> str:
-    """Return a text in NFC on one line, without control, invisible and direction characters, of bounded length."""
+    """Return a text in NFC on one line, without control, invisible and direction characters, cut to maximum length."""
     visible = _INVISIBLE.sub(" ", unicodedata.normalize("NFC", (text or "")[: 4 * MAX_TEXT_CHARACTERS]))
     return _SPACES.sub(" ", visible).strip()[:MAX_TEXT_CHARACTERS]
 
 
 def list_template_columns(template: str) -> list[str]:
-    """Return the columns that an item-text template names.
+    """Return the names of the columns in an item-text template.
 
     Raises:
         ConfigError: the braces do not parse.
@@ -50,12 +50,12 @@ def list_template_columns(template: str) -> list[str]:
 def build_item_table(
     tables: Iterable[Any], id_column: str, title_column: str, template: str
 ) -> tuple[Any, Counter[str]]:
-    """Return ``item_id, title, text`` of every item, the first row of an id counting, and what was mended, by cause.
+    """Return a table ``item_id, title, text`` from the first row of each item, and counts of repairs by cause.
 
     Args:
-        tables: raw item rows; they are taken one by one, so memory is bounded by the items, not by the files.
-        id_column, title_column: names in them.
-        template: item text; ``{title}`` is the title column whatever it is called.
+        tables: raw item rows, consumed one by one, so memory is bounded by the items, not by the files.
+        id_column, title_column: names of these columns.
+        template: item text; ``{title}`` stands for the title column, whatever its name.
     """
     counts: Counter[str] = Counter()
     columns = {name: title_column if name == "title" else name for name in list_template_columns(template)}
@@ -70,11 +70,11 @@ def build_item_table(
                 continue
             title = clean_text(raw_titles[position])
             text = clean_text(_fill(template, {name: clean_text(column[position]) for name, column in values.items()}))
-            found = (title or item_id, text or item_id)
+            row = (title or item_id, text or item_id)
             if item_id in rows:
-                counts["rows of an item with another text"] += rows[item_id] != found
+                counts["rows of an item with another text"] += rows[item_id] != row
                 continue
-            rows[item_id] = found
+            rows[item_id] = row
             counts["items without a text"] += not text
             counts["titles with invisible characters"] += bool(_INVISIBLE.search(raw_titles[position] or ""))
             counts[f"titles cut at {MAX_TEXT_CHARACTERS} characters"] += len(title) == MAX_TEXT_CHARACTERS
@@ -88,5 +88,5 @@ def build_item_table(
 
 
 def _fill(template: str, values: dict[str, str]) -> str:
-    """Fill a template by plain replacement: format() would follow attributes and indices."""
+    """Fill a template by plain replacement; ``str.format`` would also evaluate attributes and indices."""
     return re.sub(r"\{([^{}]*)\}", lambda match: values[match.group(1)], template)

@@ -1,4 +1,4 @@
-"""One batch of raw rows -> uniform rows: ids as text, time in seconds, a 0/1 label, a split name; bad rows counted."""
+"""Normalization of raw rows: string ids, times in seconds, 0/1 labels, split names; bad rows are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collm_dist.config import ColumnsConfig
 from collm_dist.data.ingest.file_readers import NULLS, BadRows
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-# From where on a number of this age counts the next finer unit: seconds of this age have ten digits.
+# Magnitudes from which a present-day timestamp is in the next finer unit; in seconds it has ten digits.
 UNIT_LIMITS = (1e11, 1e14, 1e17)
 # The years 1 to 9999, in seconds since 1970.
 FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799
@@ -40,18 +40,18 @@ SCHEMA = pa.schema(
 
 
 def to_text(column: Any) -> Any:
-    """Return a column as text: bytes decoded (undecodable ones become U+FFFD), whole numbers without a fraction."""
+    """Return a column as strings: bytes decoded (invalid ones become U+FFFD), whole numbers without a fraction."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.dictionary_decode(), kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_fixed_size_binary(kind):
-        column, kind = column.cast(pa.large_binary()), pa.large_binary()  # Parquet does not check its texts
+        column, kind = column.cast(pa.large_binary()), pa.large_binary()  # Parquet does not validate UTF-8
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         try:
             return column.cast(pa.string())
         except pa.ArrowInvalid:
-            values = [None if one is None else one.decode("utf-8", errors="replace") for one in column.to_pylist()]
+            values = [None if value is None else value.decode("utf-8", "replace") for value in column.to_pylist()]
             return pa.array(values, pa.string())
     if pa.types.is_floating(kind):
         values = column.to_numpy(zero_copy_only=False)
@@ -64,10 +64,10 @@ def to_text(column: Any) -> Any:
 
 
 def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a column as float64, NaN where it is no number."""
+    """Return a column as float64, NaN for values that are not numbers."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
-        # Not safe: nanoseconds since 1970 have more digits than a float64, and their last ones do not matter.
+        # Unsafe cast: nanoseconds since 1970 have more digits than a float64, and the last ones do not matter.
         return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
     values: np.ndarray[Any, np.dtype[np.float64]] = pd.to_numeric(
         to_text(column).to_pandas(), errors="coerce"
@@ -83,30 +83,30 @@ def guess_unit(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
 
 
 def find_other_units(values: np.ndarray[Any, np.dtype[np.float64]], unit: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which numeric timestamps have the magnitude of another unit; none that is no number."""
-    places = np.searchsorted(UNIT_LIMITS, np.abs(values), side="right")
-    other: np.ndarray[Any, np.dtype[np.bool_]] = np.isfinite(values) & (places != list(UNITS).index(unit))
+    """Return a (N,) mask of finite timestamps that have the magnitude of another unit."""
+    magnitudes = np.searchsorted(UNIT_LIMITS, np.abs(values), side="right")
+    other: np.ndarray[Any, np.dtype[np.bool_]] = np.isfinite(values) & (magnitudes != list(UNITS).index(unit))
     return other
 
 
-def find_control_characters(texts: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which of an Arrow array of texts have control characters, such as line breaks."""
-    data = texts.buffers()[2]
+def find_control_characters(strings: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return a mask of the strings in an Arrow array that contain control characters, such as line breaks."""
+    data = strings.buffers()[2]
     if data is None or not (np.frombuffer(data, np.uint8) < ord(" ")).any():  # nearly always
-        return np.zeros(len(texts), dtype=bool)
-    found = pc.match_substring_regex(texts, r"[\x00-\x1f]").fill_null(False)
-    return np.asarray(found.to_numpy(zero_copy_only=False), dtype=bool)
+        return np.zeros(len(strings), dtype=bool)
+    matches = pc.match_substring_regex(strings, r"[\x00-\x1f]").fill_null(False)
+    return np.asarray(matches.to_numpy(zero_copy_only=False), dtype=bool)
 
 
 def has_dates(column: Any) -> bool:
-    """Return whether a column's type says that it holds times, so that no unit is to be guessed."""
+    """Return whether a column has a date or timestamp type, so that no unit has to be guessed."""
     return bool(pa.types.is_timestamp(column.type) or pa.types.is_date(column.type))
 
 
 def to_seconds(
     column: Any, unit: str
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Return seconds since 1970 and which values are valid. Numbers count ``unit``; anything else is read as a date."""
+    """Return seconds since 1970 and a mask of valid values. Numbers are in ``unit``; other values are read as dates."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if has_dates(column):
         dates = column.cast(pa.timestamp("s", tz=getattr(column.type, "tz", None)), safe=False)
@@ -116,12 +116,12 @@ def to_seconds(
     valid = np.isfinite(numbers) & (np.abs(numbers) < 2.0**62)
     seconds = np.floor_divide(np.where(valid, numbers, 0), UNITS[unit]).astype(np.int64)
     if not valid.all() and not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
-        rest = to_text(column).filter(pa.array(~valid)).to_pandas()
-        dates = pd.to_datetime(rest, format="ISO8601", utc=True, errors="coerce")
+        strings = to_text(column).filter(pa.array(~valid)).to_pandas()
+        dates = pd.to_datetime(strings, format="ISO8601", utc=True, errors="coerce")
         parsed = dates.notna().to_numpy()
-        where = np.flatnonzero(~valid)[parsed]
-        seconds[where] = dates[parsed].to_numpy().astype("datetime64[s]").astype(np.int64)
-        valid[where] = True
+        rows = np.flatnonzero(~valid)[parsed]
+        seconds[rows] = dates[parsed].to_numpy().astype("datetime64[s]").astype(np.int64)
+        valid[rows] = True
     return seconds, valid
 
 
@@ -134,31 +134,31 @@ def normalize_batch(
     unit_is_guessed: bool,
     place: str,
     first_row: int,
-    losses: BadRows,
+    bad_rows: BadRows,
 ) -> Any:
-    """Return the usable rows of a raw table in ``SCHEMA``; the others are counted by cause.
+    """Return the usable rows of a raw table in ``SCHEMA``, and count the others by cause.
 
     Args:
-        table: raw rows; the mapped columns are there.
-        columns: which column is what.
+        table: raw rows with all mapped columns.
+        columns: names of the columns.
         like_threshold: a rating of at least this is a like.
         unit: of numeric timestamps.
-        unit_is_guessed: whether numbers of another magnitude are mistakes, not times of long ago or far ahead.
+        unit_is_guessed: whether numbers of another magnitude are bad rows, not times in the far past or future.
         place: file name for examples.
-        first_row: position in the file of the table's first row.
-        losses: where bad rows are counted.
+        first_row: position of the table's first row in the file.
+        bad_rows: counts bad rows.
     """
     rows = np.arange(first_row, first_row + table.num_rows)
-    if ROW_COLUMN in table.column_names:  # a filter has run: the rows know where they stood
+    if ROW_COLUMN in table.column_names:  # rows carry their positions because a filter has run
         rows = table.column(ROW_COLUMN).to_numpy()
     usable = np.ones(table.num_rows, dtype=bool)
 
     def drop(bad: np.ndarray[Any, Any], cause: str, lines: Any = None) -> None:
-        fresh = bad & usable
-        if fresh.any():
-            count = int(fresh.sum() if lines is None else lines[fresh].sum())
-            losses.add(cause, count, f"{place}:{rows[fresh.argmax()] + 1}")
-            usable[fresh] = False
+        dropped = bad & usable
+        if dropped.any():
+            count = int(dropped.sum() if lines is None else lines[dropped].sum())
+            bad_rows.add(cause, count, f"{place}:{rows[dropped.argmax()] + 1}")
+            usable[dropped] = False
 
     ids = {}
     for name in ("user_id", "item_id"):
@@ -166,7 +166,7 @@ def normalize_batch(
         missing = pc.or_kleene(pc.is_null(ids[name]), pc.is_in(ids[name], pa.array(NULLS))).fill_null(True)
         drop(missing.to_numpy(zero_copy_only=False), f"missing {getattr(columns, name)}")
         if (broken := find_control_characters(ids[name])).any():
-            # A quote that is not closed makes one value of many lines: each of them is lost.
+            # An unclosed quote joins many lines into one value; each of them counts as lost.
             lines = pc.fill_null(pc.count_substring(ids[name], "\n"), 0).to_numpy() + 1
             drop(broken, f"line breaks or control characters in {getattr(columns, name)}", lines)
     times = table.column(columns.timestamp)
@@ -188,8 +188,8 @@ def normalize_batch(
         labels = np.where(values == 1, 1, 0).astype(np.int8)
     split = pa.nulls(table.num_rows, pa.string())
     if columns.split is not None:
-        found = to_text(table.column(columns.split)).to_pandas().str.strip().str.lower().map(SPLIT_NAMES)
-        drop(found.isna().to_numpy(), f"{columns.split} is none of train, valid, test")
-        split = pa.Array.from_pandas(found, type=pa.string())
+        names = to_text(table.column(columns.split)).to_pandas().str.strip().str.lower().map(SPLIT_NAMES)
+        drop(names.isna().to_numpy(), f"{columns.split} is none of train, valid, test")
+        split = pa.Array.from_pandas(names, type=pa.string())
     arrays = [pa.array(rows), ids["user_id"], ids["item_id"], pa.array(seconds), pa.array(labels), split]
     return pa.Table.from_arrays(arrays, schema=SCHEMA).filter(pa.array(usable))

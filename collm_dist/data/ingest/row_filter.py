@@ -1,4 +1,4 @@
-"""Row filters: a small, safe part of Python's expressions, turned into an Arrow expression."""
+"""Row filters: a small, safe subset of Python expressions, translated to Arrow expressions."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def parse_row_filter(text: str) -> tuple[Any, tuple[str, ...]]:
-    """Parse ``event_type == 'click' and price > 0`` and the like.
+    """Parse a filter such as ``event_type == 'click' and price > 0``.
 
-    Known are column names, numbers, strings, comparisons, ``in [..]``, ``is None``, ``and``, ``or``, ``not`` and
-    parentheses; nothing is ever evaluated as Python.
+    Supported are column names, numbers, strings, comparisons, ``in [..]``, ``is None``, ``and``, ``or``, ``not`` and
+    parentheses. Nothing is evaluated as Python.
 
     Returns:
         The Arrow expression and the names of the columns that it reads.
 
     Raises:
-        ConfigError: anything else; the message names the place.
+        ConfigError: the filter contains anything else; the message names the position.
     """
     names: list[str] = []
 
@@ -66,15 +66,15 @@ def parse_row_filter(text: str) -> tuple[Any, tuple[str, ...]]:
         parts, left = [], node.left
         for op, right in zip(node.ops, node.comparators, strict=True):
             if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple):
-                found = operand(left).isin([literal(element) for element in right.elts])
-                parts.append(~found if isinstance(op, ast.NotIn) else found)
+                is_in = operand(left).isin([literal(element) for element in right.elts])
+                parts.append(~is_in if isinstance(op, ast.NotIn) else is_in)
             elif isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
-                null = operand(left).is_null()
-                parts.append(~null if isinstance(op, ast.IsNot) else null)
+                is_null = operand(left).is_null()
+                parts.append(~is_null if isinstance(op, ast.IsNot) else is_null)
             elif type(op) in _COMPARE:
                 parts.append(_COMPARE[type(op)](operand(left), operand(right)))
             else:
-                raise refuse(right, "this comparison is not known")
+                raise refuse(right, "unsupported comparison")
             left = right
         return reduce(operator.and_, parts)
 
@@ -97,11 +97,11 @@ def parse_row_filter(text: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def infer_types(table: Any, columns: Sequence[str]) -> Any:
-    """Turn text columns that a filter reads into numbers where every value is one."""
+    """Convert the string columns that a filter reads to numbers if every value is a number."""
     for name in columns:
         index = table.column_names.index(name)
         try:
             table = table.set_column(index, name, table.column(name).cast("string").cast("float64"))
-        except Exception:  # noqa: S112 - Arrow raises several kinds; a column that is no number stays text
+        except Exception:  # noqa: S112 - Arrow raises various errors; a column with other values stays as it is
             continue
     return table

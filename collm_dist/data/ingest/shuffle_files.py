@@ -1,4 +1,4 @@
-"""Shuffle files: one a producer, with one part for each consumer, so that a shuffle costs few files."""
+"""Shuffle files between tasks: one file per producer with one part per consumer, so a shuffle needs few files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _IPC = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 def hash_text(values: Any) -> NDArray[np.uint64]:
-    """Return 64-bit hashes of an Arrow text array: SipHash with a fixed key, the same on every machine and day."""
-    encoded = values.dictionary_encode()  # each id is hashed once; a log has the same few again and again
+    """Return 64-bit hashes of an Arrow string array: SipHash with a fixed key, equal on every machine."""
+    encoded = values.dictionary_encode()  # each distinct id is hashed once
     distinct = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
     hashes: NDArray[np.uint64] = pd.util.hash_array(distinct, categorize=False)[encoded.indices.to_numpy()]
     return hashes
 
 
 class PartitionWriter:
-    """Writes a shuffle file piece by piece; each piece is split into one record batch for each part."""
+    """Writer of a shuffle file: every table is split into one record batch per part."""
 
     def __init__(self, path: Path, schema: Any, num_parts: int) -> None:
         """Open a temporary file beside ``path``; use as a context manager."""
@@ -40,10 +40,10 @@ class PartitionWriter:
         return self
 
     def write(self, table: Any, parts: NDArray[np.int64]) -> None:
-        """Add rows; ``parts`` says where each goes. The order within a part is kept."""
+        """Append rows, each to its part in (N,) ``parts``. The order within a part is kept."""
         ordered = table.cast(self._schema)
         if np.any(parts[1:] < parts[:-1]):
-            # Sixteen bits are sorted by counting.
+            # numpy sorts 16-bit integers by radix sort, which is faster.
             order = np.argsort(parts.astype(np.uint16) if self._num_parts <= 1 << 16 else parts, kind="stable")
             ordered, parts = ordered.take(pa.array(order)), parts[order]
         ordered = ordered.combine_chunks()
@@ -70,25 +70,25 @@ def read_partition(paths: Sequence[Path], part: int, num_parts: int) -> Any:
 
 
 def write_table(path: Path, table: Any) -> None:
-    """Write an Arrow file, whole or not at all."""
+    """Write an Arrow file atomically."""
     with open_atomic(path, "wb") as file, pa.ipc.new_file(file, table.schema, options=_IPC) as writer:
         writer.write_table(table)
 
 
 def read_table(path: Path) -> Any:
-    """Read what ``write_table`` wrote."""
+    """Read a file of ``write_table``."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 
 
 def finish_task(marker: Path, stats: dict[str, Any]) -> dict[str, Any]:
-    """Say that a task's outputs are whole, with what the driver wants to know of them."""
+    """Mark a task as finished: write its statistics for the driver, and return them."""
     write_json(marker, stats)
     return stats
 
 
 def find_finished(marker: Path, *outputs: Path) -> dict[str, Any] | None:
-    """Return a finished task's statistics, or None if it must (still) run, or run again for a file that has gone."""
+    """Return a finished task's statistics, or None if its marker or an output is missing, so that it has to run."""
     if not all(path.exists() for path in (marker, *outputs)):
         return None
     stats: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))

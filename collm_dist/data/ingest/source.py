@@ -1,4 +1,4 @@
-"""A source: the chunks of a raw log, in file order, and its items, whatever the layout."""
+"""A raw log in any supported format: its chunks in file order, and its items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_SHOWN = 50
 
 @dataclass(frozen=True)
 class FileChunk:
-    """A piece of the log that one task reads: a file, or a range of a Parquet file's row groups."""
+    """Input of one read task: a file, or a range of a Parquet file's row groups."""
 
     uri: str
     row_groups: tuple[int, int] | None = None
@@ -39,13 +39,13 @@ class FileChunk:
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """Some rows of a chunk.
+    """A batch of a chunk's rows.
 
     Attributes:
-        table: usable rows in ``normalize.SCHEMA``; ``row`` counts all raw rows of the chunk.
-        bad: rows that cannot be used, by cause.
-        bad_examples: ``file:line: cause`` of the first ones.
-        rows_read: raw rows that this batch came from, before the row filter.
+        table: usable rows in ``normalize.SCHEMA``; ``row`` is the position among all raw rows of the chunk.
+        bad: counts of unusable rows by cause.
+        bad_examples: ``file:line: cause`` of the first unusable rows.
+        rows_read: number of raw rows of the batch, before the row filter.
     """
 
     table: Any
@@ -56,22 +56,23 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class Source:
-    """A raw log, opened and checked. It is small and can be sent to workers.
+    """A raw log, opened and checked. It is small, to be sent to workers.
 
     Attributes:
         chunks: in file order.
-        columns: which column is what.
-        layout, items_layout: how the files are read.
+        columns: names of the columns of interactions.
+        file_format, items_format: formats of the files.
         items_uris: item files, if any.
-        timestamp_unit: decided once for the whole source.
+        item_id_column, title_column: names of the columns of items.
+        timestamp_unit: unit of numeric timestamps, the same for all files.
         dataset: the settings.
-        column_types: of the first file, for the preview.
+        column_types: Arrow types of the first file, for the preview.
     """
 
     chunks: tuple[FileChunk, ...]
     columns: ColumnsConfig
-    layout: FileFormat
-    items_layout: FileFormat
+    file_format: FileFormat
+    items_format: FileFormat
     items_uris: tuple[str, ...]
     item_id_column: str
     title_column: str
@@ -86,8 +87,8 @@ class Source:
             DataError: the file cannot be read, or lacks a column.
         """
         condition, names = parse_row_filter(self.dataset.row_filter) if self.dataset.row_filter else (None, ())
-        first_row, losses = 0, BadRows()
-        for table in read_tables(chunk.uri, self.layout, losses, chunk.row_groups):
+        first_row, bad_rows = 0, BadRows()
+        for table in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups):
             rows = table.num_rows
             _check_columns(table, chunk.uri, self.columns, self.dataset)
             try:
@@ -102,29 +103,29 @@ class Source:
                     unit_is_guessed=self.dataset.timestamp_unit == "auto",
                     place=chunk.uri,
                     first_row=first_row,
-                    losses=losses,
+                    bad_rows=bad_rows,
                 )
             except pa.ArrowException as error:
                 raise DataError(
-                    f"{chunk.uri}: rows from {first_row + 1} on: a value or a column's type does not fit what "
-                    f"dataset.columns or dataset.row_filter make of it: {error}"
+                    f"{chunk.uri}: from row {first_row + 1}: a value or a column type does not fit dataset.columns or "
+                    f"dataset.row_filter: {error}"
                 ) from error
-            yield ReadBatch(uniform, losses.counts, losses.examples, rows)
-            first_row, losses = first_row + rows, BadRows()
+            yield ReadBatch(uniform, bad_rows.counts, bad_rows.examples, rows)
+            first_row, bad_rows = first_row + rows, BadRows()
 
     def read_items(self) -> tuple[Any, Counter[str]]:
-        """Return ``item_id, title, text`` of every item in the item files, and what was mended, by cause.
+        """Return the table ``item_id, title, text`` of all items, and counts of repairs by cause.
 
         Raises:
             DataError: a file cannot be read, or lacks a column.
         """
-        losses = BadRows()
-        tables = (table for uri in self.items_uris for table in self._read_item_file(uri, losses))
-        items, mended = build_item_table(tables, self.item_id_column, self.title_column, self.dataset.item_text)
-        return items, mended + Counter({f"item rows: {cause}": count for cause, count in losses.counts.items()})
+        bad_rows = BadRows()
+        tables = (table for uri in self.items_uris for table in self._read_item_file(uri, bad_rows))
+        items, repairs = build_item_table(tables, self.item_id_column, self.title_column, self.dataset.item_text)
+        return items, repairs + Counter({f"item rows: {cause}": count for cause, count in bad_rows.counts.items()})
 
-    def _read_item_file(self, uri: str, losses: BadRows) -> Iterator[Any]:
-        for table in read_tables(uri, self.items_layout, losses):
+    def _read_item_file(self, uri: str, bad_rows: BadRows) -> Iterator[Any]:
+        for table in read_tables(uri, self.items_format, bad_rows):
             _check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
             yield table
 
@@ -133,68 +134,68 @@ class Source:
         return describe_files(sorted({chunk.uri for chunk in self.chunks} | set(self.items_uris)))
 
     def describe(self) -> dict[str, Any]:
-        """Return what was found and how it is understood, for the preview."""
+        """Return files, columns, types and timestamp unit, for the preview."""
         return {
             "files": sorted({chunk.uri for chunk in self.chunks}),
             "columns": {key: value for key, value in self.columns.model_dump().items() if value is not None},
-            # CSV is read as bytes, so that text that is no UTF-8 can be counted.
+            # Text files are read as bytes, so that invalid UTF-8 can be counted.
             "types": {name: "text" if kind == "binary" else kind for name, kind in self.column_types.items()},
             "timestamp_unit": self.timestamp_unit,
-            "items": list(self.items_uris) or "none: the item id stands for its text",
+            "items": list(self.items_uris) or "none: item ids are used as item texts",
         }
 
 
 def open_source(dataset: DatasetConfig) -> Source:
-    """Find the files, check their columns and decide what the whole source shares.
+    """Find the files, check their columns, and determine the timestamp unit.
 
     Raises:
-        DataError: a file is missing or lacks a column; the message names the file, the column and the config key.
+        DataError: a file is missing or lacks a column; the message names the file, the column and the setting.
         ConfigError: the row filter or the item text does not parse.
     """
     path, format_name = dataset.path or "", dataset.format
     if dataset.asset is not None:
         from collm_dist.assets import resolve_dataset
 
-        folder, found = resolve_dataset(dataset.asset)
-        path, format_name = str(folder), found  # type: ignore[assignment]
+        folder, asset_format = resolve_dataset(dataset.asset)
+        path, format_name = str(folder), asset_format  # type: ignore[assignment]
     if format_name == "table":
-        fixed = DatasetLayout(
+        layout = DatasetLayout(
             interactions=tuple(list_files(path, "dataset.path")),
             items=tuple(list_files(dataset.items_path, "dataset.items_path")) if dataset.items_path else (),
-            columns=_columns_of_feedback(dataset),
+            columns=_select_columns(dataset),
             item_id=dataset.item_columns.item_id,
             title=dataset.item_columns.title,
         )
     else:
-        fixed = find_dataset_layout(format_name, path, dataset)
-    uri, first = _read_first(fixed.interactions, fixed.layout)
-    _check_columns(first, uri, fixed.columns, dataset)
+        layout = find_dataset_layout(format_name, path, dataset)
+    uri, first = _read_first(layout.interactions, layout.file_format)
+    _check_columns(first, uri, layout.columns, dataset)
     unit: str = dataset.timestamp_unit
-    times = first.column(fixed.columns.timestamp)
+    times = first.column(layout.columns.timestamp)
     if unit == "auto":
         try:
             unit = "s" if has_dates(times) else guess_unit(to_numbers(times))
         except pa.ArrowException as error:
-            raise DataError(f"{uri}: column '{fixed.columns.timestamp}' holds no times: {error}") from None
-    if fixed.items:
-        uri, items = _read_first(fixed.items, fixed.items_layout)
-        _check_item_columns(items, uri, fixed.item_id, fixed.title, dataset)
+            raise DataError(f"{uri}: column '{layout.columns.timestamp}' holds no timestamps: {error}") from None
+    if layout.items:
+        uri, items = _read_first(layout.items, layout.items_format)
+        _check_item_columns(items, uri, layout.item_id, layout.title, dataset)
     return Source(
-        chunks=tuple(_split_into_chunks(fixed)),
-        columns=fixed.columns,
-        layout=fixed.layout,
-        items_layout=fixed.items_layout,
-        items_uris=fixed.items,
-        item_id_column=fixed.item_id,
-        title_column=fixed.title,
+        chunks=tuple(_split_into_chunks(layout)),
+        columns=layout.columns,
+        file_format=layout.file_format,
+        items_format=layout.items_format,
+        items_uris=layout.items,
+        item_id_column=layout.item_id,
+        title_column=layout.title,
         timestamp_unit=unit,
         dataset=dataset,
-        column_types={one.name: str(one.type) for one in first.schema},
+        column_types={column.name: str(column.type) for column in first.schema},
     )
 
 
-def _columns_of_feedback(dataset: DatasetConfig) -> ColumnsConfig:
-    """Clicks have no use for a rating, even where the file has one."""
+def _select_columns(dataset: DatasetConfig) -> ColumnsConfig:
+    """Return the configured columns without those that the feedback type and split method ignore."""
     columns = dataset.columns
     if dataset.feedback == "implicit":
         columns = columns.model_copy(update={"rating": None, "label": None})
@@ -203,9 +204,9 @@ def _columns_of_feedback(dataset: DatasetConfig) -> ColumnsConfig:
     return columns
 
 
-def _split_into_chunks(fixed: DatasetLayout) -> Iterator[FileChunk]:
-    for uri in fixed.interactions:
-        if find_kind(uri, fixed.layout) != "parquet":
+def _split_into_chunks(layout: DatasetLayout) -> Iterator[FileChunk]:
+    for uri in layout.interactions:
+        if find_kind(uri, layout.file_format) != "parquet":
             yield FileChunk(uri)
             continue
         groups = count_row_groups(uri)
@@ -213,12 +214,12 @@ def _split_into_chunks(fixed: DatasetLayout) -> Iterator[FileChunk]:
             yield FileChunk(uri, (start, min(start + ROW_GROUPS_PER_CHUNK, groups)))
 
 
-def _read_first(uris: tuple[str, ...], layout: FileFormat) -> tuple[str, Any]:
-    """Return the first file that has rows, and its first rows; Spark, for one, writes files without any."""
+def _read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any]:
+    """Return the first file that has rows, and its first rows; Spark for example also writes empty files."""
     for uri in uris:
-        for table in read_tables(uri, layout, BadRows()):
+        for table in read_tables(uri, file_format, BadRows()):
             return uri, table
-    raise DataError(f"{uris[0]}: " + ("the file has no rows" if len(uris) == 1 else "no file of these has rows"))
+    raise DataError(f"{uris[0]}: " + ("the file has no rows" if len(uris) == 1 else "none of the files has rows"))
 
 
 def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
@@ -231,19 +232,20 @@ def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: Datase
 
 
 def _check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:
-    others = [name for name in list_template_columns(dataset.item_text) if name != "title"]
-    for name in (item_id, title, *others):
+    text_columns = [name for name in list_template_columns(dataset.item_text) if name != "title"]
+    for name in (item_id, title, *text_columns):
         _require(name, table, uri, "dataset.item_columns or dataset.item_text")
 
 
 def _require(name: str, table: Any, uri: str, key: str) -> None:
     available = table.column_names
     if name not in available:
-        near = difflib.get_close_matches(name, available, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        # What is no table at all may have any bytes for names.
-        shown = [one if one.isprintable() else ascii(one) for one in (one[:MAX_SHOWN] for one in available[:MAX_SHOWN])]
+        matches = difflib.get_close_matches(name, available, n=1)
+        hint = f"; did you mean '{matches[0]}'?" if matches else ""
+        # In a file that is not a table, names may consist of any bytes.
+        cut = [column[:MAX_SHOWN] for column in available[:MAX_SHOWN]]
+        shown = [column if column.isprintable() else ascii(column) for column in cut]
         raise DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")
     kind = table.schema.field(name).type
     if pa.types.is_nested(kind):
-        raise DataError(f"{uri}: column '{name}' holds {kind}, one value a row is needed: flatten it, or set {key}")
+        raise DataError(f"{uri}: column '{name}' holds {kind}, expected one value per row; flatten it, or set {key}")
