@@ -85,13 +85,13 @@ def _attend(
     layout: LayerLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend, with transformers' signature: (1, H, M, W), (1, G, M, W) twice -> (1, M, H, W)."""
     options = _Options(scaling, dropout, softcap, sliding_window)
     if layout is None:
-        return _attend_padded_rows(module, query, key, value, attention_mask, options, others)
-    if others.get("s_aux") is not None:
+        return _attend_padded_rows(module, query, key, value, attention_mask, options, kwargs)
+    if kwargs.get("s_aux") is not None:
         raise ConfigError("llm.backbone: attention sinks are not supported; choose another backbone")
     # (M, heads, W), as the projections compute them.
     query, key, value = (heads.transpose(1, 2).squeeze(0) for heads in (query, key, value))
@@ -156,11 +156,11 @@ def _lay_out_keys(
         divided: the same, divided into header and rest.
     """
     tokens, laid_out, sources = layout.tokens, [], []
-    for index, (whole, (header, own)) in enumerate(zip(packed, divided, strict=True)):
+    for index, (whole, (header, rest)) in enumerate(zip(packed, divided, strict=True)):
         parts = (*(layout.past[index] if layout.past is not None else ()), whole.detach())
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         cells = lay_out(
-            own, tokens.key_tokens, tokens.key_cells, whole=joined, header=header, header_cells=tokens.header_cells
+            rest, tokens.key_tokens, tokens.key_cells, whole=joined, header=header, header_cells=tokens.header_cells
         )
         laid_out.append(cells)
         sources.append(RecomputedCells(cells, parts, tokens.key_tokens))
@@ -238,7 +238,7 @@ def _attend_padded_rows(
     value: Tensor,
     mask: Tensor | None,
     options: _Options,
-    others: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """Attend in a pass that is not ours."""
     if mask is not None and mask.shape[-1] < key.shape[2]:
@@ -255,7 +255,7 @@ def _attend_padded_rows(
         dropout=options.dropout,
         scaling=options.scaling,
         softcap=options.softcap,
-        **others,
+        **kwargs,
     )
 
 

@@ -139,26 +139,26 @@ def lay_out_sequences(
         past: None = the header, if there is one, is packed itself, before the rows.
         kernel: computes the attention.
     """
-    own, tails, rows, device = segments.lengths, segments.tails, segments.rows, lengths.tensor.device
+    queries, tails, rows, device = segments.lengths, segments.tails, segments.rows, lengths.tensor.device
     num_earlier = header if past is None else past.num_tokens
-    # Keys of each sequence: header and prefix, then the row's tail, then its own.
-    context = Mirrored.of(np.full(len(own), header), device)
+    # Keys of each sequence: header and prefix, then the row's tail, then itself.
+    context = Mirrored.of(np.full(len(queries), header), device)
     if past is not None:
         prefix = past.lengths
         context = Mirrored(header + prefix.numbers[rows.numbers], header + prefix.tensor[rows.tensor])
-    counts = Mirrored(context.numbers + tails.numbers + own.numbers, context.tensor + tails.tensor + own.tensor)
+    counts = Mirrored(context.numbers + tails.numbers + queries.numbers, context.tensor + tails.tensor + queries.tensor)
     sequences, starts = counts.list_rows(), counts.list_starts()
     columns = torch.arange(len(sequences), device=device) - starts[sequences]
     # Each part as (column of its first key, index of a key among the A + m less its column).
     tail_shift = num_earlier + lengths.list_starts()[rows.tensor] - context.tensor
-    own_shift = num_earlier + own.list_starts() - context.tensor - tails.tensor
-    parts = [(context.tensor, tail_shift), (context.tensor + tails.tensor, own_shift)]
+    segment_shift = num_earlier + queries.list_starts() - context.tensor - tails.tensor
+    parts = [(context.tensor, tail_shift), (context.tensor + tails.tensor, segment_shift)]
     if past is not None:
         parts.insert(0, (torch.full_like(context.tensor, header), past.starts[rows.tensor] - header))
     key_tokens = columns
     for first_column, shift in parts:
         key_tokens = torch.where(columns >= first_column[sequences], columns + shift[sequences], key_tokens)
-    queries, num_context, header_cells = own, int(context.numbers.sum()), None
+    num_context, num_packed, header_cells = int(context.numbers.sum()), int(queries.numbers.sum()), None
     if header and past is None:
         header_tokens = torch.arange(header, device=device)
         key_tokens, num_context = torch.cat([header_tokens, key_tokens]), header + num_context
@@ -170,7 +170,7 @@ def lay_out_sequences(
         int(queries.numbers.max()),
         int(counts.numbers.max()),
         key_tokens,
-        _find_copies(key_tokens, num_context, num_earlier, int(own.numbers.sum())) if torch.is_grad_enabled() else None,
+        _find_copies(key_tokens, num_context, num_earlier, num_packed) if torch.is_grad_enabled() else None,
         header_cells,
         kernel,
     )
