@@ -8,18 +8,18 @@ another.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, StringMark, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import Node, ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 # Counted with aliases expanded: ten lines of aliases of aliases are a billion values.
 MAX_VALUES = 100_000
+MAX_NUMBER_LENGTH = 1000
 
 # Characters that neither a file name nor a prompt can hold.
 _UNUSABLE = re.compile(r"[\x00\ud800-\udfff]")
@@ -35,13 +35,6 @@ _PLAIN_SCALARS = [
         ("merge", r"<<"),
     )
 ]
-_CONVERSIONS: dict[str, Callable[[str], Any]] = {
-    "null": lambda _: None,
-    "bool": {"true": True, "false": False}.__getitem__,
-    "int": int,
-    "float": lambda text: float(text.replace(".inf", "inf")),
-    "str": str,
-}
 
 
 class _Resolver(VersionedResolver):
@@ -64,7 +57,10 @@ def parse_yaml(text: str) -> Any:
     yaml.Resolver = _Resolver
     try:
         node = yaml.compose(text)
-        return None if node is None else _Builder().build(node, node.start_mark)
+        if node is None:
+            return None
+        _Guard().measure(node)
+        return _copy_aliases(yaml.constructor.construct_document(node))
     except RecursionError:
         raise YAMLError("lists or mappings are nested too deeply") from None
     except ValueError:  # chr() of an escape
@@ -116,68 +112,66 @@ class _Representer(SafeRepresenter):
 _Representer.add_representer(str, _Representer.represent_str)
 
 
-class _Builder:
-    """Values of a document's nodes, with a bound on their number."""
+class _Guard:
+    """Limits on a document's nodes: their number with aliases expanded, and what keys and strings may be."""
 
     def __init__(self) -> None:
-        self.num_values = 0
+        self.sizes: dict[Node, int] = {}
         self.open_nodes: set[Node] = set()
 
-    def build(self, node: Node, parent_mark: StringMark) -> Any:
-        """Return the value of a node. Errors name the line of an alias, not that of its anchor."""
-        mark = max(node.start_mark, parent_mark, key=lambda mark: mark.index)
-        kind = str(node.tag).removeprefix(_TAG_PREFIX)
-        self.num_values += 1
-        if self.num_values > MAX_VALUES:
-            raise _error(f"more than {MAX_VALUES:,} values with aliases expanded", mark)
+    def measure(self, node: Node) -> int:
+        """Return the number of values in a node with aliases expanded.
+
+        Raises:
+            YAMLError: there are too many, an alias leads back to itself, a key is not a scalar or repeated, or a string
+                cannot be used.
+        """
         if node in self.open_nodes:
-            raise _error("an alias inside its own anchor", mark)
+            raise _error("an alias inside its own anchor", node.start_mark)
+        if node not in self.sizes:
+            self.open_nodes.add(node)
+            self.sizes[node] = 1 + sum(map(self.measure, self._list_children(node)))
+            self.open_nodes.remove(node)
+        if self.sizes[node] > MAX_VALUES:
+            raise _error(f"more than {MAX_VALUES:,} values with aliases expanded", node.start_mark)
+        return self.sizes[node]
+
+    def _list_children(self, node: Node) -> list[Node]:
+        kind = str(node.tag).removeprefix(_TAG_PREFIX)
+        if not _has_kind(node, kind):
+            raise _error(f"the value is not of type {kind}", node.start_mark)
         if isinstance(node, ScalarNode):
-            return _convert(node.value, kind, mark)
-        self.open_nodes.add(node)
-        if isinstance(node, SequenceNode) and kind == "seq":
-            value: Any = [self.build(child, mark) for child in node.value]
-        elif isinstance(node, MappingNode) and kind == "map":
-            value = self._build_mapping(node, mark)
-        else:
-            raise _error(f"the value is not of type {kind}", mark)
-        self.open_nodes.remove(node)
-        return value
-
-    def _build_mapping(self, node: MappingNode, mark: StringMark) -> dict[Any, Any]:
-        merged: dict[Any, Any] = {}
-        values: dict[Any, Any] = {}
+            if _UNUSABLE.search(node.value):
+                raise _error("a NUL character or half a surrogate pair in a string", node.start_mark)
+            return []
+        if isinstance(node, SequenceNode):
+            return list(node.value)
         lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, ScalarNode):
-                raise _error("a list or mapping as a key", key_node.start_mark)
-            name = key_node.value
-            if name in lines:
-                raise _error(f"duplicate key '{name}', first in line {lines[name]}", key_node.start_mark)
-            lines[name] = key_node.start_mark.line + 1
-            if str(key_node.tag) == f"{_TAG_PREFIX}merge":
-                merged = self._build_merged(value_node, mark)
-            else:
-                values[self.build(key_node, mark)] = self.build(value_node, mark)
-        return {**merged, **values}
-
-    def _build_merged(self, node: Node, mark: StringMark) -> dict[Any, Any]:
-        """Return the union of the mappings below a merge key ``<<``; the first that has a key wins."""
-        merged: dict[Any, Any] = {}
-        for source in node.value if isinstance(node, SequenceNode) else [node]:
-            if not isinstance(source, MappingNode):
-                raise _error("'<<' takes a mapping or a list of mappings", source.start_mark)
-            merged = merged | {key: value for key, value in self.build(source, mark).items() if key not in merged}
-        return merged
+        for key, _ in node.value:
+            if not isinstance(key, ScalarNode):
+                raise _error("a list or mapping as a key", key.start_mark)
+            if key.value in lines:
+                first = lines[key.value]
+                raise _error(f"duplicate key '{key.value}', first in line {first}", key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return [child for pair in node.value for child in pair]
 
 
-def _convert(text: str, kind: str, mark: StringMark) -> Any:
-    if _UNUSABLE.search(text):
-        raise _error("a NUL character or half a surrogate pair in a string", mark)
-    try:
-        return _CONVERSIONS[kind](text)
-    except (ValueError, KeyError):
-        raise _error(f"the value is not of type {kind}", mark) from None
+def _has_kind(node: Node, kind: str) -> bool:
+    """Return whether a node is what its tag says, also where the document names the tag."""
+    if not isinstance(node, ScalarNode):
+        return kind == ("seq" if isinstance(node, SequenceNode) else "map")
+    patterns = {tag.removeprefix(_TAG_PREFIX): pattern for tag, pattern in _PLAIN_SCALARS}
+    accepted = [patterns[name] for name in (kind, "int" if kind == "float" else kind) if name in patterns]
+    is_plain = any(pattern.match(node.value) for pattern in accepted)
+    return kind == "str" or (is_plain and len(node.value) <= MAX_NUMBER_LENGTH)
+
+
+def _copy_aliases(value: Any) -> Any:
+    """Return the value with a copy of its own in the place of each alias."""
+    if isinstance(value, dict):
+        return {key: _copy_aliases(child) for key, child in value.items()}
+    return [_copy_aliases(child) for child in value] if isinstance(value, list) else value
 
 
 def _error(problem: str, mark: StringMark) -> MarkedYAMLError:

@@ -63,7 +63,7 @@ def test_values_of_overrides(text, value):
         ("a: 1\na: 2\n", "duplicate key 'a', first in line 1"),
         ("s: &s {a: 1}\nt: {<<: *s, b: 1, b: 2}\n", "duplicate key 'b'"),
         ("<<: {a: 1}\n<<: {b: 1}\n", "duplicate key '<<'"),
-        ("<<: 3\n", "'<<' takes a mapping"),
+        ("<<: 3\n", "expected a mapping or list of mappings for merging"),
         ("a: 1\n---\nb: 2\n", "expected a single document"),
         ("a:\n\tb: 1\n", "cannot start any token"),
         ("a: b: c\n", "mapping values are not allowed here"),
