@@ -21,7 +21,7 @@ def run_suite(output, run_dir, overrides, *arguments, folder):
     backbone = next(setting.partition("=")[2] for setting in overrides if setting.startswith("llm.backbone="))
     settings = [setting for setting in overrides if not setting.startswith("llm.backbone=")]
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--run-dir", str(run_dir), "--output", str(output)]
-    command += ["--backbone", f"tiny={backbone}", "--config", "configs/tiny_cpu.yaml", "--batches", "1", "--shapes"]
+    command += ["--backbone", f"tiny={backbone}", "--config", "configs/tiny_cpu.yaml", "--batches", "2", "--shapes"]
     command += [*arguments, "--overrides", *settings]
     path = os.pathsep.join([str(folder), str(REPOSITORY)])
     environment = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
