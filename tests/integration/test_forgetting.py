@@ -87,7 +87,7 @@ def test_an_extended_table_forgets_names_and_keeps_indices(tmp_path, log, feedba
     write_log(log, [one for one in USERS if one not in FORGOTTEN], 264)
     (tmp_path / "nobody.csv").write_text("user_id\n")
     options |= {"extend_from": str(tmp_path / "two")}
-    with pytest.raises(ConfigError, match="would come back\. Set dataset\.forget again"):
+    with pytest.raises(ConfigError, match=r"would come back\. Set dataset\.forget again"):
         run(tmp_path, "three", log, **options | {"forget": None})
     third = run(tmp_path, "three", log, **options | {"forget": str(tmp_path / "nobody.csv")})
     assert third["forgotten"]["tombstones"] == 2

@@ -23,6 +23,7 @@ class DatasetLayout:
     items_format: FileFormat = field(default_factory=FileFormat)
 
 
+_RECBOLE = FileFormat("text", "\t", typed_header=True)
 _REVIEWS_2018 = FileFormat("json", schema=(("reviewerID", "string"), ("asin", "string"), ("overall", "double"),
                                        ("unixReviewTime", "int64")))  # fmt: skip
 _REVIEWS_2023 = FileFormat("json", schema=(("user_id", "string"), ("parent_asin", "string"), ("rating", "double"),
@@ -30,94 +31,113 @@ _REVIEWS_2023 = FileFormat("json", schema=(("user_id", "string"), ("parent_asin"
 
 
 def find_dataset_layout(name: str, folder: str, dataset: DatasetConfig) -> DatasetLayout:
-    """Return the layout of a dataset in one of the publishers' formats.
+    """Return the files of a dataset in a published format.
+
+    Args:
+        name: the format, a value of ``dataset.format`` other than table.
+        folder: URI of the folder with the files.
+        dataset: the settings.
 
     Raises:
         DataError: the folder lacks a file that the format needs.
     """
-    files = list_files(folder, "dataset.path")
+    files = _DatasetFolder(name, folder, dataset.feedback == "explicit")
+    if name == "recbole":
+        return _find_recbole(files)
+    return _find_amazon(files) if name.startswith("amazon") else _find_movielens(files)
 
-    def find(*endings: str, required: bool = True) -> tuple[str, ...]:
-        matches = tuple(file for file in files if split_query(file)[0].endswith(endings))
+
+class _DatasetFolder:
+    """The files of a folder, found by the ends of their names."""
+
+    def __init__(self, format_name: str, uri: str, has_ratings: bool) -> None:
+        self.format_name = format_name
+        self._uri, self._has_ratings = uri, has_ratings
+        self._files = list_files(uri, "dataset.path")
+
+    def find(self, *endings: str, required: bool = True) -> tuple[str, ...]:
+        matches = tuple(file for file in self._files if split_query(file)[0].endswith(endings))
         if required and not matches:
             raise DataError(
-                f"dataset.path: '{folder}' has no file that ends in {' or '.join(endings)} (format: {name})"
+                f"dataset.path: '{self._uri}' has no file that ends in {' or '.join(endings)} "
+                f"(format: {self.format_name})"
             )
         return matches
 
-    def columns(user: str, item: str, timestamp: str, rating: str) -> ColumnsConfig:
-        explicit = dataset.feedback == "explicit"
-        return ColumnsConfig(user_id=user, item_id=item, timestamp=timestamp, rating=rating if explicit else None)
+    def name_columns(self, user: str, item: str, timestamp: str, rating: str) -> ColumnsConfig:
+        rating_column = rating if self._has_ratings else None
+        return ColumnsConfig(user_id=user, item_id=item, timestamp=timestamp, rating=rating_column)
 
-    plain = columns("user_id", "item_id", "timestamp", "rating")
-    names = ("user_id", "item_id", "rating", "timestamp")
-    if name == "movielens_100k":
-        flags = tuple(f"genre_{number}" for number in range(19))
-        items = FileFormat("text", "|", "latin1", ("item_id", "title", "release_date", "video_date", "url", *flags))
+
+_PLAIN_NAMES = ("user_id", "item_id", "timestamp", "rating")
+
+
+def _find_movielens(folder: _DatasetFolder) -> DatasetLayout:
+    columns, names = folder.name_columns(*_PLAIN_NAMES), ("user_id", "item_id", "rating", "timestamp")
+    if folder.format_name == "movielens_100k":
+        genres = tuple(f"genre_{number}" for number in range(19))
+        item_names = ("item_id", "title", "release_date", "video_date", "url", *genres)
         return DatasetLayout(
-            find("u.data")[:1],
-            find("u.item")[:1],
-            plain,
+            folder.find("u.data")[:1],
+            folder.find("u.item")[:1],
+            columns,
             file_format=FileFormat("text", "\t", names=names),
-            items_format=items,
+            items_format=FileFormat("text", "|", "latin1", item_names),
         )
-    if name == "movielens_1m":
-        items = FileFormat("text", "::", "latin1", ("item_id", "title", "genres"))
+    if folder.format_name == "movielens_1m":
         return DatasetLayout(
-            find("ratings.dat")[:1],
-            find("movies.dat")[:1],
-            plain,
+            folder.find("ratings.dat")[:1],
+            folder.find("movies.dat")[:1],
+            columns,
             file_format=FileFormat("text", "::", "latin1", names),
-            items_format=items,
+            items_format=FileFormat("text", "::", "latin1", ("item_id", "title", "genres")),
         )
-    if name == "movielens_32m":
-        return DatasetLayout(
-            find("ratings.csv")[:1],
-            find("movies.csv")[:1],
-            columns("userId", "movieId", "timestamp", "rating"),
-            item_id="movieId",
-        )
-    if name == "recbole":
-        atomic = FileFormat("text", "\t", typed_header=True)
-        return DatasetLayout(
-            find(".inter"),
-            find(".item", required=False),
-            plain,
-            title=_find_recbole_title(files),
-            file_format=atomic,
-            items_format=atomic,
-        )
-    metadata = tuple(
-        file for file in find(".jsonl", ".json", ".jsonl.gz", ".json.gz", required=False) if "meta_" in file
+    columns = folder.name_columns("userId", "movieId", "timestamp", "rating")
+    return DatasetLayout(folder.find("ratings.csv")[:1], folder.find("movies.csv")[:1], columns, item_id="movieId")
+
+
+def _find_recbole(folder: _DatasetFolder) -> DatasetLayout:
+    items = folder.find(".item", required=False)
+    return DatasetLayout(
+        folder.find(".inter"),
+        items,
+        folder.name_columns(*_PLAIN_NAMES),
+        title=_find_recbole_title(items),
+        file_format=_RECBOLE,
+        items_format=_RECBOLE,
     )
-    if name == "amazon_2018":
-        tables = find(".csv", ".csv.gz", required=False)
-        meta = FileFormat("json", schema=(("asin", "string"), ("title", "string")))
-        if tables:
-            file_format = FileFormat("text", ",", names=("item_id", "user_id", "rating", "timestamp"))
-            return DatasetLayout(tables, metadata, plain, "asin", file_format=file_format, items_format=meta)
-        reviews = tuple(file for file in find(".json", ".json.gz") if "meta_" not in file)
-        return DatasetLayout(
-            reviews,
-            metadata,
-            columns("reviewerID", "asin", "unixReviewTime", "overall"),
-            "asin",
-            file_format=_REVIEWS_2018,
-            items_format=meta,
-        )
-    meta = FileFormat("json", schema=(("parent_asin", "string"), ("title", "string")))
-    mapped = columns("user_id", "parent_asin", "timestamp", "rating")
-    tables = find(".csv", ".csv.gz", required=False)
-    if tables:
-        return DatasetLayout(tables, metadata, mapped, "parent_asin", items_format=meta)
-    reviews = tuple(file for file in find(".jsonl", ".jsonl.gz") if "meta_" not in file)
-    return DatasetLayout(reviews, metadata, mapped, "parent_asin", file_format=_REVIEWS_2023, items_format=meta)
 
 
-def _find_recbole_title(files: list[str]) -> str:
+def _find_recbole_title(item_files: tuple[str, ...]) -> str:
     """Return the first column with 'title' in its name, else the item's id; atomic files have no fixed title column."""
-    for uri in files:
-        if uri.endswith(".item"):
-            for table in read_tables(uri, FileFormat("text", "\t", typed_header=True), BadRows()):
-                return next((name for name in table.column_names if "title" in name), "item_id")
+    for uri in item_files:
+        for table in read_tables(uri, _RECBOLE, BadRows()):
+            return next((name for name in table.column_names if "title" in name), "item_id")
     return "item_id"
+
+
+def _find_amazon(folder: _DatasetFolder) -> DatasetLayout:
+    json_files = folder.find(".jsonl", ".json", ".jsonl.gz", ".json.gz", required=False)
+    metadata = tuple(file for file in json_files if "meta_" in file)
+    tables = folder.find(".csv", ".csv.gz", required=False)
+
+    def find_reviews(*endings: str) -> tuple[str, ...]:
+        return tuple(file for file in folder.find(*endings) if "meta_" not in file)
+
+    if folder.format_name == "amazon_2018":
+        items_format = FileFormat("json", schema=(("asin", "string"), ("title", "string")))
+        if tables:
+            columns = folder.name_columns(*_PLAIN_NAMES)
+            file_format = FileFormat("text", ",", names=("item_id", "user_id", "rating", "timestamp"))
+            return DatasetLayout(tables, metadata, columns, "asin", file_format=file_format, items_format=items_format)
+        columns = folder.name_columns("reviewerID", "asin", "unixReviewTime", "overall")
+        reviews = find_reviews(".json", ".json.gz")
+        return DatasetLayout(reviews, metadata, columns, "asin", file_format=_REVIEWS_2018, items_format=items_format)
+    columns = folder.name_columns("user_id", "parent_asin", "timestamp", "rating")
+    items_format = FileFormat("json", schema=(("parent_asin", "string"), ("title", "string")))
+    if tables:
+        return DatasetLayout(tables, metadata, columns, "parent_asin", items_format=items_format)
+    reviews = find_reviews(".jsonl", ".jsonl.gz")
+    return DatasetLayout(
+        reviews, metadata, columns, "parent_asin", file_format=_REVIEWS_2023, items_format=items_format
+    )

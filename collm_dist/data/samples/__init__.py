@@ -1,1 +1,1 @@
-"""From interactions to samples: splits, histories, as-of counts, negatives."""
+"""Samples from interactions: splits, histories, as-of counts, negatives."""

@@ -15,10 +15,10 @@ MAX_ATTEMPTS = 32
 
 
 class LikedItems:
-    """Answers whether users had liked items by some moment."""
+    """Lookup of whether a user had liked an item at a given time."""
 
     def __init__(self, user_idx: IntArray, item_idx: IntArray, timestamps: IntArray, num_items: int) -> None:
-        """Index (L,) likes by user and item, with the earliest time of each."""
+        """Index (L,) likes by user and item, each pair with its earliest time."""
         self._num_items = num_items
         keys = user_idx * num_items + item_idx
         order = np.lexsort((timestamps, keys))
@@ -28,8 +28,8 @@ class LikedItems:
     def contains(self, user_idx: IntArray, item_idx: IntArray, timestamps: IntArray) -> NDArray[np.bool_]:
         """Return for each query whether the user had liked the item at or before the timestamp."""
         keys = user_idx * self._num_items + item_idx
-        found = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        liked: NDArray[np.bool_] = (self._keys[found] == keys) & (self._times[found] <= timestamps)
+        positions = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        liked: NDArray[np.bool_] = (self._keys[positions] == keys) & (self._times[positions] <= timestamps)
         return liked
 
 
@@ -47,20 +47,20 @@ def sample_negatives(
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Draw negatives for (P,) positives.
 
-    Never an item that the user has liked by then (or at that very second), never one twice for a positive. Where so
-    many items are liked that none is found in ``MAX_ATTEMPTS`` draws, a positive gets fewer.
+    An item is excluded if the user liked it up to and including that second, or if it was already drawn for the same
+    positive. A positive gets fewer negatives if ``MAX_ATTEMPTS`` draws yield only excluded items.
 
     Args:
         user_idx, timestamps, row_ids: of the positives.
-        counts: (P,) how many each shall get.
+        counts: (P,) negatives to draw per positive.
         liked: all likes of these users.
-        num_items: items to draw from.
-        seed: of the draws.
-        method: uniform, or in proportion to earlier events in ``pool`` (uniform where there are none).
-        pool: see ``EventPool``.
+        num_items: number of items.
+        seed: seed of the draws.
+        method: uniform, or in proportion to earlier events in ``pool`` (uniform if there are no earlier events).
+        pool: events to draw from by popularity.
 
     Returns:
-        (M,) position of the positive, (M,) drawn item, (M,) number of the draw within its positive.
+        (M,) positions of the positives, (M,) drawn items, (M,) numbers of the draws within their positives.
     """
     owner = np.repeat(np.arange(len(counts)), counts)
     slot = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -69,21 +69,21 @@ def sample_negatives(
         open_slots = np.flatnonzero(items < 0)
         if len(open_slots) == 0:
             break
-        who = owner[open_slots]
-        uniform = to_unit_interval(hash_integers(seed, row_ids[who], slot[open_slots], attempt))
+        positives = owner[open_slots]
+        uniform = to_unit_interval(hash_integers(seed, row_ids[positives], slot[open_slots], attempt))
         drawn = (uniform * num_items).astype(np.int64)
         if method == "popularity":
-            earlier = np.searchsorted(pool.timestamps, timestamps[who], side="left")
+            earlier = np.searchsorted(pool.timestamps, timestamps[positives], side="left")
             by_event = pool.item_idx[np.minimum((uniform * earlier).astype(np.int64), max(len(pool.item_idx) - 1, 0))]
             drawn = np.where(earlier > 0, by_event, drawn)
-        items[open_slots] = np.where(liked.contains(user_idx[who], drawn, timestamps[who]), -1, drawn)
+        items[open_slots] = np.where(liked.contains(user_idx[positives], drawn, timestamps[positives]), -1, drawn)
         _reopen_repeats(owner, slot, items, num_items)
     kept = items >= 0
     return owner[kept], items[kept], slot[kept]
 
 
 def _reopen_repeats(owner: IntArray, slot: IntArray, items: IntArray, num_items: int) -> None:
-    """Of equal items of one positive keep the first slot's; open the others again."""
+    """Keep the first of several equal items of a positive, and reset the others to -1."""
     filled = np.flatnonzero(items >= 0)
     keys = owner[filled] * num_items + items[filled]
     order = np.lexsort((slot[filled], keys))

@@ -1,10 +1,10 @@
-"""Plain facts about a user-item pair, as of strictly before the row: what a pair slot carries.
+"""Statistics of a user-item pair as of strictly before the row: the features of pair slots.
 
-Every feature is a fixed formula of four counts of earlier events. Nothing is fitted and nothing standardized by the
-data, so no label of the row or of a later row can be in it.
+Every feature is a fixed formula of four counts of earlier events. Nothing is fitted to or standardized by the data, so
+no feature depends on the label of the row or of a later row.
 
-On ML-1M's released split (strictly earlier timestamps) the sum of the log-odds alone has test AUC / UAUC .775/.670,
-where a logistic regression on the same counts has .775/.672.
+On ML-1M's released split (strictly earlier timestamps) the sum of the log-odds alone reaches test AUC/UAUC .775/.670;
+a logistic regression on the same counts reaches .775/.672.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 
-# Rates are smoothed towards one half, the neutral rate (log-odds 0), with the weight of this many events. Chosen on
-# ML-1M's training and validation rows, where weights from 5 to 10 differ by less than .002 in AUC; a user's rate needs
-# the heavier prior, since users differ less from each other than items do.
+# Rates are smoothed towards 0.5 (log-odds 0) with a prior that weighs this many events. Chosen on the training and
+# validation rows of ML-1M, where weights from 5 to 10 differ by less than .002 in AUC; users get the heavier prior
+# because they differ less from each other than items do.
 PRIOR_RATE, USER_PRIOR_WEIGHT, ITEM_PRIOR_WEIGHT = 0.5, 10.0, 5.0
 
 PAIR_FEATURES: tuple[str, ...] = (
@@ -33,7 +33,7 @@ PAIR_FEATURES: tuple[str, ...] = (
 
 
 def compute_log_odds(likes: IntArray, rows: IntArray, prior_weight: float) -> NDArray[np.float64]:
-    """Return the log-odds of a like rate that is smoothed with the weight of so many events; 0 without any."""
+    """Return the log-odds of the like rate, smoothed by a prior of ``prior_weight`` events; 0 without events."""
     rate = (likes + prior_weight * PRIOR_RATE) / (rows + prior_weight)
     log_odds: NDArray[np.float64] = np.log(rate) - np.log1p(-rate)
     return log_odds
@@ -49,7 +49,7 @@ def compute_count_features(
 ) -> NDArray[np.float32]:
     """Return (N, F) features of (N,) counts, in the order of ``PAIR_FEATURES``.
 
-    The sum of the log-odds is the naive-Bayes guess: user and item taken as independent evidence.
+    The sum of the log-odds is the naive Bayes estimate, with user and item as independent evidence.
     """
     user = compute_log_odds(user_likes, user_rows, USER_PRIOR_WEIGHT)
     item = compute_log_odds(item_likes, item_rows, ITEM_PRIOR_WEIGHT)

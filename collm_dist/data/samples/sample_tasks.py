@@ -1,11 +1,11 @@
-"""The later tasks of preprocessing: samples, as-of counts, shards. Each is skipped where its outputs exist.
+"""Later tasks of preprocessing: build samples, count item events, join, pack shards.
 
-    build_bucket       a bucket       -> samples, negatives; events parted by item
-    count_items        an item part   -> the item's state before each row, parted by bucket
-    join_bucket        a bucket       -> its table of interactions; its contexts, parted by shard
+    build_bucket       a bucket       -> samples, negatives; events partitioned by item
+    count_items        an item part   -> the item's state before each row, partitioned by bucket
+    join_bucket        a bucket       -> its table of interactions; its contexts, partitioned by shard
     write_split_shard  all buckets    -> one shard
 
-Memory is bounded by a bucket, an item part, or a shard.
+A task is skipped if its outputs exist. Memory is bounded by a bucket, an item part, or a shard.
 """
 
 from __future__ import annotations
@@ -67,16 +67,17 @@ def build_bucket(
     num_rows: int,
     parts: int,
 ) -> dict[str, Any]:
-    """Turn a bucket's rows into samples, draw negatives, and part the events by item.
+    """Build a bucket's samples, draw negatives, and partition the events by item.
 
     Args:
-        plan, bucket: which one.
-        rule: where the splits meet; None = the ready column.
+        plan: settings and folders.
+        bucket: number of the user bucket.
+        rule: the split rule, or None if a column names the split.
         users: table ``id, idx`` of the bucket's users.
         items: Arrow array of item ids in the order of their indices.
         pool: events to draw negatives from by popularity.
-        num_rows: raw rows in all; sampled rows get ids from there on.
-        parts: item parts.
+        num_rows: total number of raw rows; ids of sampled rows start there.
+        parts: number of item parts.
     """
     path, samples_path = plan.work_file("events", bucket), plan.work_file("samples", bucket)
     marker = path.with_suffix(".json")
@@ -101,15 +102,15 @@ def build_bucket(
 
 
 def _index_rows(raw: Any, rule: SplitRule | None, users: Any, items: Any) -> dict[str, Any]:
-    """Return the rows inside a split as arrays, with dense indices for ids."""
+    """Return the rows inside a split as arrays, with dense indices instead of ids."""
 
-    def find(ids: Any, table: Any) -> Any:
+    def to_indices(ids: Any, table: Any) -> Any:
         return pc.index_in(ids, table).to_numpy().astype(np.int64)
 
-    positions = find(raw.column("user_id"), users.column("id").combine_chunks())
+    positions = to_indices(raw.column("user_id"), users.column("id").combine_chunks())
     rows = {
         "user_idx": users.column("idx").to_numpy()[positions].astype(np.int64),
-        "item_idx": find(raw.column("item_id"), items),
+        "item_idx": to_indices(raw.column("item_id"), items),
         "timestamp": raw.column("timestamp").to_numpy(),
         "row_id": raw.column("row").to_numpy(),
         "group_id": raw.column("row").to_numpy(),
@@ -117,7 +118,7 @@ def _index_rows(raw: Any, rule: SplitRule | None, users: Any, items: Any) -> dic
         "sampled": np.zeros(raw.num_rows, np.int8),
     }
     if rule is None:
-        rows["split"] = find(raw.column("split"), pa.array(SPLITS)).astype(np.int8)
+        rows["split"] = to_indices(raw.column("split"), pa.array(SPLITS)).astype(np.int8)
     else:
         rows["split"] = rule.assign(rows["timestamp"], rows["row_id"])
     return {name: values[rows["split"] != OUTSIDE] for name, values in rows.items()}
@@ -126,7 +127,7 @@ def _index_rows(raw: Any, rule: SplitRule | None, users: Any, items: Any) -> dic
 def _add_negatives(
     plan: PreprocessPlan, rows: dict[str, Any], num_items: int, pool: EventPool, num_rows: int
 ) -> dict[str, Any]:
-    """Append sampled negatives: for training a few a positive, to choose and test a full candidate list."""
+    """Append sampled negatives: a few per positive for training, a full candidate list for validation and test."""
     train = rows["split"] == 0
     counts = np.where(train, plan.dataset.negatives_per_positive, plan.num_candidates - 1)
     owner, drawn, slot = sample_negatives(
@@ -140,12 +141,12 @@ def _add_negatives(
         method=plan.dataset.negative_sampling,
         pool=pool,
     )
-    extra = {name: values[owner] for name, values in rows.items()}
-    extra["item_idx"] = drawn
-    extra["label"], extra["sampled"] = np.zeros(len(owner), np.int8), np.ones(len(owner), np.int8)
-    extra["group_id"] = rows["row_id"][owner]
-    extra["row_id"] = num_rows + rows["row_id"][owner] * plan.max_negatives_per_row + slot
-    return {name: np.concatenate([values, extra[name]]) for name, values in rows.items()}
+    negatives = {name: values[owner] for name, values in rows.items()}
+    negatives["item_idx"] = drawn
+    negatives["label"], negatives["sampled"] = np.zeros(len(owner), np.int8), np.ones(len(owner), np.int8)
+    negatives["group_id"] = rows["row_id"][owner]
+    negatives["row_id"] = num_rows + rows["row_id"][owner] * plan.max_negatives_per_row + slot
+    return {name: np.concatenate([values, negatives[name]]) for name, values in rows.items()}
 
 
 STATES = pa.schema(
@@ -159,7 +160,7 @@ STATES = pa.schema(
 
 
 def count_items(plan: PreprocessPlan, part: int, parts: int) -> dict[str, Any]:
-    """Compute what was known of the item before each of a part's rows, and send it back to the rows' buckets."""
+    """Count the item's likes and rows before each row of an item part, partitioned by the rows' buckets."""
     path = plan.work_file("states", part)
     if (finished := find_finished(path.with_suffix(".json"), path)) is not None:
         return finished
@@ -186,7 +187,7 @@ def count_items(plan: PreprocessPlan, part: int, parts: int) -> dict[str, Any]:
 
 
 def join_bucket(plan: PreprocessPlan, bucket: int, parts: int) -> dict[str, Any]:
-    """Write a bucket's table of interactions, and its contexts parted by split and shard."""
+    """Write a bucket's table of interactions, and its contexts partitioned by split and shard."""
     path = plan.work_file("contexts", bucket)
     target = plan.data_dir / "interactions" / f"bucket-{bucket:05d}.parquet"
     if (finished := find_finished(path.with_suffix(".json"), path, target)) is not None:
@@ -196,7 +197,7 @@ def join_bucket(plan: PreprocessPlan, bucket: int, parts: int) -> dict[str, Any]
     sources = [plan.work_file("states", part) for part in range(parts)]
     states = read_partition(sources, bucket, plan.num_buckets)
     match = np.empty(len(table), np.int64)
-    # Both have the same rows: their n-th smallest ids belong together.
+    # Both tables have the same row ids, so the n-th smallest ids match.
     match[np.argsort(rows["row_id"])] = np.argsort(states.column("row_id").to_numpy())
     rows |= {name: states.column(name).to_numpy()[match] for name in STATES.names[1:]}
     user = compute_user_state(
@@ -213,20 +214,20 @@ def join_bucket(plan: PreprocessPlan, bucket: int, parts: int) -> dict[str, Any]
     interactions = {**rows, "split": pa.array(SPLITS).take(pa.array(rows["split"]))}
     with open_atomic(target, "wb") as file:
         pq.write_table(pa.table({name: interactions[name] for name in COLUMNS.names}, schema=COLUMNS), file)
-    contexts, places = _deal_contexts(plan, rows, user)
+    contexts, shards = _assign_shards(plan, rows, user)
     with PartitionWriter(path, CONTEXTS, len(SPLITS) * plan.preprocessing.num_shards) as writer:
-        writer.write(contexts, places)
+        writer.write(contexts, shards)
     return finish_task(path.with_suffix(".json"), {"rows": len(table), "sha256": compute_file_hash(target)})
 
 
-def _deal_contexts(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) -> tuple[Any, IntArray]:
-    """Return a bucket's contexts as a table, ordered by split and shard, user and likes, and where each belongs."""
+def _assign_shards(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) -> tuple[Any, IntArray]:
+    """Return a bucket's contexts as a table ordered by split, shard, user and likes, and the part of each."""
     num_shards = plan.preprocessing.num_shards
     shards = hash_integers(0, rows["user_idx"], user.num_likes) % np.uint64(num_shards)
-    places = rows["split"].astype(np.int64) * num_shards + shards.astype(np.int64)
-    # A user has fewer likes than rows, so this numbers contexts by user and likes without a gap to sort by twice.
+    parts = rows["split"].astype(np.int64) * num_shards + shards.astype(np.int64)
+    # A user has fewer likes than rows, so this sum orders contexts by user and likes with a single key.
     numbers = find_group_starts(rows["user_idx"]) + user.num_likes
-    keys = places * len(numbers) + numbers
+    keys = parts * len(numbers) + numbers
     order = np.lexsort((rows["row_id"], keys))
     firsts = np.flatnonzero(find_group_starts(keys[order]) == np.arange(len(order)))
     starts = order[firsts]
@@ -247,11 +248,11 @@ def _deal_contexts(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) 
         dislike_items=dislikes,
         **{name: rows[name][order] for name in TARGET_FIELDS},
     )
-    return to_table(block), places[starts]
+    return to_table(block), parts[starts]
 
 
 def write_split_shard(plan: PreprocessPlan, split: int, shard: int) -> dict[str, Any]:
-    """Pack one shard from all buckets; its statistics are empty if it holds nothing."""
+    """Pack one shard from all buckets and return its statistics, which are empty if it has no contexts."""
     name = f"{SPLITS[split]}-{shard:05d}.tar"
     marker = plan.work_dir / f"{name}.json"
     finished = find_finished(marker)
@@ -263,7 +264,7 @@ def write_split_shard(plan: PreprocessPlan, split: int, shard: int) -> dict[str,
     if block.num_contexts == 0:
         return finish_task(marker, {})
     order = np.lexsort((block.num_likes, block.user_idx))
-    if np.any(order[1:] < order[:-1]):  # only where users were added to those of an earlier run
+    if np.any(order[1:] < order[:-1]):  # only if the run extends another one
         block = block.take_contexts(order)
     info = asdict(write_shard(plan.data_dir, name, SPLITS[split], block, plan.preprocessing.contexts_per_record))
     times = block.timestamp

@@ -1,4 +1,4 @@
-"""Dividing interactions into train, valid and test by time, and dropping what lies outside the windows."""
+"""Split rules: interactions to train, valid and test by time, or outside all windows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Where the splits meet. Times are seconds since 1970, UTC; a row belongs to the last start that it reaches.
+    """Start and end of each split in seconds since 1970, UTC. A row belongs to the last split that has started.
 
     Attributes:
-        starts: (timestamp, row id) at which train, valid and test begin. The row id breaks ties: of the rows with the
-            very timestamp of a start, those with a smaller row id still belong to what is before.
-        ends: timestamps at which they end (not included); None = never.
+        starts: (timestamp, row id) at which train, valid and test start. The row id breaks ties: rows with the
+            timestamp of a start but a smaller row id belong to the previous split.
+        ends: exclusive end timestamps; None = open.
     """
 
     starts: tuple[tuple[int, int], ...]
     ends: tuple[int | None, ...]
 
     def assign(self, timestamps: IntArray, row_ids: IntArray) -> NDArray[np.int8]:
-        """Return 0, 1, 2 for train, valid, test and -1 outside, for (N,) rows."""
+        """Return the split of (N,) rows: 0, 1, 2 for train, valid, test, and ``OUTSIDE``."""
         split = np.full(len(timestamps), OUTSIDE, dtype=np.int8)
         for index, ((start, first_row), end) in enumerate(zip(self.starts, self.ends, strict=True)):
             inside = (timestamps > start) | ((timestamps == start) & (row_ids >= first_row))
@@ -39,13 +39,13 @@ class SplitRule:
 
 
 def add_months(first: int, months: int) -> int:
-    """Return the start of the calendar month that many months after the one of a timestamp, in seconds."""
+    """Return the start, in seconds, of the calendar month that is ``months`` after the month of a timestamp."""
     month = np.datetime64(first, "s").astype("datetime64[M]") + months
     return int(month.astype("datetime64[s]").astype(np.int64))
 
 
 def build_calendar_rule(split: SplitConfig, first_timestamp: int) -> SplitRule:
-    """Windows of whole months counted from the data's first month (the paper's ML-1M)."""
+    """Return windows of whole months counted from the data's first month (the paper's ML-1M)."""
     windows = (split.train_months, split.valid_months, split.test_months)
     return SplitRule(
         starts=tuple((add_months(first_timestamp, first), 0) for first, _ in windows),
@@ -54,13 +54,13 @@ def build_calendar_rule(split: SplitConfig, first_timestamp: int) -> SplitRule:
 
 
 def get_amazon_book_window() -> tuple[int, int, int]:
-    """Start of 2017, of its December, and of 2018, in seconds."""
+    """Return the starts of 2017, of December 2017 and of 2018 in seconds."""
     start = int(np.datetime64("2017-01-01", "s").astype(np.int64))
     return start, add_months(start, 11), add_months(start, 12)
 
 
 def build_amazon_book_rule(december: IntArray, december_rows: IntArray) -> SplitRule:
-    """2017: eleven months for training, the halves of December (rows in time order, ties by file) to choose and test.
+    """Return CoLLM's rule for 2017: eleven months train; the halves of December, by time and row id, valid and test.
 
     Args:
         december, december_rows: timestamps and row ids of December's rows.
@@ -73,14 +73,14 @@ def build_amazon_book_rule(december: IntArray, december_rows: IntArray) -> Split
 
 
 def build_ratio_rule(split: SplitConfig, timestamps: IntArray, counts: IntArray) -> SplitRule:
-    """The earliest share trains. Rows of one second are never divided: they all go to the later split.
+    """Return a rule by shares of rows in time order. Rows of one second all go to the later split.
 
     Args:
         split: the shares.
-        timestamps, counts: distinct timestamps in ascending order and the number of rows of each.
+        timestamps, counts: (T,) distinct timestamps in ascending order, and (T,) numbers of rows.
     """
     ends = np.cumsum(counts)
     shares = (split.train_ratio, split.train_ratio + split.valid_ratio)
-    rows_before = [int(share * ends[-1] + 1e-6) for share in shares]  # 0.7 + 0.1 is a little less than 0.8
+    rows_before = [int(share * ends[-1] + 1e-6) for share in shares]  # in floating point 0.7 + 0.1 < 0.8
     cuts = [int(timestamps[np.searchsorted(ends, before, side="right")]) for before in rows_before]
     return SplitRule(starts=((int(timestamps[0]), 0), (cuts[0], 0), (cuts[1], 0)), ends=(None, None, None))

@@ -1,6 +1,6 @@
-"""From a user's rows to samples: what had happened strictly before each row. Vectorised over all users of a bucket.
+"""State of the user before each row, vectorized over all users of a bucket.
 
-Rows come sorted by (user, timestamp, row id). Nothing here looks at a row's own label or at a later row.
+Rows are sorted by (user, timestamp, row id). No result depends on a row's own label or on a later row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collm_dist.data.shards.context_block import IntArray
 
 
 def find_group_starts(*keys: IntArray) -> IntArray:
-    """Return for each of (N,) sorted rows the position at which its group of equal keys starts."""
+    """Return for each of (N,) sorted rows the position where its group of equal keys starts."""
     changed = np.zeros(len(keys[0]), dtype=bool)
     for key in keys:
         changed[1:] |= key[1:] != key[:-1]
@@ -24,36 +24,36 @@ def find_group_starts(*keys: IntArray) -> IntArray:
 
 
 def count_before(flags: IntArray, groups: tuple[IntArray, ...], timestamps: IntArray) -> IntArray:
-    """Return how many flagged rows of the same group stand strictly before each row's timestamp.
+    """Count the flagged rows of the same group strictly before each row's timestamp.
 
     Args:
-        flags: (N,) 0/1.
-        groups: keys that rows are grouped by; rows are sorted by them, then by timestamp.
-        timestamps: (N,).
+        flags: (N,) 0 or 1.
+        groups: (N,) keys of the groups; rows are sorted by them, then by timestamp.
+        timestamps: (N,) seconds since 1970.
     """
     before = np.concatenate([[0], np.cumsum(flags)])
     counts: IntArray = before[find_group_starts(*groups, timestamps)] - before[find_group_starts(*groups)]
     return counts
 
 
-def locate(ids: IntArray, wanted: IntArray) -> IntArray:
-    """Return the position in ``ids`` (distinct, any order) of each wanted one; all of them are there."""
+def locate(ids: IntArray, queries: IntArray) -> IntArray:
+    """Return the position of each query in ``ids``, which are distinct, unsorted, and contain all queries."""
     order = np.argsort(ids)
-    positions: IntArray = order[np.searchsorted(ids[order], wanted)]
+    positions: IntArray = order[np.searchsorted(ids[order], queries)]
     return positions
 
 
 @dataclass(frozen=True)
 class UserState:
-    """What was known of the user before each of (N,) rows.
+    """State of the user before each of (N,) rows.
 
     Attributes:
-        num_likes: (N,) likes so far under the ties rule; with the user it names the context.
+        num_likes: (N,) likes so far under the ties rule; user and num_likes identify the context.
         history_ends: (N,) one past the last history item in ``liked_items``; the history of a row is
             ``liked_items[history_ends - num_likes : history_ends]``.
         liked_items: (L,) liked items of all users, in order.
         user_likes, user_rows: (N,) real events strictly before the row's timestamp.
-        dislike_counts, dislike_ends, disliked_items: the same as for likes, strictly before.
+        dislike_counts, dislike_ends, disliked_items: the same for dislikes, strictly before the timestamp.
     """
 
     num_likes: IntArray
@@ -79,12 +79,12 @@ def compute_user_state(
     """Compute the state of the user before each of (N,) rows sorted by user, timestamp and row id.
 
     Args:
-        user_idx, item_idx, timestamps, labels: of the rows.
-        sampled: 1 for sampled negatives; they are no events and count nowhere.
-        row_ids: of the rows.
-        group_ids: row id of the event that a row belongs to: its own, or that of the positive it was sampled for, whose
-            state it shares. Its own place would be after the positive, which would then stand in its history.
-        ties: whether rows of one timestamp count as earlier by their order, or not at all.
+        user_idx, item_idx, timestamps, labels: (N,) columns of the rows.
+        sampled: (N,) 1 for sampled negatives, which are not events and count nowhere.
+        row_ids: (N,) ids of the rows.
+        group_ids: (N,) row id of the row itself, or of the positive that a negative was sampled for. A negative has the
+            state of its positive; at its own position, the positive would be part of its history.
+        ties: whether earlier rows with the same timestamp count (order) or not (strict).
     """
     real = (1 - sampled).astype(np.int64)
     likes, dislikes = real * labels, real * (1 - labels)
@@ -105,7 +105,7 @@ def compute_user_state(
 
 
 def gather_last(items: IntArray, ends: IntArray, counts: IntArray, limit: int) -> tuple[IntArray, IntArray]:
-    """Return offsets (N + 1,) and items of the last ``limit`` of each row's ``items[end - count : end]``."""
+    """Return (N + 1,) offsets and the last ``limit`` items of each row's ``items[end - count : end]``."""
     lengths = np.minimum(counts, limit)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(offsets[-1]) + np.repeat(ends - lengths - offsets[:-1], lengths)
