@@ -81,7 +81,7 @@ def build_trainer(
     return OrderedTrainer(
         model,
         arguments,
-        train_dataset=dataset,  # type: ignore[arg-type]
+        train_dataset=dataset,
         data_collator=collate,
         preprocess_logits_for_metrics=lambda logits, labels: _pick_answers(logits, labels, answers),
     )
