@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
-from collm_dist.errors import CollmError, WorkerLostError
-from collm_dist.runs.atomic_files import explain_disk_errors, write_json
+from collm_dist.errors import CollmError, InternalError, as_collm_error
+from collm_dist.runs.atomic_files import explain_disk_errors
+from collm_dist.runs.error_file import write_error
 from collm_dist.runs.run_dir import STEPS, RunDir
-
-INTERRUPTED_EXIT_CODE = 130
-# A parent process names a file here in which it wants to find why this one failed.
-ERROR_FILE_VARIABLE = "COLLM_ERROR_FILE"
 
 _HOW_SETTINGS_WORK = """settings:
   What the config file does not say has a default; configs/README.md lists every setting. section.key=value after the
@@ -135,50 +130,18 @@ def print_plan(config: Config, describe: Callable[[Config, RunDir], list[str]] |
     print("\n".join([f"# {run_dir.path}", *(f"# {line}" for line in lines)]))
 
 
-@dataclass(frozen=True)
-class ErrorReport:
-    """How a command failed.
+def report_error(error: BaseException) -> CollmError:
+    """Print why a command fails, write it to the parent's error file, and return it with its exit code.
 
-    Attributes:
-        error: class of the error.
-        message: what it says.
-        exit_code: of the command.
-        retryable: whether the same command can succeed without a change.
+    Only an unexpected exception is printed with its traceback.
     """
-
-    error: str
-    message: str
-    exit_code: int
-    retryable: bool
-
-
-def describe_error(error: BaseException) -> ErrorReport:
-    """Return what an error means for a command."""
-    if isinstance(error, CollmError):
-        return ErrorReport(error.name, str(error), error.exit_code, error.retryable)
-    name = type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        return ErrorReport(name, "interrupted; the same command goes on from here", INTERRUPTED_EXIT_CODE, True)
-    return ErrorReport(name, f"internal error, please report it: {name}: {error}", 1, False)
-
-
-def report_error(error: BaseException) -> ErrorReport:
-    """Print why a command ends, without a traceback where a user can act, and tell a parent process that asked."""
-    report = describe_error(error)
-    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if report.exit_code == 1:
+    known = as_collm_error(error)
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if isinstance(known, InternalError):
         traceback.print_exception(error)
-    if rank == "0" or not (isinstance(error, CollmError) and error.is_common):
-        place = f"[process {rank}] " if size != "1" else ""
-        shown = f"{report.error}: {report.message}" if isinstance(error, CollmError) else report.message
-        print(f"{place}{shown}", file=sys.stderr, flush=True)
-    if ERROR_FILE_VARIABLE in os.environ:
-        _tell_parent(Path(os.environ[ERROR_FILE_VARIABLE]), report)
-    return report
-
-
-def _tell_parent(path: Path, report: ErrorReport) -> None:
-    """Write the report, unless another process of the job has told a cause before; losing a process is none."""
-    told = json.loads(path.read_text(encoding="utf-8"))["error"] if path.exists() else None
-    if told is None or (told == WorkerLostError.__name__ and report.error != told):
-        write_json(path, asdict(report))
+    if rank == "0" or not known.is_common:
+        prefix = f"[process {rank}] " if world_size != "1" else ""
+        prefix += f"{known.name}: " if known is error else ""
+        print(f"{prefix}{known}", file=sys.stderr, flush=True)
+    write_error(known)
+    return known

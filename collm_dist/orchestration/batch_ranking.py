@@ -14,7 +14,6 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from collm_dist import errors
 from collm_dist.config import Config
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ArtifactError, CollmError, RequestError
@@ -136,7 +135,7 @@ def _prepare(
 class _PartScorer:
     """An actor of the pool: loads the model with its first part, then scores one part after the other.
 
-    Errors that a user can act on go back as data: Ray Data would wrap them, and lose what kind they are.
+    Errors that a user can act on are returned as data, because Ray Data would wrap an exception and lose its class.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, folder: OutputFolder, num_retrieved: int | None) -> None:
@@ -145,14 +144,14 @@ class _PartScorer:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (part,) = batch["part"].tolist()
-        users, error, message = 0, "", ""
+        users, error = 0, ""
         try:
             if self._recommender is None:
                 self._recommender = build_recommender(self._config, self._run_dir)
             users = score_part(self._recommender, self._folder, part, self._num_retrieved)["users"]
-        except CollmError as found:
-            error, message = found.name, str(found)
-        return {"users": [users], "error": [error], "message": [message]}
+        except CollmError as failure:
+            error = json.dumps(failure.to_dict())
+        return {"users": [users], "error": [error]}
 
 
 def _score_on_ray(
@@ -194,7 +193,7 @@ def _score_on_ray(
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
-                    raise getattr(errors, row["error"])(row["message"])
+                    raise CollmError.from_dict(json.loads(row["error"]))
                 bar.update(int(row["users"]))
         except ray.exceptions.RayError as error:
             raise explain_task_error(error, "scoring") from None

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collm_dist.cli import describe_error, report_error
+from collm_dist.cli import report_error
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import CollmError, ConfigError, Preempted, WorkerLostError
+from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
 from collm_dist.runs.atomic_files import explain_disk_errors, open_atomic
 from collm_dist.runs.fingerprints import find_changes, is_step_current
@@ -25,7 +25,8 @@ from collm_dist.runs.publish import Publisher, build_publisher
 from collm_dist.runs.reuse import find_reusable, link_step
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 from collm_dist.runs.status import RunStatus
-from collm_dist.runs.step_processes import StepError, build_command, build_environment, preemptible, run_child
+from collm_dist.runs.step_processes import build_command, build_environment, run_child
+from collm_dist.runs.stop_signals import preemptible
 
 CONFIG_FILE = "config.yaml"
 # Scripts that child processes run: of the installed package, so that no checkout is needed.
@@ -43,7 +44,8 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
     """
     run_dir = RunDir(Path(config.run.dir))
     status = RunStatus(run_dir.path / "status.json", _build_textfile(config))
-    report, decision = None, None
+    failure: CollmError | None = None
+    decision = None
     try:
         _check_run_dir(config)
         check_textfile_dir(config.monitoring.prometheus_dir)
@@ -58,15 +60,15 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
                     if publisher is not None:
                         publisher.publish_file(RECORD)
             except StepError as error:  # its process has printed it
-                report = describe_error(error)
+                failure = error
             except (Exception, KeyboardInterrupt) as error:
-                report = report_error(error)
-            status.end(report, decision)
+                failure = report_error(error)
+            status.end(failure, decision)
     except CollmError as error:  # before the lock was ours
-        report = report_error(error)
-        status.end(report)
+        failure = report_error(error)
+        status.end(failure)
     print(status.line, flush=True)
-    return report.exit_code if report else 0
+    return failure.exit_code if failure else 0
 
 
 def _build_textfile(config: Config) -> StateTextfile | None:
@@ -256,7 +258,7 @@ def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
             done = is_step_current(run_dir, step, fingerprint)
             other = None if done else find_reusable(step, fingerprint, config.run.reuse)
         except CollmError as error:
-            lines += [f"{step:7} {line}" for line in describe_error(error).message.splitlines()]
+            lines += [f"{step:7} {line}" for line in str(error).splitlines()]
             ready = False
             continue
         lines.append(f"{step:7} " + ("done" if done else f"to be taken from {other.path}" if other else "to do"))

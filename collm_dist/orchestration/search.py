@@ -21,10 +21,9 @@ from collm_dist.cf.jobs import Job, check_inputs
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
 from collm_dist.cf.trainer import is_better
 from collm_dist.cf.worker import LogTarget, run_single_worker
-from collm_dist.cli import describe_error
 from collm_dist.config import Config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError
+from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError, as_collm_error
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import Trial, print_leaderboard, rank_trials, write_results
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
@@ -69,7 +68,7 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
         try:
             summary = _search(config, run_dir, folder, trials, fingerprint)
         except (Exception, KeyboardInterrupt) as error:
-            status.end(describe_error(error))
+            status.end(as_collm_error(error))
             raise
         status.end()
         return summary

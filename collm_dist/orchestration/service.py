@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,13 +16,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.metrics import Histogram
+from ray.util.queue import Queue
 
-from collm_dist import errors
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.runs.step_processes import handle_stop_signals
+from collm_dist.runs.stop_signals import handle_stop_signals
 from collm_dist.serving.batching import Batcher
 from collm_dist.serving.http_app import Ranked, build_app
 from collm_dist.serving.http_bodies import HealthAnswer
@@ -44,10 +43,17 @@ _GRACE_S = 5
 class _Ranker:
     """A replica: the model of a run on one device, behind HTTP."""
 
-    def __init__(self, config: Config, run_dir: RunDir, model: str, options: ServiceOptions) -> None:
-        if read_model_id(run_dir) != model:
-            raise ArtifactError(f"{run_dir.path} has changed since the service was started; stop it and start it again")
-        self._recommender, self._model, self._options = build_recommender(config, run_dir), model, options
+    def __init__(self, config: Config, run_dir: RunDir, model: str, options: ServiceOptions, errors: Queue) -> None:
+        try:
+            if read_model_id(run_dir) != model:
+                raise ArtifactError(
+                    f"{run_dir.path} has changed since the service was started; stop it and start it again"
+                )
+            self._recommender = build_recommender(config, run_dir)
+        except CollmError as error:  # Serve reports the text of a traceback only
+            errors.put(error.to_dict())
+            raise
+        self._model, self._options = model, options
         self._health = HealthAnswer(
             ready=True,
             run=run_dir.path.name,
@@ -196,6 +202,7 @@ def _start_replicas(
         CollmError: as a replica raised it.
         LaunchError: one does not start.
     """
+    errors = Queue(actor_options={"num_cpus": 0})
     # Beyond what waits and what is being scored: requests that are read or refused, and looks at /healthz.
     ongoing = options.max_waiting + options.max_batch_size + 100
     deployment = serve.deployment(
@@ -212,25 +219,15 @@ def _start_replicas(
         max_constructor_retry_count=1,
     )
     try:
-        serve.run(deployment.bind(config, run_dir, model, options), name=APP_NAME)
+        serve.run(deployment.bind(config, run_dir, model, options, errors), name=APP_NAME)
     except (RuntimeError, RayError) as error:
         applications = serve.status().applications.values()
         told = [one.message for application in applications for one in application.deployments.values()]
-        raise _explain_start("\n".join([*told, str(error)])) from None
-
-
-def _explain_start(message: str) -> CollmError:
-    """Return what to raise for replicas that did not start: their own error if it is one that a user can act on.
-
-    Args:
-        message: what Serve tells, with the text of a traceback.
-    """
-    found = re.search(r"collm_dist\.errors\.(\w+): (.*)", message)
-    kind = getattr(errors, found.group(1), None) if found else None
-    if found and kind is not None:
-        error: CollmError = kind(found.group(2))
-        return error
-    return LaunchError(f"the process that serves the model does not start: {message}")
+        if not errors.empty():
+            raise CollmError.from_dict(errors.get()) from None
+        raise LaunchError(
+            "the process that serves the model does not start: " + "\n".join([*told, str(error)])
+        ) from None
 
 
 def _make_paths_absolute(config: Config) -> Config:

@@ -16,12 +16,14 @@ from typing import Any, TextIO
 
 import ray
 
-from collm_dist.cli import ERROR_FILE_VARIABLE, report_error
+from collm_dist.cli import report_error
 from collm_dist.config import Config
 from collm_dist.errors import LaunchError, Preempted, WorkerLostError
 from collm_dist.orchestration.cluster import check_nodes
+from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
 from collm_dist.runs.run_dir import RunDir, Step
-from collm_dist.runs.step_processes import explain_end, handle_stop_signals, read_error
+from collm_dist.runs.step_processes import explain_end
+from collm_dist.runs.stop_signals import handle_stop_signals
 
 _POLL_SECONDS = 0.5
 # In the folder that driver and workers share while a step runs.

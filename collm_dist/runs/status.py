@@ -8,34 +8,18 @@ import os
 import socket
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from collm_dist.cli import ErrorReport
-from collm_dist.errors import CollmError, DiskError
+from collm_dist.errors import CollmError, DiskError, Interrupted, Preempted
 from collm_dist.monitoring import StateTextfile
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import Step
 
 logger = logging.getLogger(__name__)
 
-REMEDIES = {
-    "ConfigError": "correct the settings that the message names, then run the same command again",
-    "DataError": "correct the input, or the settings that say how to read it, then run the same command again",
-    "ArtifactError": "redo the step that the message names with --force STEP, or set run.dir to a new directory",
-    "CheckpointError": "remove the checkpoint that the message names, or redo its stage with --force STEP",
-    "DiskError": "make space or allow writing where the message says, then run the same command again",
-    "WorkerLostError": "run the same command again; it goes on from the checkpoint",
-    "LaunchError": "run the same command again once the cause is gone; what is done stays done",
-    "NonFiniteError": "lower the learning rate of the stage, then run the same command again",
-    "Preempted": "run the same command again; it goes on from the checkpoint",
-    "KeyboardInterrupt": "run the same command again; it goes on from here",
-}
-# By hand, and by a scheduler that wants the machine.
-INTERRUPTED_EXIT_CODES = (130, 75)
-UNKNOWN_REMEDY = "this is a fault of the program: report it with the traceback"
+_INTERRUPTED_EXIT_CODES = (Interrupted.exit_code, Preempted.exit_code)
 
 
 class RunStatus:
@@ -93,19 +77,19 @@ class RunStatus:
         """Say that the run is alive."""
         self._update()
 
-    def end(self, report: ErrorReport | None = None, decision: Mapping[str, Any] | None = None) -> None:
+    def end(self, error: CollmError | None = None, decision: Mapping[str, Any] | None = None) -> None:
         """Say how the run ended.
 
         Args:
-            report: the error, None when all is done.
+            error: why it failed; None if all is done.
             decision: whether the run is to be used, where a rule says so.
         """
-        if report is None:
+        if error is None:
             decided = decision or {"state": "done", "reason": None}
             self._update(state=decided["state"], exit_code=0, retryable=False, error=None, message=decided["reason"])
             return
-        state = "interrupted" if report.exit_code in INTERRUPTED_EXIT_CODES else "failed"
-        self._update(state=state, **asdict(report), remedy=REMEDIES.get(report.error, UNKNOWN_REMEDY))
+        state = "interrupted" if error.exit_code in _INTERRUPTED_EXIT_CODES else "failed"
+        self._update(state=state, **error.to_dict(), remedy=error.remedy)
 
     def _update(self, **values: Any) -> None:
         with self._mutex:

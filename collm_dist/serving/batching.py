@@ -16,12 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from collm_dist.errors import QueueFullError
+
 Query = TypeVar("Query")
 Answer = TypeVar("Answer")
-
-
-class QueueFullError(Exception):
-    """As many queries wait as may."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from collm_dist.errors import CollmError, RequestError
-from collm_dist.serving.batching import Pass, QueueFullError
+from collm_dist.errors import CollmError, QueueFullError, RequestError
+from collm_dist.serving.batching import Pass
 from collm_dist.serving.http_bodies import (
     ErrorAnswer,
     HealthAnswer,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from collm_dist.distributed import run_on_rank_0
-from collm_dist.errors import CheckpointError
+from collm_dist.errors import CheckpointError, DamagedCheckpointError
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.tuning.engine import TrainingState
@@ -72,10 +72,6 @@ class Checkpoint:
     state: TrainingState | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint file is incomplete or corrupt."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, fingerprint: Mapping[str, Any]) -> Path:

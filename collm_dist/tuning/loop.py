@@ -23,13 +23,13 @@ from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.slot_codes import Masking
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, sum_over_workers
-from collm_dist.errors import LaunchError, Preempted
+from collm_dist.errors import LaunchError, NonFiniteError, Preempted
 from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.random_keys import hash_integers
 from collm_dist.tuning.checkpoints import Checkpoint, Progress, save_checkpoint
 from collm_dist.tuning.engine import TuningEngine
 from collm_dist.tuning.learning_rate import compute_learning_rate
-from collm_dist.tuning.nonfinite import NonFiniteError, describe_nonfinite
+from collm_dist.tuning.nonfinite import describe_nonfinite
 from collm_dist.tuning.scoring import score_batches
 from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
 from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers

@@ -8,17 +8,9 @@ from torch import Tensor
 
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.distributed import gather_objects
-from collm_dist.errors import CollmError
 from collm_dist.prompt_batch import PromptBatch
 
 _MAX_SHOWN_ROWS = 20
-
-
-class NonFiniteError(CollmError):
-    """The loss or a gradient is not finite; no weight was updated."""
-
-    exit_code = 4
-    is_common = True
 
 
 def describe_nonfinite(

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from collm_dist.cli import ERROR_FILE_VARIABLE
+from collm_dist.runs.error_file import ERROR_FILE_VARIABLE
 from tests.distributed.conftest import REPOSITORY, STAGE1, run, start, wait_for_step
 from tests.distributed.test_tuning import DEEPSPEED, TORCHRUN, assert_same_training
 

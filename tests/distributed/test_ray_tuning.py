@@ -22,10 +22,9 @@ from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from collm_dist.config import ClusterConfig
-from collm_dist.errors import LaunchError, Preempted
+from collm_dist.errors import LaunchError, NonFiniteError, Preempted
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.tune import count_workers
-from collm_dist.tuning.nonfinite import NonFiniteError
 from tests.distributed.conftest import (
     LONGER,
     PIPELINE,

@@ -17,7 +17,6 @@ from typing import Any
 
 import collm_dist
 from collm_dist import errors
-from collm_dist.cli import INTERRUPTED_EXIT_CODE
 from collm_dist.commands.console import SUBCOMMANDS
 from collm_dist.config import Config
 from collm_dist.config.loader import list_fields
@@ -59,7 +58,7 @@ def _list_exit_codes() -> dict[str, int]:
         for name, error in inspect.getmembers(errors, inspect.isclass)
         if issubclass(error, errors.CollmError) and error.__module__ == errors.__name__
     }
-    return found | {"KeyboardInterrupt": INTERRUPTED_EXIT_CODE}
+    return found | {"KeyboardInterrupt": errors.Interrupted.exit_code}
 
 
 def _list_options(module: str) -> list[str]:

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from collm_dist.serving.batching import Batcher, QueueFullError
+from collm_dist.errors import QueueFullError
+from collm_dist.serving.batching import Batcher
 
 
 class Device:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from collm_dist.errors import CheckpointError, DiskError
+from collm_dist.errors import CheckpointError, DamagedCheckpointError, DiskError
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.tuning.checkpoints import (
     Checkpoint,
-    DamagedCheckpointError,
     Progress,
     load_checkpoint,
     load_last_checkpoint,

@@ -8,6 +8,7 @@ import pytest
 
 from collm_dist import cli
 from collm_dist.errors import DataError, LaunchError
+from collm_dist.runs.error_file import ERROR_FILE_VARIABLE
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_exit_codes(run, error, code, has_traceback):
 
 
 def test_the_parent_process_is_told(run, tmp_path, monkeypatch):
-    monkeypatch.setenv(cli.ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
+    monkeypatch.setenv(ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
     run(work=fail(LaunchError("no GPU")))
     told = json.loads((tmp_path / "error.json").read_text())
     assert told == {"error": "LaunchError", "message": "no GPU", "exit_code": 3, "retryable": True}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.errors import ArtifactError, RequestError
-from collm_dist.serving.batching import Pass, QueueFullError
+from collm_dist.errors import ArtifactError, QueueFullError, RequestError
+from collm_dist.serving.batching import Pass
 from collm_dist.serving.http_app import build_app
 from collm_dist.serving.http_bodies import HealthAnswer
 from collm_dist.serving.requests import RankedItem, RankingQuery

@@ -6,7 +6,6 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from collm_dist.cli import describe_error
 from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, TrainingTextfile, check_textfile_dir, tags
@@ -66,7 +65,7 @@ def test_state_follows_the_status(tmp_path):
     samples = read_samples(path)
     assert [state for state in STATES if samples["collm_run_state", state]] == ["rejected"]
     assert samples["collm_run_exit_code",] == 0
-    status.end(describe_error(WorkerLostError("a worker died")))
+    status.end(WorkerLostError("a worker died"))
     samples = read_samples(path)
     assert [state for state in STATES if samples["collm_run_state", state]] == ["failed"]
     assert samples["collm_run_exit_code",] == WorkerLostError.exit_code

@@ -5,14 +5,23 @@ import threading
 
 import pytest
 
-from collm_dist.cli import describe_error
-from collm_dist.errors import ArtifactError, CheckpointError, ConfigError, DataError, LaunchError
-from collm_dist.runs.status import REMEDIES, UNKNOWN_REMEDY, RunStatus
+from collm_dist.errors import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InternalError,
+    LaunchError,
+    NonFiniteError,
+    StepError,
+    as_collm_error,
+)
+from collm_dist.runs.status import RunStatus
 
 
 def test_nothing_is_written_before_the_lock_is_ours(tmp_path):
     status = RunStatus(tmp_path / "status.json")
-    status.end(describe_error(LaunchError("somebody is there")))
+    status.end(LaunchError("somebody is there"))
     assert not (tmp_path / "status.json").exists()
     assert json.loads(status.line)["message"] == "somebody is there"
 
@@ -35,20 +44,28 @@ def test_a_run_from_begin_to_end(tmp_path):
 def test_every_error_has_a_remedy(tmp_path, kind):
     status = RunStatus(tmp_path / "status.json")
     status.begin()
-    status.end(describe_error(kind("this is wrong")))
+    status.end(kind("this is wrong"))
     found = json.loads((tmp_path / "status.json").read_text())
     assert (found["state"], found["error"], found["exit_code"]) == ("failed", kind.__name__, kind.exit_code)
     assert found["retryable"] == kind.retryable
-    assert found["remedy"] == REMEDIES[kind.__name__]
+    assert found["remedy"] == kind.remedy
+
+
+def test_the_error_of_a_step_keeps_its_name_code_and_remedy(tmp_path):
+    status = RunStatus(tmp_path / "status.json")
+    status.end(StepError(NonFiniteError("step 3")))
+    ended = json.loads(status.line)
+    assert (ended["error"], ended["message"], ended["exit_code"]) == ("NonFiniteError", "step 3", 4)
+    assert ended["remedy"] == NonFiniteError.remedy
 
 
 def test_interruptions_and_faults(tmp_path):
     status = RunStatus(tmp_path / "status.json")
-    status.end(describe_error(KeyboardInterrupt()))
+    status.end(as_collm_error(KeyboardInterrupt()))
     assert json.loads(status.line)["state"] == "interrupted"
     assert json.loads(status.line)["retryable"] is True
-    status.end(describe_error(ZeroDivisionError("x")))
-    assert json.loads(status.line)["remedy"] == UNKNOWN_REMEDY
+    status.end(as_collm_error(ZeroDivisionError("x")))
+    assert json.loads(status.line)["remedy"] == InternalError.remedy
 
 
 def test_readers_never_see_a_part(tmp_path):

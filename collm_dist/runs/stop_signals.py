@@ -1,0 +1,39 @@
+"""SIGTERM and SIGUSR1: requests to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from collm_dist.errors import Preempted
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGUSR1 with a function for the duration of the block."""
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
+
+
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Raise ``Preempted`` inside the block when SIGTERM or SIGUSR1 arrives."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise build_preempted(number)
+
+    with handle_stop_signals(stop):
+        yield
+
+
+def build_preempted(number: int) -> Preempted:
+    """Return the error of a command that a signal has stopped."""
+    return Preempted(f"stopped by {signal.Signals(number).name}; run the same command again to resume")
