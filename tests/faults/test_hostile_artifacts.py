@@ -122,12 +122,12 @@ BLOCK = make_contexts([2, 1, 3])
     [
         ({"label": np.zeros(2, np.int64)}, "different lengths"),
         ({"num_likes": np.zeros(9, np.int64)}, "different lengths"),
-        ({"target_offsets": BLOCK.target_offsets + 1}, "lead elsewhere"),
-        ({"target_offsets": np.array([0, 5, 2, 6])}, "lead elsewhere"),
-        ({"history_offsets": np.array([0, 1, 2, 1000])}, "lead elsewhere"),
-        ({"label": np.zeros(6, np.float32)}, "other arrays"),
-        ({"label": np.zeros((6, 1), np.int64)}, "other arrays"),
-        ({"evil": np.zeros(1, np.int64)}, "other arrays"),
+        ({"target_offsets": BLOCK.target_offsets + 1}, "offsets out of range"),
+        ({"target_offsets": np.array([0, 5, 2, 6])}, "offsets out of range"),
+        ({"history_offsets": np.array([0, 1, 2, 1000])}, "offsets out of range"),
+        ({"label": np.zeros(6, np.float32)}, "not those of contexts"),
+        ({"label": np.zeros((6, 1), np.int64)}, "not those of contexts"),
+        ({"evil": np.zeros(1, np.int64)}, "not those of contexts"),
     ],
 )
 def test_records_of_another_kind(change, message):
@@ -139,9 +139,9 @@ def test_records_of_another_kind(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: {"num_items": record["num_items"] + 1}, "changed by hand"),
-        (lambda record: {"shards": record["shards"][1:]}, "changed by hand"),
-        (lambda record: {"num_users": float("nan")}, "is no manifest"),
+        (lambda record: {"num_items": record["num_items"] + 1}, "was edited"),
+        (lambda record: {"shards": record["shards"][1:]}, "was edited"),
+        (lambda record: {"num_users": float("nan")}, "is not a manifest"),
     ],
 )
 def test_a_manifest_that_was_changed(folder, change, message):
@@ -154,7 +154,7 @@ def test_a_manifest_that_was_changed(folder, change, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[]", "is no manifest"), ("3", "is no manifest"), ("[" * 100_000, "damaged"), ('{"a": 1', "damaged"),
+    [("[]", "is not a manifest"), ("3", "is not a manifest"), ("[" * 100_000, "damaged"), ('{"a": 1', "damaged"),
      ("{}", "format version None"), ("\x00\xff", "damaged")],
 )  # fmt: skip
 def test_a_manifest_that_is_none(folder, text, message):
@@ -167,14 +167,14 @@ def test_a_manifest_that_is_none(folder, text, message):
 def test_a_manifest_names_files_of_its_folder_only(folder, path):
     shard = json.loads((folder / "manifest.json").read_text())["shards"][0]
     change_manifest(folder, shards=[shard | {"path": path}])
-    with pytest.raises(ArtifactError, match="which is no file of a data folder"):
+    with pytest.raises(ArtifactError, match="is not a file of a data folder"):
         load_manifest(folder)
 
 
 @pytest.mark.parametrize("change", [{"shards": [{"path": "shards/x"}]}, {"splits": [1]}, {"buckets": None}])
 def test_a_manifest_of_another_shape(folder, change):
     change_manifest(folder, **change)
-    with pytest.raises(ArtifactError, match="is no manifest of a data step"):
+    with pytest.raises(ArtifactError, match="is not a manifest of a data step"):
         load_manifest(folder)
 
 

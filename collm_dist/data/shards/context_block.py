@@ -1,8 +1,8 @@
-"""Contexts with their targets, as flat arrays: what shards hold and what the loader passes on.
+"""Contexts with their targets as flat arrays: the content of shards and the unit of loading.
 
-A context is a user at a number of likes so far; it owns a history and all rows (targets) met in that state.
+A context is a user after a number of likes. It has a history and all rows (targets) that share this state.
 
-Shapes: C contexts, N targets, L history items in all, K dislikes in all.
+Shapes: C contexts, N targets, L history items in total, K dislikes in total.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ IntArray = NDArray[np.int64]
 
 
 def _select_ragged(offsets: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the new offsets and the element indices of the chosen rows of a ragged array."""
+    """Return the new offsets and the element indices of selected rows of a ragged array."""
     lengths = offsets[rows + 1] - offsets[rows]
     new_offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(lengths, out=new_offsets[1:])
@@ -26,19 +26,19 @@ def _select_ragged(offsets: IntArray, rows: IntArray) -> tuple[IntArray, IntArra
 
 @dataclass(frozen=True)
 class ContextBlock:
-    """C contexts with N targets; everything is dense indices, so a block serves any backbone and any prompt.
+    """C contexts with N targets as dense indices, independent of backbone and prompt.
 
     Attributes:
         user_idx: (C,) dense user.
-        num_likes: (C,) likes of the user so far, over all splits; with user_idx it names the context.
+        num_likes: (C,) likes of the user so far, over all splits; user_idx and num_likes identify the context.
         history_offsets, history_items: (C + 1,), (L,) liked items so far, oldest first, the last
             ``preprocessing.max_history_length`` of them.
         target_offsets: (C + 1,) the targets of context c are ``target_offsets[c]:target_offsets[c + 1]``.
         item_idx: (N,) dense item.
         label: (N,) 1 = like, 0 = dislike or sampled negative.
         timestamp: (N,) seconds since 1970.
-        row_id: (N,) unique id of the row; sampled rows have ids of their own.
-        group_id: (N,) row id of the positive that the row is a candidate with; its own row id otherwise.
+        row_id: (N,) unique id of the row; sampled rows have separate ids.
+        group_id: (N,) row id of the positive that a sampled row belongs to; the row's id otherwise.
         sampled: (N,) 1 = sampled negative, 0 = real event.
         user_likes, user_rows, item_likes, item_rows: (N,) real events strictly before the row's timestamp.
         user_in_train, item_in_train: (N,) 1 = occurs in a training row. Warm = both.
@@ -82,22 +82,22 @@ class ContextBlock:
         return np.repeat(np.arange(self.num_contexts), np.diff(self.target_offsets))
 
     def take_targets(self, targets: IntArray) -> ContextBlock:
-        """Return the block of these targets only, in this order; a context comes once for each run of its targets.
+        """Return the block of these targets in this order; a context occurs once for each run of its targets.
 
         Args:
-            targets: (M,) positions of targets. Neighbours of one context stay together and share it.
+            targets: (M,) positions of targets. Neighbours from the same context share it.
         """
         owner = self.target_contexts[targets]
         return self._take_runs(targets, owner, np.flatnonzero(np.diff(owner, prepend=-1)))
 
     def cut_where_changed(self, keys: IntArray) -> ContextBlock:
-        """Return the same targets, with a context cut in two wherever the (N,) keys of two of its targets differ."""
+        """Return the same targets, with contexts cut between neighbouring targets whose (N,) keys differ."""
         owner = self.target_contexts
         changed = (np.diff(owner, prepend=-1) != 0) | (np.diff(keys, prepend=keys[:1]) != 0)
         return self._take_runs(np.arange(self.num_targets), owner, np.flatnonzero(changed))
 
     def _take_runs(self, targets: IntArray, owner: IntArray, starts: IntArray) -> ContextBlock:
-        """Return the block of these targets, (M,) with their contexts, where each run from a start is a context."""
+        """Return the block of (M,) targets with (M,) contexts, where each run from a start becomes a context."""
         contexts = owner[starts]
         history_offsets, history = _select_ragged(self.history_offsets, contexts)
         dislike_offsets, dislikes = _select_ragged(self.dislike_offsets, targets)
@@ -114,7 +114,7 @@ class ContextBlock:
         return ContextBlock(**ragged, **flat)
 
     def take_contexts(self, contexts: IntArray) -> ContextBlock:
-        """Return the block of these contexts with all their targets, in this order. Neighbours must differ."""
+        """Return the block of these contexts with all their targets, in this order. Neighbours must be distinct."""
         _, targets = _select_ragged(self.target_offsets, contexts)
         return self.take_targets(targets)
 
@@ -137,7 +137,7 @@ OFFSET_FIELDS: tuple[str, ...] = ("history_offsets", "target_offsets", "dislike_
 
 
 def concatenate_blocks(blocks: list[ContextBlock]) -> ContextBlock:
-    """Lay blocks end to end. At least one block is needed."""
+    """Concatenate one or more blocks."""
     arrays: dict[str, IntArray] = {}
     for field in fields(ContextBlock):
         parts = [getattr(block, field.name) for block in blocks]

@@ -1,4 +1,4 @@
-"""Contexts as a nested Arrow table, one row each: the form in which they go from buckets to shards without a copy."""
+"""Contexts as a nested Arrow table, one row per context, to pass them from buckets to shards without a copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTEXTS = pa.schema(
 
 
 def to_table(block: ContextBlock) -> Any:
-    """Return a block as a table in ``CONTEXTS``. Its items and offsets must fit in 32 bits."""
+    """Return a block as a table in ``CONTEXTS``. Items and offsets must fit in 32 bits."""
     fields = [pa.array(getattr(block, name), _TYPES.get(name, pa.int64())) for name in TARGET_FIELDS]
     fields.append(_to_lists(block.dislike_offsets, pa.array(block.dislike_items, pa.int32())))
     targets = pa.StructArray.from_arrays(fields, fields=list(_TARGET))
@@ -36,7 +36,7 @@ def _to_lists(offsets: IntArray, values: Any) -> Any:
 
 
 def from_table(table: Any) -> ContextBlock:
-    """Return the block of a table in ``CONTEXTS``; items, offsets and flags stay as narrow as they are there."""
+    """Return the block of a table in ``CONTEXTS``; items, offsets and flags keep their narrow types."""
     batches = table.combine_chunks().to_batches()
     batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=CONTEXTS)
     history_offsets, history = _from_lists(batch.column("history"))

@@ -1,9 +1,9 @@
-"""The order of training and evaluation: a function of the manifest, the seed, the epoch and the batch size alone.
+"""Order of training and evaluation: a function of manifest, seed, epoch and global batch size only.
 
-Shards are permuted; within a window of neighbouring shards contexts are permuted; their targets are laid end to end
-and cut every ``global_batch_size`` rows. A context that straddles a cut is split between the two batches. Neither the
-number of processes nor of loader workers appears anywhere, so every process sees the same batches, takes its own share
-of each, and a run killed at a step goes on there on any number of processes.
+Shards are permuted, contexts are permuted within a window of neighbouring shards, and their targets are concatenated
+and cut every ``global_batch_size`` rows. A context that straddles a cut is split between the two batches. The order is
+independent of the number of processes and loader workers, so all processes see the same batches, and a killed run
+resumes at its step on any number of processes.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from collm_dist.data.shards.shard_reader import read_shard
 from collm_dist.errors import ArtifactError, DataError
 from collm_dist.random_keys import hash_integers
 
-# Shards whose contexts are permuted together and held in memory at once (twice, since the next ones are being read).
+# Shards whose contexts are permuted together. Two windows are in memory, since the next one is read ahead.
 WINDOW_SHARDS = 4
-# Keys that keep draws for different purposes apart.
+# Hash keys of independent draws.
 _SHARD_DRAW, _CONTEXT_DRAW = 1, 2
 
 _verified: set[tuple[Path, str, int]] = set()
 
 
 def read_verified(data_dir: Path, shard: ShardInfo, local_shards: LocalShards | None = None) -> ContextBlock:
-    """Read a whole shard; its checksum is compared once in a process, and again if the file changes.
+    """Read a whole shard. Its checksum is verified once per process, and again if the file changes.
 
     Args:
         data_dir: a run's data folder.
-        shard: from its manifest.
-        local_shards: copies to read instead, if this machine keeps any.
+        shard: entry of its manifest.
+        local_shards: local copies to read instead; None = read the shard itself.
 
     Raises:
-        ArtifactError: it is missing or damaged, or is not what the manifest says.
+        ArtifactError: the shard is missing or damaged, or does not match the manifest.
     """
     path = data_dir / shard.path if local_shards is None else local_shards.fetch(shard)
     key = (path, shard.sha256, path.stat().st_mtime_ns if path.exists() else 0)
@@ -56,7 +56,7 @@ def read_verified(data_dir: Path, shard: ShardInfo, local_shards: LocalShards | 
 
 
 def slice_targets(block: ContextBlock, start: int, stop: int) -> ContextBlock:
-    """Return the block of targets ``start:stop``. Only offsets are copied, so it costs the same for any block."""
+    """Return the block of targets ``start:stop``. Only offsets are copied, so the cost does not depend on the block."""
     first = int(np.searchsorted(block.target_offsets, start, side="right")) - 1
     last = int(np.searchsorted(block.target_offsets, stop, side="left"))
     likes = block.history_offsets[first : last + 1]
@@ -77,9 +77,9 @@ class GlobalOrder:
     """Global batches of one split.
 
     Attributes:
-        num_rows, num_contexts: what one epoch passes over, after the choice by ``max_contexts`` and ``max_users``.
-        global_batch_size: rows of a batch; an epoch's last one may be smaller.
-        num_split_contexts: contexts that the latest ``iter_batches`` has cut so far.
+        num_rows, num_contexts: size of an epoch, after sampling by ``max_contexts`` and ``max_users``.
+        global_batch_size: rows per batch; the last batch of an epoch may be smaller.
+        num_split_contexts: contexts cut so far by the latest ``iter_batches``.
     """
 
     def __init__(
@@ -94,18 +94,18 @@ class GlobalOrder:
         shuffle: bool = True,
         local_shards: LocalShards | None = None,
     ) -> None:
-        """Decide what is iterated over; shards are read here only if something is to be chosen.
+        """Determine the contexts of an epoch; shards are read here only if contexts or users are sampled.
 
         Args:
             data_dir: a run's data folder.
             manifest: its manifest.
             split: train, valid or test.
-            seed: of the order and of the choice.
-            global_batch_size: rows of a batch.
+            seed: seed of the order and of the sampling.
+            global_batch_size: rows per batch.
             max_contexts: keep this many contexts, those with the smallest hash of seed, user and number of likes.
             max_users: keep this many users, those with the smallest hash of seed and user; before ``max_contexts``.
             shuffle: False = the manifest's order in every epoch (evaluation).
-            local_shards: copies to read instead of the shards themselves.
+            local_shards: local copies to read instead of the shards themselves.
 
         Raises:
             DataError: the split has no rows.
@@ -116,21 +116,21 @@ class GlobalOrder:
         self._shards = [shard for shard in manifest.list_shards(split) if shard.rows > 0]
         if not self._shards:
             raise DataError(f"{data_dir}: the split '{split}' has no rows; check dataset.split and the input's dates")
-        self._chosen: list[IntArray] | None = None
+        self._selected: list[IntArray] | None = None
         self._rows = [shard.rows for shard in self._shards]
         self.num_contexts = sum(shard.contexts for shard in self._shards)
         if max_contexts is not None or max_users is not None:
-            self._choose(max_contexts, max_users)
+            self._select_contexts(max_contexts, max_users)
         self.num_rows = sum(self._rows)
         self.num_split_contexts = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of one epoch."""
+        """Number of global batches per epoch."""
         return -(-self.num_rows // self.global_batch_size)
 
     def iter_batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[ContextBlock]:
-        """Yield an epoch's global batches from a step on; windows that lie wholly before it are not read.
+        """Yield the global batches of an epoch from ``start_step``; windows that lie entirely before it are not read.
 
         Raises:
             ArtifactError: a shard is missing or damaged.
@@ -156,8 +156,8 @@ class GlobalOrder:
         if pieces:
             yield concatenate_blocks(pieces)
 
-    def _choose(self, max_contexts: int | None, max_users: int | None) -> None:
-        """Find the chosen contexts of every shard in one pass."""
+    def _select_contexts(self, max_contexts: int | None, max_users: int | None) -> None:
+        """Select the contexts of every shard in one pass over all shards."""
         blocks = (read_verified(self._data_dir, shard, self._local_shards) for shard in self._shards)
         keys = [(block.user_idx, block.num_likes, np.diff(block.target_offsets)) for block in blocks]
         users, likes, rows = (np.concatenate(parts) for parts in zip(*keys, strict=True))
@@ -171,21 +171,21 @@ class GlobalOrder:
             kept = np.sort(kept[np.argsort(hashes, kind="stable")[:max_contexts]])
         firsts = to_offsets(np.array([len(parts[0]) for parts in keys]))
         shares = [kept[first:last] for first, last in pairwise(np.searchsorted(kept, firsts))]
-        self._chosen = [share - first for share, first in zip(shares, firsts, strict=False)]
+        self._selected = [share - first for share, first in zip(shares, firsts, strict=False)]
         self._rows = [int(rows[share].sum()) for share in shares]
         self.num_contexts = len(kept)
 
     def _plan_windows(self, epoch: int) -> list[list[int]]:
-        """Return the numbers of the shards that are read together, in order."""
+        """Return the shard numbers of each window, in order."""
         order = np.arange(len(self._shards))
         if self._shuffle:
             order = np.argsort(hash_integers(self._seed, _SHARD_DRAW, epoch, order), kind="stable")
-        wanted = [int(shard) for shard in order if self._rows[shard] > 0]
+        numbers = [int(shard) for shard in order if self._rows[shard] > 0]
         size = WINDOW_SHARDS if self._shuffle else 1
-        return [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
     def _load_windows(self, windows: Sequence[list[int]], epoch: int) -> Iterator[ContextBlock]:
-        """Yield each window's contexts in their final order; the next window is read meanwhile."""
+        """Yield each window's contexts in their final order, while a thread reads the next window."""
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
             pending = [pool.submit(self._load_window, window, epoch) for window in windows[:1]]
             for number in range(len(windows)):
@@ -197,10 +197,10 @@ class GlobalOrder:
         blocks = [read_verified(self._data_dir, self._shards[shard], self._local_shards) for shard in shards]
         block = concatenate_blocks(blocks)
         contexts = np.arange(block.num_contexts)
-        if self._chosen is not None:
-            firsts = to_offsets(np.array([one.num_contexts for one in blocks]))
+        if self._selected is not None:
+            firsts = to_offsets(np.array([shard_block.num_contexts for shard_block in blocks]))
             contexts = np.concatenate(
-                [self._chosen[shard] + first for shard, first in zip(shards, firsts, strict=False)]
+                [self._selected[shard] + first for shard, first in zip(shards, firsts, strict=False)]
             )
         if self._shuffle:
             draws = hash_integers(self._seed, _CONTEXT_DRAW, epoch, block.user_idx[contexts], block.num_likes[contexts])
@@ -211,6 +211,6 @@ class GlobalOrder:
 
 
 def _count_split(target_offsets: IntArray, cuts: IntArray) -> int:
-    """Return how many contexts have a cut inside."""
+    """Return the number of contexts with a cut inside."""
     owners = np.searchsorted(target_offsets, cuts, side="right") - 1
     return len(np.unique(owners[target_offsets[owners] < cuts]))

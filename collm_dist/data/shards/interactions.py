@@ -1,4 +1,4 @@
-"""Reading the tables of a data folder: interactions by user bucket, users and items."""
+"""Tables of a data folder: interactions by user bucket, users and items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collm_dist.data.shards.manifest import BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash
 
-REMEDY = "restore it from where it was copied from, or redo the data step with --force data"
+REMEDY = "restore it from the copy that it came from, or redo the data step with --force data"
 _verified: set[tuple[Path, str, int]] = set()
 
 COLUMNS = pa.schema(
@@ -45,18 +45,18 @@ def load_interactions(
 
     Args:
         data_dir: a run's data folder.
-        columns: names of ``COLUMNS``.
+        columns: names in ``COLUMNS``.
         split: train, valid or test; None = all.
-        include_sampled: whether sampled negatives are among them.
+        include_sampled: whether to include sampled negatives.
 
     Returns:
-        One array a column; split is an array of strings.
+        One (N,) array per column; split is an array of strings.
 
     Raises:
         ArtifactError: the data step is not done, or a table is missing or damaged.
     """
     needed = list(dict.fromkeys([*columns, "split", "sampled", "user_idx", "timestamp", "row_id"]))
-    table = pa.concat_tables([read_bucket(data_dir, one, needed) for one in load_manifest(data_dir).buckets])
+    table = pa.concat_tables([read_bucket(data_dir, bucket, needed) for bucket in load_manifest(data_dir).buckets])
     if split is not None:
         table = table.filter(pa.compute.field("split") == split)
     if not include_sampled:
@@ -66,16 +66,16 @@ def load_interactions(
 
 
 def read_bucket(data_dir: Path, bucket: BucketInfo, columns: Iterable[str]) -> Any:
-    """Return columns of a table of interactions as an Arrow table.
+    """Return columns of a bucket's interactions as an Arrow table.
 
     Raises:
-        ArtifactError: it is missing or damaged.
+        ArtifactError: the file is missing or damaged.
     """
     return _read_verified(data_dir / bucket.path, bucket.sha256, list(columns))
 
 
 def _read_verified(path: Path, sha256: str | None, columns: list[str] | None = None) -> Any:
-    """Read a Parquet file; its checksum is compared once in a process, and again if the file changes."""
+    """Read a Parquet file. Its checksum is verified once per process, and again if the file changes."""
     if not path.exists():
         raise ArtifactError(f"{path} is missing; {REMEDY}")
     key = (path, sha256 or "", path.stat().st_mtime_ns)
@@ -92,12 +92,12 @@ def _read_verified(path: Path, sha256: str | None, columns: list[str] | None = N
 
 
 def load_item_table(data_dir: Path) -> dict[str, list[str]]:
-    """Return ``item_id``, ``title`` and ``text`` of all items, in the order of ``item_idx``."""
+    """Return ``item_id``, ``title`` and ``text`` of all items in the order of ``item_idx``."""
     return _load_table(data_dir, "items.parquet")
 
 
 def load_user_ids(data_dir: Path) -> list[str]:
-    """Return the raw ids of all users, in the order of ``user_idx``."""
+    """Return the raw ids of all users in the order of ``user_idx``."""
     return _load_table(data_dir, "users.parquet")["user_id"]
 
 

@@ -1,4 +1,4 @@
-"""Shards on a local disk: copied from the run directory once per machine, found by checksum, checked before use."""
+"""Shards on a local disk: copied once per machine, named by checksum, verified before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 def build_local_shards(config: Config, data_dir: Path) -> LocalShards | None:
-    """Return where this machine keeps its copies; None without ``cluster.local_scratch``."""
+    """Return this machine's local copies, or None if ``cluster.local_scratch`` is not set."""
     if config.cluster.local_scratch is None:
         return None
     published = config.run.publish_to and join_uri(config.run.publish_to, Path(config.run.dir).absolute().name, "data")
@@ -30,26 +30,26 @@ def build_local_shards(config: Config, data_dir: Path) -> LocalShards | None:
 
 
 class LocalShards:
-    """Copies of shards under the names of their checksums, shared by all runs and processes of a machine."""
+    """Local copies of shards, named by checksum and shared by all runs and processes of a machine."""
 
     def __init__(self, folder: Path, data_dir: Path, published: str | None = None) -> None:
-        """Nothing is copied before it is asked for.
+        """Set the folders; shards are copied on demand.
 
         Args:
-            folder: on a local disk.
+            folder: folder on a local disk.
             data_dir: the run's data folder.
-            published: URI of a copy of it, for shards that are missing or damaged there.
+            published: URI of a published copy of it, for shards that are missing or damaged there.
         """
         self._folder, self._data_dir, self._published = folder, data_dir, published
         self._verified: set[tuple[Path, int]] = set()
 
     def fetch(self, shard: ShardInfo) -> Path:
-        """Return the path of a shard's copy, which has the manifest's checksum. One process copies, others wait.
+        """Return the path of a shard's verified copy. One process copies while the others wait.
 
         Raises:
-            ArtifactError: the shard is missing or damaged wherever it should be.
-            DiskError: there is no room for it, or writing is not allowed.
-            LaunchError: an object store cannot be reached or refuses.
+            ArtifactError: the shard is missing or damaged in all places.
+            DiskError: the disk is full, or writing is not allowed.
+            LaunchError: an object store is unreachable or denies access.
         """
         path = self._folder / f"{shard.sha256}.tar"
         if path.exists() and (path, path.stat().st_mtime_ns) in self._verified:
@@ -74,12 +74,12 @@ class LocalShards:
     def _lock(self) -> Iterator[None]:
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets it go when the process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process ends
             yield
 
     def _copy(self, shard: ShardInfo, path: Path) -> None:
-        for left in self._folder.glob(".*.tmp"):  # of processes that were killed: nobody else copies now
-            left.unlink()
+        for partial in self._folder.glob(".*.tmp"):  # from killed processes: the lock excludes running copies
+            partial.unlink()
         path.unlink(missing_ok=True)
         if (free := shutil.disk_usage(self._folder).free) < shard.bytes:
             raise OSError(f"{free / 2**20:,.1f} MiB free")
@@ -92,8 +92,8 @@ class LocalShards:
             except ArtifactError as error:
                 failure = str(error)
         if self._published is None:
-            raise ArtifactError(f"{origin}: {failure}; restore it from where it was copied from, or redo the data step "
-                                "with --force data")  # fmt: skip
+            raise ArtifactError(f"{origin}: {failure}; restore it from the copy that it came from, or redo the data "
+                                "step with --force data")  # fmt: skip
         self._fetch_published(shard, path, f"{origin}: {failure}")
 
     def _fetch_published(self, shard: ShardInfo, path: Path, before: str) -> None:
@@ -104,15 +104,15 @@ class LocalShards:
                 _copy_verified(source, path, shard)
         except (CollmError, pa.ArrowException, OSError) as error:
             raise ArtifactError(
-                f"{before}; nor could it be had from {uri}: {error}; redo the data step with --force data"
+                f"{before}; fetching it from {uri} failed as well: {error}; redo the data step with --force data"
             ) from error
 
 
 def _copy_verified(source: IO[bytes] | Any, path: Path, shard: ShardInfo) -> None:
-    """Write what a stream holds, if it has the shard's checksum.
+    """Write the bytes of a stream to ``path`` and verify the shard's checksum.
 
     Raises:
-        ArtifactError: it has not.
+        ArtifactError: the checksum differs.
     """
     digest, size = hashlib.sha256(), 0
     with open_atomic(path, "wb", shard.bytes) as file:

@@ -1,4 +1,4 @@
-"""The data step's record: what the shards and tables hold, with checksums."""
+"""Manifest of the data step: contents and checksums of shards and tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_json_hash
 
 FORMAT_VERSION = 1
-# What the content hash is of: all that decides what later steps see.
+# Fields covered by the content hash: everything that determines the input of later steps.
 HASHED_FIELDS = (
     "format_version",
     "num_users",
@@ -32,7 +32,7 @@ HASHED_FIELDS = (
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard. ``path`` is relative to the data folder; rows and contexts count what it holds."""
+    """One shard. ``path`` is relative to the data folder; ``rows`` and ``contexts`` are counts."""
 
     path: str
     split: str
@@ -44,7 +44,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. ``rows`` are samples, of which ``real_rows`` are events; times are seconds since 1970."""
+    """One split. ``rows`` counts samples, ``real_rows`` the events among them; times are seconds since 1970."""
 
     rows: int
     contexts: int
@@ -55,7 +55,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class BucketInfo:
-    """One table of interactions. ``user_ranges`` are (first user, number of users) slices, one for each extension."""
+    """One table of interactions. ``user_ranges`` are (first user, number of users) slices, one per extension."""
 
     path: str
     rows: int
@@ -65,13 +65,13 @@ class BucketInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See ``manifest.json``.
+    """Content of ``manifest.json``.
 
     Attributes:
-        users_hash, items_hash: of the raw ids in the order of their indices.
+        users_hash, items_hash: hashes of the raw ids in the order of their indices.
         tables: SHA-256 of users.parquet and items.parquet.
-        extends: sizes and hashes of the id tables that these begin with, forgotten users aside; empty without any.
-        content_hash: of ``HASHED_FIELDS``; names these data in whatever is made from them.
+        extends: sizes and hashes of the id tables that these extend (tombstones aside); empty if none.
+        content_hash: hash of ``HASHED_FIELDS``; identifies the data in the records of later steps.
     """
 
     num_users: int
@@ -98,7 +98,7 @@ def load_manifest(data_dir: Path) -> Manifest:
     """Load the manifest of a data folder.
 
     Raises:
-        ArtifactError: it is missing, damaged, or of another version.
+        ArtifactError: the manifest is missing, damaged, or of another format version.
     """
     path = data_dir / "manifest.json"
     try:
@@ -108,19 +108,19 @@ def load_manifest(data_dir: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): redo the data step with --force data") from None
     if not isinstance(record, dict):
-        raise ArtifactError(f"{path} is no manifest: redo the data step with --force data")
+        raise ArtifactError(f"{path} is not a manifest: redo the data step with --force data")
     if record.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {record.get('format_version')}, this release reads "
                             f"{FORMAT_VERSION}: redo the data step with --force data")  # fmt: skip
     try:
         if record.get("content_hash") != compute_content_hash(record):
             raise ArtifactError(
-                f"{path} is damaged or was changed by hand: its content hash is another one; restore it from where it "
-                "was copied from, or redo the data step with --force data"
+                f"{path} is damaged or was edited: its content hash differs; restore it from the copy that it came "
+                "from, or redo the data step with --force data"
             )
         return _build_manifest(record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is no manifest of a data step ({error}): redo it with --force data") from None
+        raise ArtifactError(f"{path} is not a manifest of a data step ({error}): redo it with --force data") from None
 
 
 def remove_unlisted_files(data_dir: Path, record: Mapping[str, Any]) -> None:
@@ -133,14 +133,14 @@ def remove_unlisted_files(data_dir: Path, record: Mapping[str, Any]) -> None:
 
 
 def compute_content_hash(record: Mapping[str, Any]) -> str:
-    """Return the hash of what a manifest's record says of the data."""
+    """Return the hash of the fields of a manifest's record that describe the data."""
     return compute_json_hash({name: record[name] for name in HASHED_FIELDS if name in record})
 
 
 def _build_manifest(record: Mapping[str, Any]) -> Manifest:
-    for one in (*record["shards"], *record["buckets"]):
-        if not re.fullmatch(r"(shards|interactions)/[\w-][\w.-]*", one["path"]):
-            raise ValueError(f"it names {one['path']!r}, which is no file of a data folder")
+    for info in (*record["shards"], *record["buckets"]):
+        if not re.fullmatch(r"(shards|interactions)/[\w-][\w.-]*", info["path"]):
+            raise ValueError(f"{info['path']!r} is not a file of a data folder")
     return Manifest(
         splits={name: SplitInfo(**info) for name, info in record["splits"].items()},
         shards=tuple(ShardInfo(**info) for info in record["shards"]),

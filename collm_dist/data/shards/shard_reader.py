@@ -1,4 +1,4 @@
-"""Reading shards: one block a record, as arrays."""
+"""Reader of shards: one block of contexts per record."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SUFFIX = "contexts.safetensors"
 
 
 def decode_block(data: bytes) -> ContextBlock:
-    """Return the block of safetensors bytes, widened to int64.
+    """Return the block in safetensors bytes, widened to int64.
 
     Raises:
-        ValueError: they are no block: other arrays, or lengths and offsets that do not go together.
+        ValueError: the arrays, their lengths or their offsets are not those of a block.
     """
     try:
         arrays = safetensors.numpy.load(data)
     except KeyError as error:
         raise ValueError(f"arrays of type {error}") from None
     names = {field.name for field in fields(ContextBlock)}
-    if arrays.keys() != names or any(one.ndim != 1 or one.dtype.kind != "i" for one in arrays.values()):
-        raise ValueError("other arrays than those of contexts")
+    if arrays.keys() != names or any(array.ndim != 1 or array.dtype.kind != "i" for array in arrays.values()):
+        raise ValueError("the arrays are not those of contexts")
     block = ContextBlock(**{name: array.astype(np.int64) for name, array in arrays.items()})
     sizes = dict.fromkeys(TARGET_FIELDS, block.num_targets) | {"num_likes": block.num_contexts}
     if any(len(arrays[name]) != size for name, size in sizes.items()):
@@ -41,7 +41,7 @@ def decode_block(data: bytes) -> ContextBlock:
         (block.dislike_offsets, block.num_targets, len(block.dislike_items)),
     ):
         if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != size or (np.diff(offsets) < 0).any():
-            raise ValueError("offsets that lead elsewhere")
+            raise ValueError("offsets out of range")
     return block
 
 
@@ -49,13 +49,13 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
     """Stream a shard's records.
 
     Args:
-        path: the tar.
-        sha256: its checksum from the manifest; None = do not check (again).
+        path: the tar file.
+        sha256: its checksum from the manifest; None = do not verify.
 
     Raises:
-        ArtifactError: missing, truncated or altered; the message names the file and the remedy.
+        ArtifactError: the shard is missing, truncated or altered.
     """
-    remedy = "restore it from where it was copied from, or redo the data step with --force data"
+    remedy = "restore it from the copy that it came from, or redo the data step with --force data"
     if not path.exists():
         raise ArtifactError(f"{path}: the shard is missing; {remedy}")
     if sha256 is not None and (actual := compute_file_hash(path)) != sha256:
@@ -63,7 +63,7 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
             f"{path}: the shard is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
             f"{path.stat().st_size} bytes); {remedy}"
         )
-    # A literal path, not a URL: WebDataset would run a name that starts with "pipe:" as a command.
+    # Opened here as a path: WebDataset would run a URL that starts with "pipe:" as a command.
     with path.open("rb") as stream:
         try:
             source = {"url": str(path), "stream": stream}

@@ -1,6 +1,6 @@
-"""Writing shards: WebDataset tars whose members pack many contexts each. The same input gives the same bytes.
+"""Writer of shards: WebDataset tars with many contexts per member, deterministic to the byte.
 
-A tar is written member by member, as webdataset.TarWriter does; that class would bring PyTorch into every worker.
+Tars are written as webdataset.TarWriter writes them; that class would import PyTorch in every worker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.data.shards.manifest import ShardInfo
 from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
 
-# What fits in a byte or in 32 bits on disk; everything is int64 in memory.
+# Types on disk, int32 if not listed; all arrays are int64 in memory.
 _NARROW: dict[str, type[np.signedinteger[Any]]] = {
     "label": np.int8,
     "sampled": np.int8,
@@ -32,7 +32,7 @@ _NARROW: dict[str, type[np.signedinteger[Any]]] = {
 
 
 def encode_block(block: ContextBlock) -> bytes:
-    """Return a block as safetensors bytes. Counts, offsets and items take 32 bits."""
+    """Return a block as safetensors bytes. Counts, offsets and items take 32 bits if they fit."""
     arrays = {}
     for field in fields(ContextBlock):
         values = getattr(block, field.name)
@@ -44,7 +44,7 @@ def encode_block(block: ContextBlock) -> bytes:
 
 
 def _slice_contexts(block: ContextBlock, start: int, stop: int) -> ContextBlock:
-    """Return neighbouring contexts as views: taking them by number costs time by the size of the whole block."""
+    """Return contexts ``start:stop`` as views; ``take_contexts`` would cost time proportional to the whole block."""
     targets = slice(*block.target_offsets[[start, min(stop, block.num_contexts)]])
     offsets = {
         "history": block.history_offsets[start : stop + 1],
@@ -63,13 +63,13 @@ def _slice_contexts(block: ContextBlock, start: int, stop: int) -> ContextBlock:
 
 
 def write_shard(data_dir: Path, name: str, split: str, block: ContextBlock, contexts_per_record: int) -> ShardInfo:
-    """Write a block as ``shards/<name>``, in records of the given number of contexts, and return what was written."""
+    """Write a block to ``shards/<name>``, ``contexts_per_record`` contexts per record; return its manifest entry."""
     path = data_dir / "shards" / name
     with open_atomic(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, start in enumerate(range(0, block.num_contexts, contexts_per_record)):
             record = encode_block(_slice_contexts(block, start, start + contexts_per_record))
             member = tarfile.TarInfo(f"{number:08d}.contexts.safetensors")
-            # Fixed time and owner: tars of the same samples are the same bytes.
+            # Fixed time and owner, so that equal samples give equal bytes.
             member.size, member.mode, member.mtime, member.uname, member.gname = len(record), 0o444, 0, "root", "root"
             tar.addfile(member, io.BytesIO(record))
     return ShardInfo(
