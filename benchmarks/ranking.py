@@ -40,7 +40,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.serving.recommender import load_recommender
+from collm_dist.serving.finished_run import load_recommender
 from collm_dist.serving.requests import RankingRequest
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.run_stage import run_stage

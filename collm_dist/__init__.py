@@ -9,21 +9,22 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collm_dist.serving.recommender import Recommender, load_recommender
+    from collm_dist.serving.finished_run import load_recommender
+    from collm_dist.serving.recommender import Recommender
     from collm_dist.serving.requests import RankedItem, RankingRequest
 
 __all__ = ["RankedItem", "RankingRequest", "Recommender", "load_recommender"]
 
 try:
     __version__ = version("collm-dist")
-except PackageNotFoundError:  # a checkout that is not installed
+except PackageNotFoundError:  # a checkout without an installation
     __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the Python API on first use: commands that need no model should not wait for its libraries."""
+    """Import the Python API on first use, because torch and transformers take seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from collm_dist.serving import recommender, requests
+    from collm_dist.serving import finished_run, requests
 
-    return getattr(recommender if hasattr(recommender, name) else requests, name)
+    return getattr(finished_run if hasattr(finished_run, name) else requests, name)

@@ -21,8 +21,9 @@ from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_t
 from collm_dist.runs.atomic_files import compute_file_hash, write_json
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage
 from collm_dist.serving.part_scoring import OutputFolder, score_part
-from collm_dist.serving.recommender import Recommender, build_recommender, check_settings, find_stage
+from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.request_files import list_request_files, write_parts
 
 # Users of a part: what is lost when a process dies, and what is scored together. A fixed number, so that the scores do

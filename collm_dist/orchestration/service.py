@@ -24,9 +24,10 @@ from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
 from collm_dist.serving.batching import Batcher
+from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage
 from collm_dist.serving.http_app import Ranked, build_app
-from collm_dist.serving.http_bodies import HealthAnswer
-from collm_dist.serving.recommender import Recommender, build_recommender, check_settings, find_stage
+from collm_dist.serving.http_schemas import HealthAnswer
+from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 

@@ -26,8 +26,8 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
+from collm_dist.serving.finished_run import check_settings, find_stage
 from collm_dist.serving.model_card import Licences, write_card
-from collm_dist.serving.recommender import check_settings, find_stage
 
 FORMAT_VERSION = 1
 INDEX = "export.json"

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collm_dist.errors import CollmError, QueueFullError, RequestError
 from collm_dist.serving.batching import Pass
-from collm_dist.serving.http_bodies import (
+from collm_dist.serving.http_schemas import (
     ErrorAnswer,
     HealthAnswer,
     RankAnswer,

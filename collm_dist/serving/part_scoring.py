@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from collm_dist.metrics import compute_group_ndcg
 from collm_dist.runs.atomic_files import open_atomic, write_json
-from collm_dist.serving.recommender import Recommender, Scores
+from collm_dist.serving.block_scorer import Scores
+from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.request_files import name_part, read_part
 from collm_dist.serving.requests import RankingRequest
 

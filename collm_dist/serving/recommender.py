@@ -4,7 +4,7 @@
     recommender.rank(history=["B004", "B017", "B031"], candidates=["B002", "B090"])
 
 Prompts, statistics and vectors come from the functions that training and evaluation use, so a row of the run's test
-split gets the score that the report was made from.
+split gets the score from which the report was made.
 """
 
 from __future__ import annotations
@@ -12,28 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
-from collm_dist.config.loader import load_config
-from collm_dist.data.prompts.micro_batches import plan_micro_batches
-from collm_dist.data.samples.pair_features import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.context_block import IntArray
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.errors import ArtifactError, RequestError
-from collm_dist.evaluation.slot_inputs import pad_histories
-from collm_dist.llm.packed.prefix_cache import PrefixCache
-from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
-from collm_dist.runs.run_dir import STAGES, RunDir, StageName
+from collm_dist.errors import RequestError
+from collm_dist.runs.run_dir import RunDir, StageName
+from collm_dist.serving.block_scorer import BlockScorer, Scores
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.requests import (
     Id,
@@ -45,14 +36,10 @@ from collm_dist.serving.requests import (
 )
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.scoring import AUTO_TOKENS
-from collm_dist.tuning.stage import get_stage, load_stage_model
+from collm_dist.tuning.stage import get_stage
 
-# Candidates laid out at once. More would take host memory and plan no better.
+# Most candidates laid out at once. More would use host memory without better micro-batches.
 _MAX_ROWS = 4096
-# Of keys and values held while the candidates of a context are divided over several micro-batches.
-_CACHE_BYTES = 2 << 30
-
-Scores = NDArray[np.float64]
 
 
 class Recommender:
@@ -65,48 +52,48 @@ class Recommender:
     """
 
     def __init__(self, config: Config, run_dir: RunDir, stage: StageName, loaded: LoadedStage) -> None:
-        """Load id tables, log and collaborative model.
+        """Load the id tables, the log and the collaborative model.
 
         Args:
             config: the run's settings.
-            run_dir: of the run.
-            stage: of the model.
+            run_dir: the run's directory.
+            stage: stage of the model.
             loaded: the model.
 
         Raises:
-            ArtifactError: something is missing or damaged.
+            ArtifactError: an artifact is missing or damaged.
         """
         data_dir = run_dir.step_dir("data")
         manifest = load_manifest(data_dir)
         items = load_item_table(data_dir)
         self.config, self.stage = config, stage
-        self._loaded, self._collator = loaded, loaded.collator.for_scoring()
         self.user_ids, self.item_ids, self._titles = load_user_ids(data_dir), items["item_id"], items["title"]
         self._reader = RequestReader(
-            {one: index for index, one in enumerate(self.user_ids)},
-            {one: index for index, one in enumerate(self.item_ids)},
+            {user_id: index for index, user_id in enumerate(self.user_ids)},
+            {item_id: index for index, item_id in enumerate(self.item_ids)},
             EventLog.load(data_dir, manifest),
             max_history_length=manifest.max_history_length,
             every_event_is_a_like=manifest.feedback == "implicit",
         )
-        self._cf: SlotVectors | None = loaded.model.cf_model
-        if config.cf.model == "none":  # id tokens order nothing by themselves
-            self._cf = None
+        cf: SlotVectors | None = loaded.model.cf_model
+        if config.cf.model == "none":  # id tokens cannot order items by themselves
+            cf = None
         elif run_dir.is_done("cf") and (not get_stage(config, stage).has_slots or config.stage2.train_cf):
-            # Not the one that stage 2 changed.
-            self._cf = load_cf_model(run_dir, manifest).to(loaded.device)
+            # The pretrained model, not the copy that stage 2 has changed.
+            cf = load_cf_model(run_dir, manifest).to(loaded.device)
         tokens = config.evaluation.max_tokens_per_micro_batch
-        self._max_tokens = AUTO_TOKENS[loaded.device.type] if tokens == "auto" else tokens
+        max_tokens = AUTO_TOKENS[loaded.device.type] if tokens == "auto" else tokens
+        self._scorer = BlockScorer(stage, loaded, cf, self.item_ids, max_tokens)
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._loaded.device
+        """Device of the model."""
+        return self._scorer.device
 
     @property
     def has_cf(self) -> bool:
-        """Whether there is a collaborative model that finds or orders candidates."""
-        return self._cf is not None
+        """Whether the run has a collaborative model that retrieves and orders candidates."""
+        return self._scorer.has_cf
 
     def rank(
         self,
@@ -193,7 +180,7 @@ class Recommender:
         scores: list[Scores] = []
         for users, candidates in self._read_in_parts(requests):
             block = self._reader.build_block(users, candidates)
-            scores += np.split(self._score_block(block), block.target_offsets[1:-1])
+            scores += np.split(self._scorer.score(block), block.target_offsets[1:-1])
         return scores
 
     def score_cf(self, requests: Sequence[RankingRequest]) -> list[Scores]:
@@ -205,7 +192,7 @@ class Recommender:
         scores: list[Scores] = []
         for users, candidates in self._read_in_parts(requests):
             block = self._reader.build_block(users, candidates)
-            scores += np.split(self._score_block_by_cf(block), block.target_offsets[1:-1])
+            scores += np.split(self._scorer.score_by_cf(block), block.target_offsets[1:-1])
         return scores
 
     def retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
@@ -231,7 +218,7 @@ class Recommender:
             if len(unseen) == 0:
                 found.append([])
                 continue
-            scores = self._score_block_by_cf(self._reader.build_block([user], [unseen]))
+            scores = self._scorer.score_by_cf(self._reader.build_block([user], [unseen]))
             best = unseen[np.argsort(-scores, kind="stable")[:count]]
             found.append([self.item_ids[one] for one in best.tolist()])
         return found
@@ -252,45 +239,6 @@ class Recommender:
         if users:
             yield users, candidates
 
-    @torch.inference_mode()
-    def _score_block(self, block: ContextBlock) -> Scores:
-        """Return (N,) logits of a block's targets by the language model."""
-        model, device = self._loaded.model, self._loaded.device
-        pieces = plan_micro_batches(block, self._collator.count_tokens(block), 0, 1, self._max_tokens)
-        batches = [piece for piece in pieces if piece is not None]
-        # A context whose candidates lie in several micro-batches is still computed once.
-        contexts = [np.unique(block.target_contexts[piece.row_id]) for piece in batches]
-        is_divided = sum(map(len, contexts)) > block.num_contexts
-        model.prefix_cache = PrefixCache(_CACHE_BYTES) if is_divided else None
-        scores = np.empty(block.num_targets)
-        parts = [(piece.row_id, model(self._collator.collate(piece, block).to(device))) for piece in batches]
-        model.prefix_cache = None
-        for rows, logits in parts:
-            scores[rows] = logits.double().cpu().numpy()
-        if not np.isfinite(scores).all():
-            raise ArtifactError(
-                f"{self.stage}: the score of item {self.item_ids[block.item_idx[~np.isfinite(scores)][0]]!r} is not "
-                "finite; the weights or the precision are at fault: try llm.dtype: float32, or train again"
-            )
-        return scores
-
-    @torch.inference_mode()
-    def _score_block_by_cf(self, block: ContextBlock) -> Scores:
-        """Return (N,) logits of a block's targets by the collaborative model of all training rows."""
-        if self._cf is None:
-            raise RequestError("candidates: the run has no collaborative model to find or order them; name them")
-        final = self._cf.final
-        arrays = (
-            block.user_idx,
-            pad_histories(block, final.history_length),
-            block.target_contexts,
-            block.item_idx,
-            compute_pair_features(block),
-        )
-        users, history, contexts, items, features = (torch.from_numpy(one).to(self.device) for one in arrays)
-        logits: Tensor = final(CfBatch(users, history, contexts, items, features=features))
-        return logits.double().cpu().numpy()
-
 
 @contextmanager
 def _naming(place: int, count: int) -> Iterator[None]:
@@ -299,64 +247,3 @@ def _naming(place: int, count: int) -> Iterator[None]:
         yield
     except RequestError as error:
         raise RequestError(f"request {place}: {error}" if count > 1 else str(error)) from None
-
-
-def load_recommender(run_dir: Path | str, device: torch.device | str | None = None) -> Recommender:
-    """Load a finished run: its stage 2, or its stage 1 where there is no stage 2.
-
-    Args:
-        run_dir: the run's directory, ``run.dir``.
-        device: where to compute; None = the first GPU if there is one, else the CPU.
-
-    Raises:
-        ArtifactError: neither stage is done, or something is missing, damaged or made from something else.
-        ConfigError: the run's settings are none of this version.
-    """
-    run = RunDir(Path(run_dir))
-    find_stage(run)
-    if not (run.path / "config.yaml").exists():
-        raise ArtifactError(
-            f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it, and does nothing that is done"
-        )
-    config = check_settings(load_config(run.path / "config.yaml"), run)
-    return build_recommender(config, run, device)
-
-
-def build_recommender(config: Config, run_dir: RunDir, device: torch.device | str | None = None) -> Recommender:
-    """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``."""
-    stage = find_stage(run_dir)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Recommender(config, run_dir, stage, load_stage_model(config, run_dir, stage, torch.device(device)))
-
-
-def find_stage(run_dir: RunDir) -> StageName:
-    """Return the stage whose model scores: stage2 if it is done, else stage1.
-
-    Raises:
-        ArtifactError: neither is done.
-    """
-    for stage in reversed(STAGES):
-        if run_dir.is_done(stage):
-            return stage
-    raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
-
-
-def check_settings(config: Config, run_dir: RunDir) -> Config:
-    """Return the settings with the prompt that the model was trained on, whatever the prompt's file says today.
-
-    Raises:
-        ArtifactError: the model was made with other settings, or from other data or models than lie there today.
-    """
-    stage = find_stage(run_dir)
-    recorded = run_dir.read_record(stage).get("fingerprint", {})
-    today = compute_fingerprint(config, stage, run_dir)
-    changes = find_changes({key: recorded[key] for key in today if key in recorded}, today)
-    if changes:
-        raise ArtifactError(
-            f"{stage} in {run_dir.path} was made from something else than there is now:\n  "
-            + "\n  ".join(changes)
-            + f"\nTake the settings that it was made with, or make it anew: launch/run_pipeline.py --force {stage}"
-        )
-    prompt = config.prompt.model_copy(update={stage: recorded["input.prompt"]})
-    return config.model_copy(update={"prompt": prompt})

@@ -20,7 +20,7 @@ import pytest
 import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
-from collm_dist.serving.http_bodies import HealthAnswer, RankAnswer
+from collm_dist.serving.http_schemas import HealthAnswer, RankAnswer
 
 ROOT = Path(__file__).parents[2]
 # Float32 sums in another order, with other requests in the pass: the largest difference seen is 1.2e-6.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from collm_dist.errors import ArtifactError, QueueFullError, RequestError
 from collm_dist.serving.batching import Pass
 from collm_dist.serving.http_app import build_app
-from collm_dist.serving.http_bodies import HealthAnswer
+from collm_dist.serving.http_schemas import HealthAnswer
 from collm_dist.serving.requests import RankedItem, RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 

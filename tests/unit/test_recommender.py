@@ -83,7 +83,7 @@ def test_a_context_is_computed_once_however_many_candidates(finished_run, recomm
     computed = []
     plain = prefix_cache.run_prefix
     monkeypatch.setattr(prefix_cache, "run_prefix", lambda *args: computed.append(len(args[2])) or plain(*args))
-    monkeypatch.setattr(recommender, "_max_tokens", 512)  # so that the candidates need several micro-batches
+    monkeypatch.setattr(recommender._scorer, "_max_tokens", 512)  # so that the candidates need several micro-batches
     requests = [RankingRequest(None, LIKED, [str(number) for number in range(1, 81)])]
     scores = recommender.score(requests)[0]
     assert computed == [1]

@@ -1,0 +1,102 @@
+"""Scoring of context blocks by the language model, or by the collaborative model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collm_dist.cf.batches import CfBatch
+from collm_dist.cf.slot_vectors import SlotVectors
+from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.samples.pair_features import compute_pair_features
+from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.errors import ArtifactError, RequestError
+from collm_dist.evaluation.slot_inputs import pad_histories
+from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.runs.run_dir import StageName
+from collm_dist.tuning.loaded_stage import LoadedStage
+
+# Bytes of keys and values cached while the candidates of a context span several micro-batches.
+_CACHE_BYTES = 2 << 30
+
+Scores = NDArray[np.float64]
+
+
+class BlockScorer:
+    """The models of a finished run. They are not thread-safe."""
+
+    def __init__(
+        self, stage: StageName, loaded: LoadedStage, cf: SlotVectors | None, item_ids: Sequence[str], max_tokens: int
+    ) -> None:
+        """Store the models.
+
+        Args:
+            stage: stage of the model, for messages.
+            loaded: the stage's model.
+            cf: collaborative model that orders items; None if the run has no such model.
+            item_ids: raw id of each item, for messages.
+            max_tokens: most tokens of a micro-batch.
+        """
+        self._stage, self._loaded, self._cf, self._item_ids = stage, loaded, cf, item_ids
+        self._collator, self._max_tokens = loaded.collator.for_scoring(), max_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self._loaded.device
+
+    @property
+    def has_cf(self) -> bool:
+        """Whether the run has a collaborative model that orders items."""
+        return self._cf is not None
+
+    @torch.inference_mode()
+    def score(self, block: ContextBlock) -> Scores:
+        """Return (B,) logits of a block's targets by the language model.
+
+        Raises:
+            ArtifactError: a score is not finite.
+        """
+        model = self._loaded.model
+        planned = plan_micro_batches(block, self._collator.count_tokens(block), 0, 1, self._max_tokens)
+        micro_batches = [micro_batch for micro_batch in planned if micro_batch is not None]
+        # A context whose candidates span several micro-batches is still computed once.
+        contexts = [np.unique(block.target_contexts[micro_batch.row_id]) for micro_batch in micro_batches]
+        is_divided = sum(map(len, contexts)) > block.num_contexts
+        model.prefix_cache = PrefixCache(_CACHE_BYTES) if is_divided else None
+        logits = [model(self._collator.collate(micro_batch, block).to(self.device)) for micro_batch in micro_batches]
+        model.prefix_cache = None
+        scores = np.empty(block.num_targets)
+        for micro_batch, values in zip(micro_batches, logits, strict=True):
+            scores[micro_batch.row_id] = values.double().cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise ArtifactError(
+                f"{self._stage}: the score of item {self._item_ids[block.item_idx[~np.isfinite(scores)][0]]!r} is not "
+                "finite, because of the weights or the precision; try llm.dtype: float32, or train again"
+            )
+        return scores
+
+    @torch.inference_mode()
+    def score_by_cf(self, block: ContextBlock) -> Scores:
+        """Return (B,) logits of a block's targets by the collaborative model of all training rows.
+
+        Raises:
+            RequestError: the run has no collaborative model.
+        """
+        if self._cf is None:
+            raise RequestError("candidates: the run has no collaborative model to retrieve or order items; list them")
+        final = self._cf.final
+        arrays = (
+            block.user_idx,
+            pad_histories(block, final.history_length),
+            block.target_contexts,
+            block.item_idx,
+            compute_pair_features(block),
+        )
+        users, history, contexts, items, features = (torch.from_numpy(array).to(self.device) for array in arrays)
+        logits: Tensor = final(CfBatch(users, history, contexts, items, features=features))
+        return logits.double().cpu().numpy()

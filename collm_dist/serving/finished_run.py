@@ -1,0 +1,76 @@
+"""Loading of a finished run: the stage that scores, its verified settings, its recommender."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from collm_dist.config import Config
+from collm_dist.config.loader import load_config
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
+from collm_dist.runs.run_dir import STAGES, RunDir, StageName
+from collm_dist.serving.recommender import Recommender
+from collm_dist.tuning.stage import load_stage_model
+
+
+def load_recommender(run_dir: Path | str, device: torch.device | str | None = None) -> Recommender:
+    """Load a finished run: its stage 2, or its stage 1 if stage 2 is not done.
+
+    Args:
+        run_dir: the run's directory, ``run.dir``.
+        device: device of the model; None = the first GPU, or the CPU without GPUs.
+
+    Raises:
+        ArtifactError: neither stage is done, or an artifact is missing, damaged or made from other inputs.
+        ConfigError: the run's settings are not valid in this version.
+    """
+    run = RunDir(Path(run_dir))
+    find_stage(run)
+    if not (run.path / "config.yaml").exists():
+        raise ArtifactError(
+            f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it and skips steps that are done"
+        )
+    config = check_settings(load_config(run.path / "config.yaml"), run)
+    return build_recommender(config, run, device)
+
+
+def build_recommender(config: Config, run_dir: RunDir, device: torch.device | str | None = None) -> Recommender:
+    """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``."""
+    stage = find_stage(run_dir)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Recommender(config, run_dir, stage, load_stage_model(config, run_dir, stage, torch.device(device)))
+
+
+def find_stage(run_dir: RunDir) -> StageName:
+    """Return the stage whose model scores: stage2 if it is done, else stage1.
+
+    Raises:
+        ArtifactError: neither is done.
+    """
+    for stage in reversed(STAGES):
+        if run_dir.is_done(stage):
+            return stage
+    raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
+
+
+def check_settings(config: Config, run_dir: RunDir) -> Config:
+    """Return the settings with the prompt that the model was trained on, even if the prompt's file has changed since.
+
+    Raises:
+        ArtifactError: the model was made with other settings, or from other data or models than the run holds now.
+    """
+    stage = find_stage(run_dir)
+    recorded = run_dir.read_record(stage).get("fingerprint", {})
+    today = compute_fingerprint(config, stage, run_dir)
+    changes = find_changes({key: recorded[key] for key in today if key in recorded}, today)
+    if changes:
+        raise ArtifactError(
+            f"{stage} in {run_dir.path} was made from other settings or inputs than the present ones:\n  "
+            + "\n  ".join(changes)
+            + f"\nUse the settings that it was made with, or rebuild it: launch/run_pipeline.py --force {stage}"
+        )
+    prompt = config.prompt.model_copy(update={stage: recorded["input.prompt"]})
+    return config.model_copy(update={"prompt": prompt})
