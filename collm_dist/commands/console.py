@@ -43,6 +43,9 @@ SUBCOMMANDS = {
     "export": Subcommand("export_model", "export a finished run as a folder"),
     "import": Subcommand("import_model", "make a run directory out of an export"),
     "forget": Subcommand("forget_users", "list or remove runs that hold users who are to be forgotten"),
+    "convert": Subcommand(
+        "collm_dist.data.convert_collm_release", "convert the CoLLM authors' pickled files to Parquet"
+    ),
     "assets": Subcommand("collm_dist.assets", "list named backbones and data sets, or fetch one"),
     "settings": Subcommand("collm_dist.config.reference", "print the reference of all settings"),
 }

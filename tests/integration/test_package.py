@@ -12,7 +12,7 @@ from tests.conftest import write_items, write_ratings
 
 SUBCOMMANDS = [
     "run", "preprocess", "pretrain", "train", "evaluate", "rank", "serve", "search", "export", "import", "forget",
-    "assets", "settings",
+    "convert", "assets", "settings",
 ]  # fmt: skip
 
 
