@@ -1,12 +1,12 @@
-"""The tensors of one micro-batch: what data/ renders and llm/ reads, so that neither imports the other.
+"""Tensors of one micro-batch: the interface between data/, which builds them, and llm/, which reads them.
 
-A context is computed once and shared by all its targets; the *header*, the text that all prompts begin with, once for
-all contexts. A context's other tokens come in up to three regions: the *constant prefix* (in training stage 2, what
-stands before the first slot; where nothing trains, all of the context), the *context tail* and one *branch* for each
-target. Tokens are packed: prefixes are laid end to end, and so are tree rows, each a context's tail and then its
-branches one after the other. Rows whose prefixes are equal name the same one. A token sees the header, its row's
-prefix, the tail before it, and its own branch before it; never another branch. Position ids say where a token would
-stand in the plain prompt of its own target.
+A context is computed once and shared by all its targets; the *header*, the text that all prompts start with, is
+computed once for all contexts. The other tokens of a context form up to three regions: the *constant prefix* (in
+training of stage 2 everything before the first slot; without training the whole context), the *context tail*, and one
+*branch* per target. Tokens are packed: prefixes are concatenated, and so are tree rows, each a context's tail followed
+by its branches. Rows with equal prefixes share one. A token attends to the header, its row's prefix, the preceding
+tail, and the preceding tokens of its own branch, never to another branch. Position ids are those of the plain prompt of
+the token's target.
 
 Shapes: C contexts (rows), U prefixes, P tokens of all prefixes, M tokens of all tree rows, N targets, Q user queries, H
 history items, F pair features.
@@ -23,16 +23,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TAIL = -1  # the target of a token that belongs to none
+TAIL = -1  # target of a token that belongs to a tail or prefix
 
 
 @dataclass(frozen=True)
 class Mirrored:
-    """A few integers that are wanted as numbers and as a tensor: nobody then has to wait for a device.
+    """Integers both on the host and as a tensor, so that reading them needs no device synchronization.
 
     Attributes:
         numbers: (K,) int64 array on the host.
-        tensor: (K,) the same.
+        tensor: (K,) int64 tensor with the same values.
     """
 
     numbers: NDArray[np.int64]
@@ -40,7 +40,7 @@ class Mirrored:
 
     @classmethod
     def of(cls, numbers: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> Mirrored:
-        """Return both."""
+        """Build the pair from numbers."""
         array = np.asarray(numbers, dtype=np.int64)
         return cls(array, torch.from_numpy(array).to(device))
 
@@ -49,23 +49,23 @@ class Mirrored:
         return len(self.numbers)
 
     def list_rows(self) -> Tensor:
-        """Of lengths: return the row of each packed token, (sum of the lengths,) int64."""
+        """Return the row of each packed token, (sum of lengths,) int64, if the numbers are row lengths."""
         rows = torch.arange(len(self), device=self.tensor.device)
         return rows.repeat_interleave(self.tensor, output_size=int(self.numbers.sum()))
 
     def list_starts(self) -> Tensor:
-        """Of lengths: return where each row begins among the packed tokens, (K,) int64."""
+        """Return the first packed token of each row, (K,) int64, if the numbers are row lengths."""
         return self.tensor.cumsum(0) - self.tensor
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of packed tokens that see each other and what stands before them: tails and branches, in their order.
+    """Tails and branches in packed order: runs of tokens with causal attention among themselves.
 
     Attributes:
-        lengths: (S,) tokens of each.
-        rows: (S,) the row that each belongs to.
-        tails: (S,) how many tokens of its row's tail each one sees before itself; a tail sees none.
+        lengths: (S,) number of tokens.
+        rows: (S,) row of each segment.
+        tails: (S,) number of tokens of its row's tail that the segment attends to; 0 for a tail.
     """
 
     lengths: Mirrored
@@ -75,14 +75,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where soft tokens go, and where their vectors come from.
+    """Positions of soft tokens and the sources of their vectors.
 
     Attributes:
-        places: (S,) int64, a slot's first token among the P of the prefixes and, after them, the M of the tree; a slot
-            covers ``tokens_per_slot`` of them.
-        sources: (S,) int64, what the vector is made of: a user query q, a dense item index (-1 = unknown), or a
-            target n for pair slots.
-        masked: (S,) bool, the vector is replaced by that of an unknown user or item.
+        places: (S,) int64, position of a slot's first token among the P prefix tokens followed by the M tree tokens; a
+            slot covers ``tokens_per_slot`` tokens.
+        sources: (S,) int64, source of the vector: a user query q, a dense item index (-1 = unknown), or a target n for
+            pair slots.
+        masked: (S,) bool, whether the vector is replaced by that of an unknown user or item.
     """
 
     places: Tensor
@@ -92,29 +92,29 @@ class Slots:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """One micro-batch of C contexts with N targets in all. Integers are int64 unless said otherwise.
+    """A micro-batch of C contexts with N targets in total. Integers are int64 unless noted otherwise.
 
     Attributes:
-        header_ids: token ids of the header; empty where rows do not differ after it.
-        header_key: what the header is known by.
-        prefix_ids: (P,) token ids of the prefixes, no two of them alike in tokens and slots, shortest first; a slot's
-            tokens hold any valid id. P is 0 where no prefix is split off (stage 1).
-        prefix_lengths: (U,) tokens of each.
-        prefix_keys: (U,) uint64 array on the host, what the prefixes are known by.
-        prefix_rows: (C,) the prefix of each row.
-        context_keys: (C,) hashes that name the rows' contexts.
-        tree_ids: (M,) token ids of the rows; a slot's tokens hold any valid id.
-        tree_lengths: (C,) tokens of each row.
-        tree_segments: its tails and branches; none is empty.
-        tree_targets: (M,) the target n of a branch's token, ``TAIL`` in a tail.
-        tree_positions: (M,) position ids (header and prefix included).
-        last: (N,) where each target's last token stands among the M.
+        header_ids: token ids of the header; empty if no row differs after it.
+        header_key: cache key of the header.
+        prefix_ids: (P,) token ids of the prefixes, distinct in tokens and slots, shortest first; slot tokens have an
+            arbitrary valid id. P is 0 if no prefix is split off (stage 1).
+        prefix_lengths: (U,) number of tokens of each prefix.
+        prefix_keys: (U,) uint64 array on the host, cache keys of the prefixes.
+        prefix_rows: (C,) prefix of each row.
+        context_keys: (C,) hashes that identify the rows' contexts.
+        tree_ids: (M,) token ids of the rows; tokens of slots have an arbitrary valid id.
+        tree_lengths: (C,) number of tokens of each row.
+        tree_segments: tails and branches of the rows; none is empty.
+        tree_targets: (M,) target n of a branch's token, ``TAIL`` in a tail.
+        tree_positions: (M,) position ids, including header and prefix.
+        last: (N,) position of each target's last token among the M.
         user_slots, item_slots, pair_slots: the slots by kind.
         user_idx: (Q,) dense user of each query, -1 = unknown.
         user_history: (Q, H) dense liked items, oldest first, right-aligned, -1 = padding.
-        user_target: (Q,) dense target item, or -1 where the user vector does not depend on it.
-        user_timestamps: (Q,) seconds since 1970, as of when the user is described.
-        item_timestamps: (S,) the same of each item slot.
+        user_target: (Q,) dense target item, or -1 if the user vector does not depend on it.
+        user_timestamps: (Q,) seconds since 1970 as of which the user is described.
+        item_timestamps: (S,) the same for each item slot.
         pair_features: (N, F) float32 statistics for pair slots.
         labels: (N,) float32.
         weights: (N,) float32, 1 for real targets, 0 for the filler of an empty micro-batch.
@@ -149,15 +149,15 @@ class PromptBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model computes."""
+        """Number of tokens that the model computes."""
         return len(self.header_ids) + len(self.prefix_ids) + len(self.tree_ids)
 
     def to(self, device: torch.device | str) -> PromptBatch:
-        """Return the same batch on another device; copies from pinned memory do not block."""
+        """Return the batch on another device; copies from pinned memory do not block."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PromptBatch:
-        """Return the same batch in page-locked host memory, from where copies to a GPU are asynchronous."""
+        """Return the batch in pinned host memory, from which copies to a GPU are asynchronous."""
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
@@ -165,7 +165,7 @@ BatchT = TypeVar("BatchT", Mirrored, Segments, Slots, PromptBatch)
 
 
 def _map_tensors(batch: BatchT, function: Callable[[Tensor], Tensor]) -> BatchT:
-    """Return the same (nested) dataclass with ``function`` applied to every tensor."""
+    """Return a copy of the (nested) dataclass with ``function`` applied to every tensor."""
     mapped: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)

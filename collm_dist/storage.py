@@ -1,6 +1,6 @@
-"""Where files are: local paths, folders and globs, object stores (s3://, gs://) and whatever else fsspec knows.
+"""Files behind URIs: local paths, folders and globs, object stores (s3://, gs://), and other fsspec schemes.
 
-Credentials, regions and endpoints come from the environment, never from a URI: URIs are written into records.
+Credentials, regions and endpoints come from the environment, never from a URI, because URIs are written to records.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import pyarrow.fs as pa_fs
 
 from collm_dist.errors import DataError, LaunchError
 
-# What stores say, as Arrow passes it on, and what to do about it.
+# Patterns in error messages of object stores, with remedies.
 _STORE_FAULTS = (
-    ("NO_SUCH_BUCKET|BucketNotFound|bucket does not exist", "make the bucket, or correct its name"),
+    ("NO_SUCH_BUCKET|BucketNotFound|bucket does not exist", "create the bucket, or correct its name"),
     (
         "ACCESS_DENIED|ACCESS_KEY|SIGNATURE|TOKEN|CREDENTIALS|PERMISSION_DENIED|UNAUTHENTICATED|HTTP status 40[13]",
-        "give credentials that may do this in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+        "set credentials with these permissions in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
         "AWS_PROFILE; GOOGLE_APPLICATION_CREDENTIALS)",
     ),
     (
         "MissingContentLength|HTTP status 411",
-        "this store takes no checksums of streams: set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_REQUIRED in the "
+        "this store does not support checksums of streams: set AWS_REQUEST_CHECKSUM_CALCULATION=WHEN_REQUIRED in the "
         "environment",
     ),
 )
-_UNREACHABLE = "see that the store is up and that this machine reaches it (AWS_ENDPOINT_URL, AWS_REGION, proxies)"
+_UNREACHABLE = "check that the store is up and reachable from this machine (AWS_ENDPOINT_URL, AWS_REGION, proxies)"
 
 
 def open_filesystem(uri: str, key: str = "dataset.path") -> tuple[Any, str]:
@@ -40,10 +40,10 @@ def open_filesystem(uri: str, key: str = "dataset.path") -> tuple[Any, str]:
 
     Args:
         uri: a local path, or scheme://...
-        key: the setting that it comes from, for messages.
+        key: name of the setting, for messages.
 
     Raises:
-        DataError: the scheme or an option is not known here.
+        DataError: the scheme or an option is not supported.
     """
     if "://" not in uri:
         try:
@@ -55,7 +55,7 @@ def open_filesystem(uri: str, key: str = "dataset.path") -> tuple[Any, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as refusal:
         import fsspec
 
-        if re.match(r"(s3|gs|gcs)://", uri):  # Arrow's own; its word counts
+        if re.match(r"(s3|gs|gcs)://", uri):  # Arrow's own schemes: fsspec is not tried
             raise DataError(f"{key}: '{uri}' cannot be opened: {refusal}") from None
         try:
             filesystem, path = fsspec.core.url_to_fs(uri)
@@ -65,51 +65,49 @@ def open_filesystem(uri: str, key: str = "dataset.path") -> tuple[Any, str]:
 
 
 def is_store(filesystem: Any) -> bool:
-    """Return whether files are reached over a network, by a client that may be refused."""
+    """Return whether a file system is an object store."""
     return isinstance(filesystem, pa_fs.S3FileSystem | pa_fs.GcsFileSystem)
 
 
 @contextmanager
-def explain_store_errors(filesystem: Any, what: str) -> Iterator[None]:
-    """Raise LaunchError where an object store cannot be reached or refuses; its own words are in the message.
-
-    What a local disk says passes through, and so does what is said of the bytes of a file.
+def explain_store_errors(filesystem: Any, action: str) -> Iterator[None]:
+    """Raise LaunchError if an object store is unreachable or denies access; other errors pass through.
 
     Args:
-        filesystem: that the block works on.
-        what: setting and URI.
+        filesystem: the file system that the block uses.
+        action: the failing action with its URI, for the message.
 
     Raises:
-        LaunchError: with the remedy.
+        LaunchError: with the store's message and a remedy.
     """
     try:
         yield
     except OSError as error:
-        said = str(error)
-        if not is_store(filesystem) or not re.search(r"AWS Error|google::cloud|curlCode|GcsFileSystem", said):
+        message = str(error)
+        if not is_store(filesystem) or not re.search(r"AWS Error|google::cloud|curlCode|GcsFileSystem", message):
             raise
-        remedy = next((one for pattern, one in _STORE_FAULTS if re.search(pattern, said)), _UNREACHABLE)
-        raise LaunchError(f"{what}: {said}\n{remedy}; then run the same command again") from None
+        remedy = next((remedy for pattern, remedy in _STORE_FAULTS if re.search(pattern, message)), _UNREACHABLE)
+        raise LaunchError(f"{action}: {message}\n{remedy}; then run the same command again") from None
 
 
 def split_query(uri: str) -> tuple[str, str]:
-    """Return a URI without its options, and the options with their question mark; a path has none."""
+    """Split a URI into the part before its options and the options with their question mark; paths have no options."""
     head, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return head, mark + query
 
 
 def join_uri(uri: str, *parts: str) -> str:
-    """Return a URI further down, with the same options."""
+    """Append path parts to a URI, keeping its options."""
     head, query = split_query(uri)
     return "/".join([head.rstrip("/"), *parts]) + query
 
 
 def list_files(uri: str, key: str) -> list[str]:
-    """Return the files behind a URI (file, folder or glob) in sorted order; hidden files are left out.
+    """Return the files behind a URI (file, folder or glob) in sorted order, without hidden files.
 
     Raises:
-        DataError: there are none, or they cannot be listed; the message names the config key.
-        LaunchError: an object store cannot be reached or refuses.
+        DataError: there are no files, or they cannot be listed; the message names the setting.
+        LaunchError: an object store is unreachable or denies access.
     """
     filesystem, path = open_filesystem(uri, key)
     magic = re.search(r"[*?\[]", path)
@@ -117,7 +115,7 @@ def list_files(uri: str, key: str) -> list[str]:
     try:
         with explain_store_errors(filesystem, f"{key}: '{uri}' cannot be listed"):
             info = filesystem.get_file_info(base)
-            found = _list_folder(filesystem, base) if info.type == pa_fs.FileType.Directory else []
+            paths = _list_folder(filesystem, base) if info.type == pa_fs.FileType.Directory else []
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{key}: {uri!r} cannot be listed: {error}") from None
     if info.type == pa_fs.FileType.NotFound:
@@ -128,16 +126,16 @@ def list_files(uri: str, key: str) -> list[str]:
         return [uri]
     head, query = split_query(uri)
     prefix = head[: len(head) - len(path)] if head.endswith(path) else ""
-    found = [one for one in found if not any(part[0] in "._" for part in PurePosixPath(one[len(base) :]).parts[1:])]
+    paths = [file for file in paths if not any(part[0] in "._" for part in PurePosixPath(file[len(base) :]).parts[1:])]
     if magic:
-        found = [one for one in found if fnmatch.fnmatch(one, path)]
-    if not found:
+        paths = [file for file in paths if fnmatch.fnmatch(file, path)]
+    if not paths:
         raise DataError(f"{key}: '{uri}' holds no files")
-    return [prefix + one + query for one in sorted(found)]
+    return [prefix + file + query for file in sorted(paths)]
 
 
 def _list_folder(filesystem: Any, base: str) -> list[str]:
-    """Return the paths of all files below a folder; local ones once each, whatever links lead to them or back."""
+    """Return the paths of all files below a folder; local files occur once, even if several links lead to them."""
     if not isinstance(filesystem, pa_fs.LocalFileSystem):
         entries = filesystem.get_file_info(pa_fs.FileSelector(base, recursive=True))
         return [entry.path for entry in entries if entry.type == pa_fs.FileType.File]
@@ -145,7 +143,7 @@ def _list_folder(filesystem: Any, base: str) -> list[str]:
     def stop(error: OSError) -> None:
         raise error
 
-    found: dict[Path, str] = {}
+    files: dict[Path, str] = {}
     folders_seen: set[Path] = set()
     for folder, folders, names in os.walk(base, followlinks=True, onerror=stop):
         folders.sort()
@@ -154,16 +152,16 @@ def _list_folder(filesystem: Any, base: str) -> list[str]:
             continue
         folders_seen.add(real)
         for path in (Path(folder, name) for name in sorted(names)):
-            if path.is_file():  # no pipe, no device, no link to nowhere
-                found.setdefault(path.resolve() if path.is_symlink() else real / path.name, str(path))
-    return list(found.values())
+            if path.is_file():  # excludes pipes, devices and broken links
+                files.setdefault(path.resolve() if path.is_symlink() else real / path.name, str(path))
+    return list(files.values())
 
 
 def describe_files(uris: list[str]) -> dict[str, Any]:
     """Return size and modification time of each file, for fingerprints.
 
     Raises:
-        LaunchError: an object store cannot be reached or refuses.
+        LaunchError: an object store is unreachable or denies access.
     """
     described = {}
     for uri in dict.fromkeys(uris):

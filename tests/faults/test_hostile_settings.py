@@ -115,5 +115,7 @@ def test_an_alias_is_a_copy(tmp_path):
 def test_prompts_that_are_neither_a_string_nor_a_file(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for spec in ("Would they like it? " * 50, str(tmp_path / "latin.txt")):
-        with pytest.raises(ConfigError, match=r"prompt: .* cannot be read \(.*\), and it is no prompt either"):
+        with pytest.raises(
+            ConfigError, match=r"prompt: .* cannot be read \(.*\), and it is not a prompt: it has no field"
+        ):
             load_prompt_text(spec)

@@ -68,8 +68,8 @@ def run_preprocess_command(repository, folder, path, **environment):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "NETWORK_CONNECTION.*(.|\n)*see that the store is up"),
-        ("AWS_SECRET_ACCESS_KEY", "wrong", "ACCESS_DENIED.*(.|\n)*give credentials"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "NETWORK_CONNECTION.*(.|\n)*check that the store is up"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "ACCESS_DENIED.*(.|\n)*set credentials"),
     ],
 )
 def test_a_store_that_cannot_be_had_is_named_with_a_remedy(store, tmp_path, monkeypatch, variable, value, message):
@@ -87,7 +87,7 @@ def test_a_command_ends_with_code_three_and_nothing_written(store, tmp_path, rep
     )
     assert done.returncode == 3, done.stderr
     assert "LaunchError: dataset.path: 's3://bucket/logs/ratings.csv' cannot be listed" in done.stderr
-    assert "see that the store is up" in done.stderr
+    assert "check that the store is up" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("*/*"))
 

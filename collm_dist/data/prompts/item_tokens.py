@@ -1,4 +1,4 @@
-"""Item texts as tokens: tokenized once for each backbone into a memory-mapped table, so that no loader tokenizes."""
+"""Token ids of item texts in a memory-mapped table, tokenized once per backbone so that loaders never tokenize."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from collm_dist.runs.atomic_files import open_atomic
 logger = logging.getLogger(__name__)
 
 _BATCH = 10_000
-_HEADER = 2  # checksum of what follows, number of cut items
+_HEADER = 2  # checksum of the rest, number of cut items
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ItemTokens:
     Attributes:
         offsets: (num_items + 1,).
         ids: token ids of item i are ``ids[offsets[i]:offsets[i + 1]]``.
-        num_cut: items whose text was cut.
+        num_cut: number of items with a cut text.
     """
 
     offsets: IntArray
@@ -37,13 +37,13 @@ class ItemTokens:
 
 
 def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> ItemTokens:
-    """Return the table of these texts, making it the first time, or anew where the file is damaged.
+    """Return the table of these texts; it is built if the file is missing or damaged.
 
     Args:
-        folder: where tables are kept, one for each combination of texts, tokenizer and limit.
+        folder: cache folder, with one table per combination of texts, tokenizer and limit.
         texts: item texts in the order of their indices.
-        tokenizer: of the backbone.
-        max_tokens: longer texts are cut, the quotes not counted.
+        tokenizer: tokenizer of the backbone.
+        max_tokens: longer texts are cut, not counting the quotes.
     """
     digest = hashlib.sha256(f"with checksum\n{_describe(tokenizer)}\n{max_tokens}\n".encode())
     for text in texts:
@@ -58,7 +58,7 @@ def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tok
 
 
 def _open_table(path: Path) -> IntArray | None:
-    """Return the table in a file, mapped into memory; None if there is none, or a damaged one."""
+    """Return the memory-mapped table of a file, or None if the file is missing or damaged."""
     if not path.exists():
         return None
     try:
@@ -70,20 +70,20 @@ def _open_table(path: Path) -> IntArray | None:
             and table[0] == zlib.crc32(table[1:].data)
         ):
             return table
-    except (ValueError, OSError, EOFError):  # what numpy says of a file that it did not write
+    except (ValueError, OSError, EOFError):  # numpy's errors for damaged files
         pass
-    logger.warning("%s is damaged; it is made anew", path)
+    logger.warning("%s is damaged; it is rebuilt", path)
     return None
 
 
 def _describe(tokenizer: Any) -> str:
-    """What a tokenizer does, not where it lies."""
+    """Return a string that determines a tokenizer's behaviour, independent of its location."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> IntArray:
-    """Return checksum, number of cut items, offsets and ids as one array."""
+    """Return checksum, number of cut items, offsets and ids in one array."""
     quote = tokenizer('"', add_special_tokens=False)["input_ids"]
     lengths, ids, num_cut = [0], [], 0
     for start in range(0, len(texts), _BATCH):

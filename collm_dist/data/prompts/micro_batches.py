@@ -1,10 +1,10 @@
-"""A global batch's way to the processes: token-balanced slices, length-bucketed micro-batches, equal counts for all.
+"""Micro-batches of a global batch: token-balanced slices per process, length buckets, equal counts on all processes.
 
-Every process sees the whole global batch and plans for all of them, so nobody has to ask anybody.
+Every process sees the whole global batch and plans for all processes, so no communication is needed.
 
-A context with many targets is laid out as several rows, since attention compares all tokens of a row with each other,
-branches of other targets too. Where the context has a constant prefix that costs next to nothing: rows of one context
-in one micro-batch share it.
+A context with many targets is split into several rows, since attention within a row is computed between all its tokens,
+including masked ones of other branches. With a constant prefix the split is nearly free: rows of one context in one
+micro-batch share it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from collm_dist.data.prompts.prompt_layout import TokenCounts
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.errors import ConfigError
 
-# Of a row's tail and branches where the rows of a context share a prefix: beyond it attention between branches, all of
-# it masked, costs more than the tail costs again in one row more; or, without a tail, than a row costs.
+# Limits on tail and branches of a row if the rows of a context share a prefix. Beyond them, masked attention between
+# branches costs more than repeating the tail in another row, or, without a tail, than another row.
 MAX_TREE_TOKENS = 256
 MAX_TREE_TOKENS_WITHOUT_TAIL = 128
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A context with some of its targets: what is never divided further.
+    """A context with some of its targets, kept together in one micro-batch.
 
     Attributes:
-        rows: the targets of each row.
-        sizes: tokens of each row.
-        prefix: tokens that the rows share.
+        rows: targets of each row.
+        sizes: number of tokens of each row.
+        prefix: number of tokens of the shared prefix.
     """
 
     rows: list[IntArray]
@@ -40,23 +40,23 @@ class _Unit:
 
     @property
     def tokens(self) -> int:
-        """Of all rows, and of the prefix."""
+        """Number of tokens of the prefix and all rows."""
         return self.prefix + sum(self.sizes)
 
 
 def plan_micro_batches(
     block: ContextBlock, counts: TokenCounts, rank: int, world_size: int, max_tokens: int
 ) -> list[ContextBlock | None]:
-    """Return this process's micro-batches of a global batch.
+    """Return the micro-batches of this process.
 
     Args:
         block: the global batch.
-        counts: its tokens.
-        rank, world_size: of this process.
-        max_tokens: most tokens of a micro-batch: the header's, its prefixes' and its rows'.
+        counts: its token counts.
+        rank, world_size: rank of this process, and number of processes.
+        max_tokens: maximum tokens per micro-batch, including header and prefixes.
 
     Returns:
-        The same number on all processes; None where one has less to do than others.
+        Equally many micro-batches on all processes; None pads the list of a process with less work.
 
     Raises:
         ConfigError: a single row exceeds ``max_tokens``.
@@ -64,19 +64,19 @@ def plan_micro_batches(
     room = max_tokens - counts.header
     slices: list[list[_Unit]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    # Longest first to whoever has least: within a few percent of the best division.
-    for unit in sorted(_list_units(block, counts, room), key=lambda one: -one.tokens):
-        least = loads.index(min(loads))
-        slices[least].append(unit)
-        loads[least] += unit.tokens
+    # Longest first to the least loaded process: within a few percent of the optimum.
+    for unit in sorted(_list_units(block, counts, room), key=lambda unit: -unit.tokens):
+        lightest = loads.index(min(loads))
+        slices[lightest].append(unit)
+        loads[lightest] += unit.tokens
     plans = [_pack_evenly(units, room) for units in slices]
-    most = max(len(plan) for plan in plans)
-    mine: list[ContextBlock | None] = [_take_rows(block, rows) for rows in plans[rank]]
-    return mine + [None] * (most - len(mine))
+    num_batches = max(len(plan) for plan in plans)
+    batches: list[ContextBlock | None] = [_take_rows(block, rows) for rows in plans[rank]]
+    return batches + [None] * (num_batches - len(batches))
 
 
 def _take_rows(block: ContextBlock, rows: list[IntArray]) -> ContextBlock:
-    """Return a block with one context for each row."""
+    """Return a block with one context per row."""
     taken = block.take_targets(np.concatenate(rows))
     if taken.num_contexts == len(rows):
         return taken
@@ -84,7 +84,7 @@ def _take_rows(block: ContextBlock, rows: list[IntArray]) -> ContextBlock:
 
 
 def _list_units(block: ContextBlock, counts: TokenCounts, max_tokens: int) -> list[_Unit]:
-    """Lay contexts out in rows, and cut them between rows where they do not fit."""
+    """Split contexts into rows, and cut them between rows if they exceed ``max_tokens``."""
     units = []
     for context in range(block.num_contexts):
         prefix, tail = int(counts.prefix[context]), int(counts.tail[context])
@@ -109,20 +109,22 @@ def _list_units(block: ContextBlock, counts: TokenCounts, max_tokens: int) -> li
 
 
 def _fill(targets: IntArray, sizes: IntArray, room: int) -> Iterator[tuple[IntArray, int]]:
-    """Yield runs of targets with their sizes, each as long as there is room, but one target at least."""
+    """Yield runs of targets with their total sizes, each at most ``room`` tokens or a single target."""
     start = used = 0
-    for place, size in enumerate(sizes.tolist()):
-        if place > start and used + size > room:
-            yield targets[start:place], used
-            start, used = place, 0
+    for position, size in enumerate(sizes.tolist()):
+        if position > start and used + size > room:
+            yield targets[start:position], used
+            start, used = position, 0
         used += size
     yield targets[start:], used
 
 
 def _pack_evenly(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
-    """Pack units with prefixes of similar length into as few micro-batches as fit, none of them a small remainder: that
-    would read all weights for little."""
-    units = sorted(units, key=lambda one: (one.prefix, max(one.sizes), int(one.rows[0][0])))
+    """Pack units with prefixes of similar length into as few, evenly filled micro-batches as possible.
+
+    A small remainder would read all weights for few tokens.
+    """
+    units = sorted(units, key=lambda unit: (unit.prefix, max(unit.sizes), int(unit.rows[0][0])))
     fewest = len(_pack(units, max_tokens))
     enough, too_few = max_tokens, 0
     while enough - too_few > max_tokens // 64 + 1:
@@ -132,7 +134,7 @@ def _pack_evenly(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
 
 
 def _pack(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
-    """Pack units in their order into micro-batches; return their rows by length, as attention lays them out."""
+    """Pack units in order into micro-batches, and return the rows of each by length."""
     batches: list[list[tuple[int, IntArray]]] = []
     tokens = 0
     for unit in units:
@@ -141,4 +143,4 @@ def _pack(units: list[_Unit], max_tokens: int) -> list[list[IntArray]]:
             tokens = 0
         batches[-1] += zip(unit.sizes, unit.rows, strict=True)
         tokens += unit.tokens
-    return [[row for _, row in sorted(batch, key=lambda one: one[0])] for batch in batches]
+    return [[row for _, row in sorted(batch, key=lambda size_and_row: size_and_row[0])] for batch in batches]

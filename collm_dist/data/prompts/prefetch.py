@@ -1,4 +1,4 @@
-"""Working ahead: what comes next is made while the model computes."""
+"""Prefetching: the next items of an iterator are produced while the model computes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _END: Any = object()
 
 
 def prefetch(source: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """Yield what an iterator yields, drawn from it in a thread, up to ``depth`` items ahead.
+    """Yield the items of an iterator, produced in a thread up to ``depth`` items ahead.
 
-    What the iterator raises is raised here, in its place. Closing this iterator ends the thread.
+    An exception of the iterator is raised at its position. Closing this iterator ends the thread.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        coming = deque(pool.submit(next, source, _END) for _ in range(depth))
-        while (item := coming.popleft().result()) is not _END:
-            coming.append(pool.submit(next, source, _END))
+        pending = deque(pool.submit(next, source, _END) for _ in range(depth))
+        while (item := pending.popleft().result()) is not _END:
+            pending.append(pool.submit(next, source, _END))
             yield item
     finally:
         pool.shutdown(cancel_futures=True)

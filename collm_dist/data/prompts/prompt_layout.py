@@ -1,7 +1,7 @@
-"""From blocks of indices to the tensors that the model reads: prompts are laid out here, and nowhere else.
+"""Collator of prompts: blocks of indices to the tensors that the model reads.
 
-While a prompt is laid out, slots are negative codes among the token ids; they end as places, so nothing that a title
-contains can be taken for one.
+During layout, slots are negative codes among the token ids; they are then resolved to positions, so no content of a
+title can be mistaken for a slot.
 
 Shapes: C contexts, N targets, H history items.
 """
@@ -35,7 +35,7 @@ from collm_dist.runs.run_dir import RunDir
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a block: (C,) constant prefixes, (C,) context tails, (N,) branches, and the header before them all."""
+    """Token counts of a block: (C,) constant prefixes, (C,) context tails, (N,) branches, and the common header."""
 
     prefix: IntArray
     tail: IntArray
@@ -44,13 +44,13 @@ class TokenCounts:
 
 
 class PromptCollator:
-    """Lays out the prompts of one stage.
+    """Collator of the prompts of one stage.
 
     Attributes:
-        template: the prompt.
-        tokens_per_slot: columns of a slot.
-        num_cut_titles: item texts cut at ``prompt.max_title_tokens``.
-        num_dropped_history: history items left out so far because a prompt was too long.
+        template: the prompt template.
+        tokens_per_slot: number of soft tokens per slot.
+        num_cut_titles: number of item texts cut at ``prompt.max_title_tokens``.
+        num_dropped_history: history items dropped so far because a prompt was too long.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class PromptCollator:
         """Tokenize the template.
 
         Args:
-            template: parsed prompt.
-            item_tokens: of every item.
-            tokenizer: of the backbone.
-            history_length: items shown at most.
-            cf_history_length: items that the user vector may read.
-            max_prompt_tokens: the oldest items are dropped to fit.
-            empty_history_text: stands for an empty history.
-            tokens_per_slot: columns of a slot.
-            user_depends_on_target: whether each target has a user vector of its own.
+            template: the prompt template.
+            item_tokens: token ids of all items.
+            tokenizer: tokenizer of the backbone.
+            history_length: maximum number of history items in the prompt.
+            cf_history_length: maximum number of history items for the user vector.
+            max_prompt_tokens: the oldest history items are dropped to fit.
+            empty_history_text: text in place of an empty history.
+            tokens_per_slot: number of soft tokens per slot.
+            user_depends_on_target: whether each target has a separate user vector.
             time_cuts: timestamps (seconds) at which the vectors behind the slots change; see ``cut_contexts``.
 
         Raises:
@@ -98,10 +98,10 @@ class PromptCollator:
 
         self._separator = tokenize(", ")
         self._empty = tokenize(empty_history_text) if template.has("<ItemTitleList>") else []
-        self._texts = {one.text: tokenize(one.text) for one in template.segments if not one.is_field}
+        self._texts = {segment.text: tokenize(segment.text) for segment in template.segments if not segment.is_field}
         bos = tokenizer.bos_token_id
-        begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        self._bos: list[int] = [bos] if begins else []
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._bos: list[int] = [bos] if adds_bos else []
         self._header = self._find_header()
         self._filler_id = bos if bos is not None else 0
         self._budget = max_prompt_tokens - self._count_fixed_tokens()
@@ -113,7 +113,7 @@ class PromptCollator:
             )
 
     def _find_header(self) -> list[int]:
-        """Return the tokens that all prompts begin with, if what follows them in their region differs."""
+        """Return the tokens that all prompts start with; empty if their region has no field after them."""
         region = self.template.prefix or self.template.tail
         if not any(segment.is_field for segment in region):
             return []
@@ -121,8 +121,10 @@ class PromptCollator:
         return self._bos + [token for segment in texts for token in self._texts[segment.text]]
 
     def _count_fixed_tokens(self) -> int:
-        """Tokens that every prompt has, with the longest target title: what a prompt shows is then no matter of which
-        targets share its context."""
+        """Return the number of tokens besides the history, assuming the longest target title.
+
+        So the history in a prompt does not depend on which targets share the context.
+        """
         total = len(self._bos)
         for segment in self.template.segments:
             if segment.text == "<TargetItemTitle>":
@@ -134,11 +136,11 @@ class PromptCollator:
         return total
 
     def for_scoring(self, *, slots: bool = True) -> PromptCollator:
-        """Return a collator for passes that train nothing: all of a context is constant then.
+        """Return a collator for passes without training, in which the whole context is a constant prefix.
 
         Args:
-            slots: whether a prefix may hold slots. Where it outlives a pass, or slots are filled anew, it may not, and
-                a context with slots stays divided.
+            slots: whether a prefix may contain slots. It may not if prefixes are cached across passes or slots are
+                refilled; then a context with slots keeps its tail.
         """
         if not slots and any(segment.is_slot for segment in self.template.tail):
             return self
@@ -149,16 +151,16 @@ class PromptCollator:
         return scoring
 
     def cut_contexts(self, block: ContextBlock) -> ContextBlock:
-        """Return the block with contexts cut where a target is on the other side of a time cut than the one before.
+        """Return the block with contexts cut between targets on different sides of a time cut.
 
-        Targets of one context then are described as of one time, however a batch is divided later.
+        All targets of a context then use the vectors of one time, however a batch is divided later.
         """
         if len(self._time_cuts) == 0:
             return block
         return block.cut_where_changed(np.searchsorted(self._time_cuts, block.timestamp, side="right"))
 
     def count_tokens(self, block: ContextBlock) -> TokenCounts:
-        """Return how many tokens the block's prompts have."""
+        """Return the token counts of the block's prompts."""
         prefix, tail, branch = self._lay_out(block, self._show_history(block)[0])
         return TokenCounts(prefix.lengths, tail.lengths, branch.lengths, len(self._header))
 
@@ -166,9 +168,9 @@ class PromptCollator:
         """Lay out a micro-batch.
 
         Args:
-            block: contexts and targets; None = a filler that weighs nothing.
-            example: any non-empty block of the same batch, from which a filler is made.
-            masking: in training only.
+            block: contexts and targets; None = a filler with zero weight.
+            example: any non-empty block of the same batch, as the source of a filler.
+            masking: random masking of slots; None outside training.
         """
         weight = 0.0 if block is None else 1.0
         if block is None:
@@ -179,25 +181,27 @@ class PromptCollator:
         branches = branch.merge(block.target_offsets)
         tree = join_columns([tail, branches], block.num_contexts)
 
-        # Where each branch token stands in the tree: after its row's tail.
+        # Position of each branch token in the tree: after its row's tail.
         owner = block.target_contexts
         rows = owner[branch.rows]
-        places = tree.offsets[rows] + tail.lengths[rows] + np.arange(len(branch.values)) - branches.offsets[rows]
+        branch_positions = (
+            tree.offsets[rows] + tail.lengths[rows] + np.arange(len(branch.values)) - branches.offsets[rows]
+        )
         targets = np.full(len(tree.values), TAIL)
-        targets[places] = branch.rows
+        targets[branch_positions] = branch.rows
         start = len(self._header) + prefix.lengths
         positions = start[tree.rows] + tree.columns
-        positions[places] = (start + tail.lengths)[rows] + branch.columns
+        positions[branch_positions] = (start + tail.lengths)[rows] + branch.columns
 
         contexts = hash_integers(0, block.user_idx, block.num_likes).view(np.int64)
         prefix, prefix_keys, prefix_rows = take_distinct(prefix, self._describe_slots(block))
         firsts = np.unique(prefix_rows, return_index=True)[1]
-        laid = PromptTokens(
+        tokens = PromptTokens(
             np.concatenate([prefix.values, tree.values]),
             np.concatenate([firsts[prefix.rows], tree.rows]),
             np.concatenate([np.full(len(prefix.values), TAIL), targets]),
         )
-        slots = find_slots(block, laid, shown, contexts, masking, user_depends_on_target=self._user_depends_on_target)
+        slots = find_slots(block, tokens, shown, contexts, masking, user_depends_on_target=self._user_depends_on_target)
         arrays: dict[str, Any] = {
             "header_ids": np.array(self._header, dtype=np.int64),
             "prefix_ids": np.where(prefix.values < 0, self._filler_id, prefix.values),
@@ -205,14 +209,16 @@ class PromptCollator:
             "tree_ids": np.where(tree.values < 0, self._filler_id, tree.values),
             "tree_targets": targets,
             "tree_positions": positions,
-            "last": places[branch.offsets[1:] - 1],
+            "last": branch_positions[branch.offsets[1:] - 1],
             "pair_features": compute_pair_features(block),
             "labels": block.label.astype(np.float32),
             "weights": np.full(block.num_targets, weight, dtype=np.float32),
             "row_ids": block.row_id,
             **self.list_user_queries(block),
         }
-        tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in arrays.items()}
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+        }
         return PromptBatch(
             **tensors,
             header_key=hash(tuple(self._header)),
@@ -225,7 +231,7 @@ class PromptCollator:
         )
 
     def _describe_slots(self, block: ContextBlock) -> IntArray | None:
-        """Return (C,) hashes of all that the slots of a prefix are made of; None where it has none."""
+        """Return (C,) hashes of the inputs of the prefix's slots, or None if the prefix has no slots."""
         if not any(segment.is_slot for segment in self.template.prefix):
             return None
         history = hash_rows(Ragged(block.history_offsets, block.history_items))
@@ -233,14 +239,14 @@ class PromptCollator:
         return hash_integers(0, history, block.user_idx, block.num_likes, time).view(np.int64)
 
     def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
-        """Return the items shown in each context, and how many were dropped because the prompt was too long."""
+        """Return the history items in each prompt, and the number of items dropped because prompts were too long."""
         history = Ragged(block.history_offsets, block.history_items)
         shown = history.take_last(np.full(block.num_contexts, self._history_length))
         cost = np.zeros(len(shown.values), dtype=np.int64)
         first = 0
         if self.template.has("<ItemTitleList>"):
             cost += self._titles.lengths[shown.values] + len(self._separator)
-            first = len(self._separator)  # one separator less than items
+            first = len(self._separator)  # one separator fewer than items
         if self.template.has("<ItemIDList>"):
             cost = cost + self.tokens_per_slot
         # An item stays if it and all newer ones of its context fit.
@@ -250,16 +256,16 @@ class PromptCollator:
         return shown.take_last(kept), len(shown.values) - int(kept.sum())
 
     def _lay_out(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, Ragged, Ragged]:
-        """Return what follows the header as token ids and slot codes: prefixes (C rows), tails (C), branches (N)."""
+        """Return token ids and slot codes after the header: prefixes (C rows), tails (C rows), branches (N rows)."""
         contexts, targets = block.num_contexts, block.num_targets
         first = self.template.prefix or self.template.tail
         start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and not self._header else []
         rest = list(itertools.dropwhile(lambda segment: not segment.is_field, first)) if self._header else first
-        laid = [*start, *(self._lay_out_context(one, shown) for one in rest)] if first else []
-        head, tail = laid, [self._lay_out_context(one, shown) for one in self.template.tail]
+        laid = [*start, *(self._lay_out_context(segment, shown) for segment in rest)] if first else []
+        head, tail = laid, [self._lay_out_context(segment, shown) for segment in self.template.tail]
         if not self.template.prefix:
             head, tail = [], laid
-        branch = [self._lay_out_target(one, block) for one in self.template.branch]
+        branch = [self._lay_out_target(segment, block) for segment in self.template.branch]
         if self._bos and not first:
             branch.insert(0, repeat_values(self._bos, np.ones(targets, dtype=bool)))
         return join_columns(head, contexts), join_columns(tail, contexts), join_columns(branch, targets)
@@ -296,10 +302,10 @@ class PromptCollator:
         shift = self._cf_history_length - history.lengths
         matrix[history.rows, history.columns + shift[history.rows]] = history.values
         if not self._user_depends_on_target:
-            nothing = np.full(block.num_contexts, -1, dtype=np.int64)
+            no_target = np.full(block.num_contexts, -1, dtype=np.int64)
             times = block.timestamp[block.target_offsets[:-1]]
             return {
-                "user_idx": block.user_idx, "user_history": matrix, "user_target": nothing, "user_timestamps": times
+                "user_idx": block.user_idx, "user_history": matrix, "user_target": no_target, "user_timestamps": times
             }  # fmt: skip
         owner = block.target_contexts
         return {
@@ -311,10 +317,16 @@ class PromptCollator:
 
 
 def list_segments(tails: IntArray, branches: IntArray, owner: IntArray) -> Segments:
-    """Return what a tree consists of: (C,) tokens of tails, (N,) tokens of branches, and (N,) the row of each."""
+    """Return the segments of tree rows.
+
+    Args:
+        tails: (C,) number of tokens of each tail.
+        branches: (N,) number of tokens of each branch.
+        owner: (N,) row of each branch.
+    """
     lengths, rows = np.concatenate([tails, branches]), np.concatenate([np.arange(len(tails)), owner])
     seen = np.concatenate([np.zeros_like(tails), tails[owner]])
-    order = np.argsort(rows, kind="stable")  # a row's tail, and then its branches
+    order = np.argsort(rows, kind="stable")  # each row's tail before its branches
     order = order[lengths[order] > 0]
     return Segments(Mirrored.of(lengths[order]), Mirrored.of(rows[order]), Mirrored.of(seen[order]))
 
@@ -332,13 +344,13 @@ def build_collator(
 
     Args:
         config: the experiment.
-        run_dir: whose data step is done.
-        tokenizer: of the backbone.
-        stage: whose prompt.
+        run_dir: run directory with a finished data step.
+        tokenizer: tokenizer of the backbone.
+        stage: the tuning stage.
         user_depends_on_target, time_cuts: see ``PromptCollator``.
 
     Raises:
-        ConfigError: the prompt is wrong.
+        ConfigError: the prompt is invalid.
         ArtifactError: the data step is not done.
     """
     template = PromptTemplate.parse(

@@ -1,4 +1,4 @@
-"""Showing what a model will read: prompts with their slots marked, before any GPU is used."""
+"""Preview of the input and of prompts with their slots marked; needs no GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from collm_dist.runs.run_dir import RunDir
 
 
 def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any) -> str:
-    """Return the first target's prompt as text, with slots marked and ⟪ where the constant prefix ends."""
+    """Return the first target's prompt as a string, with slots marked and ⟪ at the end of the constant prefix."""
     block = block.take_targets(np.arange(1))
     batch = collator.collate(block, block)
     marks: dict[int, str] = {}
     kinds = {"UserID": batch.user_slots, "ItemID": batch.item_slots, "MatchID": batch.pair_slots}
     for name, slots in kinds.items():
-        for place in slots.places.tolist():
-            marks[place - len(batch.prefix_ids)] = f"⟦{name}⟧"
+        for position in slots.places.tolist():
+            marks[position - len(batch.prefix_ids)] = f"⟦{name}⟧"
     header, prefix = batch.header_ids.tolist(), batch.prefix_ids.tolist()
     pieces: list[str] = [tokenizer.decode(header + prefix), "⟪"] if prefix else []
     pending: list[int] = [] if prefix else header
@@ -42,13 +42,13 @@ def render_example(collator: PromptCollator, block: ContextBlock, tokenizer: Any
 
 
 def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokenizer: Callable[[], Any]) -> None:
-    """Print how the input is understood and, once the data step is done, prompts of both stages.
+    """Print the interpretation of the input and, if the data step is done, prompts of both stages.
 
     Args:
         config: the experiment.
-        run_dir: of the experiment.
-        num_prompts: prompts of each stage.
-        load_tokenizer: returns the backbone's tokenizer; called once there are prompts to show.
+        run_dir: its run directory.
+        num_prompts: number of prompts per stage.
+        load_tokenizer: returns the backbone's tokenizer; called only if there are prompts to show.
     """
     for key, value in open_source(config.dataset).describe().items():
         print(f"{key}: {value}")

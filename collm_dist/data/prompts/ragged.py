@@ -1,6 +1,6 @@
-"""Rows of unequal length as two flat arrays, so that a whole block of prompts is laid out without a loop over tokens.
+"""Ragged arrays, to lay out whole blocks of prompts without a loop over tokens.
 
-Shapes: R rows, M values in all.
+Shapes: R rows, M values in total.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collm_dist.random_keys import hash_integers
 
 
 def to_offsets(lengths: IntArray) -> IntArray:
-    """(R,) lengths -> (R + 1,) offsets."""
+    """Return (R + 1,) offsets of (R,) lengths."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
@@ -24,7 +24,7 @@ def to_offsets(lengths: IntArray) -> IntArray:
 
 @dataclass(frozen=True)
 class Ragged:
-    """R rows: row r is ``values[offsets[r]:offsets[r + 1]]``.
+    """R rows of different lengths: row r is ``values[offsets[r]:offsets[r + 1]]``.
 
     Attributes:
         offsets: (R + 1,).
@@ -36,7 +36,7 @@ class Ragged:
 
     @property
     def lengths(self) -> IntArray:
-        """(R,) values of each row."""
+        """(R,) number of values per row."""
         return np.diff(self.offsets)
 
     @property
@@ -57,24 +57,24 @@ class Ragged:
         return Ragged(offsets, self.values[elements])
 
     def take_last(self, counts: IntArray) -> Ragged:
-        """Return the last values of each row, (R,) of them at the most."""
+        """Return the last values of each row, at most ``counts`` (R,) per row."""
         lengths = np.minimum(self.lengths, counts)
         offsets = to_offsets(lengths)
         elements = np.arange(offsets[-1]) + np.repeat(self.offsets[1:] - lengths - offsets[:-1], lengths)
         return Ragged(offsets, self.values[elements])
 
     def merge(self, group_offsets: IntArray) -> Ragged:
-        """Lay neighbouring rows end to end: group g is made of rows ``group_offsets[g]:group_offsets[g + 1]``."""
+        """Concatenate neighbouring rows: group g consists of rows ``group_offsets[g]:group_offsets[g + 1]``."""
         return Ragged(self.offsets[group_offsets], self.values)
 
 
-def repeat_values(values: Sequence[int], where: NDArray[np.bool_]) -> Ragged:
-    """Return rows that hold the same values where the (R,) mask is true, and nothing elsewhere."""
-    return Ragged(to_offsets(where * len(values)), np.tile(np.asarray(values, dtype=np.int64), int(where.sum())))
+def repeat_values(values: Sequence[int], mask: NDArray[np.bool_]) -> Ragged:
+    """Return rows that hold the same values where the (R,) mask is true, and are empty elsewhere."""
+    return Ragged(to_offsets(mask * len(values)), np.tile(np.asarray(values, dtype=np.int64), int(mask.sum())))
 
 
 def join_columns(parts: Sequence[Ragged], num_rows: int) -> Ragged:
-    """Return rows that are the parts' rows one after the other; every part has ``num_rows`` rows."""
+    """Concatenate parts row by row; every part has ``num_rows`` rows."""
     lengths = np.zeros(num_rows, dtype=np.int64)
     starts = []
     for part in parts:
@@ -94,16 +94,16 @@ def hash_rows(ragged: Ragged) -> NDArray[np.uint64]:
     return hashes
 
 
-def take_distinct(ragged: Ragged, others: IntArray | None = None) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
-    """Return the rows that differ, shortest first, a hash of each, and which of them each row is.
+def take_distinct(ragged: Ragged, extra_keys: IntArray | None = None) -> tuple[Ragged, NDArray[np.uint64], IntArray]:
+    """Return the distinct rows, shortest first, their hashes, and the (R,) number of the distinct row of each row.
 
     Args:
         ragged: the rows.
-        others: (R,) what must be equal besides.
+        extra_keys: (R,) keys that must be equal as well.
     """
     hashes = hash_rows(ragged)
-    if others is not None:
-        hashes = hash_integers(0, hashes, others)
+    if extra_keys is not None:
+        hashes = hash_integers(0, hashes, extra_keys)
     _, firsts, numbers = np.unique(hashes, return_index=True, return_inverse=True)
     order = np.lexsort((firsts, ragged.lengths[firsts]))
     kept = firsts[order]

@@ -1,4 +1,4 @@
-"""Slots of prompts that are being laid out: negative codes among the token ids, which end as places and sources.
+"""Slots of prompts during layout: negative codes among the token ids, resolved to positions and sources.
 
 Shapes: C contexts, S slots, M tokens of a micro-batch's prefixes and tree.
 """
@@ -22,7 +22,7 @@ SLOT_CODES = {"<UserID>": USER, "<TargetItemID>": ITEM, "<MatchID>": PAIR}
 
 @dataclass(frozen=True)
 class Masking:
-    """Which training slots lose their vector: a share, drawn by hash of seed and epoch."""
+    """Random masking of slots in training: each slot with ``probability``, by hash of seed, epoch and slot."""
 
     probability: float
     seed: int
@@ -31,12 +31,12 @@ class Masking:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A micro-batch's tokens, those of the prefixes first and then those of the tree, rows laid end to end.
+    """Packed tokens of a micro-batch: first the prefixes, then the tree rows.
 
     Attributes:
         codes: (M,) token ids and slot codes.
-        contexts: (M,) the context that each belongs to; the first one of those that share a prefix.
-        targets: (M,) the target of a branch's token, ``TAIL`` elsewhere.
+        contexts: (M,) context of each token; for a shared prefix the first of its contexts.
+        targets: (M,) target of a branch token, ``TAIL`` elsewhere.
     """
 
     codes: IntArray
@@ -46,7 +46,7 @@ class PromptTokens:
 
 def find_slots(
     block: ContextBlock,
-    laid: PromptTokens,
+    tokens: PromptTokens,
     shown: Ragged,
     context_keys: IntArray,
     masking: Masking | None,
@@ -56,28 +56,28 @@ def find_slots(
     """Return the slots by kind and ``item_timestamps``, as in ``PromptBatch``.
 
     Args:
-        block: the rows.
-        laid: their tokens.
-        shown: (C rows) the history items that the prompts show.
-        context_keys: (C,) what masks of a context's own slots are drawn by.
-        masking: in training only.
-        user_depends_on_target: whether each target has a user vector of its own.
+        block: contexts and targets.
+        tokens: their packed tokens.
+        shown: (C rows) history items in the prompts.
+        context_keys: (C,) hash keys for masking the slots of a context.
+        masking: random masking; None outside training.
+        user_depends_on_target: whether each target has a separate user vector.
     """
 
     def find(code: int) -> tuple[IntArray, IntArray, IntArray]:
-        places = np.flatnonzero(laid.codes == code)
-        return places, laid.contexts[places], laid.targets[places]
+        places = np.flatnonzero(tokens.codes == code)
+        return places, tokens.contexts[places], tokens.targets[places]
 
     users, user_contexts, user_targets = find(USER)
     items, _, item_targets = find(ITEM)
     listed, list_contexts, _ = find(HISTORY)
     pairs, _, pair_targets = find(PAIR)
-    # A list's slots stand in a row as its items do; whose list comes first is up to the layout.
+    # Slots of a list are in the order of its items; the order of the lists is that of the layout.
     owners = list_contexts[np.sort(np.unique(list_contexts, return_index=True)[1])]
     listed_items = shown.take(owners).values if len(listed) else listed
     item_sources = np.concatenate([block.item_idx[item_targets], listed_items])
     query = user_targets if user_depends_on_target else user_contexts
-    # A context's user slot is drawn by the context, so that a cut context is masked alike in both batches.
+    # The user slot of a context is masked by the context's key, so that both parts of a cut context agree.
     list_keys = hash_integers(0, block.user_idx[list_contexts], block.num_likes[list_contexts], listed_items)
     user_keys = block.row_id[user_targets] if user_depends_on_target else context_keys[user_contexts]
     item_keys = np.concatenate([block.row_id[item_targets], list_keys.view(np.int64)])
@@ -95,4 +95,4 @@ def _to_slots(places: IntArray, sources: IntArray, keys: IntArray, masking: Mask
     masked = np.zeros(len(places), dtype=bool)
     if masking is not None and masking.probability > 0:
         masked = to_unit_interval(hash_integers(masking.seed, masking.epoch, kind, keys)) < masking.probability
-    return Slots(*(torch.from_numpy(np.ascontiguousarray(one)) for one in (places, sources, masked)))
+    return Slots(*(torch.from_numpy(np.ascontiguousarray(array)) for array in (places, sources, masked)))
