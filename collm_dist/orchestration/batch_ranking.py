@@ -236,10 +236,11 @@ def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[s
         lines.append(
             f"{summary['judged_users']:,} users with known likes, of which the candidates hold {summary['recall']:.1%}"
         )
-    for name, found in summary.items():
+    for name, metric in summary.items():
         if name.startswith("ndcg@"):
             lines.append(
-                f"{name}: {found['llm']:.4f}, in the order of the collaborative model {found['cf']:.4f}; gain "
-                f"{found['gain']:+.4f} ± {found['gain_standard_error']:.4f} (standard error, {found['users']:,} users)"
+                f"{name}: {metric['llm']:.4f}, in the order of the collaborative model {metric['cf']:.4f}; gain "
+                f"{metric['gain']:+.4f} ± {metric['gain_standard_error']:.4f} "
+                f"(standard error, {metric['users']:,} users)"
             )
     return [*lines, f"scores: {folder.path / 'scores'}"]

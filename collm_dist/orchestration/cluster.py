@@ -22,7 +22,7 @@ from collm_dist.runs.atomic_files import open_atomic
 logger = logging.getLogger(__name__)
 
 # What a task ends with that was bound to a node which is no longer there.
-_GONE = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
+_NODE_LOST = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
 # For tasks in flight when one of them has failed.
 _GRACE_SECONDS = 5.0
 
@@ -55,9 +55,9 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
     except CollmError:  # asked to stop
         raise
     except Exception as error:  # Ray raises bare ones where its processes do not come up in time
-        where = f"Ray at '{address}'" if address else "a local Ray"
+        target = f"Ray at '{address}'" if address else "a local Ray"
         raise LaunchError(
-            f"cluster.ray_address: {where} cannot be reached or started: {error}. Start a cluster there (ray start "
+            f"cluster.ray_address: {target} cannot be reached or started: {error}. Start a cluster there (ray start "
             "--head), or unset the address (also RAY_ADDRESS) to use this machine alone; on a busy machine, try again"
         ) from error
     try:
@@ -75,13 +75,13 @@ def check_nodes(folder: Path) -> None:
     sentinel = folder / ".sentinel"
     with open_atomic(sentinel) as file:
         file.write("collm-dist\n")
-    look, own = ray.remote(num_cpus=0)(read_facts), read_facts(str(sentinel))
+    read_remotely, own = ray.remote(num_cpus=0)(read_facts), read_facts(str(sentinel))
     for node in ray.nodes():
         if node["Alive"]:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             try:
-                facts = ray.get(look.options(scheduling_strategy=strategy).remote(str(sentinel)))
-            except _GONE as error:  # it has gone since it was listed: others do its work
+                facts = ray.get(read_remotely.options(scheduling_strategy=strategy).remote(str(sentinel)))
+            except _NODE_LOST as error:  # it has gone since it was listed: others do its work
                 logger.warning("node %s does not answer: %s", node["NodeManagerAddress"], error)
                 continue
             check_facts(facts, own, node["NodeManagerAddress"], folder)

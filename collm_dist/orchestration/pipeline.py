@@ -113,7 +113,7 @@ def _run_steps(
         for step in list_steps(config):
             status.enter(step)
             forced = forced or step in force
-            if forced or not _is_there(config, run_dir, step):
+            if forced or not _is_done_or_linked(config, run_dir, step):
                 print(f"== {step}", flush=True)
                 if step in ("data", "cf"):
                     _run_on_ray(config, run_dir, step, forced, ray_session)
@@ -131,7 +131,7 @@ def _run_child(child: _Child, status: RunStatus) -> None:
         run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
 
 
-def _is_there(config: Config, run_dir: RunDir, step: Step) -> bool:
+def _is_done_or_linked(config: Config, run_dir: RunDir, step: Step) -> bool:
     """Return whether a step is done, or is done in another run and now linked.
 
     Raises:
@@ -144,11 +144,11 @@ def _is_there(config: Config, run_dir: RunDir, step: Step) -> bool:
     if run_dir.is_done(step):
         # Whether an older report is in the way of a new one, evaluation knows; all others raise.
         return step != "eval" and is_step_current(run_dir, step, fingerprint)
-    other = find_reusable(step, fingerprint, config.run.reuse)
-    if other is not None:
-        link_step(step, other, run_dir)
-        print(f"{step}: taken from {other.path}", flush=True)
-    return other is not None
+    source = find_reusable(step, fingerprint, config.run.reuse)
+    if source is not None:
+        link_step(step, source, run_dir)
+        print(f"{step}: taken from {source.path}", flush=True)
+    return source is not None
 
 
 def _is_current(run_dir: RunDir, step: Step, fingerprint: dict[str, Any]) -> bool:
@@ -256,12 +256,12 @@ def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
         try:
             fingerprint = compute_step_fingerprint(config, run_dir, step)
             done = is_step_current(run_dir, step, fingerprint)
-            other = None if done else find_reusable(step, fingerprint, config.run.reuse)
+            source = None if done else find_reusable(step, fingerprint, config.run.reuse)
         except CollmError as error:
             lines += [f"{step:7} {line}" for line in str(error).splitlines()]
             ready = False
             continue
-        lines.append(f"{step:7} " + ("done" if done else f"to be taken from {other.path}" if other else "to do"))
+        lines.append(f"{step:7} " + ("done" if done else f"to be taken from {source.path}" if source else "to do"))
         ready = done
     if run_dir.is_done("data"):
         from collm_dist.tuning.dry_run import describe_stage_plan

@@ -76,7 +76,7 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
 def describe_search(config: Config, run_dir: RunDir) -> list[str]:
     """Return the settings of each trial."""
-    return [f"trial {number:3} {describe_settings(one)}" for number, one in enumerate(_plan_trials(config))]
+    return [f"trial {number:3} {describe_settings(settings)}" for number, settings in enumerate(_plan_trials(config))]
 
 
 def _plan_trials(config: Config) -> list[Settings]:
@@ -114,8 +114,8 @@ def _search(
         jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
         jobs[-1].checkpoints.mkdir(parents=True, exist_ok=True)
     with connect_ray(config.cluster):
-        found = _run_trials(config, jobs, trials, folder)
-    ranked = rank_trials(found, config.cf.select_metric)
+        outcomes = _run_trials(config, jobs, trials, folder)
+    ranked = rank_trials(outcomes, config.cf.select_metric)
     if not any(trial.state == "finished" for trial in ranked):
         raise ConfigError("cf_search: no trial came to an end. The first failed with: "
                           + next((trial.error for trial in ranked if trial.error), "nothing was reported"))  # fmt: skip
@@ -155,12 +155,12 @@ def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings],
         raise
     except Exception as error:
         raise LaunchError(f"cf_search: Ray Tune failed ({error}); run the command again to go on") from error
-    found: list[Trial] = []
+    outcomes: list[Trial] = []
     for result in results:
-        number = result.config["trial"] if result.config else len(found)
+        number = result.config["trial"] if result.config else len(outcomes)
         cause = str(getattr(result.error, "cause", None) or result.error or "")
-        found.append(Trial.from_report(number, trials[number], result.metrics or {}, cause.strip()[-300:]))
-    return found
+        outcomes.append(Trial.from_report(number, trials[number], result.metrics or {}, cause.strip()[-300:]))
+    return outcomes
 
 
 def _build_tuner(config: Config, trials: Sequence[Settings], trainable: Any, parallel: int, folder: Path) -> tune.Tuner:
@@ -234,7 +234,7 @@ class ProgressLines(tune.Callback):  # type: ignore[misc]
 
     def _show(self, trials: list[Any], trial: Any, state: str) -> None:
         number, result = trial.config["trial"], trial.last_result or {}
-        done = sum(one.status in ("TERMINATED", "ERROR") for one in trials if one is not trial) + 1
+        done = sum(other.status in ("TERMINATED", "ERROR") for other in trials if other is not trial) + 1
         value = result.get(f"valid_{self._metric}")
         shown = "" if value is None else f"{self._metric} {value:.4f}, {result['epoch']} epochs, "
         print(f"  [{done}/{len(self._trials)}] trial {number} {state}: {shown}"

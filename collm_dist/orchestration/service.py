@@ -149,7 +149,7 @@ def find_port(host: str, port: int) -> int:
         ) from None
 
 
-def plan_replicas(wanted: int | None) -> tuple[int, dict[str, int]]:
+def plan_replicas(requested: int | None) -> tuple[int, dict[str, int]]:
     """Return how many replicas to start, and the CPUs and GPUs of each.
 
     Raises:
@@ -158,13 +158,13 @@ def plan_replicas(wanted: int | None) -> tuple[int, dict[str, int]]:
     total, free = ray.cluster_resources(), ray.available_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 1))
     nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
-    replicas = wanted or gpus or nodes
+    replicas = requested or gpus or nodes
     # On a CPU the cores are divided among the replicas; Ray gives each as many threads as cores.
     devices = {"num_cpus": 1 if gpus else max(cpus // max(replicas, nodes), 1), "num_gpus": 1 if gpus else 0}
-    for name, each in (("CPU", devices["num_cpus"]), ("GPU", devices["num_gpus"])):
-        if replicas * each > free.get(name, 0):
+    for name, per_replica in (("CPU", devices["num_cpus"]), ("GPU", devices["num_gpus"])):
+        if replicas * per_replica > free.get(name, 0):
             raise LaunchError(
-                f"--replicas: {replicas} models take {replicas * each} {name}s, and {int(free.get(name, 0))} of "
+                f"--replicas: {replicas} models take {replicas * per_replica} {name}s, and {int(free.get(name, 0))} of "
                 f"{int(total.get(name, 0))} are free; start fewer, or free some"
             )
     return replicas, devices
@@ -223,11 +223,11 @@ def _start_replicas(
         serve.run(deployment.bind(config, run_dir, model, options, errors), name=APP_NAME)
     except (RuntimeError, RayError) as error:
         applications = serve.status().applications.values()
-        told = [one.message for application in applications for one in application.deployments.values()]
+        messages = [state.message for application in applications for state in application.deployments.values()]
         if not errors.empty():
             raise CollmError.from_dict(errors.get()) from None
         raise LaunchError(
-            "the process that serves the model does not start: " + "\n".join([*told, str(error)])
+            "the process that serves the model does not start: " + "\n".join([*messages, str(error)])
         ) from None
 
 

@@ -54,14 +54,14 @@ def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> 
     folder.mkdir(parents=True)
     check_nodes(folder)
     settings = {"config": config, "run_dir": str(run_dir.path.absolute()), "step": step, "force": force}
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def ask(number: int, _: object = None) -> None:
-        asked.append(number)
+    def request_stop(number: int, _: object = None) -> None:
+        signals.append(number)
         (folder / _STOP).touch()
 
     # In a thread of its own, because in the main one Ray Train would answer Ctrl-C by killing the workers.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, handle_stop_signals(ask), _Output(folder) as output:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, handle_stop_signals(request_stop), _Output(folder) as output:
         training = pool.submit(
             _fit, settings, folder, num_workers, use_gpu, 60 * config.cluster.collective_timeout_minutes
         )
@@ -70,33 +70,33 @@ def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> 
                 concurrent.futures.wait([training], timeout=_POLL_SECONDS)
                 output.copy()
             except KeyboardInterrupt:
-                ask(signal.SIGINT)
+                request_stop(signal.SIGINT)
         failure = training.exception()
     if failure is not None:
-        if signal.SIGINT in asked:
+        if signal.SIGINT in signals:
             raise KeyboardInterrupt
         first = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
         lost = WorkerLostError(f"{step}: a Ray worker or its node was lost ({first})")
-        raise explain_end(read_error(folder / _ERROR), asked) or lost from failure
+        raise explain_end(read_error(folder / _ERROR), signals) or lost from failure
     shutil.rmtree(folder)
 
 
-def count_workers(wanted: int | None, resources: Mapping[str, float]) -> tuple[int, bool]:
+def count_workers(requested: int | None, resources: Mapping[str, float]) -> tuple[int, bool]:
     """Return how many workers a step gets, and whether each has a GPU.
 
     Args:
-        wanted: as configured; None for one per GPU, or a single one without GPUs.
+        requested: as configured; None for one per GPU, or a single one without GPUs.
         resources: of the whole cluster, as Ray counts them.
 
     Raises:
         LaunchError: the cluster has fewer devices.
     """
     kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
-    there = int(resources.get(kind, 0))
-    number = wanted or (there if kind == "GPU" else 1)
-    if number > there:
-        raise LaunchError(f"cluster.num_processes: {number} workers need a {kind} each, the cluster has {there}; lower "
-                          "it or add nodes")  # fmt: skip
+    available = int(resources.get(kind, 0))
+    number = requested or (available if kind == "GPU" else 1)
+    if number > available:
+        raise LaunchError(f"cluster.num_processes: {number} workers need a {kind} each, the cluster has {available}; "
+                          "lower it or add nodes")  # fmt: skip
     return number, kind == "GPU"
 
 

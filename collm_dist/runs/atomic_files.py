@@ -101,12 +101,12 @@ def _find_errno(error: Exception) -> int | None:
     """Return the system's error number, also where a library written in Rust has it in its message alone."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def _describe_free(path: Path) -> str:
-    folder = next((one for one in (path, *path.parents) if one.exists()), None)
+    folder = next((parent for parent in (path, *path.parents) if parent.exists()), None)
     return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free" if folder else "free space unknown"
 
 

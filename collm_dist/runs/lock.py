@@ -69,28 +69,28 @@ def hold_run_lock(
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    own = _take(path)
+    holder = _take(path)
     stop = threading.Event()
-    beats = threading.Thread(target=_beat, args=(path, own, stop, on_beat, beat_seconds), daemon=True)
-    before = os.environ.get(TOKEN_VARIABLE)
-    os.environ[TOKEN_VARIABLE] = own.token
+    beats = threading.Thread(target=_beat, args=(path, holder, stop, on_beat, beat_seconds), daemon=True)
+    outer_token = os.environ.get(TOKEN_VARIABLE)
+    os.environ[TOKEN_VARIABLE] = holder.token
     beats.start()
     try:
         yield
     finally:
         stop.set()
         beats.join()
-        if before is None:
+        if outer_token is None:
             os.environ.pop(TOKEN_VARIABLE, None)
         else:
-            os.environ[TOKEN_VARIABLE] = before
-        if _read_holder(path) == own:
+            os.environ[TOKEN_VARIABLE] = outer_token
+        if _read_holder(path) == holder:
             path.unlink(missing_ok=True)
 
 
 def _take(path: Path) -> Holder:
     process = psutil.Process()
-    own = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
+    new_holder = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
     # Two who find a stale lock at once must not both take it over.
     with path.with_name(f"{path.name}.guard").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
@@ -107,19 +107,19 @@ def _take(path: Path) -> Holder:
             )
             # What it had started may live on, and write.
             end_processes(TOKEN_VARIABLE, holder.token)
-        write_json(path, asdict(own))
-    return own
+        write_json(path, asdict(new_holder))
+    return new_holder
 
 
 def end_processes(variable: str, value: str) -> None:
     """Kill all processes of this user on this host that were started with a variable of that value."""
-    found = []
+    killed = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get(variable) == value and process.pid != os.getpid():
                 process.kill()
-                found.append(process)
-    psutil.wait_procs(found, timeout=BEAT_SECONDS)
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=BEAT_SECONDS)
 
 
 def _is_alive(holder: Holder, age_seconds: float) -> bool:
@@ -139,13 +139,13 @@ def _read_holder(path: Path) -> Holder | None:
 
 
 def _beat(
-    path: Path, own: Holder, stop: threading.Event, on_beat: Callable[[], None] | None, beat_seconds: float
+    path: Path, holder: Holder, stop: threading.Event, on_beat: Callable[[], None] | None, beat_seconds: float
 ) -> None:
     while not stop.wait(beat_seconds):
-        if _read_holder(path) != own:
+        if _read_holder(path) != holder:
             logger.error("%s: the lock was taken over by another process; stopping", path.parent)
             if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell script
-                end_processes(TOKEN_VARIABLE, own.token)
+                end_processes(TOKEN_VARIABLE, holder.token)
                 os._exit(LaunchError.exit_code)
             _thread.interrupt_main()
             return

@@ -39,8 +39,8 @@ def find_previous_file(config: Config, step: Step) -> Path | None:
 def compares_with_previous(config: Config) -> bool:
     """Return whether the earlier run's stage 2 scores today's rows too."""
     previous = find_previous(config)
-    wanted = config.promotion.min_paired_difference is not None and config.promotion.baseline == "previous"
-    return wanted and previous is not None and previous.is_done("stage2")
+    is_rule_set = config.promotion.min_paired_difference is not None and config.promotion.baseline == "previous"
+    return is_rule_set and previous is not None and previous.is_done("stage2")
 
 
 def describe_previous_step(config: Config, step: Step) -> dict[str, Any]:

@@ -41,12 +41,12 @@ def pin_previous(config: Config) -> Config:
     if not path.is_symlink() and not (is_pointer and not path.exists()):
         return config
     if recorded.exists():
-        before = parse_yaml(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
+        previous = parse_yaml(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
     else:
-        before = str(path.resolve()) if path.exists() else None
-    if before is not None and Path(before).resolve() == run_dir.resolve():
+        previous = str(path.resolve()) if path.exists() else None
+    if previous is not None and Path(previous).resolve() == run_dir.resolve():
         raise ConfigError(f"dataset.extend_from: '{name}' leads to this very run, {run_dir}; set run.dir to a new one")
-    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"extend_from": before})})
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"extend_from": previous})})
 
 
 def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
                                 "min_paired_difference": rule.min_paired_difference}  # fmt: skip
     if rule.baseline == "previous" and config.dataset.extend_from is None:
         return decision | {"state": "promoted", "reason": "there is no run to compare with"}
-    wanted = {"split": "test", "slice": "all", "model": "stage2", "versus": rule.baseline}
-    found: Mapping[str, Any] = next((row for row in report["differences"] if wanted.items() <= row.items()), {})
-    low = found.get(f"{rule.metric}_low")
+    key = {"split": "test", "slice": "all", "model": "stage2", "versus": rule.baseline}
+    difference: Mapping[str, Any] = next((row for row in report["differences"] if key.items() <= row.items()), {})
+    low = difference.get(f"{rule.metric}_low")
     if low is None:
         raise ArtifactError(
             f"promotion: the report has no interval for stage 2 against {rule.baseline} in {rule.metric} on test: "
@@ -78,11 +78,11 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
         )
     passes = low >= rule.min_paired_difference
     reason = (
-        f"stage 2 less {rule.baseline}, {rule.metric} on {found['rows']:,} test rows: {found[rule.metric]:+.4f} "
-        f"[{low:+.4f}, {found[f'{rule.metric}_high']:+.4f}]; its lower end is {'not ' * (not passes)}at least "
-        f"{rule.min_paired_difference:+g}"
+        f"stage 2 less {rule.baseline}, {rule.metric} on {difference['rows']:,} test rows: "
+        f"{difference[rule.metric]:+.4f} [{low:+.4f}, {difference[f'{rule.metric}_high']:+.4f}]; "
+        f"its lower end is {'not ' * (not passes)}at least {rule.min_paired_difference:+g}"
     )
-    numbers = {"difference": found[rule.metric], "low": low, "high": found[f"{rule.metric}_high"]}
+    numbers = {"difference": difference[rule.metric], "low": low, "high": difference[f"{rule.metric}_high"]}
     return decision | numbers | {"state": "promoted" if passes else "rejected", "reason": reason}
 
 
@@ -98,8 +98,8 @@ def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
     report, path = run_dir.read_record("eval"), run_dir.path / RECORD
     decision = decide(config, report) | {"report": report["content_hash"]}
     if path.exists():
-        made = json.loads(path.read_text(encoding="utf-8"))
-        if made == decision:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if recorded == decision:
             return decision
     if decision["state"] == "promoted":
         move_pointer(find_pointer(config), run_dir.path)

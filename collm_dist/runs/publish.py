@@ -28,7 +28,7 @@ from collm_dist.storage import explain_store_errors, is_store, join_uri, open_fi
 INDEX = "published.json"
 _BLOCK_BYTES = 8 << 20
 # To go on from, not to read; the rest of a step is what later steps and recommenders take.
-_LEFT_OUT = frozenset({"checkpoints"})
+_EXCLUDED = frozenset({"checkpoints"})
 
 
 def build_publisher(config: Config, run_dir: RunDir) -> Publisher | None:
@@ -47,12 +47,12 @@ def build_publisher(config: Config, run_dir: RunDir) -> Publisher | None:
 
 def list_step_files(folder: Path) -> dict[str, Path]:
     """Return the files of a step by their paths below its folder, in order; links are followed."""
-    found = {}
+    files = {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(one for one in folders if one not in _LEFT_OUT and not one.startswith("."))
-        for path in (Path(place) / one for one in sorted(names) if not one.startswith(".")):
-            found[path.relative_to(folder).as_posix()] = path
-    return found
+        folders[:] = sorted(name for name in folders if name not in _EXCLUDED and not name.startswith("."))
+        for path in (Path(place) / name for name in sorted(names) if not name.startswith(".")):
+            files[path.relative_to(folder).as_posix()] = path
+    return files
 
 
 class Publisher:
@@ -90,12 +90,12 @@ class Publisher:
         """
         files = list_step_files(self._run_dir.step_dir(step))
         index: dict[str, dict[str, Any]] = {
-            name: {"bytes": one.stat().st_size, "sha256": compute_file_hash(one)} for name, one in files.items()
+            name: {"bytes": path.stat().st_size, "sha256": compute_file_hash(path)} for name, path in files.items()
         }
-        record, there = self._run_dir.record_path(step).name, self._list(step)
+        record, published = self._run_dir.record_path(step).name, self._list(step)
         text = json.dumps({"files": index}, indent=2, sort_keys=True).encode() + b"\n"
         sizes = {name: entry["bytes"] for name, entry in index.items()} | {INDEX: len(text)}
-        if there == sizes and self._read(f"{step}/{INDEX}") == text:
+        if published == sizes and self._read(f"{step}/{INDEX}") == text:
             print(f"{step}: published already ({self.uri}/{step})", flush=True)
             return
         self._withdraw(step)
@@ -107,30 +107,30 @@ class Publisher:
             unit_scale=True,
             disable=None if self._show_progress else True,
         ) as bar:
-            for name in [one for one in index if one != record]:
-                sent += self._bring(step, name, files[name], index[name], there, bar)
-            for name in there.keys() - sizes.keys():
+            for name in [name for name in index if name != record]:
+                sent += self._send_changed(step, name, files[name], index[name], published, bar)
+            for name in published.keys() - sizes.keys():
                 self._delete(f"{step}/{name}")
             self._write(f"{step}/{INDEX}", text)
-            self._bring(step, record, files[record], index[record], {}, bar)
+            self._send_changed(step, record, files[record], index[record], {}, bar)
         total = sum(entry["bytes"] for entry in index.values()) / 2**20
         print(f"{step}: published {len(index):,} files, {total:,.1f} MiB, {len(index) - 1 - sent:,} of them there "
               f"before ({self.uri}/{step})", flush=True)  # fmt: skip
 
     def _withdraw(self, step: Step) -> None:
         """From here until its end a step is not published, nor is what was made from what is there of it."""
-        for one in reversed(STEPS[STEPS.index(step) :]):
-            name = f"{one}/{self._run_dir.record_path(one).name}"
+        for later in reversed(STEPS[STEPS.index(step) :]):
+            name = f"{later}/{self._run_dir.record_path(later).name}"
             with self._explain(name):
-                is_there = self._filesystem.get_file_info(f"{self._base}/{name}").type == pa_fs.FileType.File
-            if is_there:
+                is_published = self._filesystem.get_file_info(f"{self._base}/{name}").type == pa_fs.FileType.File
+            if is_published:
                 self._delete(name)
 
-    def _bring(
-        self, step: Step, name: str, path: Path, entry: Mapping[str, Any], there: Mapping[str, int], bar: Any
+    def _send_changed(
+        self, step: Step, name: str, path: Path, entry: Mapping[str, Any], published: Mapping[str, int], bar: Any
     ) -> int:
         """Send a file unless it is there; returns whether it was sent."""
-        if there.get(name) == entry["bytes"] and self._holds(f"{step}/{name}", entry["bytes"], entry["sha256"]):
+        if published.get(name) == entry["bytes"] and self._holds(f"{step}/{name}", entry["bytes"], entry["sha256"]):
             bar.update(entry["bytes"])
             return 0
         self._send(f"{step}/{name}", path, entry["bytes"], entry["sha256"], bar)
@@ -184,16 +184,16 @@ class Publisher:
         with self._explain(step):
             entries = self._filesystem.get_file_info(pa_fs.FileSelector(folder, allow_not_found=True, recursive=True))
         start = len(folder) + 1
-        return {one.path[start:]: one.size for one in entries if one.type == pa_fs.FileType.File}
+        return {entry.path[start:]: entry.size for entry in entries if entry.type == pa_fs.FileType.File}
 
     @contextmanager
     def _explain(self, name: str) -> Iterator[None]:
-        what = f"run.publish_to: {self.uri}/{name}"
+        place = f"run.publish_to: {self.uri}/{name}"
         try:
-            with explain_store_errors(self._filesystem, what):
+            with explain_store_errors(self._filesystem, place):
                 yield
         except (OSError, pa.ArrowException) as error:
             raise LaunchError(
-                f"{what}: {error}\nmake space or allow writing there, or set run.publish_to elsewhere; then run the "
+                f"{place}: {error}\nmake space or allow writing there, or set run.publish_to elsewhere; then run the "
                 "same command again: what is there stays there"
             ) from error

@@ -13,16 +13,16 @@ from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.run_dir import RunDir, Step
 
 
-def find_reusable(step: Step, fingerprint: Mapping[str, Any], others: Sequence[str]) -> RunDir | None:
+def find_reusable(step: Step, fingerprint: Mapping[str, Any], runs: Sequence[str]) -> RunDir | None:
     """Return the first of other runs that has this very step done.
 
     Raises:
         ConfigError: one of them is no directory.
     """
-    for other in others:
-        run_dir = RunDir(Path(other))
+    for name in runs:
+        run_dir = RunDir(Path(name))
         if not run_dir.path.is_dir():
-            raise ConfigError(f"run.reuse: there is no run directory '{other}'")
+            raise ConfigError(f"run.reuse: there is no run directory '{name}'")
         if run_dir.is_done(step) and not find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint):
             return run_dir
     return None

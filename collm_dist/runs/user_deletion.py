@@ -52,7 +52,7 @@ def find_held_users(
         forgotten: ids, an Arrow array of text.
         load_user_ids: returns the id table of a data folder.
     """
-    found = []
+    runs_held = []
     for path in runs:
         if path.is_symlink() or not (path / "data").is_dir():
             continue
@@ -60,12 +60,12 @@ def find_held_users(
         document = (parse_yaml(settings.read_text(encoding="utf-8")) if settings.exists() else None) or {}
         published_to = (document.get("run") or {}).get("publish_to")
         try:
-            held = int(pc.is_in(pa.array(load_user_ids(path / "data"), pa.string()), forgotten).to_numpy(False).sum())
+            count = int(pc.is_in(pa.array(load_user_ids(path / "data"), pa.string()), forgotten).to_numpy(False).sum())
         except CollmError:
-            found.append(HeldUsers(path, None, published_to))
+            runs_held.append(HeldUsers(path, None, published_to))
         else:
-            found.append(HeldUsers(path, held, published_to))
-    return found
+            runs_held.append(HeldUsers(path, count, published_to))
+    return runs_held
 
 
 def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
@@ -83,25 +83,25 @@ def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
         ArtifactError: one is in use: a link beside it or in a run that stays leads to it, or its state is unknown.
         LaunchError: one is being written.
     """
-    unknown = [one.path for one in held if one.count is None]
+    unknown = [run.path for run in held if run.count is None]
     if unknown:
         raise ArtifactError(f"{unknown[0]}: its data step did not end or is damaged, so nobody knows whom it holds: "
                             "finish it or remove it by hand, then run the same command again")  # fmt: skip
-    targets = [one.path for one in held if one.count]
-    staying = [one.path for one in held if not one.count]
-    taken = [link for path in staying for link in _find_links(path) if _leads_into(link, targets)]
-    _check_links(taken, targets, staying)
+    targets = [run.path for run in held if run.count]
+    staying = [run.path for run in held if not run.count]
+    links = [link for path in staying for link in _find_links(path) if _leads_into(link, targets)]
+    _check_links(links, targets, staying)
     with ExitStack() as locks:
         for path in targets:
             locks.enter_context(hold_run_lock(path))
-        for link in taken:
+        for link in links:
             with explain_disk_errors(link):
-                _make_own(link)
+                _copy_link_target(link)
     for path in targets:  # the name goes first: a run that is half there must not be taken for one
         path.rename(path.with_name(f"{_REMOVED}{path.name}"))
-    for folder in {one.path.absolute().parent for one in held}:
-        for left in folder.glob(f"{_REMOVED}*"):
-            shutil.rmtree(left)
+    for folder in {run.path.absolute().parent for run in held}:
+        for leftover in folder.glob(f"{_REMOVED}*"):
+            shutil.rmtree(leftover)
     return targets
 
 
@@ -113,30 +113,30 @@ def _find_links(run: Path) -> Iterator[Path]:
 
 def _leads_into(link: Path, targets: Sequence[Path]) -> bool:
     end = link.resolve()
-    return any(end.is_relative_to(one.resolve()) for one in targets)
+    return any(end.is_relative_to(target.resolve()) for target in targets)
 
 
-def _check_links(taken: Sequence[Path], targets: Sequence[Path], staying: Sequence[Path]) -> None:
-    for link in taken:
+def _check_links(links: Sequence[Path], targets: Sequence[Path], staying: Sequence[Path]) -> None:
+    for link in links:
         if not link.as_posix().endswith(_WEIGHTS):
             raise ArtifactError(f"{link} leads to {link.resolve()}, which would be removed: name this run too, or redo "
                                 "its step")  # fmt: skip
     known = {path.resolve() for path in (*targets, *staying)}
     for folder in {path.absolute().parent for path in targets}:
-        for beside in folder.iterdir():
-            if beside.is_symlink() and _leads_into(beside, targets):
+        for entry in folder.iterdir():
+            if entry.is_symlink() and _leads_into(entry, targets):
                 raise ArtifactError(
-                    f"{beside} leads to {beside.resolve()}, which is in use: let a run without these users take its "
+                    f"{entry} leads to {entry.resolve()}, which is in use: let a run without these users take its "
                     "place first (dataset.forget), or remove the link"
                 )
-            if beside.is_dir() and beside.resolve() not in known:
-                for link in _find_links(beside):
+            if entry.is_dir() and entry.resolve() not in known:
+                for link in _find_links(entry):
                     if _leads_into(link, targets):
-                        raise ArtifactError(f"{link} leads to {link.resolve()}, which would be removed: name {beside} "
+                        raise ArtifactError(f"{link} leads to {link.resolve()}, which would be removed: name {entry} "
                                             "among the runs too")  # fmt: skip
 
 
-def _make_own(link: Path) -> None:
+def _copy_link_target(link: Path) -> None:
     """Put a copy of what a link leads to in its place."""
     copy = link.with_name(f".{link.name}.{os.getpid()}")
     shutil.rmtree(copy, ignore_errors=True)
