@@ -1,28 +1,25 @@
-"""The console command ``collm-dist``: one subcommand for each step and for what is done with a finished run."""
+"""Console command ``collm-dist``: one subcommand for each step and for each use of a finished run."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from collm_dist import __version__
-from collm_dist.cli import build_parser, end_process, report_error
-from collm_dist.config.loader import load_config
+
+# Imports are late throughout: --help and --version take a fraction of a second.
 
 
 @dataclass(frozen=True)
 class Subcommand:
-    """A subcommand.
+    """Subcommand of ``collm-dist``.
 
     Attributes:
-        module: in this package, or a full name; its ``main`` runs the command and returns the exit code.
-        help: one line.
-        is_distributed: whether it runs as one process per GPU.
+        module: name in this package, or a full name; its ``main`` runs the command and returns the exit code.
+        help: one-line description.
+        is_distributed: whether it runs as one process per GPU; ``main`` then takes ``starts_processes``.
     """
 
     module: str
@@ -41,66 +38,44 @@ SUBCOMMANDS = {
     "serve": Subcommand("serve", "serve rankings of a finished run over HTTP"),
     "search": Subcommand("search_cf", "search for settings of the collaborative model"),
     "export": Subcommand("export_model", "export a finished run as a folder"),
-    "import": Subcommand("import_model", "make a run directory out of an export"),
-    "forget": Subcommand("forget_users", "list or remove runs that hold users who are to be forgotten"),
-    "convert": Subcommand(
-        "collm_dist.data.convert_collm_release", "convert the CoLLM authors' pickled files to Parquet"
-    ),
-    "assets": Subcommand("collm_dist.assets", "list named backbones and data sets, or fetch one"),
+    "import": Subcommand("import_model", "make a run directory from an export"),
+    "forget": Subcommand("forget_users", "list or remove runs that hold users who must be forgotten"),
+    "convert": Subcommand("collm_dist.data.convert_collm_release", "convert the CoLLM authors' pickles to Parquet"),
+    "assets": Subcommand("collm_dist.assets", "list named backbones and datasets, or fetch one"),
     "settings": Subcommand("collm_dist.config.reference", "print the reference of all settings"),
 }
 
 
 def main() -> int:
-    """Run the subcommand that the command line names and return its exit code."""
+    """Run the subcommand named on the command line and return its exit code."""
     width = max(map(len, SUBCOMMANDS))
-    listed = "\n".join(f"  {name:{width}}  {command.help}" for name, command in SUBCOMMANDS.items())
+    listed = "\n".join(f"  {name:{width}}  {subcommand.help}" for name, subcommand in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="collm-dist",
         usage="collm-dist [--version] SUBCOMMAND ...",
         description="From raw interaction logs to a tuned CoLLM recommender.",
-        epilog=f"subcommands:\n{listed}\n\ncollm-dist SUBCOMMAND --help explains each one.",
+        epilog=f"subcommands:\n{listed}\n\nRun `collm-dist SUBCOMMAND --help` for the arguments of a subcommand.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"collm-dist {__version__}")
     parser.add_argument("subcommand", metavar="SUBCOMMAND", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
     try:
         name = parser.parse_args(sys.argv[1:2] or ["--help"]).subcommand
-    except SystemExit as stop:
+    except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
     subcommand = SUBCOMMANDS[name]
+    # The subcommand parses its own arguments and shows this name in its help.
+    sys.argv = [f"collm-dist {name}", *sys.argv[2:]]
     package = "" if "." in subcommand.module else f"{__package__}."
     module = importlib.import_module(package + subcommand.module)
-    # The command parses its own arguments, and its help shows this name.
-    sys.argv = [f"collm-dist {name}", *sys.argv[2:]]
-    run: Callable[[], int | None] = module.main
-    if subcommand.is_distributed and not {"-h", "--help", "--dry-run"} & set(sys.argv) and "RANK" not in os.environ:
-        return _run_distributed(Path(str(module.__file__)), run)
-    return run() or 0
-
-
-def _run_distributed(script: Path, run: Callable[[], int | None]) -> int:
-    """Run a script as one process per GPU through the deepspeed launcher, or in this process if one is enough."""
-    parser = build_parser("", "")
-    given, _ = parser.parse_known_args()
-    try:
-        overrides = [text for text in given.overrides if "=" in text]
-        num_processes = load_config(given.config_path, overrides).cluster.num_processes
-        import torch
-
-        from collm_dist.runs.step_processes import build_command, build_environment, run_child
-
-        num_gpus = torch.cuda.device_count()
-        if max(num_gpus, num_processes or 1) == 1:
-            return run() or 0
-        run_child(
-            build_command(script, sys.argv[1:], num_processes, num_gpus), build_environment(num_processes, num_gpus)
-        )
-    except (Exception, KeyboardInterrupt) as error:
-        return report_error(error).exit_code
-    return 0
+    code: int | None = module.main(starts_processes=True) if subcommand.is_distributed else module.main()
+    return code or 0
 
 
 def run_console() -> None:
-    """Run the console command and end the process: the entry point that packaging installs."""
-    end_process(main())
+    """Run the console command and end the process; the entry point that the wheel installs."""
+    code = main()
+    from collm_dist.cli import end_process
+
+    end_process(code)

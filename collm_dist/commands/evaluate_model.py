@@ -27,10 +27,22 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     leave_process_group()
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
+def main(*, starts_processes: bool = False) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        starts_processes: whether to start one process per GPU, as ``collm-dist evaluate`` does.
+    """
+
+    def run(config: Config, arguments: argparse.Namespace) -> None:
+        if not starts_processes:
+            return _run(config, arguments)
+        from collm_dist.commands.process_launch import run_distributed
+
+        return run_distributed(Path(__file__), config, lambda: _run(config, arguments))
+
     description = "The step 'eval': score every model that the run has, beside baselines, and write the report."
-    return run_command(description, _run, EXAMPLES)
+    return run_command(description, run, EXAMPLES)
 
 
 if __name__ == "__main__":

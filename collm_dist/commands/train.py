@@ -52,15 +52,26 @@ def _choose_stages(config: Config, number: int | None) -> Sequence[Literal["stag
     return ["stage1", "stage2"] if config.stage1.enabled else ["stage2"]
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
+def main(*, starts_processes: bool = False) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        starts_processes: whether to start one process per GPU, as ``collm-dist train`` does.
+    """
+
+    def run(config: Config, arguments: argparse.Namespace) -> None:
+        if not starts_processes:
+            return _run(config, arguments)
+        from collm_dist.commands.process_launch import run_distributed
+
+        return run_distributed(Path(__file__), config, lambda: _run(config, arguments))
 
     def describe(config: Config, run_dir: RunDir) -> list[str]:
         from collm_dist.tuning.dry_run import describe_stage_plan
 
         return describe_stage_plan(config, run_dir)
 
-    return run_command(DESCRIPTION, _run, EXAMPLES, _add_arguments, describe)
+    return run_command(DESCRIPTION, run, EXAMPLES, _add_arguments, describe)
 
 
 if __name__ == "__main__":

@@ -76,4 +76,12 @@ def test_a_pipeline_runs_from_an_empty_folder(collm_dist, tmp_path, tiny_backbon
     assert planned.returncode == 0, planned.stderr
     done = collm_dist("run", "--config", "own.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "runs" / "tiny" / "eval" / "report.md").exists()
+    report = tmp_path / "runs" / "tiny" / "eval" / "report.md"
+    written = report.stat().st_mtime_ns
+    # Two processes through the deepspeed launcher, and their error.
+    again = collm_dist("evaluate", "--config", "own.yaml", "--force", "eval", "cluster.num_processes=2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert report.stat().st_mtime_ns > written
+    refused = collm_dist("train", "cluster.num_processes=2", "--config", "own.yaml", "--stage", "1", "lora.rank=5")
+    assert refused.returncode == 2
+    assert "lora.rank" in refused.stderr
