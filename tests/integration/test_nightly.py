@@ -200,8 +200,8 @@ def test_weights_find_their_rows_in_tables_that_have_grown(nights):
     )
     users = UserRanges(((before.num_users - 1, 2), (0, before.num_users - 1)))  # a worker's own order
     first = int(old.users.known.nonzero()[0])  # a user who is forgotten tonight
-    weights, sentence = load_previous_weights(path, "mf", model, users, torch.tensor([first]))
-    assert "begins with the weights" in sentence
+    weights, message = load_previous_weights(path, "mf", model, users, torch.tensor([first]))
+    assert "starts from the weights" in message
     assert torch.equal(weights["users.weight"][0], old.users.weight[-1] * old.users.known[-1])
     kept = old.users.weight[:-1] * old.users.known[:-1, None]
     assert kept[first].any()
