@@ -1,1 +1,1 @@
-"""From raw logs to micro-batches: readers, splits, samples, shards, prompts, loader."""
+"""Data path from raw logs to micro-batches: ingest, samples, shards, prompts."""

@@ -37,7 +37,7 @@ CASES_PER_PROCESS = 1000  # pyarrow keeps the buffer of each compressed file tha
 
 
 def run_case(fuzzer: Fuzzer, name: str, number: int, seed: int, folder: Path) -> tuple[str, str]:
-    """Run one case; returns how it ended (read, refused, tracebacks) and, of a traceback, the last lines."""
+    """Run a case; return its outcome (read, refused, tracebacks) and the last lines of a traceback."""
     path = fuzzer.make(random.Random(f"{seed} {name} {number}"), folder)
     try:
         fuzzer.use(path)
@@ -49,14 +49,14 @@ def run_case(fuzzer: Fuzzer, name: str, number: int, seed: int, folder: Path) ->
 
 
 def fuzz(name: str, folder: Path, *, seed: int, most: int) -> tuple[Counter[str], list[str]]:
-    """Run cases of a fuzzer in this process; returns how many ended how, and tracebacks."""
+    """Run cases of a fuzzer in this process; return counts of outcomes, and tracebacks."""
     fuzzer = FUZZERS[name]()
     found = [run_case(fuzzer, name, number, seed, folder) for number in range(most)]
     return Counter(end for end, _ in found), [text for _, text in found if text]
 
 
 def _work(connection: Connection, name: str, folder: Path, seed: int, first: int, deadline: float) -> None:
-    """Run cases from a number on, telling when one begins and how it ended."""
+    """Run cases from a number on, reporting the start and outcome of each."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     warnings.simplefilter("ignore")  # Python's own, of what it parses as a row filter
     fuzzer = FUZZERS[name]()
@@ -69,7 +69,7 @@ def _work(connection: Connection, name: str, folder: Path, seed: int, first: int
 
 
 def watch(name: str, folder: Path, seed: int, seconds: float) -> tuple[Counter[str], dict[str, Path]]:
-    """Run cases of a fuzzer in processes that may crash or hang; returns how many ended how, and what went wrong."""
+    """Run cases of a fuzzer in processes that may crash or hang; return counts of outcomes, and faults."""
     context = multiprocessing.get_context("spawn")
     deadline, number = time.monotonic() + seconds, 0
     ends: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def watch(name: str, folder: Path, seed: int, seconds: float) -> tuple[Counter[s
 
 
 def main() -> int:
-    """Fuzz everything for equal times; returns the exit code."""
+    """Run all fuzzers for equal times and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)

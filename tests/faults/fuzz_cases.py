@@ -1,4 +1,4 @@
-"""What the fuzzer makes and how it is used: logs of every format, released pickles, shards, manifests, settings."""
+"""Fuzzers of logs in all formats, released pickles, shards, manifests and settings."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ FIXED_TYPES = [
 
 @dataclass(frozen=True)
 class Fuzzer:
-    """Makes a case below a folder, and uses it as the product does."""
+    """A generator of cases in a folder, and the product's way to use them."""
 
     make: Callable[[random.Random, Path], Path]
     use: Callable[[Path], None]
 
 
 def mutate(data: bytes, dice: random.Random) -> bytes:
-    """Return bytes with a few pieces flipped, cut, doubled, moved, or replaced by a morsel."""
+    """Return bytes with a few parts flipped, cut, doubled, moved, or replaced by a morsel."""
     changed = bytearray(data)
     for _ in range(dice.choice((1, 1, 2, 5, 20))):
         at = dice.randrange(len(changed) + 1)
@@ -87,7 +87,7 @@ def make_rows(dice: random.Random) -> Rows:
 
 
 def write_text(rows: Rows, delimiter: str = ",", header: str | None = None) -> bytes:
-    """Return rows as a text table; an empty header leaves it out."""
+    """Return rows as a text table, without a header if it is empty."""
     first = delimiter.join(rows[0]) if header is None else header
     lines = [delimiter.join(map(str, row.values())) for row in rows]
     return ("\n".join([first, *lines] if first else lines) + "\n").encode()
@@ -106,7 +106,7 @@ def write_parquet(rows: Rows) -> bytes:
 
 
 def make_column(dice: random.Random, count: int) -> Any:
-    """Return a column of any type whose values are any bytes."""
+    """Return a column of a random type with random bytes as values."""
     kind = dice.choice([*FIXED_TYPES, "text", "binary", "list", "struct", "dictionary", "null", "bool", "view"])
     if isinstance(kind, pa.DataType):
         buffer = pa.py_buffer(dice.randbytes(count * kind.bit_width // 8))
@@ -125,7 +125,7 @@ def make_column(dice: random.Random, count: int) -> Any:
 
 
 def write_types(dice: random.Random, path: Path) -> None:
-    """Write Parquet in which some columns are of another type than is expected, or missing."""
+    """Write Parquet with some columns missing or of an unexpected type."""
     rows = make_rows(dice)
     table = pa.Table.from_pylist(rows)
     for name in dice.sample(table.column_names, dice.randrange(1, 4)):
@@ -142,7 +142,7 @@ def write_types(dice: random.Random, path: Path) -> None:
 
 
 def read_log(path: Path, **settings: Any) -> None:
-    """Read a log as preprocessing does, and check what no later step checks again."""
+    """Read a log as preprocessing does, and check what later steps rely on."""
     if settings.get("format", "table") == "table":
         defaults = {"columns": {"rating": "rating"}, "items_path": str(path), "item_columns": {"title": "user_id"}}
         settings = defaults | settings
@@ -170,7 +170,7 @@ def fuzz_file(
     given: Callable[[Path], Path] = lambda path: path,
     **settings: Any,
 ) -> Fuzzer:
-    """Return a fuzzer of a format: either the content is mutated, or what it is packed in."""
+    """Return a fuzzer of a format that mutates either the content or its compressed container."""
 
     def make(dice: random.Random, folder: Path) -> Path:
         path = folder / name
@@ -222,7 +222,7 @@ def fuzz_released() -> Fuzzer:
 
 
 def fuzz_shard() -> Fuzzer:
-    """Return a fuzzer of shards, read without their checksum, by which all would be refused."""
+    """Return a fuzzer of shards, read without verifying their checksum, which would refuse all of them."""
     counts = {"user_idx": 3, "num_likes": 3, **dict.fromkeys(TARGET_FIELDS, 6)}
     arrays = {name: np.arange(count) for name, count in counts.items()}
     offsets = {"history_offsets": [0, 1, 2, 2], "target_offsets": [0, 2, 3, 6], "dislike_offsets": [0] * 7}
@@ -254,7 +254,7 @@ def fuzz_manifest() -> Fuzzer:
 
 
 def fuzz_config() -> Fuzzer:
-    """Return a fuzzer of the config loader: of the file, and of what is set on the command line."""
+    """Return a fuzzer of the config loader: the file and the overrides."""
     texts = [path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml"))]
     overrides = [b"stage1.learning_rate=1e-4", b"evaluation.splits='[test]'", b"cf_search.space={a: {uniform: [0, 1]}}"]
 

@@ -1,4 +1,4 @@
-"""Input that means harm or was damaged: read by rule and counted, or refused before work with code 2.
+"""Hostile and damaged input: bad rows are counted, or the input is refused before any work with code 2.
 
 Elsewhere: settings (tests/faults/test_hostile_settings.py), ids of 2^63, NaN, byte order marks, undecodable bytes,
 units of time, pickles, control characters (tests/unit/test_readers.py), truncated and altered shards
@@ -83,7 +83,7 @@ JSON_ROW = b'{"user_id":"1","item_id":"a","timestamp":1000000000,"rating":5}\n'
     ids=["alone", "noise behind it", "first object", "in a later block"],
 )  # fmt: skip
 def test_null_in_the_place_of_an_object(tmp_path, content, row):
-    """Arrow's parser ends the process at such a line (segmentation fault) where it begins a block."""
+    """Arrow's parser crashes (segmentation fault) on such a line at the start of a block."""
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=rf"log\.jsonl:{row}: expected an object, .* found 'null'"):
         read(path=str(tmp_path / "log.jsonl"), **RATINGS)
@@ -155,7 +155,7 @@ def test_settings_that_do_not_fit_the_data(tmp_path, settings, message):
 
 @pytest.mark.parametrize("way", ["one line", "empty lines", "cut", "plain"])
 def test_gzip_bombs_and_broken_gzip(tmp_path, way):
-    """100 MB out of 100 kB: streamed, never held."""
+    """100 MB decompressed from 100 kB are streamed, not held in memory."""
     path, endless = tmp_path / "log.csv.gz", (b"0" if way == "one line" else b"\n") * (100 << 20)
     content = {"cut": gzip.compress(HEADER + ROW * 1000)[:-30], "plain": HEADER + ROW}
     path.write_bytes(content.get(way) or gzip.compress(HEADER + ROW + endless, compresslevel=1))
@@ -257,7 +257,7 @@ def test_links_and_pipes(tmp_path):
 
 
 def test_members_of_a_shard_that_lead_elsewhere_are_not_unpacked(tmp_path):
-    """A shard is streamed: nothing in it is written anywhere, and links in it lead nowhere."""
+    """A shard is streamed: its members are not written to disk, and links in it are not followed."""
     block = make_contexts([2, 1, 3])
     data = encode_block(block)
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
@@ -291,7 +291,7 @@ TITLES = {
 
 
 def test_titles_that_mean_harm_are_text(tmp_path):
-    """Cut, cleaned, and never a slot: slots are positions that the template alone has."""
+    """Titles are cut and cleaned, and never become slots, which are positions in the template."""
     pq.write_table(pa.table(GOOD), tmp_path / "log.parquet")
     titles = pa.table({"item_id": [*TITLES, "again", None], "title": [*TITLES.values(), "second", "lost"]})
     pq.write_table(titles, tmp_path / "items.parquet")
@@ -352,7 +352,7 @@ def test_released_files_that_are_not_what_they_say(tmp_path, way):
 
 
 class FalseType:
-    """A type whose flags say that its numbers are references."""
+    """A dtype with flags that declare its numbers to be references."""
 
     def __reduce__(self):
         return np.dtype, ("i8", False, True), (3, "<", None, None, None, -1, -1, 63)
@@ -368,7 +368,7 @@ class FalseArray:
 
 @pytest.mark.parametrize("way", ["false type", "false array", "false places"])
 def test_pickles_that_lie_about_memory(tmp_path, way):
-    """Allowed names alone, which would make numpy, Arrow or pandas read and write beyond their arrays."""
+    """Pickles with allowed names only that would make numpy, Arrow or pandas access memory beyond their arrays."""
     write_release(tmp_path / "data")
     path = tmp_path / "data" / "train_ood2.pkl"
     if way == "false places":  # of a block of numbers among the columns

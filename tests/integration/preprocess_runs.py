@@ -1,4 +1,4 @@
-"""What the tests of preprocessing share: configurations, small logs, and samples spelled out."""
+"""Helpers of the preprocessing tests: configurations, small logs, lists of samples."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def preprocess(config: Config, **options) -> dict:
 
 
 def run_command(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run launch/preprocess_data.py with its own Ray."""
+    """Run launch/preprocess_data.py with a separate Ray."""
     command = [sys.executable, "launch/preprocess_data.py", "--config", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
     return subprocess.run(command, cwd=repository, env=environment, check=True, capture_output=True, text=True)
 
 
 def list_samples(folder: Path) -> list[tuple]:
-    """Spell out all samples of all shards, with raw ids, in an order of their own."""
+    """Return all samples of all shards with raw ids, sorted."""
     data = folder / "data"
     manifest, users, items = load_manifest(data), load_user_ids(data), load_item_table(data)["item_id"]
     samples = []

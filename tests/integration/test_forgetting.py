@@ -1,4 +1,4 @@
-"""Users who are to be forgotten: their rows are passed over, and tables that are extended forget their names."""
+"""Forgotten users: their rows are dropped, and extended id tables lose their ids."""
 
 import json
 
@@ -24,7 +24,7 @@ def _ray():
 
 
 def write_log(path, users, rows):
-    """Write the first rows of a log of all users, those of the given users alone."""
+    """Write the rows of the given users among the first rows of a log."""
     lines = [
         f"{USERS[row % 12]},item-{row * 7 % 23},{1_000_000_000 + 3600 * row},{row * 5 % 7 % 5 + 1}"
         for row in range(rows)
@@ -40,7 +40,7 @@ def run(folder, name, log, **dataset):
 
 
 def without_rows(samples):
-    """Samples without their row ids, which count the lines of a log."""
+    """Return samples without row ids, which depend on line numbers."""
     return sorted((split, *rest) for split, _, *rest in samples)
 
 

@@ -1,4 +1,4 @@
-"""Shards on a local disk: copied once, checked, and nothing about the training is another for it."""
+"""Shards on a local disk: copied once, verified, and without effect on training."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from collm_dist.tuning.run_stage import run_stage
 
 @pytest.fixture
 def data_dir(finished_run, tmp_path):
-    """A copy of a data folder that may be damaged."""
+    """Return a copy of a data folder, which a test may damage."""
     return shutil.copytree(finished_run / "data", tmp_path / "run" / "data")
 
 
@@ -100,7 +100,7 @@ def test_order_and_losses_are_the_same(finished_run, tmp_path):
 
 
 def train_stage2(finished_run, folder, local=None):
-    """Train it in a copy of a run and return losses and the mapping's bytes; with local shards there are no others."""
+    """Train stage 2 in a copy of a run, without the original shards if local ones are used; return losses and mapping."""
     run, settings = Path(shutil.copytree(finished_run, folder, symlinks=True)), [f"run.dir={folder}"]
     if local is not None:
         settings.append(f"cluster.local_scratch={local.fetch(load_manifest(run / 'data').shards[0]).parent}")

@@ -52,7 +52,7 @@ def test_released_split_has_its_figures(ml1m_dir, tmp_path, ties, contexts):
 
 @pytest.mark.parametrize("ties", ["order", "strict"])
 def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
-    """Everything that a sample carries, from the file to the shard, for a log in which everything repeats."""
+    """All fields of a sample, from file to shard, for a log with many repetitions."""
     random = np.random.default_rng(7)
     rows = [
         Row(
@@ -118,7 +118,7 @@ def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp
 
 @pytest.mark.slow
 def test_bytes_are_those_of_a_command_on_one_cpu(tiny_ratings, tmp_path, repository):
-    """The same work as a command of its own, on a Ray of one CPU."""
+    """The same result from the command, on Ray with one CPU."""
     preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "wide"))
     config = make_config(ratings_of(tiny_ratings), tmp_path / "single", cluster={"ray_num_cpus": 1})
     (tmp_path / "single.yaml").write_text(json.dumps(config.model_dump(mode="json")))
@@ -191,7 +191,7 @@ def test_candidates_share_the_context_of_their_positive_whatever_the_partition(t
 
 
 def test_calendar_filters_count_rows_inside_the_windows(tmp_path):
-    """Item b and user v have enough rows in all, not inside; what is outside is in no history either."""
+    """Item b and user v have enough rows in total, but not inside the windows; no history has rows from outside."""
     day = 86400
     log = [(0, "u", "a"), (1, "u", "b"), (2, "v", "b"), (35, "u", "a"), (36, "w", "a"), (37, "v", "a"), (70, "u", "a"),
            (71, "w", "b"), (72, "w", "a"), (100, "u", "a"), (101, "w", "a")]  # fmt: skip
@@ -206,7 +206,7 @@ def test_calendar_filters_count_rows_inside_the_windows(tmp_path):
 
 
 def test_amazon_book_rule(tmp_path):
-    """2017 with December cut in two; the other years count for nothing, not even for the filter."""
+    """2017 with December cut in two; rows of other years are ignored, also by the filter."""
     dates = ["2016-05-01", "2017-01-01", "2017-06-01", "2017-11-30", "2017-12-01", "2017-12-02", "2017-12-20",
              "2017-12-31", "2018-01-01"]  # fmt: skip
     lines = [f"u,{item},{date},5" for item in ("a", "b") for date in dates] + ["v,a,2017-01-01,5", "v,a,2016-01-01,5"]
@@ -284,7 +284,7 @@ def test_done_is_skipped_and_changed_input_is_refused(tiny_ratings, tmp_path, ca
 
 
 def test_interrupted_work_goes_on(tiny_ratings, tmp_path):
-    """A folder in a shard's place stops the last tasks; afterwards only what is missing is made again."""
+    """A folder in place of a shard stops the last tasks; the next run redoes only what is missing."""
     whole = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "whole"))
     config = make_config(ratings_of(tiny_ratings), tmp_path / "run")
     data = tmp_path / "run" / "data"
@@ -350,7 +350,7 @@ def test_filters_and_duplicates(tmp_path):
 
 
 def test_a_dying_worker_is_replaced(tmp_path):
-    """A task whose process is killed once runs again elsewhere."""
+    """A task whose process is killed once is retried."""
     from collm_dist.orchestration.cluster import run_tasks
 
     assert run_tasks(die_once, [(str(tmp_path / "died"),)], description="x", parallelism=1, progress_bar=False) == [

@@ -1,4 +1,4 @@
-"""Small data for the tests of the loader: a real tokenizer trained in this process, shards written to a folder."""
+"""Small data for loader tests: a real tokenizer trained in this process, shards in a folder."""
 
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ TEXTS = [
 
 @cache
 def make_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some 300 tokens."""
+    """Return a byte-level BPE tokenizer with about 300 tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def make_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
 def make_contexts(
     targets_per_context: list[int], num_items: int = 20, seed: int = 0, max_history: int = 6, first_row: int = 0
 ) -> ContextBlock:
-    """Contexts of users 0, 1, ... with distinct row ids; items below ``num_items``."""
+    """Return contexts of users 0, 1, ... with distinct row ids and items below ``num_items``."""
     rng = np.random.default_rng(seed)
     num_contexts, num_targets = len(targets_per_context), sum(targets_per_context)
     history = rng.integers(0, max_history + 1, num_contexts)
@@ -67,7 +67,7 @@ def make_contexts(
 
 
 def write_split(data_dir: Path, block: ContextBlock, num_shards: int, split: str = "train") -> Manifest:
-    """Deal a block's contexts to shards and return a manifest of them."""
+    """Write a block's contexts to shards and return their manifest."""
     owners = (block.user_idx * 7 + block.num_likes) % num_shards
     shards = [
         write_shard(

@@ -12,7 +12,7 @@ PINNED = [17841399628923370677, 5704952132319151503, 16833097866645316574]
 
 
 def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
-    """Build a block of random contexts; every value is distinct enough to notice a mix-up."""
+    """Return a block of random contexts with values distinct enough to detect a mix-up."""
     rng = np.random.default_rng(seed)
     num_contexts, num_targets = len(targets_per_context), sum(targets_per_context)
     history = rng.integers(0, 4, num_contexts)
@@ -30,7 +30,7 @@ def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
 
 
 def list_samples(block: ContextBlock) -> list[tuple]:
-    """Spell a block out as plain Python rows, one a target."""
+    """Return a block as plain Python rows, one per target."""
     samples = []
     for context in range(block.num_contexts):
         history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]

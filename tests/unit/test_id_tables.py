@@ -1,4 +1,4 @@
-"""Id tables: indices once given stay, and users of a bucket are neighbours."""
+"""Id tables: indices never change, and users of a bucket are neighbours."""
 
 from __future__ import annotations
 

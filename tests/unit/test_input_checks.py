@@ -1,4 +1,4 @@
-"""Data that is not what was promised is refused with counts, examples and the setting to change."""
+"""Checks of the input: errors with counts, examples and the setting to change."""
 
 from __future__ import annotations
 

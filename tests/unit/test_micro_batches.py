@@ -25,7 +25,7 @@ def batches(draw):
 
 
 def measure(block, counts, micro_batch):
-    """Tokens with the header, from the row ids alone."""
+    """Return tokens including the header, derived from row ids."""
     rows = micro_batch.row_id - block.row_id[0]
     owners = block.target_contexts[rows]
     total = counts.header + counts.prefix[np.unique(owners)].sum() + counts.branch[rows].sum()

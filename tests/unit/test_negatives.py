@@ -1,4 +1,4 @@
-"""Sampled negatives: what they may be, and that nothing but seed and row decides."""
+"""Sampled negatives: allowed items, and determinism by seed and row."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_popularity_draws_from_earlier_events_only(clicks):
 
 
 def test_popularity_follows_the_counts():
-    """Of a thousand draws some three in four are the item that has three in four events."""
+    """About three quarters of a thousand draws are the item with three quarters of the events."""
     count = 1000
     log = {"timestamps": np.zeros(4, np.int64), "item_idx": np.array([1, 1, 1, 2])}
     nobody = LikedItems(np.array([0]), np.array([0]), np.array([0]), 3)

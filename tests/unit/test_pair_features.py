@@ -1,4 +1,4 @@
-"""Pair features: fixed formulas of what was known before a row."""
+"""Pair features: fixed formulas of counts before a row."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def test_labels_are_not_read():
 
 
 def test_large_counts_stay_moderate():
-    """The mapping should see numbers of one size from a small log to a large one."""
+    """Features have similar magnitudes for small and large logs."""
     assert abs(compute_log_odds(np.array([0, 10**9]), np.array([10**9, 10**9]), 5.0)).max() < 25
     assert np.log1p(10**9) / 4 < 6
 

@@ -61,7 +61,7 @@ def make_collator(template, titles, *, tokenizer=None, user_depends_on_target=Fa
 
 
 def read_back(batch, tokens_per_slot):
-    """Undo the batch: for each target its token ids, position ids and slot starts in the plain prompt."""
+    """Return each target's token ids, position ids and slot starts in the plain prompt."""
     slots = {"user": batch.user_slots, "item": batch.item_slots, "pair": batch.pair_slots}
     rows, starts = batch.tree_lengths.list_rows(), batch.prefix_lengths.list_starts()
     prompts = []
@@ -183,7 +183,7 @@ def test_equal_prefixes_are_laid_out_once_and_what_all_begin_with_is_the_header(
 
 
 def test_rows_share_a_prefix_with_slots_only_if_its_slots_are_equal():
-    """All contexts show the same two titles, since no more are shown."""
+    """All contexts have the same two titles, since only two are included."""
     histories = [[1, 2], [1, 2], [3, 1, 2], [1, 2], [1, 2]]
     offsets = np.cumsum([0, *map(len, histories)])
     block = dataclasses.replace(

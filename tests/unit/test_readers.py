@@ -1,4 +1,4 @@
-"""Readers, on small files in the publishers' true formats."""
+"""Readers on small files in the original formats of published datasets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from collm_dist.errors import CollmError, ConfigError
 
 
 def read(**dataset) -> tuple[pd.DataFrame, dict, list[str]]:
-    """Return all rows, the counts of bad ones, and their examples."""
+    """Return all rows, the counts of bad rows, and their examples."""
     source = open_source(DatasetConfig.model_validate(dataset))
     tables, bad, examples = [], {}, []
     for chunk in source.chunks:

@@ -1,4 +1,4 @@
-"""Shards: the same arrays come back, the same input gives the same bytes, damage is named."""
+"""Shards: round trip, deterministic bytes, errors for damaged files."""
 
 from __future__ import annotations
 

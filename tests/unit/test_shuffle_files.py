@@ -1,4 +1,4 @@
-"""Shuffle files: what goes in comes out, in order; hashes are the same everywhere; nothing half-written stays."""
+"""Shuffle files: round trip in order, fixed hashes, no partial files."""
 
 from __future__ import annotations
 

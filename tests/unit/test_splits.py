@@ -20,7 +20,7 @@ def seconds(*dates: str) -> np.ndarray:
 
 
 def test_calendar_windows_are_utc_months_from_the_first_month():
-    """The paper's ML-1M: months 14-23, 24-28 and 29-33; the first rating is of April 2000."""
+    """The paper's ML-1M: months 14-23, 24-28 and 29-33 after April 2000, the month of the first rating."""
     rule = build_calendar_rule(SplitConfig(method="calendar"), int(seconds("2000-04-25T23:05:32")[0]))
     times = seconds(
         "2000-04-25", "2001-05-31T23:59:59", "2001-06-01", "2002-03-31T23:59:59", "2002-04-01", "2002-08-31T23:59:59",

@@ -1,4 +1,4 @@
-"""The user's state before each row, against a loop over rows."""
+"""State of the user before each row, compared with a loop over rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.reference.plain_samples import Row, compute_known_before
 
 
 def make_log(seed: int, count: int = 300) -> list[Row]:
-    """Few users, items and seconds, so that everything repeats."""
+    """Return rows of few users, items and seconds, so that everything repeats."""
     random = np.random.default_rng(seed)
     return [
         Row(
@@ -32,7 +32,7 @@ def make_log(seed: int, count: int = 300) -> list[Row]:
 
 
 def to_arrays(rows: list[Row]) -> dict[str, np.ndarray]:
-    """Sorted as the code wants them."""
+    """Return rows in the order that the code expects."""
     rows = sorted(rows, key=lambda one: (int(one.user[1:]), one.time, one.row))
     columns = {
         "user_idx": [int(one.user[1:]) for one in rows],
@@ -66,7 +66,7 @@ def test_user_state_equals_a_loop_over_rows(ties, seed):
 
 @pytest.mark.parametrize("ties", ["strict", "order"])
 def test_sampled_rows_share_the_state_of_their_positive_and_change_nothing(ties):
-    """A negative has a later row id than its positive; the positive must not enter its history for that."""
+    """A negative has a later row id than its positive, but the positive must not enter its history."""
     rows = [Row(one.row, one.user, one.item, one.time, 1, one.split) for one in make_log(1, 80)]
     arrays = to_arrays(rows)
     alone = compute_user_state(**arrays, sampled=np.zeros(80, np.int8), group_ids=arrays["row_ids"], ties=ties)

@@ -1,1 +1,1 @@
-"""From raw logs to clean interactions: readers, columns and types, filters, checks."""
+"""Clean interactions from raw logs: readers, columns and types, filters, checks."""

@@ -1,1 +1,1 @@
-"""From samples to micro-batches: template, item tokens, layout."""
+"""Micro-batches from samples: templates, item tokens, layout."""
