@@ -19,7 +19,7 @@ Recipe = Literal["ML-1M", "Amazon-Book"]
 RECIPES = Path(__file__).parent / "recipes"
 _FILE_NAMES: dict[Recipe, str] = {"ML-1M": "paper_ml1m_{}.yaml", "Amazon-Book": "paper_amazon_book_{}.yaml"}
 _VALID_SHARES: dict[Recipe, str] = {"ML-1M": "half", "Amazon-Book": "quarter"}
-_CF_MODELS = ("mf", "lightgcn", "sasrec", "din")
+_PAPER_CF_MODELS = ("mf", "lightgcn", "sasrec", "din")
 
 # The authors' ready split has gone through these already.
 _RAW_DATA_SETTINGS = (
@@ -63,7 +63,7 @@ def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) 
         stage2_slots: names of the slots in the prompt of stage 2, such as ``MatchID``.
     """
     recipe, model = choose_recipe(config), config.cf.model
-    path = RECIPES / _FILE_NAMES[recipe].format(model if model in _CF_MODELS else "mf")
+    path = RECIPES / _FILE_NAMES[recipe].format(model if model in _PAPER_CF_MODELS else "mf")
     paper = load_config(path)
     deviations = [
         *_compare_data(config, paper, recipe),
@@ -102,8 +102,8 @@ def _compare_data(config: Config, paper: Config, recipe: Recipe) -> Iterator[Dev
 def _compare_models(config: Config) -> Iterator[Deviation]:
     if _find_backbone(config.llm.backbone) is None:
         yield Deviation("llm.backbone", config.llm.backbone, "vicuna-7b or qwen2-1.5b")
-    if config.cf.model not in _CF_MODELS:
-        yield Deviation("cf.model", config.cf.model, ", ".join(_CF_MODELS))
+    if config.cf.model not in _PAPER_CF_MODELS:
+        yield Deviation("cf.model", config.cf.model, ", ".join(_PAPER_CF_MODELS))
 
 
 def _compare_settings(config: Config, paper: Config, path: Path) -> Iterator[Deviation]:

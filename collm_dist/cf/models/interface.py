@@ -45,6 +45,9 @@ class CfModel(Protocol):
 class TrainableCfModel(ABC, nn.Module):
     """Base class of all models: tables, biases, export. A subclass defines ``compute_user_vectors``.
 
+    A model that reads the graph of training rows also overrides ``prepare``, ``refresh`` and ``item_rows``, and
+    registers buffers with a row per owned user on ``self.users`` (see ``LightGcn``).
+
     logit(like) = global bias + user bias + item bias + match(user vector, item vector). The match is the inner product
     unless a subclass overrides it.
 
@@ -171,7 +174,9 @@ class TrainableCfModel(ABC, nn.Module):
     def init_weights(
         self, user_counts: Tensor, item_counts: Tensor, user_numbers: Tensor, *, scale: float, seed: int
     ) -> None:
-        """Draw the weights; they do not depend on the number of workers.
+        """Draw the tables; they do not depend on the number of workers.
+
+        A subclass draws its layers in ``__init__``, from a parameter ``seed``.
 
         Args:
             user_counts: (U,) training rows of each owned user.
@@ -191,10 +196,10 @@ class TrainableCfModel(ABC, nn.Module):
         return self.users.penalty(users, *decays) + self.items.penalty(items, *decays)
 
     def prepare(self, train: Rows) -> None:
-        """Precompute from a worker's training rows; all workers call this together. Does nothing by default."""
+        """Precompute from a worker's training rows, once before training; all workers call this together."""
 
     def refresh(self) -> None:
-        """Update cached tensors that scoring reads; all workers call this together. Does nothing by default."""
+        """Update cached tensors that scoring reads, after each epoch; all workers call this together."""
 
     def _rotate(self, vectors: Tensor) -> Tensor:
         """(R, E) -> (R, E), in the dtype of the rotation: in stage 2 the tables may be in bfloat16."""

@@ -25,7 +25,8 @@ MODEL_CLASSES: dict[str, type[TrainableCfModel]] = {
     "none": IdTokens,
 }
 
-# Constructor parameters of every class; the remaining ones come from ``cf.arguments``.
+# Constructor parameters of every class. Built-in classes get their others from settings (``list_arguments``), custom
+# classes from ``cf.arguments``.
 _COMMON_ARGUMENTS = ("num_users", "num_items", "embedding_dim", "history_length")
 
 
@@ -63,7 +64,10 @@ def check_tuning(name: str) -> None:
 
 
 def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str, Any]:
-    """Return the constructor arguments of a model except the numbers of users and items: plain JSON values."""
+    """Return the constructor arguments of a model except the numbers of users and items: plain JSON values.
+
+    A new built-in model needs an entry here and in ``MODEL_CLASSES``.
+    """
     common = {
         "embedding_dim": cf.embedding_dim,
         "history_length": cf.history_length or max_history_length,
@@ -81,7 +85,7 @@ def list_arguments(cf: CfConfig, max_history_length: int, seed: int) -> dict[str
         "table": {},
         "none": {},
     }
-    return common | by_model.get(cf.model, dict(cf.arguments))
+    return common | (by_model[cf.model] if cf.model in MODEL_CLASSES else dict(cf.arguments))
 
 
 def check_arguments(cf: CfConfig) -> None:
