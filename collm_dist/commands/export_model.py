@@ -21,8 +21,8 @@ out of it that gives the same scores. It holds people's events: mind who gets it
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
-    for name, what in (("license", "the model"), ("backbone-license", "the backbone"), ("data-license", "the data")):
-        parser.add_argument(f"--{name}", default="not stated", metavar="TEXT", help=f"licence of {what}, for the card")
+    for name, part in (("license", "the model"), ("backbone-license", "the backbone"), ("data-license", "the data")):
+        parser.add_argument(f"--{name}", default="not stated", metavar="TEXT", help=f"licence of {part}, for the card")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:

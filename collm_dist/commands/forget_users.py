@@ -22,17 +22,17 @@ def _run(arguments: argparse.Namespace) -> None:
     from collm_dist.data.shards.interactions import load_user_ids
     from collm_dist.runs.user_deletion import find_held_users, remove_runs
 
-    held = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_user_ids)
-    for one in held:
-        shown = "unknown: its data step did not end" if one.count is None else f"{one.count:,} users of the list"
-        print(f"{one.path}: {shown}")
-    gone = remove_runs(held) if arguments.apply else []
-    for path in gone:
+    runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_user_ids)
+    for run in runs:
+        count = "unknown: its data step did not end" if run.count is None else f"{run.count:,} users of the list"
+        print(f"{run.path}: {count}")
+    removed = remove_runs(runs) if arguments.apply else []
+    for path in removed:
         print(f"removed {path}")
-    for one in held:
-        if one.count and one.published_to is not None:
-            print(f"published too, remove it there yourself: {one.path.name} in {one.published_to}")
-    if not arguments.apply and any(one.count for one in held):
+    for run in runs:
+        if run.count and run.published_to is not None:
+            print(f"published too, remove it there yourself: {run.path.name} in {run.published_to}")
+    if not arguments.apply and any(run.count for run in runs):
         print("--apply removes the runs that hold users of the list, whole")
 
 

@@ -83,17 +83,17 @@ class Batcher(Generic[Query, Answer]):
         """
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError
-        one = _Waiting(query, time.perf_counter(), asyncio.get_running_loop().create_future())
-        self._waiting.append(one)
+        waiting = _Waiting(query, time.perf_counter(), asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
         if len(self._waiting) >= self._max_size:
             self._is_full.set()
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
         try:
-            return await one.future
+            return await waiting.future
         finally:
-            if one in self._waiting:
-                self._waiting.remove(one)
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
 
     async def _run(self) -> None:
         """Make passes until nobody waits."""
@@ -111,16 +111,18 @@ class Batcher(Generic[Query, Answer]):
 
     async def _answer(self, batch: list[_Waiting[Query, Answer]]) -> None:
         started = time.perf_counter()
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._work, [one.query for one in batch])
+        work = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._work, [waiting.query for waiting in batch]
+        )
         try:
             answers = await work
         except Exception as error:
-            for one in batch:
-                if not one.future.done():
-                    one.future.set_exception(error)
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)
             return
         took = time.perf_counter() - started
         self._report(len(batch), took)
-        for one, answer in zip(batch, answers, strict=True):
-            if not one.future.done():  # its caller may have gone
-                one.future.set_result(Pass(answer, len(batch), started - one.arrived, took))
+        for waiting, answer in zip(batch, answers, strict=True):
+            if not waiting.future.done():  # its caller may have gone
+                waiting.future.set_result(Pass(answer, len(batch), started - waiting.arrived, took))

@@ -104,9 +104,9 @@ def import_model(folder: Path, run_dir: RunDir) -> RunDir:
 def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
     """Yield the files of an export and their names in it."""
     data_dir = run_dir.step_dir("data")
-    wanted = {data_dir / bucket.path for bucket in load_manifest(data_dir).buckets}
-    wanted |= {data_dir / "users.parquet", data_dir / "items.parquet"}
-    wanted |= set(run_dir.step_dir("cf").glob("*.safetensors"))
+    needed = {data_dir / bucket.path for bucket in load_manifest(data_dir).buckets}
+    needed |= {data_dir / "users.parquet", data_dir / "items.parquet"}
+    needed |= set(run_dir.step_dir("cf").glob("*.safetensors"))
     for name, place in PLACES.items():
         source = run_dir.path / place
         if not place.endswith("/"):
@@ -114,7 +114,7 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
                 yield source, name
             continue
         for path in sorted(source.rglob("*")):
-            if path.is_file() and (name in ("adapter/", "model/") or path in wanted):
+            if path.is_file() and (name in ("adapter/", "model/") or path in needed):
                 yield path, name + path.relative_to(source).as_posix()
 
 
@@ -139,8 +139,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
     for name, expected in files.items():
-        one = PurePosixPath(name)
-        if one.is_absolute() or ".." in one.parts:
+        path_in_export = PurePosixPath(name)
+        if path_in_export.is_absolute() or ".." in path_in_export.parts:
             raise ArtifactError(f"{path} names {name!r}, which is no file of an export")
         source = folder / name
         if source.is_symlink() or not source.is_file() or compute_file_hash(source) != expected:

@@ -78,14 +78,14 @@ def build_app(
                 422, "user: name a user or give a history; an empty list stands for somebody of whom nothing is known"
             )
         async with asyncio.timeout(options.request_timeout_s):
-            found = await rank(body.to_query())
-        if isinstance(found.answer, RequestError):
-            raise HTTPException(422, str(found.answer))
+            result = await rank(body.to_query())
+        if isinstance(result.answer, RequestError):
+            raise HTTPException(422, str(result.answer))
         headers = {
-            "Server-Timing": f"queue;dur={1000 * found.waited_s:.1f}, score;dur={1000 * found.took_s:.1f}",
-            "X-Scored-Together": str(found.size),
+            "Server-Timing": f"queue;dur={1000 * result.waited_s:.1f}, score;dur={1000 * result.took_s:.1f}",
+            "X-Scored-Together": str(result.size),
         }
-        return JSONResponse({"ranked": [vars(one) for one in found.answer], "model": health.model}, headers=headers)
+        return JSONResponse({"ranked": [vars(item) for item in result.answer], "model": health.model}, headers=headers)
 
     # The route's own type is only known now; an annotation cannot name it.
     rank_items.__annotations__["body"] = Annotated[body_type, Body()]
@@ -163,8 +163,8 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        length = int(told) if told.isdigit() else 0
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        length = int(declared) if declared.isdigit() else 0
         read = 0
 
         async def receive_some() -> Message:

@@ -56,7 +56,7 @@ class RankBody(BaseModel):
 def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -> type[RankBody]:
     """Return the body's type with a service's limits and with examples from its own run."""
     fields = RankBody.model_fields
-    history, candidates, found = fields["history"], fields["candidates"], fields["num_retrieved"]
+    history, candidates, num_retrieved = fields["history"], fields["candidates"], fields["num_retrieved"]
     limited: dict[str, Any] = {
         "history": (
             list[ItemId] | None,
@@ -68,11 +68,13 @@ def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -
         ),
         "num_retrieved": (
             StrictInt,
-            Field(min(200, options.max_candidates), ge=1, le=options.max_candidates, description=found.description),
+            Field(
+                min(200, options.max_candidates), ge=1, le=options.max_candidates, description=num_retrieved.description
+            ),
         ),
     }
     body: type[RankBody] = create_model("RankBody", __base__=RankBody, __doc__=RankBody.__doc__, **limited)
-    body.model_config["json_schema_extra"] = {"examples": [dict(one) for one in examples]}
+    body.model_config["json_schema_extra"] = {"examples": [dict(example) for example in examples]}
     return body
 
 
@@ -112,16 +114,16 @@ class ErrorAnswer(BaseModel):
 
 def describe_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> str:
     """Return what pydantic finds wrong with a body as one line, each field with its value and a remedy."""
-    lines = [_describe_mistake(one) for one in mistakes[:_MAX_NAMED]]
-    more = len(mistakes) - len(lines)
-    return "; ".join(lines) + (f"; and {more} more" if more else "")
+    lines = [_describe_mistake(mistake) for mistake in mistakes[:_MAX_NAMED]]
+    num_hidden = len(mistakes) - len(lines)
+    return "; ".join(lines) + (f"; and {num_hidden} more" if num_hidden else "")
 
 
 def _describe_mistake(mistake: Mapping[str, Any]) -> str:
     kind, context = mistake["type"], mistake.get("ctx") or {}
-    field = ".".join(str(one) for one in mistake["loc"][1:]) or "body"
-    shown = ascii(mistake.get("input"))
-    shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
+    field = ".".join(str(part) for part in mistake["loc"][1:]) or "body"
+    value = ascii(mistake.get("input"))
+    value = value if len(value) <= 40 else f"{value[:40]}..."
     if kind == "json_invalid":
         return f"body: no JSON at character {field}: {context.get('error')}"
     if field == "body":
@@ -137,10 +139,10 @@ def _describe_mistake(mistake: Mapping[str, Any]) -> str:
     if kind == "too_short":
         return f"{field}: the list is empty; name at least one item, or leave the field out"
     if kind == "list_type":
-        return f"{field}: {shown} is no list of ids"
+        return f"{field}: {value} is no list of ids"
     if kind == "int_type":
-        return f"{field}: {shown} is no whole number"
+        return f"{field}: {value} is no whole number"
     if kind in ("greater_than_equal", "less_than_equal"):
         bound = f"at least {context['ge']}" if "ge" in context else f"at most {context['le']}"
-        return f"{field}: {shown} is out of range; it must be {bound}"
-    return f"{field}: {shown} {mistake['msg']}"
+        return f"{field}: {value} is out of range; it must be {bound}"
+    return f"{field}: {value} {mistake['msg']}"

@@ -102,7 +102,9 @@ def _describe_data(run_dir: RunDir) -> list[str]:
         "|:--|--:|:--|:--|",
     ]
     for name, split in manifest.splits.items():
-        days = [datetime.fromtimestamp(one, UTC).date() for one in (split.first_timestamp, split.last_timestamp)]
+        days = [
+            datetime.fromtimestamp(seconds, UTC).date() for seconds in (split.first_timestamp, split.last_timestamp)
+        ]
         lines.append(f"| {name} | {split.rows:,} | {days[0]} | {days[1]} |")
     return lines
 

@@ -75,15 +75,15 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
     """
     if (done := folder.read_record(part)) is not None and folder.scores(part).exists():
         return done
-    given, labels = read_part(folder.requests, part)
+    original, labels = read_part(folder.requests, part)
     started = time.perf_counter()
-    requests = given
+    requests = original
     if num_retrieved is not None:
-        found = recommender.retrieve(given, num_retrieved)
-        requests = [replace(request, candidates=items) for request, items in zip(given, found, strict=True)]
+        item_lists = recommender.retrieve(original, num_retrieved)
+        requests = [replace(request, candidates=items) for request, items in zip(original, item_lists, strict=True)]
     retrieved = time.perf_counter()
-    filled = [place for place, request in enumerate(requests) if len(request.candidates)]  # some users have seen all
-    scored = recommender.score([requests[place] for place in filled])
+    filled = [index for index, request in enumerate(requests) if len(request.candidates)]  # some users have seen all
+    scored = recommender.score([requests[index] for index in filled])
     record: dict[str, Any] = {
         "users": len(requests),
         "rows": sum(map(len, scored)),
@@ -91,11 +91,11 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
         "retrieval_seconds": retrieved - started,
     }
     scores = dict(zip(filled, scored, strict=True))
-    judged = [place for place in filled if labels[place] is not None and any(labels[place] or ())]
-    if judged and recommender.has_cf:
-        truths = [_list_truths(given[place], requests[place], labels[place] or []) for place in judged]
-        by_cf = recommender.score_cf([requests[place] for place in judged])
-        record |= _compare(truths, [scores[place] for place in judged], by_cf, recommender.config.evaluation.cutoffs)
+    labelled = [index for index in filled if labels[index] is not None and any(labels[index] or ())]
+    if labelled and recommender.has_cf:
+        truths = [_list_truths(original[index], requests[index], labels[index] or []) for index in labelled]
+        by_cf = recommender.score_cf([requests[index] for index in labelled])
+        record |= _compare(truths, [scores[index] for index in labelled], by_cf, recommender.config.evaluation.cutoffs)
     _write_scores(folder.scores(part), recommender, requests, scores)
     write_json(folder.record(part), record)
     return record
@@ -105,19 +105,19 @@ def _write_scores(
     path: Path, recommender: Recommender, requests: Sequence[RankingRequest], scores: Mapping[int, Scores]
 ) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in OUTPUT.names}
-    for place, found in scores.items():
-        ranked = recommender.order_items(requests[place].candidates, found)
-        columns["user_id"] += [requests[place].user] * len(ranked)
-        columns["item_id"] += [one.item_id for one in ranked]
-        columns["score"] += [one.score for one in ranked]
-        columns["rank"] += [one.rank for one in ranked]
+    for index, logits in scores.items():
+        ranked = recommender.order_items(requests[index].candidates, logits)
+        columns["user_id"] += [requests[index].user] * len(ranked)
+        columns["item_id"] += [item.item_id for item in ranked]
+        columns["score"] += [item.score for item in ranked]
+        columns["rank"] += [item.rank for item in ranked]
     with open_atomic(path, "wb") as file:
         pq.write_table(pa.table(columns, schema=OUTPUT), file)
 
 
-def _list_truths(given: RankingRequest, request: RankingRequest, labels: Sequence[int]) -> tuple[list[int], float]:
+def _list_truths(original: RankingRequest, request: RankingRequest, labels: Sequence[int]) -> tuple[list[int], float]:
     """Return the labels of a request's candidates, and which share of the liked items is among them."""
-    liked = {item for item, label in zip(given.candidates, labels, strict=True) if label}
+    liked = {item for item, label in zip(original.candidates, labels, strict=True) if label}
     truths = [int(item in liked) for item in request.candidates]
     return truths, sum(truths) / len(liked)
 

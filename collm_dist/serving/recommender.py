@@ -114,10 +114,10 @@ class Recommender:
         Raises:
             RequestError: the request is wrong; the message names the field, the value and what to do.
         """
-        found = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved)])[0]
-        if isinstance(found, RequestError):
-            raise found
-        return found
+        answer = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved)])[0]
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
 
     def rank_many(self, queries: Sequence[RankingQuery]) -> list[list[RankedItem] | RequestError]:
         """Rank for many at once, in one pass where the device has room; a wrong query spoils none of the others.
@@ -129,17 +129,17 @@ class Recommender:
             ArtifactError: a score is not finite.
         """
         answers: list[list[RankedItem] | RequestError] = [[] for _ in queries]
-        wanted: dict[int, RankingRequest] = {}
-        for place, query in enumerate(queries):
+        valid: dict[int, RankingRequest] = {}
+        for index, query in enumerate(queries):
             try:
                 request = self._find_candidates(query)
             except RequestError as error:
-                answers[place] = error
+                answers[index] = error
                 continue
             if request.candidates:  # none are left for a user who has seen everything
-                wanted[place] = request
-        for (place, request), scores in zip(wanted.items(), self.score(list(wanted.values())), strict=True):
-            answers[place] = self.order_items(request.candidates, scores)[: queries[place].top_k]
+                valid[index] = request
+        for (index, request), scores in zip(valid.items(), self.score(list(valid.values())), strict=True):
+            answers[index] = self.order_items(request.candidates, scores)[: queries[index].top_k]
         return answers
 
     def _find_candidates(self, query: RankingQuery) -> RankingRequest:
@@ -149,17 +149,17 @@ class Recommender:
         request = RankingRequest(query.user, query.history, as_of=query.as_of)
         if query.candidates is None:
             return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
-        places = self._reader.read_candidates(replace(request, candidates=query.candidates))
+        indices = self._reader.read_candidates(replace(request, candidates=query.candidates))
         self._reader.read_user(request)
-        return replace(request, candidates=[self.item_ids[place] for place in places.tolist()])
+        return replace(request, candidates=[self.item_ids[index] for index in indices.tolist()])
 
     def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:
         """Return candidates of this run with their (N,) scores as ranked items; equal scores go by the item table."""
-        places = np.array([self._reader.item_index[str(one)] for one in candidates])
-        order = np.lexsort((places, -scores))
+        indices = np.array([self._reader.item_index[str(item_id)] for item_id in candidates])
+        order = np.lexsort((indices, -scores))
         return [
-            RankedItem(self.item_ids[places[one]], float(scores[one]), rank, self._titles[places[one]])
-            for rank, one in enumerate(order.tolist(), start=1)
+            RankedItem(self.item_ids[indices[position]], float(scores[position]), rank, self._titles[indices[position]])
+            for rank, position in enumerate(order.tolist(), start=1)
         ]
 
     def score(self, requests: Sequence[RankingRequest]) -> list[Scores]:
@@ -210,32 +210,32 @@ class Recommender:
         """
         if count < 1:
             raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
-        found: list[list[str]] = []
-        for place, request in enumerate(requests):
-            with _naming(place, len(requests)):
+        retrieved: list[list[str]] = []
+        for index, request in enumerate(requests):
+            with _naming(index, len(requests)):
                 user = self._reader.read_user(request)
             unseen = np.setdiff1d(np.arange(len(self.item_ids)), user.seen)
             if len(unseen) == 0:
-                found.append([])
+                retrieved.append([])
                 continue
             scores = self._scorer.score_by_cf(self._reader.build_block([user], [unseen]))
             best = unseen[np.argsort(-scores, kind="stable")[:count]]
-            found.append([self.item_ids[one] for one in best.tolist()])
-        return found
+            retrieved.append([self.item_ids[index] for index in best.tolist()])
+        return retrieved
 
     def _read_in_parts(self, requests: Sequence[RankingRequest]) -> Iterator[tuple[list[UserContext], list[IntArray]]]:
         """Yield contexts and candidates of neighbouring requests, as many as are laid out at once."""
         users: list[UserContext] = []
         candidates: list[IntArray] = []
-        for place, request in enumerate(requests):
-            with _naming(place, len(requests)):
-                wanted = self._reader.read_candidates(request)
+        for index, request in enumerate(requests):
+            with _naming(index, len(requests)):
+                item_idx = self._reader.read_candidates(request)
                 user = self._reader.read_user(request)
-            if users and sum(map(len, candidates)) + len(wanted) > _MAX_ROWS:
+            if users and sum(map(len, candidates)) + len(item_idx) > _MAX_ROWS:
                 yield users, candidates
                 users, candidates = [], []
             users.append(user)
-            candidates.append(wanted)
+            candidates.append(item_idx)
         if users:
             yield users, candidates
 

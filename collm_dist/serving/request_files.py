@@ -157,13 +157,13 @@ def _check_candidates(candidates: Any, known: Any, refuse: _Refusal, retrieves: 
            f"{example} is not in the run's table of items ({unknown.sum()} such ids near there); leave it out, or add "
            "the item to dataset.items_path and run again with dataset.extend_from")  # fmt: skip
     keys = rows * len(known) + pc.fill_null(places, 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    _, where = np.unique(keys, return_index=True)
-    repeated = np.setdiff1d(np.arange(len(keys)), where)
+    _, first_places = np.unique(keys, return_index=True)
+    repeated = np.setdiff1d(np.arange(len(keys)), first_places)
     refuse("candidates", _mark(rows[repeated], count), "an item occurs twice; name each once")
 
 
 def _check_labels(labels: Any, candidates: Any, refuse: _Refusal) -> None:
-    lengths = [pc.list_value_length(one) for one in (labels, candidates)]
+    lengths = [pc.list_value_length(lists) for lists in (labels, candidates)]
     differs = pc.fill_null(pc.not_equal(*lengths), pc.is_valid(labels))
     refuse("labels", differs, "there are not as many labels as candidates")
     rows, values = _flatten(labels)
@@ -182,8 +182,8 @@ def _mark(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
 
 def _convert(column: Any, field: Any, path: str) -> Any:
     """Return a column in its type; numbers are welcome as ids, but no fractions."""
-    found, is_list = column.type, pa.types.is_list(field.type)
-    inner = found.value_type if is_list and hasattr(found, "value_type") else found
+    column_type, is_list = column.type, pa.types.is_list(field.type)
+    inner = column_type.value_type if is_list and hasattr(column_type, "value_type") else column_type
     if isinstance(inner, pa.DictionaryType):
         inner = inner.value_type
     fits = pa.types.is_null(inner) or pa.types.is_integer(inner)
@@ -193,14 +193,19 @@ def _convert(column: Any, field: Any, path: str) -> Any:
         fits = fits or pa.types.is_timestamp(inner)
     else:
         fits = fits or pa.types.is_string(inner) or pa.types.is_large_string(inner)
-    is_a_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
-    if pa.types.is_null(found) or (fits and is_list == is_a_list):
+    is_a_list = (
+        pa.types.is_list(column_type) or pa.types.is_large_list(column_type) or pa.types.is_fixed_size_list(column_type)
+    )
+    if pa.types.is_null(column_type) or (fits and is_list == is_a_list):
         try:
-            if pa.types.is_timestamp(found):
-                column = column.cast(pa.timestamp("s", found.tz), safe=False)
+            if pa.types.is_timestamp(column_type):
+                column = column.cast(pa.timestamp("s", column_type.tz), safe=False)
             return column.cast(field.type)
         except pa.ArrowInvalid as error:
             raise RequestError(f"{path}, field '{field.name}': {error}; correct the value") from None
-    wanted = {"labels": "lists of 0 and 1", "as_of": "whole seconds since 1970, or timestamps", "user_id": "ids: texts "
-              "or whole numbers"}.get(field.name, "lists of ids: texts or whole numbers")  # fmt: skip
-    raise RequestError(f"{path}, field '{field.name}': the column is of type {found}; it must hold {wanted}")
+    expected = {
+        "labels": "lists of 0 and 1",
+        "as_of": "whole seconds since 1970, or timestamps",
+        "user_id": "ids: texts or whole numbers",
+    }.get(field.name, "lists of ids: texts or whole numbers")
+    raise RequestError(f"{path}, field '{field.name}': the column is of type {column_type}; it must hold {expected}")

@@ -133,8 +133,10 @@ class RequestReader:
         likes, rows = int(labels.sum()), len(labels)
         history, seen = items[labels == 1], items
         if request.history is not None:
-            named = _to_ids(request.history, "history")
-            history = np.array([self.item_index[one] for one in named if one in self.item_index], dtype=np.int64)
+            item_ids = _to_ids(request.history, "history")
+            history = np.array(
+                [self.item_index[item_id] for item_id in item_ids if item_id in self.item_index], dtype=np.int64
+            )
             seen = np.concatenate([items, history])
             if user_idx < 0 and self._every_event_is_a_like:
                 likes = rows = len(history)
@@ -146,20 +148,20 @@ class RequestReader:
         Raises:
             RequestError: there are none, or one is unknown or comes twice; the message names it.
         """
-        named = _to_ids(request.candidates, "candidates")
-        if not named:
+        item_ids = _to_ids(request.candidates, "candidates")
+        if not item_ids:
             raise RequestError("candidates: the list is empty; name at least one item")
-        if unknown := [one for one in named if one not in self.item_index]:
-            shown = ", ".join(repr(one) for one in unknown[:_MAX_SHOWN_IDS])
+        if unknown := [item_id for item_id in item_ids if item_id not in self.item_index]:
+            examples = ", ".join(repr(item_id) for item_id in unknown[:_MAX_SHOWN_IDS])
             raise RequestError(
-                f"candidates: {len(unknown)} of {len(named)} ids are not in the run's table of items ({shown}"
+                f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's table of items ({examples}"
                 f"{', ...' if len(unknown) > _MAX_SHOWN_IDS else ''}); leave them out, or add the items to "
                 "dataset.items_path and run again with dataset.extend_from"
             )
-        if len(set(named)) < len(named):
-            twice = next(one for place, one in enumerate(named) if one in named[:place])
-            raise RequestError(f"candidates: {twice!r} occurs twice; name each item once")
-        return np.array([self.item_index[one] for one in named], dtype=np.int64)
+        if len(set(item_ids)) < len(item_ids):
+            repeated = next(item_id for position, item_id in enumerate(item_ids) if item_id in item_ids[:position])
+            raise RequestError(f"candidates: {repeated!r} occurs twice; name each item once")
+        return np.array([self.item_index[item_id] for item_id in item_ids], dtype=np.int64)
 
     def _read_time(self, as_of: int | None) -> int:
         if as_of is None:
@@ -173,28 +175,31 @@ class RequestReader:
 
         Row ids number the candidates; labels are 0 and mean nothing.
         """
-        sizes = np.array([len(one) for one in candidates], dtype=np.int64)
-        counts = [self._events.count_item_events(one, user.as_of) for user, one in zip(users, candidates, strict=True)]
+        sizes = np.array([len(item_idx) for item_idx in candidates], dtype=np.int64)
+        counts = [
+            self._events.count_item_events(item_idx, user.as_of)
+            for user, item_idx in zip(users, candidates, strict=True)
+        ]
         rows = np.arange(sizes.sum())
-        nothing = np.zeros(len(rows), dtype=np.int64)
+        zeros = np.zeros(len(rows), dtype=np.int64)
         return ContextBlock(
-            user_idx=np.array([one.user_idx for one in users], dtype=np.int64),
-            num_likes=np.array([one.num_likes for one in users], dtype=np.int64),
-            history_offsets=to_offsets(np.array([len(one.history) for one in users], dtype=np.int64)),
-            history_items=np.concatenate([one.history for one in users]).astype(np.int64),
+            user_idx=np.array([user.user_idx for user in users], dtype=np.int64),
+            num_likes=np.array([user.num_likes for user in users], dtype=np.int64),
+            history_offsets=to_offsets(np.array([len(user.history) for user in users], dtype=np.int64)),
+            history_items=np.concatenate([user.history for user in users]).astype(np.int64),
             target_offsets=to_offsets(sizes),
             item_idx=np.concatenate(candidates),
-            timestamp=np.repeat([one.as_of for one in users], sizes),
-            user_likes=np.repeat([one.num_likes for one in users], sizes),
-            user_rows=np.repeat([one.num_rows for one in users], sizes),
+            timestamp=np.repeat([user.as_of for user in users], sizes),
+            user_likes=np.repeat([user.num_likes for user in users], sizes),
+            user_rows=np.repeat([user.num_rows for user in users], sizes),
             item_likes=np.concatenate([likes for likes, _ in counts]),
             item_rows=np.concatenate([events for _, events in counts]),
             row_id=rows,
             group_id=rows,
-            label=nothing,
-            sampled=nothing,
-            user_in_train=nothing,
-            item_in_train=nothing,
+            label=zeros,
+            sampled=zeros,
+            user_in_train=zeros,
+            item_in_train=zeros,
             dislike_offsets=np.zeros(len(rows) + 1, dtype=np.int64),
             dislike_items=np.zeros(0, dtype=np.int64),
         )
@@ -203,7 +208,7 @@ class RequestReader:
 def _to_ids(values: Sequence[Id], field: str) -> list[str]:
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise RequestError(f"{field}: {values!r} is no list of ids")
-    return [_to_id(one, field) for one in values]
+    return [_to_id(value, field) for value in values]
 
 
 def _to_id(value: Id, field: str) -> str:

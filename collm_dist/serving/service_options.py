@@ -57,8 +57,10 @@ def read_options(arguments: argparse.Namespace) -> ServiceOptions:
     try:
         return ServiceOptions(**values)
     except ValidationError as error:
-        wrong = [f"{_spell_flag(str(one['loc'][0]))} {one['input']}: {one['msg']}" for one in error.errors()]
-        raise RequestError("; ".join(wrong)) from None
+        mistakes = [
+            f"{_spell_flag(str(mistake['loc'][0]))} {mistake['input']}: {mistake['msg']}" for mistake in error.errors()
+        ]
+        raise RequestError("; ".join(mistakes)) from None
 
 
 def _spell_flag(name: str) -> str:

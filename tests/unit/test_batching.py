@@ -20,7 +20,7 @@ class Device:
         self.passes.append(list(queries))
         if "wrong" in queries:
             raise ValueError("wrong")
-        return [2 * one for one in queries]
+        return [2 * query for query in queries]
 
 
 def build(device, **options):
@@ -34,20 +34,20 @@ async def let_start():
 
 def test_a_busy_device_gets_all_that_has_come_meanwhile():
     async def run():
-        device, told = Device(permits=0), []
-        batcher = build(device, report=lambda size, took: told.append((size, took)))
+        device, reports = Device(permits=0), []
+        batcher = build(device, report=lambda size, took: reports.append((size, took)))
         first = asyncio.create_task(batcher.submit(0))
         await let_start()
-        others = [asyncio.create_task(batcher.submit(one)) for one in range(1, 7)]
+        others = [asyncio.create_task(batcher.submit(query)) for query in range(1, 7)]
         await let_start()
         device.permits.release(4)
-        found = await asyncio.gather(first, *others)
+        results = await asyncio.gather(first, *others)
         assert device.passes == [[0], [1, 2, 3, 4], [5, 6]]
-        assert [one.answer for one in found] == [0, 2, 4, 6, 8, 10, 12]
-        assert [one.size for one in found] == [1, 4, 4, 4, 4, 2, 2]
-        assert found[1].waited_s > 0.04
-        assert found[0].took_s > 0.04
-        assert [size for size, _ in told] == [1, 4, 2]
+        assert [result.answer for result in results] == [0, 2, 4, 6, 8, 10, 12]
+        assert [result.size for result in results] == [1, 4, 4, 4, 4, 2, 2]
+        assert results[1].waited_s > 0.04
+        assert results[0].took_s > 0.04
+        assert [size for size, _ in reports] == [1, 4, 2]
         assert (await batcher.submit(8)).answer == 16  # and it goes on after an idle time
 
     asyncio.run(run())
@@ -59,11 +59,11 @@ def test_an_idle_device_waits_for_others(count, passes):
         device = Device()
         batcher = build(device, wait_s=0.3)
 
-        async def submit(one):
-            await asyncio.sleep(0.001 * one)
-            return await batcher.submit(one)
+        async def submit(query):
+            await asyncio.sleep(0.001 * query)
+            return await batcher.submit(query)
 
-        await asyncio.gather(*(submit(one) for one in range(count)))
+        await asyncio.gather(*(submit(query) for query in range(count)))
         assert device.passes == passes
 
     asyncio.run(run())
@@ -75,7 +75,7 @@ def test_no_more_than_so_many_wait_and_who_gives_up_leaves_room():
         batcher = build(device, max_waiting=2)
         first = asyncio.create_task(batcher.submit(0))
         await let_start()
-        waiting = [asyncio.create_task(batcher.submit(one)) for one in (1, 2)]
+        waiting = [asyncio.create_task(batcher.submit(query)) for query in (1, 2)]
         await let_start()
         with pytest.raises(QueueFullError):
             await batcher.submit(3)
@@ -85,7 +85,7 @@ def test_no_more_than_so_many_wait_and_who_gives_up_leaves_room():
         last = asyncio.create_task(batcher.submit(4))
         await let_start()
         device.permits.release(2)
-        assert [one.answer for one in await asyncio.gather(waiting[1], last)] == [4, 8]
+        assert [result.answer for result in await asyncio.gather(waiting[1], last)] == [4, 8]
         assert device.passes == [[0], [2, 4]]
         assert waiting[0].cancelled()
         assert first.cancelled()
@@ -97,8 +97,8 @@ def test_an_error_reaches_all_of_its_pass_and_no_other():
     async def run():
         device = Device()
         batcher = build(device, wait_s=0.05)
-        found = await asyncio.gather(*(batcher.submit(one) for one in ("a", "wrong")), return_exceptions=True)
-        assert [str(one) for one in found] == ["wrong", "wrong"]
+        results = await asyncio.gather(*(batcher.submit(query) for query in ("a", "wrong")), return_exceptions=True)
+        assert [str(result) for result in results] == ["wrong", "wrong"]
         assert (await batcher.submit("b")).answer == "bb"
 
     asyncio.run(run())

@@ -39,18 +39,18 @@ async def rank(query):
 def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, length=None):
     """Call the application as a server would; return status, headers and the decoded body."""
     pieces = chunks or [body if isinstance(body, bytes) else json.dumps(body).encode()]
-    told = {"content-type": content_type, "content-length": length}
-    headers = [(name.encode(), value.encode()) for name, value in told.items() if value is not None]
+    declared = {"content-type": content_type, "content-length": length}
+    headers = [(name.encode(), value.encode()) for name, value in declared.items() if value is not None]
     scope = {
         "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
         "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
     }  # fmt: skip
-    left, sent = list(pieces), []
+    unread, sent = list(pieces), []
 
     async def receive():
-        if not left:
+        if not unread:
             await asyncio.sleep(10)
-        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+        return {"type": "http.request", "body": unread.pop(0), "more_body": bool(unread)}
 
     async def send(message):
         sent.append(message)
@@ -63,7 +63,7 @@ def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, le
     except KeyError:  # answered first, then left to the server's log
         assert sent
     start, *bodies = sent
-    return start["status"], dict(start["headers"]), json.loads(b"".join(one["body"] for one in bodies)), len(left)
+    return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in bodies)), len(unread)
 
 
 def test_a_query_arrives_as_it_was_sent():
@@ -114,8 +114,8 @@ def test_a_query_arrives_as_it_was_sent():
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(body, status, message):
-    found, headers, answer, _ = ask(body)
-    assert found == status, answer
+    answered, headers, answer, _ = ask(body)
+    assert answered == status, answer
     assert headers[b"content-type"] == b"application/json"
     assert re.search(message, answer["detail"]), answer
     assert list(answer) == ["detail"]
@@ -132,8 +132,8 @@ def test_what_is_wrong_is_said(body, status, message):
     ],
 )
 def test_other_ways_to_go_wrong(options, status, message):
-    found, _, answer, _ = ask(GOOD, **options)
-    assert (found, list(answer)) == (status, ["detail"])
+    answered, _, answer, _ = ask(GOOD, **options)
+    assert (answered, list(answer)) == (status, ["detail"])
     assert message in answer["detail"]
 
 
@@ -173,8 +173,8 @@ def test_a_large_body_is_refused_unread():
     ],
 )
 def test_errors_inside_end_in_words(user, status, message):
-    found, headers, answer, _ = ask({"user": user})
-    assert found == status
+    answered, headers, answer, _ = ask({"user": user})
+    assert answered == status
     assert message in answer["detail"]
     assert "secret" not in json.dumps(answer)
     assert (headers.get(b"retry-after") == b"1") == (status == 503)
@@ -185,6 +185,6 @@ def test_health_and_openapi():
     document = ask(b"", method="GET", path="/openapi.json")[2]
     body = document["components"]["schemas"]["RankBody"]
     assert body["examples"] == [GOOD]
-    assert all("description" in one for one in body["properties"].values())
+    assert all("description" in schema for schema in body["properties"].values())
     assert body["properties"]["candidates"]["anyOf"][0]["maxItems"] == 4
     assert set(document["paths"]["/rank"]["post"]["responses"]) == {"200", "400", "413", "415", "422", "503", "504"}

@@ -93,9 +93,9 @@ def test_a_context_is_computed_once_however_many_candidates(finished_run, recomm
 
 def test_an_unknown_user_gets_a_ranking(recommender):
     ranked = recommender.rank(history=LIKED, candidates=CANDIDATES, top_k=10)
-    assert [one.rank for one in ranked] == list(range(1, 11))
-    assert [one.score for one in ranked] == sorted((one.score for one in ranked), reverse=True)
-    assert all(f"Film {one.item_id} (" in one.title for one in ranked)
+    assert [item.rank for item in ranked] == list(range(1, 11))
+    assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
+    assert all(f"Film {item.item_id} (" in item.title for item in ranked)
     assert recommender.rank(LIKED, CANDIDATES, user="nobody", top_k=10) == ranked
     # What the run does not know of a history cannot be shown; what it does is kept.
     assert recommender.rank(["no such item", *LIKED], CANDIDATES, top_k=10) == ranked
@@ -116,13 +116,13 @@ def test_candidates_are_retrieved_among_what_is_new_to_the_user(finished_run, re
     items = load_item_table(data_dir)["item_id"]
     seen = {items[item] for user, item in zip(*log.values(), strict=True) if user == 4}
     user = load_user_ids(data_dir)[4]
-    found = recommender.retrieve([RankingRequest(user), RankingRequest(None, LIKED)], 1000)
-    assert set(found[0]) == set(items) - seen
-    assert set(found[1]) == set(items) - set(LIKED)
-    cf = recommender.score_cf([RankingRequest(user, None, found[0])])[0]
+    retrieved = recommender.retrieve([RankingRequest(user), RankingRequest(None, LIKED)], 1000)
+    assert set(retrieved[0]) == set(items) - seen
+    assert set(retrieved[1]) == set(items) - set(LIKED)
+    cf = recommender.score_cf([RankingRequest(user, None, retrieved[0])])[0]
     assert (np.diff(cf) <= TOLERANCE).all()
     ranked = recommender.rank(user=user, num_retrieved=7)
-    assert {one.item_id for one in ranked} == set(found[0][:7])
+    assert {item.item_id for item in ranked} == set(retrieved[0][:7])
     assert recommender.rank(user=user, history=items) == []
 
 
@@ -137,17 +137,19 @@ def test_a_wrong_query_spoils_none_of_the_others(finished_run, recommender):
         RankingQuery(user="5", history=items),  # nothing is left to be found
         RankingQuery(user="6", candidates=np.array([5, 6, 7])),
     ]
-    found = recommender.rank_many(queries)
+    answers = recommender.rank_many(queries)
     for place, message in ((1, "1 of 2 ids are not in"), (3, "history: '3' is no list"), (4, "top_k: 0 is less than")):
-        assert isinstance(found[place], RequestError)
-        assert message in str(found[place])
+        assert isinstance(answers[place], RequestError)
+        assert message in str(answers[place])
         with pytest.raises(RequestError):
             recommender.rank(**vars(queries[place]))
     for place in (0, 2, 5, 6):
         alone = recommender.rank(**vars(queries[place]))
-        assert [one.item_id for one in found[place]] == [one.item_id for one in alone]
-        assert np.allclose([one.score for one in found[place]], [one.score for one in alone], rtol=0, atol=TOLERANCE)
-    assert [len(one) for one in (found[0], found[2], found[5], found[6])] == [len(CANDIDATES), 4, 0, 3]
+        assert [item.item_id for item in answers[place]] == [item.item_id for item in alone]
+        assert np.allclose(
+            [item.score for item in answers[place]], [item.score for item in alone], rtol=0, atol=TOLERANCE
+        )
+    assert [len(answers[place]) for place in (0, 2, 5, 6)] == [len(CANDIDATES), 4, 0, 3]
     assert recommender.rank_many([]) == []
 
 
@@ -205,7 +207,7 @@ def test_the_log_counts_strictly_before():
         assert rows.tolist() == [int((before & (items == item)).sum()) for item in range(10)]
         assert likes.tolist() == [int(labels[before & (items == item)].sum()) for item in range(10)]
         for user in range(6):
-            found, liked = log.find_user_events(user, as_of)
-            assert found.tolist() == items[before & (users == user)].tolist()
-            assert liked.tolist() == labels[before & (users == user)].tolist()
+            event_items, event_labels = log.find_user_events(user, as_of)
+            assert event_items.tolist() == items[before & (users == user)].tolist()
+            assert event_labels.tolist() == labels[before & (users == user)].tolist()
     assert len(log.find_user_events(-1, log.end)[0]) == 0
