@@ -1,4 +1,4 @@
-"""What all commands share: their arguments, the dry run, and how they end."""
+"""Common parts of all commands: arguments, dry run, error reports, exit codes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from collm_dist.runs.error_file import write_error
 from collm_dist.runs.run_dir import STEPS, RunDir
 
 _HOW_SETTINGS_WORK = """settings:
-  What the config file does not say has a default; configs/README.md lists every setting. section.key=value after the
-  config file wins over it, for example: stage1.learning_rate=1e-4 evaluation.splits='[test]'
+  Settings missing from the config file have defaults; configs/README.md lists every setting. section.key=value after
+  the config file overrides it, for example: stage1.learning_rate=1e-4 evaluation.splits='[test]'
 
 where results go:
-  Everything is written below run.dir: data/ cf/ stage1/ stage2/ eval/. A step that is done is not done again; when its
-  settings or inputs have changed, the command stops and names them. tensorboard --logdir <run.dir> shows the curves.
+  Everything is written below run.dir: data/ cf/ stage1/ stage2/ eval/. Finished steps are skipped; if their settings or
+  inputs have changed, the command stops and names the changes. tensorboard --logdir <run.dir> shows the curves.
 
 exit codes:
-  0 done, 2 something to correct (settings, data, artifacts), 3 surroundings (devices, cluster, disk), 4 numbers that
-  are not finite, 75 asked to stop and 76 a process lost, both ready to go on, 130 interrupted, 1 a fault of this
-  program. docs/reliability.md has them in full.
+  0 done, 2 something to correct (settings, data, artifacts), 3 environment (devices, cluster, disk), 4 loss or gradient
+  not finite, 75 stopped by a signal and 76 process lost (run the same command again to resume), 130 interrupted, 1 bug
+  of this program. docs/reliability.md explains them.
 """
 
 
@@ -44,12 +44,12 @@ def run_command(
     """Parse the command line, load the configuration and run a command.
 
     Args:
-        description: what the command does, for ``--help``.
-        run: does it and returns the exit code, None for 0. It gets the configuration and the arguments:
-            ``config_path``, ``overrides``, ``force`` (steps) and what ``add_arguments`` added.
-        examples: for ``--help``.
-        add_arguments: adds the command's own arguments.
-        describe: lines about what the command would do, for ``--dry-run``.
+        description: description of the command in ``--help``.
+        run: function of the command. It takes the configuration and the arguments (``config_path``, ``overrides``,
+            ``force``, and those that ``add_arguments`` added) and returns the exit code, or None for 0.
+        examples: examples in ``--help``.
+        add_arguments: function that adds the command's own arguments.
+        describe: function that returns the plan's lines for ``--dry-run``.
 
     Returns:
         The exit code.
@@ -59,7 +59,7 @@ def run_command(
         add_arguments(parser)
     try:
         arguments = parser.parse_intermixed_args()
-    except SystemExit as stop:  # argparse has printed its help or what is wrong
+    except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments.force = tuple(step for steps in arguments.force for step in steps)
@@ -75,14 +75,14 @@ def run_command(
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End this process once what it has printed is out, without taking the interpreter down.
+    """Flush the output and end this process without shutting the interpreter down.
 
-    For commands that have been in a process group: DeepSpeed keeps the group, and so its threads, for good, and one
-    that lets go of a tensor while the interpreter ends would abort a process whose work is done.
+    For commands that have joined a process group: DeepSpeed keeps the group and its threads alive, and a thread that
+    releases a tensor during interpreter shutdown would abort a process whose work is done.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # whoever read it may be gone
+        with suppress(OSError):  # the reader may have closed the pipe
             stream.flush()
     os._exit(exit_code)
 
@@ -96,17 +96,17 @@ def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", dest="config_path", metavar="FILE", required=True, help="the experiment, as YAML")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
-    parser.add_argument("--dry-run", action="store_true", help="show settings, plan and what is there; needs no GPU")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, plan and finished steps; needs no GPU")
     parser.add_argument(
         "--force",
         type=_parse_steps,
         action="append",
         default=[],
         metavar="STEP",
-        help=f"redo a step that is done: {', '.join(STEPS)}; several with commas",
+        help=f"redo a finished step: {', '.join(STEPS)}; separate several with commas",
     )
-    # Launchers add this one; the environment says the same.
+    # Launchers add this argument; the environment has the same value.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
@@ -115,12 +115,12 @@ def _parse_steps(text: str) -> tuple[str, ...]:
     steps = tuple(text.split(","))
     unknown = [step for step in steps if step not in STEPS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"there is no step '{unknown[0]}'; the steps are {', '.join(STEPS)}")
+        raise argparse.ArgumentTypeError(f"unknown step '{unknown[0]}'; the steps are {', '.join(STEPS)}")
     return steps
 
 
 def print_plan(config: Config, describe: Callable[[Config, RunDir], list[str]] | None) -> None:
-    """Print the whole configuration, which steps are done, and what the command would do."""
+    """Print the whole configuration, the state of each step, and the command's plan."""
     run_dir = RunDir(Path(config.run.dir))
     print(dump_config(config))
     if describe is None:

@@ -1,1 +1,1 @@
-"""What a run directory is: paths and records, atomic writes, fingerprints, lock, status, reuse, publishing."""
+"""The run directory: paths and records, atomic writes, fingerprints, lock, status, reuse, publishing."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, disk errors in words, and content hashes."""
+"""Atomic file writes, explained disk errors, and content hashes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from collm_dist.errors import DiskError
 
 @contextmanager
 def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> Iterator[Any]:
-    """Open a temporary file beside ``path``; on success it is on the disk and bears that name, else it is removed.
+    """Open a temporary file next to ``path``; rename it to ``path`` after an fsync, or delete it on an error.
 
     Args:
-        path: the file; until the end of the block whatever bore its name is untouched.
+        path: the file; an existing file stays until the end of the block.
         mode: w or wb.
-        size_bytes: what will be written, where that is known; for the message of an error.
+        size_bytes: expected size for error messages, if known.
 
     Raises:
         DiskError: the disk is full or writing is not allowed.
@@ -37,7 +37,7 @@ def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> I
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)  # mkstemp's 0600 would hide the file from colleagues
+            Path(name).chmod(0o644)  # mkstemp's 0600 would hide the file from other users
             Path(name).replace(path)
             _sync(path.parent)
         except BaseException:
@@ -46,19 +46,19 @@ def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> I
 
 
 def _sync(path: Path) -> None:
-    """Bring a file to the disk, or a folder's list of names, without which a power failure may undo a rename."""
+    """Fsync a file or a folder; without the folder, a power failure may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot do it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync
             raise
     finally:
         os.close(descriptor)
 
 
 def sync_files(folder: Path) -> None:
-    """Bring all files below a folder to the disk, for libraries that leave that to the system."""
+    """Fsync all files below a folder, for libraries that do not."""
     for path in (folder, *folder.rglob("*")):
         _sync(path)
 
@@ -71,11 +71,11 @@ _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 @contextmanager
 def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[None]:
-    """Raise DiskError where the block cannot write because the disk is full or writing is not allowed.
+    """Raise DiskError if the block cannot write because the disk is full or writing is not allowed.
 
     Args:
-        path: file that the block writes, or folder below which it does.
-        size_bytes: what it writes, where that is known.
+        path: file, or folder of the files, that the block writes.
+        size_bytes: expected size in bytes, if known.
     """
     try:
         yield
@@ -93,12 +93,12 @@ def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[N
         remedy = "make space there" if code in _FULL else "allow writing there, or set run.dir to another directory"
         raise DiskError(
             f"{named or path} cannot be written: {os.strerror(code or 0)} ({_describe_free(named or path)}{needed}); "
-            f"{remedy}, then run the same command again. What was whole before is untouched"
+            f"{remedy}, then run the same command again. Files that were complete before are unchanged"
         ) from error
 
 
 def _find_errno(error: Exception) -> int | None:
-    """Return the system's error number, also where a library written in Rust has it in its message alone."""
+    """Return the system's error number, which libraries written in Rust have only in their message."""
     if isinstance(error, OSError):
         return error.errno
     match = re.search(r"\(os error (\d+)\)", str(error))
@@ -111,14 +111,14 @@ def _describe_free(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a part. NaN is refused: it is not JSON."""
+    """Write JSON atomically. NaN is refused because it is not JSON."""
     with open_atomic(path) as file:
         json.dump(value, file, indent=2, sort_keys=True, allow_nan=False)
         file.write("\n")
 
 
 def compute_file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

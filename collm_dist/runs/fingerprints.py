@@ -1,7 +1,4 @@
-"""Fingerprints: what each step depends on, as a flat mapping that is compared with the recorded one.
-
-That is the config fields that the step reads, the content hashes of the steps before it, and its input files.
-"""
+"""Fingerprints of steps: config fields, content hashes of earlier steps, and input files, compared with the record."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from collm_dist.config import Config
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.run_dir import RunDir, Step
 
-# The config fields that each step reads, as dotted prefixes. Fields marked operational are left out below.
+# Config fields of each step, as dotted prefixes. Operational fields are excluded by flatten_config.
 STEP_FIELDS: dict[Step, tuple[str, ...]] = {
     "data": ("run.seed", "dataset", "preprocessing", "evaluation.num_candidates"),
     "cf": ("run.seed", "cf"),
@@ -25,7 +22,7 @@ STEP_FIELDS: dict[Step, tuple[str, ...]] = {
 }
 
 
-# What only the other stage reads.
+# Exceptions below those prefixes: fields that the step does not read.
 STEP_FIELDS_EXCLUDED: dict[Step, tuple[str, ...]] = {
     "data": ("dataset.expect",),
     "cf": (),
@@ -67,17 +64,17 @@ def compute_fingerprint(
     *,
     skip_missing: bool = False,
 ) -> dict[str, Any]:
-    """Return what a step depends on, today.
+    """Return the fingerprint of a step for the current configuration and inputs.
 
     Args:
         config: the experiment.
-        step: the step in question.
-        run_dir: where the steps before it have their records.
-        inputs: further dependencies, such as input files with size and modification time, or prompt texts.
-        skip_missing: leave out steps that are not done instead of raising; evaluation reports what there is.
+        step: the step.
+        run_dir: run directory with the records of earlier steps.
+        inputs: other dependencies, such as input files with size and modification time, or prompt texts.
+        skip_missing: omit unfinished steps instead of raising; evaluation reports whatever is finished.
 
     Raises:
-        ArtifactError: a step that this one builds on is not done, or its record is damaged.
+        ArtifactError: an earlier step is not done, or its record is damaged.
     """
 
     def covers(prefixes: tuple[str, ...], key: str) -> bool:
@@ -105,7 +102,7 @@ def compute_fingerprint(
 
 
 def find_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return one line for each key in which two fingerprints differ: ``key: old -> new``."""
+    """Return a line ``key: old -> new`` for each key in which two fingerprints differ."""
     return [
         f"{key}: {recorded.get(key, '(absent)')} -> {current.get(key, '(absent)')}"
         for key in sorted(set(recorded) | set(current))
@@ -117,14 +114,14 @@ def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any])
     """Return whether the step is done with this fingerprint.
 
     Raises:
-        ArtifactError: it was done with another one; the message names the differing keys and the remedies.
+        ArtifactError: it is done with another fingerprint; the message names the differing keys and the remedies.
     """
     if not run_dir.is_done(step):
         return False
     changes = find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint)
     if changes:
         raise ArtifactError(
-            f"step '{step}' in {run_dir.path} was made from something else:\n  "
+            f"step '{step}' in {run_dir.path} was made with other settings or inputs:\n  "
             + "\n  ".join(changes)
             + f"\nEither redo it (--force {step}; later steps follow) or set run.dir to a new directory."
         )

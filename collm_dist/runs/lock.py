@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock file that says who holds it and is touched as long as the holder lives."""
+"""Lock of a run directory: one writer, named in a lock file that it touches as a heartbeat."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from collm_dist.runs.atomic_files import write_json
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
-# Processes that the holder starts find its token here and work under its lock.
+# Child processes of the holder find its token here and share its lock.
 TOKEN_VARIABLE = "COLLM_RUN_LOCK"  # noqa: S105 - no password
 BEAT_SECONDS = 10.0
-# On another host only the file's age tells. Twelve missed beats are no hiccup of a file system.
+# Liveness of a holder on another host shows only in the file's age. Twelve missed beats exceed a file system's delays.
 STALE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """Process that holds a lock.
 
     Attributes:
-        host, pid, started: the process; its start time (seconds since 1970) tells it from a later one of that number.
-        token: of this very lock.
+        host, pid, started: the process; the start time (seconds since 1970) distinguishes it from a later process with
+            the same pid.
+        token: unique id of this lock.
     """
 
     host: str
@@ -50,17 +51,17 @@ class Holder:
 def hold_run_lock(
     run_dir: Path, on_beat: Callable[[], None] | None = None, beat_seconds: float = BEAT_SECONDS
 ) -> Iterator[None]:
-    """Hold a run directory for as long as the block lasts.
+    """Hold the lock of a run directory for the duration of the block.
 
-    Does nothing in processes that the holder has started, and in all of a launcher's processes but the first.
+    Does nothing in child processes of the holder, or in a launcher's processes other than rank 0.
 
     Args:
-        run_dir: made if needed.
+        run_dir: created if missing.
         on_beat: called with every heartbeat, from another thread.
-        beat_seconds: between heartbeats.
+        beat_seconds: seconds between heartbeats.
 
     Raises:
-        LaunchError: somebody alive holds it; the message names host and process.
+        LaunchError: a live process holds the lock; the message names host and process.
     """
     path = run_dir / LOCK_NAME
     holder = _read_holder(path)
@@ -91,7 +92,7 @@ def hold_run_lock(
 def _take(path: Path) -> Holder:
     process = psutil.Process()
     new_holder = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
-    # Two who find a stale lock at once must not both take it over.
+    # Only one of two processes that find a stale lock may take it over.
     with path.with_name(f"{path.name}.guard").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         os.utime(guard.fileno())
@@ -103,16 +104,16 @@ def _take(path: Path) -> Holder:
                     "stop it, or set run.dir to another directory"
                 )
             logger.warning(
-                "%s: taking over the lock of process %d on %s, which is gone", path.parent, holder.pid, holder.host
+                "%s: taking over the lock of process %d on %s, which has ended", path.parent, holder.pid, holder.host
             )
-            # What it had started may live on, and write.
+            # Its child processes may still run and write.
             end_processes(TOKEN_VARIABLE, holder.token)
         write_json(path, asdict(new_holder))
     return new_holder
 
 
 def end_processes(variable: str, value: str) -> None:
-    """Kill all processes of this user on this host that were started with a variable of that value."""
+    """Kill all other processes on this host whose environment has a variable with this value."""
     killed = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):

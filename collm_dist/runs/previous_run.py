@@ -1,4 +1,4 @@
-"""What a run takes over from the one that it extends (``dataset.extend_from``), step by step."""
+"""Results that a run takes from the run it extends (``dataset.extend_from``), step by step."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ _PRODUCTS = {"cf": "model.safetensors", "stage2": "mapping.safetensors"}
 
 
 def find_previous(config: Config) -> RunDir | None:
-    """Return the run that this one extends; None = there is none."""
+    """Return the run that this one extends, or None."""
     return None if config.dataset.extend_from is None else RunDir(Path(config.dataset.extend_from).absolute())
 
 
 def find_previous_file(config: Config, step: Step) -> Path | None:
-    """Return what the earlier run's CF step or stage 2 left, to begin with.
+    """Return the weights of the earlier run's CF step or stage 2, for a warm start.
 
     Args:
-        config: of today.
+        config: configuration of the new run.
         step: cf or stage2.
 
     Returns:
-        The file; None where nothing is extended, that run has not done the step, or ``cf.warm_start`` is off.
+        The file; None if nothing is extended, the earlier run has not done the step, or ``cf.warm_start`` is off.
     """
     previous = find_previous(config)
     if previous is None or not previous.is_done(step) or not config.cf.warm_start:
         return None
-    if step == "cf" and config.cf.model in ("table", "none"):  # given vectors, or none: not trained
+    if step == "cf" and config.cf.model in ("table", "none"):  # not trained
         return None
-    if step == "stage2" and config.stage2.train_cf == "scratch":  # a mapping of other vectors says nothing of new ones
+    if step == "stage2" and config.stage2.train_cf == "scratch":  # new vectors need a new mapping
         return None
     return previous.step_dir(step) / _PRODUCTS[step]
 
 
 def compares_with_previous(config: Config) -> bool:
-    """Return whether the earlier run's stage 2 scores today's rows too."""
+    """Return whether the earlier run's stage 2 also scores the new run's rows."""
     previous = find_previous(config)
     is_rule_set = config.promotion.min_paired_difference is not None and config.promotion.baseline == "previous"
     return is_rule_set and previous is not None and previous.is_done("stage2")
 
 
 def describe_previous_step(config: Config, step: Step) -> dict[str, Any]:
-    """Return what a step depends on in the earlier run, for its fingerprint: hashes by name.
+    """Return the content hashes of the earlier run that a step depends on, by name, for its fingerprint.
 
     Raises:
-        ArtifactError: that run's record is damaged.
+        ArtifactError: the earlier run's record is damaged.
     """
     previous = find_previous(config)
     if previous is None:

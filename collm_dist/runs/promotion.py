@@ -1,4 +1,4 @@
-"""Whether a finished run takes the place of the one in use: a rule from the configuration, applied to its report."""
+"""Promotion of a finished run to the run in use, by a configured rule on its report."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def find_pointer(config: Config) -> Path:
 
 
 def pin_previous(config: Config) -> Config:
-    """Replace a link in ``dataset.extend_from`` by the run that it points to, once and for all of this run.
+    """Replace a link in ``dataset.extend_from`` with its target, and keep that target for the life of this run.
 
-    Tomorrow it points elsewhere, after a promotion to this very run. Where the link is that of the promotion and there
-    is none yet, this is the first run, and extends nothing.
+    A later promotion, possibly of this run, changes the link. If the link is the promotion pointer and does not exist
+    yet, this is the first run and extends nothing.
 
     Raises:
-        ConfigError: the link leads to this run, though it was not begun as one that extends another.
+        ConfigError: the link leads to this run, which did not start as an extension of another run.
     """
     name, run_dir = config.dataset.extend_from, Path(config.run.dir)
     if name is None:
@@ -45,7 +45,9 @@ def pin_previous(config: Config) -> Config:
     else:
         previous = str(path.resolve()) if path.exists() else None
     if previous is not None and Path(previous).resolve() == run_dir.resolve():
-        raise ConfigError(f"dataset.extend_from: '{name}' leads to this very run, {run_dir}; set run.dir to a new one")
+        raise ConfigError(
+            f"dataset.extend_from: '{name}' leads to this very run, {run_dir}; set run.dir to a new directory"
+        )
     return config.model_copy(update={"dataset": config.dataset.model_copy(update={"extend_from": previous})})
 
 
@@ -53,21 +55,21 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
     """Apply the rule to a report.
 
     Args:
-        config: with ``promotion.min_paired_difference``.
-        report: of evaluation.
+        config: configuration with ``promotion.min_paired_difference``.
+        report: report of the evaluation.
 
     Returns:
         ``{state, metric, baseline, difference, low, high, min_paired_difference, reason}``; state is promoted or
         rejected.
 
     Raises:
-        ArtifactError: the report does not compare the two.
+        ArtifactError: the report does not compare stage 2 with the baseline.
     """
     rule = config.promotion
     decision: dict[str, Any] = {"metric": rule.metric, "baseline": rule.baseline,
                                 "min_paired_difference": rule.min_paired_difference}  # fmt: skip
     if rule.baseline == "previous" and config.dataset.extend_from is None:
-        return decision | {"state": "promoted", "reason": "there is no run to compare with"}
+        return decision | {"state": "promoted", "reason": "no earlier run to compare with"}
     key = {"split": "test", "slice": "all", "model": "stage2", "versus": rule.baseline}
     difference: Mapping[str, Any] = next((row for row in report["differences"] if key.items() <= row.items()), {})
     low = difference.get(f"{rule.metric}_low")
@@ -87,12 +89,12 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Decide about a finished run, write ``promotion.json``, and if it passes let the pointer lead to it.
+    """Decide about a finished run, write ``promotion.json``, and if promoted move the pointer to it.
 
-    A decision about this very report stands; the pointer is not moved again, whatever it leads to by now.
+    A recorded decision about the same report is kept: the pointer does not move again, wherever it points by now.
 
     Raises:
-        ArtifactError: see ``decide``; or something that is no link has the pointer's name.
+        ArtifactError: see ``decide``; or the pointer's path exists and is not a symbolic link.
         DiskError: the record or the link cannot be written.
     """
     report, path = run_dir.read_record("eval"), run_dir.path / RECORD
@@ -108,13 +110,13 @@ def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
 
 def move_pointer(pointer: Path, target: Path) -> None:
-    """Let a link lead to a run; at no moment is there none.
+    """Point a symbolic link to a run, atomically.
 
     Raises:
-        ArtifactError: what is there is no link.
+        ArtifactError: the path exists and is not a symbolic link.
     """
     if pointer.exists() and not pointer.is_symlink():
-        raise ArtifactError(f"promotion.pointer: {pointer} is no symbolic link; move it away or name another one")
+        raise ArtifactError(f"promotion.pointer: {pointer} is not a symbolic link; move it away or set another path")
     temporary = pointer.with_name(f".{pointer.name}.{os.getpid()}")
     with explain_disk_errors(pointer):
         pointer.parent.mkdir(parents=True, exist_ok=True)

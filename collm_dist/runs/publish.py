@@ -1,8 +1,8 @@
-"""Copying finished steps to where others read them (``run.publish_to``): an index and the record last.
+"""Publication of finished steps to a folder or object store (``run.publish_to``).
 
-Below ``<publish_to>/<name of the run>/`` a step has the files that it has in the run directory, checkpoints and hidden
-files aside, and ``published.json``: size and SHA-256 of each. Whoever finds a step's record finds all of it. What is
-there with the same bytes is not sent again, so a publication that was stopped goes on.
+Below ``<publish_to>/<run name>/`` a step has its files of the run directory, without checkpoints and hidden files, and
+``published.json`` with the size and SHA-256 of each. The index and the step's record are written last, so a record
+implies a complete step. Unchanged files are not sent again, so an interrupted publication resumes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from collm_dist.storage import explain_store_errors, is_store, join_uri, open_fi
 
 INDEX = "published.json"
 _BLOCK_BYTES = 8 << 20
-# To go on from, not to read; the rest of a step is what later steps and recommenders take.
+# Checkpoints serve to resume only; later steps and recommenders read the other files.
 _EXCLUDED = frozenset({"checkpoints"})
 
 
 def build_publisher(config: Config, run_dir: RunDir) -> Publisher | None:
-    """Return what publishes a run; None without ``run.publish_to``.
+    """Return the publisher of a run; None without ``run.publish_to``.
 
     Raises:
         ConfigError: the URI cannot be opened.
@@ -41,12 +41,12 @@ def build_publisher(config: Config, run_dir: RunDir) -> Publisher | None:
     if uri is None:
         return None
     if "://" not in uri and Path(uri).absolute().is_relative_to(run_dir.path.absolute()):
-        raise ConfigError(f"run.publish_to: '{uri}' lies in run.dir; name another folder")
+        raise ConfigError(f"run.publish_to: '{uri}' lies in run.dir; set another folder")
     return Publisher(join_uri(uri, run_dir.path.absolute().name), run_dir, config.monitoring.progress_bar)
 
 
 def list_step_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a step by their paths below its folder, in order; links are followed."""
+    """Return the files of a step by path relative to its folder, sorted; links are followed."""
     files = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name not in _EXCLUDED and not name.startswith("."))
@@ -56,10 +56,10 @@ def list_step_files(folder: Path) -> dict[str, Path]:
 
 
 class Publisher:
-    """One run's steps and the folder where they are published."""
+    """Publisher of the steps of one run."""
 
     def __init__(self, uri: str, run_dir: RunDir, show_progress: bool) -> None:
-        """Open the file system; nothing is written.
+        """Open the file system without writing.
 
         Raises:
             ConfigError: the URI cannot be opened.
@@ -71,10 +71,10 @@ class Publisher:
             raise ConfigError(str(error)) from None
 
     def publish_file(self, name: str) -> None:
-        """Copy a file of the run directory itself, if it is there.
+        """Copy a top-level file of the run directory, if it exists.
 
         Raises:
-            LaunchError: it cannot be written there.
+            LaunchError: it cannot be written.
         """
         path = self._run_dir.path / name
         if path.exists():
@@ -83,10 +83,10 @@ class Publisher:
                 self._send(name, path, size, sha256, None)
 
     def publish_step(self, step: Step) -> None:
-        """Copy a finished step, what is not there yet of it, and say so.
+        """Copy the new and changed files of a finished step, and print a summary.
 
         Raises:
-            LaunchError: it cannot be written there, or does not read back as it was sent.
+            LaunchError: a file cannot be written, or reads back with other bytes.
         """
         files = list_step_files(self._run_dir.step_dir(step))
         index: dict[str, dict[str, Any]] = {
@@ -114,11 +114,11 @@ class Publisher:
             self._write(f"{step}/{INDEX}", text)
             self._send_changed(step, record, files[record], index[record], {}, bar)
         total = sum(entry["bytes"] for entry in index.values()) / 2**20
-        print(f"{step}: published {len(index):,} files, {total:,.1f} MiB, {len(index) - 1 - sent:,} of them there "
-              f"before ({self.uri}/{step})", flush=True)  # fmt: skip
+        print(f"{step}: published {len(index):,} files, {total:,.1f} MiB, {len(index) - 1 - sent:,} of them already "
+              f"there ({self.uri}/{step})", flush=True)  # fmt: skip
 
     def _withdraw(self, step: Step) -> None:
-        """From here until its end a step is not published, nor is what was made from what is there of it."""
+        """Delete the published records of a step and of later steps before its files change."""
         for later in reversed(STEPS[STEPS.index(step) :]):
             name = f"{later}/{self._run_dir.record_path(later).name}"
             with self._explain(name):
@@ -129,7 +129,7 @@ class Publisher:
     def _send_changed(
         self, step: Step, name: str, path: Path, entry: Mapping[str, Any], published: Mapping[str, int], bar: Any
     ) -> int:
-        """Send a file unless it is there; returns whether it was sent."""
+        """Send a file unless the same bytes are published; return the number of files sent."""
         if published.get(name) == entry["bytes"] and self._holds(f"{step}/{name}", entry["bytes"], entry["sha256"]):
             bar.update(entry["bytes"])
             return 0
@@ -144,8 +144,8 @@ class Publisher:
                     bar.update(len(block))
         if not self._holds(name, size, sha256):
             raise LaunchError(
-                f"run.publish_to: {self.uri}/{name} does not read back as it was sent; run the same command again, and "
-                "look at the store if it comes again"
+                f"run.publish_to: {self.uri}/{name} reads back with other bytes; run the same command again, and "
+                "check the store if the error persists"
             )
 
     def _write(self, name: str, data: bytes) -> None:
@@ -163,7 +163,7 @@ class Publisher:
             return bytes(source.read())
 
     def _holds(self, name: str, size: int, sha256: str) -> bool:
-        """Return whether a published file has these bytes: it is read back."""
+        """Return whether a published file, read back, has these bytes."""
         path, digest = f"{self._base}/{name}", hashlib.sha256()
         with self._explain(name):
             info = self._filesystem.get_file_info(path)
@@ -179,7 +179,7 @@ class Publisher:
             self._filesystem.delete_file(f"{self._base}/{name}")
 
     def _list(self, step: Step) -> dict[str, int]:
-        """Return the sizes of what is published of a step, by name."""
+        """Return the sizes in bytes of a step's published files, by name."""
         folder = f"{self._base}/{step}"
         with self._explain(step):
             entries = self._filesystem.get_file_info(pa_fs.FileSelector(folder, allow_not_found=True, recursive=True))
@@ -195,5 +195,5 @@ class Publisher:
         except (OSError, pa.ArrowException) as error:
             raise LaunchError(
                 f"{place}: {error}\nmake space or allow writing there, or set run.publish_to elsewhere; then run the "
-                "same command again: what is there stays there"
+                "same command again: published files stay"
             ) from error

@@ -1,4 +1,4 @@
-"""Linking finished steps of other runs instead of doing them again."""
+"""Reuse of finished steps of other runs, by symbolic links."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from collm_dist.runs.run_dir import RunDir, Step
 
 
 def find_reusable(step: Step, fingerprint: Mapping[str, Any], runs: Sequence[str]) -> RunDir | None:
-    """Return the first of other runs that has this very step done.
+    """Return the first run in which the step is done with this fingerprint, or None.
 
     Raises:
-        ConfigError: one of them is no directory.
+        ConfigError: a run is not a directory.
     """
     for name in runs:
         run_dir = RunDir(Path(name))
         if not run_dir.path.is_dir():
-            raise ConfigError(f"run.reuse: there is no run directory '{name}'")
+            raise ConfigError(f"run.reuse: no run directory '{name}'")
         if run_dir.is_done(step) and not find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint):
             return run_dir
     return None
 
 
 def link_step(step: Step, source: RunDir, target: RunDir) -> None:
-    """Let a step's folder point to the one of another run. A half-written one is given up for it."""
+    """Replace a step's folder, possibly incomplete, with a link to the step of another run."""
     folder = target.step_dir(step)
     if folder.is_symlink():
         folder.unlink()

@@ -1,7 +1,7 @@
-"""The run directory: where each step writes, and when it counts as done.
+"""Paths of a run directory, and records of its finished steps.
 
-A step is done when its record (manifest.json or summary.json) exists and its fingerprint equals today's. The record is
-written last, by rename, so a half-written step has none.
+A step is done when its record (manifest.json, summary.json or report.json) exists and has the current fingerprint. The
+record is written last, by rename, so an incomplete step has no record.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RunDir:
         return self.path / step
 
     def record_path(self, step: Step) -> Path:
-        """File whose existence says that the step is done."""
+        """Record, whose existence marks the step as done."""
         name = {"data": "manifest.json", "eval": "report.json"}.get(step, "summary.json")
         return self.path / step / name
 
@@ -49,17 +49,17 @@ class RunDir:
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} is damaged ({error}): run the step '{step}' again with --force") from None
         if not isinstance(record, dict):
-            raise ArtifactError(f"{path} is no record of a step: run the step '{step}' again with --force")
+            raise ArtifactError(f"{path} is not a step record: run the step '{step}' again with --force")
         return record
 
     def is_done(self, step: Step) -> bool:
-        """Whether the step's record exists (its fingerprint is another question)."""
+        """Whether the step's record exists, with any fingerprint."""
         return self.record_path(step).exists()
 
     def withdraw(self, step: Step) -> None:
-        """Take a step's record back before its files change: from then on it is not done.
+        """Delete a step's record before its files change.
 
-        A step that is linked in from another run is let go whole: the other run's files are not ours to change.
+        A step that is linked from another run is unlinked, since the other run's files must not change.
         """
         folder = self.step_dir(step)
         if folder.is_symlink():

@@ -1,4 +1,4 @@
-"""``status.json``: what a run is doing, or how it ended, for whoever watches it (``ray job submit`` says 0 or 1)."""
+"""``status.json``: state, step and error of a run, for monitoring."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _INTERRUPTED_EXIT_CODES = (Interrupted.exit_code, Preempted.exit_code)
 
 
 class RunStatus:
-    """The state of one run, in a file that is always whole.
+    """State of one run, written atomically.
 
     Fields: state (running, done, promoted or rejected, failed, interrupted), step, error (class), exit_code, retryable
-    (whether the same command can succeed without a change), message, remedy, restarts (of steps whose processes were
-    stopped or lost; while the run is at work, error and message are those of the last), host, pid, started_at and
-    heartbeat_at (UTC).
+    (whether the same command can succeed without a change), message, remedy, restarts (number of restarts of steps;
+    while the run is running, error and message are those of the last restart), host, pid, started_at and heartbeat_at
+    (UTC).
     """
 
     def __init__(self, path: Path, textfile: StateTextfile | None = None) -> None:
-        """Nothing is written before ``begin``: until the lock is held, the file is somebody else's.
+        """Set up the status without writing: until ``begin``, another process may own the file.
 
         Args:
-            path: of the file.
-            textfile: gets each status too.
+            path: path of the file.
+            textfile: Prometheus file that is updated as well.
         """
         self._path, self._textfile = path, textfile
         self._is_ours = False
@@ -66,23 +66,23 @@ class RunStatus:
         self._update()
 
     def enter(self, step: Step) -> None:
-        """Say which step is being worked on."""
+        """Record the current step."""
         self._update(step=step)
 
     def restart(self, error: CollmError) -> None:
-        """Say that the step is run again, and why."""
+        """Record a restart of the step, and its cause."""
         self._update(restarts=self._values["restarts"] + 1, error=error.name, message=str(error))
 
     def beat(self) -> None:
-        """Say that the run is alive."""
+        """Update the heartbeat."""
         self._update()
 
     def end(self, error: CollmError | None = None, decision: Mapping[str, Any] | None = None) -> None:
-        """Say how the run ended.
+        """Record the end of the run.
 
         Args:
-            error: why it failed; None if all is done.
-            decision: whether the run is to be used, where a rule says so.
+            error: cause of the failure; None for success.
+            decision: promotion decision, if there is a rule.
         """
         if error is None:
             decided = decision or {"state": "done", "reason": None}
@@ -99,7 +99,7 @@ class RunStatus:
                     write_json(self._path, self._values)
                     if self._textfile is not None:
                         self._textfile.update(self._values)
-                except DiskError as error:  # whoever cannot go on without the disk says so himself
+                except DiskError as error:  # code that needs the disk raises by itself
                     logger.warning("%s", error)
 
 

@@ -1,7 +1,7 @@
-"""Earlier runs that still hold users who are to be forgotten: finding them, and removing them whole.
+"""Removal of earlier runs that hold users to be forgotten.
 
-A run is a chain of checksums over tables, shards, vectors and weights that were made from its users' rows; taking some
-rows out of it leaves neither a run nor a proof. So a run that holds such users is kept or removed, nothing between.
+A run is a chain of checksums over tables, shards, vectors and weights that derive from its users' rows. Without some of
+the rows it would be neither a consistent run nor a proof of deletion, so runs are removed as a whole.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.lock import hold_run_lock
 
-# What stage 1 takes over from another run: weights, no rows.
+# Parts of stage 1 that a run may link from another run: weights without rows.
 _WEIGHTS = ("stage1/adapter", "stage1/merged")
 _REMOVED = ".removed-"
 
 
 @dataclass(frozen=True)
 class HeldUsers:
-    """What a run holds of the users on a list.
+    """Number of listed users in a run.
 
     Attributes:
-        path: of the run.
-        count: how many of them are in its id table; None = its data step did not end, so nobody knows.
-        published_to: where its settings say that it was published.
+        path: run directory.
+        count: listed users in the run's id table; None if its data step did not finish, so the number is unknown.
+        published_to: ``run.publish_to`` of the run.
     """
 
     path: Path
@@ -48,9 +48,9 @@ def find_held_users(
     """Look users up in the id tables of runs.
 
     Args:
-        runs: run directories; what is none is passed over, and so are links to runs.
-        forgotten: ids, an Arrow array of text.
-        load_user_ids: returns the id table of a data folder.
+        runs: run directories; other paths, and links to runs, are skipped.
+        forgotten: user ids, an Arrow array of strings.
+        load_user_ids: function that returns the id table of a data folder.
     """
     runs_held = []
     for path in runs:
@@ -69,23 +69,23 @@ def find_held_users(
 
 
 def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
-    """Remove the runs that hold users, whole; runs that took stage 1 from one of them get its weights as their own.
+    """Remove the runs that hold listed users; runs that linked their stage 1 get a copy of its weights.
 
-    Nothing is changed before all of them have been looked at.
+    All checks precede the first change.
 
     Args:
-        held: of all runs that may lead to one another by links.
+        held: all runs that may link to one another.
 
     Returns:
-        The runs that are gone.
+        The removed runs.
 
     Raises:
-        ArtifactError: one is in use: a link beside it or in a run that stays leads to it, or its state is unknown.
-        LaunchError: one is being written.
+        ArtifactError: a run is in use (a link next to it, or in a run that stays, leads to it) or its state is unknown.
+        LaunchError: a run is being written.
     """
     unknown = [run.path for run in held if run.count is None]
     if unknown:
-        raise ArtifactError(f"{unknown[0]}: its data step did not end or is damaged, so nobody knows whom it holds: "
+        raise ArtifactError(f"{unknown[0]}: its data step is unfinished or damaged, so its users are unknown: "
                             "finish it or remove it by hand, then run the same command again")  # fmt: skip
     targets = [run.path for run in held if run.count]
     staying = [run.path for run in held if not run.count]
@@ -97,7 +97,7 @@ def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
         for link in links:
             with explain_disk_errors(link):
                 _copy_link_target(link)
-    for path in targets:  # the name goes first: a run that is half there must not be taken for one
+    for path in targets:  # rename first: an incomplete run must not look like a run
         path.rename(path.with_name(f"{_REMOVED}{path.name}"))
     for folder in {run.path.absolute().parent for run in held}:
         for leftover in folder.glob(f"{_REMOVED}*"):
@@ -126,8 +126,8 @@ def _check_links(links: Sequence[Path], targets: Sequence[Path], staying: Sequen
         for entry in folder.iterdir():
             if entry.is_symlink() and _leads_into(entry, targets):
                 raise ArtifactError(
-                    f"{entry} leads to {entry.resolve()}, which is in use: let a run without these users take its "
-                    "place first (dataset.forget), or remove the link"
+                    f"{entry} leads to {entry.resolve()}, which is in use: replace it with a run without these users "
+                    "first (dataset.forget), or remove the link"
                 )
             if entry.is_dir() and entry.resolve() not in known:
                 for link in _find_links(entry):
@@ -137,7 +137,7 @@ def _check_links(links: Sequence[Path], targets: Sequence[Path], staying: Sequen
 
 
 def _copy_link_target(link: Path) -> None:
-    """Put a copy of what a link leads to in its place."""
+    """Replace a link with a copy of its target."""
     copy = link.with_name(f".{link.name}.{os.getpid()}")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(link.resolve(), copy)

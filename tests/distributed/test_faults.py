@@ -120,7 +120,7 @@ def test_the_pipeline_restarts_killed_stages_and_forwards_signals(copy_run, whol
     pipeline.send_signal(signal.SIGUSR1)
     output, _ = pipeline.communicate(timeout=60)
     assert pipeline.returncode == 75, output
-    assert "WorkerLostError: train.py: a process was ended by SIGKILL" in output
+    assert "WorkerLostError: train.py: a process was killed by SIGKILL" in output
     ended = json.loads(status.read_text())
     assert (ended["state"], ended["error"], ended["retryable"]) == ("interrupted", "Preempted", True)
 
