@@ -1,4 +1,4 @@
-"""Runs that hold users: ``python launch/forget_users.py --users users.parquet --runs runs/* [--apply]``."""
+"""Remove runs with given users: ``python launch/forget_users.py --users users.parquet --runs runs/* [--apply]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make a run directory out of an export: ``python launch/import_model.py --input DIR --run-dir R``."""
+"""Make a run directory from an export: ``python launch/import_model.py --input DIR --run-dir R``."""
 
 from __future__ import annotations
 

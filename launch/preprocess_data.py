@@ -1,4 +1,4 @@
-"""Raw logs to samples and shards: ``python launch/preprocess_data.py --config C``."""
+"""Turn raw logs into samples and shards: ``python launch/preprocess_data.py --config C``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What all tests share: quiet surroundings without a network, tiny models, tiny logs."""
+"""Shared fixtures: an offline environment, tiny models, tiny logs."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports torch, transformers or Ray. Processes that tests start inherit these.
+# Set before torch, transformers or Ray are imported; processes started by tests inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -29,7 +29,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def ml1m_dir() -> Path:
-    """Folder of ML-1M's released split as Parquet; tests that need it are skipped without."""
+    """Folder of ML-1M's released split as Parquet; dependent tests are skipped without it."""
     folder = Path(os.environ.get("COLLM_ML1M_DIR", ML1M_PLACE))
     if not (folder / "interactions.parquet").exists():
         pytest.skip("needs ML-1M's released split as Parquet: set COLLM_ML1M_DIR to its folder")
@@ -38,8 +38,8 @@ def ml1m_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random Llama with its tokenizer, fit for ``llm.backbone``."""
-    # Late: tests that need no model should not wait for transformers.
+    """Folder of a tiny random Llama with its tokenizer, for ``llm.backbone``."""
+    # Late: transformers takes seconds to import.
     from tests.tiny import save_backbone
 
     return save_backbone(tmp_path_factory.mktemp("tiny-llama"))
@@ -47,9 +47,9 @@ def tiny_backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with ratings.csv (user_id,item_id,rating,timestamp; some 1,400 rows, time-ordered) and items.csv.
+    """Folder with ratings.csv (user_id,item_id,rating,timestamp; about 1,400 rows, time-ordered) and items.csv.
 
-    60 users rate 80 items; users and items differ in how they rate, so there is something to learn. Titles hold
+    60 users rate 80 items; ratings depend on user and item, so there is a signal to learn. Titles contain
     commas, quotes and characters outside ASCII.
     """
     folder = tmp_path_factory.mktemp("ratings")
@@ -60,8 +60,8 @@ def tiny_ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
-    """Run directory of a pipeline that has gone through all its steps on the tiny ratings. Not to be changed."""
-    # Late: tests that need no run should not wait for its libraries.
+    """Run directory of a complete pipeline on the tiny ratings. Read-only."""
+    # Late: the pipeline's libraries take seconds to import.
     from tests.integration.finished_run import build_run
 
     overrides = [
@@ -77,9 +77,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, t
 
 @pytest.fixture(scope="session")
 def finished_clicks_run(tmp_path_factory: pytest.TempPathFactory, tiny_clicks: Path, tiny_backbone_dir: Path) -> Path:
-    """Run directory of a finished pipeline over the clicks, with what ``finished_run`` leaves out: sampled negatives,
-    a user vector for each target, slots of histories, dropout, and a collaborative model that trains along. Not to be
-    changed."""
+    """Run directory of a complete pipeline on the clicks, with features that ``finished_run`` lacks: sampled negatives,
+    target-dependent user vectors, history slots, dropout, and training of the collaborative model. Read-only."""
     from tests.integration.finished_run import build_run
 
     overrides = [
@@ -114,7 +113,7 @@ def tiny_clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_ratings(path: Path, seed: int = 3, rows_per_user: int = 24) -> None:
-    """Write ratings that a user's mood and an item's quality explain in part."""
+    """Write ratings that depend on the user's mood, the item's quality and noise."""
     random = np.random.default_rng(seed)
     quality, mood = random.normal(size=NUM_ITEMS), 0.7 * random.normal(size=NUM_USERS)
     events = []
@@ -129,7 +128,7 @@ def write_ratings(path: Path, seed: int = 3, rows_per_user: int = 24) -> None:
 
 
 def write_items(path: Path) -> None:
-    """Write titles, some of them awkward."""
+    """Write titles, some with special characters."""
     titles = [f"Film {number} ({1960 + number % 40})" for number in range(1, NUM_ITEMS + 1)]
     titles[:4] = ['"Quoted, with commas"', "Amélie — 2001", "<unk> <UserID> [PAD]", "千と千尋の神隠し"]
     quoted = [title.replace('"', '""') for title in titles]

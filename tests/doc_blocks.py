@@ -1,7 +1,7 @@
-"""What stands in fences on the pages: commands, programs, settings and files, each with its place.
+"""Fenced code blocks of the documentation: commands, programs, settings and files, each with its place.
 
-A line ``<!-- needs: WHAT -->`` directly above a fence says that it cannot run in a test; a fence with ``title="NAME"``
-is a file that the reader saves under that name.
+A line ``<!-- needs: WHAT -->`` directly above a fence marks a block that cannot run in a test. A fence with
+``title="NAME"`` is a file that the reader saves under that name.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """What stands in one fence.
+    """A fenced block.
 
     Attributes:
-        path, line: of the opening fence.
-        heading: the last one above it.
-        language: as the fence says; empty if it does not.
-        text: between the fences, without their indentation.
-        needs: what a test lacks to run it, None if nothing.
-        title: name of the file that it is, None if it is none.
+        path, line: place of the opening fence.
+        heading: the last heading above it.
+        language: language of the fence, or empty.
+        text: content, without the indentation of the fence.
+        needs: resource that a test lacks to run it, or None.
+        title: file name, None if it is not a file.
     """
 
     path: Path
@@ -46,12 +46,12 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Whether a test can run it, or save it as the file that it is."""
+        """Whether a test can run it or save it as a file."""
         return self.needs is None and (self.language in ("bash", "python") or self.title is not None)
 
     @property
     def place(self) -> str:
-        """``file:line``, as editors and people read it."""
+        """``file:line``."""
         return f"{self.path.relative_to(ROOT)}:{self.line}"
 
 
@@ -60,8 +60,8 @@ class Command:
     """A command of a bash block, its continuation lines joined.
 
     Attributes:
-        line: in the page.
-        words: as the shell would split them, variables as they stand.
+        line: line number in the page.
+        words: arguments as the shell splits them, variables not expanded.
     """
 
     line: int
@@ -69,7 +69,7 @@ class Command:
 
     @property
     def programs(self) -> list[str]:
-        """Scripts (``launch/x.py``) and modules (``-m package.module``) of this project that it names."""
+        """Scripts (``launch/x.py``) and modules (``-m package.module``) of this project in the command."""
         scripts = [one for one in self.words if re.fullmatch(r"(?:launch|benchmarks|docs|tests)/[\w/]+\.py", one)]
         pairs = zip(self.words, self.words[1:], strict=False)
         modules = [f"-m {name}" for flag, name in pairs if flag == "-m" and name.split(".")[0] in OWN_PACKAGES]
@@ -77,7 +77,7 @@ class Command:
 
     @property
     def overrides(self) -> list[str]:
-        """The settings that it gives to a script of ``launch/``."""
+        """Settings passed to a script of ``launch/``."""
         is_launch = any(one.startswith("launch/") for one in self.programs)
         return [one for one in self.words if is_launch and _OVERRIDE.match(one)]
 
@@ -96,10 +96,10 @@ def list_pages() -> list[Path]:
 
 
 def read_blocks(path: Path) -> list[Block]:
-    """Return a page's blocks, in order.
+    """Return the blocks of a page in order.
 
     Raises:
-        ValueError: a fence is not closed; the message has its place.
+        ValueError: a fence is not closed; the message names its place.
     """
     blocks, lines = [], path.read_text(encoding="utf-8").splitlines()
     number, heading = 0, ""
@@ -125,10 +125,10 @@ def read_blocks(path: Path) -> list[Block]:
 
 
 def list_commands(text: str, first_line: int = 1) -> Iterator[Command]:
-    """Yield the commands of a shell text that starts in that line.
+    """Yield the commands of a shell script that starts at ``first_line``.
 
     Raises:
-        ValueError: a quotation is not closed; the message has its line.
+        ValueError: a quotation is not closed; the message names its line.
     """
     pending, start = "", first_line
     for number, line in enumerate(text.splitlines(), start=first_line):
@@ -140,7 +140,7 @@ def list_commands(text: str, first_line: int = 1) -> Iterator[Command]:
             continue
         try:
             words = shlex.split(pending, comments=True)
-        except ValueError:  # a quotation that goes on in the next line
+        except ValueError:  # a quotation that continues on the next line
             pending += "\n"
             continue
         pending = ""
@@ -151,7 +151,7 @@ def list_commands(text: str, first_line: int = 1) -> Iterator[Command]:
 
 
 def list_page_commands(path: Path) -> Iterator[Command]:
-    """Yield all commands of a page: those of its bash blocks, then those in its sentences and tables."""
+    """Yield all commands of a page: those of its bash blocks, then those in text and tables."""
     for block in read_blocks(path):
         if block.language == "bash":
             yield from list_commands(block.text, block.line + 1)
@@ -161,7 +161,7 @@ def list_page_commands(path: Path) -> Iterator[Command]:
 
 
 def strip_blocks(path: Path) -> list[tuple[int, str]]:
-    """Return a page's numbered lines without fences, what is in them, and comments of one line."""
+    """Return a page's numbered lines without fenced blocks and single-line comments."""
     inside, lines = None, []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         fence = _FENCE.fullmatch(line)

@@ -1,4 +1,4 @@
-"""Tiny real models and tokenizers, made in the test: random weights, the true architectures."""
+"""Tiny models and tokenizers of the real architectures, with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt_neox"
 
 
 def make_tokenizer(*, with_bos: bool = True) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and the two answers."""
+    """Build a byte-level tokenizer with tokens for the two answers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<s>", "</s>", "<unk>", *alphabet, "\u0120Yes", "\u0120No"])}
     merges = []
@@ -38,7 +38,7 @@ def make_model(
     attention: str = "sdpa",
     layers: int = 2,
 ):
-    """A causal language model of width 32."""
+    """Build a causal language model of width 32."""
     settings = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -62,7 +62,7 @@ def make_model(
     config = AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    # Larger weights than the usual initialisation, so that attention is far from uniform and errors show.
+    # Weights larger than the usual initialization make attention far from uniform, so errors show.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -71,7 +71,7 @@ def make_model(
 
 
 def save_backbone(folder: Path, architecture: str = "llama") -> Path:
-    """Save a tiny backbone as a local folder that ``llm.backbone`` can name."""
+    """Save a tiny backbone as a local folder for ``llm.backbone``."""
     make_model(architecture, dtype=torch.float32).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    # Late: --help and mistakes need no DeepSpeed, which takes seconds to import and has things to say.
+    # Late: DeepSpeed takes seconds to import and prints messages; --help and config errors do not need it.
     from collm_dist.distributed import leave_process_group
     from collm_dist.evaluation.report import run_evaluation
 
@@ -41,7 +41,7 @@ def main(*, starts_processes: bool = False) -> int:
 
         return run_distributed(Path(__file__), config, lambda: _run(config, arguments))
 
-    description = "The step 'eval': score every model that the run has, beside baselines, and write the report."
+    description = "Step 'eval': score every model of the run and the baselines, and write the report."
     return run_command(description, run, EXAMPLES)
 
 

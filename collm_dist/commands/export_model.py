@@ -13,9 +13,9 @@ from collm_dist.runs.run_dir import RunDir
 EXAMPLES = """examples:
   python launch/export_model.py --config C --output exported --license apache-2.0 --data-license "internal use"
 
-The folder holds a LoRA adapter for plain peft, the merged model for plain transformers, mapping and collaborative
-models (safetensors), ids, titles and the log, prompts, and a model card. launch/import_model.py makes a run directory
-out of it that gives the same scores. It holds people's events: mind who gets it.
+The folder has a LoRA adapter for plain peft, the merged model for plain transformers, the mapping and the
+collaborative models (safetensors), ids, titles, the log, prompts and a model card. launch/import_model.py makes a run
+directory from it that gives the same scores. The log contains users' events: consider who receives the folder.
 """
 
 
@@ -34,8 +34,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
-    return run_command("Export a finished run as a folder to hand on.", _run, EXAMPLES, _add_arguments)
+    """Run the command and return its exit code."""
+    return run_command("Export a finished run as a folder.", _run, EXAMPLES, _add_arguments)
 
 
 if __name__ == "__main__":

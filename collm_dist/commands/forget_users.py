@@ -1,4 +1,4 @@
-"""Runs that hold users: ``python launch/forget_users.py --users users.parquet --runs runs/* [--apply]``."""
+"""Remove runs with given users: ``python launch/forget_users.py --users users.parquet --runs runs/* [--apply]``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from collm_dist.cli import report_error
 
-DESCRIPTION = """List the run directories that still hold users who are to be forgotten, and with --apply remove those
-runs whole. A run that is made without these users (dataset.forget) stays; where it had taken stage 1 from one of the
-others, it gets the weights as its own."""
+DESCRIPTION = """List the run directories that hold users who must be forgotten, and remove these runs with --apply.
+A run made without these users (dataset.forget) is kept. If it reuses stage 1 of a removed run, it gets a copy of the
+weights."""
 EXAMPLES = """examples:
-  python launch/forget_users.py --users forget.csv --runs runs/*              which runs hold them
+  python launch/forget_users.py --users forget.csv --runs runs/*              list runs that hold them
   python launch/forget_users.py --users forget.csv --runs runs/* --apply      remove these runs
 """
 
@@ -24,28 +24,28 @@ def _run(arguments: argparse.Namespace) -> None:
 
     runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_user_ids)
     for run in runs:
-        count = "unknown: its data step did not end" if run.count is None else f"{run.count:,} users of the list"
+        count = "unknown: its data step is unfinished" if run.count is None else f"{run.count:,} listed users"
         print(f"{run.path}: {count}")
     removed = remove_runs(runs) if arguments.apply else []
     for path in removed:
         print(f"removed {path}")
     for run in runs:
         if run.count and run.published_to is not None:
-            print(f"published too, remove it there yourself: {run.path.name} in {run.published_to}")
+            print(f"also published, remove it there yourself: {run.path.name} in {run.published_to}")
     if not arguments.apply and any(run.count for run in runs):
-        print("--apply removes the runs that hold users of the list, whole")
+        print("--apply removes the runs that hold listed users")
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--users", required=True, metavar="URI", help="Parquet or CSV with a column user_id")
     parser.add_argument("--runs", required=True, nargs="+", type=Path, metavar="R", help="run directories, all of them")
-    parser.add_argument("--apply", action="store_true", help="remove them; without it they are only listed")
+    parser.add_argument("--apply", action="store_true", help="remove the runs; by default they are only listed")
     try:
         arguments = parser.parse_args()
-    except SystemExit as stop:  # argparse has printed its help or what is wrong
+    except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
     try:
         _run(arguments)

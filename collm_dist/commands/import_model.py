@@ -1,4 +1,4 @@
-"""Make a run directory out of an export: ``python launch/import_model.py --input DIR --run-dir R``."""
+"""Make a run directory from an export: ``python launch/import_model.py --input DIR --run-dir R``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from collm_dist.cli import report_error
 from collm_dist.runs.run_dir import RunDir
 
-DESCRIPTION = """Make a run directory out of what launch/export_model.py wrote. collm_dist.load_recommender and
-launch/score_candidates.py --config R/config.yaml then give the scores of the run that was exported."""
+DESCRIPTION = """Make a run directory from an export of launch/export_model.py. collm_dist.load_recommender and
+launch/score_candidates.py --config R/config.yaml then give the scores of the exported run."""
 EPILOG = """example:
   python launch/import_model.py --input exported --run-dir runs/imported
 
-Every file is compared with its checksum first. exit codes: 0 done, 2 the export is damaged or the folder is there."""
+Every file is checked against its checksum first. Exit codes: 0 done, 2 the export is damaged or the folder exists."""
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, required=True, metavar="R", help="new folder")
     try:
         arguments = parser.parse_args()
-    except SystemExit as stop:  # argparse has printed its help or what is wrong
+    except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
     from collm_dist.serving.export import import_model
 

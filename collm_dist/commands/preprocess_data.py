@@ -1,4 +1,4 @@
-"""Raw logs to samples and shards: ``python launch/preprocess_data.py --config C``."""
+"""Turn raw logs into samples and shards: ``python launch/preprocess_data.py --config C``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES = """examples:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preview", type=int, metavar="N", help="show columns, types and N prompts instead of working")
+    parser.add_argument("--preview", type=int, metavar="N", help="show columns, types and N prompts, and stop")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
@@ -28,7 +28,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     if arguments.preview is not None:
         from collm_dist.data.prompts.prompt_preview import print_preview
 
-        # Late: only prompts need transformers, which takes seconds to import.
+        # Late: transformers takes seconds to import, and only the prompts need it.
         def load_tokenizer() -> Any:
             from collm_dist.llm.backbone import load_tokenizer
 
@@ -44,8 +44,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
-    description = "The step 'data', the first: turn raw logs into samples, shards and a manifest, on Ray."
+    """Run the command and return its exit code."""
+    description = "Step 'data', the first: turn raw logs into samples, shards and a manifest, on Ray."
     return run_command(description, _run, EXAMPLES, _add_arguments)
 
 

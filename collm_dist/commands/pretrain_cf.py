@@ -25,8 +25,8 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
-    description = "The step 'cf': train the collaborative-filtering model, on Ray Train. Before it: 'data'."
+    """Run the command and return its exit code."""
+    description = "Step 'cf', after 'data': train the collaborative-filtering model, on Ray Train."
     return run_command(description, _run, EXAMPLES)
 
 

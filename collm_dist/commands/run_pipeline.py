@@ -25,8 +25,10 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
-    description = "Run every step of an experiment in order: data, cf, stage1, stage2, eval. What is done is skipped."
+    """Run the command and return its exit code."""
+    description = (
+        "Run every step of an experiment in order: data, cf, stage1, stage2, eval. Finished steps are skipped."
+    )
     return run_command(description, _run, EXAMPLES, describe=describe_plan)
 
 

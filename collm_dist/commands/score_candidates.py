@@ -15,17 +15,21 @@ EXAMPLES = """examples:
   python launch/score_candidates.py --config C --input users.parquet --output ranked
   python launch/score_candidates.py --config C --input users.parquet --output ranked --candidates cf:200
 
-input: Parquet with user_id, candidates and, where wanted, history, labels, as_of. An unknown user_id with a history is
-welcome. With --candidates cf:N the collaborative model finds N items that are new to each user.
+input: Parquet with user_id, candidates and optionally history, labels, as_of. A user_id outside the log is valid. With
+--candidates cf:N the collaborative model retrieves N items that are new to each user.
 """
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, required=True, metavar="X", help="Parquet file, or folder of them")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets scores/ and summary.json")
-    parser.add_argument("--candidates", metavar="cf:N", help="let the collaborative model find them")
-    parser.add_argument("--num-actors", type=int, metavar="N", help="models to load; default one to each GPU or node")
-    parser.add_argument("--rows-per-part", type=int, default=128, metavar="N", help="users of an output file")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="X", help="Parquet file, or folder of Parquet files"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for scores/ and summary.json")
+    parser.add_argument(
+        "--candidates", metavar="cf:N", help="retrieve N candidates per user by the collaborative model"
+    )
+    parser.add_argument("--num-actors", type=int, metavar="N", help="models to load; default: one per GPU or node")
+    parser.add_argument("--rows-per-part", type=int, default=128, metavar="N", help="users per output file")
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
@@ -38,7 +42,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     description = "Rank users' candidates with a finished run, on Ray Data."
     return run_command(description, _run, EXAMPLES, _add_arguments)
 

@@ -17,10 +17,10 @@ EXAMPLES = """examples:
   python launch/search_cf.py --config configs/ml1m_official.yaml \\
       cf_search.space='{learning_rate: {log_uniform: [1e-4, 1e-2]}, num_layers: {choice: [1, 2, 3]}}'
 
-The data step comes first. Trial 0 has the settings of the cf section, the others are drawn from cf_search.space; ASHA
-stops those that do worse. Trials are compared by cf.select_metric on valid; test is not scored. Interrupted, the same
-command goes on. In <run.dir>/cf_search: leaderboard.parquet, leaderboard.png, trials/ (curves), status.json, and
-best.yaml, the whole config with the best settings: python launch/pretrain_cf.py --config .../best.yaml
+Run the data step first. Trial 0 has the settings of the cf section, the others are drawn from cf_search.space; ASHA
+stops the worse trials early. Trials are compared by cf.select_metric on valid; test is not scored. After an
+interruption, the same command resumes. <run.dir>/cf_search has leaderboard.parquet, leaderboard.png, trials/ (curves),
+status.json and best.yaml, the config with the best settings: python launch/pretrain_cf.py --config .../best.yaml
 """
 
 
@@ -29,7 +29,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     description = "Search for settings of the collaborative-filtering model, on Ray Tune."
     return run_command(description, _run, EXAMPLES, describe=describe_search)
 

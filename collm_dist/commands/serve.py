@@ -16,9 +16,9 @@ EXAMPLES = """examples:
   curl -H 'content-type: application/json' -d '{"history": ["B004", "B011"], "top_k": 5}' http://127.0.0.1:8000/rank
 
 exposing it:
-  The service listens at this machine's loopback address. It knows neither passwords nor TLS, and tells whoever reaches
-  it what the users of the log like. With --host 0.0.0.0 everybody in the network reaches it: put a proxy before it that
-  checks who asks, and encrypts. Ray opens ports of its own, at the machine's address; keep them behind a firewall.
+  The service listens on the loopback address. It has neither authentication nor TLS, and anyone who reaches it can read
+  what the users of the log like. With --host 0.0.0.0 it is reachable from the network: put a proxy with authentication
+  and TLS in front. Ray opens further ports on the machine's address; keep them behind a firewall.
 """
 
 
@@ -30,7 +30,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     return run_command("Serve a finished run over HTTP, on Ray Serve.", _run, EXAMPLES, add_option_arguments)
 
 

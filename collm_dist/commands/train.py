@@ -14,9 +14,9 @@ from collm_dist.errors import ConfigError
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
 
-DESCRIPTION = "The steps 'stage1' and 'stage2': tune the language model with DeepSpeed. Before them: 'data', 'cf'."
+DESCRIPTION = "Steps 'stage1' and 'stage2', after 'data' and 'cf': tune the language model with DeepSpeed."
 EXAMPLES = """examples:
-  deepspeed launch/train.py --config configs/ml100k_demo.yaml             what is not done yet, on all GPUs
+  deepspeed launch/train.py --config configs/ml100k_demo.yaml             both stages, on all GPUs
   torchrun --nproc_per_node 2 launch/train.py --config configs/ml1m_official.yaml --stage 2 cluster.zero_stage=3
 """
 
@@ -27,7 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.distributed import leave_process_group  # late: --help needs no torch and no DeepSpeed
+    from collm_dist.distributed import leave_process_group  # late: --help needs neither torch nor DeepSpeed
     from collm_dist.tuning.run_stage import run_stage
     from collm_dist.tuning.watchdog import explain_lost_workers
 

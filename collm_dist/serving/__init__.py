@@ -1,1 +1,1 @@
-"""Ranking with a finished run: requests to scores, by the feature function that training and evaluation use."""
+"""Ranking with a finished run, from requests to scores, with the features of training and evaluation."""

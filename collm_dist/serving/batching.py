@@ -1,8 +1,7 @@
-"""Queries that arrive while the device is busy, answered together in its next pass.
+"""Batching of queries: those that arrive while the device is busy are answered together in its next pass.
 
-``ray.serve.batch`` closes a batch when a few milliseconds have gone by, however long the pass before it still takes, so
-that steady traffic is scored in small batches that pile up behind each other. Here a batch is closed when the device is
-free: the busier it is, the larger its batches.
+``ray.serve.batch`` closes a batch after a few milliseconds, even while the previous pass is running. Steady traffic is
+then scored in small batches that queue up. Here a batch closes when the device is free, so batches grow with the load.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Pass(Generic[Answer]):
-    """The answer to a query, and how it came about.
+    """An answer, with the size and timing of the pass that computed it.
 
     Attributes:
-        answer: to the query.
-        size: queries answered in the same pass.
+        answer: answer to the query.
+        size: number of queries in the pass.
         waited_s: seconds from arrival to the start of the pass.
-        took_s: seconds of the pass.
+        took_s: duration of the pass in seconds.
     """
 
     answer: Answer
@@ -47,7 +46,7 @@ class _Waiting(Generic[Query, Answer]):
 
 
 class Batcher(Generic[Query, Answer]):
-    """Hands queries to a function that answers many at once, one call at a time, in a thread of its own."""
+    """Queue in front of a function that answers many queries per call. Calls run one at a time, in one thread."""
 
     def __init__(
         self,
@@ -58,14 +57,14 @@ class Batcher(Generic[Query, Answer]):
         max_waiting: int,
         report: Callable[[int, float], None] = lambda size, took_s: None,
     ) -> None:
-        """Take what answers.
+        """Store the function and the limits.
 
         Args:
-            work: gets queries, returns their answers in the same order.
-            max_size: most queries of a pass.
-            wait_s: how long the first query of an idle device waits for others, in seconds.
-            max_waiting: most queries that wait, those of the running pass not counted.
-            report: told of each pass its size and its seconds.
+            work: returns the answers to a list of queries, in the same order.
+            max_size: most queries per pass.
+            wait_s: seconds that the first query at an idle device waits for more.
+            max_waiting: most waiting queries, without those of the running pass.
+            report: called after each pass with its size and its duration in seconds.
         """
         self._work, self._report = work, report
         self._max_size, self._wait_s, self._max_waiting = max_size, wait_s, max_waiting
@@ -75,11 +74,11 @@ class Batcher(Generic[Query, Answer]):
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     async def submit(self, query: Query) -> Pass[Answer]:
-        """Return a query's answer. A caller who is cancelled leaves the queue.
+        """Return the answer to a query. If the caller is cancelled, the query leaves the queue.
 
         Raises:
-            QueueFullError: too many wait already.
-            Exception: what ``work`` raised, for all queries of its pass.
+            QueueFullError: ``max_waiting`` queries are waiting.
+            Exception: an error of ``work``, raised for all queries of its pass.
         """
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError
@@ -96,14 +95,14 @@ class Batcher(Generic[Query, Answer]):
                 self._waiting.remove(waiting)
 
     async def _run(self) -> None:
-        """Make passes until nobody waits."""
+        """Run passes until the queue is empty."""
         while self._waiting:
             remaining = self._waiting[0].arrived + self._wait_s - time.perf_counter()
             if remaining > 0 and len(self._waiting) < self._max_size:
                 self._is_full.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._is_full.wait(), remaining)
-                if not self._waiting:  # who waited has given up
+                if not self._waiting:  # all callers were cancelled
                     continue
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_size))]
             await self._answer(batch)
@@ -124,5 +123,5 @@ class Batcher(Generic[Query, Answer]):
         took = time.perf_counter() - started
         self._report(len(batch), took)
         for waiting, answer in zip(batch, answers, strict=True):
-            if not waiting.future.done():  # its caller may have gone
+            if not waiting.future.done():  # cancelled meanwhile
                 waiting.future.set_result(Pass(answer, len(batch), started - waiting.arrived, took))

@@ -1,8 +1,8 @@
-"""What the run's log knew of users and items as of any time, by the same rules as the samples of training.
+"""Event log of a run: as-of statistics of users and items, by the same rules as the training samples.
 
-Events of the very second that is asked about do not count, as under ``preprocessing.ties: strict``.
+Events at the as-of second itself do not count, as under ``preprocessing.ties: strict``.
 
-Shapes: E events in the log, N items asked about.
+Shapes: E events in the log, N queried items.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from collm_dist.data.shards.manifest import Manifest
 
 
 class EventLog:
-    """All real events of a run in memory, some 30 bytes each: by user in time order, and by item.
+    """All real events of a run in memory (about 30 bytes each), indexed by user in time order and by item.
 
     Attributes:
-        end: first second after all events: what "now" means.
+        end: first second after all events, the default as-of time.
     """
 
     def __init__(
         self, user_idx: IntArray, item_idx: IntArray, timestamps: IntArray, labels: NDArray[np.int8],
         *, num_users: int, num_items: int,
     ) -> None:  # fmt: skip
-        """Take (E,) events sorted by user, timestamp and row id."""
+        """Index (E,) events, sorted by user, timestamp and row id."""
         self.end = int(timestamps.max(initial=0)) + 1
         self._start = int(timestamps.min(initial=self.end))
         self._user_offsets = np.searchsorted(user_idx, np.arange(num_users + 1))
         self._times, self._items, self._labels = timestamps, item_idx, labels
-        # An event's key is its item and, within the item, its time; so one binary search finds both.
+        # An event's key orders by item, then by time, so a single binary search finds both.
         self._span = self.end - self._start + 1
         keys = item_idx.astype(np.int64) * self._span + (timestamps - self._start)
         order = np.argsort(keys, kind="stable")
@@ -55,7 +55,7 @@ class EventLog:
     def find_user_events(self, user_idx: int, as_of: int) -> tuple[IntArray, NDArray[np.int8]]:
         """Return items and labels of a user's events strictly before a time (seconds since 1970), oldest first.
 
-        An unknown user (-1) has none.
+        An unknown user (-1) has no events.
         """
         if user_idx < 0:
             return np.zeros(0, np.int64), np.zeros(0, np.int8)

@@ -1,13 +1,13 @@
-"""A finished run as a folder to hand on: parts that plain peft and transformers load, and all that ranking needs.
+"""Export of a finished run: a folder that plain peft and transformers load, with everything that ranking needs.
 
 README.md             model card: data, metrics with baselines and intervals, settings, licences
 adapter/              LoRA adapter of stage 1, for ``PeftModel.from_pretrained(backbone, "adapter")``
 model/                backbone with the adapter merged, for ``AutoModelForCausalLM.from_pretrained("model")``
 mapping.safetensors   stage 2's mapping from collaborative vectors to soft tokens
 cf/                   collaborative models (safetensors)
-data/                 ids, titles and the log, from which a user's history and statistics come
-prompt/               the prompts that were trained on
-records/, config.yaml what was done, with which settings
+data/                 ids, titles and the log, the source of users' histories and statistics
+prompt/               prompts of the training
+records/, config.yaml records of all steps, and the settings
 export.json           SHA-256 of every file; written last
 """
 
@@ -31,7 +31,7 @@ from collm_dist.serving.model_card import Licences, write_card
 
 FORMAT_VERSION = 1
 INDEX = "export.json"
-# Where the parts of an export lie in a run directory; folders end with a slash.
+# Place of each part of an export in a run directory. Folders end with a slash.
 PLACES = {
     "adapter/": "stage1/adapter/",
     "model/": "stage1/merged/",
@@ -43,16 +43,16 @@ PLACES = {
 
 
 def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licences) -> Path:
-    """Write a finished run's export and return its folder, which appears whole or not at all.
+    """Write the export of a finished run and return its folder, which appears complete or not at all.
 
     Args:
         config: the run's settings.
-        run_dir: of the run; its stage 2 is done, or its stage 1.
-        folder: new.
-        licences: for the model card.
+        run_dir: directory of the run, with stage 2 or stage 1 done.
+        folder: new folder.
+        licences: licences for the model card.
 
     Raises:
-        ArtifactError: the folder is there already; or the run is not finished, damaged, or of other settings.
+        ArtifactError: the folder exists, or the run is unfinished, damaged, or made with other settings.
     """
     stage = find_stage(run_dir)
     config = check_settings(config, run_dir)
@@ -75,17 +75,17 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
 
 
 def import_model(folder: Path, run_dir: RunDir) -> RunDir:
-    """Make a run directory out of an export, fit for ``load_recommender``; it appears whole or not at all.
+    """Make a run directory from an export, for ``load_recommender``. It appears complete or not at all.
 
-    What training alone needs, the shards, is not among it.
+    It lacks the shards, which only training needs.
 
     Args:
-        folder: what ``export_model`` wrote.
-        run_dir: new.
+        folder: output of ``export_model``.
+        run_dir: new run directory.
 
     Raises:
-        ArtifactError: the export is incomplete, damaged or of another version, or the run directory is there already.
-        ConfigError: its settings are none of this version.
+        ArtifactError: the export is incomplete, damaged or of another version, or the run directory exists.
+        ConfigError: its settings are not valid in this version.
     """
     index = _read_index(folder)
     config = load_config(folder / "config.yaml")
@@ -119,7 +119,7 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
 
 
 def _find_place(name: str) -> str | None:
-    """Return where a file of an export lies in a run directory, None for what is only for readers."""
+    """Return the place of an exported file in a run directory, None for files that only readers need."""
     if name in PLACES:
         return PLACES[name]
     head, _, rest = name.partition("/")
@@ -127,7 +127,7 @@ def _find_place(name: str) -> str | None:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Return an export's files with their hashes, each of which has been checked."""
+    """Return the files of an export with their hashes, after checking each hash."""
     path = folder / INDEX
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     for name, expected in files.items():
         path_in_export = PurePosixPath(name)
         if path_in_export.is_absolute() or ".." in path_in_export.parts:
-            raise ArtifactError(f"{path} names {name!r}, which is no file of an export")
+            raise ArtifactError(f"{path} names {name!r}, which is outside the export; obtain the export again")
         source = folder / name
         if source.is_symlink() or not source.is_file() or compute_file_hash(source) != expected:
             raise ArtifactError(f"{source} is missing or damaged (its SHA-256 is not that of {INDEX}): copy it again")
@@ -150,11 +150,11 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _make_whole(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside one that is to be; it gets the name when it is complete and on the disk."""
+    """Yield a temporary folder, which is synced to disk and renamed once it is complete."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} is there already; name a new folder, or remove it")
+        raise ArtifactError(f"{folder} exists already; choose a new folder, or remove it")
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(part, ignore_errors=True)  # left by an interrupted export or import
     with explain_disk_errors(folder):
         part.mkdir(parents=True)
         yield part

@@ -1,7 +1,7 @@
-"""The ranking service as an ASGI application, whatever server it runs on.
+"""The ranking service as an ASGI application, independent of the server that runs it.
 
-Whatever a client sends is answered with JSON: 2xx, or 4xx with a ``detail`` that says what to change. 503 asks to try
-again, 504 has given up. Nothing of a request is logged.
+Every answer is JSON: 2xx, or 4xx with a ``detail`` that says what to change. 503 asks the client to retry; 504 means
+that the time limit was exceeded. Requests are not logged.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 Ranked = list[RankedItem] | RequestError
 _RETRY_AFTER = {"Retry-After": "1"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The body is no JSON."},
+    400: {"description": "The body is not JSON."},
     413: {"description": "The body is too large."},
     415: {"description": "The content type is not JSON."},
-    422: {"description": "A field is wrong; the message names it, its value and what to do."},
-    503: {"description": "Too many requests wait; try again after the seconds in Retry-After."},
-    504: {"description": "The request was given up after the service's time limit."},
+    422: {"description": "A field is invalid; the message names it, its value and the remedy."},
+    503: {"description": "Too many requests are waiting; retry after the seconds in Retry-After."},
+    504: {"description": "The request exceeded the service's time limit."},
 }
 
 
@@ -55,27 +55,27 @@ def build_app(
     """Build the application.
 
     Args:
-        rank: answers a query, or raises ``QueueFullError``.
-        health: what ``/healthz`` says.
-        options: limits and times.
+        rank: coroutine that answers a query or raises ``QueueFullError``.
+        health: answer of ``/healthz``.
+        options: limits and timeouts.
         examples: request bodies for the OpenAPI page.
     """
     app = FastAPI(
         title="collm-dist",
-        description="Ranks items for users of a run's log, and for users whom nobody has met, by their history.",
+        description="Ranks items for users of a run's log, and for new users by their history.",
         redoc_url=None,
     )
     body_type = limit_body(options, examples)
 
     async def rank_items(body: RankBody) -> Response:
-        """Rank items for a user, the best first.
+        """Rank items for a user, best first.
 
-        The headers say how the answer came about: `Server-Timing` how long the request waited and how long its pass
-        took, in milliseconds, `X-Scored-Together` how many requests were scored in the pass.
+        Headers describe the pass: `Server-Timing` has the waiting time and the duration of the pass in milliseconds,
+        `X-Scored-Together` the number of requests in the pass.
         """
         if body.user is None and body.history is None:
             raise HTTPException(
-                422, "user: name a user or give a history; an empty list stands for somebody of whom nothing is known"
+                422, "user: give a user or a history; an empty history means that nothing is known about the user"
             )
         async with asyncio.timeout(options.request_timeout_s):
             result = await rank(body.to_query())
@@ -87,14 +87,14 @@ def build_app(
         }
         return JSONResponse({"ranked": [vars(item) for item in result.answer], "model": health.model}, headers=headers)
 
-    # The route's own type is only known now; an annotation cannot name it.
+    # The limits are only known at run time, so the body's type cannot be a static annotation.
     rank_items.__annotations__["body"] = Annotated[body_type, Body()]
     errors = {status: {"model": ErrorAnswer, **about} for status, about in _ERRORS.items()}
     app.post("/rank", response_model=RankAnswer, responses=errors)(rank_items)
 
     @app.get("/healthz")
     async def read_health() -> HealthAnswer:
-        """Say that the service can rank, and with which model."""
+        """Report that the service is ready, and its model."""
         return health
 
     _add_error_handlers(app, options)
@@ -103,7 +103,7 @@ def build_app(
 
 
 def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
-    """Let every error end in JSON with a ``detail``."""
+    """Answer every error with JSON that has a ``detail``."""
 
     @app.exception_handler(RequestValidationError)
     async def answer_invalid(request: Request, error: RequestValidationError) -> Response:
@@ -117,17 +117,17 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
     async def answer_http(request: Request, error: HTTPException) -> Response:
         detail = error.detail
         if error.status_code == 404:
-            detail = "there is nothing here; POST /rank ranks, GET /healthz tells of the service, /docs explains"
+            detail = "unknown path; the service has POST /rank, GET /healthz and /docs"
         return _answer(error.status_code, detail, error.headers)
 
     @app.exception_handler(QueueFullError)
     async def answer_full(request: Request, error: QueueFullError) -> Response:
-        return _answer(503, f"{options.max_waiting} requests wait already; try again in a second", _RETRY_AFTER)
+        return _answer(503, f"{options.max_waiting} requests are waiting; try again in a second", _RETRY_AFTER)
 
     @app.exception_handler(TimeoutError)
     async def answer_late(request: Request, error: TimeoutError) -> Response:
         return _answer(
-            504, f"given up after {options.request_timeout_s:g} s; name fewer candidates, or try again later"
+            504, f"time limit of {options.request_timeout_s:g} s exceeded; send fewer candidates, or try again later"
         )
 
     @app.exception_handler(CollmError)
@@ -137,7 +137,7 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
 
     @app.exception_handler(Exception)
     async def answer_bug(request: Request, error: Exception) -> Response:
-        return _answer(500, "internal error; the service's log has it")
+        return _answer(500, "internal error; see the service's log")
 
 
 def _is_json(content_type: str | None) -> bool:
@@ -148,13 +148,13 @@ def _is_json(content_type: str | None) -> bool:
 
 
 def _answer(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    # In ASCII: what a client has sent may not be text that UTF-8 can spell.
+    # ASCII, because a client may send lone surrogates, which UTF-8 cannot encode.
     content = json.dumps({"detail": detail})
     return Response(content, status, headers, media_type="application/json")
 
 
 class _BodyLimit:
-    """Refuses bodies that are too large, before they are read where their length is told."""
+    """ASGI middleware that refuses large bodies, before reading them if their length is declared."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -175,7 +175,7 @@ class _BodyLimit:
                 limit = self._max_bytes >> 10
                 raise HTTPException(
                     413,
-                    f"the body has more than {limit} KiB; send less, or start the service with a larger --max-body-kib",
+                    f"the body exceeds {limit} KiB; send less, or start the service with a larger --max-body-kib",
                 )
             return message
 

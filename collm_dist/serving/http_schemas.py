@@ -1,4 +1,4 @@
-"""What goes over HTTP: the body of a request, the answer, and errors in words that say what to do."""
+"""HTTP schemas: request body, answers, and error messages with a remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_NAMED = 3
 
 def _check_id(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise PydanticCustomError("id", "is no id; ids are texts or whole numbers")
+        raise PydanticCustomError("id", "is not an id; ids are strings or integers")
     return value
 
 
@@ -24,37 +24,37 @@ ItemId = Annotated[str | int, BeforeValidator(_check_id)]
 
 
 class RankBody(BaseModel):
-    """Whom to rank for, and what. A user or a history must be named."""
+    """User and items to rank. A user or a history is required."""
 
     model_config = ConfigDict(extra="forbid")
 
     user: ItemId | None = Field(
         None,
-        description="Id of a user of the log, who gets the history of the log; one that it does not hold is unknown.",
+        description="Id of a user of the log, whose history comes from the log; any other id is an unknown user.",
     )
     history: list[ItemId] | None = Field(
-        None, description="Ids of liked items, oldest first; by default those of the log. Unknown ones are passed over."
+        None, description="Ids of liked items, oldest first; by default from the log. Unknown ids are skipped."
     )
     candidates: list[ItemId] | None = Field(
         None,
         min_length=1,
-        description="Ids of items to rank, each once; by default the collaborative model finds them.",
+        description="Ids of items to rank, without repetition; by default the collaborative model retrieves them.",
     )
     as_of: StrictInt | None = Field(
-        None, description="Seconds since 1970: only what the log has before counts; by default all of it."
+        None, description="Seconds since 1970; only earlier events of the log count; by default all events."
     )
-    top_k: StrictInt | None = Field(None, ge=1, description="How many of the best to return; by default all.")
+    top_k: StrictInt | None = Field(None, ge=1, description="Number of best items to return; by default all.")
     num_retrieved: StrictInt = Field(
-        200, ge=1, description="How many candidates to find, among what is new to the user, where none are given."
+        200, ge=1, description="Number of candidates to retrieve among items new to the user, if none are given."
     )
 
     def to_query(self) -> RankingQuery:
-        """Return the same for the Python API."""
+        """Return the query of the Python API."""
         return RankingQuery(**dict(self))
 
 
 def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -> type[RankBody]:
-    """Return the body's type with a service's limits and with examples from its own run."""
+    """Return the body's type with the service's limits and with examples from its run."""
     fields = RankBody.model_fields
     history, candidates, num_retrieved = fields["history"], fields["candidates"], fields["num_retrieved"]
     limited: dict[str, Any] = {
@@ -79,41 +79,41 @@ def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -
 
 
 class RankedItemBody(BaseModel):
-    """An item in its place."""
+    """An item of a ranking."""
 
     item_id: str
     score: float = Field(description="Logit of a like.")
-    rank: int = Field(description="1 for the best.")
+    rank: int = Field(description="1 is the best.")
     title: str
 
 
 class RankAnswer(BaseModel):
-    """The items, the best first."""
+    """Ranked items, best first."""
 
     ranked: list[RankedItemBody]
-    model: str = Field(description="Which model has scored, as in /healthz.")
+    model: str = Field(description="Model that scored, as in /healthz.")
 
 
 class HealthAnswer(BaseModel):
-    """What the service ranks with."""
+    """State and model of the service."""
 
     ready: bool
     run: str = Field(description="Name of the run's directory.")
-    stage: str = Field(description="Stage of the run whose model scores.")
-    model: str = Field(description="Start of the content hash of what that stage has made.")
+    stage: str = Field(description="Stage whose model scores.")
+    model: str = Field(description="Prefix of the content hash of the stage.")
     device: str
-    users: int = Field(description="Known to the run.")
-    items: int = Field(description="Known to the run.")
+    users: int = Field(description="Number of users in the run.")
+    items: int = Field(description="Number of items in the run.")
 
 
 class ErrorAnswer(BaseModel):
-    """What is wrong, and what to do."""
+    """Error and remedy."""
 
     detail: str
 
 
 def describe_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> str:
-    """Return what pydantic finds wrong with a body as one line, each field with its value and a remedy."""
+    """Return pydantic's errors of a body in a single line, each with field, value and remedy."""
     lines = [_describe_mistake(mistake) for mistake in mistakes[:_MAX_NAMED]]
     num_hidden = len(mistakes) - len(lines)
     return "; ".join(lines) + (f"; and {num_hidden} more" if num_hidden else "")
@@ -125,23 +125,23 @@ def _describe_mistake(mistake: Mapping[str, Any]) -> str:
     value = ascii(mistake.get("input"))
     value = value if len(value) <= 40 else f"{value[:40]}..."
     if kind == "json_invalid":
-        return f"body: no JSON at character {field}: {context.get('error')}"
+        return f"body: not JSON at character {field}: {context.get('error')}"
     if field == "body":
-        return 'body: it is no JSON object; send one such as {"history": ["B004"], "candidates": ["B001"]}'
+        return 'body: not a JSON object; send an object such as {"history": ["B004"], "candidates": ["B001"]}'
     if kind == "extra_forbidden":
-        return f"{field}: there is no such field; there are {', '.join(RankBody.model_fields)}"
+        return f"{field}: unknown field; the fields are {', '.join(RankBody.model_fields)}"
     if kind == "too_long":
         flag = "--max-history" if field == "history" else "--max-candidates"
         return (
-            f"{field}: {context['actual_length']} items are more than the {context['max_length']} that this service "
-            f"takes; send fewer, or start it with a larger {flag}"
+            f"{field}: {context['actual_length']} items exceed the limit of {context['max_length']}; send fewer, or "
+            f"start the service with a larger {flag}"
         )
     if kind == "too_short":
-        return f"{field}: the list is empty; name at least one item, or leave the field out"
+        return f"{field}: the list is empty; give at least one item, or omit the field"
     if kind == "list_type":
-        return f"{field}: {value} is no list of ids"
+        return f"{field}: {value} is not a list of ids"
     if kind == "int_type":
-        return f"{field}: {value} is no whole number"
+        return f"{field}: {value} is not an integer"
     if kind in ("greater_than_equal", "less_than_equal"):
         bound = f"at least {context['ge']}" if "ge" in context else f"at most {context['le']}"
         return f"{field}: {value} is out of range; it must be {bound}"

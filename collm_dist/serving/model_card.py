@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, how good it is beside baselines, and under which licences."""
+"""Model card of an export: data, settings, metrics beside baselines, licences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collm_dist.tuning.stage import get_stage
 
 @dataclass(frozen=True)
 class Licences:
-    """Under which the parts are passed on, in the words of whoever exports them."""
+    """Licences of the parts, as stated by the person who exports them."""
 
     model: str
     backbone: str
@@ -25,12 +25,12 @@ class Licences:
 _USE = """## Use
 
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("model")       # the text model alone, adapter merged
+    model = AutoModelForCausalLM.from_pretrained("model")       # the text model, adapter merged
 
     from peft import PeftModel
     PeftModel.from_pretrained(backbone, "adapter")              # the same as an adapter of the published backbone
 
-The whole recommender, with collaborative vectors as soft tokens, is made a run directory again by collm-dist:
+collm-dist turns the folder into a run directory, for the whole recommender with collaborative vectors as soft tokens:
 
     python launch/import_model.py --input <this folder> --run-dir runs/imported
     python -c "import collm_dist; print(collm_dist.load_recommender('runs/imported').rank(history=[...], top_k=5))"
@@ -41,11 +41,11 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
     """Write the card of a finished run.
 
     Args:
-        path: of the file.
+        path: path of the card.
         config: the run's settings.
-        run_dir: of the run; its report goes into the card if there is one.
-        stage: whose scores the model gives.
-        licences: as stated by whoever exports.
+        run_dir: directory of the run; the card includes its report, if it has been evaluated.
+        stage: stage whose model scores.
+        licences: licences of the parts.
     """
     base = _find_base(config, run_dir)
     head = ["---", f"license: {json.dumps(licences.model)}", f"base_model: {json.dumps(base)}", "library_name: peft",
@@ -72,11 +72,11 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
         "|:--|:--|",
         f"| this model | {licences.model} |",
         f"| backbone `{base}` | {licences.backbone} |",
-        f"| training data, of which `data/` holds ids, titles and events | {licences.data} |",
+        f"| training data (`data/` has its ids, titles and events) | {licences.data} |",
         "",
         "## Settings",
         "",
-        "`config.yaml` has them all, `records/` what each step was made from.",
+        "`config.yaml` has all settings, `records/` the inputs of each step.",
         "",
         *_describe_metrics(run_dir),
     ]
@@ -84,7 +84,7 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
 
 
 def _find_base(config: Config, run_dir: RunDir) -> str:
-    """Return the backbone's public name; the adapter has it without a path of the machine that trained it."""
+    """Return the public name of the backbone, without a local path of the training machine."""
     path = run_dir.step_dir("stage1") / "adapter" / "adapter_config.json"
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
@@ -110,7 +110,7 @@ def _describe_data(run_dir: RunDir) -> list[str]:
 
 
 def _describe_metrics(run_dir: RunDir) -> list[str]:
-    """Return the run's report, its headings a level lower and without its figures."""
+    """Return the run's report without figures, its headings one level lower."""
     path = run_dir.step_dir("eval") / "report.md"
     if not run_dir.is_done("eval") or not path.exists():
         return ["## Evaluation", "", "The run was not evaluated."]

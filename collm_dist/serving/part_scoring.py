@@ -1,4 +1,4 @@
-"""One part of a file of requests: its scores as Parquet, and what they cost and were worth as JSON, written last."""
+"""Scoring of a part of a request file: scores as Parquet, then cost and quality as JSON."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ OUTPUT = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("score"
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Paths below the folder of a scoring job."""
+    """Paths below the output folder of a scoring job."""
 
     path: Path
 
     @property
     def requests(self) -> Path:
-        """Folder of the checked requests, there until all are scored."""
+        """Folder of the checked requests, removed once all are scored."""
         return self.path / "requests"
 
     @property
     def plan(self) -> Path:
-        """File that says what the scores are made from; written once the requests are checked."""
+        """File that names the inputs of the scores; written once the requests are checked."""
         return self.path / "plan.json"
 
     @property
     def summary(self) -> Path:
-        """File whose existence says that all is done."""
+        """File whose existence marks the job as done."""
         return self.path / "summary.json"
 
     def scores(self, part: int) -> Path:
@@ -49,7 +49,7 @@ class OutputFolder:
         return self.path / "scores" / f"{name_part(part)}.parquet"
 
     def record(self, part: int) -> Path:
-        """File whose existence says that a part is done."""
+        """File whose existence marks a part as done."""
         return self.path / "records" / f"{name_part(part)}.json"
 
     def read_record(self, part: int) -> dict[str, Any] | None:
@@ -65,10 +65,10 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
     """Score a part, unless it is done, and return its record.
 
     Args:
-        recommender: of the run.
-        folder: of the job, with the checked requests.
-        part: its number.
-        num_retrieved: how many candidates the collaborative model finds for each user; None = they are given.
+        recommender: recommender of the run.
+        folder: output folder of the job, with the checked requests.
+        part: number of the part.
+        num_retrieved: candidates that the collaborative model retrieves for each user; None = they are given.
 
     Raises:
         ArtifactError: a score is not finite.
@@ -82,7 +82,9 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
         item_lists = recommender.retrieve(original, num_retrieved)
         requests = [replace(request, candidates=items) for request, items in zip(original, item_lists, strict=True)]
     retrieved = time.perf_counter()
-    filled = [index for index, request in enumerate(requests) if len(request.candidates)]  # some users have seen all
+    filled = [
+        index for index, request in enumerate(requests) if len(request.candidates)
+    ]  # some users have seen every item
     scored = recommender.score([requests[index] for index in filled])
     record: dict[str, Any] = {
         "users": len(requests),
@@ -116,7 +118,7 @@ def _write_scores(
 
 
 def _list_truths(original: RankingRequest, request: RankingRequest, labels: Sequence[int]) -> tuple[list[int], float]:
-    """Return the labels of a request's candidates, and which share of the liked items is among them."""
+    """Return the labels of a request's candidates, and the share of the liked items that they include (recall)."""
     liked = {item for item, label in zip(original.candidates, labels, strict=True) if label}
     truths = [int(item in liked) for item in request.candidates]
     return truths, sum(truths) / len(liked)
@@ -125,9 +127,9 @@ def _list_truths(original: RankingRequest, request: RankingRequest, labels: Sequ
 def _compare(
     truths: Sequence[tuple[list[int], float]], ours: Sequence[Scores], by_cf: Sequence[Scores], cutoffs: Sequence[int]
 ) -> dict[str, Any]:
-    """Return sums over the users of whom something liked is known, from which means and their errors follow.
+    """Return sums over the users with a known like, from which means and their standard errors follow.
 
-    Lists without anything liked have no order that is right: they count in the recall alone.
+    A list without a liked item has no correct order: it counts in the recall only.
     """
     groups = np.repeat(np.arange(len(truths)), [len(labels) for labels, _ in truths])
     flat = np.concatenate([labels for labels, _ in truths])

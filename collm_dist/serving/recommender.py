@@ -43,12 +43,12 @@ _MAX_ROWS = 4096
 
 
 class Recommender:
-    """A finished run's model, its id tables and its log. One caller at a time.
+    """A finished run's model, id tables and log. It is not thread-safe.
 
     Attributes:
-        stage: whose model it is: stage2, or stage1 where there is no stage 2.
+        stage: stage of the model: stage2, or stage1 if stage 2 is not done.
         config: the run's settings.
-        user_ids, item_ids: raw ids of all that the run knows.
+        user_ids, item_ids: raw ids of all users and items of the run.
     """
 
     def __init__(self, config: Config, run_dir: RunDir, stage: StageName, loaded: LoadedStage) -> None:
@@ -104,15 +104,15 @@ class Recommender:
         top_k: int | None = None,
         num_retrieved: int = 200,
     ) -> list[RankedItem]:
-        """Rank items for a user, the best first.
+        """Rank items for a user, best first.
 
         Args:
-            history, candidates, user, as_of: see ``RankingRequest``. Candidates None: ``retrieve`` finds them.
-            top_k: return so many; None = all.
-            num_retrieved: how many candidates to retrieve where none are given.
+            history, candidates, user, as_of: see ``RankingRequest``; without candidates, ``retrieve`` finds them.
+            top_k: most items to return; None = all.
+            num_retrieved: number of candidates to retrieve if none are given.
 
         Raises:
-            RequestError: the request is wrong; the message names the field, the value and what to do.
+            RequestError: the request is invalid; the message names the field, the value and the remedy.
         """
         answer = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved)])[0]
         if isinstance(answer, RequestError):
@@ -120,10 +120,10 @@ class Recommender:
         return answer
 
     def rank_many(self, queries: Sequence[RankingQuery]) -> list[list[RankedItem] | RequestError]:
-        """Rank for many at once, in one pass where the device has room; a wrong query spoils none of the others.
+        """Answer many queries, in one pass if the device has room. An invalid query does not affect the others.
 
         Returns:
-            For each query its items, the best first, or what is wrong with it.
+            For each query its items, best first, or the error that it causes.
 
         Raises:
             ArtifactError: a score is not finite.
@@ -136,16 +136,18 @@ class Recommender:
             except RequestError as error:
                 answers[index] = error
                 continue
-            if request.candidates:  # none are left for a user who has seen everything
+            if request.candidates:  # empty for a user who has seen everything
                 valid[index] = request
         for (index, request), scores in zip(valid.items(), self.score(list(valid.values())), strict=True):
             answers[index] = self.order_items(request.candidates, scores)[: queries[index].top_k]
         return answers
 
     def _find_candidates(self, query: RankingQuery) -> RankingRequest:
-        """Return a query, once it is checked, as a request for scores, with the candidates found if none are given."""
+        """Check a query and return it as a request, with retrieved candidates if none are given."""
         if query.top_k is not None and query.top_k < 1:
-            raise RequestError(f"top_k: {query.top_k} is less than 1; give the number of items wanted, or None for all")
+            raise RequestError(
+                f"top_k: {query.top_k} is less than 1; give the number of items to return, or None for all"
+            )
         request = RankingRequest(query.user, query.history, as_of=query.as_of)
         if query.candidates is None:
             return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
@@ -154,7 +156,7 @@ class Recommender:
         return replace(request, candidates=[self.item_ids[index] for index in indices.tolist()])
 
     def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:
-        """Return candidates of this run with their (N,) scores as ranked items; equal scores go by the item table."""
+        """Return candidates with (N,) scores as ranked items. Equal scores keep the order of the item table."""
         indices = np.array([self._reader.item_index[str(item_id)] for item_id in candidates])
         order = np.lexsort((indices, -scores))
         return [
@@ -163,18 +165,18 @@ class Recommender:
         ]
 
     def score(self, requests: Sequence[RankingRequest]) -> list[Scores]:
-        """Score the candidates of many requests; each user's history is computed once however many there are.
+        """Score the candidates of many requests. Each user's history is computed once for all candidates.
 
-        A score does not depend on what else is scored, up to the rounding of the device's matrix products.
+        A score does not depend on the other candidates and requests, up to the rounding of matmuls.
 
         Args:
-            requests: of any number.
+            requests: any number of requests.
 
         Returns:
             For each request the float64 logits of its candidates, in their order.
 
         Raises:
-            RequestError: a request is wrong; the message names its place in the list.
+            RequestError: a request is invalid; the message names its index in the list.
             ArtifactError: a score is not finite.
         """
         scores: list[Scores] = []
@@ -187,7 +189,7 @@ class Recommender:
         """Score the candidates of many requests by the collaborative model alone; otherwise as ``score``.
 
         Raises:
-            RequestError: a request is wrong, or the run has no collaborative model.
+            RequestError: a request is invalid, or the run has no collaborative model.
         """
         scores: list[Scores] = []
         for users, candidates in self._read_in_parts(requests):
@@ -196,17 +198,17 @@ class Recommender:
         return scores
 
     def retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
-        """Return the items that the collaborative model puts first for each request's user, the best first.
+        """Return the best items by the collaborative model for the user of each request, best first.
 
-        Items of the history and of the user's events before ``as_of`` are not among them. Every item of the run is
-        scored, so this takes time in proportion to the table of items.
+        Items of the history and of the user's events before ``as_of`` are left out. Every item of the run is scored, so
+        the time is proportional to the number of items.
 
         Args:
-            requests: their candidates are not read.
-            count: most items for each.
+            requests: users to retrieve for; their candidates are ignored.
+            count: most items per request.
 
         Raises:
-            RequestError: a request or the count is wrong, or the run has no collaborative model.
+            RequestError: a request or the count is invalid, or the run has no collaborative model.
         """
         if count < 1:
             raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
@@ -224,7 +226,7 @@ class Recommender:
         return retrieved
 
     def _read_in_parts(self, requests: Sequence[RankingRequest]) -> Iterator[tuple[list[UserContext], list[IntArray]]]:
-        """Yield contexts and candidates of neighbouring requests, as many as are laid out at once."""
+        """Yield contexts and candidates of consecutive requests, up to the rows that are laid out at once."""
         users: list[UserContext] = []
         candidates: list[IntArray] = []
         for index, request in enumerate(requests):
@@ -242,7 +244,7 @@ class Recommender:
 
 @contextmanager
 def _naming(place: int, count: int) -> Iterator[None]:
-    """Let errors of one of several requests say which one it is."""
+    """Prefix errors with the index of the request, if there are several."""
     try:
         yield
     except RequestError as error:

@@ -1,7 +1,7 @@
-"""Files of ranking requests: checked as a whole before any work, and cut into parts that are scored one by one.
+"""Files of ranking requests, checked completely before scoring starts and divided into parts.
 
 A row is ``user_id, candidates[, history, labels, as_of]``: an id, lists of ids, a list of 0 and 1 for the candidates,
-and a time (seconds since 1970, or an Arrow timestamp). Null means that it is not given.
+and a time (seconds since 1970, or an Arrow timestamp). Null means not given.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ PART = pa.schema(
 
 
 def list_request_files(path: Path) -> list[Path]:
-    """Return the Parquet files that a path names: itself, or those in a folder, in the order of their names.
+    """Return the Parquet files of a path: the file itself, or those in a folder, sorted by name.
 
     Raises:
-        RequestError: there are none.
+        RequestError: the path has no Parquet file.
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
     if not files:
-        raise RequestError(f"--input: {path} is no Parquet file, and no folder with any")
+        raise RequestError(f"--input: {path} is neither a Parquet file nor a folder of them")
     return files
 
 
 def write_parts(
     files: Sequence[Path], folder: Path, item_ids: Sequence[str], *, retrieves: bool, rows_per_part: int
 ) -> list[int]:
-    """Check all rows and write them as ``part-00000.parquet``, ... in one schema, streamed.
+    """Check all rows and stream them to ``part-00000.parquet``, ... in a common schema.
 
     Args:
-        files: of requests.
-        folder: where the parts go.
-        item_ids: of the run's items.
-        retrieves: whether the collaborative model finds the candidates; those given, with their labels, then only say
-            what would have been right.
-        rows_per_part: of each part but the last.
+        files: files of requests.
+        folder: folder of the parts.
+        item_ids: raw ids of the run's items.
+        retrieves: whether the collaborative model retrieves the candidates; given candidates and labels then serve
+            only as ground truth.
+        rows_per_part: rows of each part but the last.
 
     Returns:
-        Rows of each part.
+        Number of rows of each part.
 
     Raises:
-        RequestError: a file cannot be read, a column is missing or of the wrong type, or a row is wrong; the message
-            names file, row (from 0) and field.
+        RequestError: a file cannot be read, a column is missing or has the wrong type, or a row is invalid; the
+            message names file, row (from 0) and field.
     """
     known = pa.array(item_ids, pa.string())
     sizes: list[int] = []
@@ -70,12 +70,12 @@ def write_parts(
     if waiting.num_rows:
         sizes.append(_write_part(folder, len(sizes), waiting))
     if not sizes:
-        raise RequestError(f"--input: {files[0]} has no rows; it needs one for each user")
+        raise RequestError(f"--input: {files[0]} has no rows; write a row for each user")
     return sizes
 
 
 def name_part(number: int) -> str:
-    """Return the name of a part's file, without its ending."""
+    """Return the name of a part's file, without suffix."""
     return f"part-{number:05d}"
 
 
@@ -86,7 +86,7 @@ def _write_part(folder: Path, number: int, table: Any) -> int:
 
 
 def read_part(folder: Path, number: int) -> tuple[list[RankingRequest], list[list[int] | None]]:
-    """Return a part's requests, and the labels of their candidates where there are any."""
+    """Return a part's requests, and the labels of their candidates or None."""
     rows = pq.read_table(folder / f"{name_part(number)}.parquet").to_pylist()
     requests = [RankingRequest(row["user_id"], row["history"], row["candidates"] or (), row["as_of"]) for row in rows]
     return requests, [row["labels"] for row in rows]
@@ -98,22 +98,22 @@ def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
         names = set(file.schema_arrow.names)
         for name in ("user_id",) if retrieves else ("user_id", "candidates"):
             if name not in names:
-                hint = ", or find them with --candidates cf:N" if name == "candidates" else ""
+                hint = ", or retrieve them with --candidates cf:N" if name == "candidates" else ""
                 raise RequestError(
-                    f"{path}: there is no column '{name}', only {', '.join(sorted(names))}; add it{hint}"
+                    f"{path}: column '{name}' is missing (found {', '.join(sorted(names))}); add it{hint}"
                 )
         if "labels" in names and "candidates" not in names:
-            raise RequestError(f"{path}, field 'labels': they belong to candidates, but there is no such column")
+            raise RequestError(f"{path}, field 'labels': labels need a column 'candidates', which is missing")
         first = 0
         for batch in file.iter_batches(1 << 14, columns=[name for name in PART.names if name in names]):
             yield _check(pa.Table.from_batches([batch]).combine_chunks(), known, f"{path}", first, retrieves)
             first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise RequestError(f"{path} is no Parquet file, or a damaged one ({error}); write it again") from error
+        raise RequestError(f"{path} is not a Parquet file, or is damaged ({error}); write it again") from error
 
 
 def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> Any:
-    """Return the table in the schema ``PART``; ``first`` is the number of its first row in the file."""
+    """Check a table and return it in the schema ``PART``. Row ``first`` of the file is the table's first row."""
     columns = {}
     for field in PART:
         if field.name not in table.column_names:
@@ -122,18 +122,18 @@ def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> An
         column = table.column(field.name).combine_chunks()
         columns[field.name] = _convert(column, field, path)
     refuse = _Refusal(path, first)
-    refuse("user_id", columns["user_id"].is_null(), "it is empty; give every row the id of its user")
+    refuse("user_id", columns["user_id"].is_null(), "the id is missing; give every row a user id")
     for name in ("candidates", "history"):
         rows, values = _flatten(columns[name])
         refuse(name, _mark(rows[values.is_null().to_numpy(zero_copy_only=False)], table.num_rows),
-               "an id in the list is null; leave it out")  # fmt: skip
+               "an id in the list is null; remove it")  # fmt: skip
     _check_candidates(columns["candidates"], known, refuse, retrieves)
     _check_labels(columns["labels"], columns["candidates"], refuse)
     return pa.table(columns, schema=PART)
 
 
 class _Refusal:
-    """Raises for the first row that is marked."""
+    """Check that raises for the first marked row."""
 
     def __init__(self, path: str, first: int) -> None:
         self._path, self._first = path, first
@@ -148,27 +148,27 @@ class _Refusal:
 def _check_candidates(candidates: Any, known: Any, refuse: _Refusal, retrieves: bool) -> None:
     count = len(candidates)
     empty = pc.fill_null(pc.equal(pc.list_value_length(candidates), 0), not retrieves)
-    refuse("candidates", empty, "the list is empty; name at least one item, or leave the row out")
+    refuse("candidates", empty, "the list is empty; give at least one item, or remove the row")
     rows, values = _flatten(candidates)
     places = pc.index_in(values, known)
     unknown = places.is_null().to_numpy(zero_copy_only=False)
     example = repr(values[int(unknown.argmax())].as_py()) if unknown.any() else ""
     refuse("candidates", _mark(rows[unknown], count),
-           f"{example} is not in the run's table of items ({unknown.sum()} such ids near there); leave it out, or add "
-           "the item to dataset.items_path and run again with dataset.extend_from")  # fmt: skip
+           f"{example} is not in the run's item table ({unknown.sum()} such ids near this row); remove it, or add "
+           "the item to dataset.items_path and extend the run with dataset.extend_from")  # fmt: skip
     keys = rows * len(known) + pc.fill_null(places, 0).to_numpy(zero_copy_only=False).astype(np.int64)
     _, first_places = np.unique(keys, return_index=True)
     repeated = np.setdiff1d(np.arange(len(keys)), first_places)
-    refuse("candidates", _mark(rows[repeated], count), "an item occurs twice; name each once")
+    refuse("candidates", _mark(rows[repeated], count), "an item occurs twice; list each item once")
 
 
 def _check_labels(labels: Any, candidates: Any, refuse: _Refusal) -> None:
     lengths = [pc.list_value_length(lists) for lists in (labels, candidates)]
     differs = pc.fill_null(pc.not_equal(*lengths), pc.is_valid(labels))
-    refuse("labels", differs, "there are not as many labels as candidates")
+    refuse("labels", differs, "the number of labels differs from the number of candidates")
     rows, values = _flatten(labels)
     wrong = pc.invert(pc.fill_null(pc.is_in(values, pa.array([0, 1], pa.int8())), False))
-    refuse("labels", _mark(rows[wrong.to_numpy(zero_copy_only=False)], len(labels)), "a label is neither 0 nor 1")
+    refuse("labels", _mark(rows[wrong.to_numpy(zero_copy_only=False)], len(labels)), "a label is not 0 or 1")
 
 
 def _flatten(lists: Any) -> tuple[NDArray[np.int64], Any]:
@@ -181,7 +181,7 @@ def _mark(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
 
 
 def _convert(column: Any, field: Any, path: str) -> Any:
-    """Return a column in its type; numbers are welcome as ids, but no fractions."""
+    """Return a column in the type of its field. Ids may be integers, but not fractions."""
     column_type, is_list = column.type, pa.types.is_list(field.type)
     inner = column_type.value_type if is_list and hasattr(column_type, "value_type") else column_type
     if isinstance(inner, pa.DictionaryType):
@@ -205,7 +205,7 @@ def _convert(column: Any, field: Any, path: str) -> Any:
             raise RequestError(f"{path}, field '{field.name}': {error}; correct the value") from None
     expected = {
         "labels": "lists of 0 and 1",
-        "as_of": "whole seconds since 1970, or timestamps",
-        "user_id": "ids: texts or whole numbers",
-    }.get(field.name, "lists of ids: texts or whole numbers")
-    raise RequestError(f"{path}, field '{field.name}': the column is of type {column_type}; it must hold {expected}")
+        "as_of": "integer seconds since 1970, or timestamps",
+        "user_id": "ids: strings or integers",
+    }.get(field.name, "lists of ids: strings or integers")
+    raise RequestError(f"{path}, field '{field.name}': the column has type {column_type}; it must hold {expected}")

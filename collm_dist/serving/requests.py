@@ -1,4 +1,4 @@
-"""What is asked of a recommender, what it answers, and how raw ids become what the model reads."""
+"""Requests and answers of a recommender, and the reader that turns raw ids into context blocks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Id = str | int
 
 @dataclass(frozen=True)
 class RankingRequest:
-    """One user, in one state, and the items to be scored for them. Ids are compared as text.
+    """A user at a point in time, and the items to score. Ids are compared as strings.
 
     Attributes:
-        user: raw id. One that the run's log does not hold, or None, is an unknown user.
-        history: raw ids of liked items, oldest first; None = what the log says the user liked before ``as_of``. Items
-            that the run does not know are passed over, since there is nothing to show of them.
-        candidates: raw ids of the run's items, each once. Items without a single rating are welcome, ids that are not
-            in its table of items are not.
-        as_of: seconds since 1970: the log counts strictly before it; None = all of the log.
+        user: raw id; None, or an id that is not in the run's log, is an unknown user.
+        history: raw ids of liked items, oldest first; None = the user's likes in the log before ``as_of``. Items that
+            the run does not know are skipped, because they have neither title nor vector.
+        candidates: raw ids of the run's items, without repetition. Items without ratings are valid; ids outside the
+            run's item table are not.
+        as_of: seconds since 1970; only earlier events of the log count; None = all events.
     """
 
     user: Id | None = None
@@ -37,13 +37,13 @@ class RankingRequest:
 
 @dataclass(frozen=True)
 class RankingQuery:
-    """What ``Recommender.rank`` is asked: one user, in one state, and the items wanted.
+    """Arguments of ``Recommender.rank``: a user at a point in time, and the items to rank.
 
     Attributes:
         user, history, as_of: see ``RankingRequest``.
-        candidates: the same; None = the collaborative model finds them.
-        top_k: items to return; None = all.
-        num_retrieved: how many candidates to find where none are given.
+        candidates: see there; None = the collaborative model retrieves them.
+        top_k: most items to return; None = all.
+        num_retrieved: number of candidates to retrieve if none are given.
     """
 
     user: Id | None = None
@@ -56,13 +56,13 @@ class RankingQuery:
 
 @dataclass(frozen=True)
 class RankedItem:
-    """An item in its place.
+    """An item of a ranking.
 
     Attributes:
         item_id: raw id.
         score: logit of a like.
-        rank: 1 for the best.
-        title: of the item.
+        rank: 1 is the best.
+        title: title of the item.
     """
 
     item_id: str
@@ -73,13 +73,13 @@ class RankedItem:
 
 @dataclass(frozen=True)
 class UserContext:
-    """What is known of a request's user.
+    """A request's user, as the model sees them.
 
     Attributes:
-        user_idx: dense, -1 = unknown.
-        history: liked items, dense, oldest first.
-        num_likes, num_rows: the user's likes and events; 0 where the log has none.
-        seen: dense items of the history and of the user's events.
+        user_idx: dense index; -1 = unknown.
+        history: dense indices of liked items, oldest first.
+        num_likes, num_rows: number of the user's likes and events in the log.
+        seen: dense indices of the items in the history and in the user's events.
         as_of: seconds since 1970.
     """
 
@@ -92,13 +92,13 @@ class UserContext:
 
 
 class RequestReader:
-    """Turns raw ids into dense ones, and requests into contexts.
+    """Reader of requests: raw ids to dense indices, requests to context blocks.
 
-    An unknown user's statistics are unknown, not derived from an inline history: that one holds likes alone, and a rate
-    of likes out of them would always be 1. In logs without dislikes every event is a like, so there they are counted.
+    An unknown user's statistics are not derived from the history of the request: it lists likes only, so the share of
+    likes would always be 1. In logs without dislikes every event is a like, and the history is counted.
 
     Attributes:
-        item_index: raw ids to dense indices.
+        item_index: dense index of each raw item id.
     """
 
     def __init__(
@@ -110,22 +110,22 @@ class RequestReader:
         max_history_length: int,
         every_event_is_a_like: bool,
     ) -> None:
-        """Take the run's id tables and log.
+        """Store the run's id tables and log.
 
         Args:
-            user_index, item_index: raw ids to dense indices.
+            user_index, item_index: dense index of each raw id.
             events: the log.
-            max_history_length: items that a history keeps.
+            max_history_length: most items of a history; the latest are kept.
             every_event_is_a_like: ``dataset.feedback`` is implicit.
         """
         self._user_index, self.item_index, self._events = user_index, item_index, events
         self._max_history_length, self._every_event_is_a_like = max_history_length, every_event_is_a_like
 
     def read_user(self, request: RankingRequest) -> UserContext:
-        """Return what is known of the request's user.
+        """Return the context of the request's user.
 
         Raises:
-            RequestError: a field is of another type than it should be.
+            RequestError: a field has the wrong type.
         """
         as_of = self._read_time(request.as_of)
         user_idx = -1 if request.user is None else self._user_index.get(_to_id(request.user, "user"), -1)
@@ -143,37 +143,37 @@ class RequestReader:
         return UserContext(user_idx, history[-self._max_history_length :], likes, rows, seen, as_of)
 
     def read_candidates(self, request: RankingRequest) -> IntArray:
-        """Return the (N,) dense candidates of a request.
+        """Return the (N,) dense indices of a request's candidates.
 
         Raises:
-            RequestError: there are none, or one is unknown or comes twice; the message names it.
+            RequestError: the list is empty, or an item is unknown or repeated; the message names it.
         """
         item_ids = _to_ids(request.candidates, "candidates")
         if not item_ids:
-            raise RequestError("candidates: the list is empty; name at least one item")
+            raise RequestError("candidates: the list is empty; give at least one item")
         if unknown := [item_id for item_id in item_ids if item_id not in self.item_index]:
             examples = ", ".join(repr(item_id) for item_id in unknown[:_MAX_SHOWN_IDS])
             raise RequestError(
-                f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's table of items ({examples}"
-                f"{', ...' if len(unknown) > _MAX_SHOWN_IDS else ''}); leave them out, or add the items to "
-                "dataset.items_path and run again with dataset.extend_from"
+                f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's item table ({examples}"
+                f"{', ...' if len(unknown) > _MAX_SHOWN_IDS else ''}); remove them, or add the items to "
+                "dataset.items_path and extend the run with dataset.extend_from"
             )
         if len(set(item_ids)) < len(item_ids):
             repeated = next(item_id for position, item_id in enumerate(item_ids) if item_id in item_ids[:position])
-            raise RequestError(f"candidates: {repeated!r} occurs twice; name each item once")
+            raise RequestError(f"candidates: {repeated!r} occurs twice; list each item once")
         return np.array([self.item_index[item_id] for item_id in item_ids], dtype=np.int64)
 
     def _read_time(self, as_of: int | None) -> int:
         if as_of is None:
             return self._events.end
         if isinstance(as_of, bool) or not isinstance(as_of, int | np.integer):
-            raise RequestError(f"as_of: {as_of!r} is no whole number; give seconds since 1970")
+            raise RequestError(f"as_of: {as_of!r} is not an integer; give seconds since 1970")
         return int(np.clip(as_of, -(2**62), 2**62))
 
     def build_block(self, users: Sequence[UserContext], candidates: Sequence[IntArray]) -> ContextBlock:
-        """Return the block of some contexts with their candidates, in the order given: what shards hold, made anew.
+        """Build the block of contexts and their candidates, in the given order, in the form of the shards.
 
-        Row ids number the candidates; labels are 0 and mean nothing.
+        Row ids number the candidates. Labels are 0 and have no meaning.
         """
         sizes = np.array([len(item_idx) for item_idx in candidates], dtype=np.int64)
         counts = [
@@ -207,11 +207,11 @@ class RequestReader:
 
 def _to_ids(values: Sequence[Id], field: str) -> list[str]:
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        raise RequestError(f"{field}: {values!r} is no list of ids")
+        raise RequestError(f"{field}: {values!r} is not a list of ids")
     return [_to_id(value, field) for value in values]
 
 
 def _to_id(value: Id, field: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
-        raise RequestError(f"{field}: {value!r} is no id; ids are texts or whole numbers")
+        raise RequestError(f"{field}: {value!r} is not an id; ids are strings or integers")
     return str(value)

@@ -1,4 +1,4 @@
-"""Options of the ranking service, each a flag of ``launch/serve.py``."""
+"""Options of the ranking service, the flags of ``launch/serve.py``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,29 @@ from collm_dist.errors import RequestError
 
 
 class ServiceOptions(BaseModel):
-    """Where the service listens and what it takes. Nothing here changes a score."""
+    """Address, limits and timeouts of the service. They do not change scores."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    host: str = Field("127.0.0.1", description="address to listen at; the default is reachable from this machine alone")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0 takes a free one")
+    host: str = Field("127.0.0.1", description="address to listen on; the default is reachable from this machine only")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free port")
     replicas: int | None = Field(
         None,
         ge=1,
-        description="models to load, one to a device; by default one to each GPU, or without one to each node",
+        description="models to load, one per device; by default one per GPU, or one per node without GPUs",
     )
-    max_batch_size: int = Field(32, ge=1, description="most requests scored in one pass; 1 turns batching off")
+    max_batch_size: int = Field(32, ge=1, description="most requests per pass; 1 turns batching off")
     batch_wait_ms: float = Field(
-        2, ge=0, le=1000, description="how long an idle device waits for a second request before it scores the first"
+        2, ge=0, le=1000, description="time that an idle device waits for more requests before it scores the first"
     )
-    max_candidates: int = Field(1000, ge=1, description="most candidates of a request, given or to be retrieved")
+    max_candidates: int = Field(1000, ge=1, description="most candidates of a request, given or retrieved")
     max_history: int = Field(1000, ge=1, description="most items in a request's history")
-    max_body_kib: int = Field(256, ge=1, description="most KiB of a request's body")
+    max_body_kib: int = Field(256, ge=1, description="largest body of a request, in KiB")
     max_waiting: int = Field(
-        64, ge=1, description="most requests that wait at a replica; more are answered 503, to be tried again"
+        64, ge=1, description="most waiting requests per replica; further requests are answered 503"
     )
-    request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is given up with 504")
-    shutdown_timeout_s: float = Field(
-        60, gt=0, description="how long a stop waits for requests that are being answered"
-    )
+    request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is answered 504")
+    shutdown_timeout_s: float = Field(60, gt=0, description="seconds that a shutdown waits for requests in progress")
 
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +49,7 @@ def read_options(arguments: argparse.Namespace) -> ServiceOptions:
     """Return the options of a command line.
 
     Raises:
-        RequestError: one is out of range; the message names all of them.
+        RequestError: an option is out of range; the message lists all such options.
     """
     values: dict[str, Any] = {name: getattr(arguments, name) for name in ServiceOptions.model_fields}
     try:

@@ -1,11 +1,11 @@
-"""The folder that commands of the pages run in: this source tree, own data, small settings under the usual names.
+"""Folder in which the commands of the documentation run: source tree, user data, small settings under usual names.
 
-    ratings.csv items.csv     own data as the pages have them: users u1, u2, ..., items B001, B002, ... with titles
-    events.csv                clicks and views of the same people
+    ratings.csv items.csv     user data as in the pages: users u1, u2, ..., items B001, B002, ... with titles
+    events.csv                clicks and views of the same users
     backbone/                 a language model with random weights, two layers deep
-    configs/                  the project's own, but small where they are meant for one's own data
+    configs/                  the project's configurations, shrunk where they are meant for user data
 
-Nothing of a command's text is changed: what makes it fast is in the files that it names.
+The commands run verbatim; the files that they name make them fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import yaml
 from tests.conftest import write_items, write_ratings
 from tests.doc_blocks import ROOT, Block
 
-# What the pages' own settings keep, whatever the tests' experiment says.
+# Sections that the tests' experiment does not override.
 OWN_SECTIONS = ("run", "dataset")
 LINKED = ("collm_dist", "launch", "benchmarks", "tests", "docs", "Makefile", "mkdocs.yml", "pyproject.toml")
 BLOCK_SECONDS = 600
@@ -35,12 +35,12 @@ SHOWN_CHARACTERS = 6000
 
 
 def prepare_folder(folder: Path, backbone: Path, max_rows: int | None = None) -> Path:
-    """Fill a new folder, which is returned.
+    """Create and fill a folder, and return it.
 
     Args:
-        folder: new.
+        folder: new folder.
         backbone: folder of a tiny language model.
-        max_rows: of ratings.csv, the earliest ones.
+        max_rows: number of earliest rows in ratings.csv; None = all.
     """
     folder.mkdir(parents=True)
     for name in LINKED:
@@ -54,7 +54,7 @@ def prepare_folder(folder: Path, backbone: Path, max_rows: int | None = None) ->
 
 
 def write_own_data(folder: Path, max_rows: int | None = None) -> None:
-    """Write ratings.csv, items.csv and events.csv, with strings as ids and dates as times."""
+    """Write ratings.csv, items.csv and events.csv, with string ids and ISO timestamps."""
     write_ratings(folder / "ratings.csv")
     write_items(folder / "items.csv")
     start = datetime(2024, 1, 1)
@@ -79,7 +79,7 @@ def write_own_data(folder: Path, max_rows: int | None = None) -> None:
 
 
 def append_ratings(folder: Path, start: int, stop: int) -> None:
-    """Append these rows of the whole log to a shorter ratings.csv, as the next day does."""
+    """Append rows of the full log to a shorter ratings.csv, as on the next day."""
     whole = folder.parent / f"{folder.name}-whole"
     whole.mkdir()
     write_own_data(whole)
@@ -89,7 +89,7 @@ def append_ratings(folder: Path, start: int, stop: int) -> None:
 
 
 def shrink_config(path: Path) -> None:
-    """Add the sizes of the tests' experiment to a configuration, and the tiny backbone."""
+    """Merge the sizes of the tests' experiment and the tiny backbone into a configuration."""
     own = yaml.safe_load(path.read_text(encoding="utf-8"))
     tiny = yaml.safe_load((ROOT / "configs" / "tiny_cpu.yaml").read_text(encoding="utf-8"))
     for name, section in tiny.items():
@@ -101,12 +101,12 @@ def shrink_config(path: Path) -> None:
 
 
 def run_block(block: Block, folder: Path) -> str:
-    """Run a block in a prepared folder, or save it if it is a file, and return what it printed.
+    """Run a block in a prepared folder, or save it if it is a file, and return its output.
 
-    Processes that it leaves behind are ended.
+    Processes that it leaves behind are terminated.
 
     Raises:
-        AssertionError: it ended with an error, or not in time; the message has place, text and output.
+        AssertionError: the block failed or timed out; the message has place, text and output.
     """
     if block.title is not None:
         target = folder / block.title
@@ -135,11 +135,11 @@ def run_block(block: Block, folder: Path) -> str:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what a block has started, itself included: politely first."""
+    """Terminate the process group of a block: SIGTERM, then SIGKILL."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         for _ in range(100):
-            process.poll()  # what has ended is a member of the group until somebody asks
+            process.poll()  # an ended process stays in the group until it is reaped
             os.killpg(process.pid, 0)
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)

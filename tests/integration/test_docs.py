@@ -1,4 +1,4 @@
-"""What README and the pages say holds: commands run, settings exist, links lead somewhere, the site builds."""
+"""README and documentation pages: commands run, settings exist, links resolve, the site builds."""
 
 import importlib.util
 import os
@@ -29,9 +29,9 @@ from tests.integration.docs_folder import prepare_folder, run_block
 PAGES = list_pages()
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 LANGUAGES = {"bash", "python", "yaml", "json", "csv", "text", "dockerfile", "ini", "toml"}
-# Where a page's command names a configuration that only its reader has.
+# Stands in for configurations that only the reader has.
 STAND_IN = ROOT / "configs" / "own_ratings.yaml"
-# What a fragment of a configuration is put into: says little itself.
+# Base for fragments of configurations.
 PLAIN = ROOT / "configs" / "tiny_cpu.yaml"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND_LINE = re.compile(r" {4,}(?:python|deepspeed|torchrun|make|ray|pip|curl|docker|kubectl|sbatch)\b")
@@ -84,7 +84,7 @@ def test_help_teaches_by_commands_that_are_right(script, monkeypatch, capsys):
 
 
 def check_command(command, place):
-    """Assert that what a command names exists: scripts, modules, targets of the Makefile, settings."""
+    """Assert that a command's scripts, modules, Makefile targets and settings exist."""
     for program in command.programs:
         is_module = program.startswith("-m ")
         found = importlib.util.find_spec(program[3:]) if is_module else (ROOT / program).is_file()
@@ -138,7 +138,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built as `make docs` builds it."""
+    """Site built as by `make docs`."""
     pytest.importorskip("material", reason="needs the optional dependencies 'docs'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
@@ -177,7 +177,7 @@ def test_figures_are_drawn_and_shown(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tiny_backbone_dir):
-    """A prepared folder with the run that README's own commands make of ratings.csv."""
+    """Prepared folder with the run that README's commands make from ratings.csv."""
     folder = prepare_folder(tmp_path_factory.mktemp("docs") / "folder", tiny_backbone_dir)
     made = next(one for one in read_blocks(ROOT / "README.md") if one.runs and "run_pipeline.py" in one.text)
     run_block(made, folder)
@@ -189,7 +189,7 @@ def prepared(tmp_path_factory, tiny_backbone_dir):
 @pytest.mark.timeout(3600)
 @by_page
 def test_what_a_page_shows_runs(page, prepared, tmp_path):
-    """All of a page's blocks, in its order, in one folder with a finished run."""
+    """Run all blocks of a page in order, in a folder with a finished run."""
     blocks = [one for one in read_blocks(page) if one.runs]
     if not blocks:
         pytest.skip("nothing to run")

@@ -1,4 +1,4 @@
-"""A finished run as a folder: plain libraries load its parts, and a run directory made of it gives the same scores."""
+"""Export of a finished run: plain libraries load its parts, and an imported run gives the same scores."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def exported(finished_run, tmp_path_factory):
-    """The export, by the command."""
+    """Export made by the command."""
     folder = tmp_path_factory.mktemp("export") / "model"
     command = [sys.executable, "launch/export_model.py", "--config", str(finished_run / "config.yaml"),
                "--output", str(folder), "--license", "apache-2.0", "--data-license", "made up"]  # fmt: skip
@@ -114,6 +114,6 @@ def test_what_is_there_stays(exported, finished_run, tmp_path):
         lambda: export_model(config, RunDir(finished_run), tmp_path / "mine", Licences("a", "b", "c")),
         lambda: import_model(exported, RunDir(tmp_path / "mine")),
     ):
-        with pytest.raises(ArtifactError, match="mine is there already"):
+        with pytest.raises(ArtifactError, match="mine exists already"):
             act()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]

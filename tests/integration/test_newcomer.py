@@ -1,4 +1,4 @@
-"""A newcomer's first two days: a CSV of their own, and README's commands as they stand there."""
+"""A new user's first two days: their own CSV file and the commands of README, verbatim."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def test_from_a_csv_to_a_ranked_list_and_the_next_night(tiny_backbone_dir, tmp_p
     ask, make_and_score, next_night = (one for one in blocks if one.heading == "Ranking")
 
     printed = run_block(own, folder)
-    assert "user_id" in printed  # how the columns are understood
+    assert "user_id" in printed  # preview of the columns
     assert json.loads(printed.splitlines()[-1])["state"] == "done"
     manifest = json.loads((folder / "runs" / "mine" / "data" / "manifest.json").read_text())
     assert sum(split["rows"] for split in manifest["splits"].values()) == FIRST_ROWS
@@ -38,7 +38,7 @@ def test_from_a_csv_to_a_ranked_list_and_the_next_night(tiny_backbone_dir, tmp_p
     run_block(make_and_score, folder)
     table = pd.read_parquet(folder / "ranked" / "scores")
     assert table["rank"].tolist() == list(range(1, 51))
-    assert not {"B004", "B011"} & set(table["item_id"])  # what the new person has liked is no news
+    assert not {"B004", "B011"} & set(table["item_id"])  # liked items are not recommended again
 
     append_ratings(folder, FIRST_ROWS, FIRST_ROWS + NEW_ROWS)
     status = json.loads(run_block(next_night, folder).splitlines()[-1])

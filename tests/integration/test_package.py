@@ -1,4 +1,4 @@
-"""The package as people install it: a wheel, used from an empty folder without a checkout."""
+"""The installed wheel, used from an empty folder without a checkout."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ SUBCOMMANDS = [
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory, repository):
-    """A folder that holds the wheel's files, and nothing else."""
+    """Folder with the files of the wheel only."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    source = folder / "source"  # a build in the checkout would leave files there, and find those of earlier builds
+    source = folder / "source"  # a build in the checkout would leave files there and use those of earlier builds
     shutil.copytree(repository / "collm_dist", source / "collm_dist", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repository / name, source)
@@ -38,7 +38,7 @@ def collm_dist(installed, tmp_path):
     """Run the installed command in an empty folder."""
 
     def run(*arguments):
-        # -P: without the folder of the script on the path.
+        # -P: do not prepend the script's folder to sys.path.
         command = [sys.executable, "-P", str(installed / "bin" / "collm-dist"), *arguments]
         environment = os.environ | {"PYTHONPATH": str(installed)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

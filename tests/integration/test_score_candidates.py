@@ -1,4 +1,4 @@
-"""A file of users to ranked candidates: by the command, in parts, after an interruption, and with wrong input."""
+"""Ranking of a file of users: by the command, in parts, after an interruption, with invalid input."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ from collm_dist.serving.part_scoring import OutputFolder, score_part
 from collm_dist.serving.request_files import write_parts
 
 ROOT = Path(__file__).parents[2]
-TOLERANCE = 1e-5  # of float32 sums in another order
+TOLERANCE = 1e-5  # float32 sums in another order
 
 
 def write_requests(path, rows):
@@ -38,7 +38,7 @@ def write_requests(path, rows):
 
 @pytest.fixture(scope="module")
 def rows(finished_run):
-    """Ten users of the log with what they rated last and whether they liked it, and two that nobody has met."""
+    """Ten users of the log with their last ratings and labels, and two new users."""
     data_dir = finished_run / "data"
     log = load_interactions(data_dir, ("user_idx", "item_idx", "label", "timestamp"))
     users, items = load_user_ids(data_dir), load_item_table(data_dir)["item_id"]
@@ -62,7 +62,7 @@ def recommender(finished_run):
 
 
 def prepare(finished_run, source, output, **options):
-    """Do what the command does before it starts any process; return the folder and the sizes of its parts."""
+    """Prepare a job as the command does before it starts processes; return the folder and the sizes of its parts."""
     folder = OutputFolder(output)
     config = load_config(finished_run / "config.yaml")
     settings = {"num_retrieved": None, "rows_per_part": 5} | options
@@ -97,7 +97,7 @@ def test_a_file_is_ranked_on_two_actors_from_where_it_stopped(
     assert "device-seconds per 1,000 users" in printed
     assert "in the order of the collaborative model" in printed
     assert stopped.scores(1).stat().st_mtime_ns == before
-    for part in range(3):  # bit for bit, whoever has scored it
+    for part in range(3):  # bit for bit, whichever actor scored it
         assert stopped.scores(part).read_bytes() == alone.scores(part).read_bytes()
     check_ranking(tmp_path / "ranked" / "scores", rows, recommender)
     summary = json.loads(stopped.summary.read_text())
@@ -156,11 +156,11 @@ GOOD = {"user_id": "1", "candidates": ["5", "6"], "labels": [1, 0], "history": [
         ({"candidates": []}, "row 1, field 'candidates': the list is empty"),
         ({"candidates": None, "labels": None}, "row 1, field 'candidates': the list is empty"),
         ({"candidates": ["5", None]}, "row 1, field 'candidates': an id in the list is null"),
-        ({"candidates": ["5", "none"]}, "row 1, field 'candidates': 'none' is not in the run's table"),
+        ({"candidates": ["5", "none"]}, "row 1, field 'candidates': 'none' is not in the run's item table"),
         ({"candidates": ["5", "5"]}, "row 1, field 'candidates': an item occurs twice"),
-        ({"labels": [1]}, "row 1, field 'labels': there are not as many labels"),
-        ({"labels": [1, 2]}, "row 1, field 'labels': a label is neither 0 nor 1"),
-        ({"user_id": None}, "row 1, field 'user_id': it is empty"),
+        ({"labels": [1]}, "row 1, field 'labels': the number of labels differs"),
+        ({"labels": [1, 2]}, "row 1, field 'labels': a label is not 0 or 1"),
+        ({"user_id": None}, "row 1, field 'user_id': the id is missing"),
         ({"history": [None]}, "row 1, field 'history': an id in the list is null"),
     ],
 )
@@ -173,11 +173,11 @@ def test_wrong_rows_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"candidates": [["5"]]}, "no column 'user_id', only candidates"),
-        ({"user_id": ["1"]}, "no column 'candidates'.*--candidates cf:N"),
-        ({"user_id": [1.5], "candidates": [["5"]]}, "field 'user_id': the column is of type double"),
-        ({"user_id": ["1"], "candidates": ["5"]}, "field 'candidates': the column is of type string; it must hold lis"),
-        ({"user_id": ["1"], "candidates": [["5"]], "as_of": ["now"]}, "field 'as_of': the column is of type string"),
+        ({"candidates": [["5"]]}, "column 'user_id' is missing .found candidates"),
+        ({"user_id": ["1"]}, "column 'candidates' is missing.*--candidates cf:N"),
+        ({"user_id": [1.5], "candidates": [["5"]]}, "field 'user_id': the column has type double"),
+        ({"user_id": ["1"], "candidates": ["5"]}, "field 'candidates': the column has type string; it must hold lis"),
+        ({"user_id": ["1"], "candidates": [["5"]], "as_of": ["now"]}, "field 'as_of': the column has type string"),
         ({"user_id": ["1"], "candidates": [["5"]], "labels": [[300]]}, "field 'labels': .*correct the value"),
         ({"user_id": pa.array([], pa.string()), "candidates": pa.array([], pa.list_(pa.string()))}, "has no rows"),
     ],
@@ -209,7 +209,7 @@ def test_the_command_stops_before_any_work(finished_run, rows, tmp_path, monkeyp
     broken = write_requests(tmp_path / "x.parquet", [rows[0] | {"candidates": []}])
     for more, message in (
         ([broken], "row 0, field 'candidates': the list is empty"),
-        ([tmp_path / "none.parquet"], "is no Parquet file"),
+        ([tmp_path / "none.parquet"], "is neither a Parquet file"),
         ([broken, "--candidates", "200"], "'200' is not cf:N"),
         ([broken, "--rows-per-part", "0"], "--rows-per-part: 0 is less than 1"),
         ([broken, "llm.dtype=bfloat16"], "config.llm.dtype: float32 -> bfloat16"),
@@ -231,7 +231,7 @@ def test_a_run_without_a_collaborative_model_cannot_retrieve(finished_run, tmp_p
 
 @pytest.mark.slow
 def test_a_killed_job_goes_on(finished_run, tmp_path):
-    """The command is killed with SIGKILL once a part is done; the next call scores the others."""
+    """After SIGKILL, sent once a part is done, the next call scores the remaining parts."""
     items = load_item_table(finished_run / "data")["item_id"]
     rows = [{"user_id": f"new-{number}", "history": items[number : number + 3]} for number in range(60)]
     source = write_requests(tmp_path / "users.parquet", rows)
@@ -256,7 +256,7 @@ def test_a_killed_job_goes_on(finished_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_model_ends_in_a_message(finished_run, rows, tmp_path):
-    """Found by the actors, when they load it."""
+    """The actors find the damage when they load the model."""
     shutil.copytree(finished_run, tmp_path / "run")
     mapping = tmp_path / "run" / "stage2" / "mapping.safetensors"
     mapping.write_bytes(mapping.read_bytes()[:100])

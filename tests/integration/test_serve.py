@@ -1,4 +1,4 @@
-"""The HTTP service over a finished run: the rankings of the Python API whoever else asks, and a 4xx for the rest."""
+"""The HTTP service of a finished run: the rankings of the Python API under concurrency, and 4xx otherwise."""
 
 import http.client
 import importlib.util
@@ -23,7 +23,7 @@ from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.serving.http_schemas import HealthAnswer, RankAnswer
 
 ROOT = Path(__file__).parents[2]
-# Float32 sums in another order, with other requests in the pass: the largest difference seen is 1.2e-6.
+# Float32 sums in another order, with other requests in the pass: the largest measured difference is 1.2e-6.
 TOLERANCE = 1e-5
 LIKED = ["3", "17", "40"]
 LIMITS = ["--max-candidates", "60", "--max-history", "20", "--max-body-kib", "4", "--batch-wait-ms", "100"]
@@ -53,7 +53,7 @@ def serving(run_dir, *options):
         try:
             line = next((one for one in process.stdout if one.startswith("serving ")), "")
             found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
-            assert found, "it has not started"
+            assert found, "the service did not start"
             yield Service(process, int(found.group(1)))
         finally:
             process.send_signal(signal.SIGTERM)
@@ -83,7 +83,7 @@ def compare(answer, expected):
     difference = 0.0
     for one, other in zip(ranked, expected, strict=True):
         assert one["title"] == titles[one["item_id"]]
-        # Of items whose scores are equal up to rounding either may be first.
+        # Items whose scores are equal up to rounding may swap places.
         assert one["item_id"] == other.item_id or abs(one["score"] - other.score) < TOLERANCE
         difference = max(difference, abs(one["score"] - scores[one["item_id"]]))
     return difference
@@ -142,23 +142,23 @@ def test_an_unseen_user_gets_a_ranking(service, recommender):
 
 
 MALFORMED = [
-    (b"", 422, "no JSON object"),
-    (b'{"history": ["3"', 400, "no JSON at character"),
+    (b"", 422, "not a JSON object"),
+    (b'{"history": ["3"', 400, "not JSON at character"),
     (b"\x00\xff", 400, ""),
     (b"[" * 3000, 400, ""),
-    ([1, 2], 422, "no JSON object"),
-    ({"candidates": ["3"]}, 422, "user: name a user or give a history"),
-    ({"history": LIKED, "candidates": ["41", "none", "9999"]}, 422, "2 of 3 ids are not in the run's table of items"),
+    ([1, 2], 422, "not a JSON object"),
+    ({"candidates": ["3"]}, 422, "user: give a user or a history"),
+    ({"history": LIKED, "candidates": ["41", "none", "9999"]}, 422, "2 of 3 ids are not in the run's item table"),
     ({"history": LIKED, "candidates": ["41", 41]}, 422, "'41' occurs twice"),
-    ({"history": LIKED, "candidates": ["\ud800"]}, 422, "1 of 1 ids are not in the run's table"),
+    ({"history": LIKED, "candidates": ["\ud800"]}, 422, "1 of 1 ids are not in the run's item table"),
     ({"history": LIKED, "candidates": []}, 422, "candidates: the list is empty"),
-    ({"history": LIKED, "candidates": [str(one) for one in range(61)]}, 422, "61 items are more than the 60"),
-    ({"history": ["3"] * 21}, 422, "history: 21 items are more than the 20"),
-    ({"history": "3"}, 422, "is no list of ids"),
-    ({"user": {"$ne": 1}}, 422, "user: {'$ne': 1} is no id"),
+    ({"history": LIKED, "candidates": [str(one) for one in range(61)]}, 422, "61 items exceed the limit of 60"),
+    ({"history": ["3"] * 21}, 422, "history: 21 items exceed the limit of 20"),
+    ({"history": "3"}, 422, "is not a list of ids"),
+    ({"user": {"$ne": 1}}, 422, "user: {'$ne': 1} is not an id"),
     ({"user": "1", "num_retrieved": 61}, 422, "num_retrieved: 61 is out of range"),
-    ({"user": "1", "limit": 5}, 422, "limit: there is no such field"),
-    ({"user": "x" * 5000}, 413, "more than 4 KiB"),
+    ({"user": "1", "limit": 5}, 422, "limit: unknown field"),
+    ({"user": "x" * 5000}, 413, "exceeds 4 KiB"),
 ]
 
 
@@ -175,7 +175,7 @@ def test_other_requests_that_cannot_be_answered(service):
     assert service.ask({"user": "1"}, headers={})[0] == 415
     assert service.ask(None, method="GET")[0] == 405
     assert "POST /rank" in service.ask(None, method="GET", path="/")[2]["detail"]
-    long = (b" " * 1024 for _ in range(100))  # its length is not told
+    long = (b" " * 1024 for _ in range(100))  # without a declared length
     assert service.ask(long)[0] == 413
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as raw:
         raw.sendall(b"nonsense\r\n\r\n")
@@ -203,11 +203,11 @@ def test_health_and_openapi(finished_run, service, recommender):
 
 
 def test_it_stops_in_order(finished_run, service):
-    """Asked to stop, it answers what has arrived, then ends; the port is free."""
+    """On SIGTERM the service answers received requests, exits and frees the port."""
     query = make_queries(finished_run)[0]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(service.ask, query)
-        time.sleep(0.05)  # it waits for others, a tenth of a second
+        time.sleep(0.05)  # less than --batch-wait-ms
         service.process.send_signal(signal.SIGTERM)
         assert waiting.result()[0] == 200
     assert service.process.wait(60) == 0
@@ -226,7 +226,7 @@ def run_main(monkeypatch, *arguments):
 
 
 def test_the_command_stops_before_anything_starts(finished_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("collm_dist.orchestration.service.connect_ray", None)  # it would fail there
+    monkeypatch.setattr("collm_dist.orchestration.service.connect_ray", None)  # would fail if called
     config = finished_run / "config.yaml"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for more, code, message in (
@@ -242,7 +242,7 @@ def test_the_command_stops_before_anything_starts(finished_run, tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_damaged_model_ends_in_a_message(finished_run, tmp_path):
-    """Found by the replica, when it loads it."""
+    """The replica finds the damage when it loads the model."""
     shutil.copytree(finished_run, tmp_path / "run")
     mapping = tmp_path / "run" / "stage2" / "mapping.safetensors"
     mapping.write_bytes(mapping.read_bytes()[:100])
@@ -257,7 +257,7 @@ def test_a_damaged_model_ends_in_a_message(finished_run, tmp_path):
 
 @pytest.mark.slow
 def test_two_models_share_the_requests_and_ctrl_c_stops_them(finished_run, recommender):
-    """Ctrl-C reaches every process of the terminal's group."""
+    """Ctrl-C sends SIGINT to every process of the terminal's group."""
     queries = make_queries(finished_run)
     with serving(finished_run, "--replicas", "2", "--max-batch-size", "1") as running:
         with ThreadPoolExecutor(8) as pool:

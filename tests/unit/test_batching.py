@@ -1,4 +1,4 @@
-"""What waits while the device is busy is answered together."""
+"""Batching of queries that wait for a busy device."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from collm_dist.serving.batching import Batcher
 
 
 class Device:
-    """Answers with the double; waits for a permit before each pass."""
+    """Work function that doubles queries, after acquiring a permit for each pass."""
 
     def __init__(self, *, permits=100):
         self.permits, self.passes = threading.Semaphore(permits), []
@@ -48,7 +48,7 @@ def test_a_busy_device_gets_all_that_has_come_meanwhile():
         assert results[1].waited_s > 0.04
         assert results[0].took_s > 0.04
         assert [size for size, _ in reports] == [1, 4, 2]
-        assert (await batcher.submit(8)).answer == 16  # and it goes on after an idle time
+        assert (await batcher.submit(8)).answer == 16  # works again after an idle time
 
     asyncio.run(run())
 
@@ -80,7 +80,7 @@ def test_no_more_than_so_many_wait_and_who_gives_up_leaves_room():
         with pytest.raises(QueueFullError):
             await batcher.submit(3)
         waiting[0].cancel()
-        first.cancel()  # its pass goes on, for nobody
+        first.cancel()  # its pass continues, without a caller
         await let_start()
         last = asyncio.create_task(batcher.submit(4))
         await let_start()

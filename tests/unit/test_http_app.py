@@ -1,4 +1,4 @@
-"""The HTTP application without a server: what becomes of requests that no client should send, and of errors inside."""
+"""The HTTP application without a server: malformed requests and internal errors."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ JSON = "application/json"
 
 
 async def rank(query):
-    """Answer with what was asked; some users are in for an error."""
+    """Answer with the query itself; certain users cause an error."""
     if query.user == "full":
         raise QueueFullError
     if query.user == "slow":
@@ -60,7 +60,7 @@ def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, le
 
     try:
         asyncio.run(run())
-    except KeyError:  # answered first, then left to the server's log
+    except KeyError:  # answered first, then raised for the server's log
         assert sent
     start, *bodies = sent
     return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in bodies)), len(unread)
@@ -84,33 +84,33 @@ def test_a_query_arrives_as_it_was_sent():
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"", 422, "body: it is no JSON object"),
-        (b"{", 400, "body: no JSON at character 1"),
+        (b"", 422, "body: not a JSON object"),
+        (b"{", 400, "body: not JSON at character 1"),
         (b"\xff\xfe", 400, ""),
         (b'{"history": ["\xff"]}', 400, ""),
         (b"[" * 1000, 400, ""),
-        (b"9" * 900, 422, "body: it is no JSON object"),
-        ([], 422, "body: it is no JSON object"),
-        (None, 422, "body: it is no JSON object"),
-        ("text", 422, "body: it is no JSON object"),
-        ({}, 422, "user: name a user or give a history"),
-        ({"candidates": ["1"]}, 422, "user: name a user or give a history"),
-        (GOOD | {"color": "red"}, 422, "color: there is no such field; there are user, history, candidates, as_of"),
-        (GOOD | {"history": "1"}, 422, "history: '1' is no list of ids"),
-        (GOOD | {"history": {"1": 2}}, 422, "history: {'1': 2} is no list of ids"),
-        (GOOD | {"history": [1.5]}, 422, "history.0: 1.5 is no id; ids are texts or whole numbers"),
-        (GOOD | {"candidates": [1.5, True, None, []]}, 422, "candidates.1: True is no id; .*; and 1 more"),
-        (GOOD | {"history": ["1"] * 4}, 422, "history: 4 items are more than the 3 that .* --max-history"),
-        (GOOD | {"candidates": ["1"] * 5}, 422, "candidates: 5 items are more than the 4 .* --max-candidates"),
-        (GOOD | {"candidates": []}, 422, "candidates: the list is empty; name at least one item, or leave"),
-        (GOOD | {"user": 1.0}, 422, "user: 1.0 is no id"),
-        (GOOD | {"user": False}, 422, "user: False is no id"),
-        (GOOD | {"as_of": "2024-01-01"}, 422, "as_of: '2024-01-01' is no whole number"),
-        (GOOD | {"as_of": float("nan")}, 422, "as_of: nan is no whole number"),
+        (b"9" * 900, 422, "body: not a JSON object"),
+        ([], 422, "body: not a JSON object"),
+        (None, 422, "body: not a JSON object"),
+        ("text", 422, "body: not a JSON object"),
+        ({}, 422, "user: give a user or a history"),
+        ({"candidates": ["1"]}, 422, "user: give a user or a history"),
+        (GOOD | {"color": "red"}, 422, "color: unknown field; the fields are user, history, candidates, as_of"),
+        (GOOD | {"history": "1"}, 422, "history: '1' is not a list of ids"),
+        (GOOD | {"history": {"1": 2}}, 422, "history: {'1': 2} is not a list of ids"),
+        (GOOD | {"history": [1.5]}, 422, "history.0: 1.5 is not an id; ids are strings or integers"),
+        (GOOD | {"candidates": [1.5, True, None, []]}, 422, "candidates.1: True is not an id; .*; and 1 more"),
+        (GOOD | {"history": ["1"] * 4}, 422, "history: 4 items exceed the limit of 3; .* --max-history"),
+        (GOOD | {"candidates": ["1"] * 5}, 422, "candidates: 5 items exceed the limit of 4; .* --max-candidates"),
+        (GOOD | {"candidates": []}, 422, "candidates: the list is empty; give at least one item, or omit"),
+        (GOOD | {"user": 1.0}, 422, "user: 1.0 is not an id"),
+        (GOOD | {"user": False}, 422, "user: False is not an id"),
+        (GOOD | {"as_of": "2024-01-01"}, 422, "as_of: '2024-01-01' is not an integer"),
+        (GOOD | {"as_of": float("nan")}, 422, "as_of: nan is not an integer"),
         (GOOD | {"top_k": 0}, 422, "top_k: 0 is out of range; it must be at least 1"),
         (GOOD | {"num_retrieved": 5}, 422, "num_retrieved: 5 is out of range; it must be at most 4"),
         ({"user": "wrong"}, 422, "candidates: 'x\ud800' is unknown"),
-        (GOOD | {"user": ["\ud800"]}, 422, r"user: \['\\ud800'\] is no id"),
+        (GOOD | {"user": ["\ud800"]}, 422, r"user: \['\\ud800'\] is not an id"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(body, status, message):
@@ -128,7 +128,7 @@ def test_what_is_wrong_is_said(body, status, message):
         ({"content_type": None}, 415, "content-type"),
         ({"content_type": "application/x-www-form-urlencoded"}, 415, "content-type"),
         ({"method": "GET"}, 405, "Method Not Allowed"),
-        ({"path": "/nowhere"}, 404, "POST /rank ranks"),
+        ({"path": "/nowhere"}, 404, "the service has POST /rank"),
     ],
 )
 def test_other_ways_to_go_wrong(options, status, message):
@@ -155,21 +155,21 @@ def test_no_body_is_too_strange(body):
 
 def test_a_large_body_is_refused_unread():
     piece = b" " * 512
-    for options, left in (({"length": "2000"}, 3), ({}, 1)):  # where its length is not told, as soon as it is too long
+    for options, left in (({"length": "2000"}, 3), ({}, 1)):  # without a declared length: once too much has been read
         status, _, answer, unread = ask(None, chunks=[piece] * 4, **options)
         assert (status, unread) == (413, left)
         assert answer == {
-            "detail": "the body has more than 1 KiB; send less, or start the service with a larger --max-body-kib"
+            "detail": "the body exceeds 1 KiB; send less, or start the service with a larger --max-body-kib"
         }
 
 
 @pytest.mark.parametrize(
     ("user", "status", "message"),
     [
-        ("full", 503, "64 requests wait already; try again in a second"),
-        ("slow", 504, "given up after 0.2 s"),
+        ("full", 503, "64 requests are waiting; try again in a second"),
+        ("slow", 504, "time limit of 0.2 s exceeded"),
         ("broken", 500, "the score of item 'x' is not finite"),
-        ("bug", 500, "internal error; the service's log has it"),
+        ("bug", 500, "internal error; see the service's log"),
     ],
 )
 def test_errors_inside_end_in_words(user, status, message):

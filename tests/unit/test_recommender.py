@@ -1,4 +1,4 @@
-"""Ranking with a finished run: the scores of its own report, and requests that the report never saw."""
+"""Ranking with a finished run: the scores of its report, and requests beyond the report."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.requests import RankingQuery
 
-# Float32 sums in another order: the largest difference seen here is 1.3e-6, scores are of the size of 1.
+# Float32 sums in another order: the largest measured difference is 1.3e-6, at scores of about 1.
 TOLERANCE = 1e-5
 LIKED, CANDIDATES = ["3", "17", "40"], [str(number) for number in range(41, 71)]
 
@@ -28,7 +28,7 @@ def recommender(finished_run):
 
 @pytest.fixture
 def text_recommender(finished_run, tmp_path):
-    """Of a run in which stage 2 has not been done."""
+    """Recommender of a run without stage 2."""
     shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("stage2", "eval"))
     return collm_dist.load_recommender(tmp_path / "run", device="cpu")
 
@@ -97,13 +97,13 @@ def test_an_unknown_user_gets_a_ranking(recommender):
     assert [item.score for item in ranked] == sorted((item.score for item in ranked), reverse=True)
     assert all(f"Film {item.item_id} (" in item.title for item in ranked)
     assert recommender.rank(LIKED, CANDIDATES, user="nobody", top_k=10) == ranked
-    # What the run does not know of a history cannot be shown; what it does is kept.
+    # Unknown items of a history are skipped.
     assert recommender.rank(["no such item", *LIKED], CANDIDATES, top_k=10) == ranked
-    assert len(recommender.rank(candidates=CANDIDATES)) == len(CANDIDATES)  # of whom nothing at all is known
+    assert len(recommender.rank(candidates=CANDIDATES)) == len(CANDIDATES)  # nothing is known about the user
 
 
 def test_an_item_without_a_rating_is_ranked(finished_run, recommender):
-    """As of the first second of the log no item has any, and none is known to the vectors of the first fold."""
+    """At the first second of the log, no item has ratings, and the vectors of the first fold know no item."""
     first = int(load_interactions(finished_run / "data", ("timestamp",))["timestamp"].min())
     scores, later = recommender.score([RankingRequest(None, LIKED, CANDIDATES, time) for time in (first, None)])
     assert np.isfinite(scores).all()
@@ -134,11 +134,15 @@ def test_a_wrong_query_spoils_none_of_the_others(finished_run, recommender):
         RankingQuery(user="5", top_k=4, num_retrieved=9),
         RankingQuery(history="3", candidates=CANDIDATES),
         RankingQuery(user="5", top_k=0),
-        RankingQuery(user="5", history=items),  # nothing is left to be found
+        RankingQuery(user="5", history=items),  # no candidates are left
         RankingQuery(user="6", candidates=np.array([5, 6, 7])),
     ]
     answers = recommender.rank_many(queries)
-    for place, message in ((1, "1 of 2 ids are not in"), (3, "history: '3' is no list"), (4, "top_k: 0 is less than")):
+    for place, message in (
+        (1, "1 of 2 ids are not in"),
+        (3, "history: '3' is not a list"),
+        (4, "top_k: 0 is less than"),
+    ):
         assert isinstance(answers[place], RequestError)
         assert message in str(answers[place])
         with pytest.raises(RequestError):
@@ -161,12 +165,12 @@ def test_ids_may_be_numbers(recommender):
     ("request_", "message"),
     [
         ({"candidates": []}, "candidates: the list is empty"),
-        ({"candidates": ["41", "none", "9999"]}, r"2 of 3 ids are not in the run's table of items \('none', '9999'\)"),
+        ({"candidates": ["41", "none", "9999"]}, r"2 of 3 ids are not in the run's item table \('none', '9999'\)"),
         ({"candidates": ["41", "42", "41"]}, "'41' occurs twice"),
-        ({"candidates": "41"}, "'41' is no list of ids"),
-        ({"candidates": [4.5]}, "4.5 is no id"),
-        ({"history": "3", "candidates": ["41"]}, "history: '3' is no list"),
-        ({"candidates": ["41"], "as_of": "2024-01-01"}, "as_of: '2024-01-01' is no whole number"),
+        ({"candidates": "41"}, "'41' is not a list of ids"),
+        ({"candidates": [4.5]}, "4.5 is not an id"),
+        ({"history": "3", "candidates": ["41"]}, "history: '3' is not a list"),
+        ({"candidates": ["41"], "as_of": "2024-01-01"}, "as_of: '2024-01-01' is not an integer"),
         ({"candidates": ["41"], "top_k": 0}, "top_k: 0"),
         ({"num_retrieved": 0}, "0 items cannot be retrieved"),
     ],
