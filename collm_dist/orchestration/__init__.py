@@ -1,1 +1,1 @@
-"""Everything that runs on Ray, and the pipeline. No other package imports ray."""
+"""Everything that runs on Ray, and the pipeline. No other room imports ray."""

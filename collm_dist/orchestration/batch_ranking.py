@@ -1,4 +1,4 @@
-"""Ranking many users' candidates: Ray Data over parts of the request file, a pool of models, one to a device."""
+"""Batch ranking: Ray Data over parts of a request file, with a pool of models, one per device."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ from collm_dist.serving.part_scoring import OutputFolder, score_part
 from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.request_files import list_request_files, write_parts
 
-# Users of a part: what is lost when a process dies, and what is scored together. A fixed number, so that the scores do
-# not depend on how many devices there are.
+# Users scored together, and the work lost when a process dies. Fixed, so that scores do not depend on the number of
+# devices.
 ROWS_PER_PART = 128
 _RETRIEVAL = "cf:"
 
 
 def parse_candidates(text: str | None) -> int | None:
-    """Return N of ``cf:N``; None if candidates are given in the file.
+    """Return N of ``cf:N``; None if the file lists the candidates.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the text has another form.
     """
     if text is None:
         return None
     number = text.removeprefix(_RETRIEVAL)
     if not text.startswith(_RETRIEVAL) or not number.isdecimal() or int(number) < 1:
-        raise RequestError(f"--candidates: '{text}' is not cf:N, such as cf:200; leave it out to take the file's lists")
+        raise RequestError(
+            f"--candidates: '{text}' is not of the form cf:200; omit the option to use the file's candidate lists"
+        )
     return int(number)
 
 
@@ -56,30 +58,30 @@ def score_candidates(
     rows_per_part: int = ROWS_PER_PART,
     num_actors: int | None = None,
 ) -> dict[str, Any]:
-    """Score a file of requests and return the summary; what an interrupted call has scored is kept.
+    """Score a file of requests and return the summary; resumes an interrupted call.
 
     Args:
         config: the experiment.
-        run_dir: whose stage 2, or stage 1, scores.
+        run_dir: run whose stage 2, or stage 1, scores.
         source: Parquet file or folder, see ``serving.request_files``.
         output: folder; gets ``scores/part-*.parquet`` with user_id, item_id, score, rank, and ``summary.json``.
         num_retrieved: see ``parse_candidates``.
-        rows_per_part: users of a part.
-        num_actors: models to load; None = one for each GPU of the cluster, or without one for each node.
+        rows_per_part: users per part.
+        num_actors: models to load; None for one per GPU, or one per node without GPUs.
 
     Raises:
-        RequestError: the input is wrong; nothing has been scored.
-        ArtifactError: the run is not done or does not fit together, or the folder holds scores of something else.
+        RequestError: the input is invalid; nothing was scored.
+        ArtifactError: the run is unfinished or inconsistent, or the output folder holds other scores.
         LaunchError: Ray does not start, or its processes keep dying.
     """
     for name, number in (("--num-actors", num_actors), ("--rows-per-part", rows_per_part)):
         if number is not None and number < 1:
-            raise RequestError(f"{name}: {number} is less than 1; leave it out for the default")
+            raise RequestError(f"{name}: {number} is less than 1; omit the option for the default")
     run_dir = RunDir(run_dir.path.absolute())
     folder = OutputFolder(output.absolute())
     config = check_settings(config, run_dir)
     if num_retrieved is not None and not run_dir.is_done("cf"):
-        raise ArtifactError(f"--candidates: the step 'cf' of {run_dir.path} is not done, and it finds the candidates")
+        raise ArtifactError(f"--candidates: the step 'cf' of {run_dir.path} is not done; it retrieves the candidates")
     sizes = _prepare(config, run_dir, source, folder, num_retrieved, rows_per_part)
     if folder.summary.exists():
         print(f"done already ({folder.summary})", flush=True)
@@ -105,7 +107,7 @@ def _prepare(
     num_retrieved: int | None,
     rows_per_part: int,
 ) -> list[int]:
-    """Check the input and write its parts, or find them from an earlier call; return the rows of each part."""
+    """Check the input and write its parts, unless an earlier call has; return the number of rows of each part."""
     files = list_request_files(source)
     steps: list[Step] = ["data", find_stage(run_dir)]
     if run_dir.is_done("cf"):
@@ -121,9 +123,9 @@ def _prepare(
         plan = json.loads(folder.plan.read_text(encoding="utf-8"))
         if changes := find_changes(plan["made_from"], made_from):
             raise ArtifactError(
-                f"{folder.path} holds scores of something else:\n  "
+                f"{folder.path} holds scores of other inputs:\n  "
                 + "\n  ".join(changes)
-                + "\nSet --output to a new folder, or remove this one"
+                + "\nSet --output to a new folder, or delete this one"
             )
         return list(plan["sizes"])
     shutil.rmtree(folder.requests, ignore_errors=True)
@@ -134,7 +136,7 @@ def _prepare(
 
 
 class _PartScorer:
-    """An actor of the pool: loads the model with its first part, then scores one part after the other.
+    """Actor of the pool: loads the model with its first part, then scores parts.
 
     Errors that a user can act on are returned as data, because Ray Data would wrap an exception and lose its class.
     """
@@ -164,17 +166,17 @@ def _score_on_ray(
     num_retrieved: int | None,
     num_actors: int | None,
 ) -> int:
-    """Score the parts that are not done, with a progress bar over all users; return the number of actors."""
+    """Score the unfinished parts with a progress bar over all users; return the number of actors."""
     check_nodes(folder.path)
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
     actors = min(num_actors or gpus or nodes, max(len(waiting), 1))
-    # On a CPU the cores of the cluster are divided among the actors; Ray gives each as many threads as cores.
+    # On CPUs the actors share the cores of the cluster; Ray gives each as many threads as cores.
     cores = 1 if gpus else max(int(resources.get("CPU", 1)) // max(actors, nodes), 1)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # Its config may name a local backbone by a relative path; a worker's working directory may be another.
+    # A relative path to a local backbone may not resolve in a worker's working directory.
     backbone = Path(config.llm.backbone).expanduser()
     if backbone.exists():
         config = config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
@@ -202,7 +204,7 @@ def _score_on_ray(
 
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Add up the parts' records; means over users, and the standard error of the paired gain."""
+    """Return totals of the parts' records, means over users, and the standard error of the paired gain."""
     names = ("users", "rows", "device_seconds", "retrieval_seconds")
     total: dict[str, Any] = {name: sum(record[name] for record in records) for name in names}
     total["device_seconds_per_1000_users"] = 1000 * total["device_seconds"] / total["users"]
@@ -227,7 +229,7 @@ def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[str]:
-    """Return the summary as lines for a person."""
+    """Return the summary as lines of text."""
     lines = [
         f"{summary['users']:,} users, {summary['rows']:,} candidates, {summary['seconds']:,.1f} s with "
         f"{summary['actors']} model(s); {summary['device_seconds_per_1000_users']:,.1f} device-seconds per 1,000 users"

@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and running many small tasks on it."""
+"""Connection to a Ray cluster, node checks, and runs of many small tasks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from collm_dist.runs.atomic_files import open_atomic
 
 logger = logging.getLogger(__name__)
 
-# What a task ends with that was bound to a node which is no longer there.
+# Errors of a task that is bound to a lost node.
 _NODE_LOST = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
-# For tasks in flight when one of them has failed.
+# Wait for tasks in flight after one of them has failed.
 _GRACE_SECONDS = 5.0
 
 
 @contextmanager
 def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
-    """Use the cluster that is there, else a local one for as long as the block lasts.
+    """Connect to the configured Ray cluster, or start a local one for the duration of the block.
 
-    Inside a Ray job that is the job's own cluster. A connection that somebody else made is used and left alone.
+    Inside a Ray job, use the job's cluster. An existing connection is used and stays open.
 
     Raises:
-        LaunchError: no cluster answers, or a local one does not start.
+        LaunchError: the cluster does not answer, or a local one does not start.
     """
     if ray.is_initialized():
         yield
@@ -50,11 +50,11 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
             "object_store_memory": int(cluster.object_store_gb * 1e9),
         }
     try:
-        # Without "local" Ray would take any cluster that it finds on this machine, with these options refused.
+        # Without "local", Ray would join any cluster on this machine and refuse these options.
         ray.init(address=address or "local", **options)
-    except CollmError:  # asked to stop
+    except CollmError:  # Preempted, from the signal handler
         raise
-    except Exception as error:  # Ray raises bare ones where its processes do not come up in time
+    except Exception as error:  # Ray raises plain exceptions if its processes do not start in time
         target = f"Ray at '{address}'" if address else "a local Ray"
         raise LaunchError(
             f"cluster.ray_address: {target} cannot be reached or started: {error}. Start a cluster there (ray start "
@@ -67,10 +67,10 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
 
 
 def check_nodes(folder: Path) -> None:
-    """Check that every node of the cluster sees the run directory and has the versions of this one.
+    """Check that every node of the cluster sees the run directory and has the same versions as this node.
 
     Raises:
-        LaunchError: one does not; the message names it.
+        LaunchError: a check failed; the message names the node.
     """
     sentinel = folder / ".sentinel"
     with open_atomic(sentinel) as file:
@@ -81,7 +81,7 @@ def check_nodes(folder: Path) -> None:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             try:
                 facts = ray.get(read_remotely.options(scheduling_strategy=strategy).remote(str(sentinel)))
-            except _NODE_LOST as error:  # it has gone since it was listed: others do its work
+            except _NODE_LOST as error:  # lost since it was listed: other nodes take over its work
                 logger.warning("node %s does not answer: %s", node["NodeManagerAddress"], error)
                 continue
             check_facts(facts, own, node["NodeManagerAddress"], folder)
@@ -100,15 +100,15 @@ def run_tasks(
     """Run a function over many arguments as Ray tasks and return the results in the order of the arguments.
 
     Args:
-        function: runs on any node; it is retried where a worker dies.
-        arguments: of each task; object references are resolved.
-        description: shown with the progress.
-        parallelism: most tasks in flight.
-        num_gpus: that each task holds.
-        progress_bar: whether to show it.
+        function: function of the tasks; retried if a worker dies.
+        arguments: arguments of each task; object references are resolved.
+        description: label of the progress bar.
+        parallelism: maximum number of tasks in flight.
+        num_gpus: GPUs per task.
+        progress_bar: whether to show a progress bar.
 
     Raises:
-        CollmError: as a task raised it.
+        CollmError: error of a task.
         LaunchError: workers kept dying, or a disk failed.
     """
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(function)
@@ -124,8 +124,8 @@ def run_tasks(
             try:
                 results[running.pop(done[0])] = ray.get(done[0])
             except ray.exceptions.RayError as error:
-                # Short tasks may end, others end with this process. None is cancelled: where that meets a task's end
-                # Ray aborts the process (a race as in ray-project/ray#54798), and what to say would be lost.
+                # Short tasks may finish; the others end with this process. Tasks are not cancelled: if a cancellation
+                # meets the end of a task, Ray aborts the process without a message (as in ray-project/ray#54798).
                 if running:
                     ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
                 raise explain_task_error(error, description) from None
@@ -134,7 +134,7 @@ def run_tasks(
 
 
 def explain_task_error(error: Exception, description: str) -> Exception:
-    """Return what to raise for a task that failed: its own error if it is one that a user can act on."""
+    """Return the error to raise for a failed task: the task's own error if a user can act on it."""
     cause: object = getattr(error, "cause", None)
     if isinstance(cause, CollmError):
         return cause
@@ -142,6 +142,6 @@ def explain_task_error(error: Exception, description: str) -> Exception:
     if is_bug:
         return error
     return LaunchError(
-        f"{description}: a Ray task failed: {cause or error}. Run the same command again to go on where it stopped; if "
+        f"{description}: a Ray task failed: {cause or error}. Run the same command again to resume; if "
         "memory was short, raise preprocessing.num_user_buckets or lower cluster.preprocess_parallelism"
     )

@@ -1,4 +1,4 @@
-"""What a search leaves: the leaderboard as table, Parquet file and plot, and the best settings as a config."""
+"""Results of a search: leaderboard as table, Parquet file and plot, and the best settings as a config."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Trial:
-    """How a trial went.
+    """Result of a trial.
 
     Attributes:
-        number: of the trial; 0 has the settings of the config itself.
-        settings: that it tried.
-        state: finished; stopped early, being worse than others; or failed.
-        epochs, best_epoch: that it trained, and which of them was best; 0 = none.
-        metrics: on valid after the best epoch, by name.
-        error: why it failed.
+        number: trial number; trial 0 has the settings of the config itself.
+        settings: settings of the trial.
+        state: finished; stopped early for worse metrics; or failed.
+        epochs, best_epoch: number of trained epochs, and the best epoch; 0 if no epoch was completed.
+        metrics: validation metrics after the best epoch, by name.
+        error: cause of a failure.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Trial:
 
     @classmethod
     def from_report(cls, number: int, settings: Settings, report: Mapping[str, Any], error: str) -> Trial:
-        """Read what a trial reported last."""
+        """Build a trial from its last report."""
         metrics: dict[str, float] = {name: report[f"valid_{name}"] for name in METRICS if f"valid_{name}" in report}
         state: Literal["finished", "stopped", "failed"] = "finished" if report.get("finished") else "stopped"
         if error or not metrics:
@@ -55,7 +55,7 @@ class Trial:
 
 
 def rank_trials(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
-    """Return the trials, the best first; among equals those that finished, then the earlier ones."""
+    """Return the trials by metric, best first; ties go to finished trials, then to lower numbers."""
     sign = 1 if metric == "logloss" else -1
 
     def place(trial: Trial) -> tuple[float, bool, int]:
@@ -69,12 +69,12 @@ def rank_trials(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
 def write_results(config: Config, folder: Path, ranked: Sequence[Trial]) -> dict[str, Any]:
     """Write leaderboard.parquet, leaderboard.png and best.yaml, and return the summary.
 
-    The best trial is the best of those that finished: what a stopped one would have come to nobody knows.
+    The best trial is the best finished one; the final metric of a stopped trial is unknown.
 
     Args:
-        config: of the search.
-        folder: where to write.
-        ranked: the trials, the best first, at least one of them finished.
+        config: configuration of the search.
+        folder: output folder.
+        ranked: trials, best first; at least one has finished.
     """
     metric, space = config.cf.select_metric, config.cf_search.space
     best = next(trial for trial in ranked if trial.state == "finished")
@@ -120,7 +120,7 @@ def _build_row(trial: Trial) -> dict[str, Any]:
 
 
 def print_leaderboard(summary: Mapping[str, Any], folder: Path) -> None:
-    """Show the best trials, and that of the config itself, which is number 0."""
+    """Print the best trials, and trial 0, which has the config's own settings."""
     trials, metric = summary["trials"], summary["metric"]
     print(f"cf_search: {len(trials)} trials by valid {metric}; test was not scored")
     print(f"  {'rank':>4} {'trial':>5} {'auc':>7} {'uauc':>7} {'logloss':>7} {'epoch':>6}  {'state':8}  settings")
@@ -131,6 +131,6 @@ def print_leaderboard(summary: Mapping[str, Any], folder: Path) -> None:
             print(f"  {rank:4} {trial['number']:5} {values} {trial['best_epoch']:6}  {trial['state']:8}  "
                   f"{describe_settings(trial['settings'])}{note}")  # fmt: skip
     if (failed := sum(trial["state"] == "failed" for trial in trials)) > 0:
-        print(f"  {failed} trials failed; leaderboard.parquet says why")
+        print(f"  {failed} trials failed; leaderboard.parquet has the errors")
     print(f"  best: trial {summary['best']}; python launch/pretrain_cf.py --config {folder / 'best.yaml'}")
     print(f"  {folder}: leaderboard.parquet leaderboard.png best.yaml")

@@ -1,4 +1,4 @@
-"""All steps in order, each only if it is not done. A finished run is recognised in a moment: imports are late."""
+"""Pipeline: all unfinished steps in order. Imports are late, so that a finished run ends within a second."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from collm_dist.runs.stop_signals import preemptible
 CONFIG_FILE = "config.yaml"
 # Scripts that child processes run: of the installed package, so that no checkout is needed.
 COMMANDS = Path(__file__).parents[1] / "commands"
-# Ray's job supervisor sets this for a job's entry point.
+# Ray's job supervisor sets this variable for a job's entry point.
 _RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
-    """Run all steps, keep ``status.json``, print it as the last line and return the exit code.
+    """Run all steps, update ``status.json``, print it as the last line and return the exit code.
 
     Args:
         config: the experiment.
-        force: steps to redo; those after the first of them follow.
+        force: steps to redo; all later steps are redone too.
     """
     run_dir = RunDir(Path(config.run.dir))
     status = RunStatus(run_dir.path / "status.json", _build_textfile(config))
@@ -64,7 +64,7 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
             except (Exception, KeyboardInterrupt) as error:
                 failure = report_error(error)
             status.end(failure, decision)
-    except CollmError as error:  # before the lock was ours
+    except CollmError as error:  # before this process held the lock
         failure = report_error(error)
         status.end(failure)
     print(status.line, flush=True)
@@ -85,15 +85,15 @@ def _promote(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
 
 
 def list_steps(config: Config) -> tuple[Step, ...]:
-    """Return the steps of an experiment, in order."""
+    """Return the steps of an experiment in order."""
     return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
 
 
 def _check_run_dir(config: Config) -> None:
     if _RAY_JOB_VARIABLE in os.environ and not Path(config.run.dir).is_absolute():
         raise ConfigError(
-            f"run.dir: '{config.run.dir}' is relative; inside a Ray job that is the uploaded copy of the working "
-            "directory, which is thrown away: give an absolute path on a file system that all nodes share"
+            f"run.dir: '{config.run.dir}' is relative; inside a Ray job it would lie in the uploaded copy of the "
+            "working directory, which is deleted: set an absolute path on a file system that all nodes share"
         )
 
 
@@ -106,7 +106,7 @@ def _run_steps(
 ) -> None:
     with open_atomic(run_dir.path / CONFIG_FILE) as file:
         file.write(dump_config(config))
-    if publisher is not None:  # now, so that a place where nothing can be written is found before the work
+    if publisher is not None:  # first, so that an unwritable destination is found before the work
         publisher.publish_file(CONFIG_FILE)
     forced = False
     with ExitStack() as ray_session:
@@ -119,7 +119,7 @@ def _run_steps(
                     _run_on_ray(config, run_dir, step, forced, ray_session)
                 else:
                     if config.cluster.tuning == "launcher":
-                        ray_session.close()  # its memory is wanted
+                        ray_session.close()  # frees its memory
                     _run_child(_Child(config, run_dir, step, forced), status)
             if publisher is not None:
                 publisher.publish_step(step)
@@ -127,22 +127,22 @@ def _run_steps(
 
 def _run_child(child: _Child, status: RunStatus) -> None:
     cluster = child.config.cluster
-    with preemptible():  # Ray may have left its own handler
+    with preemptible():  # Ray may have set its own handlers
         run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
 
 
 def _is_done_or_linked(config: Config, run_dir: RunDir, step: Step) -> bool:
-    """Return whether a step is done, or is done in another run and now linked.
+    """Return whether a step is done, here or in a reused run that is then linked.
 
     Raises:
-        ArtifactError: it was done with something else.
+        ArtifactError: it is done with another fingerprint.
     """
     fingerprint = compute_step_fingerprint(config, run_dir, step)
     if _is_current(run_dir, step, fingerprint):
         print(f"{step}: done already ({run_dir.step_dir(step)})", flush=True)
         return True
     if run_dir.is_done(step):
-        # Whether an older report is in the way of a new one, evaluation knows; all others raise.
+        # Evaluation itself handles an outdated report; all other steps raise.
         return step != "eval" and is_step_current(run_dir, step, fingerprint)
     source = find_reusable(step, fingerprint, config.run.reuse)
     if source is not None:
@@ -158,8 +158,8 @@ def _is_current(run_dir: RunDir, step: Step, fingerprint: dict[str, Any]) -> boo
 def _run_on_ray(config: Config, run_dir: RunDir, step: Step, force: bool, session: ExitStack) -> None:
     from collm_dist.orchestration.cluster import connect_ray
 
-    session.enter_context(connect_ray(config.cluster))  # the second step finds the first one's cluster
-    with preemptible():  # Ray has put its own handler in the place of ours
+    session.enter_context(connect_ray(config.cluster))  # the second step uses the first step's cluster
+    with preemptible():  # Ray has replaced our handlers
         if step == "data":
             from collm_dist.orchestration.preprocess import run_preprocess
 
@@ -170,20 +170,20 @@ def _run_on_ray(config: Config, run_dir: RunDir, step: Step, force: bool, sessio
             run_pretrain(config, run_dir, force)
 
 
-# A step that ends with one of these has lost nothing but time, and by no fault that would come again by itself.
+# Exit codes of steps that can resume and did not fail by an error that would recur.
 RESTARTED_EXIT_CODES = (Preempted.exit_code, WorkerLostError.exit_code)
 
 
 def run_with_restarts(
     run: Callable[[], None], max_restarts: int, backoff_seconds: float, on_restart: Callable[[CollmError], None]
 ) -> None:
-    """Run a step, again and again if its processes are stopped or lost.
+    """Run a step, and restart it if its processes are stopped or lost.
 
     Args:
-        run: the step; it goes on from its last checkpoint.
-        max_restarts: after them its error is raised.
-        backoff_seconds: waited before the first restart, twice as long before each further one.
-        on_restart: is told why.
+        run: function that runs the step from its last checkpoint.
+        max_restarts: number of restarts before the error is raised.
+        backoff_seconds: wait before the first restart, in seconds; it doubles with each restart.
+        on_restart: called with the error before a restart.
     """
     for restarts in itertools.count():
         try:
@@ -202,7 +202,7 @@ def run_with_restarts(
 
 @dataclass
 class _Child:
-    """A step that runs as processes of its own."""
+    """Tuning or evaluation step, which runs in processes of its own."""
 
     config: Config
     run_dir: RunDir
@@ -210,7 +210,7 @@ class _Child:
     force: bool
 
     def run(self) -> None:
-        """Run it to its end."""
+        """Run the step to its end."""
         config, run_dir, step = self.config, self.run_dir, self.step
         try:
             if config.cluster.tuning == "ray":
@@ -222,17 +222,17 @@ class _Child:
             else:
                 self._launch()
         finally:
-            # Once its old record is gone the step has begun anew; started again, it goes on from there.
+            # Without its old record the step has restarted from scratch; after a restart it must resume.
             self.force = self.force and run_dir.is_done(step)
-        # The launcher's exit status says nothing of processes that were ended by a signal.
+        # The launcher's exit status does not show processes that were killed by a signal.
         if not _is_current(run_dir, step, compute_step_fingerprint(config, run_dir, step)):
             record = run_dir.record_path(step)
-            raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was ended by a signal")
+            raise WorkerLostError(f"step '{step}' ended without its record {record}: a process was killed by a signal")
 
     def _launch(self) -> None:
         config, step = self.config, self.step
         script = "evaluate_model.py" if step == "eval" else "train.py"
-        # The settings of this run, whatever happens to the file that they came from.
+        # The run's own copy of the settings; the user's file may change meanwhile.
         arguments = ["--config", str(self.run_dir.path / CONFIG_FILE)]
         if step != "eval":
             arguments += ["--stage", step.removeprefix("stage")]
@@ -246,7 +246,7 @@ class _Child:
 
 
 def describe_plan(config: Config, run_dir: RunDir) -> list[str]:
-    """Return one line for each step about what the pipeline would do, and the numbers that follow from the data."""
+    """Return a line per step with its planned action, and numbers derived from the data."""
     _check_run_dir(config)
     config, lines, ready = pin_previous(config), [], True
     for step in list_steps(config):

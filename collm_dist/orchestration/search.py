@@ -1,7 +1,7 @@
-"""A search for the CF model's settings with Ray Tune: random settings, and ASHA, which stops the worse ones early.
+"""Search for the CF model's settings with Ray Tune: random search with early stopping by ASHA.
 
-A trial is the training of ``launch/pretrain_cf.py`` on a job of train and valid only: it has no test rows to score. Its
-checkpoints lie in its own folder, so that a search that was killed costs each trial a few epochs.
+A trial trains like ``launch/pretrain_cf.py`` on train and valid only; it never sees test rows. Each trial has its own
+checkpoints, so a killed search loses a few epochs per trial.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from collm_dist.runs.status import RunStatus
 
 FOLDER = "cf_search"
 SPLITS = ("train", "valid")
-# Seconds between Tune's notes of what is done; a trial that it forgot reads its own checkpoint and ends at once.
+# Seconds between Tune's state files; a trial missing from the last one reads its own checkpoint and ends at once.
 _STATE_SECONDS = "2"
 
 
 def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
-    """Search, or go on with a search that was interrupted, and return its summary.
+    """Run or resume a search and return its summary.
 
     Args:
-        config: the experiment; ``cf`` is where the search starts, ``cf_search`` says where to look.
-        run_dir: whose data step is done.
+        config: the experiment; ``cf`` holds the settings of trial 0, ``cf_search`` the search space.
+        run_dir: run whose data step is done.
 
     Raises:
-        ConfigError: a setting cannot be searched as asked, or no trial came to an end.
+        ConfigError: a setting cannot be searched as configured, or no trial finished.
         ArtifactError: the data step is not done, or the folder holds another search.
-        DataError: the validation rows cannot tell which epoch is best.
+        DataError: the validation rows do not suffice to select an epoch.
         LaunchError: the run is in use, or Ray failed.
     """
     trials = _plan_trials(config)
@@ -81,7 +81,7 @@ def describe_search(config: Config, run_dir: RunDir) -> list[str]:
 
 def _plan_trials(config: Config) -> list[Settings]:
     if config.cf.model == "none":
-        raise ConfigError("cf_search: cf.model 'none' trains nothing by itself; name a collaborative model")
+        raise ConfigError("cf_search: cf.model 'none' is not trained; set a collaborative model")
     if config.cf_search.grace_epochs > config.cf.num_epochs:
         raise ConfigError(f"cf_search.grace_epochs {config.cf_search.grace_epochs} exceeds cf.num_epochs "
                           f"{config.cf.num_epochs}: no trial could be stopped; lower it")  # fmt: skip
@@ -89,15 +89,15 @@ def _plan_trials(config: Config) -> list[Settings]:
 
 
 def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the summary if the search is done; note what it depends on if it is a new one."""
+    """Return the summary of a finished search; write the fingerprint of a new one."""
     plan, done = folder / "plan.json", folder / "summary.json"
     if not plan.exists():
         write_json(plan, fingerprint)
         return None
     changes = find_changes(json.loads(plan.read_text(encoding="utf-8")), fingerprint)
     if changes:
-        raise ArtifactError(f"{folder} holds a search of something else:\n  " + "\n  ".join(changes)
-                            + "\nEither remove the folder or set run.dir to a new directory.")  # fmt: skip
+        raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
+                            + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
 
 
@@ -117,7 +117,7 @@ def _search(
         outcomes = _run_trials(config, jobs, trials, folder)
     ranked = rank_trials(outcomes, config.cf.select_metric)
     if not any(trial.state == "finished" for trial in ranked):
-        raise ConfigError("cf_search: no trial came to an end. The first failed with: "
+        raise ConfigError("cf_search: no trial finished. The first one failed with: "
                           + next((trial.error for trial in ranked if trial.error), "nothing was reported"))  # fmt: skip
     summary = write_results(config, folder, ranked) | {"fingerprint": dict(fingerprint)}
     write_json(folder / "summary.json", summary)
@@ -129,8 +129,8 @@ def _search(
 
 
 def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings], folder: Path) -> list[Trial]:
-    """Let Tune run what it has not run yet."""
-    # Tune would answer Ctrl-C with a result that looks finished, write three more logs of every trial, and a banner.
+    """Run the remaining trials with Tune."""
+    # Tune would return a seemingly finished result on Ctrl-C, write three more logs per trial, and print a banner.
     os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
                    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_GLOBAL_CHECKPOINT_S": _STATE_SECONDS,
                    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}  # fmt: skip
@@ -143,9 +143,9 @@ def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings],
     )
     state = folder / "tune"
     try:
-        # Killed before its first note, Tune has nothing to go on from; the trials' own checkpoints are there.
+        # Killed before its first state file, Tune cannot resume; the trials resume from their own checkpoints.
         if tune.Tuner.can_restore(str(state)) and any(state.glob("experiment_state-*.json")):
-            print(f"cf_search: goes on from {state}")
+            print(f"cf_search: resumes from {state}")
             tuner = tune.Tuner.restore(str(state), trainable=trainable)
         else:
             shutil.rmtree(state, ignore_errors=True)
@@ -154,7 +154,7 @@ def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings],
     except CollmError:
         raise
     except Exception as error:
-        raise LaunchError(f"cf_search: Ray Tune failed ({error}); run the command again to go on") from error
+        raise LaunchError(f"cf_search: Ray Tune failed ({error}); run the command again to resume") from error
     outcomes: list[Trial] = []
     for result in results:
         number = result.config["trial"] if result.config else len(outcomes)
@@ -173,7 +173,7 @@ def _build_tuner(config: Config, trials: Sequence[Settings], trainable: Any, par
             mode="min" if metric == "logloss" else "max",
             scheduler=ASHAScheduler(
                 time_attr="epoch",
-                max_t=config.cf.num_epochs + 1,  # at max_t ASHA would stop a trial that is just about to end
+                max_t=config.cf.num_epochs + 1,  # at max_t ASHA would stop a trial in its last epoch
                 grace_period=search.grace_epochs,
                 reduction_factor=search.reduction_factor,
             ),
@@ -192,12 +192,12 @@ def _name_trial(trial: Any) -> str:
 
 
 def run_trial(settings: Mapping[str, int], jobs: Sequence[Job], tensorboard: bool) -> None:
-    """Train one model as a Tune trial, and report after each epoch the metrics of the best one so far.
+    """Train one model as a Tune trial, and report the best metrics so far after each epoch.
 
     Args:
-        settings: trial, its number.
-        jobs: of all trials.
-        tensorboard: whether the trial writes that log too.
+        settings: ``{"trial": number}``.
+        jobs: jobs of all trials.
+        tensorboard: whether the trial writes TensorBoard logs.
     """
     job = jobs[settings["trial"]]
     state = job.read_state("final")
@@ -218,18 +218,18 @@ def run_trial(settings: Mapping[str, int], jobs: Sequence[Job], tensorboard: boo
 
 
 class ProgressLines(tune.Callback):  # type: ignore[misc]
-    """A line for every trial that ends."""
+    """Tune callback that prints a line for every trial that ends."""
 
     def __init__(self, trials: Sequence[Settings], metric: str) -> None:
-        """Take the settings of all trials, and the metric to show."""
+        """Take the settings of all trials, and the metric to print."""
         self._trials, self._metric = trials, metric
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show a trial that has finished or was stopped."""
+        """Print a trial that has finished or was stopped."""
         self._show(trials, trial, Trial.from_report(trial.config["trial"], {}, trial.last_result or {}, "").state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show a trial that has failed."""
+        """Print a trial that has failed."""
         self._show(trials, trial, "failed")
 
     def _show(self, trials: list[Any], trial: Any, state: str) -> None:

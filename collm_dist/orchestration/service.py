@@ -1,4 +1,4 @@
-"""The ranking service on Ray Serve: one model to a device, requests that arrive together scored in one pass."""
+"""Ranking service on Ray Serve: one model per device, concurrent requests scored in one pass."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 
 APP_NAME = "collm-dist"
-# Neither requests nor who sent them; what goes wrong inside is logged.
+# Requests and clients are not logged; internal errors are.
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
-# Ray Serve's own 5 seconds are too few for its proxy to start on a machine that is busy.
+# Ray Serve's default of 5 seconds is too short for its proxy to start on a busy machine.
 _START_S = "60"
-# After our own time limit has answered; this one ends clients who send their body too slowly.
+# Beyond our own time limit, for clients that send their body too slowly.
 _GRACE_S = 5
 
 
 @serve.ingress()
 class _Ranker:
-    """A replica: the model of a run on one device, behind HTTP."""
+    """Replica: the model of a run on one device, behind HTTP."""
 
     def __init__(self, config: Config, run_dir: RunDir, model: str, options: ServiceOptions, errors: Queue) -> None:
         try:
@@ -84,17 +84,17 @@ class _Ranker:
 
 
 def run_service(config: Config, run_dir: RunDir, options: ServiceOptions) -> None:
-    """Serve a finished run until SIGTERM or SIGINT; requests that are being answered then are answered.
+    """Serve a finished run until SIGTERM or SIGINT; accepted requests are answered before it ends.
 
     Args:
         config: the experiment.
-        run_dir: of the run; a link is followed once, at the start.
-        options: where to listen, and limits.
+        run_dir: run directory; a link is resolved once, at the start.
+        options: address and limits.
 
     Raises:
-        ArtifactError: the run is not done, does not fit together, or is damaged; the port has not been opened.
-        LaunchError: the port is taken, devices are wanting, Ray does not start, or Serve runs on the cluster already.
-        KeyboardInterrupt: it was stopped twice, or before it started models.
+        ArtifactError: the run is unfinished, inconsistent or damaged; the port was not opened.
+        LaunchError: the port is in use, devices are missing, Ray does not start, or Serve already runs on the cluster.
+        KeyboardInterrupt: it was stopped twice, or before the models started.
     """
     run_dir = RunDir(run_dir.path.resolve())
     config = check_settings(config, run_dir)
@@ -114,17 +114,17 @@ def run_service(config: Config, run_dir: RunDir, options: ServiceOptions) -> Non
             )
             threading.Event().wait()
         except KeyboardInterrupt:
-            # Also from its first answer on, which it may give before Serve says here that it is ready.
-            print("stopping: no new requests; those that have arrived are being answered", flush=True)
+            # Also raised between the first answer and the moment when Serve reports that it is ready.
+            print("stopping: new requests are refused, accepted ones are answered", flush=True)
 
 
 def read_model_id(run_dir: RunDir) -> str:
-    """Return the start of the content hash of what the scoring stage has made."""
+    """Return the first 12 digits of the scoring stage's content hash."""
     return str(run_dir.read_record(find_stage(run_dir))["content_hash"])[:12]
 
 
 def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
-    """Return request bodies that the run can answer, for the OpenAPI page."""
+    """Return example request bodies for the OpenAPI page."""
     history, candidates = recommender.item_ids[:3], recommender.item_ids[3:8] or recommender.item_ids
     examples: list[dict[str, Any]] = [{"history": history, "candidates": candidates, "top_k": 3}]
     if recommender.has_cf:
@@ -133,10 +133,10 @@ def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
 
 
 def find_port(host: str, port: int) -> int:
-    """Return the port to listen at, a free one for 0.
+    """Return the port to listen on, a free port for 0.
 
     Raises:
-        LaunchError: it is taken, or the address is none of this machine.
+        LaunchError: the port is in use, or the address is not an address of this machine.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -144,27 +144,27 @@ def find_port(host: str, port: int) -> int:
             return int(server.getsockname()[1])
     except OSError as error:
         raise LaunchError(
-            f"--host {host} --port {port}: cannot listen there ({_explain(error)}); stop what listens there, "
-            "or name another port"
+            f"--host {host} --port {port}: cannot listen there ({_explain(error)}); stop the process that "
+            "listens there, or set another port"
         ) from None
 
 
 def plan_replicas(requested: int | None) -> tuple[int, dict[str, int]]:
-    """Return how many replicas to start, and the CPUs and GPUs of each.
+    """Return the number of replicas, and the CPUs and GPUs of each.
 
     Raises:
-        LaunchError: there are not as many devices.
+        LaunchError: too few devices are free.
     """
     total, free = ray.cluster_resources(), ray.available_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 1))
     nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
     replicas = requested or gpus or nodes
-    # On a CPU the cores are divided among the replicas; Ray gives each as many threads as cores.
+    # On CPUs the replicas share the cores; Ray gives each as many threads as cores.
     devices = {"num_cpus": 1 if gpus else max(cpus // max(replicas, nodes), 1), "num_gpus": 1 if gpus else 0}
     for name, per_replica in (("CPU", devices["num_cpus"]), ("GPU", devices["num_gpus"])):
         if replicas * per_replica > free.get(name, 0):
             raise LaunchError(
-                f"--replicas: {replicas} models take {replicas * per_replica} {name}s, and {int(free.get(name, 0))} of "
+                f"--replicas: {replicas} models need {replicas * per_replica} {name}s, and {int(free.get(name, 0))} of "
                 f"{int(total.get(name, 0))} are free; start fewer, or free some"
             )
     return replicas, devices
@@ -172,14 +172,14 @@ def plan_replicas(requested: int | None) -> tuple[int, dict[str, int]]:
 
 @contextmanager
 def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
-    """Run Serve for as long as the block lasts.
+    """Run Serve for the duration of the block.
 
     Raises:
-        LaunchError: it does not start, or runs on the cluster already.
+        LaunchError: Serve does not start, or already runs on the cluster.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
-        raise LaunchError("Ray Serve runs on this cluster already, with its own port; end it there: serve shutdown")
+        raise LaunchError("Ray Serve already runs on this cluster, with its own port; stop it there: serve shutdown")
     http = {"host": host, "port": port, "request_timeout_s": options.request_timeout_s + _GRACE_S}
     try:
         try:
@@ -189,7 +189,7 @@ def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
             raise LaunchError(f"Ray Serve does not start ({reason}); if the machine is busy, try again later") from None
         yield
         with suppress(TimeoutError):
-            serve.delete(APP_NAME)  # first, since the shutdown would end the proxy before it has passed on all answers
+            serve.delete(APP_NAME)  # first: a shutdown would end the proxy before it has delivered all answers
     finally:
         serve.shutdown()
 
@@ -200,11 +200,11 @@ def _start_replicas(
     """Start the replicas and wait until they have loaded their models.
 
     Raises:
-        CollmError: as a replica raised it.
-        LaunchError: one does not start.
+        CollmError: error of a replica.
+        LaunchError: a replica does not start.
     """
     errors = Queue(actor_options={"num_cpus": 0})
-    # Beyond what waits and what is being scored: requests that are read or refused, and looks at /healthz.
+    # Room beyond the waiting and the scored requests for those being read or refused, and for /healthz.
     ongoing = options.max_waiting + options.max_batch_size + 100
     deployment = serve.deployment(
         _Ranker,
@@ -232,7 +232,7 @@ def _start_replicas(
 
 
 def _make_paths_absolute(config: Config) -> Config:
-    """Return settings that hold in another working directory too."""
+    """Return the configuration with an absolute path to a local backbone."""
     backbone = Path(config.llm.backbone).expanduser()
     if not backbone.exists():
         return config
@@ -240,7 +240,7 @@ def _make_paths_absolute(config: Config) -> Config:
 
 
 def _explain(error: OSError) -> str:
-    # ``create_server`` puts the address into the text, and resolving a name has no number of the system's.
+    # ``create_server`` adds the address to the text, and name resolution has no system error number.
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
 
 

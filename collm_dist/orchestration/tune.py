@@ -1,4 +1,4 @@
-"""Tuning and evaluation as Ray Train workers on whatever nodes have room: DeepSpeed inside, the same run directory."""
+"""Tuning and evaluation as Ray Train workers that run DeepSpeed on all nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from collm_dist.runs.step_processes import explain_end
 from collm_dist.runs.stop_signals import handle_stop_signals
 
 _POLL_SECONDS = 0.5
-# In the folder that driver and workers share while a step runs.
+# Files in the folder that driver and workers share during a step.
 _STOP, _ERROR = "stop", "error.json"
 
 
 def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> None:
-    """Run a step as one Ray Train worker per GPU, or per CPU where there are none; shows what the workers print.
+    """Run a step with one Ray Train worker per GPU, or per CPU without GPUs, and print the workers' output.
 
-    A stop that is asked for here reaches the workers: they save a checkpoint at the next step, all together.
+    SIGTERM, SIGUSR1 and Ctrl-C are forwarded: all workers save a checkpoint after the same step.
 
     Args:
-        config: the experiment; ``cluster.num_processes`` workers, default one per GPU of the cluster.
-        run_dir: on a file system that all nodes share.
+        config: the experiment; ``cluster.num_processes`` workers, by default one per GPU of the cluster.
+        run_dir: run directory on a file system that all nodes share.
         step: stage1, stage2 or eval.
-        force: redo it from the start even if it is done.
+        force: redo the step even if it is done.
 
     Raises:
-        LaunchError: too few devices, a node has other versions or does not see the run directory.
-        StepError: it failed; what it said is printed.
+        LaunchError: too few devices, or a node has other versions or does not see the run directory.
+        StepError: a worker failed and has printed its error.
         WorkerLostError: a worker or its node died.
-        Preempted: this process was asked to stop, and so was the step.
-        KeyboardInterrupt: it was interrupted.
+        Preempted: this process, and so the step, was asked to stop.
+        KeyboardInterrupt: the step was interrupted.
     """
     num_workers, use_gpu = count_workers(config.cluster.num_processes, ray.cluster_resources())
     folder = run_dir.path.absolute() / ".workers"
@@ -60,7 +60,7 @@ def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> 
         signals.append(number)
         (folder / _STOP).touch()
 
-    # In a thread of its own, because in the main one Ray Train would answer Ctrl-C by killing the workers.
+    # In a thread, because in the main thread Ray Train would kill the workers on Ctrl-C.
     with concurrent.futures.ThreadPoolExecutor(1) as pool, handle_stop_signals(request_stop), _Output(folder) as output:
         training = pool.submit(
             _fit, settings, folder, num_workers, use_gpu, 60 * config.cluster.collective_timeout_minutes
@@ -82,14 +82,14 @@ def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> 
 
 
 def count_workers(requested: int | None, resources: Mapping[str, float]) -> tuple[int, bool]:
-    """Return how many workers a step gets, and whether each has a GPU.
+    """Return the number of workers of a step, and whether each has a GPU.
 
     Args:
-        requested: as configured; None for one per GPU, or a single one without GPUs.
-        resources: of the whole cluster, as Ray counts them.
+        requested: configured number; None for one per GPU, or a single worker without GPUs.
+        resources: resources of the whole cluster, from Ray.
 
     Raises:
-        LaunchError: the cluster has fewer devices.
+        LaunchError: the cluster has too few devices.
     """
     kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
     available = int(resources.get(kind, 0))
@@ -101,7 +101,7 @@ def count_workers(requested: int | None, resources: Mapping[str, float]) -> tupl
 
 
 def _fit(settings: Mapping[str, Any], folder: Path, num_workers: int, use_gpu: bool, timeout_seconds: float) -> None:
-    from ray import train  # late: it takes seconds to import
+    from ray import train  # late: the import takes seconds
     from ray.train.torch import TorchConfig, TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -113,17 +113,17 @@ def _fit(settings: Mapping[str, Any], folder: Path, num_workers: int, use_gpu: b
         run_config=train.RunConfig(
             name=settings["step"],
             storage_path=str(folder / "ray"),
-            # The pipeline restarts a step by its own rules, the same as for processes of a launcher.
+            # The pipeline restarts steps by its own rules, as with a launcher.
             failure_config=train.FailureConfig(max_failures=0),
         ),
     ).fit()
 
 
 def work(settings: Mapping[str, Any]) -> None:
-    """Run a step's share of one worker. Ray Train has set RANK, WORLD_SIZE and the like, and made the process group.
+    """Run one worker of a step. Ray Train has set RANK, WORLD_SIZE etc. and created the process group.
 
     Args:
-        settings: config, run_dir, step, force; folder, shared with the driver.
+        settings: config, run_dir, step, force, and folder, which is shared with the driver.
     """
     from collm_dist.evaluation.report import run_evaluation
     from collm_dist.tuning.run_stage import run_stage
@@ -132,10 +132,10 @@ def work(settings: Mapping[str, Any]) -> None:
     folder, step = Path(settings["folder"]), settings["step"]
     config, run_dir, force = settings["config"], RunDir(Path(settings["run_dir"])), settings["force"]
     os.environ[ERROR_FILE_VARIABLE] = str(folder / _ERROR)
-    # DeepSpeed looks for ninja there where an operator has to be compiled.
+    # DeepSpeed searches PATH for ninja when it compiles an operator.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     stop = threading.Event()
-    # An evaluation keeps the scores that it has; there is no better moment to wait for.
+    # An evaluation keeps its finished scores, so it can stop at any moment.
     on_stop = stop.set if step != "eval" else lambda: os._exit(Preempted.exit_code)
     threading.Thread(target=_await_stop, args=(folder / _STOP, on_stop), daemon=True).start()
     with ExitStack() as stack:
@@ -160,7 +160,7 @@ def _await_stop(path: Path, on_stop: Callable[[], None]) -> None:
 
 
 class _Output:
-    """What the workers print, shown here as it comes."""
+    """Live copy of the workers' output to this process's output."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -175,7 +175,7 @@ class _Output:
             file.close()
 
     def copy(self) -> None:
-        """Print what is new."""
+        """Print new output."""
         for path in sorted(self._folder.glob("std*-*.log")):
             if path not in self._files:
                 self._files[path] = path.open(encoding="utf-8", errors="replace", newline="")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One Ray over all nodes of a Slurm allocation, and the pipeline on it, tuning included. From the repository, which all
-# nodes see, with the environment active:
+# Ray on all nodes of a Slurm allocation, and the whole pipeline on it. Submit from the repository, which all nodes must
+# see, with the environment active:
 #
 #   sbatch --nodes=4 --gpus-per-node=8 launch/cluster/slurm.sh configs/ml1m_official.yaml run.dir=/shared/runs/one
 #
-# Three minutes before its time is up the run is asked to stop: it saves a checkpoint, and the job queues again. Without
-# Slurm the script runs on this machine alone.
+# Three minutes before the time limit the run is asked to stop: it saves a checkpoint, and the job is queued again.
+# Without Slurm the script runs on this machine alone.
 #SBATCH --job-name=collm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,16 +24,16 @@ fi
 PREEMPTED=75 # the pipeline's exit code when it was asked to stop
 nodes=${SLURM_JOB_NUM_NODES:-1}
 cpus=${SLURM_CPUS_PER_TASK:-$(nproc)}
-# Of several networks the nodes may need another than the first: HEAD_ADDRESS says which.
+# With several networks, HEAD_ADDRESS sets the address if the first one is wrong.
 head=${HEAD_ADDRESS:-$(hostname -I | cut -d ' ' -f 1)}
 head=${head:-127.0.0.1}
 port=${RAY_PORT:-$((20000 + ${SLURM_JOB_ID:-$$} % 10000))}
 
-# Whoever reaches Ray's ports without this token could run programs as you.
+# Without this token, anyone who reaches Ray's ports could run programs as you.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_ADDRESS="$head:$port" RAY_USAGE_STATS_ENABLED=0
 
-# The head on this node, the first; srun starts one more on each of the others, relative to it.
+# The head runs on this node, the first; srun starts Ray on the other nodes.
 env -u RAY_ADDRESS ray start --head --node-ip-address="$head" --port="$port" --num-cpus="$cpus" \
   --include-dashboard=false --block &
 if ((nodes > 1)); then
@@ -70,7 +70,7 @@ trap 'queue_again=yes; kill -USR1 "$pipeline"' USR1
 trap 'kill -TERM "$pipeline"' TERM
 code=0
 wait "$pipeline" || code=$?
-while kill -0 "$pipeline" 2>/dev/null; do # a signal has ended the wait, not the pipeline
+while kill -0 "$pipeline" 2>/dev/null; do # a signal interrupts wait, not the pipeline
   code=0
   wait "$pipeline" || code=$?
 done
