@@ -71,7 +71,7 @@ def test_plain_libraries_load_its_parts(exported, tiny_backbone_dir):
 def test_the_card_has_data_metrics_baselines_and_licences(exported, finished_run):
     card = (exported / "README.md").read_text()
     assert card.startswith('---\nlicense: "apache-2.0"\nbase_model: ')
-    assert "| training data, of which `data/` holds ids, titles and events | made up |" in card
+    assert "| training data (`data/` has its ids, titles and events) | made up |" in card
     assert "60 users, 80 items, explicit feedback" in card
     for row in json.loads((finished_run / "eval" / "report.json").read_text())["rows"]:
         if (row["split"], row["slice"]) == ("test", "all") and row["model"] in ("stage2", "as_of_logistic"):
