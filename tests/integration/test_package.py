@@ -64,7 +64,9 @@ def test_it_is_typed_and_ships_prompts_and_recipes(installed):
     assert (package / "evaluation" / "recipes" / "paper_ml1m_mf.yaml").exists()
 
 
-def test_a_pipeline_runs_from_an_empty_folder(collm_dist, tmp_path, tiny_backbone_dir, repository):
+@pytest.fixture
+def own_config(tmp_path, tiny_backbone_dir, repository):
+    """A config file with its data, in the folder where the command runs."""
     write_ratings(tmp_path / "ratings.csv")
     write_items(tmp_path / "items.csv")
     settings = yaml.safe_load((repository / "configs" / "tiny_cpu.yaml").read_text(encoding="utf-8"))
@@ -72,16 +74,25 @@ def test_a_pipeline_runs_from_an_empty_folder(collm_dist, tmp_path, tiny_backbon
     settings["llm"]["backbone"] = str(tiny_backbone_dir)
     settings["prompt"] = {"history_length": 3, "max_title_tokens": 12, "stage2": "configs/prompts/stage2_pair.txt"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    planned = collm_dist("run", "--config", "own.yaml", "--dry-run")
+    return "own.yaml"
+
+
+def test_a_pipeline_is_planned_from_an_empty_folder(collm_dist, own_config):
+    planned = collm_dist("run", "--config", own_config, "--dry-run")
     assert planned.returncode == 0, planned.stderr
-    done = collm_dist("run", "--config", "own.yaml")
+    assert "stage2" in planned.stdout
+
+
+@pytest.mark.slow
+def test_a_pipeline_runs_from_an_empty_folder(collm_dist, own_config, tmp_path):
+    done = collm_dist("run", "--config", own_config)
     assert done.returncode == 0, done.stdout + done.stderr
     report = tmp_path / "runs" / "tiny" / "eval" / "report.md"
     written = report.stat().st_mtime_ns
     # Two processes through the deepspeed launcher, and their error.
-    again = collm_dist("evaluate", "--config", "own.yaml", "--force", "eval", "cluster.num_processes=2")
+    again = collm_dist("evaluate", "--config", own_config, "--force", "eval", "cluster.num_processes=2")
     assert again.returncode == 0, again.stdout + again.stderr
     assert report.stat().st_mtime_ns > written
-    refused = collm_dist("train", "cluster.num_processes=2", "--config", "own.yaml", "--stage", "1", "lora.rank=5")
+    refused = collm_dist("train", "cluster.num_processes=2", "--config", own_config, "--stage", "1", "lora.rank=5")
     assert refused.returncode == 2
     assert "lora.rank" in refused.stderr
