@@ -100,7 +100,7 @@ def test_order_and_losses_are_the_same(finished_run, tmp_path):
 
 
 def train_stage2(finished_run, folder, local=None):
-    """Train stage 2 in a copy of a run, without the original shards if local ones are used; return losses and mapping."""
+    """Train stage 2 in a copy of a run, without the original shards if local ones are used; return losses, mapping."""
     run, settings = Path(shutil.copytree(finished_run, folder, symlinks=True)), [f"run.dir={folder}"]
     if local is not None:
         settings.append(f"cluster.local_scratch={local.fetch(load_manifest(run / 'data').shards[0]).parent}")
