@@ -62,7 +62,7 @@ def _list_exit_codes() -> dict[str, int]:
 
 
 def _list_options(module: str) -> list[str]:
-    """Return the options in a command's usage line."""
+    """Return the options of a command and its positional arguments, without --help."""
     name = module if "." in module else f"collm_dist.commands.{module}"
     arguments, output = sys.argv, io.StringIO()
     sys.argv = ["command", "--help"]
@@ -71,8 +71,10 @@ def _list_options(module: str) -> list[str]:
             importlib.import_module(name).main()
     finally:
         sys.argv = arguments
-    usage = output.getvalue().split("\n\n")[0]
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]+", usage)))
+    sections = output.getvalue().split("\n\n")
+    options = re.findall(r"(?<![\w-])--[a-z][\w-]+", sections[0])
+    positional = next((section for section in sections if section.startswith("positional arguments:")), "")
+    return sorted({*options, *re.findall(r"^  (\S+)", positional, re.M)})
 
 
 def main() -> None:
