@@ -210,7 +210,7 @@ def test_the_command_stops_before_any_work(finished_run, rows, tmp_path, monkeyp
     for more, message in (
         ([broken], "row 0, field 'candidates': the list is empty"),
         ([tmp_path / "none.parquet"], "is neither a Parquet file"),
-        ([broken, "--candidates", "200"], "'200' is not cf:N"),
+        ([broken, "--candidates", "200"], "'200' is not of the form cf:200"),
         ([broken, "--rows-per-part", "0"], "--rows-per-part: 0 is less than 1"),
         ([broken, "llm.dtype=bfloat16"], "config.llm.dtype: float32 -> bfloat16"),
     ):
