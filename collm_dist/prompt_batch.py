@@ -102,7 +102,7 @@ class PromptBatch:
         prefix_lengths: (U,) number of tokens of each prefix.
         prefix_keys: (U,) uint64 array on the host, cache keys of the prefixes.
         prefix_rows: (C,) prefix of each row.
-        context_keys: (C,) hashes that identify the rows' contexts.
+        context_keys: (C,) hashes of user and likes; rows cut from one context share theirs.
         tree_ids: (M,) token ids of the rows; tokens of slots have an arbitrary valid id.
         tree_lengths: (C,) number of tokens of each row.
         tree_segments: tails and branches of the rows; none is empty.

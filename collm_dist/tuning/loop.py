@@ -212,7 +212,7 @@ class TuningLoop:
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
             losses = binary_cross_entropy_with_logits(self.engine(batch, dropout_key), batch.labels, reduction="none")
             loss = (losses * batch.weights).sum() / block.num_targets
-            # DeepSpeed averages gradients over ranks; these are parts of a sum.
+            # DeepSpeed averages over ranks, but the ranks' losses are parts of a sum: undo the division.
             self.engine.backward(loss * world_size, is_last=index == len(micro_batches) - 1)
             finite_flags.append(self.engine.take_finite())
             total += loss.detach()

@@ -21,7 +21,7 @@ class StepBatch:
     """A global batch and this rank's part of it.
 
     Attributes:
-        block: the rows of all ranks.
+        block: the rows of all ranks, contexts divided at time cuts.
         micro_batches: this rank's micro-batches on the host, in pinned memory if they go to a GPU; every rank has the
             same number.
     """

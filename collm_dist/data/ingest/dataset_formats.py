@@ -42,9 +42,7 @@ def find_dataset_layout(name: str, folder: str, dataset: DatasetConfig) -> Datas
         DataError: the folder lacks a file that the format needs.
     """
     files = _DatasetFolder(name, folder, dataset.feedback == "explicit")
-    if name == "recbole":
-        return _find_recbole(files)
-    return _find_amazon(files) if name.startswith("amazon") else _find_movielens(files)
+    return _FINDERS[name.partition("_")[0]](files)
 
 
 class _DatasetFolder:
@@ -69,11 +67,12 @@ class _DatasetFolder:
         return ColumnsConfig(user_id=user, item_id=item, timestamp=timestamp, rating=rating_column)
 
 
+# In the order of the arguments of ``name_columns``.
 _PLAIN_NAMES = ("user_id", "item_id", "timestamp", "rating")
 
 
 def _find_movielens(folder: _DatasetFolder) -> DatasetLayout:
-    columns, names = folder.name_columns(*_PLAIN_NAMES), ("user_id", "item_id", "rating", "timestamp")
+    columns, file_columns = folder.name_columns(*_PLAIN_NAMES), ("user_id", "item_id", "rating", "timestamp")
     if folder.format_name == "movielens_100k":
         genres = tuple(f"genre_{number}" for number in range(19))
         item_names = ("item_id", "title", "release_date", "video_date", "url", *genres)
@@ -81,7 +80,7 @@ def _find_movielens(folder: _DatasetFolder) -> DatasetLayout:
             folder.find("u.data")[:1],
             folder.find("u.item")[:1],
             columns,
-            file_format=FileFormat("text", "\t", names=names),
+            file_format=FileFormat("text", "\t", names=file_columns),
             items_format=FileFormat("text", "|", "latin1", item_names),
         )
     if folder.format_name == "movielens_1m":
@@ -89,7 +88,7 @@ def _find_movielens(folder: _DatasetFolder) -> DatasetLayout:
             folder.find("ratings.dat")[:1],
             folder.find("movies.dat")[:1],
             columns,
-            file_format=FileFormat("text", "::", "latin1", names),
+            file_format=FileFormat("text", "::", "latin1", file_columns),
             items_format=FileFormat("text", "::", "latin1", ("item_id", "title", "genres")),
         )
     columns = folder.name_columns("userId", "movieId", "timestamp", "rating")
@@ -141,3 +140,7 @@ def _find_amazon(folder: _DatasetFolder) -> DatasetLayout:
     return DatasetLayout(
         reviews, metadata, columns, "parent_asin", file_format=_REVIEWS_2023, items_format=items_format
     )
+
+
+# By the first word of ``dataset.format``.
+_FINDERS = {"movielens": _find_movielens, "recbole": _find_recbole, "amazon": _find_amazon}

@@ -26,7 +26,7 @@ MAX_TREE_TOKENS_WITHOUT_TAIL = 128
 
 @dataclass(frozen=True)
 class _Unit:
-    """A context with some of its targets, kept together in one micro-batch.
+    """Some targets of one context; a unit stays in one micro-batch.
 
     Attributes:
         rows: targets of each row.
