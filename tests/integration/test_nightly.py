@@ -139,8 +139,8 @@ def test_earlier_runs_that_hold_forgotten_users_are_found_and_removed(nights, tm
         return done.returncode, done.stdout + done.stderr
 
     code, shown = run(folder / "one", folder / "two", folder / "current")
-    assert (code, shown.count("users of the list")) == (0, 3)
-    assert f"{folder / 'one'}: 2 users of the list\n{folder / 'two'}: 0 users of the list" in shown
+    assert (code, shown.count("listed users")) == (0, 3)
+    assert f"{folder / 'one'}: 2 listed users\n{folder / 'two'}: 0 listed users" in shown
     code, shown = run(folder / "one", "--apply")
     assert code == 2
     assert f"name {folder / 'two'} among the runs too" in shown
