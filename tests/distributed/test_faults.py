@@ -30,7 +30,7 @@ def list_checkpoints(folder):
     return sorted(path.name for path in (folder / "stage1" / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_stops_after_the_step_and_damage_falls_back_one_checkpoint(copy_run, whole, name):
     """A stop request writes a checkpoint and exits with 75. Then the newest checkpoint is damaged in two ways."""
     folder, overrides = copy_run("run")

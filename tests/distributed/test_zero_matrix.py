@@ -22,7 +22,7 @@ CASES = [
     pytest.param(2, False, OFFLOAD_OPTIMIZER, marks=pytest.mark.slow, id="zero2-optimizer-offload"),
     pytest.param(3, False, OFFLOAD_OPTIMIZER, marks=pytest.mark.slow, id="zero3-optimizer-offload"),
     pytest.param(3, False, OFFLOAD_PARAMETERS, marks=pytest.mark.slow, id="zero3-parameter-offload"),
-    pytest.param(3, True, OFFLOAD_PARAMETERS, id="zero3-checkpointed-parameter-offload"),
+    pytest.param(3, True, OFFLOAD_PARAMETERS, marks=pytest.mark.slow, id="zero3-checkpointed-parameter-offload"),
 ]
 
 

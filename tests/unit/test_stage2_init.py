@@ -83,7 +83,7 @@ def test_a_model_that_stage_2_cannot_train_is_refused():
 def test_a_search_needs_a_model_that_is_fitted(tmp_path):
     sections = {"cf": {"model": "none"}, "stage2": {"train_cf": "scratch"}}
     config = Config.model_validate({"run": {"dir": str(tmp_path)}, "dataset": DATASET, **sections})
-    with pytest.raises(ConfigError, match="name a collaborative model"):
+    with pytest.raises(ConfigError, match="set a collaborative model"):
         describe_search(config, RunDir(tmp_path))
 
 
