@@ -47,7 +47,10 @@ class TableSettings:
 
 @dataclass(frozen=True)
 class _Metric:
-    """A metric of one model on one slice: value, number of rows, users or lists, and bootstrap statistic."""
+    """A metric of one model on one slice, with its bootstrap statistic.
+
+    ``count`` is the number of rows (AUC), of users with both labels (UAUC) or of candidate lists.
+    """
 
     value: float | None
     count: int

@@ -50,7 +50,10 @@ def format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) 
 
 
 def list_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the metrics of the table in order: ranking metrics if there are any, then AUC and UAUC."""
+    """Return the metrics of the table in order: ranking metrics if there are any, then AUC and UAUC.
+
+    Ranking metrics are the keys with an ``@``; a metric without a cutoff must be listed here to be shown.
+    """
     ranking = sorted({key for row in rows for key in row if "@" in key and not key.endswith(("_low", "_high"))})
     ranking.sort(key=lambda key: (not key.startswith("ndcg"), int(key.split("@")[1])))
     return [*ranking, "auc", "uauc"]

@@ -20,7 +20,9 @@ from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.request_files import name_part, read_part
 from collm_dist.serving.requests import RankingRequest
 
-OUTPUT = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("score", pa.float64()), ("rank", pa.int32())])
+SCORE_SCHEMA = pa.schema(
+    [("user_id", pa.string()), ("item_id", pa.string()), ("score", pa.float64()), ("rank", pa.int32())]
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
 def _write_scores(
     path: Path, recommender: Recommender, requests: Sequence[RankingRequest], scores: Mapping[int, Scores]
 ) -> None:
-    columns: dict[str, list[Any]] = {name: [] for name in OUTPUT.names}
+    columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names}
     for index, logits in scores.items():
         ranked = recommender.order_items(requests[index].candidates, logits)
         columns["user_id"] += [requests[index].user] * len(ranked)
@@ -114,7 +116,7 @@ def _write_scores(
         columns["score"] += [item.score for item in ranked]
         columns["rank"] += [item.rank for item in ranked]
     with open_atomic(path, "wb") as file:
-        pq.write_table(pa.table(columns, schema=OUTPUT), file)
+        pq.write_table(pa.table(columns, schema=SCORE_SCHEMA), file)
 
 
 def _list_truths(original: RankingRequest, request: RankingRequest, labels: Sequence[int]) -> tuple[list[int], float]:

@@ -132,7 +132,7 @@ class Recommender:
         valid: dict[int, RankingRequest] = {}
         for index, query in enumerate(queries):
             try:
-                request = self._find_candidates(query)
+                request = self._to_request(query)
             except RequestError as error:
                 answers[index] = error
                 continue
@@ -142,7 +142,7 @@ class Recommender:
             answers[index] = self.order_items(request.candidates, scores)[: queries[index].top_k]
         return answers
 
-    def _find_candidates(self, query: RankingQuery) -> RankingRequest:
+    def _to_request(self, query: RankingQuery) -> RankingRequest:
         """Check a query and return it as a request, with retrieved candidates if none are given."""
         if query.top_k is not None and query.top_k < 1:
             raise RequestError(
@@ -152,7 +152,7 @@ class Recommender:
         if query.candidates is None:
             return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
         indices = self._reader.read_candidates(replace(request, candidates=query.candidates))
-        self._reader.read_user(request)
+        self._reader.read_user(request)  # only to check it
         return replace(request, candidates=[self.item_ids[index] for index in indices.tolist()])
 
     def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:

@@ -21,7 +21,7 @@ from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.serving.requests import RankingRequest
 
 _IDS, _LABELS = pa.list_(pa.string()), pa.list_(pa.int8())
-PART = pa.schema(
+REQUEST_SCHEMA = pa.schema(
     [("user_id", pa.string()), ("candidates", _IDS), ("history", _IDS), ("labels", _LABELS), ("as_of", pa.int64())]
 )
 
@@ -60,7 +60,7 @@ def write_parts(
     """
     known = pa.array(item_ids, pa.string())
     sizes: list[int] = []
-    waiting = PART.empty_table()
+    waiting = REQUEST_SCHEMA.empty_table()
     for path in files:
         for table in _read_checked(path, known, retrieves):
             waiting = pa.concat_tables([waiting, table])
@@ -105,7 +105,7 @@ def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
         if "labels" in names and "candidates" not in names:
             raise RequestError(f"{path}, field 'labels': labels need a column 'candidates', which is missing")
         first = 0
-        for batch in file.iter_batches(1 << 14, columns=[name for name in PART.names if name in names]):
+        for batch in file.iter_batches(1 << 14, columns=[name for name in REQUEST_SCHEMA.names if name in names]):
             yield _check(pa.Table.from_batches([batch]).combine_chunks(), known, f"{path}", first, retrieves)
             first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -113,9 +113,9 @@ def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
 
 
 def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> Any:
-    """Check a table and return it in the schema ``PART``. Row ``first`` of the file is the table's first row."""
+    """Check a table and return it in the schema ``REQUEST_SCHEMA``. Row ``first`` of the file is the table's first row."""
     columns = {}
-    for field in PART:
+    for field in REQUEST_SCHEMA:
         if field.name not in table.column_names:
             columns[field.name] = pa.nulls(table.num_rows, field.type)
             continue
@@ -129,7 +129,7 @@ def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> An
                "an id in the list is null; remove it")  # fmt: skip
     _check_candidates(columns["candidates"], known, refuse, retrieves)
     _check_labels(columns["labels"], columns["candidates"], refuse)
-    return pa.table(columns, schema=PART)
+    return pa.table(columns, schema=REQUEST_SCHEMA)
 
 
 class _Refusal:

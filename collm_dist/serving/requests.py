@@ -18,7 +18,7 @@ Id = str | int
 
 @dataclass(frozen=True)
 class RankingRequest:
-    """A user at a point in time, and the items to score. Ids are compared as strings.
+    """Input of ``Recommender.score``: a user at a point in time, and given items to score. Ids are compared as strings.
 
     Attributes:
         user: raw id; None, or an id that is not in the run's log, is an unknown user.
@@ -37,7 +37,7 @@ class RankingRequest:
 
 @dataclass(frozen=True)
 class RankingQuery:
-    """Arguments of ``Recommender.rank``: a user at a point in time, and the items to rank.
+    """Arguments of ``Recommender.rank``, with optional candidates; ``Recommender`` turns it into a ``RankingRequest``.
 
     Attributes:
         user, history, as_of: see ``RankingRequest``.
