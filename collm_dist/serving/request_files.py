@@ -113,7 +113,7 @@ def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
 
 
 def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> Any:
-    """Check a table and return it in the schema ``REQUEST_SCHEMA``. Row ``first`` of the file is the table's first row."""
+    """Check a table and return it in ``REQUEST_SCHEMA``. Row ``first`` of the file is the table's first row."""
     columns = {}
     for field in REQUEST_SCHEMA:
         if field.name not in table.column_names:
