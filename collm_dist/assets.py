@@ -268,7 +268,8 @@ def _lock(folder: Path) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Fetch a named backbone or dataset and print its location; without a name, list all names."""
     parser = argparse.ArgumentParser(
-        prog="python -m collm_dist.assets", description="Fetch a named backbone or dataset into the cache."
+        prog="python -m collm_dist.assets" if __name__ == "__main__" else sys.argv[0],
+        description="Fetch a named backbone or dataset into the cache.",
     )
     parser.add_argument("name", nargs="?", choices=[*BACKBONES, *DATASETS], help="default: list all names")
     name = parser.parse_args(arguments).name

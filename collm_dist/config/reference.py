@@ -133,7 +133,10 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """Write the reference into the folder whose experiments it lists, or print it."""
-    parser = argparse.ArgumentParser(prog="python -m collm_dist.config.reference", description="List all settings.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collm_dist.config.reference" if __name__ == "__main__" else sys.argv[0],
+        description="List all settings.",
+    )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="output beside the configs; default: print")
     path = parser.parse_args().file
     text = render_reference(path.parent if path else Path("configs"))

@@ -205,7 +205,7 @@ def _read_bytes(path: Path, member: str | None) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert a release and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m collm_dist.data.convert_collm_release",
+        prog="python -m collm_dist.data.convert_collm_release" if __name__ == "__main__" else sys.argv[0],
         description="Convert the CoLLM authors' released pickles to interactions.parquet and items.parquet.",
         epilog="Then set dataset.path and dataset.items_path to the two files, as configs/ml1m_official.yaml does.",
     )
