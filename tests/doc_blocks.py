@@ -70,7 +70,7 @@ class Command:
     @property
     def programs(self) -> list[str]:
         """Scripts (``launch/x.py``) and modules (``-m package.module``) of this project in the command."""
-        scripts = [one for one in self.words if re.fullmatch(r"(?:launch|benchmarks|docs|tests)/[\w/]+\.py", one)]
+        scripts = [word for word in self.words if re.fullmatch(r"(?:launch|benchmarks|docs|tests)/[\w/]+\.py", word)]
         pairs = zip(self.words, self.words[1:], strict=False)
         modules = [f"-m {name}" for flag, name in pairs if flag == "-m" and name.split(".")[0] in OWN_PACKAGES]
         return scripts + modules
@@ -78,8 +78,8 @@ class Command:
     @property
     def overrides(self) -> list[str]:
         """Settings passed to a script of ``launch/``."""
-        is_launch = any(one.startswith("launch/") for one in self.programs)
-        return [one for one in self.words if is_launch and _OVERRIDE.match(one)]
+        is_launch = any(program.startswith("launch/") for program in self.programs)
+        return [word for word in self.words if is_launch and _OVERRIDE.match(word)]
 
     @property
     def config(self) -> str | None:
@@ -110,13 +110,13 @@ def read_blocks(path: Path) -> list[Block]:
             number += 1
             continue
         indent, closing = len(opening["indent"]), opening["ticks"]
-        ends = (one for one in range(number + 1, len(lines)) if lines[one].strip() == closing)
+        ends = (index for index in range(number + 1, len(lines)) if lines[index].strip() == closing)
         end = next(ends, None)
         if end is None:
             raise ValueError(f"{path}:{number + 1}: this fence is not closed")
         marker = _NEEDS.fullmatch(lines[number - 1].strip()) if number else None
         title = _TITLE.search(opening["rest"])
-        text = "".join(f"{one[indent:]}\n" for one in lines[number + 1 : end])
+        text = "".join(f"{line[indent:]}\n" for line in lines[number + 1 : end])
         needs = marker[1] if marker else None
         name = title[1] if title else None
         blocks.append(Block(path, number + 1, heading, opening["language"], text, needs, name))
@@ -177,4 +177,4 @@ def strip_blocks(path: Path) -> list[tuple[int, str]]:
 def list_anchors(path: Path) -> set[str]:
     """Return the anchors of a page's headings, as code hosts and the site make them."""
     headings = (line for _, line in strip_blocks(path) if re.match(r"#+ ", line))
-    return {re.sub(r"[^\w\- ]", "", one.lstrip("# ").lower()).strip().replace(" ", "-") for one in headings}
+    return {re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).strip().replace(" ", "-") for heading in headings}

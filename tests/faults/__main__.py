@@ -58,7 +58,7 @@ def add_chain(results: dict[str, Any], kind: str, chain: dict[str, Any] | None) 
 def sum_kills(results: dict[str, Any]) -> dict[str, int]:
     """Return the kills of a stage and of the pipeline together."""
     found = [results["kinds"].get(kind, {}) for kind in KILLS]
-    return {name: sum(one.get(name, 0) for one in found) for name in ("kill_points", "recovered", "lost")}
+    return {name: sum(counts.get(name, 0) for counts in found) for name in ("kill_points", "recovered", "lost")}
 
 
 def count_faults(results: dict[str, Any], kind: str, wanted: int) -> int:

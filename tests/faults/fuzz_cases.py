@@ -112,7 +112,7 @@ def make_column(dice: random.Random, count: int) -> Any:
         buffer = pa.py_buffer(dice.randbytes(count * kind.bit_width // 8))
         return pa.Array.from_buffers(kind, count, [None, buffer])
     raw = [dice.choice((None, dice.randbytes(dice.randrange(9)), dice.choice(MORSELS))) for _ in range(count)]
-    texts = [None if one is None else one.decode("utf-8", "replace") for one in raw]
+    texts = [None if cell is None else cell.decode("utf-8", "replace") for cell in raw]
     if kind == "text":  # not checked by those who write it, nor by Parquet
         return pa.Array.from_buffers(pa.string(), count, pa.array(raw, pa.binary()).buffers())
     made = {"binary": raw, "list": [[1]] * count, "struct": [{"a": 1}] * count, "null": [None] * count,

@@ -162,7 +162,7 @@ def pipeline(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
     for _ in range(2):
         with (folder.with_suffix(".txt")).open("a") as log:
             process = psutil.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
-        step, longest = dice.choice([*[(one, 3.0) for one in STEPS], (None, bench.seconds)])
+        step, longest = dice.choice([*[(name, 3.0) for name in STEPS], (None, bench.seconds)])
         while step is not None and process.poll() is None and _read_step(folder, process.pid) != step:
             time.sleep(0.02)
         try:
@@ -170,8 +170,8 @@ def pipeline(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
         except psutil.TimeoutExpired:
             if (hit := _read_step(folder, process.pid)) is not None:
                 hits.append(hit)
-            for one in [process, *process.children(recursive=True)]:
-                one.kill()
+            for member in [process, *process.children(recursive=True)]:
+                member.kill()
             process.wait()
     with (folder.with_suffix(".txt")).open("a") as log:
         code = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=False).returncode

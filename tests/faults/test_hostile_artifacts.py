@@ -133,7 +133,7 @@ BLOCK = make_contexts([2, 1, 3])
 def test_records_of_another_kind(change, message):
     arrays = safetensors.numpy.load(encode_block(BLOCK)) | change
     with pytest.raises(ValueError, match=message):
-        decode_block(safetensors.numpy.save({name: np.ascontiguousarray(one) for name, one in arrays.items()}))
+        decode_block(safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_manifest_of_another_shape(folder, change):
 
 def test_counts_that_are_not_those_of_the_shard(folder):
     manifest = load_manifest(folder)
-    shards = tuple(replace(one, rows=one.rows + 8) for one in manifest.shards)
+    shards = tuple(replace(shard, rows=shard.rows + 8) for shard in manifest.shards)
     with pytest.raises(ArtifactError, match=r"train-00000\.tar: the manifest says"):
         list(GlobalOrder(folder, replace(manifest, shards=shards), "train", 0, 8).iter_batches())
 

@@ -180,7 +180,7 @@ def test_a_line_in_another_encoding_is_one_line(tmp_path):
 def test_characters_that_a_block_ends_in_stay_whole(tmp_path):
     path = tmp_path / "log.csv"
     names = ["\u4e2d" * (number % 7 + 1) + str(number) for number in range(700_000)]
-    path.write_text("user_id,item_id,timestamp,rating\n" + "".join(f"1,{one},1000000000,5\n" for one in names))
+    path.write_text("user_id,item_id,timestamp,rating\n" + "".join(f"1,{name},1000000000,5\n" for name in names))
     assert path.stat().st_size > 2 * BLOCK_BYTES  # on both borders some character is cut
     assert read(path=str(path), **RATINGS)[0]["item_id"].tolist() == names
 
@@ -271,7 +271,7 @@ def test_members_of_a_shard_that_lead_elsewhere_are_not_unpacked(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     before = sorted(tmp_path.rglob("*"))
-    assert [one.num_targets for one in read_shard(tmp_path / "shard.tar")] == [block.num_targets] * 2
+    assert [restored.num_targets for restored in read_shard(tmp_path / "shard.tar")] == [block.num_targets] * 2
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ArtifactError, match=r"pipe:touch hacked.*missing"):
         next(read_shard(tmp_path / "pipe:touch hacked"))
@@ -330,8 +330,8 @@ def test_released_files_that_are_not_what_they_say(tmp_path, way):
     else:
         path = tmp_path / "release.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for one in (tmp_path / "data").iterdir():
-                archive.write(one, one.name)
+            for file in (tmp_path / "data").iterdir():
+                archive.write(file, file.name)
         data = bytearray(path.read_bytes())
         if way == "encrypted":  # the flag, in the members' own headers and in the directory
             for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):

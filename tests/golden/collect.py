@@ -63,7 +63,9 @@ def collect_data(run: Path) -> dict[str, Any]:
     manifest = read_json(run / "data" / "manifest.json")
     kept = {key: value for key, value in manifest.items() if key != "fingerprint"}
     for key in ("shards", "buckets"):
-        kept[key] = [{("file_sha256" if name == "sha256" else name): one[name] for name in one} for one in kept[key]]
+        kept[key] = [
+            {("file_sha256" if name == "sha256" else name): record[name] for name in record} for record in kept[key]
+        ]
     kept["tables"] = {name: {"file_sha256": value} for name, value in kept["tables"].items()}
     tables = sorted((run / "data").glob("**/*.parquet"))
     return {
@@ -112,7 +114,7 @@ def fit_cf_models(run: Path, folder: Path) -> dict[str, Any]:
 
 def describe_tensors(path: Path) -> dict[str, Any]:
     """Return each tensor of a safetensors file."""
-    return {name: describe_array(one) for name, one in sorted(safetensors.numpy.load_file(path).items())}
+    return {name: describe_array(value) for name, value in sorted(safetensors.numpy.load_file(path).items())}
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
@@ -164,7 +166,7 @@ def collect_batches(run: Path, stage: str) -> dict[str, Any]:
         masking = Masking(0.3, config.run.seed, epoch) if collator is loaded.collator and stage == "stage2" else None
         blocks = order.iter_batches(epoch)
         found = islice(iter_step_batches(blocks, collator, MICRO_BATCH_TOKENS, torch.device("cpu"), masking), 2)
-        return [describe_batch(one) for prepared in found for one in prepared.micro_batches][:count]
+        return [describe_batch(micro_batch) for prepared in found for micro_batch in prepared.micro_batches][:count]
 
     return {
         "first": take(train, loaded.collator, 0, 2),
@@ -179,7 +181,7 @@ def describe_batch(batch: Any) -> dict[str, Any]:
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if dataclasses.is_dataclass(value):
-            described |= {f"{field.name}.{name}": one for name, one in describe_batch(value).items()}
+            described |= {f"{field.name}.{name}": part for name, part in describe_batch(value).items()}
         else:
             described[field.name] = value if isinstance(value, int) else describe_array(value)
     return described
@@ -210,6 +212,6 @@ def collect_rankings(run: Path) -> dict[str, Any]:
         "unknown_history": {"user": "nobody", "history": items[1:4], "candidates": items[4:9]},
     }
     return {
-        name: {"query": query, "items": [dataclasses.asdict(one) for one in recommender.rank(**query)]}
+        name: {"query": query, "items": [dataclasses.asdict(item) for item in recommender.rank(**query)]}
         for name, query in queries.items()
     }

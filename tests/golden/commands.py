@@ -54,9 +54,9 @@ def replace_paths(value: Any, places: dict[str, str]) -> Any:
             value = value.replace(path, placeholder)
         return value
     if isinstance(value, dict):
-        return {replace_paths(key, places): replace_paths(one, places) for key, one in value.items()}
+        return {replace_paths(key, places): replace_paths(entry, places) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [replace_paths(one, places) for one in value]
+        return [replace_paths(entry, places) for entry in value]
     return value
 
 

@@ -71,7 +71,7 @@ def collect_messages(run: Path, folder: Path) -> dict[str, Any]:
         for place in (folder / "run", folder / "fresh"):
             shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(run, folder / "run")
-        given = [one.replace("<fresh>", str(folder / "fresh")) for one in arguments]
+        given = [argument.replace("<fresh>", str(folder / "fresh")) for argument in arguments]
         code, _, errors = run_script(script, "--config", str(settings), f"run.dir={folder}/run", *given)
         found["commands"][name] = {"script": script, "given": arguments, "exit_code": code, "says": errors.splitlines()}
     recommender = collm_dist.load_recommender(run, device="cpu")

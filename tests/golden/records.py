@@ -65,7 +65,7 @@ def describe_array(array: Any, samples: int = 2) -> dict[str, Any]:
     }
     if values.dtype.kind == "f" and values.size:
         places = np.linspace(0, values.size - 1, min(samples, values.size)).astype(int)
-        described["some"] = [float(one) for one in values.reshape(-1)[places]]
+        described["some"] = [float(number) for number in values.reshape(-1)[places]]
     return described
 
 
@@ -134,7 +134,7 @@ def _are_close(recorded: Any, found: Any) -> bool:
         return math.isclose(recorded, found, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
     if isinstance(recorded, str) and isinstance(found, str) and _DECIMAL.sub("#", recorded) == _DECIMAL.sub("#", found):
         pairs = zip(_DECIMAL.findall(recorded), _DECIMAL.findall(found), strict=True)
-        return all(_are_close(float(one), float(other)) for one, other in pairs)
+        return all(_are_close(float(left), float(right)) for left, right in pairs)
     return False
 
 
@@ -146,14 +146,14 @@ def _cut(value: Any) -> str:
 def format_json(value: Any, indent: str = "") -> str:
     """Return JSON with small values on one line each, so that differences are easy to read."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    is_flat = isinstance(value, dict) and not any(isinstance(one, dict) for one in value.values())
+    is_flat = isinstance(value, dict) and not any(isinstance(entry, dict) for entry in value.values())
     most = MAX_LINE if is_flat else 120
     if not isinstance(value, dict | list) or not value or len(line) + len(indent) <= most:
         return line
     deeper = indent + " "
     if isinstance(value, dict):
-        parts = [f"{deeper}{json.dumps(key)}: {format_json(one, deeper)}" for key, one in value.items()]
+        parts = [f"{deeper}{json.dumps(key)}: {format_json(entry, deeper)}" for key, entry in value.items()]
     else:
-        parts = [deeper + format_json(one, deeper) for one in value]
+        parts = [deeper + format_json(entry, deeper) for entry in value]
     opening, closing = ("{", "}") if isinstance(value, dict) else ("[", "]")
     return f"{opening}\n" + ",\n".join(parts) + f"\n{indent}{closing}"

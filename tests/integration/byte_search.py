@@ -33,5 +33,5 @@ def find_text(folder: Path, text: str) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix()
         for path in files
-        if text in path.name or any(text.encode() in one for one in read_pieces(path))
+        if text in path.name or any(text.encode() in piece for piece in read_pieces(path))
     )

@@ -65,7 +65,7 @@ def list_samples(folder: Path) -> list[tuple]:
                 ]
                 samples.append((split, int(block.row_id[target]), users[block.user_idx[context]],
                                 items[block.item_idx[target]], int(block.label[target]), int(block.num_likes[context]),
-                                tuple(items[one] for one in history), *facts))  # fmt: skip
+                                tuple(items[item] for item in history), *facts))  # fmt: skip
     return sorted(samples)
 
 

@@ -78,8 +78,8 @@ def test_help_teaches_by_commands_that_are_right(script, monkeypatch, capsys):
     assert module.main() == 0
     printed = capsys.readouterr().out
     examples = re.findall(r"^  ((?:python|deepspeed|torchrun|ray) (?:.*\\\n)*.*)", printed, re.MULTILINE)
-    assert any(script.name in one for one in examples), printed
-    for command in (one for text in examples for one in list_commands(text)):
+    assert any(script.name in example for example in examples), printed
+    for command in (command for text in examples for command in list_commands(text)):
         check_command(command, f"{script.name} --help")
 
 
@@ -91,13 +91,13 @@ def check_command(command, place):
         assert found, f"{place}: there is no {program}"
     if command.words[0] == "make":
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-        missing = {one for one in command.words[1:] if "=" not in one and not one.startswith("-")} - targets
+        missing = {word for word in command.words[1:] if "=" not in word and not word.startswith("-")} - targets
         assert not missing, f"{place}: the Makefile has no target {', '.join(missing)}"
     given = Path(command.config or STAND_IN)
     try:
         load_config(
             given if given.parts[0] == "configs" else STAND_IN,
-            [one.replace("$PWD", str(ROOT)) for one in command.overrides],
+            [override.replace("$PWD", str(ROOT)) for override in command.overrides],
         )
     except CollmError as error:
         pytest.fail(f"{place}: {' '.join(command.words)}\n{error}")
@@ -108,7 +108,7 @@ def test_settings_in_yaml_exist(page, tmp_path):
     for number, block in enumerate(read_blocks(page)):
         if block.language != "yaml":
             continue
-        documents = [one for one in yaml.safe_load_all(block.text) if one is not None]
+        documents = [document for document in yaml.safe_load_all(block.text) if document is not None]
         for document in documents:
             if not isinstance(document, dict) or not document.keys() <= Config.model_fields.keys():
                 continue
@@ -179,7 +179,7 @@ def test_figures_are_drawn_and_shown(tmp_path):
 def prepared(tmp_path_factory, tiny_backbone_dir):
     """Prepared folder with the run that README's commands make from ratings.csv."""
     folder = prepare_folder(tmp_path_factory.mktemp("docs") / "folder", tiny_backbone_dir)
-    made = next(one for one in read_blocks(ROOT / "README.md") if one.runs and "run_pipeline.py" in one.text)
+    made = next(block for block in read_blocks(ROOT / "README.md") if block.runs and "run_pipeline.py" in block.text)
     run_block(made, folder)
     assert (folder / "runs" / "mine" / "eval" / "report.json").exists()
     return folder
@@ -190,7 +190,7 @@ def prepared(tmp_path_factory, tiny_backbone_dir):
 @by_page
 def test_what_a_page_shows_runs(page, prepared, tmp_path):
     """Run all blocks of a page in order, in a folder with a finished run."""
-    blocks = [one for one in read_blocks(page) if one.runs]
+    blocks = [block for block in read_blocks(page) if block.runs]
     if not blocks:
         pytest.skip("nothing to run")
     folder = tmp_path / "folder"

@@ -62,7 +62,7 @@ def test_a_log_with_users_to_forget_is_one_without_them(tmp_path, log):
         "tombstones": 0,
     }  # fmt: skip
     assert manifest["dropped"] == {"forgotten users": 40}
-    assert not any(find_text(tmp_path / "forgetting", one) for one in FORGOTTEN)
+    assert not any(find_text(tmp_path / "forgetting", user) for user in FORGOTTEN)
     assert find_text(tmp_path / "forgetting", USERS[0]) == ["data/users.parquet"]  # the search finds what there is
 
 
@@ -75,16 +75,16 @@ def test_an_extended_table_forgets_names_and_keeps_indices(tmp_path, log, feedba
     options |= {"extend_from": str(tmp_path / "one"), "forget": str(tmp_path / "users.csv")}
     manifest = run(tmp_path, "two", log, **options)
     after = load_user_ids(tmp_path / "two" / "data")
-    places = [before.index(one) for one in FORGOTTEN]
+    places = [before.index(user) for user in FORGOTTEN]
     assert find_tombstones(tmp_path / "two" / "data").tolist() == sorted(places)
-    assert [one for index, one in enumerate(after) if index not in places] == [
-        one for one in before if one not in FORGOTTEN
+    assert [user for index, user in enumerate(after) if index not in places] == [
+        user for user in before if user not in FORGOTTEN
     ]
     assert (manifest["forgotten"]["users_in_extended_run"], manifest["forgotten"]["tombstones"]) == (2, 2)
-    assert not any(find_text(tmp_path / "two", one) for one in FORGOTTEN)
+    assert not any(find_text(tmp_path / "two", user) for user in FORGOTTEN)
 
     # A third night whose log is clean at last: the list has nobody left, the tombstones stay.
-    write_log(log, [one for one in USERS if one not in FORGOTTEN], 264)
+    write_log(log, [user for user in USERS if user not in FORGOTTEN], 264)
     (tmp_path / "nobody.csv").write_text("user_id\n")
     options |= {"extend_from": str(tmp_path / "two")}
     with pytest.raises(ConfigError, match=r"would come back\. Set dataset\.forget again"):

@@ -39,7 +39,7 @@ def test_copies_are_made_once_and_mended(data_dir, tmp_path):
     path.write_bytes(path.read_bytes()[:-5] + b"wrong")
     (tmp_path / "local" / f".{path.name}.left.tmp").write_bytes(b"of a process that was killed")
     assert local.fetch(shard).read_bytes() == (data_dir / shard.path).read_bytes()
-    assert {one.name for one in (tmp_path / "local").iterdir()} == {".lock", path.name}
+    assert {file.name for file in (tmp_path / "local").iterdir()} == {".lock", path.name}
 
 
 def test_many_processes_of_a_machine_copy_once(data_dir, tmp_path):
@@ -49,10 +49,10 @@ def test_many_processes_of_a_machine_copy_once(data_dir, tmp_path):
         found.append(LocalShards(tmp_path / "local", data_dir).fetch(shard).stat().st_ino)
 
     threads = [threading.Thread(target=fetch) for _ in range(8)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(found) == 8
     assert len(set(found)) == 1
 
@@ -64,10 +64,10 @@ def test_what_is_damaged_or_missing_comes_from_where_it_was_published(finished_r
     config = load_config(finished_run / "config.yaml", [*settings, f"cluster.local_scratch={tmp_path / 'local'}"])
     local = build_local_shards(config, data_dir)
     first, second, *_ = shards = load_manifest(data_dir).shards
-    whole = [(data_dir / one.path).read_bytes() for one in shards]
+    whole = [(data_dir / shard.path).read_bytes() for shard in shards]
     (data_dir / first.path).write_bytes(whole[0][:-5] + b"wrong")
     (data_dir / second.path).unlink()
-    assert [local.fetch(one).read_bytes() for one in shards] == whole
+    assert [local.fetch(shard).read_bytes() for shard in shards] == whole
     (tmp_path / "there" / "run" / "data" / second.path).write_bytes(b"neither")
     shutil.rmtree(tmp_path / "local")
     with pytest.raises(ArtifactError, match=r"is missing; fetching it from .*the shard is damaged"):
@@ -89,9 +89,9 @@ def test_a_disk_without_room_is_named(data_dir, tmp_path):
 def test_order_and_losses_are_the_same(finished_run, tmp_path):
     data_dir, manifest = finished_run / "data", load_manifest(finished_run / "data")
     local = LocalShards(tmp_path / "local", data_dir)
-    orders = [GlobalOrder(data_dir, manifest, "train", 7, 16, local_shards=one) for one in (None, local)]
+    orders = [GlobalOrder(data_dir, manifest, "train", 7, 16, local_shards=source) for source in (None, local)]
     for ours, theirs in zip(*(order.iter_batches(1) for order in orders), strict=True):
-        assert all(np.array_equal(getattr(ours, name), one) for name, one in vars(theirs).items())
+        assert all(np.array_equal(getattr(ours, name), value) for name, value in vars(theirs).items())
     for shard in manifest.shards:
         local.fetch(shard)
     trained = [train_stage2(finished_run, tmp_path / "plain"), train_stage2(finished_run, tmp_path / "run", local)]

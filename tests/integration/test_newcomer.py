@@ -17,9 +17,9 @@ RANKED_LINE = re.compile(r"(\d+) (B\d{3}) ([+-]\d+\.\d+) (.+)")
 @pytest.mark.timeout(3600)
 def test_from_a_csv_to_a_ranked_list_and_the_next_night(tiny_backbone_dir, tmp_path):
     folder = prepare_folder(tmp_path / "newcomer", tiny_backbone_dir, max_rows=FIRST_ROWS)
-    blocks = [one for one in read_blocks(ROOT / "README.md") if one.runs]
-    (own,) = (one for one in blocks if one.heading == "Your own data" and "ratings.csv" in one.text)
-    ask, make_and_score, next_night = (one for one in blocks if one.heading == "Ranking")
+    blocks = [block for block in read_blocks(ROOT / "README.md") if block.runs]
+    (own,) = (block for block in blocks if block.heading == "Your own data" and "ratings.csv" in block.text)
+    ask, make_and_score, next_night = (block for block in blocks if block.heading == "Ranking")
 
     printed = run_block(own, folder)
     assert "user_id" in printed  # preview of the columns
@@ -30,9 +30,9 @@ def test_from_a_csv_to_a_ranked_list_and_the_next_night(tiny_backbone_dir, tmp_p
     lines = [RANKED_LINE.fullmatch(line) for line in run_block(ask, folder).splitlines()]
     ranked = [found for found in lines if found is not None]
     titles = pd.read_csv(folder / "items.csv").set_index("item_id")["title"]
-    assert [int(one[1]) for one in ranked] == list(range(1, 11))
-    assert [one[4] for one in ranked] == titles[[one[2] for one in ranked]].tolist()
-    scores = [float(one[3]) for one in ranked]
+    assert [int(ranked_item[1]) for ranked_item in ranked] == list(range(1, 11))
+    assert [ranked_item[4] for ranked_item in ranked] == titles[[ranked_item[2] for ranked_item in ranked]].tolist()
+    scores = [float(ranked_item[3]) for ranked_item in ranked]
     assert scores == sorted(scores, reverse=True)
 
     run_block(make_and_score, folder)

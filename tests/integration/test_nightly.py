@@ -87,8 +87,8 @@ def test_the_second_night_extends_the_first(nights):
     users = [load_user_ids(folder / name / "data") for name in ("one", "two")]
     assert "new-user" in users[1][before.num_users :]
     assert len(users[1]) == after.num_users > before.num_users
-    assert [one for one, then in zip(users[1], users[0], strict=False) if one != then] == [
-        write_tombstone(users[0].index(one)) for one in sorted(FORGOTTEN, key=users[0].index)
+    assert [user for user, then in zip(users[1], users[0], strict=False) if user != then] == [
+        write_tombstone(users[0].index(user)) for user in sorted(FORGOTTEN, key=users[0].index)
     ]
     assert RunDir(folder / "two").read_record("data")["extends"]["users_hash"] == before.users_hash
     record = RunDir(folder / "two").read_record("stage1")
@@ -103,7 +103,7 @@ def test_nothing_of_a_forgotten_user_is_left(nights):
     folder, _ = nights
     assert find_text(folder / "one", FORGOTTEN[0])
     for name in ("two", "published/two", "local"):
-        assert not any(find_text(folder / name, one) for one in FORGOTTEN), name
+        assert not any(find_text(folder / name, user) for user in FORGOTTEN), name
     places = find_tombstones(folder / "two" / "data")
     before, after = (load_model(folder / name / "cf" / "model.safetensors")[1] for name in ("one", "two"))
     assert len(places) == 2
@@ -120,11 +120,11 @@ def test_what_is_published_is_a_run(nights):
     assert found["second"][1].count("published already") == 5
     published = folder / "published" / "two"
     assert json.loads((published / "promotion.json").read_text())["state"] == "promoted"
-    ours, theirs = (collm_dist.load_recommender(one, device="cpu") for one in (folder / "two", published))
+    ours, theirs = (collm_dist.load_recommender(path, device="cpu") for path in (folder / "two", published))
     request = {"history": ["3", "5", "8"], "candidates": ["1", "2", "4"]}
     assert ours.rank(**request) == theirs.rank(**request)
     shards = load_manifest(folder / "two" / "data").shards
-    assert {one.stem for one in (folder / "local").glob("*.tar")} <= {one.sha256 for one in shards}
+    assert {path.stem for path in (folder / "local").glob("*.tar")} <= {shard.sha256 for shard in shards}
     assert len(list((folder / "local").glob("*.tar"))) >= 3
 
 
@@ -184,7 +184,7 @@ def test_vectors_stay_where_they_were(nights):
     path = "cf/model.safetensors"
     first, second = (load_model(folder / name / path)[1] for name in ("one", "two"))
     known = (first.items.known & second.items.known)[:-1].nonzero()[:, 0]
-    a, b = (one.item_vectors(known)[:, :-1] for one in (first, second))
+    a, b = (recommender.item_vectors(known)[:, :-1] for recommender in (first, second))
     cosines = torch.nn.functional.cosine_similarity(a, b)
     print("mean cosine", float(cosines.mean()))
     assert float(cosines.mean()) > 0.9

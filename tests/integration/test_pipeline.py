@@ -94,14 +94,19 @@ def test_prometheus_hears_of_each_step(clicks_run):
     for path in (run_dir.path.parent / "prometheus").iterdir():
         assert path.suffix == ".prom"
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
-            found |= {(one.name, one.labels.get("step"), one.labels.get("state")): one.value for one in family.samples}
-            assert all(one.labels["run"] == str(run_dir.path) for one in family.samples)
+            found |= {
+                (sample.name, sample.labels.get("step"), sample.labels.get("state")): sample.value
+                for sample in family.samples
+            }
+            assert all(sample.labels["run"] == str(run_dir.path) for sample in family.samples)
     assert found["collm_run_state", None, "done"] == 1
     assert found["collm_run_step", "eval", None] == 1
     for stage in ("stage1", "stage2"):
         assert found["collm_training_steps", stage, None] == run_dir.read_record(stage)["global_steps"]
         last = read_metrics(run_dir.path / stage / "metrics.jsonl")
-        assert found["collm_valid_auc", stage, None] == [one for one in last if VALID_AUC in one][-1][VALID_AUC]
+        assert (
+            found["collm_valid_auc", stage, None] == [record for record in last if VALID_AUC in record][-1][VALID_AUC]
+        )
         assert found["collm_memory_peak_bytes", stage, None] > 2**26
     assert found["collm_training_epoch_seconds", "cf", None] > 0
 
@@ -152,7 +157,9 @@ def test_a_changed_setting_stops_with_its_name_and_the_remedies(launch):
 
 def test_a_changed_input_stops(clicks_run, launch, tmp_path):
     log = tmp_path / "clicks.csv"
-    original = next(Path(one.partition("=")[2]) for one in clicks_run[1] if one.startswith("dataset.path"))
+    original = next(
+        Path(override.partition("=")[2]) for override in clicks_run[1] if override.startswith("dataset.path")
+    )
     log.write_text(original.read_text() + "u1,sku-1,2026-02-01T00:00:00\n")
     code, _, error = launch("run_pipeline", f"dataset.path={log}")
     assert code == 2

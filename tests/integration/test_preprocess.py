@@ -65,7 +65,7 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
         )
         for row in range(400)
     ]
-    lines = [f"{one.user},{one.item},{one.time},{one.label},{one.split}" for one in rows]
+    lines = [f"{row.user},{row.item},{row.time},{row.label},{row.split}" for row in rows]
     (tmp_path / "log").mkdir()  # three files: row ids go on from one to the next
     for number, start in enumerate(range(0, 400, 150)):
         text = "\n".join(["user_id,item_id,timestamp,label,split", *lines[start : start + 150]]) + "\n"
@@ -84,8 +84,8 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
                 row, wanted = rows[block.row_id[target]], known[int(block.row_id[target])]
                 history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
                 dislikes = block.dislike_items[block.dislike_offsets[target] : block.dislike_offsets[target + 1]]
-                assert [items[one] for one in history] == wanted["history"][-6:]
-                assert [items[one] for one in dislikes] == wanted["dislikes"][-3:]
+                assert [items[item] for item in history] == wanted["history"][-6:]
+                assert [items[dislike] for dislike in dislikes] == wanted["dislikes"][-3:]
                 assert block.num_likes[context] == len(wanted["history"])
                 found = (users[block.user_idx[context]], items[block.item_idx[target]], block.label[target],
                          block.timestamp[target])  # fmt: skip
@@ -231,7 +231,7 @@ def test_redone_work_leaves_nothing_of_the_old_and_spares_a_linked_run(tiny_rati
     preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "run", pre=wide))
     manifest = preprocess(make_config(ratings_of(tiny_ratings), tmp_path / "run"), force=True)
     files = {str(path.relative_to(tmp_path / "run" / "data")) for path in (tmp_path / "run" / "data").rglob("*.*")}
-    listed = {one["path"] for one in [*manifest["shards"], *manifest["buckets"]]}
+    listed = {entry["path"] for entry in [*manifest["shards"], *manifest["buckets"]]}
     assert files == listed | {"manifest.json", "users.parquet", "items.parquet"}
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "data").symlink_to(tmp_path / "run" / "data")
@@ -306,7 +306,7 @@ def test_interrupted_work_goes_on(tiny_ratings, tmp_path):
     done = preprocess(config)
     assert done["input"]["bad_examples"] == ["as read the first time"]
     assert done["content_hash"] == whole["content_hash"]
-    assert [one["sha256"] for one in done["shards"]] == [one["sha256"] for one in whole["shards"]]
+    assert [shard["sha256"] for shard in done["shards"]] == [shard["sha256"] for shard in whole["shards"]]
     assert not work.exists()
 
 

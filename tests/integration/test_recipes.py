@@ -101,7 +101,7 @@ def test_tables_move_and_the_report_says_so(finished):
     assert ("cf" in models) is (variant != "id tokens")
     assert report["left_out"] == ({"cf": "cf.model is none"} if variant == "id tokens" else {})
     assert any("trained in stage 2 too" in note for note in report["notes"])
-    deviations = {one["setting"]: one["ours"] for one in report["deviations"]}
+    deviations = {entry["setting"]: entry["ours"] for entry in report["deviations"]}
     assert deviations["stage2.train_cf"] == str(config.stage2.train_cf).lower()
     assert deviations.get("cf.model") == ("none" if variant == "id tokens" else None)
 
@@ -125,7 +125,7 @@ def test_ranking_has_the_scores_of_the_report_also_after_an_export(finished, tmp
     again = np.concatenate(collm_dist.load_recommender(imported.path, device="cpu").score(requests))
     np.testing.assert_array_equal(again, scores)
     nobody = recommender.rank(history=["3", "17"], candidates=["41", "42"])  # a user whom no table knows
-    assert all(np.isfinite(one.score) for one in nobody)
+    assert all(np.isfinite(entry.score) for entry in nobody)
     if variant == "id tokens":
         with pytest.raises(RequestError, match="no collaborative model"):
             recommender.rank(history=["3"])
@@ -171,7 +171,7 @@ def test_tables_train_in_half_precision_under_zero_2(tiny_backbone_dir, tmp_path
     config, run_dir = prepare_small(tmp_path, tiny_backbone_dir, settings)
     summary = run_stage(config, run_dir, "stage2")
     assert summary["global_steps"] == 4
-    assert all(torch.isfinite(one).all() for one in load_weights(run_dir).values())
+    assert all(torch.isfinite(value).all() for value in load_weights(run_dir).values())
 
 
 def test_training_a_model_that_no_slot_reads_is_refused(tiny_backbone_dir, tmp_path):

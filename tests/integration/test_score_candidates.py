@@ -117,9 +117,9 @@ def check_ranking(folder, rows, recommender):
     assert list(found.groups) == [row["user_id"] for row in rows]
     for row, (_, ranked) in zip(rows, found, strict=True):
         expected = recommender.rank(row["history"], row["candidates"], row["user_id"], row["as_of"])
-        assert ranked["rank"].tolist() == [one.rank for one in expected]
-        assert ranked["item_id"].tolist() == [one.item_id for one in expected]
-        assert np.abs(ranked["score"] - [one.score for one in expected]).max() < TOLERANCE
+        assert ranked["rank"].tolist() == [ranked_item.rank for ranked_item in expected]
+        assert ranked["item_id"].tolist() == [ranked_item.item_id for ranked_item in expected]
+        assert np.abs(ranked["score"] - [ranked_item.score for ranked_item in expected]).max() < TOLERANCE
 
 
 def check_ndcg(summary, rows, recommender):

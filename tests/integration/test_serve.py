@@ -51,7 +51,7 @@ def serving(run_dir, *options):
     command = [sys.executable, "launch/serve.py", "--config", str(run_dir / "config.yaml"), "--port", "0", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            line = next((one for one in process.stdout if one.startswith("serving ")), "")
+            line = next((text for text in process.stdout if text.startswith("serving ")), "")
             found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
             assert found, "the service did not start"
             yield Service(process, int(found.group(1)))
@@ -77,23 +77,28 @@ def recommender(finished_run):
 def compare(answer, expected):
     """Check a ranking against the Python API's; return the largest difference of a score."""
     ranked = answer["ranked"]
-    assert [one["rank"] for one in ranked] == list(range(1, len(expected) + 1))
-    scores = {one.item_id: one.score for one in expected}
-    titles = {one.item_id: one.title for one in expected}
+    assert [ranked_item["rank"] for ranked_item in ranked] == list(range(1, len(expected) + 1))
+    scores = {ranked_item.item_id: ranked_item.score for ranked_item in expected}
+    titles = {ranked_item.item_id: ranked_item.title for ranked_item in expected}
     difference = 0.0
-    for one, other in zip(ranked, expected, strict=True):
-        assert one["title"] == titles[one["item_id"]]
+    for answer_row, expected_row in zip(ranked, expected, strict=True):
+        assert answer_row["title"] == titles[answer_row["item_id"]]
         # Items whose scores are equal up to rounding may swap places.
-        assert one["item_id"] == other.item_id or abs(one["score"] - other.score) < TOLERANCE
-        difference = max(difference, abs(one["score"] - scores[one["item_id"]]))
+        assert (
+            answer_row["item_id"] == expected_row.item_id or abs(answer_row["score"] - expected_row.score) < TOLERANCE
+        )
+        difference = max(difference, abs(answer_row["score"] - scores[answer_row["item_id"]]))
     return difference
 
 
 def make_queries(finished_run):
     items, users = load_item_table(finished_run / "data")["item_id"], load_user_ids(finished_run / "data")
-    queries = [{"history": items[one : one + 4], "candidates": items[one + 10 : one + 40]} for one in range(0, 40, 5)]
+    queries = [
+        {"history": items[number : number + 4], "candidates": items[number + 10 : number + 40]}
+        for number in range(0, 40, 5)
+    ]
     queries += [{"user": user, "candidates": items[20:45]} for user in users[:6]]
-    queries += [{"user": users[7], "as_of": 1_010_000_000, "candidates": [int(one) for one in items[:9]]}]
+    queries += [{"user": users[7], "as_of": 1_010_000_000, "candidates": [int(item) for item in items[:9]]}]
     queries += [{"user": "nobody", "history": LIKED, "num_retrieved": 12, "top_k": 5}, {"user": users[3], "top_k": 60}]
     return queries
 
@@ -136,9 +141,9 @@ def test_who_asks_at_once_is_answered_in_one_pass(finished_run, service, recomme
 def test_an_unseen_user_gets_a_ranking(service, recommender):
     status, _, answer = service.ask({"history": LIKED, "top_k": 10})
     assert status == 200
-    assert len({one["item_id"] for one in answer["ranked"]} - set(LIKED)) == 10
+    assert len({item["item_id"] for item in answer["ranked"]} - set(LIKED)) == 10
     retrieved = recommender.retrieve([RankingRequest(None, LIKED)], 60)[0]
-    assert {one["item_id"] for one in answer["ranked"]} <= set(retrieved)
+    assert {item["item_id"] for item in answer["ranked"]} <= set(retrieved)
 
 
 MALFORMED = [
@@ -152,7 +157,7 @@ MALFORMED = [
     ({"history": LIKED, "candidates": ["41", 41]}, 422, "'41' occurs twice"),
     ({"history": LIKED, "candidates": ["\ud800"]}, 422, "1 of 1 ids are not in the run's item table"),
     ({"history": LIKED, "candidates": []}, 422, "candidates: the list is empty"),
-    ({"history": LIKED, "candidates": [str(one) for one in range(61)]}, 422, "61 items exceed the limit of 60"),
+    ({"history": LIKED, "candidates": [str(number) for number in range(61)]}, 422, "61 items exceed the limit of 60"),
     ({"history": ["3"] * 21}, 422, "history: 21 items exceed the limit of 20"),
     ({"history": "3"}, 422, "is not a list of ids"),
     ({"user": {"$ne": 1}}, 422, "user: {'$ne': 1} is not an id"),
@@ -193,7 +198,7 @@ def test_health_and_openapi(finished_run, service, recommender):
     status, _, document = service.ask(None, method="GET", path="/openapi.json")
     schema = document["components"]["schemas"]["RankBody"]
     assert document["openapi"].startswith("3.")
-    assert all(one.get("description") for one in schema["properties"].values())
+    assert all(value.get("description") for value in schema["properties"].values())
     assert len(schema["examples"]) == 2
     for example in schema["examples"]:
         assert service.ask(example)[0] == 200

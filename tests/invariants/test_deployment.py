@@ -66,13 +66,13 @@ FORMS = {
 def check_form(value, form, place):
     if isinstance(form, dict):
         assert isinstance(value, dict), place
-        for key, one in value.items():
+        for key, entry in value.items():
             assert key in form or "*" in form, f"{place}.{key} is no field that is known here"
-            check_form(one, form.get(key, form.get("*")), f"{place}.{key}")
+            check_form(entry, form.get(key, form.get("*")), f"{place}.{key}")
     elif isinstance(form, list):
         assert isinstance(value, list), place
-        for one in value:
-            check_form(one, form[0], f"{place}[]")
+        for entry in value:
+            check_form(entry, form[0], f"{place}[]")
     else:
         assert type(value) is form, f"{place}: {value!r} is no {form.__name__}"
 
@@ -83,27 +83,29 @@ def load_lock(name: str) -> dict[str, Requirement]:
     entries = text.replace("\\\n", " ").splitlines()
     assert all(re.search(r" --hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
     pins = [Requirement(entry.partition(" --hash")[0]) for entry in entries]
-    assert all(len(one.specifier) == 1 and one.url is None and str(one.specifier).startswith("==") for one in pins)
-    return {canonicalize_name(one.name): one for one in pins}
+    assert all(len(pin.specifier) == 1 and pin.url is None and str(pin.specifier).startswith("==") for pin in pins)
+    return {canonicalize_name(pin.name): pin for pin in pins}
 
 
 def get_dependencies() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [Requirement(one) for one in project["dependencies"]]
+    return [Requirement(text) for text in project["dependencies"]]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu"])
 def test_locks_satisfy_the_project_and_name_no_registry(name):
     pins = load_lock(name)
     assert "://" not in (ROOT / "requirements" / f"{name}.lock").read_text(encoding="utf-8")
-    wanted = [one for one in get_dependencies() if (name, one.name) != ("cpu", "torch")]
-    for one in wanted:
-        pin = pins[canonicalize_name(one.name)]
-        assert one.specifier.contains(next(iter(pin.specifier)).version), f"{pin} is not {one}; run: make lock"
+    wanted = [dependency for dependency in get_dependencies() if (name, dependency.name) != ("cpu", "torch")]
+    for requirement in wanted:
+        pin = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(next(iter(pin.specifier)).version), (
+            f"{pin} is not {requirement}; run: make lock"
+        )
         for python in PYTHONS:
             surroundings = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
             assert pin.marker is None or pin.marker.evaluate(surroundings), pin
-    from_torch = [one for one in pins if one.startswith(("nvidia-", "cuda-", "torch", "triton"))]
+    from_torch = [name for name in pins if name.startswith(("nvidia-", "cuda-", "torch", "triton"))]
     assert bool(from_torch) == (name == "gpu")
 
 
@@ -147,7 +149,7 @@ def test_linters_have_nothing_to_say(tool, files):
 
 def load_manifest() -> dict[str, dict]:
     documents = yaml.safe_load_all((CLUSTER / "kuberay_rayjob.yaml").read_text(encoding="utf-8"))
-    return {one["kind"]: one for one in documents}
+    return {document["kind"]: document for document in documents}
 
 
 def test_the_manifest_has_the_form_of_its_kinds():
@@ -170,12 +172,12 @@ def test_the_manifest_fits_the_image_and_the_locks():
         assert container["image"] == f"collm-dist:{version}"
         assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == user
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
-        claims = [one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"] if "emptyDir" not in one]
+        assert {entry["name"] for entry in container["volumeMounts"]} == {entry["name"] for entry in pod["volumes"]}
+        claims = [entry["persistentVolumeClaim"]["claimName"] for entry in pod["volumes"] if "emptyDir" not in entry]
         assert claims == [manifest["PersistentVolumeClaim"]["metadata"]["name"]]
     assert manifest["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
     mounts = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
-    shared = next(one["mountPath"] for one in mounts if one["name"] == "runs")
+    shared = next(mount["mountPath"] for mount in mounts if mount["name"] == "runs")
     assert f" run.dir={shared}/" in manifest["RayJob"]["spec"]["entrypoint"]
 
 

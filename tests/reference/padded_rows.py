@@ -40,15 +40,15 @@ def spell_prompts(
             item = int(block.item_idx[target])
             for piece in re.split(r"(<[A-Za-z]+>)", template):
                 if piece == "<ItemTitleList>":
-                    for position, one in enumerate(history):
+                    for position, history_item in enumerate(history):
                         sample.ids += tokenize(", ") if position else []
-                        sample.ids += tokenize(f'"{texts[one]}"')
+                        sample.ids += tokenize(f'"{texts[history_item]}"')
                     sample.ids += [] if history else tokenize("(nothing yet)")
                 elif piece == "<TargetItemTitle>":
                     sample.ids += tokenize(f'"{texts[item]}"')
                 elif piece == "<ItemIDList>":
-                    for one in history:
-                        sample.slots.append((len(sample.ids), "item", one))
+                    for history_item in history:
+                        sample.slots.append((len(sample.ids), "item", history_item))
                         sample.ids += [0] * tokens_per_slot
                 elif piece in ("<UserID>", "<TargetItemID>", "<MatchID>"):
                     kind = {"<UserID>": "user", "<TargetItemID>": "item", "<MatchID>": "pair"}[piece]

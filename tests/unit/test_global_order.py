@@ -53,7 +53,7 @@ def test_every_row_once_an_epoch_whatever_the_process_count(size, seed, epoch, w
         )
         shares = [plan_micro_batches(batch, counts, rank, world_size, 40) for rank in range(world_size)]
         assert len({len(share) for share in shares}) == 1
-        real = [one for share in shares for one in share if one is not None]
+        real = [entry for share in shares for entry in share if entry is not None]
         assert sorted(list_samples(concatenate_blocks(real))) == sorted(list_samples(batch))
 
 

@@ -29,7 +29,7 @@ def test_users_are_numbered_bucket_by_bucket(tmp_path):
 
 def test_extending_keeps_indices_and_appends_a_slice_to_each_bucket(tmp_path):
     slices = (((0, 2),), (), ((2, 1),))
-    buckets = tuple(BucketInfo(path="", rows=0, user_ranges=one, sha256="") for one in slices)
+    buckets = tuple(BucketInfo(path="", rows=0, user_ranges=ranges, sha256="") for ranges in slices)
     previous = PreviousTables(user_ids=("a", "b", "c"), item_ids=(), buckets=buckets, rows=0)
     tables, ranges = assign_users(previous, found(["b", "z"], ["d"], ["c", "e", "f"]))
     ids = write_user_table(tmp_path / "users.parquet", tables)

@@ -43,13 +43,13 @@ def test_plans_cover_all_rows_within_the_budget(batch, world_size, max_tokens):
     block, counts = batch
     plans = [plan_micro_batches(block, counts, rank, world_size, max_tokens) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
-    real = [one for plan in plans for one in plan if one is not None]
+    real = [part for plan in plans for part in plan if part is not None]
     assert sorted(list_samples(concatenate_blocks(real))) == sorted(list_samples(block))
-    assert all(measure(block, counts, one) <= max_tokens for one in real)
+    assert all(measure(block, counts, micro_batch) <= max_tokens for micro_batch in real)
     assert any(None not in plan for plan in plans)
     owners = block.target_contexts
     totals = counts.prefix + counts.tail + np.bincount(owners, weights=counts.branch, minlength=block.num_contexts)
-    placed = [set(owners[one.row_id].tolist()) for one in real]
+    placed = [set(owners[micro_batch.row_id].tolist()) for micro_batch in real]
     for context in np.flatnonzero(totals <= max_tokens - counts.header):
         assert sum(context in contexts for contexts in placed) == 1
 
@@ -59,8 +59,10 @@ def test_ranks_get_about_the_same_number_of_tokens():
     counts = TokenCounts(np.full(64, 50), np.full(64, 5), 10 + block.item_idx)
     loads = []
     for rank in range(4):
-        plan = [one for one in plan_micro_batches(block, counts, rank, 4, 500) if one is not None]
-        loads.append(sum(55 * one.num_contexts + counts.branch[one.row_id].sum() for one in plan))
+        plan = [
+            micro_batch for micro_batch in plan_micro_batches(block, counts, rank, 4, 500) if micro_batch is not None
+        ]
+        loads.append(sum(55 * part.num_contexts + counts.branch[part.row_id].sum() for part in plan))
     assert max(loads) - min(loads) <= 0.02 * max(loads)
 
 
@@ -68,7 +70,7 @@ def test_no_micro_batch_is_a_small_remainder():
     block = make_contexts([1] * 11)
     counts = TokenCounts(np.full(11, 50), np.full(11, 5), np.full(11, 45), header=20)
     plan = plan_micro_batches(block, counts, 0, 1, 1030)  # ten contexts fit
-    assert [one.num_contexts for one in plan] == [6, 5]
+    assert [part.num_contexts for part in plan] == [6, 5]
 
 
 def test_more_ranks_than_contexts_get_fillers():
@@ -95,7 +97,7 @@ def test_many_targets_stand_in_several_rows_that_share_their_prefix():
     assert plan.num_contexts == 25 + 1
     assert sorted(plan.row_id) == sorted(block.row_id)
     several = plan_micro_batches(block, counts, 0, 1, 2048)
-    assert all(measure(block, counts, one) <= 2048 for one in several)
+    assert all(measure(block, counts, micro_batch) <= 2048 for micro_batch in several)
     assert len(several) == 5  # four for the hundred, one for the other context
 
 

@@ -81,10 +81,10 @@ def read_back(batch, tokens_per_slot):
         found = {
             kind: [
                 (places[int(place)], int(source))
-                for place, source in zip(one.places, one.sources, strict=True)
+                for place, source in zip(value.places, value.sources, strict=True)
                 if int(place) in places
             ]
-            for kind, one in slots.items()
+            for kind, value in slots.items()
         }
         for taken in found.values():
             for place, _ in taken:
@@ -161,7 +161,7 @@ def test_every_prompt_equals_the_plain_one(
     segments = batch.tree_segments
     rows = batch.tree_lengths.list_rows().tolist()
     tokens_of = zip(rows, batch.tree_targets.tolist(), strict=True)
-    runs = [(one, len(list(run))) for one, run in itertools.groupby(tokens_of)]
+    runs = [(token, len(list(run))) for token, run in itertools.groupby(tokens_of)]
     assert segments.lengths.numbers.tolist() == [length for _, length in runs]
     assert segments.rows.numbers.tolist() == [row for (row, _), _ in runs]
     assert segments.tails.numbers.tolist() == [0 if target < 0 else tokens.tail[row] for (row, target), _ in runs]

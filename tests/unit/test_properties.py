@@ -121,13 +121,13 @@ def test_a_prompt_is_refused_or_divided_without_a_loss(text, allow_slots, by_tar
     except ConfigError as error:
         assert str(error).startswith("prompt.stage2" if allow_slots else "prompt.stage1")  # noqa: PT017 - either is right
         return
-    assert "".join(one.text for one in template.segments) == text.strip()
-    assert all(one.depends_on != "target" for one in template.prefix + template.tail)
+    assert "".join(segment.text for segment in template.segments) == text.strip()
+    assert all(segment.depends_on != "target" for segment in template.prefix + template.tail)
     assert template.branch[0].depends_on == "target"
-    assert not any(one.is_slot for one in template.prefix)
-    assert any(one.is_slot for one in template.segments) == allow_slots
-    assert len({one.text for one in template.segments if one.is_field}) == sum(
-        one.is_field for one in template.segments
+    assert not any(segment.is_slot for segment in template.prefix)
+    assert any(segment.is_slot for segment in template.segments) == allow_slots
+    assert len({segment.text for segment in template.segments if segment.is_field}) == sum(
+        segment.is_field for segment in template.segments
     )
 
 
@@ -164,7 +164,9 @@ def test_a_run_that_is_moved_between_processes_trains_the_same_rows_in_each_step
                     counts = TokenCounts(lengths, lengths, 1 + batch.item_idx)
                     plans.append(plan_micro_batches(batch, counts, rank, world_size, max_tokens))
                 assert len({len(plan) for plan in plans}) == 1
-                found.append([row for plan in plans for one in plan if one is not None for row in one.row_id.tolist()])
+                found.append(
+                    [row for plan in plans for part in plan if part is not None for row in part.row_id.tolist()]
+                )
             for batches in ranks:
                 batches.close()
     assert [sorted(rows) for rows in found] == [sorted(rows) for rows in wanted]

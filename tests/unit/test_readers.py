@@ -62,7 +62,7 @@ def test_csv_with_everything_wrong_that_happens(tmp_path):
         "rating is no number": 1,
         "wrong number of columns": 1,
     }
-    assert any("log.csv:2: missing user_id" in one for one in examples)
+    assert any("log.csv:2: missing user_id" in example for example in examples)
 
 
 def test_undecodable_bytes_are_replaced(tmp_path):
@@ -248,7 +248,7 @@ def test_titles_are_cleaned_by_rule(tmp_path):
 def test_cleaned_text_is_one_clean_line(text):
     clean = clean_text(text)
     assert clean == clean.strip()
-    assert not any(ord(one) < 32 for one in clean)
+    assert not any(ord(character) < 32 for character in clean)
     assert clean_text(clean) == clean
 
 

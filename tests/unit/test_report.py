@@ -162,8 +162,8 @@ def test_calibration_of_true_probabilities():
     labels = (random.uniform(size=20000) < probability).astype(int)
     logits = np.log(probability / (1 - probability))
     bins = compute_calibration(labels, logits)
-    assert [one.rows for one in bins] == [2000] * 10
-    assert [one.observed for one in bins] == pytest.approx([one.predicted for one in bins], abs=0.04)
+    assert [bin_.rows for bin_ in bins] == [2000] * 10
+    assert [bin_.observed for bin_ in bins] == pytest.approx([bin_.predicted for bin_ in bins], abs=0.04)
     assert compute_calibration_error(bins) < 0.02
     # Twice as far from even odds as it should be: too sure at both ends.
     sure = compute_calibration(labels, 2 * logits)
@@ -176,7 +176,7 @@ def test_calibration_error_by_hand():
     bins = compute_calibration(
         np.array([0, 1, 1, 1]), np.log(np.array([0.25, 0.5, 0.5, 0.75]) / [0.75, 0.5, 0.5, 0.25])
     )
-    assert [(one.rows, one.predicted, one.observed) for one in bins] == [
+    assert [(bin_.rows, bin_.predicted, bin_.observed) for bin_ in bins] == [
         (1, pytest.approx(0.25), 0), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.75), 1)
     ]  # fmt: skip
     assert compute_calibration_error(bins) == pytest.approx(0.375)

@@ -35,13 +35,13 @@ def to_arrays(rows: list[Row]) -> dict[str, np.ndarray]:
     """Return rows in the order that the code expects."""
     rows = sorted(rows, key=lambda one: (int(one.user[1:]), one.time, one.row))
     columns = {
-        "user_idx": [int(one.user[1:]) for one in rows],
-        "item_idx": [int(one.item[1:]) for one in rows],
-        "timestamps": [one.time for one in rows],
-        "row_ids": [one.row for one in rows],
+        "user_idx": [int(row.user[1:]) for row in rows],
+        "item_idx": [int(row.item[1:]) for row in rows],
+        "timestamps": [row.time for row in rows],
+        "row_ids": [row.row for row in rows],
     }
     arrays = {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
-    arrays["labels"] = np.array([one.label for one in rows], dtype=np.int8)
+    arrays["labels"] = np.array([row.label for row in rows], dtype=np.int8)
     return arrays
 
 
@@ -67,7 +67,7 @@ def test_user_state_equals_a_loop_over_rows(ties, seed):
 @pytest.mark.parametrize("ties", ["strict", "order"])
 def test_sampled_rows_share_the_state_of_their_positive_and_change_nothing(ties):
     """A negative has a later row id than its positive, but the positive must not enter its history."""
-    rows = [Row(one.row, one.user, one.item, one.time, 1, one.split) for one in make_log(1, 80)]
+    rows = [Row(row.row, row.user, row.item, row.time, 1, row.split) for row in make_log(1, 80)]
     arrays = to_arrays(rows)
     alone = compute_user_state(**arrays, sampled=np.zeros(80, np.int8), group_ids=arrays["row_ids"], ties=ties)
     both = {name: np.concatenate([values, values]) for name, values in arrays.items()}
