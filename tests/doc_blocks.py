@@ -1,4 +1,4 @@
-"""Fenced code blocks of the documentation: commands, programs, settings and files, each with its place.
+"""Fenced code blocks of the documentation: commands, programs, settings and files, each with its location.
 
 A line ``<!-- needs: WHAT -->`` directly above a fence marks a block that cannot run in a test. A fence with
 ``title="NAME"`` is a file that the reader saves under that name.
@@ -46,7 +46,7 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Whether a test can run it or save it as a file."""
+        """True if a test can run it or save it as a file."""
         return self.needs is None and (self.language in ("bash", "python") or self.title is not None)
 
     @property

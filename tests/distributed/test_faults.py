@@ -1,4 +1,4 @@
-"""Faults of real machines on real processes: a rerun ends as if nothing had happened."""
+"""Machine faults injected into real processes: a rerun gives the result of an undisturbed run."""
 
 from __future__ import annotations
 

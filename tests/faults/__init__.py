@@ -1,1 +1,1 @@
-"""Faults, injected for real: processes killed and stopped, files cut and flipped, disks filled."""
+"""Injected faults: killed and stopped processes, truncated and corrupted files, full disks."""

@@ -1,9 +1,9 @@
-"""Inject faults and see that nothing is lost: ``make faults``, or
+"""Fault injection that checks that nothing is lost: ``make faults``, or
 
     python -m tests.faults [--kills 180] [--others 10] [--pipeline-kills 20] [--minutes 25] [--seed 0]
 
-Goes on where it stopped: what has been done of this seed is in tests/faults/results.json, which is written after each
-chain. Exit code 0: everything wanted is done and nothing was lost; 1: something was lost; 75: the time was up.
+Resumes where it stopped: tests/faults/results.json holds the progress of this seed and is written after each chain.
+Exit code 0: all requested faults are done and nothing was lost; 1: something was lost; 75: the time limit was reached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KILLS = ("kill", "pipeline")
 
 
 def load_results(path: Path, seed: int) -> dict[str, Any]:
-    """Return what has been done of a seed; another seed begins anew."""
+    """Return the progress of a seed; another seed starts from zero."""
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if found["seed"] == seed:

@@ -2,7 +2,7 @@
 
     python -m tests.faults.fuzz [--seconds 300] [--seed 0]
 
-Every case must be read, or be refused by a CollmError with exit code 2, within ten seconds. Cases run in a process of
+Within ten seconds, every case must be read or be rejected by a CollmError with exit code 2. Cases run in a process of
 their own, of limited memory, so that one that crashes or hangs in a library is counted as well. Counts go to
 tests/faults/fuzz.json; exit code 1 where a case did anything else; the output names a folder for the first of a kind.
 """
@@ -43,7 +43,7 @@ def run_case(fuzzer: Fuzzer, name: str, number: int, seed: int, folder: Path) ->
         fuzzer.use(path)
     except CollmError as error:
         return ("refused", "") if error.exit_code == 2 else ("tracebacks", repr(error))
-    except Exception as error:  # what is looked for
+    except Exception as error:  # the fault to search for
         return "tracebacks", "".join(traceback.format_exception(error)[-2:])[-800:]
     return "read", ""
 

@@ -33,7 +33,7 @@ from collm_dist.data.shards.shard_reader import read_shard
 from collm_dist.data.shards.shard_writer import write_shard
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# What makes parsers stumble: delimiters, quotes, marks, numbers at their limits, YAML's own signs.
+# Inputs that break parsers: delimiters, quotes, byte order marks, numbers at their limits, YAML syntax.
 MORSELS = [
     b"", b'"', b'""', b",", b"\n", b"\r", b"\t", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xae", b"'", b"\\",
     b"{", b"}", b"[", b"]", b": ", b"&a *a", b"*a", b"!!python/object:os.system", b"<<: *stage", b"null", b"NaN",
@@ -113,7 +113,7 @@ def make_column(dice: random.Random, count: int) -> Any:
         return pa.Array.from_buffers(kind, count, [None, buffer])
     raw = [dice.choice((None, dice.randbytes(dice.randrange(9)), dice.choice(MORSELS))) for _ in range(count)]
     texts = [None if cell is None else cell.decode("utf-8", "replace") for cell in raw]
-    if kind == "text":  # not checked by those who write it, nor by Parquet
+    if kind == "text":  # neither the writers nor Parquet check it
         return pa.Array.from_buffers(pa.string(), count, pa.array(raw, pa.binary()).buffers())
     made = {"binary": raw, "list": [[1]] * count, "struct": [{"a": 1}] * count, "null": [None] * count,
             "bool": [True] * count}  # fmt: skip
@@ -133,7 +133,7 @@ def write_types(dice: random.Random, path: Path) -> None:
             table = table.drop_columns([name])
             continue
         column = make_column(dice, len(rows))
-        try:  # not every type goes into Parquet
+        try:  # Parquet does not support every type
             pq.write_table(pa.table({"a": column}), io.BytesIO())
         except pa.ArrowException:
             continue

@@ -1,4 +1,4 @@
-"""The kinds of faults: each function disturbs one run until it is done and says what was hit and how it ended."""
+"""The kinds of faults: each function disturbs one run until it is done and returns the hits and the outcome."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHANCE_OF_LAST = 0.1
 
 @dataclass(frozen=True)
 class Bench:
-    """What all chains share.
+    """State that all chains share.
 
     Attributes:
         prepared: run whose data and CF steps are done.
         overrides: its settings.
-        whole: what an undisturbed stage 1 leaves.
-        seconds: that this one took from its first step on.
+        whole: result of an undisturbed stage 1.
+        seconds: duration of that stage 1 from its first step.
     """
 
     prepared: Path
@@ -64,7 +64,7 @@ def finish(bench: Bench, folder: Path, hits: list[str]) -> dict[str, Any]:
 
 
 def kill(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
-    """Kill one run up to six times, at random moments; the same command goes on each time."""
+    """Kill one run up to six times, at random moments; the same command resumes it each time."""
     copy_prepared(bench.prepared, folder)
     hits: list[str] = []
     for _ in range(MAX_KILLS):
@@ -98,7 +98,7 @@ def damage(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
 
 
 def pause(bench: Bench, folder: Path, dice: random.Random) -> dict[str, Any]:
-    """Stop a run for a moment with SIGSTOP, several times, and let it go on."""
+    """Stop a run for a moment with SIGSTOP, several times, and continue it."""
     copy_prepared(bench.prepared, folder)
     run, hits = StageRun(folder, bench.overrides).start(), []
     for _ in range(3):

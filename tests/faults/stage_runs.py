@@ -1,8 +1,8 @@
-"""A tuning stage as a forked process, watched from outside: where it is, and how it ends.
+"""A tuning stage as a forked process, observed from outside: its progress and its outcome.
 
 Importing torch and DeepSpeed takes longer than the run, so a parent imports them once and forks; the child then runs
-``launch/train.py`` as it is. Three methods of it are wrapped to say, in memory that the parent sees, what they are
-about to do; they do what they always do.
+``launch/train.py`` unchanged. Three of its methods are wrapped to record their next action in memory shared with the
+parent; their behaviour stays the same.
 """
 
 from __future__ import annotations

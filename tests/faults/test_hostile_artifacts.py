@@ -1,7 +1,7 @@
-"""A data folder that was cut, flipped, mixed up or written by somebody else: named with a remedy, never used.
+"""Truncated, corrupted, mixed-up or foreign data folders: reported with a remedy, never used.
 
-Elsewhere: cut and altered shards (tests/unit/test_shards.py, tests/unit/test_global_order.py), records that are no JSON
-(tests/unit/test_run_dir.py), weights of another id table (tests/unit/test_cf_model_files.py).
+Elsewhere: cut and altered shards (tests/unit/test_shards.py, tests/unit/test_global_order.py),
+records that are not JSON (tests/unit/test_run_dir.py), weights of another id table (tests/unit/test_cf_model_files.py).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Hostile and damaged input: bad rows are counted, or the input is refused before any work with code 2.
+"""Hostile and damaged input: bad rows are counted, or the input is rejected before any work with code 2.
 
 Elsewhere: settings (tests/faults/test_hostile_settings.py), ids of 2^63, NaN, byte order marks, undecodable bytes,
 units of time, pickles, control characters (tests/unit/test_readers.py), truncated and altered shards
@@ -83,7 +83,7 @@ JSON_ROW = b'{"user_id":"1","item_id":"a","timestamp":1000000000,"rating":5}\n'
     ids=["alone", "noise behind it", "first object", "in a later block"],
 )  # fmt: skip
 def test_null_in_the_place_of_an_object(tmp_path, content, row):
-    """Arrow's parser crashes (segmentation fault) on such a line at the start of a block."""
+    """Arrow's parser crashes (segmentation fault) on this kind of line at the start of a block."""
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=rf"log\.jsonl:{row}: expected an object, .* found 'null'"):
         read(path=str(tmp_path / "log.jsonl"), **RATINGS)

@@ -21,7 +21,7 @@ def test_nothing_is_lost(prepared_run, tmp_path):  # noqa: F811
     assert kinds["kill"]["recovered"] >= 3
     assert all(found["lost"] == 0 for found in kinds.values())
     again = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert again.stdout == done.stdout  # it goes on where it stopped: nothing is left to do
+    assert again.stdout == done.stdout  # it resumes where it stopped: nothing is left to do
 
 
 def test_what_is_lost_is_counted(tmp_path):

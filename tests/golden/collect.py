@@ -1,4 +1,4 @@
-"""What a finished run is recorded by: its data, weights, curves, batches, scores, report and rankings."""
+"""Records of a finished run: data, weights, curves, batches, scores, report and rankings."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Made the run in ``run_of_0_1`` with release 0.1: ``python -m tests.golden.make_run``.
+"""Script that made the run in ``run_of_0_1`` with release 0.1: ``python -m tests.golden.make_run``.
 
-That folder is what users have on their disks, so it is not made again: whatever comes later has to go on from it. In
-it stage 2 was killed after its fifth step of six. ``run_of_0_1.json`` has what came of the same run when nobody killed
-it.
+The folder stands for the runs on users' disks, so it is never rebuilt: later releases must resume from it. Its stage 2
+was killed after step five of six. ``run_of_0_1.json`` holds the result of the same run without the kill.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mistakes, and what is said of them: settings, inputs, artifacts, prompts and requests."""
+"""User mistakes and their messages: settings, inputs, artifacts, prompts and requests."""
 
 from __future__ import annotations
 

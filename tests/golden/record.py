@@ -1,6 +1,6 @@
-"""Write the golden records anew: ``python -m tests.golden.record``. Look at the differences before they are committed.
+"""Rewrite the golden records: ``python -m tests.golden.record``. Review the differences before you commit them.
 
-The tests make them, in the way in which they compare them later. The run of release 0.1 stays as it is.
+The tests write the records with the code that compares them. The run of release 0.1 stays unchanged.
 """
 
 from __future__ import annotations

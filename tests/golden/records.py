@@ -1,4 +1,4 @@
-"""Golden records: what a release has computed, as JSON, and the comparison with what is computed now.
+"""Golden records: results of a release as JSON, and their comparison with current results.
 
 A record was made on one machine. There, with the same libraries, numbers are compared to the last bit. Elsewhere the
 last bits of floating-point numbers may differ: numbers are compared with ``RELATIVE`` and ``ABSOLUTE``, hashes of

@@ -1,4 +1,4 @@
-"""Whatever the code computes on two tiny experiments is what it computed when the records were made."""
+"""Two tiny experiments: current results equal the golden records."""
 
 from tests.golden.collect import collect_run, fit_cf_models
 from tests.golden.commands import show_plans

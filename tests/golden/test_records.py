@@ -1,4 +1,4 @@
-"""The comparison with records: what counts as a difference, here and on another machine, and how it is told."""
+"""Comparison with records: differences on the same and on another machine, and their messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run directory that release 0.1 left, killed in stage 2, is taken up where it stands and comes to the same end."""
+"""A run directory of release 0.1, killed in stage 2: it resumes and reaches the same result."""
 
 import os
 import shutil
@@ -21,13 +21,13 @@ from tests.golden.records import compare
 
 @pytest.fixture
 def old_run(tmp_path, monkeypatch):
-    """A copy of the run, as it looked on the disk on which it was made, with the working directory beside it."""
+    """Yield a copy of the run with its original input times; the working directory is the folder around it."""
     shutil.copytree(ASSET, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     set_input_times(tmp_path / "copy")
     before = dict(os.environ)
     yield RunDir(tmp_path / "copy" / "run")
-    # A process group of one may stay; what says so to child processes may not.
+    # A process group of size 1 may stay; its environment variables must not reach child processes.
     for name in set(os.environ) - set(before):
         del os.environ[name]
 
@@ -53,7 +53,7 @@ def test_it_goes_on_and_comes_to_the_same_end(old_run, capsys):
     kept = checkpoints / f"step-{LAST_CHECKPOINT:09d}.safetensors"
     untouched = kept.stat().st_mtime_ns
     run_stage(config, old_run, "stage2")
-    # Had it begun anew, it would have written this one again.
+    # A restart from the beginning would have rewritten this file.
     assert kept.stat().st_mtime_ns == untouched
     run_evaluation(config, old_run)
     compare(record, collect_expected(old_run.path), f"{ASSET.name}.json")

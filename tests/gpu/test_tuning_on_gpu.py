@@ -1,4 +1,4 @@
-"""Tests that need a GPU: shared contexts in its kernels and precisions, pinned batches, the automatic budget."""
+"""Tests that need a GPU: shared contexts in GPU kernels and precisions, pinned batches, the automatic budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking for a text in all files of a folder, compressed ones included."""
+"""Search for a string in all files of a folder, including compressed files."""
 
 from __future__ import annotations
 

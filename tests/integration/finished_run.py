@@ -1,4 +1,4 @@
-"""A pipeline's run directory, made in this process: seconds less than by commands, which load their libraries anew."""
+"""A pipeline's run directory, made in this process: saves the seconds that commands need to load their libraries."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback: ``rclone serve s3`` over a folder, with keys that it insists on."""
+"""A real S3 server on the loopback: ``rclone serve s3`` over a folder, with required access keys."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_an_extended_table_forgets_names_and_keeps_indices(tmp_path, log, feedba
     assert (manifest["forgotten"]["users_in_extended_run"], manifest["forgotten"]["tombstones"]) == (2, 2)
     assert not any(find_text(tmp_path / "two", user) for user in FORGOTTEN)
 
-    # A third night whose log is clean at last: the list has nobody left, the tombstones stay.
+    # The log of the third night is clean: the list is empty, the tombstones stay.
     write_log(log, [user for user in USERS if user not in FORGOTTEN], 264)
     (tmp_path / "nobody.csv").write_text("user_id\n")
     options |= {"extend_from": str(tmp_path / "two")}

@@ -1,4 +1,4 @@
-"""Night after night: a run extends the one in use, takes over what it can, and replaces it only if the rule says so."""
+"""Nightly runs: each extends the current run, reuses its results, and replaces it only if the promotion rule allows."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_the_rule_moves_the_pointer_or_leaves_it(nights):
     assert (found["refused"][0]["state"], found["pointer after the refused"]) == ("rejected", "one")
     assert "its lower end is not at least +1" in found["refused"][0]["message"]
     assert (found["second"][0]["state"], found["pointer after the second"]) == ("promoted", "two")
-    assert found["second"][1].count("done already") == 5  # deciding anew takes no work
+    assert found["second"][1].count("done already") == 5  # a second decision takes no work
 
 
 def test_the_second_night_extends_the_first(nights):

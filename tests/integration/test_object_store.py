@@ -1,4 +1,4 @@
-"""Logs in a real object store, steps published there, and what is said when it cannot be reached."""
+"""Logs in a real object store, steps published there, and messages when it cannot be reached."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From a click log of 60 rows to the report with one command, and what the command says when something is wrong."""
+"""The pipeline command on a click log of 60 rows: its report, and its errors."""
 
 import importlib.util
 import json

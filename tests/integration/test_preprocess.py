@@ -66,7 +66,7 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
         for row in range(400)
     ]
     lines = [f"{row.user},{row.item},{row.time},{row.label},{row.split}" for row in rows]
-    (tmp_path / "log").mkdir()  # three files: row ids go on from one to the next
+    (tmp_path / "log").mkdir()  # three files: row ids continue from file to file
     for number, start in enumerate(range(0, 400, 150)):
         text = "\n".join(["user_id,item_id,timestamp,label,split", *lines[start : start + 150]]) + "\n"
         (tmp_path / "log" / f"part-{number}.csv").write_text(text)

@@ -1,4 +1,4 @@
-"""The variants in which stage 2 also trains what its slots read, through training, report, ranking and export."""
+"""Variants in which stage 2 also trains the CF model: training, report, ranking and export."""
 
 import os
 import threading
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def prepare(folder, finished_run, overrides):
-    """Return (config, run directory): data and stage 1 are the finished run's, the CF step is done anew."""
+    """Return (config, run directory): data and stage 1 are the finished run's, the CF step is rerun."""
     base = load_config(finished_run / "config.yaml")
     config = load_config(
         REPOSITORY / "configs" / "tiny_cpu.yaml",

@@ -1,4 +1,4 @@
-"""The documentation's pictures can be taken again, where there is a browser."""
+"""Screenshots of the documentation: reproducible if a browser is installed."""
 
 import importlib
 import shutil

@@ -1,4 +1,4 @@
-"""The search for CF settings as a command: on a real local Ray, killed in the middle, and asked for nonsense."""
+"""Search command for CF settings: on a real local Ray, killed and resumed, and with invalid settings."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Comparisons of tuning steps, side by side in processes of their own, at small size."""
+"""Comparisons of tuning steps in separate processes, at small size."""
 
 from __future__ import annotations
 

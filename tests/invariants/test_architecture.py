@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md names files that exist, and few enough of them."""
+"""ARCHITECTURE.md: the files it names exist, and a training step needs few of them."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Image, lock files and manifests, as far as they can be checked without Docker, Kubernetes and Slurm."""
+"""Image, lock files and manifests, checked without Docker, Kubernetes and Slurm."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_locks_agree():
 
 
 def test_the_image_is_made_of_what_is_there():
-    """Every source exists and passes .dockerignore, which lets in nothing by default; no argument is a secret."""
+    """Every source exists and passes .dockerignore, which excludes everything by default; no argument is a secret."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
     assert ignore[1] == "*"

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source: layers, and libraries behind walls."""
+"""Import rules, checked in the source: layers, and libraries that only some rooms may import."""
 
 import ast
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Sizes, names and what must not stand in the source."""
+"""Source rules: sizes, names and forbidden text."""
 
 import ast
 import importlib.util

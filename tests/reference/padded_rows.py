@@ -1,4 +1,4 @@
-"""The plain way, written independently: one padded row for each target, the whole model, full-vocabulary logits.
+"""Independent plain reference: one padded row for each target, the whole model, full-vocabulary logits.
 
 Prompts are spelled out sample by sample in Python. Nothing of the package's prompt or model code is used, except that
 slots are mapped by the very modules whose gradients are compared.

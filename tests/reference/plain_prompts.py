@@ -1,4 +1,4 @@
-"""Prompts built the plain way, one sample at a time, from lists: the independent reference for the collator.
+"""Prompts built from lists, one sample at a time: the independent reference for the collator.
 
 Nothing here is shared with collm_dist: a template is cut at its fields by hand, every segment is tokenized on its own
 and appended to a list, and a slot notes the length of that list.

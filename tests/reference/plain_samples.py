@@ -1,4 +1,4 @@
-"""What was known before each row of a log, row by row in plain Python: the reference for the vectorised code."""
+"""State before each row of a log, computed row by row in plain Python: the reference for the vectorised code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of variable-length sequences, one sequence and one head after the other."""
+"""Attention of variable-length sequences, computed one sequence and one head at a time."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, verified when loaded, with the one before kept."""
+"""Checkpoints: atomic, verified when loaded, with the previous checkpoint kept."""
 
 from __future__ import annotations
 

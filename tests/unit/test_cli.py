@@ -1,4 +1,4 @@
-"""Commands: arguments, dry run, and how they end."""
+"""Commands: arguments, dry run, exit codes and errors."""
 
 import json
 import subprocess

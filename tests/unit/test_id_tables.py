@@ -33,7 +33,7 @@ def test_extending_keeps_indices_and_appends_a_slice_to_each_bucket(tmp_path):
     previous = PreviousTables(user_ids=("a", "b", "c"), item_ids=(), buckets=buckets, rows=0)
     tables, ranges = assign_users(previous, found(["b", "z"], ["d"], ["c", "e", "f"]))
     ids = write_user_table(tmp_path / "users.parquet", tables)
-    assert ids == ["a", "b", "c", "z", "d", "e", "f"]  # "a" has gone from the data and keeps its index
+    assert ids == ["a", "b", "c", "z", "d", "e", "f"]  # "a" is no longer in the data and keeps its index
     assert ranges == [[(0, 2), (3, 1)], [(4, 1)], [(2, 1), (5, 2)]]
     assert [table.column("id").to_pylist() for table in tables] == [["a", "b", "z"], ["d"], ["c", "e", "f"]]
 

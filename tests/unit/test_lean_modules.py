@@ -1,4 +1,4 @@
-"""Gated MLPs and RMS norms by leaner functions: the same numbers and gradients, with less saved."""
+"""Memory-saving gated MLPs and RMS norms: the same outputs and gradients, with fewer saved activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout of adapters: masks by keys, independent of micro-batches, the same when recomputed."""
+"""LoRA dropout: keyed masks, independent of micro-batches, the same when recomputed."""
 
 from __future__ import annotations
 

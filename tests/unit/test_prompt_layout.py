@@ -73,7 +73,7 @@ def read_back(batch, tokens_per_slot):
         seen = (rows == row) & ((batch.tree_targets == -1) | (batch.tree_targets == target))
         columns = torch.nonzero(seen)[:, 0].tolist()
         ids = prefix + batch.tree_ids[columns].tolist()
-        # Where in the plain prompt each token of prefixes and tree stands.
+        # Position in the plain prompt of each token of prefixes and tree.
         places = {place: len(batch.header_ids) + column for column, place in enumerate(own.tolist())}
         places |= {len(batch.prefix_ids) + column: len(prefix) + place for place, column in enumerate(columns)}
         assert columns[-1] == batch.last[target]

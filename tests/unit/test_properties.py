@@ -1,4 +1,4 @@
-"""What must hold whatever the rows, the prompt, the seed, or the number of processes.
+"""Properties that hold for all rows, prompts, seeds and numbers of processes.
 
 Elsewhere: prompts against a plain reference (test_prompt_layout.py), micro-batches within their budget
 (test_micro_batches.py), resuming (test_global_order.py), samples against a plain loop (test_user_samples.py), shards
@@ -143,7 +143,7 @@ def test_a_prompt_is_refused_or_divided_without_a_loss(text, allow_slots, by_tar
 def test_a_run_that_is_moved_between_processes_trains_the_same_rows_in_each_step(
     targets, seed, epoch, size, worlds, data
 ):
-    """Each process decides alone; together they have the global batch, on however many the run goes on."""
+    """Processes plan independently; together they cover the global batch, for any world size after a resume."""
     block = make_contexts(targets)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_split(Path(folder), block, num_shards=data.draw(st.integers(1, 5)))

@@ -36,7 +36,7 @@ def test_every_row_is_in_one_span_and_no_span_wastes_more_than_a_span_costs(seed
         assert len(spans) == 1
     else:
         assert max(count_wasted_pairs(spans, lengths, pasts, 7)) <= cost
-        # No span could have taken the next one's first row.
+        # No span has room for the first row of the next span.
         for span in spans[:-1]:
             rows = slice(span.rows.start, span.rows.stop + 1)
             longer = split_rows(lengths[rows], pasts[rows], 7, WHOLE)

@@ -43,7 +43,7 @@ def test_every_other_setting_is_in_one():
     known = {key for step in STEPS for key in compute_fingerprint(build_config(), step, _AllDone())}
     for name, field in list_fields(Config):
         operational = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
-        # What is expected of the input stops a run, it makes nothing; a search is no step, and knows its own settings.
+        # Expectations about the input change no result; a search is not a step and tracks its own settings.
         if not operational and not name.startswith(("dataset.expect.", "cf_search.")):
             assert f"config.{name}" in known, name
 

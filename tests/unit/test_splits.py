@@ -45,7 +45,7 @@ def test_amazon_book_cuts_december_into_equal_halves_of_rows():
     rule = build_amazon_book_rule(times[december], rows[december])
     assert rule.assign(times, rows).tolist() == [OUTSIDE, 0, 0, 1, 1, 2, 2, 2, 1, OUTSIDE]
     none = build_amazon_book_rule(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert none.assign(times, rows).max() == 1  # no rows of December at all: nothing is left for the test
+    assert none.assign(times, rows).max() == 1  # no rows in December: the test split is empty
 
 
 @pytest.mark.parametrize("num_rows", [10, 11, 97, 1000])

@@ -16,7 +16,7 @@ from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step
 
 DATASET = {"path": "x", "columns": {"rating": "rating"}}
-# What makes scores but no vectors that slots read.
+# A CF model with scores but without vectors for slots.
 FROZEN = {
     "mf": {"global_bias"},
     "sasrec": {"global_bias"},

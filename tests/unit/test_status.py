@@ -1,4 +1,4 @@
-"""status.json is always whole and says what to do."""
+"""status.json: always complete, with the next action for the user."""
 
 import json
 import threading
