@@ -1,18 +1,18 @@
 # The image of all nodes. For GPUs:  docker build -t collm-dist:0.2.0 .
 # For CPUs:  docker build -t collm-dist:cpu --build-arg BASE_IMAGE=python:3.12-slim --build-arg LOCK=cpu \
 #              --build-arg TORCH="torch==2.13.0 --index-url ADDRESS_OF_CPU_BUILDS" .
-# The lock for GPUs brings torch with its CUDA libraries; the base image needs none. What compiles operators, as offloading
-# through cluster.deepspeed_extra does, needs a devel image of the same CUDA.
+# The lock for GPUs brings torch with its CUDA libraries; the base image needs none. Features that compile operators,
+# such as offloading through cluster.deepspeed_extra, need a devel image of the same CUDA version.
 ARG BASE_IMAGE=nvidia/cuda:13.0.0-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
-# cpu: the same versions without torch, which TORCH then names, with options for pip.
+# cpu: the same versions without torch; TORCH then gives the torch requirement and its pip options.
 ARG LOCK=gpu
 ARG TORCH=""
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# gcc and Python's headers: torch.compile builds its launchers with them. wget: KubeRay's probes. Versions are the
-# distribution's, with its security fixes.
+# torch.compile builds its launchers with gcc and Python's headers; KubeRay's probes use wget. Versions follow the
+# distribution, with its security fixes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \

@@ -1,7 +1,7 @@
 # make demo   every step on a small real data set (creates the environment first)
-# make test   all tests except the slow ones; make test-unit the quickest of them, make test-slow the slow ones
+# make test   all tests except the slow ones; make test-unit: the fastest tests, make test-slow: the slow tests
 # make lint   format, lint, types           make check   lint and test
-# make faults kills, truncated files, full disks, for half an hour; resumes after an interruption
+# make faults inject kills, truncated files and full disks for half an hour; resumes after an interruption
 # make lock   requirements/*.lock: the versions of this environment, with hashes
 # make docs   the documentation as a site, in build/site
 # VENV=DIR uses an existing environment as it is; the default is .venv, created if needed.
@@ -10,7 +10,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 STAMP := $(VENV)/.collm-dist-installed
-# A release whose plain wheel is for CPUs; a range would pull gigabytes of CUDA libraries onto a machine without a GPU.
+# The default wheel of this release is for CPUs; a range would install gigabytes of CUDA libraries without a GPU.
 TORCH := $(if $(shell command -v nvidia-smi),"torch>=2.11$(,)<2.14",torch==2.13.0)
 , := ,
 
@@ -21,7 +21,7 @@ export DS_BUILD_OPS := 0
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
 
-# Two processes; a file stays in one of them, so that its fixtures are built once.
+# Two processes; each test file stays in one process, so that its fixtures are built once.
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-unit: environment

@@ -4,7 +4,7 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=8 launch/cluster/slurm.sh configs/ml1m_official.yaml run.dir=/shared/runs/one
 #
-# Three minutes before the time limit the run is asked to stop: it saves a checkpoint, and the job is queued again.
+# Three minutes before the time limit, the run receives a stop request, saves a checkpoint, and the job is requeued.
 # Without Slurm the script runs on this machine alone.
 #SBATCH --job-name=collm
 #SBATCH --nodes=2
@@ -21,7 +21,7 @@ if (($# == 0)); then
   echo "usage: sbatch [options] launch/cluster/slurm.sh CONFIG [section.key=value ...]" >&2
   exit 2
 fi
-PREEMPTED=75 # the pipeline's exit code when it was asked to stop
+PREEMPTED=75 # the pipeline's exit code after a stop request
 nodes=${SLURM_JOB_NUM_NODES:-1}
 cpus=${SLURM_CPUS_PER_TASK:-$(nproc)}
 # With several networks, HEAD_ADDRESS sets the address if the first one is wrong.
