@@ -151,8 +151,8 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     results = load_results(arguments.results, arguments.seed)
     counts = {"kill": arguments.kills, "pipeline": arguments.pipeline_kills}
-    wanted = {kind: counts.get(kind, arguments.others) for kind in KINDS if kind in arguments.kinds}
-    missing = {kind: count for kind, count in wanted.items() if count_faults(results, kind, count) < count}
+    expected = {kind: counts.get(kind, arguments.others) for kind in KINDS if kind in arguments.kinds}
+    missing = {kind: count for kind, count in expected.items() if count_faults(results, kind, count) < count}
     in_time = not missing or run_missing(missing, arguments, results, deadline)
     for kind, found in sorted(results["kinds"].items()):
         print(f"{kind}: {found['kill_points']} faults, {found['recovered']} recovered, {found['lost']} lost")

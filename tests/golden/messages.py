@@ -78,8 +78,8 @@ def collect_messages(run: Path, folder: Path) -> dict[str, Any]:
     for name, request in REQUESTS.items():
         try:
             recommender.rank(**request)
-            said = "nothing"
+            message = "nothing"
         except CollmError as error:
-            said = f"{error.name}: {error}"
-        found["requests"][name] = {"given": request, "says": said}
+            message = f"{error.name}: {error}"
+        found["requests"][name] = {"given": request, "says": message}
     return replace_paths(found, places)

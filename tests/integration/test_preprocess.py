@@ -81,17 +81,17 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
     for split in SPLITS:
         for block in GlobalOrder(data, load_manifest(data), split, 0, 64, shuffle=False).iter_batches():
             for target, context in enumerate(block.target_contexts.tolist()):
-                row, wanted = rows[block.row_id[target]], known[int(block.row_id[target])]
+                row, expected = rows[block.row_id[target]], known[int(block.row_id[target])]
                 history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
                 dislikes = block.dislike_items[block.dislike_offsets[target] : block.dislike_offsets[target + 1]]
-                assert [items[item] for item in history] == wanted["history"][-6:]
-                assert [items[dislike] for dislike in dislikes] == wanted["dislikes"][-3:]
-                assert block.num_likes[context] == len(wanted["history"])
+                assert [items[item] for item in history] == expected["history"][-6:]
+                assert [items[dislike] for dislike in dislikes] == expected["dislikes"][-3:]
+                assert block.num_likes[context] == len(expected["history"])
                 found = (users[block.user_idx[context]], items[block.item_idx[target]], block.label[target],
                          block.timestamp[target])  # fmt: skip
                 assert (*found, split) == (row.user, row.item, row.label, row.time, row.split)
                 assert {name: getattr(block, name)[target] for name in counts} == {
-                    name: wanted[name] for name in counts
+                    name: expected[name] for name in counts
                 }
                 seen += 1
     assert seen == 400
@@ -137,8 +137,8 @@ def test_a_ratio_cuts_at_the_second_wherever_in_its_day(tmp_path, days):
     preprocess(make_config(dataset | {"split": {"train_ratio": 0.75, "valid_ratio": 0.1}}, tmp_path / "run"))
     table = load_interactions(tmp_path / "run" / "data", ("row_id", "split"))
     cuts = [np.sort(times)[int(400 * share)] for share in (0.75, 0.85)]
-    wanted = [SPLITS[place] for place in np.searchsorted(cuts, times[table["row_id"]], side="right")]
-    assert list(table["split"]) == wanted
+    expected = [SPLITS[place] for place in np.searchsorted(cuts, times[table["row_id"]], side="right")]
+    assert list(table["split"]) == expected
 
 
 def test_item_state_equals_a_plain_count(tiny_ratings, tmp_path):

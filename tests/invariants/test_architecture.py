@@ -29,5 +29,5 @@ def test_a_training_step_is_understood_from_few_files():
     steps = "\n".join(line for line in section.splitlines() if re.match(r"\d+\. ", line))
     files = set(re.findall(r"`([\w/]+\.py)`", steps))
     assert len(files) <= MAX_FILES_OF_A_STEP
-    (said,) = re.findall(r"These are (\d+) files", section)
-    assert int(said) == len(files)
+    (stated_count,) = re.findall(r"These are (\d+) files", section)
+    assert int(stated_count) == len(files)

@@ -96,8 +96,8 @@ def get_dependencies() -> list[Requirement]:
 def test_locks_satisfy_the_project_and_name_no_registry(name):
     pins = load_lock(name)
     assert "://" not in (ROOT / "requirements" / f"{name}.lock").read_text(encoding="utf-8")
-    wanted = [dependency for dependency in get_dependencies() if (name, dependency.name) != ("cpu", "torch")]
-    for requirement in wanted:
+    expected = [dependency for dependency in get_dependencies() if (name, dependency.name) != ("cpu", "torch")]
+    for requirement in expected:
         pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(next(iter(pin.specifier)).version), (
             f"{pin} is not {requirement}; run: make lock"

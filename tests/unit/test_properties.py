@@ -151,10 +151,10 @@ def test_a_run_that_is_moved_between_processes_trains_the_same_rows_in_each_step
         def start(step):
             return GlobalOrder(Path(folder), manifest, "train", seed, size).iter_batches(epoch, start_step=step)
 
-        wanted = [batch.row_id.tolist() for batch in start(0)]
-        stops = sorted(data.draw(st.integers(0, len(wanted))) for _ in worlds[1:])
+        expected = [batch.row_id.tolist() for batch in start(0)]
+        stops = sorted(data.draw(st.integers(0, len(expected))) for _ in worlds[1:])
         found = []
-        for (world_size, max_tokens), first, last in zip(worlds, [0, *stops], [*stops, len(wanted)], strict=True):
+        for (world_size, max_tokens), first, last in zip(worlds, [0, *stops], [*stops, len(expected)], strict=True):
             ranks = [start(first) for _ in range(world_size)]
             for _ in range(first, last):
                 plans = []
@@ -169,8 +169,8 @@ def test_a_run_that_is_moved_between_processes_trains_the_same_rows_in_each_step
                 )
             for batches in ranks:
                 batches.close()
-    assert [sorted(rows) for rows in found] == [sorted(rows) for rows in wanted]
-    assert sorted(row for rows in wanted for row in rows) == sorted(block.row_id.tolist())
+    assert [sorted(rows) for rows in found] == [sorted(rows) for rows in expected]
+    assert sorted(row for rows in expected for row in rows) == sorted(block.row_id.tolist())
 
 
 values = st.recursive(

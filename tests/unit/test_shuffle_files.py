@@ -13,7 +13,7 @@ SCHEMA = pa.schema([("value", pa.int64())])
 
 def test_parts_keep_the_order_of_files_and_rows(tmp_path):
     random = np.random.default_rng(0)
-    wanted: dict[int, list[int]] = {part: [] for part in range(5)}
+    expected: dict[int, list[int]] = {part: [] for part in range(5)}
     paths = [tmp_path / "a.arrow", tmp_path / "b.arrow", tmp_path / "empty.arrow"]
     for path in paths[:2]:
         with PartitionWriter(path, SCHEMA, 5) as writer:
@@ -21,11 +21,11 @@ def test_parts_keep_the_order_of_files_and_rows(tmp_path):
                 values, parts = random.integers(0, 1000, 20), random.integers(0, 4, 20)  # part 4 stays empty
                 writer.write(pa.table({"value": values}), parts)
                 for value, part in zip(values.tolist(), parts.tolist(), strict=True):
-                    wanted[part].append(value)
+                    expected[part].append(value)
     with PartitionWriter(paths[2], SCHEMA, 5):
         pass
     for part in range(5):
-        assert read_partition(paths, part, 5).column("value").to_pylist() == wanted[part]
+        assert read_partition(paths, part, 5).column("value").to_pylist() == expected[part]
 
 
 def test_user_buckets_are_the_same_on_every_machine_and_day():

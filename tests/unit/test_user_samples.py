@@ -55,13 +55,16 @@ def test_user_state_equals_a_loop_over_rows(ties, seed):
     offsets, history = gather_last(state.liked_items, state.history_ends, state.num_likes, 5)
     dislike_offsets, dislikes = gather_last(state.disliked_items, state.dislike_ends, state.dislike_counts, 3)
     for position, row in enumerate(arrays["row_ids"].tolist()):
-        wanted = known[row]
-        assert state.num_likes[position] == len(wanted["history"])
+        expected = known[row]
+        assert state.num_likes[position] == len(expected["history"])
         items = [f"i{item}" for item in history[offsets[position] : offsets[position + 1]]]
-        assert items == wanted["history"][-5:]
+        assert items == expected["history"][-5:]
         items = [f"i{item}" for item in dislikes[dislike_offsets[position] : dislike_offsets[position + 1]]]
-        assert items == wanted["dislikes"][-3:]
-        assert (state.user_likes[position], state.user_rows[position]) == (wanted["user_likes"], wanted["user_rows"])
+        assert items == expected["dislikes"][-3:]
+        assert (state.user_likes[position], state.user_rows[position]) == (
+            expected["user_likes"],
+            expected["user_rows"],
+        )
 
 
 @pytest.mark.parametrize("ties", ["strict", "order"])
