@@ -116,6 +116,7 @@ class PromptBatch:
         user_timestamps: (Q,) seconds since 1970 as of which the user is described.
         item_timestamps: (S,) the same for each item slot.
         pair_features: (N, F) float32 statistics for pair slots.
+        anchors: (N,) float32 anchors of the scores, 0 without an anchor.
         labels: (N,) float32.
         weights: (N,) float32, 1 for real targets, 0 for the filler of an empty micro-batch.
         row_ids: (N,) row ids of the targets.
@@ -143,6 +144,7 @@ class PromptBatch:
     user_timestamps: Tensor
     item_timestamps: Tensor
     pair_features: Tensor
+    anchors: Tensor
     labels: Tensor
     weights: Tensor
     row_ids: Tensor

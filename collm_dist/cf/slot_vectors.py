@@ -67,6 +67,29 @@ class SlotVectors(nn.Module):
         """(Q,), (Q, H), (Q,), (Q, F) -> (Q,) logits of the final model."""
         return self.final.score(user_idx, history, item_idx, features)
 
+    def score_as_of(
+        self, user_idx: Tensor, history: Tensor, item_idx: Tensor, timestamp: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score pairs with the model of each row's time fold, which has not seen the row's label.
+
+        Args:
+            user_idx, item_idx, timestamp: (Q,); with folds the user is known by the history alone, as in the slots.
+            history, features: (Q, H) and (Q, F).
+
+        Returns:
+            (Q,) logits, 0 in fold 0, and (Q,) bool: whether a model has scored the row.
+        """
+        if not self.fold_starts:
+            return self.final.score(user_idx, history, item_idx, features), torch.ones_like(user_idx, dtype=torch.bool)
+        folds = torch.searchsorted(self.starts, timestamp, right=True)
+        logits, unknown = torch.zeros(len(folds)), torch.full_like(user_idx, -1)
+        for fold in torch.unique(folds[folds > 0]).tolist():
+            rows = (folds == fold).nonzero().squeeze(1)
+            model = self.models[fold - 1]
+            assert isinstance(model, TrainableCfModel)
+            logits[rows] = model.score(unknown[rows], history[rows], item_idx[rows], features[rows])
+        return logits, folds > 0
+
     def _serve(self, method: str, timestamp: Tensor, *arguments: Tensor) -> Tensor:
         folds = torch.searchsorted(self.starts, timestamp, right=True)
         vectors = self.final.rotation.new_zeros(len(folds), self.embedding_dim)

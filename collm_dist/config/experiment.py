@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from collm_dist.config.anchor_section import AnchorConfig
 from collm_dist.config.cf_search_section import CfSearchConfig
 from collm_dist.config.cf_section import CfConfig
 from collm_dist.config.cluster_section import ClusterConfig
@@ -27,6 +28,7 @@ class Config(Section):
     preprocessing: PreprocessingConfig = Field(default_factory=PreprocessingConfig, description="Samples and shards.")
     cf: CfConfig = Field(default_factory=CfConfig, description="The collaborative-filtering model.")
     cf_search: CfSearchConfig = Field(default_factory=CfSearchConfig, description="A search for its settings.")
+    anchor: AnchorConfig = Field(default_factory=AnchorConfig, description="The simple score that the LLM adds to.")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="What the language model reads.")
     llm: LlmConfig = Field(default_factory=LlmConfig, description="The language model.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter of stage 1.")
@@ -55,6 +57,11 @@ class Config(Section):
             raise ValueError(
                 "cf.model 'none' needs a stage 2 that learns the id tokens: set stage2.train_cf to scratch"
             )
+        if self.anchor.kind in ("cf", "blend") and (self.cf.model == "none" or self.cf.cross_fit == "off"):
+            raise ValueError(
+                f"anchor.kind {self.anchor.kind} reads a CF model that has not seen the labels of the training rows: "
+                "set cf.cross_fit to a number of time folds such as 8, or anchor.kind to as_of or none"
+            )
         if self.cf.model == "none" and self.promotion.baseline == "cf":
             raise ValueError(
                 "promotion.baseline cf: cf.model 'none' has no CF model to compare with; choose another baseline"
@@ -75,6 +82,8 @@ class Config(Section):
                     f"llm.{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
                     "2 or less"
                 )
+        if self.anchor.kind is None and self.promotion.baseline == "anchor":
+            raise ValueError("promotion.baseline anchor: anchor.kind is none; set it, or choose the baseline blend")
         if self.promotion.min_paired_difference is not None:
             self._check_promotion()
         return self

@@ -19,11 +19,20 @@ class PromotionConfig(Section):
     )
     metric: str = operational("auc", "auc, uauc, ndcg@k or hr@k.", pattern=r"^(auc|uauc|(ndcg|hr)@\d+)$")
     baseline: Literal[
-        "previous", "cf", "stage1", "slots_without_llm", "as_of_logistic", "bias_logistic", "popularity"
+        "previous",
+        "anchor",
+        "blend",
+        "cf",
+        "stage1",
+        "slots_without_llm",
+        "as_of_logistic",
+        "bias_logistic",
+        "popularity",
+        "text_similarity",
     ] = Field(
         "previous",
-        description="previous: stage 2 of dataset.extend_from, scored on the same rows. Otherwise a row of the "
-        "report's table.",
+        description="previous: stage 2 of dataset.extend_from, scored on the same rows. anchor: the score "
+        "that the language model adds to (anchor.kind). Otherwise a row of the report's table.",
     )
     pointer: str | None = operational(
         None,

@@ -22,6 +22,14 @@ def operational(default: Any, description: str, **constraints: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"operational": True}, **constraints)
 
 
+def optional(description: str, **constraints: Any) -> Any:
+    """Return a field that is None by default, and was added after release 0.1.
+
+    While it is None, fingerprints leave it out: runs that were finished before the setting existed stay current.
+    """
+    return Field(None, description=description, json_schema_extra={"optional": True}, **constraints)
+
+
 def _refuse_credentials(uri: str) -> str:
     if re.match(r"[a-zA-Z][\w+.-]*://[^/?#@]*:[^/?#@]*@", uri) or re.search(
         r"[?&](access_key|secret_key|password|token)=", uri

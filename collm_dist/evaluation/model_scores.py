@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from collm_dist.anchor import AnchorKind
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
 from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.data.samples.pair_features import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks
+from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks, pad_histories
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.local_shards import build_local_shards
@@ -24,7 +25,8 @@ from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, Baseline, fit_baselines
 from collm_dist.evaluation.evaluated_rows import BATCH_ROWS, EvaluatedSplit, ScoredModel
 from collm_dist.evaluation.ranking_baselines import fit_ranking_baselines
-from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots, pad_histories
+from collm_dist.evaluation.simple_rivals import fit_simple_rivals
+from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots
 from collm_dist.evaluation.slots_mlp import fit_slots_mlp
 from collm_dist.metrics import FloatArray
 from collm_dist.runs.run_dir import STAGES, RunDir
@@ -63,6 +65,7 @@ def collect_models(
     """
     collected = ModelScores({split: [] for split in splits})
     scorers = _fit_trivial(run_dir.step_dir("data"), manifest)
+    scorers += fit_simple_rivals(config, run_dir, manifest.feedback)
     vectors = load_cf_model(run_dir, manifest) if run_dir.is_done("cf") else None
     slots = list_slots(load_prompt_text(config.prompt.stage2))
     if vectors is None:
@@ -87,7 +90,7 @@ def collect_models(
             models += [_score(scorer, evaluated.block) for scorer in scorers]
         for name in _STAGE_MODELS:
             if (name, split) in stage_scores:
-                labels, inputs = _describe_information(name, slots, manifest.feedback)
+                labels, inputs = _describe_information(name, slots, manifest.feedback, config.anchor.kind)
                 models.append(ScoredModel(name, labels, inputs, stage_scores[name, split]))
     return collected
 
@@ -105,10 +108,12 @@ def _fit_trivial(data_dir: Path, manifest: Manifest) -> list[Baseline]:
     return fit_baselines(train, manifest.num_users, manifest.num_items)
 
 
-def _describe_information(name: str, slots: frozenset[str], feedback: str) -> tuple[str, str]:
+def _describe_information(
+    name: str, slots: frozenset[str], feedback: str, anchor: AnchorKind | None = None
+) -> tuple[str, str]:
     """Return the training labels that a model was fitted to, and the inputs that it reads, in words."""
     labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
-    if name != "stage1" and "MatchID" in slots:
+    if (name != "stage1" and "MatchID" in slots) or anchor in ("as_of", "blend"):
         return labels, "all earlier feedback" if feedback == "explicit" else "all earlier likes"
     return labels, "ids, earlier likes" if name == "cf" else "earlier likes"
 

@@ -25,6 +25,7 @@ from collm_dist.evaluation.plots import plot_calibration, plot_forest, plot_trai
 from collm_dist.evaluation.report_markdown import MODEL_NAMES, list_metrics, render_markdown, render_results
 from collm_dist.evaluation.report_notes import describe_data, list_notes, list_warnings
 from collm_dist.evaluation.score_files import write_scores
+from collm_dist.evaluation.simple_rivals import describe_proven_loss, name_anchor
 from collm_dist.evaluation.slot_inputs import list_slots
 from collm_dist.evaluation.stage_scores import score_stages
 from collm_dist.metrics import compute_auc, compute_ndcg
@@ -33,7 +34,16 @@ from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.run_dir import RunDir
 
 TRIVIAL = frozenset(
-    {"item_mean", "item_user_mean", "bias_logistic", "as_of_logistic", "popularity", "last_item_cooccurrence"}
+    {
+        "item_mean",
+        "item_user_mean",
+        "bias_logistic",
+        "as_of_logistic",
+        "popularity",
+        "last_item_cooccurrence",
+        "text_similarity",
+        "blend",
+    }
 )
 # Trivial baseline to compare with if valid is not evaluated; it is never chosen on test.
 _FALLBACK_TRIVIAL = {"explicit": "as_of_logistic", "implicit": "popularity"}
@@ -107,14 +117,18 @@ def choose_best_trivial(
     return max(by_name, key=lambda name: by_name[name]) if by_name else _FALLBACK_TRIVIAL[feedback]
 
 
-def list_pairs(best_trivial: str, baseline: str) -> list[tuple[str, str]]:
+def list_pairs(best_trivial: str, baseline: str, anchor: str | None) -> list[tuple[str, str]]:
     """Return the (model, versus) pairs that the report compares, the most important first.
 
     Args:
         best_trivial: see ``choose_best_trivial``.
         baseline: ``promotion.baseline``.
+        anchor: row of the run's anchor; None = compare with the blend of simple scores.
     """
+    rival = anchor or "blend"
     pairs = [
+        ("stage2", rival),
+        ("stage1", rival),
         ("stage2", "slots_without_llm"),
         ("stage2", "slots_shuffled"),
         ("stage2", "stage1"),
@@ -123,7 +137,7 @@ def list_pairs(best_trivial: str, baseline: str) -> list[tuple[str, str]]:
         ("stage1", "cf"),
         ("stage1", best_trivial),
         ("cf", best_trivial),
-        ("stage2", baseline),
+        ("stage2", rival if baseline == "anchor" else baseline),
     ]
     return list(dict.fromkeys(pairs))
 
@@ -136,7 +150,8 @@ def build_report(
     cutoffs = evaluation.cutoffs if manifest.feedback == "implicit" else ()
     settings = TableSettings(evaluation.bootstrap_samples, evaluation.confidence, config.run.seed, cutoffs)
     best_trivial = choose_best_trivial(splits, scores, manifest.feedback, cutoffs)
-    pairs = list_pairs(best_trivial, config.promotion.baseline)
+    anchor = name_anchor(config)
+    pairs = list_pairs(best_trivial, config.promotion.baseline, anchor)
     table: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     for name, split in splits.items():
@@ -152,12 +167,16 @@ def build_report(
         "rows": table,
         "differences": differences,
         "best_trivial": best_trivial,
+        "anchor": anchor,
         "left_out": scores.left_out,
     }
     report["calibration"] = [
         curve for name in config.evaluation.splits for curve in list_calibration(splits[name].rows, scores.models[name])
     ]
+    main_metric = f"ndcg@{cutoffs[len(cutoffs) // 2]}" if cutoffs else "auc"
+    report["proven_loss"] = describe_proven_loss(report, main_metric) if anchor else None
     report["warnings"] = list_warnings(report, evaluation.confidence)
+    report["warnings"] += [f"WARNING: {report['proven_loss']}."] if report["proven_loss"] else []
     report["notes"] = list_notes(config, report)
     report["content_hash"] = compute_json_hash(report)
     return report

@@ -12,22 +12,12 @@ from numpy.typing import NDArray
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.data.prompts.prompt_template import FIELDS
 from collm_dist.data.samples.pair_features import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.context_block import ContextBlock, pad_histories
 
 
 def list_slots(prompt_text: str) -> frozenset[str]:
     """Return the names of the slots in a prompt, without brackets: UserID, TargetItemID, MatchID, ItemIDList."""
     return frozenset(name.strip("<>") for name, (_, is_slot) in FIELDS.items() if is_slot and name in prompt_text)
-
-
-def pad_histories(block: ContextBlock, length: int) -> IntArray:
-    """Return the last ``length`` liked items of each context as (C, length), right-aligned, -1 = padding."""
-    lengths = np.minimum(np.diff(block.history_offsets), length)
-    padded = np.full((block.num_contexts, length), -1, dtype=np.int64)
-    is_item = np.arange(length) >= length - lengths[:, None]
-    positions = block.history_offsets[1:, None] - length + np.arange(length)
-    padded[is_item] = block.history_items[positions[is_item]]
-    return padded
 
 
 @torch.no_grad()

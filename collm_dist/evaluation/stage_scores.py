@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from collm_dist.anchor import prepare_anchor
 from collm_dist.config import Config
+from collm_dist.distributed import run_on_rank_0
 from collm_dist.evaluation.evaluated_rows import EvaluatedSplit
 from collm_dist.evaluation.previous_stage2 import link_previous_models, load_previous_config
 from collm_dist.evaluation.score_files import align_scores
@@ -37,6 +39,8 @@ def score_stages(config: Config, run_dir: RunDir, splits: Mapping[str, Evaluated
     if not stages and not compares_with_previous(config):
         return scores
     device = init_distributed(config.cluster.collective_timeout_minutes)
+    # A stage that is linked from another run has its anchor there; it is made again from the same data and CF model.
+    run_on_rank_0(lambda: prepare_anchor(config, run_dir))
     for stage in stages:
         loaded = load_stage_model(config, run_dir, stage.name, device)
         shuffle_seeds: dict[str, int | None] = {stage.name: None}
@@ -69,6 +73,7 @@ def _score_previous(
     scores: StageScores = {}
     with tempfile.TemporaryDirectory() as folder:
         links = link_previous_models(Path(folder), run_dir, previous)
+        prepare_anchor(previous_config, links)
         loaded = load_stage_model(previous_config, links, "stage2", device)
         for split, evaluated in splits.items():
             if split == "train":

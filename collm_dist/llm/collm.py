@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.packed.passes import Prefix, run_prefix, run_tree
@@ -62,6 +63,7 @@ class CollmModel(nn.Module):
         detach_cf: bool = True,
         prefix_cache: PrefixCache | None = None,
         decoder: PackedDecoder | None = None,
+        anchored_score: AnchoredScore | None = None,
     ) -> None:
         """Assemble the module.
 
@@ -77,11 +79,12 @@ class CollmModel(nn.Module):
                 its precision.
             prefix_cache: keeps constant prefixes; only for a frozen backbone.
             decoder: of the backbone; None packs it with the defaults.
+            anchored_score: adds the score to the batch's anchors; None = the language model scores alone.
         """
         super().__init__()
         self.backbone = backbone
         self.decoder = PackedDecoder(find_decoder(backbone)) if decoder is None else decoder
-        self.slot_mapper = slot_mapper
+        self.slot_mapper, self.anchored_score = slot_mapper, anchored_score
         # Whatever wraps this module (ZeRO-3, bfloat16) would partition or round the tables of a frozen collaborative
         # model, so that one is not registered as a submodule.
         self.cf_model: Any
@@ -139,7 +142,8 @@ class CollmModel(nn.Module):
             needed=batch.last,
             segments=batch.tree_segments,
         )
-        return self._compute_scores(hidden[batch.last])
+        scores = self._compute_scores(hidden[batch.last])
+        return scores if self.anchored_score is None else self.anchored_score(batch.anchors, scores)
 
     @torch.no_grad()
     def _run_prefix(self, embeds: Tensor, batch: PromptBatch, header: Tensor | None) -> Prefix:

@@ -101,18 +101,18 @@ def save_mapper(path: Path, weights: dict[str, Tensor]) -> Path:
     return path
 
 
-def load_mapper(mapper: SlotMapper | None, cf_model: Any, path: Path) -> None:
-    """Load a file of ``save_mapper`` into a mapper and, if it was trained too, a collaborative model.
+def load_mapper(mapper: SlotMapper | None, cf_model: Any, path: Path, anchored_score: nn.Module | None = None) -> None:
+    """Load a file of ``save_mapper`` into a mapper and, if they were trained too, a collaborative model and a gain.
 
     Raises:
         ArtifactError: the file is missing or does not fit.
     """
     try:
         weights = safetensors.torch.load_file(str(path))
-        modules = {"slot_mapper.": mapper, "cf_model.": cf_model}
+        modules = {"slot_mapper.": mapper, "cf_model.": cf_model, "anchored_score.": anchored_score}
         for prefix, module in modules.items():
             part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            if part and module is not None:
-                module.load_state_dict(part, strict=prefix == "slot_mapper.")
+            if module is not None and (part or prefix == "anchored_score."):
+                module.load_state_dict(part, strict=prefix != "cf_model.")
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be loaded ({error}); run stage 2 again with --force stage2") from error

@@ -77,8 +77,10 @@ def _build_textfile(config: Config) -> StateTextfile | None:
 
 
 def _promote(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
+    """Return the promotion decision, or without a rule a proven loss against the anchor, for the status."""
     if config.promotion.min_paired_difference is None:
-        return None
+        loss = run_dir.read_record("eval").get("proven_loss")
+        return {"state": "done", "reason": loss} if loss else None
     decision = promote(config, run_dir)
     print(f"{decision['state']}: {decision['reason']}", flush=True)
     return decision

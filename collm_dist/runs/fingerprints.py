@@ -16,8 +16,8 @@ from collm_dist.runs.run_dir import RunDir, Step
 STEP_FIELDS: dict[Step, tuple[str, ...]] = {
     "data": ("run.seed", "dataset", "preprocessing", "evaluation.num_candidates"),
     "cf": ("run.seed", "cf"),
-    "stage1": ("run.seed", "prompt", "llm", "lora", "stage1"),
-    "stage2": ("run.seed", "prompt", "llm", "mapping", "stage2"),
+    "stage1": ("run.seed", "anchor", "prompt", "llm", "lora", "stage1"),
+    "stage2": ("run.seed", "anchor", "prompt", "llm", "mapping", "stage2"),
     "eval": ("run.seed", "evaluation", "promotion.baseline"),
 }
 
@@ -35,20 +35,22 @@ STEP_FIELDS_EXCLUDED: dict[Step, tuple[str, ...]] = {
 UPSTREAM: dict[Step, tuple[Step, ...]] = {
     "data": (),
     "cf": ("data",),
-    "stage1": ("data",),
+    "stage1": ("data", "cf"),
     "stage2": ("data", "cf", "stage1"),
     "eval": ("data", "cf", "stage1", "stage2"),
 }
 
 
 def flatten_config(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Return the non-operational fields as ``{dotted path: JSON value}``."""
+    """Return the non-operational fields as ``{dotted path: JSON value}``, without optional fields that are not set."""
     flat: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("operational"):
             continue
         value = getattr(config, name)
+        if value is None and isinstance(extra, dict) and extra.get("optional"):
+            continue
         if isinstance(value, BaseModel):
             flat.update(flatten_config(value, f"{prefix}{name}."))
         else:
@@ -88,6 +90,8 @@ def compute_fingerprint(
     }
     for upstream in UPSTREAM[step]:
         if upstream == "stage1" and not config.stage1.enabled:
+            continue
+        if (step, upstream) == ("stage1", "cf") and config.anchor.kind not in ("cf", "blend"):
             continue
         if skip_missing and not run_dir.is_done(upstream):
             continue

@@ -70,7 +70,8 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
                                 "min_paired_difference": rule.min_paired_difference}  # fmt: skip
     if rule.baseline == "previous" and config.dataset.extend_from is None:
         return decision | {"state": "promoted", "reason": "no earlier run to compare with"}
-    key = {"split": "test", "slice": "all", "model": "stage2", "versus": rule.baseline}
+    versus = report["anchor"] if rule.baseline == "anchor" else rule.baseline
+    key = {"split": "test", "slice": "all", "model": "stage2", "versus": versus}
     difference: Mapping[str, Any] = next((row for row in report["differences"] if key.items() <= row.items()), {})
     low = difference.get(f"{rule.metric}_low")
     if low is None:

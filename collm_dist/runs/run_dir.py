@@ -30,6 +30,11 @@ class RunDir:
         """Folder of a step."""
         return self.path / step
 
+    @property
+    def anchor_dir(self) -> Path:
+        """Folder of the anchor, which the first stage that needs it makes from data and CF model."""
+        return self.path / "anchor"
+
     def record_path(self, step: Step) -> Path:
         """Record, whose existence marks the step as done."""
         name = {"data": "manifest.json", "eval": "report.json"}.get(step, "summary.json")

@@ -23,7 +23,7 @@ from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.lock import hold_run_lock
 
 # Parts of stage 1 that a run may link from another run: weights without rows.
-_WEIGHTS = ("stage1/adapter", "stage1/merged")
+_WEIGHTS = ("stage1/adapter", "stage1/merged", "stage1/anchored_score.safetensors")
 _REMOVED = ".removed-"
 
 

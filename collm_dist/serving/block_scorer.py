@@ -13,9 +13,8 @@ from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.samples.pair_features import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.data.shards.context_block import ContextBlock, pad_histories
 from collm_dist.errors import ArtifactError, RequestError
-from collm_dist.evaluation.slot_inputs import pad_histories
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.runs.run_dir import StageName
 from collm_dist.tuning.loaded_stage import LoadedStage

@@ -5,6 +5,7 @@ adapter/              LoRA adapter of stage 1, for ``PeftModel.from_pretrained(b
 model/                backbone with the adapter merged, for ``AutoModelForCausalLM.from_pretrained("model")``
 mapping.safetensors   stage 2's mapping from collaborative vectors to soft tokens
 cf/                   collaborative models (safetensors)
+anchor/               simple score that the language model adds to; anchored_score.safetensors: its share in stage 1
 data/                 ids, titles and the log, the source of users' histories and statistics
 prompt/               prompts of the training
 records/, config.yaml records of all steps, and the settings
@@ -37,6 +38,8 @@ PLACES = {
     "model/": "stage1/merged/",
     "mapping.safetensors": "stage2/mapping.safetensors",
     "cf/": "cf/",
+    "anchor/": "anchor/",
+    "anchored_score.safetensors": "stage1/anchored_score.safetensors",
     "data/": "data/",
     **{f"records/{step}.json": str(RunDir(Path()).record_path(step)) for step in STEPS},
 }
@@ -114,7 +117,7 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
                 yield source, name
             continue
         for path in sorted(source.rglob("*")):
-            if path.is_file() and (name in ("adapter/", "model/") or path in needed):
+            if path.is_file() and (name in ("adapter/", "model/", "anchor/") or path in needed):
                 yield path, name + path.relative_to(source).as_posix()
 
 

@@ -73,6 +73,7 @@ class Recommender:
             {item_id: index for index, item_id in enumerate(self.item_ids)},
             EventLog.load(data_dir, manifest),
             max_history_length=manifest.max_history_length,
+            max_dislikes=config.preprocessing.max_dislikes,
             every_event_is_a_like=manifest.feedback == "implicit",
         )
         cf: SlotVectors | None = loaded.model.cf_model

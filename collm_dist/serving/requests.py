@@ -78,6 +78,7 @@ class UserContext:
     Attributes:
         user_idx: dense index; -1 = unknown.
         history: dense indices of liked items, oldest first.
+        dislikes: dense indices of the last disliked items of the log, oldest first.
         num_likes, num_rows: number of the user's likes and events in the log.
         seen: dense indices of the items in the history and in the user's events.
         as_of: seconds since 1970.
@@ -85,6 +86,7 @@ class UserContext:
 
     user_idx: int
     history: IntArray
+    dislikes: IntArray
     num_likes: int
     num_rows: int
     seen: IntArray
@@ -108,6 +110,7 @@ class RequestReader:
         events: EventLog,
         *,
         max_history_length: int,
+        max_dislikes: int,
         every_event_is_a_like: bool,
     ) -> None:
         """Store the run's id tables and log.
@@ -115,11 +118,12 @@ class RequestReader:
         Args:
             user_index, item_index: dense index of each raw id.
             events: the log.
-            max_history_length: most items of a history; the latest are kept.
+            max_history_length, max_dislikes: most liked and most disliked items of a user; the latest are kept.
             every_event_is_a_like: ``dataset.feedback`` is implicit.
         """
         self._user_index, self.item_index, self._events = user_index, item_index, events
-        self._max_history_length, self._every_event_is_a_like = max_history_length, every_event_is_a_like
+        self._max_history_length, self._max_dislikes = max_history_length, max_dislikes
+        self._every_event_is_a_like = every_event_is_a_like
 
     def read_user(self, request: RankingRequest) -> UserContext:
         """Return the context of the request's user.
@@ -132,6 +136,8 @@ class RequestReader:
         items, labels = self._events.find_user_events(user_idx, as_of)
         likes, rows = int(labels.sum()), len(labels)
         history, seen = items[labels == 1], items
+        disliked = items[labels == 0]
+        dislikes = disliked[max(0, len(disliked) - self._max_dislikes) :]
         if request.history is not None:
             item_ids = _to_ids(request.history, "history")
             history = np.array(
@@ -140,7 +146,7 @@ class RequestReader:
             seen = np.concatenate([items, history])
             if user_idx < 0 and self._every_event_is_a_like:
                 likes = rows = len(history)
-        return UserContext(user_idx, history[-self._max_history_length :], likes, rows, seen, as_of)
+        return UserContext(user_idx, history[-self._max_history_length :], dislikes, likes, rows, seen, as_of)
 
     def read_candidates(self, request: RankingRequest) -> IntArray:
         """Return the (N,) dense indices of a request's candidates.
@@ -200,8 +206,10 @@ class RequestReader:
             sampled=zeros,
             user_in_train=zeros,
             item_in_train=zeros,
-            dislike_offsets=np.zeros(len(rows) + 1, dtype=np.int64),
-            dislike_items=np.zeros(0, dtype=np.int64),
+            dislike_offsets=to_offsets(np.repeat([len(user.dislikes) for user in users], sizes)),
+            dislike_items=np.concatenate(
+                [np.tile(user.dislikes, size) for user, size in zip(users, sizes, strict=True)]
+            ),
         )
 
 

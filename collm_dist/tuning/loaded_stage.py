@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from collm_dist.anchor import load_anchor
 from collm_dist.config import Config, LlmConfig
-from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
+from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
+from collm_dist.runs.run_dir import RunDir, StageName
 
 
 @dataclass
@@ -70,6 +73,16 @@ def resolve_answers(config: Config, backbone: Backbone) -> tuple[int, int]:
     return resolve_answer_ids(backbone.tokenizer, config.prompt.yes, config.prompt.no)
 
 
+def build_stage_collator(
+    config: Config, run_dir: RunDir, tokenizer: Any, stage: StageName, **slots: Any
+) -> PromptCollator:
+    """Return the collator of a stage, with the run's anchor; further arguments as for ``build_collator``."""
+    anchor = load_anchor(config, run_dir)
+    return build_collator(
+        config, run_dir, tokenizer, stage, compute_anchors=None if anchor is None else anchor.score, **slots
+    )
+
+
 def assemble_stage(
     config: Config,
     device: torch.device,
@@ -93,5 +106,8 @@ def assemble_stage(
         checkpointing=config.llm.activation_checkpointing,
         compile_backend="inductor" if config.llm.compile else None,
     )
-    model = CollmModel(backbone.model, answer_ids, config.prompt.score, decoder=decoder, **slot_parts)
+    anchored_score = None if config.anchor.kind is None else AnchoredScore()
+    model = CollmModel(
+        backbone.model, answer_ids, config.prompt.score, decoder=decoder, anchored_score=anchored_score, **slot_parts
+    )
     return LoadedStage(model.to(device), collator, backbone, adapter, device)

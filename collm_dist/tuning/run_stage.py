@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from collm_dist import monitoring
+from collm_dist.anchor import prepare_anchor
 from collm_dist.config import Config, StageConfig
 from collm_dist.data.prompts.prompt_preview import render_example
 from collm_dist.data.shards.global_order import GlobalOrder
@@ -61,6 +62,7 @@ def run_stage(
     if not force and stage.take_over(run_dir, fingerprint):
         return run_dir.read_record(name)
     _clear(run_dir, name, force)
+    run_on_rank_0(lambda: prepare_anchor(config, run_dir))
     loaded = stage.build(run_dir, device)
     stage.warm_start(loaded)
     loop = build_loop(config, run_dir, stage, loaded, fingerprint, stop)
@@ -123,6 +125,9 @@ def build_loop(
     settings, folder = stage.settings, run_dir.step_dir(stage.name)
     train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
+    if config.anchor.kind is not None and checkpoint.progress.global_step == 0:
+        # The anchor itself is the first candidate for the best checkpoint.
+        checkpoint.progress.validated_step = -1
     logger, profiler = _build_monitors(
         config, folder, checkpoint.progress.global_step, count_total_steps(settings, train_order)
     )

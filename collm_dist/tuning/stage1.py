@@ -13,20 +13,27 @@ import torch
 from torch import Tensor
 
 from collm_dist.config import Config, LoraConfig, StageConfig
-from collm_dist.data.prompts.prompt_layout import build_collator
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.distributed import get_rank, run_on_rank_0
+from collm_dist.llm.anchored_score import load_anchored_score, save_anchored_score
 from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
 from collm_dist.runs.atomic_files import sync_files, write_json
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.previous_run import find_previous
 from collm_dist.runs.run_dir import RunDir, StageName
-from collm_dist.tuning.loaded_stage import LoadedStage, assemble_stage, load_llm, resolve_answers
+from collm_dist.tuning.loaded_stage import (
+    LoadedStage,
+    assemble_stage,
+    build_stage_collator,
+    load_llm,
+    resolve_answers,
+)
 
 DAY_SECONDS = 86_400
 # These differ between two nightly runs although nothing about the training of stage 1 does.
-_NIGHTLY_KEYS = frozenset({"upstream.data", "config.stage1.refresh_every_days"})
-_PRODUCTS = ("adapter", "merged")
+_NIGHTLY_KEYS = frozenset({"upstream.data", "upstream.cf", "config.stage1.refresh_every_days"})
+_FOLDERS = ("adapter", "merged")
+_ANCHORED_SCORE = "anchored_score.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Stage1:
         """Build the published backbone with a fresh adapter; see ``Stage.build``."""
         backbone = load_llm(self.config.llm)
         answer_ids = resolve_answers(self.config, backbone)
-        collator = build_collator(self.config, run_dir, backbone.tokenizer, self.name)
+        collator = build_stage_collator(self.config, run_dir, backbone.tokenizer, self.name)
         lora = self.config.lora
         adapter = add_lora(
             backbone.model,
@@ -101,14 +108,17 @@ class Stage1:
     def save_product(self, run_dir: RunDir, loaded: LoadedStage, weights: dict[str, Tensor]) -> Path:
         """Write ``adapter/`` (PEFT format) and ``merged/``, each with the tokenizer; see ``Stage.save_product``."""
         folder, tokenizer, source = run_dir.step_dir(self.name), loaded.backbone.tokenizer, loaded.backbone.source
-        state = {name.removeprefix("backbone."): value for name, value in weights.items()}
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if loaded.model.anchored_score is not None:
+            save_anchored_score(folder / _ANCHORED_SCORE, weights)
         save_adapter(loaded.adapter, folder / "adapter", state, source.public_name, source.revision)
         tokenizer.save_pretrained(str(folder / "adapter"))
         # Merged from the files, on the CPU: the trained model may be partitioned or quantized.
         plain = load_llm(self.config.llm, may_quantize=False)
         merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
         tokenizer.save_pretrained(str(folder / "merged"))
-        for product in _PRODUCTS:
+        for product in _FOLDERS:
             sync_files(folder / product)
         return folder / "adapter" / "adapter_model.safetensors"
 
@@ -116,8 +126,11 @@ class Stage1:
         """Load the merged backbone; see ``Stage.load``."""
         backbone = load_llm(self.config.llm, run_dir.step_dir(self.name) / "merged")
         answer_ids = resolve_answers(self.config, backbone)
-        collator = build_collator(self.config, run_dir, backbone.tokenizer, self.name)
-        return assemble_stage(self.config, device, backbone, answer_ids, collator)
+        collator = build_stage_collator(self.config, run_dir, backbone.tokenizer, self.name)
+        loaded = assemble_stage(self.config, device, backbone, answer_ids, collator)
+        if loaded.model.anchored_score is not None:
+            load_anchored_score(loaded.model.anchored_score, run_dir.step_dir(self.name) / _ANCHORED_SCORE)
+        return loaded
 
 
 def _link_products(previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> None:
@@ -126,9 +139,12 @@ def _link_products(previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, 
     run_dir.withdraw("stage1")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for product in _PRODUCTS:
+    for product in (*_FOLDERS, _ANCHORED_SCORE):
         source = (origin / product).resolve()
-        (folder / product).symlink_to(os.path.relpath(source, folder.resolve()), target_is_directory=True)
+        if source.exists():
+            (folder / product).symlink_to(
+                os.path.relpath(source, folder.resolve()), target_is_directory=source.is_dir()
+            )
     record = previous.read_record("stage1") | {"fingerprint": dict(fingerprint)}
     record["taken_from"] = record.get("taken_from") or str(origin.parent)
     write_json(run_dir.record_path("stage1"), record)

@@ -16,7 +16,7 @@ from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.cf.stage2_init import load_for_tuning
 from collm_dist.config import Config, LoraConfig, StageConfig
-from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.distributed import any_rank
@@ -25,7 +25,13 @@ from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.llm.slot_mapping import SlotMapper, load_mapper, save_mapper
 from collm_dist.runs.previous_run import find_previous_file
 from collm_dist.runs.run_dir import RunDir, StageName
-from collm_dist.tuning.loaded_stage import LoadedStage, assemble_stage, load_llm, resolve_answers
+from collm_dist.tuning.loaded_stage import (
+    LoadedStage,
+    assemble_stage,
+    build_stage_collator,
+    load_llm,
+    resolve_answers,
+)
 from collm_dist.tuning.projector_items import write_projector_items
 
 logger = logging.getLogger(__name__)
@@ -59,7 +65,7 @@ class Stage2:
         backbone = load_llm(config.llm, self._find_merged_backbone(run_dir))
         answer_ids = resolve_answers(config, backbone)
         cf_model = _load_cf_start(config, run_dir, load_manifest(run_dir.step_dir("data")))
-        collator = build_collator(
+        collator = build_stage_collator(
             config,
             run_dir,
             backbone.tokenizer,
@@ -119,8 +125,8 @@ class Stage2:
     def load(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
         """Build the model and load what was trained; see ``Stage.load``."""
         loaded = self.build(run_dir, device)
-        mapper, cf_model = loaded.model.slot_mapper, loaded.model.cf_model
-        load_mapper(mapper, cf_model, run_dir.step_dir(self.name) / "mapping.safetensors")
+        model, path = loaded.model, run_dir.step_dir(self.name) / "mapping.safetensors"
+        load_mapper(model.slot_mapper, model.cf_model, path, model.anchored_score)
         return loaded
 
     def _find_merged_backbone(self, run_dir: RunDir) -> Path | None:

@@ -18,6 +18,8 @@ from tests.golden.collect import read_json
 from tests.golden.make_run import ASSET, LAST_CHECKPOINT, STEPS_DONE, collect_expected, set_input_times
 from tests.golden.records import compare
 
+LATER_RIVALS = {"text_similarity", "blend"}
+
 
 @pytest.fixture
 def old_run(tmp_path, monkeypatch):
@@ -56,7 +58,19 @@ def test_it_goes_on_and_comes_to_the_same_end(old_run, capsys):
     # A restart from the beginning would have rewritten this file.
     assert kept.stat().st_mtime_ns == untouched
     run_evaluation(config, old_run)
-    compare(record, collect_expected(old_run.path), f"{ASSET.name}.json")
+    compare(record, _leave_out_later_rivals(collect_expected(old_run.path)), f"{ASSET.name}.json")
+
+
+def _leave_out_later_rivals(results):
+    """Return the results without the models and keys that reports have had since 0.1."""
+    report = results["eval"]["report"]
+    for name in ("rows", "differences", "calibration"):
+        report[name] = [row for row in report[name] if not LATER_RIVALS & {row["model"], row.get("versus")}]
+    for name in ("anchor", "proven_loss"):
+        del report[name]
+    scores = results["eval"]["scores"]
+    results["eval"]["scores"] = {name: rows for name, rows in scores.items() if name.split("-")[0] not in LATER_RIVALS}
+    return results
 
 
 def test_what_it_was_made_from_is_looked_at(old_run):

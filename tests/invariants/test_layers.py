@@ -29,11 +29,12 @@ LEVELS = {
     "data": 1,
     "llm": 1,
     "cf": 2,
-    "tuning": 3,
-    "evaluation": 4,
-    "serving": 5,
-    "orchestration": 6,
-    "commands": 7,
+    "anchor": 3,
+    "tuning": 4,
+    "evaluation": 5,
+    "serving": 6,
+    "orchestration": 7,
+    "commands": 8,
 }
 # llm takes tensors and a protocol; it knows neither the collaborative models nor the data.
 FORBIDDEN = {"llm": {"cf", "data"}}

@@ -137,6 +137,9 @@ def write_data_step(
             "last_timestamp": int(rows["timestamp"][chosen].max()),
         }
     buckets = _write_buckets(data_dir, rows, num_users)
+    texts = [f"item {number} {'even' if number % 2 == 0 else 'odd'}" for number in range(num_items)]
+    ids = [str(number) for number in range(num_items)]
+    pq.write_table(pa.table({"item_id": ids, "title": texts, "text": texts}), data_dir / "items.parquet")
     record = {
         "format_version": 1,
         "num_users": num_users,

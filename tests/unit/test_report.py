@@ -20,6 +20,7 @@ from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.report_markdown import render_markdown, render_table
 from collm_dist.evaluation.report_notes import estimate_standard_error
 from collm_dist.evaluation.score_files import align_scores
+from collm_dist.evaluation.simple_rivals import describe_proven_loss
 from collm_dist.metrics import compute_auc, compute_ndcg, compute_uauc
 from collm_dist.runs.atomic_files import write_json
 from tests.unit.cf_data import fit_and_export, make_cf
@@ -29,7 +30,7 @@ ROW_KEYS = {
     *("model", "split", "slice", "rows", "users_counted", "logloss", "training_labels", "inputs"),
     *("auc", "auc_low", "auc_high", "uauc", "uauc_low", "uauc_high"),
 }
-TRIVIAL = ["item_mean", "item_user_mean", "bias_logistic", "as_of_logistic"]
+TRIVIAL = ["item_mean", "item_user_mean", "bias_logistic", "as_of_logistic", "text_similarity", "blend"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_clicks_are_ranked(tmp_path):
     run_dir = write_data_step(tmp_path, "implicit")
     report = run_evaluation(build_config(tmp_path, feedback="implicit"), run_dir)
     of_test = {row["model"]: row for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")}
-    assert list(of_test) == ["popularity", "last_item_cooccurrence"]
+    assert list(of_test) == ["popularity", "last_item_cooccurrence", "text_similarity", "blend"]
     row = of_test["popularity"]
     assert row["logloss"] is None
     assert set(row) >= {"ndcg@1", "ndcg@2_low", "hr@2", "lists", *ROW_KEYS}
@@ -249,12 +250,24 @@ def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_pa
     assert of_all["test", "stage2"]["inputs"] == "all earlier feedback"
     of_test = [row for row in report["differences"] if (row["split"], row["slice"]) == ("test", "all")]
     gain = {row["versus"]: row for row in of_test if row["model"] == "stage2"}
-    assert set(gain) == {"slots_without_llm", "slots_shuffled", "stage1", report["best_trivial"]}
+    assert set(gain) == {"blend", "slots_without_llm", "slots_shuffled", "stage1", report["best_trivial"]}
     assert gain["slots_shuffled"]["auc_low"] > 0
     expected = of_all["test", "stage2"]["auc"] - of_all["test", "stage1"]["auc"]
     assert gain["stage1"]["auc"] == pytest.approx(expected, abs=1e-12)
     assert any("on its training rows" in note for note in report["notes"])
     assert "stage 2 (text + slots) vs slots without LLM" in render_markdown({**report, "plots": []})
+
+
+def test_a_stage_2_below_its_anchor_is_reported():
+    row = {"split": "test", "slice": "all", "model": "stage2", "versus": "blend", "rows": 900, "auc": -0.02,
+           "auc_low": -0.03, "auc_high": -0.01}  # fmt: skip
+    report = {"anchor": "blend", "differences": [row]}
+    assert describe_proven_loss(report, "auc").startswith(
+        "stage 2 is proven worse than its anchor: auc -0.0200 [-0.0300, -0.0100] on 900 rows of test."
+    )
+    assert describe_proven_loss({**report, "differences": [row | {"auc_high": 0.001}]}, "auc") is None
+    assert describe_proven_loss({**report, "differences": [row | {"versus": "cf"}]}, "auc") is None
+    assert describe_proven_loss({**report, "differences": [row | {"auc_high": None}]}, "auc") is None
 
 
 def test_collaborative_model_is_scored_and_feeds_the_slots_alone(tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from collm_dist.data.samples.pair_features import PAIR_FEATURES, compute_pair_features
-from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots, pad_histories
+from collm_dist.data.shards.context_block import pad_histories
+from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots
 from collm_dist.evaluation.slots_mlp import fit_slots_mlp
 from collm_dist.metrics import compute_auc
 from tests.unit.evaluation_data import build_block

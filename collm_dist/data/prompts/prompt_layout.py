@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from collm_dist.config import Config
 from collm_dist.data.prompts.item_tokens import ItemTokens, load_item_tokens
@@ -25,7 +26,7 @@ from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment, loa
 from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct, to_offsets
 from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, Masking, PromptTokens, find_slots
 from collm_dist.data.samples.pair_features import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.context_block import ContextBlock, IntArray, pad_histories
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch, Segments
@@ -66,6 +67,7 @@ class PromptCollator:
         tokens_per_slot: int,
         user_depends_on_target: bool,
         time_cuts: Sequence[int] = (),
+        compute_anchors: Callable[[ContextBlock], NDArray[np.float32]] | None = None,
     ) -> None:
         """Tokenize the template.
 
@@ -80,6 +82,7 @@ class PromptCollator:
             tokens_per_slot: number of soft tokens per slot.
             user_depends_on_target: whether each target has a separate user vector.
             time_cuts: timestamps (seconds) at which the vectors behind the slots change; see ``cut_contexts``.
+            compute_anchors: returns the (N,) anchors of a block's targets; None = all are 0.
 
         Raises:
             ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
@@ -92,6 +95,7 @@ class PromptCollator:
         self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
         self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
+        self._compute_anchors = compute_anchors
 
         def tokenize(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -211,6 +215,9 @@ class PromptCollator:
             "tree_positions": positions,
             "last": branch_positions[branch.offsets[1:] - 1],
             "pair_features": compute_pair_features(block),
+            "anchors": np.zeros(block.num_targets, np.float32)
+            if self._compute_anchors is None
+            else self._compute_anchors(block),
             "labels": block.label.astype(np.float32),
             "weights": np.full(block.num_targets, weight, dtype=np.float32),
             "row_ids": block.row_id,
@@ -296,11 +303,7 @@ class PromptCollator:
 
     def list_user_queries(self, block: ContextBlock) -> dict[str, IntArray]:
         """Return ``user_idx``, ``user_history``, ``user_target`` and ``user_timestamps``, as in ``PromptBatch``."""
-        history = Ragged(block.history_offsets, block.history_items)
-        history = history.take_last(np.full(block.num_contexts, self._cf_history_length))
-        matrix = np.full((block.num_contexts, self._cf_history_length), -1, dtype=np.int64)
-        shift = self._cf_history_length - history.lengths
-        matrix[history.rows, history.columns + shift[history.rows]] = history.values
+        matrix = pad_histories(block, self._cf_history_length)
         if not self._user_depends_on_target:
             no_target = np.full(block.num_contexts, -1, dtype=np.int64)
             times = block.timestamp[block.target_offsets[:-1]]
@@ -339,6 +342,7 @@ def build_collator(
     *,
     user_depends_on_target: bool = False,
     time_cuts: Sequence[int] = (),
+    compute_anchors: Callable[[ContextBlock], NDArray[np.float32]] | None = None,
 ) -> PromptCollator:
     """Return the collator of a stage.
 
@@ -347,7 +351,7 @@ def build_collator(
         run_dir: run directory with a finished data step.
         tokenizer: tokenizer of the backbone.
         stage: the tuning stage.
-        user_depends_on_target, time_cuts: see ``PromptCollator``.
+        user_depends_on_target, time_cuts, compute_anchors: see ``PromptCollator``.
 
     Raises:
         ConfigError: the prompt is invalid.
@@ -371,4 +375,5 @@ def build_collator(
         tokens_per_slot=config.mapping.tokens_per_slot,
         user_depends_on_target=user_depends_on_target,
         time_cuts=time_cuts,
+        compute_anchors=compute_anchors,
     )

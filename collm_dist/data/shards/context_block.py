@@ -149,3 +149,13 @@ def concatenate_blocks(blocks: list[ContextBlock]) -> ContextBlock:
         else:
             arrays[field.name] = np.concatenate(parts)
     return ContextBlock(**arrays)
+
+
+def pad_histories(block: ContextBlock, length: int) -> IntArray:
+    """Return the last ``length`` liked items of each context as (C, length), right-aligned, -1 = padding."""
+    lengths = np.minimum(np.diff(block.history_offsets), length)
+    padded = np.full((block.num_contexts, length), -1, dtype=np.int64)
+    is_item = np.arange(length) >= length - lengths[:, None]
+    positions = block.history_offsets[1:, None] - length + np.arange(length)
+    padded[is_item] = block.history_items[positions[is_item]]
+    return padded

@@ -1,0 +1,205 @@
+"""Anchors: logistic regressions on simple scores, fitted by time folds, as files of a run.
+
+A training row of fold k is scored with the weights fitted to the rows of earlier folds, so its anchor depends on no
+label of an equal or later time. Rows of fold 0 have the anchor 0. Rows after the training data are scored with the
+weights fitted to all training rows.
+
+Shapes: N targets, F time folds, X features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from collm_dist.anchor.cooccurrence import Cooccurrence
+from collm_dist.anchor.features import FEATURES, AnchorKind, FeatureSource
+from collm_dist.anchor.text_similarity import TextSimilarity
+from collm_dist.cf.model_files import load_cf_model
+from collm_dist.config import Config
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.interactions import load_interactions, load_item_table
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.errors import ArtifactError
+from collm_dist.metrics import FloatArray
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.run_dir import RunDir
+
+NUM_FOLDS = 16
+FORMAT_VERSION = 1
+_RECORD, _TEXTS, _COOCCURRENCE = "anchor.json", "texts.npz", "cooccurrence.npz"
+# Rows that the weights are fitted to; contexts beyond them are left out by hash.
+_MAX_FIT_ROWS = 2_000_000
+_BATCH_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A fitted anchor.
+
+    Attributes:
+        source: computes the features.
+        weights: (F, X) weights of each fold.
+        intercepts: (F,).
+    """
+
+    source: FeatureSource
+    weights: FloatArray
+    intercepts: FloatArray
+
+    def score(self, block: ContextBlock) -> NDArray[np.float32]:
+        """Return the (N,) anchors of a block's targets, logits of a like."""
+        folds = self.source.find_folds(block)
+        logits = (self.source.compute(block) * self.weights[folds]).sum(axis=1) + self.intercepts[folds]
+        return np.asarray(logits, dtype=np.float32)
+
+
+def prepare_anchor(config: Config, run_dir: RunDir) -> None:
+    """Fit the configured anchor and write its folder, unless it is there already for today's data and CF model.
+
+    Raises:
+        ArtifactError: the data step, or a CF step that the anchor reads, is not done.
+    """
+    kind = config.anchor.kind
+    if kind is None or _read_inputs(run_dir) == _list_inputs(config, run_dir, kind):
+        return
+    anchor = fit_anchor(config, run_dir, kind)
+    folder = run_dir.anchor_dir
+    folder.mkdir(exist_ok=True)
+    (folder / _RECORD).unlink(missing_ok=True)
+    if anchor.source.texts is not None and anchor.source.cooccurrence is not None:
+        anchor.source.texts.save(folder / _TEXTS)
+        anchor.source.cooccurrence.save(folder / _COOCCURRENCE)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "inputs": _list_inputs(config, run_dir, kind),
+        "features": FEATURES[kind],
+        "fold_starts": anchor.source.fold_starts,
+        "weights": anchor.weights.tolist(),
+        "intercepts": anchor.intercepts.tolist(),
+    }
+    write_json(folder / _RECORD, record)
+
+
+def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
+    """Load the anchor of a run; None if ``anchor.kind`` is none.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or belongs to other data or another CF model.
+    """
+    kind = config.anchor.kind
+    if kind is None:
+        return None
+    path = run_dir.anchor_dir / _RECORD
+    if _read_inputs(run_dir) != _list_inputs(config, run_dir, kind):
+        raise ArtifactError(f"{path} is missing or belongs to other data; run the stage again, it makes the anchor")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        weights, intercepts = np.asarray(record["weights"]), np.asarray(record["intercepts"])
+        starts = tuple(record["fold_starts"])
+        if weights.shape != (len(starts) + 1, len(FEATURES[kind])) or intercepts.shape != weights.shape[:1]:
+            raise ValueError(f"weights of shape {weights.shape}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): delete {path.parent}, it is made again") from error
+    texts = TextSimilarity.load(path.parent / _TEXTS) if kind == "blend" else None
+    cooccurrence = Cooccurrence.load(path.parent / _COOCCURRENCE) if kind == "blend" else None
+    return Anchor(_build_source(config, run_dir, kind, starts, texts, cooccurrence), weights, intercepts)
+
+
+def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
+    """Fit an anchor of a run, without writing it.
+
+    Raises:
+        ArtifactError: the data step, or a CF step that the anchor reads, is not done.
+    """
+    data_dir = run_dir.step_dir("data")
+    manifest = load_manifest(data_dir)
+    split = manifest.splits["train"]
+    max_contexts = None if split.rows <= _MAX_FIT_ROWS else max(1, _MAX_FIT_ROWS * split.contexts // split.rows)
+    order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_contexts=max_contexts)
+    blocks = list(order.iter_batches())
+    starts = compute_fold_starts(np.concatenate([block.timestamp for block in blocks]), split.last_timestamp)
+    texts = cooccurrence = None
+    if kind == "blend":
+        texts = TextSimilarity.fit(load_item_table(data_dir)["text"])
+        columns = ("user_idx", "item_idx", "label", "sampled", "timestamp")
+        train = load_interactions(data_dir, columns, "train", include_sampled=False)
+        cooccurrence = Cooccurrence.fit(train, manifest.num_items, starts)
+    source = _build_source(config, run_dir, kind, starts, texts, cooccurrence)
+    features = np.concatenate([source.compute(block) for block in blocks])
+    labels = np.concatenate([block.label for block in blocks])
+    folds = np.concatenate([source.find_folds(block) for block in blocks])
+    weights, intercepts = np.zeros((len(starts) + 1, features.shape[1])), np.zeros(len(starts) + 1)
+    for fold in range(1, len(starts) + 1):
+        weights[fold], intercepts[fold] = _fit_logistic(features[folds < fold], labels[folds < fold])
+    return Anchor(source, weights, intercepts)
+
+
+def compute_fold_starts(timestamps: IntArray, last_timestamp: int) -> tuple[int, ...]:
+    """Return the timestamps at which folds 1, 2, ... and the time after the training rows begin.
+
+    Up to ``NUM_FOLDS`` folds hold about equal numbers of rows; rows of one second are in one fold. Fewer distinct
+    timestamps give fewer folds.
+    """
+    times = np.sort(timestamps)
+    quantiles = {int(times[len(times) * fold // NUM_FOLDS]) for fold in range(1, NUM_FOLDS)}
+    return (*sorted(start for start in quantiles if start > times[0]), last_timestamp + 1)
+
+
+def _build_source(
+    config: Config,
+    run_dir: RunDir,
+    kind: AnchorKind,
+    starts: Sequence[int],
+    texts: TextSimilarity | None,
+    cooccurrence: Cooccurrence | None,
+) -> FeatureSource:
+    manifest = load_manifest(run_dir.step_dir("data"))
+    cf = load_cf_model(run_dir, manifest) if _reads_cf(config, run_dir, kind) else None
+    return FeatureSource(kind, tuple(starts), cf, texts, cooccurrence, manifest.max_history_length)
+
+
+def _reads_cf(config: Config, run_dir: RunDir, kind: AnchorKind) -> bool:
+    """Return whether the anchor reads the CF model.
+
+    The blend of a report leaves out a model that has seen the labels of the training rows, or is not trained yet.
+    """
+    if kind == "blend" and (config.cf.model == "none" or config.cf.cross_fit == "off" or not run_dir.is_done("cf")):
+        return False
+    return kind in ("cf", "blend")
+
+
+def _list_inputs(config: Config, run_dir: RunDir, kind: AnchorKind) -> dict[str, str]:
+    """Return what the anchor depends on: its kind, and the content hashes of data and CF model."""
+    inputs = {"kind": str(kind), "data": load_manifest(run_dir.step_dir("data")).content_hash}
+    if _reads_cf(config, run_dir, kind):
+        inputs["cf"] = run_dir.read_record("cf")["content_hash"]
+    return inputs
+
+
+def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
+    """Return the inputs that the run's anchor was made from; None if there is no readable record."""
+    try:
+        record = json.loads((run_dir.anchor_dir / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_current = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
+    return record.get("inputs") if is_current else None
+
+
+def _fit_logistic(features: FloatArray, labels: IntArray) -> tuple[FloatArray, float]:
+    """Return weights and intercept of a logistic regression on standardized features, for the features as they are."""
+    if labels.min() == labels.max():
+        likes, rows = labels.sum(), len(labels)
+        return np.zeros(features.shape[1]), float(np.log((likes + 0.5) / (rows - likes + 0.5)))
+    scaler = StandardScaler().fit(features)
+    regression = LogisticRegression(max_iter=1000).fit(scaler.transform(features), labels)
+    weights = regression.coef_[0] / scaler.scale_
+    return weights, float(regression.intercept_[0] - weights @ scaler.mean_)
