@@ -7,17 +7,20 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from collm_dist.anchor import fit_anchor
 from collm_dist.cf.cross_fit import compute_fold_starts
 from collm_dist.cf.model_export import compute_export_factors
 from collm_dist.cf.model_files import load_cf_model
+from collm_dist.config import Config
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import DataError
 from collm_dist.evaluation.slot_inputs import build_slot_inputs
 from collm_dist.metrics import compute_auc
+from collm_dist.runs.atomic_files import write_json
 from tests.unit.cf_data import MODELS, build, fit_and_export, make_cf
-from tests.unit.evaluation_run import write_data_step
+from tests.unit.evaluation_run import build_config, write_data_step
 
 SLOTS = frozenset({"UserID", "TargetItemID", "MatchID"})
 
@@ -152,3 +155,27 @@ def test_more_folds_than_distinct_timestamps_are_refused(tmp_path):
     manifest = load_manifest(run_dir.step_dir("data"))
     with pytest.raises(DataError, match=r"cf\.cross_fit: 500 folds"):
         compute_fold_starts(run_dir.step_dir("data"), manifest, 500)
+
+
+def score_anchor(run_dir, kind):
+    """Return the anchors of all training rows, with the cross-fitted CF model among their scores, and the block."""
+    write_json(run_dir.record_path("cf"), {"content_hash": "models"})
+    settings = build_config(run_dir.path).model_dump()
+    config = Config.model_validate(settings | {"cf": settings["cf"] | {"cross_fit": 4}})
+    data_dir = run_dir.step_dir("data")
+    order = GlobalOrder(data_dir, load_manifest(data_dir), "train", 0, 10_000, shuffle=False)
+    block = concatenate_blocks(list(order.iter_batches()))
+    return fit_anchor(config, run_dir, kind).score(block), block
+
+
+@pytest.mark.parametrize("kind", ["cf", "blend"])
+def test_a_flipped_label_changes_no_anchor_of_an_earlier_or_simultaneous_row(tmp_path, kind):
+    cf = make_cf("mf", fold_epochs=3, num_epochs=3)
+    run_dir, _ = cross_fit(tmp_path / "plain", cf, 4, rows_per_second=6)
+    before, block = score_anchor(run_dir, kind)
+    (row,) = find_simultaneous_rows(block, 1)
+    other_dir, _ = cross_fit(tmp_path / "flipped", cf, 4, rows_per_second=6, flip=row)
+    after, _ = score_anchor(other_dir, kind)
+    is_later = block.timestamp > block.timestamp[block.row_id == row]
+    assert np.array_equal(before[~is_later], after[~is_later])
+    assert not np.array_equal(before[is_later], after[is_later])
