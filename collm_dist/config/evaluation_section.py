@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from collm_dist.config.section import Section, operational
+from collm_dist.config.section import Section, operational, optional
 
 
 class EvaluationConfig(Section):
@@ -14,6 +14,11 @@ class EvaluationConfig(Section):
 
     splits: tuple[Literal["valid", "test"], ...] = Field(("valid", "test"), description="Splits in the report.")
     max_users: int | None = Field(None, ge=1, description="Evaluate this many users, chosen by hash; default: all.")
+    max_contexts: int | None = optional(
+        "Evaluate this many contexts of each split (a user after a number of likes, with all targets), chosen by hash "
+        "after max_users; default: all. In the same time it covers more users than max_users alone.",
+        ge=1,
+    )
     train_contexts: int = Field(
         500,
         ge=0,

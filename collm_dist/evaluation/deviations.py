@@ -28,9 +28,9 @@ _RAW_DATA_SETTINGS = (
 )  # fmt: skip
 _SETTINGS = (
     "dataset.feedback", "preprocessing.ties", "cf.select_metric", "cf.cross_fit", "prompt.score",
-    "prompt.history_length", "lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules",
+    "anchor.kind", "prompt.history_length", "lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules",
     "mapping.hidden_multiple", "mapping.tokens_per_slot", "mapping.mask_probability", "stage1.enabled",
-    "stage1.learning_rate", "stage2.train_cf", "evaluation.max_users",
+    "stage1.learning_rate", "stage2.train_cf", "evaluation.max_users", "evaluation.max_contexts",
 )  # fmt: skip
 _STAGE_SETTINGS = (
     "global_batch_size", "warmup_steps", "weight_decay", "adam_betas", "max_grad_norm", "max_steps",

@@ -109,7 +109,7 @@ def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str
     evaluation = config.evaluation
     splits: dict[str, EvaluatedSplit] = {}
     for split in dict.fromkeys(evaluation.splits):
-        splits[split] = load(split, max_users=evaluation.max_users)
+        splits[split] = load(split, max_users=evaluation.max_users, max_contexts=evaluation.max_contexts)
     train_contexts = min(evaluation.train_contexts, config.stage1.max_train_contexts or evaluation.train_contexts)
     if train_contexts and run_dir.is_done("stage1") and get_stage(config, "stage1").is_enabled:
         splits["train"] = load("train", max_contexts=train_contexts)

@@ -121,6 +121,11 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Only {evaluation.max_users:,} users, chosen by hash, are evaluated; they are the same for all models."
         )
+    if evaluation.max_contexts is not None:
+        notes.append(
+            f"Only {evaluation.max_contexts:,} contexts of a split, chosen by hash, are evaluated; they are the same "
+            "for all models."
+        )
     if data["sampling"] is not None:
         sampling = data["sampling"]
         notes.append(
