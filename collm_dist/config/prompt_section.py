@@ -14,8 +14,7 @@ class PromptConfig(Section):
 
     stage1: str = Field(
         "configs/prompts/stage1.txt",
-        description="Prompt of stage 1: a file, or the text itself. Fields: <ItemTitleList> "
-        "<DislikedTitleList> <TargetItemTitle>.",
+        description="Prompt of stage 1: a file, or the text itself. Fields: <ItemTitleList> <TargetItemTitle>.",
     )
     stage2: str = Field(
         "configs/prompts/stage2.txt",
@@ -37,12 +36,3 @@ class PromptConfig(Section):
         description="Longest prompt in tokens; the oldest items of the history are dropped to fit, slots never.",
     )
     empty_history_text: str = Field("(nothing yet)", description="Text in place of an empty history.")
-    disliked_length: int | None = Field(
-        None,
-        ge=1,
-        description="Most recent disliked items in a prompt with <DislikedTitleList>, oldest first; default: 5. They "
-        "get the room that the history leaves; the oldest are dropped to fit.",
-    )
-    empty_dislikes_text: str | None = Field(
-        None, description="Text in place of an empty list of dislikes; default: empty_history_text."
-    )

@@ -121,7 +121,7 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
     shared = padded = StepCost(0, 0, 0)
     contexts = prefix_tokens = 0
     pieces: list[PromptBatch] = []
-    for block in map(collator.cut_contexts, blocks):
+    for block in blocks:
         batch = collator.collate(block, block)
         counts = collator.count_tokens(block)
         lengths = (counts.header + counts.prefix + counts.tail)[block.target_contexts] + counts.branch
