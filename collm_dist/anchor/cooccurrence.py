@@ -6,7 +6,6 @@ Shapes: F time folds, N targets, K keys.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,13 @@ from numpy.typing import NDArray
 
 from collm_dist.data.prompts.ragged import Ragged
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
-from collm_dist.errors import ArtifactError
 from collm_dist.metrics import FloatArray
-from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.random_keys import hash_integers
 
 # Two items co-occur if a user liked them within this many likes of each other.
 WINDOW = 10
-# The latest likes are counted, at most this many: each stores up to WINDOW pairs of 8 bytes.
-_MAX_LIKES = 5_000_000
+# Users are left out, by hash, beyond about this many likes: each stores up to WINDOW pairs of 8 bytes.
+MAX_LIKES = 5_000_000
 
 
 class Cooccurrence:
@@ -44,9 +42,10 @@ class Cooccurrence:
             num_items: size of the item table.
             fold_starts: timestamps (seconds) at which folds 1, 2, ... begin.
         """
-        rows = np.flatnonzero((train["label"] == 1) & (train["sampled"] == 0))
-        if len(rows) > _MAX_LIKES:
-            rows = np.sort(rows[np.argsort(train["timestamp"][rows], kind="stable")[-_MAX_LIKES:]])
+        # By all rows, not by likes: which users count must not depend on a label.
+        share = min(1.0, MAX_LIKES / max(1, len(train["label"])))
+        is_kept = (hash_integers(0, train["user_idx"]) >> np.uint64(11)) / 2**53 < share
+        rows = np.flatnonzero((train["label"] == 1) & (train["sampled"] == 0) & is_kept)
         users, items = train["user_idx"][rows], train["item_idx"][rows].astype(np.int64)
         folds = np.searchsorted(np.asarray(fold_starts), train["timestamp"][rows], side="right")
         num_folds = len(fold_starts) + 1
@@ -59,22 +58,14 @@ class Cooccurrence:
         return cls(np.sort(np.concatenate(pairs)), np.sort(items * num_folds + folds), num_items, num_folds)
 
     @classmethod
-    def load(cls, path: Path) -> Cooccurrence:
-        """Load a file of ``save``.
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Cooccurrence:
+        """Build the table from the result of ``to_arrays``."""
+        return cls(arrays["pairs"], arrays["items"], *arrays["sizes"].tolist())
 
-        Raises:
-            ArtifactError: the file is missing or damaged.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(arrays["pairs"], arrays["items"], *arrays["sizes"].tolist())
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            raise ArtifactError(f"{path}: cannot be loaded ({error}); delete the folder, it is made again") from error
-
-    def save(self, path: Path) -> None:
-        """Write the counts as an .npz file."""
-        with open_atomic(path, "wb") as file:
-            np.savez(file, pairs=self._pairs, items=self._items, sizes=np.array([self._num_items, self._num_folds]))
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the counts as arrays by name."""
+        sizes = np.array([self._num_items, self._num_folds])
+        return {"pairs": self._pairs, "items": self._items, "sizes": sizes}
 
     def score(self, block: ContextBlock, folds: IntArray) -> FloatArray:
         """Return (N,) scores: the cosine-normalized co-occurrences of each target with the last likes, added up.

@@ -13,9 +13,10 @@ import torch
 
 from collm_dist.anchor.cooccurrence import Cooccurrence
 from collm_dist.anchor.text_similarity import TEXT_FEATURES, TextSimilarity
+from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.data.samples.pair_features import PAIR_FEATURES, compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, IntArray, pad_histories
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.metrics import FloatArray
 
 AnchorKind = Literal["cf", "as_of", "blend"]
@@ -30,7 +31,7 @@ FEATURES: dict[AnchorKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What the features of an anchor are computed from.
+    """Sources of the features of an anchor.
 
     Attributes:
         kind: the anchor's kind; ``FEATURES`` lists its features.
@@ -70,13 +71,6 @@ class FeatureSource:
         """Return (N, 2): the logit by the model of the target's fold, and whether no model knows the row."""
         if self.cf is None:
             return np.stack([np.zeros(block.num_targets), np.ones(block.num_targets)], axis=1)
-        contexts = block.target_contexts
-        histories = torch.from_numpy(pad_histories(block, self.history_length)[contexts])
-        logits, is_known = self.cf.score_as_of(
-            torch.from_numpy(block.user_idx[contexts]),
-            histories,
-            torch.from_numpy(block.item_idx),
-            torch.from_numpy(block.timestamp),
-            torch.from_numpy(compute_pair_features(block)),
-        )
+        batch = CfBatch.from_block(block, self.history_length)
+        logits, is_known = self.cf.score_as_of(batch, torch.from_numpy(block.timestamp))
         return np.stack([logits.double().numpy(), 1.0 - is_known.double().numpy()], axis=1)

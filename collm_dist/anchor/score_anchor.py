@@ -10,10 +10,12 @@ Shapes: N targets, F time folds, X features.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -21,23 +23,25 @@ from sklearn.preprocessing import StandardScaler
 from collm_dist.anchor.cooccurrence import Cooccurrence
 from collm_dist.anchor.features import FEATURES, AnchorKind, FeatureSource
 from collm_dist.anchor.text_similarity import TextSimilarity
+from collm_dist.cf.cross_fit import load_train_times
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
-from collm_dist.data.shards.global_order import GlobalOrder
+from collm_dist.data.shards.global_order import GlobalOrder, slice_targets
 from collm_dist.data.shards.interactions import load_interactions, load_item_table
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.metrics import FloatArray
-from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.atomic_files import compute_file_hash, open_atomic, write_json
 from collm_dist.runs.run_dir import RunDir
 
 NUM_FOLDS = 16
 FORMAT_VERSION = 1
-_RECORD, _TEXTS, _COOCCURRENCE = "anchor.json", "texts.npz", "cooccurrence.npz"
-# Rows that the weights are fitted to; contexts beyond them are left out by hash.
+_RECORD, _ARRAYS = "anchor.json", "arrays.safetensors"
+# The weights are fitted to about this many rows; users beyond them are left out, by hash.
 _MAX_FIT_ROWS = 2_000_000
-_BATCH_ROWS = 1 << 16
+# Rows whose features are computed at once.
+_BATCH_ROWS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,13 @@ class Anchor:
 
     def score(self, block: ContextBlock) -> NDArray[np.float32]:
         """Return the (N,) anchors of a block's targets, logits of a like."""
-        folds = self.source.find_folds(block)
-        logits = (self.source.compute(block) * self.weights[folds]).sum(axis=1) + self.intercepts[folds]
-        return np.asarray(logits, dtype=np.float32)
+        logits = np.empty(block.num_targets, dtype=np.float32)
+        for start in range(0, block.num_targets, _BATCH_ROWS):
+            stop = min(start + _BATCH_ROWS, block.num_targets)
+            part = slice_targets(block, start, stop)
+            folds = self.source.find_folds(part)
+            logits[start:stop] = (self.source.compute(part) * self.weights[folds]).sum(axis=1) + self.intercepts[folds]
+        return logits
 
 
 def prepare_anchor(config: Config, run_dir: RunDir) -> None:
@@ -74,11 +82,18 @@ def prepare_anchor(config: Config, run_dir: RunDir) -> None:
     folder = run_dir.anchor_dir
     folder.mkdir(exist_ok=True)
     (folder / _RECORD).unlink(missing_ok=True)
-    if anchor.source.texts is not None and anchor.source.cooccurrence is not None:
-        anchor.source.texts.save(folder / _TEXTS)
-        anchor.source.cooccurrence.save(folder / _COOCCURRENCE)
+    parts = {"texts": anchor.source.texts, "cooccurrence": anchor.source.cooccurrence}
+    arrays = {
+        f"{name}.{key}": np.ascontiguousarray(array)
+        for name, part in parts.items()
+        if part is not None
+        for key, array in part.to_arrays().items()
+    }
+    with open_atomic(folder / _ARRAYS, "wb") as file:
+        file.write(safetensors.numpy.save(arrays))
     record = {
         "format_version": FORMAT_VERSION,
+        "arrays_sha256": compute_file_hash(folder / _ARRAYS),
         "inputs": _list_inputs(config, run_dir, kind),
         "features": FEATURES[kind],
         "fold_starts": anchor.source.fold_starts,
@@ -102,15 +117,24 @@ def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
         raise ArtifactError(f"{path} is missing or belongs to other data; run the stage again, it makes the anchor")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if compute_file_hash(path.with_name(_ARRAYS)) != record["arrays_sha256"]:
+            raise ValueError(f"the SHA-256 of {_ARRAYS} differs")
+        arrays = safetensors.numpy.load_file(path.with_name(_ARRAYS))
         weights, intercepts = np.asarray(record["weights"]), np.asarray(record["intercepts"])
         starts = tuple(record["fold_starts"])
         if weights.shape != (len(starts) + 1, len(FEATURES[kind])) or intercepts.shape != weights.shape[:1]:
             raise ValueError(f"weights of shape {weights.shape}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): delete {path.parent}, it is made again") from error
-    texts = TextSimilarity.load(path.parent / _TEXTS) if kind == "blend" else None
-    cooccurrence = Cooccurrence.load(path.parent / _COOCCURRENCE) if kind == "blend" else None
+        texts = TextSimilarity.from_arrays(_take_part(arrays, "texts")) if kind == "blend" else None
+        cooccurrence = Cooccurrence.from_arrays(_take_part(arrays, "cooccurrence")) if kind == "blend" else None
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path.parent} is damaged ({error}): delete the folder, it is made again") from error
     return Anchor(_build_source(config, run_dir, kind, starts, texts, cooccurrence), weights, intercepts)
+
+
+def _take_part(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays of one part by their names in it."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
 
 
 def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
@@ -122,10 +146,7 @@ def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
     data_dir = run_dir.step_dir("data")
     manifest = load_manifest(data_dir)
     split = manifest.splits["train"]
-    max_contexts = None if split.rows <= _MAX_FIT_ROWS else max(1, _MAX_FIT_ROWS * split.contexts // split.rows)
-    order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_contexts=max_contexts)
-    blocks = list(order.iter_batches())
-    starts = compute_fold_starts(np.concatenate([block.timestamp for block in blocks]), split.last_timestamp)
+    starts = divide_times(load_train_times(data_dir, manifest), split.last_timestamp)
     texts = cooccurrence = None
     if kind == "blend":
         texts = TextSimilarity.fit(load_item_table(data_dir)["text"])
@@ -133,22 +154,27 @@ def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
         train = load_interactions(data_dir, columns, "train", include_sampled=False)
         cooccurrence = Cooccurrence.fit(train, manifest.num_items, starts)
     source = _build_source(config, run_dir, kind, starts, texts, cooccurrence)
-    features = np.concatenate([source.compute(block) for block in blocks])
-    labels = np.concatenate([block.label for block in blocks])
-    folds = np.concatenate([source.find_folds(block) for block in blocks])
+    # Users, not contexts: which rows are left out must not depend on a label.
+    max_users = None if split.rows <= _MAX_FIT_ROWS else max(1, _MAX_FIT_ROWS * manifest.num_users // split.rows)
+    order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_users=max_users)
+    rows = [(source.compute(block), block.label, source.find_folds(block)) for block in order.iter_batches()]
+    features, labels, folds = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     weights, intercepts = np.zeros((len(starts) + 1, features.shape[1])), np.zeros(len(starts) + 1)
     for fold in range(1, len(starts) + 1):
         weights[fold], intercepts[fold] = _fit_logistic(features[folds < fold], labels[folds < fold])
     return Anchor(source, weights, intercepts)
 
 
-def compute_fold_starts(timestamps: IntArray, last_timestamp: int) -> tuple[int, ...]:
-    """Return the timestamps at which folds 1, 2, ... and the time after the training rows begin.
+def divide_times(times: IntArray, last_timestamp: int) -> tuple[int, ...]:
+    """Return the timestamps (seconds) at which folds 1, 2, ... and the time after the training rows begin.
 
     Up to ``NUM_FOLDS`` folds hold about equal numbers of rows; rows of one second are in one fold. Fewer distinct
     timestamps give fewer folds.
+
+    Args:
+        times: sorted timestamps of the training rows.
+        last_timestamp: of the training rows.
     """
-    times = np.sort(timestamps)
     quantiles = {int(times[len(times) * fold // NUM_FOLDS]) for fold in range(1, NUM_FOLDS)}
     return (*sorted(start for start in quantiles if start > times[0]), last_timestamp + 1)
 
@@ -177,7 +203,7 @@ def _reads_cf(config: Config, run_dir: RunDir, kind: AnchorKind) -> bool:
 
 
 def _list_inputs(config: Config, run_dir: RunDir, kind: AnchorKind) -> dict[str, str]:
-    """Return what the anchor depends on: its kind, and the content hashes of data and CF model."""
+    """Return the kind of the anchor, and the content hashes of the data and the CF model that it is made from."""
     inputs = {"kind": str(kind), "data": load_manifest(run_dir.step_dir("data")).content_hash}
     if _reads_cf(config, run_dir, kind):
         inputs["cf"] = run_dir.read_record("cf")["content_hash"]
@@ -185,7 +211,7 @@ def _list_inputs(config: Config, run_dir: RunDir, kind: AnchorKind) -> dict[str,
 
 
 def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
-    """Return the inputs that the run's anchor was made from; None if there is no readable record."""
+    """Return the recorded ``_list_inputs`` of the run's anchor; None without a readable record."""
     try:
         record = json.loads((run_dir.anchor_dir / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

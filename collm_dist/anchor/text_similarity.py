@@ -1,12 +1,12 @@
-"""Similarity of item texts: cosine of TF-IDF vectors, and what it says about a target and a user's earlier feedback.
+"""Similarity of item texts: cosines of TF-IDF vectors, and features that compare a target with earlier feedback.
 
 Shapes: I items, V terms, N targets, P pairs of items, H history items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp  # type: ignore[import-untyped]  # comes with scikit-learn
@@ -15,9 +15,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from collm_dist.data.prompts.ragged import Ragged
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
-from collm_dist.errors import ArtifactError
 from collm_dist.metrics import FloatArray
-from collm_dist.runs.atomic_files import open_atomic
 
 # Single characters are terms too: a title may have no longer word.
 _TERM_PATTERN = r"(?u)\b\w+\b"
@@ -60,24 +58,16 @@ class TextSimilarity:
         return cls(vectorizer.fit_transform(texts).tocsr() if has_words else sp.csr_matrix((len(texts), 1)))
 
     @classmethod
-    def load(cls, path: Path) -> TextSimilarity:
-        """Load a file of ``save``.
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> TextSimilarity:
+        """Build the vectors from the result of ``to_arrays``."""
+        parts = (arrays["data"], arrays["indices"], arrays["indptr"])
+        return cls(sp.csr_matrix(parts, shape=tuple(arrays["shape"].tolist())))
 
-        Raises:
-            ArtifactError: the file is missing or damaged.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                parts = (arrays["data"], arrays["indices"], arrays["indptr"])
-                return cls(sp.csr_matrix(parts, shape=tuple(arrays["shape"])))
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ArtifactError(f"{path}: cannot be loaded ({error}); delete the folder, it is made again") from error
-
-    def save(self, path: Path) -> None:
-        """Write the vectors as an .npz file."""
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the vectors in compressed sparse rows, as arrays by name."""
         vectors = self.vectors
-        with open_atomic(path, "wb") as file:
-            np.savez(file, data=vectors.data, indices=vectors.indices, indptr=vectors.indptr, shape=vectors.shape)
+        arrays = {"data": vectors.data, "indices": vectors.indices, "indptr": vectors.indptr}
+        return arrays | {"shape": np.array(vectors.shape)}
 
     def compare(self, items: IntArray, others: IntArray) -> NDArray[np.float32]:
         """Return the cosine of each pair of (P,) and (P,) dense items."""

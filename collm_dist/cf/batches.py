@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm_dist.data.samples.pair_features import compute_count_features
+from collm_dist.data.samples.pair_features import compute_count_features, compute_pair_features
+from collm_dist.data.shards.context_block import ContextBlock, pad_histories
 from collm_dist.random_keys import hash_integers
 
 _PERMUTED_AT_ONCE = 1 << 20
@@ -53,6 +54,19 @@ class CfBatch:
         """Build a batch from (B,), (B, H), (B,) and (B, F), in which each pair is its own context."""
         contexts = torch.arange(len(user_idx), device=user_idx.device)
         return cls(user_idx, history, contexts, item_idx, features=features)
+
+    @classmethod
+    def from_block(cls, block: ContextBlock, history_length: int, device: torch.device | str = "cpu") -> CfBatch:
+        """Build a batch from a block, with at most ``history_length`` liked items per context, and with statistics."""
+        arrays = (
+            block.user_idx,
+            pad_histories(block, history_length),
+            block.target_contexts,
+            block.item_idx,
+            compute_pair_features(block),
+        )
+        users, history, contexts, items, features = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls(users, history, contexts, items, features=features)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from collm_dist.cf.jobs import Job
 from collm_dist.cf.sharded_checkpoint import TrainingState
 from collm_dist.cf.trainer import gather_metrics
 from collm_dist.cf.user_shards import load_worker_data, number_globally
+from collm_dist.data.shards.context_block import IntArray
 from collm_dist.data.shards.interactions import read_bucket
 from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.errors import DataError
@@ -32,12 +33,7 @@ def compute_fold_starts(data_dir: Path, manifest: Manifest, num_folds: int) -> t
     Raises:
         DataError: the training rows have too few distinct timestamps.
     """
-    step = max(1, manifest.splits["train"].rows // _SAMPLED_TIMES)
-    parts = []
-    for bucket in manifest.buckets:
-        table = read_bucket(data_dir, bucket, ["timestamp", "split"])
-        parts.append(table.filter(pc.field("split") == "train").column("timestamp").to_numpy()[::step])
-    times = np.sort(np.concatenate(parts))
+    times = load_train_times(data_dir, manifest)
     starts = [int(times[len(times) * fold // num_folds]) for fold in range(1, num_folds)]
     starts.append(manifest.splits["train"].last_timestamp + 1)
     if len(set(starts)) < num_folds or starts[0] <= times[0]:
@@ -46,6 +42,20 @@ def compute_fold_starts(data_dir: Path, manifest: Manifest, num_folds: int) -> t
             f"{len(np.unique(times))} distinct timestamps, unevenly filled; lower it or set it to off"
         )
     return tuple(starts)
+
+
+def load_train_times(data_dir: Path, manifest: Manifest) -> IntArray:
+    """Return the sorted timestamps (seconds) of the training rows; beyond a million rows an even sample of them.
+
+    Raises:
+        ArtifactError: a table is missing or damaged.
+    """
+    step = max(1, manifest.splits["train"].rows // _SAMPLED_TIMES)
+    parts = []
+    for bucket in manifest.buckets:
+        table = read_bucket(data_dir, bucket, ["timestamp", "split"])
+        parts.append(table.filter(pc.field("split") == "train").column("timestamp").to_numpy()[::step])
+    return np.sort(np.concatenate(parts))
 
 
 def fit_job(job: Job, device: torch.device, rank: int, world_size: int, on_epoch: OnEpoch) -> None:

@@ -9,11 +9,13 @@ Shapes: Q user queries, M items, H history items.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.models import TrainableCfModel
 
 
@@ -67,28 +69,44 @@ class SlotVectors(nn.Module):
         """(Q,), (Q, H), (Q,), (Q, F) -> (Q,) logits of the final model."""
         return self.final.score(user_idx, history, item_idx, features)
 
-    def score_as_of(
-        self, user_idx: Tensor, history: Tensor, item_idx: Tensor, timestamp: Tensor, features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Score pairs with the model of each row's time fold, which has not seen the row's label.
+    def score_as_of(self, batch: CfBatch, timestamp: Tensor) -> tuple[Tensor, Tensor]:
+        """Score targets with the model of the time fold that each belongs to, which has not seen the label.
+
+        Unlike in the slots, users with a row in the model's table are known by it: a fold's model has learned the row
+        from earlier folds alone.
 
         Args:
-            user_idx, item_idx, timestamp: (Q,); with folds the user is known by the history alone, as in the slots.
-            history, features: (Q, H) and (Q, F).
+            batch: C contexts with B targets.
+            timestamp: (B,) seconds since 1970.
 
         Returns:
-            (Q,) logits, 0 in fold 0, and (Q,) bool: whether a model has scored the row.
+            (B,) logits, 0 in fold 0, and (B,) bool: whether a model has scored the target.
         """
         if not self.fold_starts:
-            return self.final.score(user_idx, history, item_idx, features), torch.ones_like(user_idx, dtype=torch.bool)
+            return self._score_batch(self.final, batch), torch.ones_like(timestamp, dtype=torch.bool)
         folds = torch.searchsorted(self.starts, timestamp, right=True)
-        logits, unknown = torch.zeros(len(folds)), torch.full_like(user_idx, -1)
+        logits = torch.zeros(len(folds))
         for fold in torch.unique(folds[folds > 0]).tolist():
-            rows = (folds == fold).nonzero().squeeze(1)
+            targets = (folds == fold).nonzero().squeeze(1)
+            contexts, owner = torch.unique(batch.target_contexts[targets], return_inverse=True)
+            part = CfBatch(
+                batch.user_idx[contexts],
+                batch.history[contexts],
+                owner,
+                batch.item_idx[targets],
+                features=None if batch.features is None else batch.features[targets],
+            )
             model = self.models[fold - 1]
             assert isinstance(model, TrainableCfModel)
-            logits[rows] = model.score(unknown[rows], history[rows], item_idx[rows], features[rows])
+            logits[targets] = self._score_batch(model, part)
         return logits, folds > 0
+
+    @staticmethod
+    def _score_batch(model: TrainableCfModel, batch: CfBatch) -> Tensor:
+        """Return the (B,) logits of a batch whose histories may be longer than the model's."""
+        history = batch.history[:, max(batch.history.shape[1] - model.history_length, 0) :]
+        logits: Tensor = model(dataclasses.replace(batch, history=history))
+        return logits
 
     def _serve(self, method: str, timestamp: Tensor, *arguments: Tensor) -> Tensor:
         folds = torch.searchsorted(self.starts, timestamp, right=True)

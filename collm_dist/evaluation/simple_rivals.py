@@ -8,9 +8,9 @@ from typing import Any
 from collm_dist.anchor import Anchor, fit_anchor, load_anchor
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import ContextBlock
-from collm_dist.evaluation.baselines import Baseline
+from collm_dist.evaluation.baselines import Baseline, Scorer
 from collm_dist.metrics import FloatArray
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import STAGES, RunDir
 
 
 def name_anchor(config: Config) -> str | None:
@@ -26,7 +26,8 @@ def fit_simple_rivals(config: Config, run_dir: RunDir, feedback: str) -> list[Ba
     Raises:
         ArtifactError: the data step is not done, or the run's anchor is damaged.
     """
-    anchor = load_anchor(config, run_dir) if run_dir.anchor_dir.exists() else None
+    # Scoring the stages has made the anchor; without a finished stage nothing is compared with it.
+    anchor = load_anchor(config, run_dir) if any(run_dir.is_done(stage) for stage in STAGES) else None
     is_blend = anchor is not None and anchor.source.kind == "blend"
     blend = anchor if anchor is not None and is_blend else fit_anchor(config, run_dir, "blend")
     labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
@@ -41,7 +42,7 @@ def fit_simple_rivals(config: Config, run_dir: RunDir, feedback: str) -> list[Ba
     return rivals
 
 
-def _build_text_scorer(blend: Anchor, feedback: str) -> Any:
+def _build_text_scorer(blend: Anchor, feedback: str) -> Scorer:
     """Return a scorer: similarity to the last likes; with dislikes, the log-odds of a like among similar items."""
     texts = blend.source.texts
     assert texts is not None

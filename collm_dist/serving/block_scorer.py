@@ -12,8 +12,7 @@ from torch import Tensor
 from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
-from collm_dist.data.samples.pair_features import compute_pair_features
-from collm_dist.data.shards.context_block import ContextBlock, pad_histories
+from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.runs.run_dir import StageName
@@ -89,13 +88,5 @@ class BlockScorer:
         if self._cf is None:
             raise RequestError("candidates: the run has no collaborative model to retrieve or order items; list them")
         final = self._cf.final
-        arrays = (
-            block.user_idx,
-            pad_histories(block, final.history_length),
-            block.target_contexts,
-            block.item_idx,
-            compute_pair_features(block),
-        )
-        users, history, contexts, items, features = (torch.from_numpy(array).to(self.device) for array in arrays)
-        logits: Tensor = final(CfBatch(users, history, contexts, items, features=features))
+        logits: Tensor = final(CfBatch.from_block(block, final.history_length, self.device))
         return logits.double().cpu().numpy()

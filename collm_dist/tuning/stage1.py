@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -84,7 +84,8 @@ class Stage1:
         previous = find_previous(self.config)
         if previous is None or not self._is_fresh(previous, run_dir, fingerprint):
             return False
-        run_on_rank_0(lambda: _link_products(previous, run_dir, fingerprint))
+        anchored = () if self.config.anchor.kind is None else (_ANCHORED_SCORE,)
+        run_on_rank_0(lambda: _link_products((*_FOLDERS, *anchored), previous, run_dir, fingerprint))
         if get_rank() == 0:
             origin = run_dir.read_record(self.name)["taken_from"]
             print(f"stage1: taken from {origin}, until stage1.refresh_every_days have passed", flush=True)
@@ -133,18 +134,15 @@ class Stage1:
         return loaded
 
 
-def _link_products(previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> None:
+def _link_products(products: Sequence[str], previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> None:
     """Link the previous run's products, then write a record that names their origin."""
     folder, origin = run_dir.step_dir("stage1"), previous.step_dir("stage1").resolve()
     run_dir.withdraw("stage1")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for product in (*_FOLDERS, _ANCHORED_SCORE):
+    for product in products:
         source = (origin / product).resolve()
-        if source.exists():
-            (folder / product).symlink_to(
-                os.path.relpath(source, folder.resolve()), target_is_directory=source.is_dir()
-            )
+        (folder / product).symlink_to(os.path.relpath(source, folder.resolve()))
     record = previous.read_record("stage1") | {"fingerprint": dict(fingerprint)}
     record["taken_from"] = record.get("taken_from") or str(origin.parent)
     write_json(run_dir.record_path("stage1"), record)

@@ -8,6 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from collm_dist.anchor import fit_anchor
+from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.cross_fit import compute_fold_starts
 from collm_dist.cf.model_export import compute_export_factors
 from collm_dist.cf.model_files import load_cf_model
@@ -179,3 +180,18 @@ def test_a_flipped_label_changes_no_anchor_of_an_earlier_or_simultaneous_row(tmp
     is_later = block.timestamp > block.timestamp[block.row_id == row]
     assert np.array_equal(before[~is_later], after[~is_later])
     assert not np.array_equal(before[is_later], after[is_later])
+
+
+def test_after_the_training_rows_a_cf_anchor_ranks_as_the_cf_model_does(tmp_path):
+    run_dir, _ = cross_fit(tmp_path, make_cf("mf", fold_epochs=3, num_epochs=3), 4)
+    manifest, vectors = (
+        load_manifest(run_dir.step_dir("data")),
+        load_cf_model(run_dir, load_manifest(tmp_path / "data")),
+    )
+    block = next(GlobalOrder(run_dir.step_dir("data"), manifest, "valid", 0, 10_000, shuffle=False).iter_batches())
+    batch = CfBatch.from_block(block, manifest.max_history_length)
+    contexts = batch.target_contexts
+    expected = vectors.score(batch.user_idx[contexts], batch.history[contexts], batch.item_idx, batch.features)
+    logits, is_known = vectors.score_as_of(batch, torch.from_numpy(block.timestamp))
+    assert is_known.all()
+    torch.testing.assert_close(logits, expected)

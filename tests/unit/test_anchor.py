@@ -10,7 +10,7 @@ import pytest
 
 from collm_dist.anchor import fit_anchor, load_anchor, prepare_anchor
 from collm_dist.anchor.cooccurrence import WINDOW, Cooccurrence
-from collm_dist.anchor.score_anchor import compute_fold_starts
+from collm_dist.anchor.score_anchor import divide_times
 from collm_dist.anchor.text_similarity import LAST_WEIGHT, TextSimilarity
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import concatenate_blocks
@@ -131,9 +131,12 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     written = (run_dir.anchor_dir / "anchor.json").stat().st_mtime_ns
     prepare_anchor(config, run_dir)
     assert (run_dir.anchor_dir / "anchor.json").stat().st_mtime_ns == written
-    (run_dir.anchor_dir / "texts.npz").write_bytes(b"PK damaged")
-    with pytest.raises(ArtifactError, match=r"texts\.npz"):
-        load_anchor(config, run_dir)
+    arrays = run_dir.anchor_dir / "arrays.safetensors"
+    whole = arrays.read_bytes()
+    for damaged in (b"", whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])):
+        arrays.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="is damaged"):
+            load_anchor(config, run_dir)
     other = anchored(config, "as_of")
     with pytest.raises(ArtifactError, match="other data"):
         load_anchor(other, run_dir)
@@ -143,9 +146,9 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
 
 
 def test_folds_adapt_to_few_distinct_times():
-    assert compute_fold_starts(np.zeros(50, np.int64), 0) == (1,)
-    assert compute_fold_starts(np.repeat([3, 9], 50), 9) == (9, 10)
-    assert len(compute_fold_starts(np.arange(1600), 1599)) == 16
+    assert divide_times(np.zeros(50, np.int64), 0) == (1,)
+    assert divide_times(np.repeat([3, 9], 50), 9) == (9, 10)
+    assert len(divide_times(np.arange(1600), 1599)) == 16
 
 
 def test_a_cf_anchor_needs_time_folds(tmp_path):
