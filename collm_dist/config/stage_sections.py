@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from collm_dist.config.section import Section, operational
+from collm_dist.config.section import Section, operational, optional
 
 
 class StageConfig(Section):
@@ -25,6 +25,14 @@ class StageConfig(Section):
         8192,
         "Maximum number of tokens in a forward pass of one process; it sets the memory use. auto: measured "
         "before the first step; on a GPU as many as fit, on a CPU fewer if that is faster.",
+    )
+    pairwise_weight: float | None = optional(
+        "Weight of a loss on pairs of a like and a dislike among the targets of one context, besides the "
+        "cross-entropy of single targets; default: off.",
+        gt=0,
+    )
+    listwise_weight: float | None = optional(
+        "implicit: weight of the softmax cross-entropy of each like among its sampled dislikes; default: off.", gt=0
     )
     num_epochs: int = Field(10, ge=1, description="Maximum number of passes over the training contexts.")
     max_steps: int | None = Field(

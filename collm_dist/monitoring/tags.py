@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 TRAIN_LOSS = "train/loss"
+TRAIN_LOSS_BCE = "train/loss_bce"
+TRAIN_LOSS_PAIRWISE = "train/loss_pairwise"
+TRAIN_LOSS_LISTWISE = "train/loss_listwise"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 SAMPLES_PER_SECOND = "speed/samples_per_second"
@@ -21,6 +24,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {
         "training loss": (TRAIN_LOSS,),
         "training loss and validation log-loss": (TRAIN_LOSS, VALID_LOGLOSS),
+        "terms of the training loss": (TRAIN_LOSS_BCE, TRAIN_LOSS_PAIRWISE, TRAIN_LOSS_LISTWISE),
         "gradient norm": (GRAD_NORM,),
         "learning rate": (LEARNING_RATE,),
     },

@@ -26,9 +26,11 @@ from collm_dist.tuning.checkpoints import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
 from collm_dist.tuning.engine import TrainingState, TuningEngine, init_distributed
 from collm_dist.tuning.loaded_stage import LoadedStage
-from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
+from collm_dist.tuning.loop import TuningLoop, count_total_steps
+from collm_dist.tuning.losses import LossWeights
 from collm_dist.tuning.stage import Stage, get_stage
 from collm_dist.tuning.token_budget import find_token_budget
+from collm_dist.tuning.validation import load_valid_rows
 
 VALID_BATCH_ROWS = 512
 
@@ -181,7 +183,8 @@ def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order:
     if settings.max_tokens_per_micro_batch != "auto":
         return settings.max_tokens_per_micro_batch
     block = next(train_order.iter_batches())
-    budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device)
+    keep_groups = LossWeights(settings.pairwise_weight, settings.listwise_weight).keep_groups
+    budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device, keep_groups=keep_groups)
     if get_rank() == 0:
         print(
             f"max_tokens_per_micro_batch: {budget.tokens:,} (auto: {budget.bytes_per_token / 2**20:.2f} MiB per token, "

@@ -201,3 +201,12 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(write, key, uri):
         load_config(write(GOOD), [f"{key}={uri}"])
     assert "hidden" not in str(caught.value)
     assert load_config(write(GOOD), [f"{key}=s3://bucket/x@y?region=eu-central-1"])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stage):
+    setting = f"{stage}.listwise_weight=0.5"
+    with pytest.raises(ConfigError, match=rf"{stage}\.listwise_weight 0\.5 .*; use pairwise_weight"):
+        load_config(write(GOOD), [setting])
+    load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
+    load_config(write(GOOD), [f"{stage}.pairwise_weight=0.5"])
