@@ -30,7 +30,8 @@ TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32: gradient, two moments, ZeRO's copy of the weight.
 BYTES_PER_TRAINABLE = 16
-# Global batches have equal rows but not equal tokens. The margin avoids a second micro-batch for a few tokens.
+# Global batches have equal rows but not equal tokens. The margin avoids a second micro-batch for a few tokens, and a
+# group that does not fit.
 BATCH_TOKENS_MARGIN = 2
 # A CPU takes the smallest trial within this factor of the fastest one's time, as it needs the least memory. Trials are
 # timed in turn, in several rounds, and their best time counts: single passes differ by several percent.
@@ -73,7 +74,7 @@ def find_token_budget(
     block = collator.cut_contexts(block)
     counts = collator.count_tokens(block)
     groups = find_groups(block) if keep_groups else None
-    longest = count_longest(block, counts, groups)
+    longest = count_longest(block, counts, groups) * (BATCH_TOKENS_MARGIN if keep_groups else 1)
     batch_tokens = BATCH_TOKENS_MARGIN * collator.collate(block, block).num_tokens
     model.train()
     trials = []
