@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from collm_dist.config.section import Section, operational, optional
+
+
+def _check_metric(name: str) -> str:
+    if not re.fullmatch(r"auc|uauc|logloss|(ndcg|hr)@[1-9]\d*", name):
+        raise ValueError(
+            f"'{name}' is not a validation metric: use auc, uauc, logloss, or ndcg@K or hr@K as in ndcg@10"
+        )
+    return name
+
+
+ValidMetric = Annotated[str, AfterValidator(_check_metric)]
 
 
 class StageConfig(Section):
@@ -48,8 +60,10 @@ class StageConfig(Section):
     early_stop_patience: int = Field(
         10, ge=1, description="Validations without improvement after which training stops."
     )
-    select_metric: Literal["auc", "uauc", "logloss"] = Field(
-        "auc", description="Validation metric that picks the best checkpoint."
+    select_metric: ValidMetric = Field(
+        "auc",
+        description="Validation metric that picks the best checkpoint: auc, uauc or logloss; implicit: also ndcg@K "
+        "or hr@K, of each like among its sampled dislikes.",
     )
     checkpoint_every_steps: int = operational(100, "Maximum number of steps between checkpoints.", ge=1)
     checkpoint_every_minutes: float = operational(10.0, "Maximum time between checkpoints.", gt=0)

@@ -24,7 +24,9 @@ from collm_dist.monitoring.tags import (
     TRAIN_LOSS_LISTWISE,
     TRAIN_LOSS_PAIRWISE,
     VALID_AUC,
+    VALID_HR,
     VALID_LOGLOSS,
+    VALID_NDCG,
     VALID_UAUC,
 )
 
@@ -43,7 +45,9 @@ __all__ = [
     "TRAIN_LOSS_LISTWISE",
     "TRAIN_LOSS_PAIRWISE",
     "VALID_AUC",
+    "VALID_HR",
     "VALID_LOGLOSS",
+    "VALID_NDCG",
     "VALID_UAUC",
     "PeakMeter",
     "RunLogger",

@@ -18,6 +18,9 @@ TOTAL_MEMORY = "memory/total_gib"
 VALID_AUC = "valid/auc"
 VALID_UAUC = "valid/uauc"
 VALID_LOGLOSS = "valid/logloss"
+# With a cutoff, as in valid/ndcg@10.
+VALID_NDCG = "valid/ndcg"
+VALID_HR = "valid/hr"
 
 # Category -> chart -> tags. A chart draws one line per tag, step and run.
 LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
@@ -31,6 +34,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "quality": {
         "validation AUC and UAUC": (VALID_AUC, VALID_UAUC),
         "validation log-loss": (VALID_LOGLOSS,),
+        "validation NDCG and hit rate": (VALID_NDCG, VALID_HR),
     },
     "speed": {
         "samples per second": (SAMPLES_PER_SECOND,),
@@ -45,6 +49,6 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
 def build_layout() -> dict[str, dict[str, list[object]]]:
     """Return the layout for ``SummaryWriter.add_custom_scalars``, whose tags are regular expressions."""
     return {
-        category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in charts.items()}
+        category: {title: ["Multiline", [f"{tag}(@[0-9]+)?$" for tag in tags]] for title, tags in charts.items()}
         for category, charts in LAYOUT.items()
     }

@@ -293,7 +293,7 @@ class TuningLoop:
             on_batch=self._watchdog.beat,
         )
         assert np.array_equal(row_ids, rows.row_id)
-        return compute_metrics(rows, scores)
+        return compute_metrics(rows, scores, [self.stage.select_metric])
 
     def _save(self) -> None:
         checkpoint = Checkpoint(self.engine.export_state(), self.best_weights, self.progress)

@@ -254,7 +254,7 @@ def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tupl
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
     best = summary["best_valid"]
-    shown = "  ".join(f"{key} {best[key]:.4f}" for key in ("auc", "uauc", "logloss") if best.get(key) is not None)
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in best.items() if key != "step" and value is not None)
     print(
         f"{name}: {summary['global_steps']} steps, best at step {best['step']}: valid {shown}; "
         f"{summary['throughput']['samples_per_second']:.2f} samples/s, {summary['memory']['peak_gib']:.2f} GiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -16,6 +17,8 @@ from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.losses import LOSS_TAGS
+from collm_dist.tuning.run_stage import build_orders
+from collm_dist.tuning.validation import load_valid_rows
 from tests.distributed.conftest import REPOSITORY, read_series, run, start
 
 PYTHON = [sys.executable, "launch/train.py"]
@@ -99,3 +102,24 @@ def test_killed_run_resumes_bit_for_bit(copy_clicks):
     assert_same_training(killed, whole, stages=("stage1",), tolerance=0.0)
     name = "stage1/adapter/adapter_model.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_stage_selects_by_the_ranking_of_whole_candidate_lists(copy_clicks):
+    folder, overrides = copy_clicks("ranked")
+    settings = ["--stage", "1", "stage1.select_metric=ndcg@3", "stage1.eval_every_steps=1"]
+    run(DEEPSPEED, [*overrides, *settings])
+    values = read_series(folder, "stage1", f"{monitoring.VALID_NDCG}@3")
+    best = json.loads((folder / "stage1" / "summary.json").read_text())["best_valid"]
+    assert len(set(values)) > 1
+    assert best["ndcg@3"] == max(values)
+    assert best["step"] == 1 + values.index(max(values))
+
+    config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+    settings = config.stage1.model_copy(update={"max_valid_contexts": 7})
+    sizes = {}
+    for name, stage in (("sampled", settings), ("all", settings.model_copy(update={"max_valid_contexts": None}))):
+        rows = load_valid_rows(build_orders(config, RunDir(folder), stage)[1])
+        sizes[name] = dict(zip(*np.unique(rows.group_id, return_counts=True), strict=True))
+    assert 0 < len(sizes["sampled"]) < len(sizes["all"])
+    assert sizes["sampled"].items() <= sizes["all"].items()
+    assert set(sizes["all"].values()) == {config.evaluation.num_candidates}

@@ -210,3 +210,13 @@ def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stag
         load_config(write(GOOD), [setting])
     load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
     load_config(write(GOOD), [f"{stage}.pairwise_weight=0.5"])
+    setting = f"{stage}.select_metric=ndcg@10"
+    with pytest.raises(ConfigError, match=rf"{stage}\.select_metric ndcg@10 .*; choose auc"):
+        load_config(write(GOOD), [setting])
+    load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
+
+
+@pytest.mark.parametrize("name", ["ndcg", "ndcg@0", "mrr@10", "AUC", "hr@10x"])
+def test_an_unknown_validation_metric_is_refused_with_the_known_ones(write, name):
+    with pytest.raises(ConfigError, match=rf"stage2\.select_metric: '{name}' is not a validation metric: use auc, "):
+        load_config(write(GOOD), [f"stage2.select_metric={name}"])
