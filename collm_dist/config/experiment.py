@@ -99,11 +99,12 @@ class Config(Section):
                     f"{name}.listwise_weight {stage.listwise_weight} compares a like with its sampled dislikes, which "
                     "dataset.feedback: explicit does not have; use pairwise_weight, or leave it out"
                 )
-            if "@" in stage.select_metric:
-                raise ValueError(
-                    f"{name}.select_metric {stage.select_metric} ranks a like among its sampled dislikes, which "
-                    "dataset.feedback: explicit does not have; choose auc, uauc or logloss"
-                )
+            for setting in ("select_metric", "guard_metric"):
+                if "@" in (metric := getattr(stage, setting) or ""):
+                    raise ValueError(
+                        f"{name}.{setting} {metric} ranks a like among its sampled dislikes, which dataset.feedback: "
+                        "explicit does not have; choose auc, uauc or logloss"
+                    )
 
     def _check_promotion(self) -> None:
         evaluation, metric = self.evaluation, self.promotion.metric

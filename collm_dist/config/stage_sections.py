@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from collm_dist.config.section import Section, operational, optional
 
@@ -65,6 +65,11 @@ class StageConfig(Section):
         description="Validation metric that picks the best checkpoint: auc, uauc or logloss; implicit: also ndcg@K "
         "or hr@K, of each like among its sampled dislikes.",
     )
+    guard_metric: ValidMetric | None = optional(
+        "Only pick checkpoints whose value of this metric is at most guard_margin worse than before training: auc, "
+        "uauc, logloss; implicit: also ndcg@K or hr@K. Default: none."
+    )
+    guard_margin: float | None = optional("Largest tolerated loss of guard_metric; default: 0.005.", ge=0)
     checkpoint_every_steps: int = operational(100, "Maximum number of steps between checkpoints.", ge=1)
     checkpoint_every_minutes: float = operational(10.0, "Maximum time between checkpoints.", gt=0)
     # A finished stage does not depend on these two, and a stopped stage may resume with other values.
@@ -73,6 +78,12 @@ class StageConfig(Section):
         "If the loss or a gradient of a step is not finite: stop before the update, or skip the step.",
     )
     max_nonfinite_skips: int = operational(10, "skip: maximum number of skipped steps, in total.", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if self.guard_margin is not None and self.guard_metric is None:
+            raise ValueError(f"guard_margin {self.guard_margin} needs a guard_metric: set it, or leave both out")
+        return self
 
 
 class Stage1Config(StageConfig):

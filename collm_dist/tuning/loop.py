@@ -30,6 +30,7 @@ from collm_dist.tuning.learning_rate import compute_learning_rate
 from collm_dist.tuning.losses import LOSS_TAGS, LossWeights, StepLoss
 from collm_dist.tuning.nonfinite import describe_nonfinite
 from collm_dist.tuning.scoring import score_batches
+from collm_dist.tuning.selection import build_selection
 from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
 from collm_dist.tuning.validation import ValidRows, compute_metrics
 from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers
@@ -105,6 +106,7 @@ class TuningLoop:
         self.logger, self.profiler, self.log_every_steps = logger, profiler, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
         self.loss_weights = LossWeights(stage.pairwise_weight, stage.listwise_weight)
+        self.selection = build_selection(stage)
         self.trained_rows, self.train_seconds = 0, 0.0
         self._stop = stop
         self._saved_at = time.monotonic()
@@ -266,19 +268,10 @@ class TuningLoop:
         self._is_validating = False
         self.progress.validated_step = step
         self.logger.log(step, {f"valid/{name}": value for name, value in metrics.items() if value is not None})
-        value = metrics[self.stage.select_metric]
-        if value is None:
-            value = -metrics["logloss"] if metrics["logloss"] is not None else float("-inf")
-        elif self.stage.select_metric == "logloss":
-            value = -value
-        if self.progress.best_value is None or value > self.progress.best_value:
-            self.progress.best_value, self.progress.best_step = value, step
-            self.progress.best_metrics, self.progress.bad_validations = metrics, 0
+        if self.selection.judge(self.progress, step, metrics):
             weights = self.engine.export_state(with_moments=False).weights
             self.best_weights = weights if get_rank() == 0 else {}
-        else:
-            self.progress.bad_validations += 1
-            self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
+        self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
 
     def compute_valid_metrics(self) -> dict[str, float | None]:
         """Score the validation rows. Collective; the metrics are the same on every rank."""
@@ -293,7 +286,7 @@ class TuningLoop:
             on_batch=self._watchdog.beat,
         )
         assert np.array_equal(row_ids, rows.row_id)
-        return compute_metrics(rows, scores, [self.stage.select_metric])
+        return compute_metrics(rows, scores, self.selection.names)
 
     def _save(self) -> None:
         checkpoint = Checkpoint(self.engine.export_state(), self.best_weights, self.progress)

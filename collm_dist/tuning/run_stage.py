@@ -89,6 +89,7 @@ def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage
         "stage": stage.name,
         "global_steps": progress.global_step,
         "best_valid": {**progress.best_metrics, "step": progress.best_step},
+        **({"guard_refusals": progress.guard_refusals} if stage.settings.guard_metric is not None else {}),
         "last_train": {"loss": progress.last_loss},
         "nonfinite_skips": progress.nonfinite_skips,
         "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
@@ -127,8 +128,8 @@ def build_loop(
     settings, folder = stage.settings, run_dir.step_dir(stage.name)
     train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
-    if config.anchor.kind is not None and checkpoint.progress.global_step == 0:
-        # The anchor itself is the first candidate for the best checkpoint.
+    if (config.anchor.kind or settings.guard_metric) is not None and checkpoint.progress.global_step == 0:
+        # The anchor itself is the first candidate for the best checkpoint; a guard starts from the untrained model.
         checkpoint.progress.validated_step = -1
     logger, profiler = _build_monitors(
         config, folder, checkpoint.progress.global_step, count_total_steps(settings, train_order)
