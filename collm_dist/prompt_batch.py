@@ -120,6 +120,9 @@ class PromptBatch:
         labels: (N,) float32.
         weights: (N,) float32, 1 for real targets, 0 for the filler of an empty micro-batch.
         row_ids: (N,) row ids of the targets.
+        lists: (N,) row id of the positive that a sampled negative belongs to; the target's own row id otherwise.
+        groups: (N,) targets of the same group may be compared by a loss, and are all in this micro-batch. A group
+            consists of whole lists.
     """
 
     header_ids: Tensor
@@ -148,6 +151,8 @@ class PromptBatch:
     labels: Tensor
     weights: Tensor
     row_ids: Tensor
+    lists: Tensor
+    groups: Tensor
 
     @property
     def num_tokens(self) -> int:

@@ -86,7 +86,25 @@ class Config(Section):
             raise ValueError("promotion.baseline anchor: anchor.kind is none; set it, or choose the baseline blend")
         if self.promotion.min_paired_difference is not None:
             self._check_promotion()
+        self._check_ranking_settings()
         return self
+
+    def _check_ranking_settings(self) -> None:
+        """Refuse settings of the stages that need sampled negatives, unless feedback is implicit."""
+        if self.dataset.feedback == "implicit":
+            return
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if stage.listwise_weight is not None:
+                raise ValueError(
+                    f"{name}.listwise_weight {stage.listwise_weight} compares a like with its sampled dislikes, which "
+                    "dataset.feedback: explicit does not have; use pairwise_weight, or leave it out"
+                )
+            for setting in ("select_metric", "guard_metric"):
+                if "@" in (metric := getattr(stage, setting) or ""):
+                    raise ValueError(
+                        f"{name}.{setting} {metric} ranks a like among its sampled dislikes, which dataset.feedback: "
+                        "explicit does not have; choose auc, uauc or logloss"
+                    )
 
     def _check_promotion(self) -> None:
         evaluation, metric = self.evaluation, self.promotion.metric

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from collm_dist.config.section import Section, operational
+from collm_dist.config.section import Section, operational, optional
+
+
+def _check_metric(name: str) -> str:
+    if not re.fullmatch(r"auc|uauc|logloss|(ndcg|hr)@[1-9]\d*", name):
+        raise ValueError(
+            f"'{name}' is not a validation metric: use auc, uauc, logloss, or ndcg@K or hr@K as in ndcg@10"
+        )
+    return name
+
+
+ValidMetric = Annotated[str, AfterValidator(_check_metric)]
 
 
 class StageConfig(Section):
@@ -26,6 +38,14 @@ class StageConfig(Section):
         "Maximum number of tokens in a forward pass of one process; it sets the memory use. auto: measured "
         "before the first step; on a GPU as many as fit, on a CPU fewer if that is faster.",
     )
+    pairwise_weight: float | None = optional(
+        "Weight of a loss on pairs of a like and a dislike among the targets of one context, besides the "
+        "cross-entropy of single targets; default: off.",
+        gt=0,
+    )
+    listwise_weight: float | None = optional(
+        "implicit: weight of the softmax cross-entropy of each like among its sampled dislikes; default: off.", gt=0
+    )
     num_epochs: int = Field(10, ge=1, description="Maximum number of passes over the training contexts.")
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many steps; also the length of the cosine schedule."
@@ -40,9 +60,16 @@ class StageConfig(Section):
     early_stop_patience: int = Field(
         10, ge=1, description="Validations without improvement after which training stops."
     )
-    select_metric: Literal["auc", "uauc", "logloss"] = Field(
-        "auc", description="Validation metric that picks the best checkpoint."
+    select_metric: ValidMetric = Field(
+        "auc",
+        description="Validation metric that picks the best checkpoint: auc, uauc or logloss; implicit: also ndcg@K "
+        "or hr@K, of each like among its sampled dislikes.",
     )
+    guard_metric: ValidMetric | None = optional(
+        "Only pick checkpoints whose value of this metric is at most guard_margin worse than before training: auc, "
+        "uauc, logloss; implicit: also ndcg@K or hr@K. Default: none."
+    )
+    guard_margin: float | None = optional("Largest tolerated loss of guard_metric; default: 0.005.", ge=0)
     checkpoint_every_steps: int = operational(100, "Maximum number of steps between checkpoints.", ge=1)
     checkpoint_every_minutes: float = operational(10.0, "Maximum time between checkpoints.", gt=0)
     # A finished stage does not depend on these two, and a stopped stage may resume with other values.
@@ -51,6 +78,12 @@ class StageConfig(Section):
         "If the loss or a gradient of a step is not finite: stop before the update, or skip the step.",
     )
     max_nonfinite_skips: int = operational(10, "skip: maximum number of skipped steps, in total.", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if self.guard_margin is not None and self.guard_metric is None:
+            raise ValueError(f"guard_margin {self.guard_margin} needs a guard_metric: set it, or leave both out")
+        return self
 
 
 class Stage1Config(StageConfig):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from collm_dist.config import Config
+from collm_dist.config import Config, StageConfig
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.evaluated_rows import EvaluatedRows
 from collm_dist.evaluation.report_markdown import MODEL_NAMES
@@ -141,7 +141,8 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
     notes.append(
         "Checkpoints were selected on valid: "
         + ("" if config.cf.model == "none" else f"collaborative model by {config.cf.select_metric}, ")
-        + f"stage 1 by {config.stage1.select_metric}, stage 2 by {config.stage2.select_metric}. Models are compared "
+        + f"stage 1 by {_describe_selection(config.stage1)}, stage 2 by {_describe_selection(config.stage2)}. "
+        "Models are compared "
         f"with the trivial baseline {MODEL_NAMES[report['best_trivial']]}, "
         + ("the best on valid." if "valid" in evaluation.splits else "fixed in advance because valid is not evaluated.")
     )
@@ -183,3 +184,9 @@ def _note_memorization(report: Mapping[str, Any]) -> list[str]:
         f"Stage 1 reaches AUC {auc['train']:.3f} on its training rows{beside}. A large gap means memorized labels, "
         "which leave stage 2 little to learn."
     ]
+
+
+def _describe_selection(stage: StageConfig) -> str:
+    if stage.guard_metric is None:
+        return stage.select_metric
+    return f"{stage.select_metric} (if {stage.guard_metric} did not get worse than before training)"

@@ -26,6 +26,9 @@ STATES = ("running", "done", "promoted", "rejected", "failed", "interrupted")
 # Tag: name, help, factor to Prometheus base units.
 _TRAINING_GAUGES = {
     tags.TRAIN_LOSS: ("collm_training_loss", "Mean loss of the last log window.", 1),
+    tags.TRAIN_LOSS_BCE: ("collm_training_loss_bce", "Its cross-entropy term.", 1),
+    tags.TRAIN_LOSS_PAIRWISE: ("collm_training_loss_pairwise", "Its pairwise term, without weight.", 1),
+    tags.TRAIN_LOSS_LISTWISE: ("collm_training_loss_listwise", "Its listwise term, without weight.", 1),
     tags.LEARNING_RATE: ("collm_training_learning_rate", "Learning rate of the last step.", 1),
     tags.GRAD_NORM: ("collm_training_grad_norm", "Gradient norm of the last step, before clipping.", 1),
     tags.SAMPLES_PER_SECOND: ("collm_training_samples_per_second", "Rows trained per second, over all processes.", 1),
@@ -38,6 +41,8 @@ _TRAINING_GAUGES = {
     tags.VALID_AUC: ("collm_valid_auc", "AUC of the last validation.", 1),
     tags.VALID_UAUC: ("collm_valid_uauc", "UAUC of the last validation.", 1),
     tags.VALID_LOGLOSS: ("collm_valid_logloss", "Log-loss of the last validation.", 1),
+    tags.VALID_NDCG: ("collm_valid_ndcg", "NDCG of the last validation.", 1),
+    tags.VALID_HR: ("collm_valid_hr", "Hit rate of the last validation.", 1),
 }
 
 
@@ -105,9 +110,10 @@ class TrainingTextfile(_Textfile):
         self._set("collm_training_planned_steps", "Most steps, or epochs, of the training.", self._total_steps)
         self._set("collm_training_updated_timestamp_seconds", "Time of the last update.", time.time())
         for tag, value in values.items():
-            if tag in _TRAINING_GAUGES:
-                name, text, factor = _TRAINING_GAUGES[tag]
-                self._set(name, text, value * factor)
+            kind, _, cutoff = tag.partition("@")
+            if kind in _TRAINING_GAUGES:
+                name, text, factor = _TRAINING_GAUGES[kind]
+                self._set(name, text, value * factor, **({"cutoff": cutoff} if cutoff else {}))
         self._write()
 
 

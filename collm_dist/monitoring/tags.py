@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 TRAIN_LOSS = "train/loss"
+TRAIN_LOSS_BCE = "train/loss_bce"
+TRAIN_LOSS_PAIRWISE = "train/loss_pairwise"
+TRAIN_LOSS_LISTWISE = "train/loss_listwise"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 SAMPLES_PER_SECOND = "speed/samples_per_second"
@@ -15,18 +18,23 @@ TOTAL_MEMORY = "memory/total_gib"
 VALID_AUC = "valid/auc"
 VALID_UAUC = "valid/uauc"
 VALID_LOGLOSS = "valid/logloss"
+# With a cutoff, as in valid/ndcg@10.
+VALID_NDCG = "valid/ndcg"
+VALID_HR = "valid/hr"
 
 # Category -> chart -> tags. A chart draws one line per tag, step and run.
 LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {
         "training loss": (TRAIN_LOSS,),
         "training loss and validation log-loss": (TRAIN_LOSS, VALID_LOGLOSS),
+        "terms of the training loss": (TRAIN_LOSS_BCE, TRAIN_LOSS_PAIRWISE, TRAIN_LOSS_LISTWISE),
         "gradient norm": (GRAD_NORM,),
         "learning rate": (LEARNING_RATE,),
     },
     "quality": {
         "validation AUC and UAUC": (VALID_AUC, VALID_UAUC),
         "validation log-loss": (VALID_LOGLOSS,),
+        "validation NDCG and hit rate": (VALID_NDCG, VALID_HR),
     },
     "speed": {
         "samples per second": (SAMPLES_PER_SECOND,),
@@ -41,6 +49,6 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
 def build_layout() -> dict[str, dict[str, list[object]]]:
     """Return the layout for ``SummaryWriter.add_custom_scalars``, whose tags are regular expressions."""
     return {
-        category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in charts.items()}
+        category: {title: ["Multiline", [f"{tag}(@[0-9]+)?$" for tag in tags]] for title, tags in charts.items()}
         for category, charts in LAYOUT.items()
     }

@@ -44,6 +44,8 @@ class Progress:
         best_value, best_step: best value of the selection metric, and its step; None before the first validation.
         best_metrics: all validation metrics of the best step.
         bad_validations: validations since the best step.
+        guard_start: guard metric at the first validation, negated if lower is better; None without a guard.
+        guard_refusals: validations that the guard metric excluded.
         nonfinite_skips: steps skipped because the loss or a gradient was not finite.
         is_finished: whether training has ended.
     """
@@ -57,6 +59,8 @@ class Progress:
     bad_validations: int = 0
     nonfinite_skips: int = 0
     is_finished: bool = False
+    guard_start: float | None = None
+    guard_refusals: int = 0
 
 
 @dataclass
@@ -95,7 +99,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, fingerprint: Mapping[s
     tensors |= {f"best.{name}": value for name, value in checkpoint.best_weights.items()}
     header = {
         "adam_steps": str(state.adam_steps),
-        "progress": json.dumps(asdict(checkpoint.progress)),
+        "progress": json.dumps(_to_record(checkpoint.progress)),
         "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),
     }
     data = safetensors.torch.save(tensors, header | {"checksum": _compute_checksum(tensors, header)})
@@ -150,6 +154,14 @@ def load_last_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Checkp
     """
     path = run_on_rank_0(lambda: _find_newest(folder, fingerprint))
     return load_checkpoint(path, fingerprint) if path else Checkpoint()
+
+
+def _to_record(progress: Progress) -> dict[str, Any]:
+    """Return the fields of a progress; without a guard those of release 0.1."""
+    record = asdict(progress)
+    if progress.guard_start is None:
+        del record["guard_start"], record["guard_refusals"]
+    return record
 
 
 def _find_newest(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:

@@ -14,6 +14,7 @@ from collm_dist.cf.models.registry import get_model_class, list_arguments
 from collm_dist.config import Config
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.prompts.target_groups import find_groups
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.manifest import load_manifest
@@ -22,6 +23,7 @@ from collm_dist.prompt_batch import PromptBatch
 from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.tuning.flops import DecoderShape, StepCost, count_padded, count_shared
 from collm_dist.tuning.loop import count_total_steps
+from collm_dist.tuning.losses import LossWeights
 from collm_dist.tuning.memory_plan import (
     LayerMemory,
     LoraSettings,
@@ -90,7 +92,8 @@ def _describe_stage(config: Config, run_dir: RunDir, stage: Stage, skeleton: Any
     tokens = settings.max_tokens_per_micro_batch
     budget = ASSUMED_TOKENS if tokens == "auto" else tokens
     blocks = list(islice(train.iter_batches(), SAMPLED_BATCHES))
-    sample = _measure_sample(collator, shape, blocks, budget)
+    keep_groups = LossWeights(settings.pairwise_weight, settings.listwise_weight).keep_groups
+    sample = _measure_sample(collator, shape, blocks, budget, keep_groups)
     lora = None if stage.lora is None else LoraSettings(**stage.lora.model_dump())
     layers = measure_layers(skeleton.config, dtype, config.llm.attention, lora)
     flops = sample.shared.flops / len(blocks)
@@ -117,7 +120,9 @@ def _choose_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.llm.dtype == "auto" else resolve_dtype(config.llm.dtype)
 
 
-def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[ContextBlock], budget: int) -> _Sample:
+def _measure_sample(
+    collator: PromptCollator, shape: DecoderShape, blocks: list[ContextBlock], budget: int, keep_groups: bool
+) -> _Sample:
     shared = padded = StepCost(0, 0, 0)
     contexts = prefix_tokens = 0
     pieces: list[PromptBatch] = []
@@ -129,7 +134,9 @@ def _measure_sample(collator: PromptCollator, shape: DecoderShape, blocks: list[
         padded += count_padded(shape, block.num_targets, int(lengths.max()), training=True, full_head=True)
         contexts += block.num_contexts
         prefix_tokens += int(counts.prefix.sum())
-        pieces += [collator.collate(piece, block) for piece in plan_micro_batches(block, counts, 0, 1, budget)]
+        groups = find_groups(block) if keep_groups else None
+        planned = plan_micro_batches(block, counts, 0, 1, budget, groups)
+        pieces += [collator.collate(piece, block) for piece in planned]
     largest = max(pieces, key=lambda batch: (len(batch.tree_ids), len(batch.prefix_ids)))
     return _Sample(shared, padded, contexts, prefix_tokens, largest)
 

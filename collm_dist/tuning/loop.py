@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from collm_dist import monitoring
 from collm_dist.config import StageConfig
@@ -24,40 +23,17 @@ from collm_dist.data.prompts.slot_codes import Masking
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, sum_over_workers
 from collm_dist.errors import LaunchError, NonFiniteError, Preempted
-from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.random_keys import hash_integers
 from collm_dist.tuning.checkpoints import Checkpoint, Progress, save_checkpoint
 from collm_dist.tuning.engine import TuningEngine
 from collm_dist.tuning.learning_rate import compute_learning_rate
+from collm_dist.tuning.losses import LOSS_TAGS, LossWeights, StepLoss
 from collm_dist.tuning.nonfinite import describe_nonfinite
 from collm_dist.tuning.scoring import score_batches
+from collm_dist.tuning.selection import build_selection
 from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
+from collm_dist.tuning.validation import ValidRows, compute_metrics
 from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers
-
-
-@dataclass(frozen=True)
-class ValidRows:
-    """Validation rows.
-
-    Attributes:
-        order: the rows, unshuffled.
-        row_id, label, user_idx: (N,) sorted by row id.
-    """
-
-    order: GlobalOrder
-    row_id: Any
-    label: Any
-    user_idx: Any
-
-
-def load_valid_rows(order: GlobalOrder) -> ValidRows:
-    """Read labels and users of an order's rows."""
-    blocks = list(order.iter_batches())
-    row_id = np.concatenate([block.row_id for block in blocks])
-    by_row = np.argsort(row_id, kind="stable")
-    users = np.concatenate([block.user_idx[block.target_contexts] for block in blocks])
-    labels = np.concatenate([block.label for block in blocks])
-    return ValidRows(order, row_id[by_row], labels[by_row], users[by_row])
 
 
 @dataclass(frozen=True)
@@ -69,12 +45,14 @@ class Agreement:
         finite: whether the loss and all gradients are finite on every rank.
         stop: whether a stop was requested on any rank.
         save: whether a checkpoint is due by time.
+        terms: terms of the loss, see ``StepLoss``.
     """
 
     loss: float
     finite: bool
     stop: bool
     save: bool
+    terms: list[float]
 
 
 class TuningLoop:
@@ -127,6 +105,8 @@ class TuningLoop:
         self.progress, self.best_weights = progress, best_weights
         self.logger, self.profiler, self.log_every_steps = logger, profiler, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
+        self.loss_weights = LossWeights(stage.pairwise_weight, stage.listwise_weight)
+        self.selection = build_selection(stage)
         self.trained_rows, self.train_seconds = 0, 0.0
         self._stop = stop
         self._saved_at = time.monotonic()
@@ -191,7 +171,10 @@ class TuningLoop:
         """Return an epoch's global batches, from one of its steps on, prefetched."""
         masking = Masking(self.mask_probability, self.seed, epoch)
         blocks = self.train_order.iter_batches(epoch, start_step)
-        return iter_step_batches(blocks, self.collator, self.max_tokens, self.engine.device, masking)
+        keep_groups = self.loss_weights.keep_groups
+        return iter_step_batches(
+            blocks, self.collator, self.max_tokens, self.engine.device, masking, keep_groups=keep_groups
+        )
 
     def train_step(self, step_batch: StepBatch) -> Agreement:
         """Make one update, unless the loss or a gradient is not finite.
@@ -205,19 +188,17 @@ class TuningLoop:
         step, rank, world_size = self.progress.global_step, get_rank(), get_world_size()
         dropout_key = int(hash_integers(self.seed, step) >> np.uint64(1))
         self.engine.set_training(True)
-        total = torch.zeros((), device=self.engine.device)
+        step_loss = StepLoss(self.loss_weights, step_batch, self.engine.device)
         for index, host_batch in enumerate(micro_batches):
             batch = host_batch.to(self.engine.device)
             # The backbone's own random draws depend only on the position, so a resumed run draws the same.
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
-            losses = binary_cross_entropy_with_logits(self.engine(batch, dropout_key), batch.labels, reduction="none")
-            loss = (losses * batch.weights).sum() / block.num_targets
+            loss = step_loss.add(self.engine(batch, dropout_key), batch, host_batch)
             # DeepSpeed averages over ranks, but the ranks' losses are parts of a sum: undo the division.
             self.engine.backward(loss * world_size, is_last=index == len(micro_batches) - 1)
             finite_flags.append(self.engine.take_finite())
-            total += loss.detach()
             window.tokens += batch.num_tokens
-        agreement = self._agree(total, torch.stack(finite_flags).all())
+        agreement = self._agree(step_loss, torch.stack(finite_flags).all())
         if not agreement.finite:
             self._skip_step(step_batch, finite_flags)
         learning_rate = compute_learning_rate(
@@ -232,7 +213,7 @@ class TuningLoop:
             self._skip_step(step_batch, [torch.ones(())] * len(micro_batches))
         if norm is not None:
             window.grad_norm, window.learning_rate, window.steps = norm, learning_rate, window.steps + 1
-            window.loss += agreement.loss
+            window.losses = window.losses + np.array([agreement.loss, *agreement.terms])
             window.rows += block.num_targets
             self.progress.last_loss = agreement.loss
             self.trained_rows += block.num_targets
@@ -241,15 +222,15 @@ class TuningLoop:
         self.logger.advance(self.progress.global_step, {"loss": f"{agreement.loss:.4f}"})
         return agreement
 
-    def _agree(self, loss: Tensor, finite: Tensor) -> Agreement:
+    def _agree(self, step_loss: StepLoss, finite: Tensor) -> Agreement:
         """All-reduce the loss and the flags of a step: its only small collective."""
         minutes = (time.monotonic() - self._saved_at) / 60
         # By rank 0's clock alone, because clocks differ.
         save_due = get_rank() == 0 and minutes >= self.stage.checkpoint_every_minutes
-        flags = [torch.full_like(loss, float(flag)) for flag in (self._stop.is_set(), save_due)]
-        values = torch.stack([torch.nan_to_num(loss), (~finite).float(), *flags])
-        loss_value, num_nonfinite, stop, save = sum_over_workers(values).tolist()
-        return Agreement(loss_value, finite=num_nonfinite == 0, stop=stop > 0, save=save > 0)
+        flags = [torch.full_like(step_loss.total, float(flag)) for flag in (self._stop.is_set(), save_due)]
+        values = torch.stack([(~finite).float(), *flags, *torch.nan_to_num(step_loss.list_values())])
+        num_nonfinite, stop, save, loss, *terms = sum_over_workers(values).tolist()
+        return Agreement(loss, finite=num_nonfinite == 0, stop=stop > 0, save=save > 0, terms=terms)
 
     def _skip_step(self, step_batch: StepBatch, finite_flags: list[Tensor]) -> None:
         """Count a step that is not finite, on all ranks, and warn.
@@ -287,19 +268,10 @@ class TuningLoop:
         self._is_validating = False
         self.progress.validated_step = step
         self.logger.log(step, {f"valid/{name}": value for name, value in metrics.items() if value is not None})
-        value = metrics[self.stage.select_metric]
-        if value is None:
-            value = -metrics["logloss"] if metrics["logloss"] is not None else float("-inf")
-        elif self.stage.select_metric == "logloss":
-            value = -value
-        if self.progress.best_value is None or value > self.progress.best_value:
-            self.progress.best_value, self.progress.best_step = value, step
-            self.progress.best_metrics, self.progress.bad_validations = metrics, 0
+        if self.selection.judge(self.progress, step, metrics):
             weights = self.engine.export_state(with_moments=False).weights
             self.best_weights = weights if get_rank() == 0 else {}
-        else:
-            self.progress.bad_validations += 1
-            self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
+        self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
 
     def compute_valid_metrics(self) -> dict[str, float | None]:
         """Score the validation rows. Collective; the metrics are the same on every rank."""
@@ -314,11 +286,7 @@ class TuningLoop:
             on_batch=self._watchdog.beat,
         )
         assert np.array_equal(row_ids, rows.row_id)
-        return {
-            "auc": compute_auc(rows.label, scores),
-            "uauc": compute_uauc(rows.label, scores, rows.user_idx)[0],
-            "logloss": compute_logloss(rows.label, scores),
-        }
+        return compute_metrics(rows, scores, self.selection.names)
 
     def _save(self) -> None:
         checkpoint = Checkpoint(self.engine.export_state(), self.best_weights, self.progress)
@@ -333,7 +301,7 @@ class TuningLoop:
         self.logger.log(
             self.progress.global_step,
             {
-                monitoring.TRAIN_LOSS: window.loss / window.steps,
+                **dict(zip(LOSS_TAGS, (window.losses / window.steps).tolist(), strict=False)),
                 monitoring.LEARNING_RATE: window.learning_rate,
                 monitoring.GRAD_NORM: float(window.grad_norm),
                 monitoring.SAMPLES_PER_SECOND: window.rows / seconds,
@@ -372,7 +340,8 @@ class _Window:
 
     def restart(self) -> None:
         self.started = time.perf_counter()
-        self.loss = self.wait_seconds = 0.0
+        self.losses: Any = 0.0
+        self.wait_seconds = 0.0
         self.steps = self.rows = self.tokens = 0
 
 

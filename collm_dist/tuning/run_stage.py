@@ -26,9 +26,11 @@ from collm_dist.tuning.checkpoints import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
 from collm_dist.tuning.engine import TrainingState, TuningEngine, init_distributed
 from collm_dist.tuning.loaded_stage import LoadedStage
-from collm_dist.tuning.loop import TuningLoop, count_total_steps, load_valid_rows
+from collm_dist.tuning.loop import TuningLoop, count_total_steps
+from collm_dist.tuning.losses import LossWeights
 from collm_dist.tuning.stage import Stage, get_stage
 from collm_dist.tuning.token_budget import find_token_budget
+from collm_dist.tuning.validation import load_valid_rows
 
 VALID_BATCH_ROWS = 512
 
@@ -87,6 +89,7 @@ def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage
         "stage": stage.name,
         "global_steps": progress.global_step,
         "best_valid": {**progress.best_metrics, "step": progress.best_step},
+        **({"guard_refusals": progress.guard_refusals} if stage.settings.guard_metric is not None else {}),
         "last_train": {"loss": progress.last_loss},
         "nonfinite_skips": progress.nonfinite_skips,
         "throughput": {"samples_per_second": loop.trained_rows / max(loop.train_seconds, 1e-9)},
@@ -125,8 +128,8 @@ def build_loop(
     settings, folder = stage.settings, run_dir.step_dir(stage.name)
     train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
-    if config.anchor.kind is not None and checkpoint.progress.global_step == 0:
-        # The anchor itself is the first candidate for the best checkpoint.
+    if (config.anchor.kind or settings.guard_metric) is not None and checkpoint.progress.global_step == 0:
+        # The anchor itself is the first candidate for the best checkpoint; a guard starts from the untrained model.
         checkpoint.progress.validated_step = -1
     logger, profiler = _build_monitors(
         config, folder, checkpoint.progress.global_step, count_total_steps(settings, train_order)
@@ -181,7 +184,8 @@ def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order:
     if settings.max_tokens_per_micro_batch != "auto":
         return settings.max_tokens_per_micro_batch
     block = next(train_order.iter_batches())
-    budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device)
+    keep_groups = LossWeights(settings.pairwise_weight, settings.listwise_weight).keep_groups
+    budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device, keep_groups=keep_groups)
     if get_rank() == 0:
         print(
             f"max_tokens_per_micro_batch: {budget.tokens:,} (auto: {budget.bytes_per_token / 2**20:.2f} MiB per token, "
@@ -251,7 +255,7 @@ def build_orders(config: Config, run_dir: RunDir, settings: StageConfig) -> tupl
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
     best = summary["best_valid"]
-    shown = "  ".join(f"{key} {best[key]:.4f}" for key in ("auc", "uauc", "logloss") if best.get(key) is not None)
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in best.items() if key != "step" and value is not None)
     print(
         f"{name}: {summary['global_steps']} steps, best at step {best['step']}: valid {shown}; "
         f"{summary['throughput']['samples_per_second']:.2f} samples/s, {summary['memory']['peak_gib']:.2f} GiB"

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from collm_dist.data.prompts.micro_batches import plan_micro_batches
+from collm_dist.data.prompts.micro_batches import count_longest, plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator, TokenCounts
+from collm_dist.data.prompts.target_groups import find_groups
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.distributed import get_world_size
 from collm_dist.llm.collm import CollmModel
@@ -29,7 +30,8 @@ TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
 USABLE_SHARE = {"cuda": 0.9, "cpu": 0.5}
 # float32: gradient, two moments, ZeRO's copy of the weight.
 BYTES_PER_TRAINABLE = 16
-# Global batches have equal rows but not equal tokens. The margin avoids a second micro-batch for a few tokens.
+# Global batches have equal rows but not equal tokens. The margin avoids a second micro-batch for a few tokens, and a
+# group that does not fit.
 BATCH_TOKENS_MARGIN = 2
 # A CPU takes the smallest trial within this factor of the fastest one's time, as it needs the least memory. Trials are
 # timed in turn, in several rounds, and their best time counts: single passes differ by several percent.
@@ -53,7 +55,12 @@ class TokenBudget:
 
 
 def find_token_budget(
-    model: CollmModel, collator: PromptCollator, block: ContextBlock, device: torch.device
+    model: CollmModel,
+    collator: PromptCollator,
+    block: ContextBlock,
+    device: torch.device,
+    *,
+    keep_groups: bool = False,
 ) -> TokenBudget:
     """Measure forward and backward passes at several sizes. Collective.
 
@@ -62,16 +69,17 @@ def find_token_budget(
         collator: lays out its prompts.
         block: a global batch; others are assumed to have up to ``BATCH_TOKENS_MARGIN`` times as many tokens.
         device: this process's device.
+        keep_groups: whether the targets of a group stay in one micro-batch.
     """
     block = collator.cut_contexts(block)
     counts = collator.count_tokens(block)
-    rows = counts.header + counts.prefix + counts.tail
-    longest = int((rows[block.target_contexts] + counts.branch).max())
+    groups = find_groups(block) if keep_groups else None
+    longest = count_longest(block, counts, groups) * (BATCH_TOKENS_MARGIN if keep_groups else 1)
     batch_tokens = BATCH_TOKENS_MARGIN * collator.collate(block, block).num_tokens
     model.train()
     trials = []
     for tokens in _list_trials(counts, device):
-        pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest))
+        pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest), groups)
         batches = [collator.collate(piece, block).to(device) for piece in pieces]
         trials.append(_Trial(max(tokens, longest), batches, _measure_peak(model, batches, device)))
     free = _measure_free(model, device)
@@ -81,7 +89,7 @@ def find_token_budget(
         # Timed after all have run once: the first pass of all is slow.
         rounds = [[_measure_seconds(model, trial.batches) for trial in trials] for _ in range(TIMED_ROUNDS)]
         seconds = [min(times) for times in zip(*rounds, strict=True)]
-        budget = min(budget, trials[_choose_fastest(seconds)].choose_budget(batch_tokens))
+        budget = max(min(budget, trials[_choose_fastest(seconds)].choose_budget(batch_tokens)), longest)
     agreed = torch.tensor(float(budget), device=device)
     if get_world_size() > 1:
         dist.all_reduce(agreed, dist.ReduceOp.MIN)

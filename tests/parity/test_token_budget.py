@@ -1,10 +1,13 @@
 """Automatic token budget, measured on a real model and this machine."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import TokenCounts
+from collm_dist.data.prompts.target_groups import find_groups
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.monitoring import PeakMeter
@@ -47,6 +50,18 @@ def test_a_row_longer_than_every_trial_still_fits(tmp_path):
     counts = collator.count_tokens(block)
     assert budget.tokens >= int((counts.tail[block.target_contexts] + counts.branch).max()) > 3000
     plan_micro_batches(block, counts, 0, 1, budget.tokens)
+
+
+def test_groups_fit_the_budget_even_if_the_measured_block_has_small_ones(tmp_path):
+    """Branches of 250 tokens: a full group has more than the largest trial."""
+    _, collator = make_collator("<ItemTitleList>. And <TargetItemTitle>" + "x" * 200, tmp_path, stage2=False, most=2000)
+    small, large = (dataclasses.replace(block, group_id=block.row_id) for block in (make_block([2]), make_block([40])))
+    backbone = make_model("llama", dtype=torch.float32)
+    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj", "v_proj"), seed=1)
+    model = CollmModel(backbone, (5, 6), "yes")
+    budget = find_token_budget(model, collator, small, torch.device("cpu"), keep_groups=True)
+    assert budget.tokens > max(TRIAL_TOKENS["cpu"])
+    plan_micro_batches(large, collator.count_tokens(large), 0, 1, budget.tokens, find_groups(large))
 
 
 def test_the_meter_sees_memory_that_was_freed():

@@ -139,3 +139,12 @@ def test_other_errors_of_the_writer_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), open_atomic(tmp_path / "a.json"):
         (tmp_path / "missing").read_text()
     assert names(tmp_path) == []
+
+
+def test_a_guard_is_kept_and_other_checkpoints_stay_as_before_it(tmp_path):
+    plain = save_checkpoint(tmp_path, make_checkpoint(5), {})
+    assert b"guard_" not in plain.read_bytes()
+    assert_same(load_checkpoint(plain, {}), make_checkpoint(5))
+    guarded = make_checkpoint(6)
+    guarded.progress.guard_start, guarded.progress.guard_refusals = 0.0, 3
+    assert_same(load_checkpoint(save_checkpoint(tmp_path, guarded, {}), {}), guarded)

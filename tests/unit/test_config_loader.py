@@ -201,3 +201,22 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(write, key, uri):
         load_config(write(GOOD), [f"{key}={uri}"])
     assert "hidden" not in str(caught.value)
     assert load_config(write(GOOD), [f"{key}=s3://bucket/x@y?region=eu-central-1"])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stage):
+    setting = f"{stage}.listwise_weight=0.5"
+    with pytest.raises(ConfigError, match=rf"{stage}\.listwise_weight 0\.5 .*; use pairwise_weight"):
+        load_config(write(GOOD), [setting])
+    load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
+    load_config(write(GOOD), [f"{stage}.pairwise_weight=0.5"])
+    setting = f"{stage}.select_metric=ndcg@10"
+    with pytest.raises(ConfigError, match=rf"{stage}\.select_metric ndcg@10 .*; choose auc"):
+        load_config(write(GOOD), [setting])
+    load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
+
+
+@pytest.mark.parametrize("name", ["ndcg", "ndcg@0", "mrr@10", "AUC", "hr@10x"])
+def test_an_unknown_validation_metric_is_refused_with_the_known_ones(write, name):
+    with pytest.raises(ConfigError, match=rf"stage2\.select_metric: '{name}' is not a validation metric: use auc, "):
+        load_config(write(GOOD), [f"stage2.select_metric={name}"])

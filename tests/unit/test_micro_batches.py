@@ -1,10 +1,18 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.data.prompts.micro_batches import MAX_TREE_TOKENS, MAX_TREE_TOKENS_WITHOUT_TAIL, plan_micro_batches
+from collm_dist.data.prompts.micro_batches import (
+    MAX_TREE_TOKENS,
+    MAX_TREE_TOKENS_WITHOUT_TAIL,
+    count_longest,
+    plan_micro_batches,
+)
 from collm_dist.data.prompts.prompt_layout import TokenCounts
+from collm_dist.data.prompts.target_groups import find_groups
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.errors import ConfigError
 from tests.unit.loader_data import make_contexts
@@ -114,3 +122,41 @@ def test_without_a_prefix_a_context_stays_one_row():
     counts = TokenCounts(np.array([0]), np.array([146]), np.full(100, 50))
     (plan,) = plan_micro_batches(block, counts, 0, 1, 100_000)
     assert plan.num_contexts == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(batch=batches(), world_size=st.integers(1, 4), spare=st.integers(0, 200), data=st.data())
+def test_groups_stay_in_one_micro_batch(batch, world_size, spare, data):
+    block, counts = batch
+    lists = [
+        data.draw(st.sampled_from(np.flatnonzero(block.target_contexts == owner))) for owner in block.target_contexts
+    ]
+    block = dataclasses.replace(block, group_id=np.array(lists))
+    groups = find_groups(block)
+    max_tokens = count_longest(block, counts, groups) + spare
+    plans = [plan_micro_batches(block, counts, rank, world_size, max_tokens, groups) for rank in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    real = [part for plan in plans for part in plan if part is not None]
+    assert sorted(list_samples(concatenate_blocks(real))) == sorted(list_samples(block))
+    assert all(measure(block, counts, micro_batch) <= max_tokens for micro_batch in real)
+    placed = [set(groups[micro_batch.row_id].tolist()) for micro_batch in real]
+    assert sum(map(len, placed)) == len(set(groups.tolist()))
+
+
+def test_groups_are_whole_lists_of_one_context_up_to_a_size():
+    block = make_contexts([40, 3, 30])
+    assert np.bincount(find_groups(block)).tolist() == [16, 16, 8, 3, 16, 14]
+    lists = np.concatenate([np.arange(40) % 8, [40, 40, 41], np.full(20, 50), np.full(10, 51)])
+    groups = find_groups(dataclasses.replace(block, group_id=lists))
+    # Three lists of five, twice, and the remaining two; two lists; a list over the size, then the last one.
+    assert np.bincount(groups).tolist() == [15, 15, 10, 3, 20, 10]
+    assert set(lists[groups == 1].tolist()) == {3, 4, 5}
+
+
+def test_a_group_over_the_budget_is_refused():
+    block = make_contexts([2, 3], first_row=40)
+    counts = TokenCounts(np.array([30, 30]), np.array([5, 5]), np.full(5, 30), header=10)
+    groups = find_groups(block)
+    with pytest.raises(ConfigError, match=r"the 3 targets from row 42 on, which the loss compares, .* have 135 tokens"):
+        plan_micro_batches(block, counts, 0, 1, 134, groups)
+    assert len(plan_micro_batches(block, counts, 0, 1, 135, groups)) == 2

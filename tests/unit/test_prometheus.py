@@ -28,7 +28,7 @@ def test_training_gauges_are_in_base_units(tmp_path):
     textfile = TrainingTextfile(tmp_path, run="runs/mine", step="stage1", total_steps=40)
     textfile.update(10, {tags.TRAIN_LOSS: 0.7, tags.STEP_SECONDS: 1.5, tags.PEAK_MEMORY: 2.0, tags.GRAD_NORM: 3.0})
     textfile.update(20, {tags.TRAIN_LOSS: 0.6, tags.STEP_SECONDS: 1.5, tags.PEAK_MEMORY: 2.5})
-    textfile.update(20, {tags.VALID_AUC: 0.61, tags.VALID_UAUC: 0.58})
+    textfile.update(20, {tags.VALID_AUC: 0.61, tags.VALID_UAUC: 0.58, "valid/ndcg@5": 0.2, "valid/ndcg@10": 0.3})
     assert [path.name for path in tmp_path.iterdir()] == ["runs-mine-stage1.prom"]
     samples = read_samples(tmp_path / "runs-mine-stage1.prom")
     assert samples["collm_training_loss", "stage1"] == 0.6
@@ -37,6 +37,8 @@ def test_training_gauges_are_in_base_units(tmp_path):
     assert samples["collm_training_step_seconds", "stage1"] == 1.5
     assert samples["collm_memory_peak_bytes", "stage1"] == 2.5 * 2**30
     assert samples["collm_valid_auc", "stage1"] == 0.61
+    assert samples["collm_valid_ndcg", "5", "stage1"] == 0.2
+    assert samples["collm_valid_ndcg", "10", "stage1"] == 0.3
     assert samples["collm_training_grad_norm", "stage1"] == 3.0  # the last reported value
     assert samples["collm_training_updated_timestamp_seconds", "stage1"] == pytest.approx(time.time(), abs=60)
 

@@ -26,6 +26,7 @@ from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment, loa
 from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct, to_offsets
 from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, Masking, PromptTokens, find_slots
 from collm_dist.data.samples.pair_features import compute_pair_features
+from collm_dist.data.samples.user_samples import locate
 from collm_dist.data.shards.context_block import ContextBlock, IntArray, pad_histories
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ConfigError
@@ -168,13 +169,20 @@ class PromptCollator:
         prefix, tail, branch = self._lay_out(block, self._show_history(block)[0])
         return TokenCounts(prefix.lengths, tail.lengths, branch.lengths, len(self._header))
 
-    def collate(self, block: ContextBlock | None, example: ContextBlock, masking: Masking | None = None) -> PromptBatch:
+    def collate(
+        self,
+        block: ContextBlock | None,
+        example: ContextBlock,
+        masking: Masking | None = None,
+        groups: IntArray | None = None,
+    ) -> PromptBatch:
         """Lay out a micro-batch.
 
         Args:
             block: contexts and targets; None = a filler with zero weight.
             example: any non-empty block of the same batch, as the source of a filler.
             masking: random masking of slots; None outside training.
+            groups: groups of the example's targets, if it is the whole global batch; None = lists are the groups.
         """
         weight = 0.0 if block is None else 1.0
         if block is None:
@@ -221,6 +229,8 @@ class PromptCollator:
             "labels": block.label.astype(np.float32),
             "weights": np.full(block.num_targets, weight, dtype=np.float32),
             "row_ids": block.row_id,
+            "lists": block.group_id,
+            "groups": block.group_id if groups is None else groups[locate(example.row_id, block.row_id)],
             **self.list_user_queries(block),
         }
         tensors: dict[str, Any] = {
