@@ -72,6 +72,21 @@ class Segments:
     rows: Mirrored
     tails: Mirrored
 
+    @classmethod
+    def build(cls, tails: NDArray[np.int64], branches: NDArray[np.int64], owner: NDArray[np.int64]) -> Segments:
+        """Return the segments of tree rows.
+
+        Args:
+            tails: (C,) number of tokens of each tail.
+            branches: (N,) number of tokens of each branch.
+            owner: (N,) row of each branch.
+        """
+        lengths, rows = np.concatenate([tails, branches]), np.concatenate([np.arange(len(tails)), owner])
+        seen = np.concatenate([np.zeros_like(tails), tails[owner]])
+        order = np.argsort(rows, kind="stable")  # each row's tail before its branches
+        order = order[lengths[order] > 0]
+        return cls(Mirrored.of(lengths[order]), Mirrored.of(rows[order]), Mirrored.of(seen[order]))
+
 
 @dataclass(frozen=True)
 class Slots:

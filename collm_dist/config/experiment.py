@@ -48,6 +48,11 @@ class Config(Section):
                 f"prompt.history_length {prompted} exceeds preprocessing.max_history_length {stored}, the longest "
                 "history in the shards: raise the latter"
             )
+        if (shown := self.prompt.disliked_length) is not None and shown > self.preprocessing.max_dislikes:
+            raise ValueError(
+                f"prompt.disliked_length {shown} exceeds preprocessing.max_dislikes {self.preprocessing.max_dislikes}, "
+                "the most dislikes in the shards: raise the latter"
+            )
         if (cf_length := self.cf.history_length) is not None and cf_length > stored:
             raise ValueError(
                 f"cf.history_length {cf_length} exceeds preprocessing.max_history_length {stored}, the longest "

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from collm_dist.config.section import Section
+from collm_dist.config.section import Section, optional
 
 
 class PromptConfig(Section):
@@ -14,7 +14,8 @@ class PromptConfig(Section):
 
     stage1: str = Field(
         "configs/prompts/stage1.txt",
-        description="Prompt of stage 1: a file, or the text itself. Fields: <ItemTitleList> <TargetItemTitle>.",
+        description="Prompt of stage 1: a file, or the text itself. Fields: <ItemTitleList> "
+        "<DislikedTitleList> <TargetItemTitle>.",
     )
     stage2: str = Field(
         "configs/prompts/stage2.txt",
@@ -36,3 +37,11 @@ class PromptConfig(Section):
         description="Longest prompt in tokens; the oldest items of the history are dropped to fit, slots never.",
     )
     empty_history_text: str = Field("(nothing yet)", description="Text in place of an empty history.")
+    disliked_length: int | None = optional(
+        "Most recent disliked items in a prompt with <DislikedTitleList>, oldest first; default: 5. They get the room "
+        "that the history leaves; the oldest are dropped to fit.",
+        ge=1,
+    )
+    empty_dislikes_text: str | None = optional(
+        "Text in place of an empty list of dislikes; default: empty_history_text."
+    )

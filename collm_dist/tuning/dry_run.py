@@ -126,7 +126,7 @@ def _measure_sample(
     shared = padded = StepCost(0, 0, 0)
     contexts = prefix_tokens = 0
     pieces: list[PromptBatch] = []
-    for block in blocks:
+    for block in map(collator.cut_contexts, blocks):
         batch = collator.collate(block, block)
         counts = collator.count_tokens(block)
         lengths = (counts.header + counts.prefix + counts.tail)[block.target_contexts] + counts.branch

@@ -101,6 +101,11 @@ def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage
         "split_contexts": loop.train_order.num_split_contexts,
         "max_tokens_per_micro_batch": loop.max_tokens,
         "dropped_history_items": loaded.collator.num_dropped_history,
+        **(
+            {"dropped_disliked_items": loaded.collator.num_dropped_dislikes}
+            if loaded.collator.template.has("<DislikedTitleList>")
+            else {}
+        ),
         "fingerprint": loop.fingerprint,
         "content_hash": compute_file_hash(product),
     }

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from collm_dist.data.prompts.prompt_layout import list_segments
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.llm.collm import CollmModel
@@ -84,7 +83,7 @@ def test_shared_contexts_are_padded_rows(architecture, dtype, layers, tmp_path):
 def test_flash_attention_of_sequences(context, heads, window):
     """Outputs and gradients, against the plain kernel in float64 on the same values."""
     tails, branches, owner = np.array([40, 0, 90, 3]), np.array([9, 1, 30, 7, 200, 8]), np.array([0, 0, 0, 1, 2, 3])
-    on_host = list_segments(tails, branches, owner)
+    on_host = Segments.build(tails, branches, owner)
     parts = (on_host.lengths, on_host.rows, on_host.tails)
     segments = Segments(*(Mirrored.of(part.numbers, DEVICE) for part in parts))
     lengths = Mirrored.of(tails + np.bincount(owner, branches).astype(np.int64), DEVICE)

@@ -7,7 +7,7 @@ and appended to a list, and a slot notes the length of that list.
 from dataclasses import dataclass, field
 
 SLOT_NAMES = ("UserID", "ItemIDList", "TargetItemID", "MatchID")
-FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "TargetItemTitle")
+FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "DislikedTitleList", "TargetItemTitle")
 
 
 @dataclass
@@ -17,6 +17,7 @@ class PlainPrompt:
     input_ids: list[int] = field(default_factory=list)
     slots: dict[str, list[int]] = field(default_factory=dict)
     history: list[int] = field(default_factory=list)
+    dislikes: list[int] = field(default_factory=list)
 
 
 def split_template(text: str) -> list[tuple[str, str]]:
@@ -61,23 +62,27 @@ def build_plain_prompt(
     empty_history_text: str,
     tokens_per_slot: int = 1,
     bos: list[int] = (),
+    dislikes: list[int] = (),
+    empty_dislikes_text: str | None = None,
 ) -> PlainPrompt:
     """Build one sample's prompt; drops the oldest items until the prompt with the longest title as target fits."""
     longest = max(len(tokenize_title(tokenizer, title, max_title_tokens)) for title in titles)
 
-    def build(shown: list[int]) -> PlainPrompt:
-        prompt = PlainPrompt(input_ids=list(bos), history=shown)
+    def build(shown: list[int], disliked: list[int] = ()) -> PlainPrompt:
+        prompt = PlainPrompt(input_ids=list(bos), history=shown, dislikes=list(disliked))
         for kind, text in split_template(template):
             ids = prompt.input_ids
             if kind == "text":
                 ids += tokenize(tokenizer, text)
-            elif kind == "ItemTitleList":
-                for number, item in enumerate(shown):
+            elif kind in ("ItemTitleList", "DislikedTitleList"):
+                listed = shown if kind == "ItemTitleList" else disliked
+                for number, item in enumerate(listed):
                     ids += (tokenize(tokenizer, ", ") if number else []) + tokenize_title(
                         tokenizer, titles[item], max_title_tokens
                     )
-                if not shown:
-                    ids += tokenize(tokenizer, empty_history_text)
+                if not listed:
+                    is_default = kind == "ItemTitleList" or empty_dislikes_text is None
+                    ids += tokenize(tokenizer, empty_history_text if is_default else empty_dislikes_text)
             elif kind == "TargetItemTitle":
                 ids += tokenize_title(tokenizer, titles[target], max_title_tokens)
             else:
@@ -93,5 +98,13 @@ def build_plain_prompt(
         prompt = build(shown)
         worst = len(prompt.input_ids) - own + (longest if own else 0)
         if worst <= max_prompt_tokens or not shown:
-            return prompt
+            break
         shown = shown[1:]
+    # Dislikes get the room that the history leaves.
+    disliked = list(dislikes)
+    while disliked:
+        prompt = build(shown, disliked)
+        if len(prompt.input_ids) - own + (longest if own else 0) <= max_prompt_tokens:
+            break
+        disliked = disliked[1:]
+    return prompt if disliked else build(shown)

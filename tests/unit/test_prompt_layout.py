@@ -29,6 +29,9 @@ TEMPLATES = {
     "slots_first": "<UserID> likes <ItemTitleList>; also <TargetItemTitle>?",
     "ids": "Liked <ItemIDList> and <ItemTitleList>. Like <TargetItemID>?",
     "target_first": "<TargetItemTitle> or <TargetItemID> for <UserID>?",
+    "feedback": "Liked: <ItemTitleList>. Not: <DislikedTitleList>. Like <TargetItemTitle>?",
+    "feedback_after_slot": "By <UserID>, not <DislikedTitleList>, but <ItemIDList>. Like <TargetItemID>?",
+    "feedback_alone": "Not: <DislikedTitleList>. By <UserID>. Like <TargetItemTitle>?",
     "user_first": "<UserID><TargetItemID><MatchID> good?",
 }
 ODD_TITLES = [
@@ -58,6 +61,10 @@ def make_collator(template, titles, *, tokenizer=None, user_depends_on_target=Fa
     return PromptCollator(
         parsed, items, tokenizer, user_depends_on_target=user_depends_on_target, **{**values, **options}
     )
+
+
+def list_dislikes(block, target, length):
+    return block.dislike_items[slice(*block.dislike_offsets[target : target + 2])].tolist()[-length:]
 
 
 def read_back(batch, tokens_per_slot):
@@ -104,16 +111,20 @@ def read_back(batch, tokens_per_slot):
     adds_bos=st.booleans(),
     user_depends_on_target=st.booleans(),
     scores=st.booleans(),
+    disliked_length=st.integers(1, 3),
+    no_dislikes=st.sampled_from([None, "nothing at all"]),
 )
 def test_every_prompt_equals_the_plain_one(
-    titles, name, counts, seed, tokens_per_slot, slack, adds_bos, user_depends_on_target, scores
-):
+    titles, name, counts, seed, tokens_per_slot, slack, adds_bos, user_depends_on_target, scores,
+    disliked_length, no_dislikes,
+):  # fmt: skip
     template, tokenizer = TEMPLATES[name], make_tokenizer(adds_bos=adds_bos)
-    if user_depends_on_target and name == "slots_first":
+    if user_depends_on_target and name in ("slots_first", "feedback_after_slot"):
         return  # the history may not stand after something that differs between targets
     block = make_contexts(counts, num_items=len(titles), seed=seed)
     options = {"tokenizer": tokenizer, "user_depends_on_target": user_depends_on_target}
     options["tokens_per_slot"] = tokens_per_slot
+    options |= {"disliked_length": disliked_length, "empty_dislikes_text": no_dislikes}
     try:
         make_collator(template, titles, max_prompt_tokens=1, **options)
         pytest.fail("a prompt of one token")
@@ -123,8 +134,9 @@ def test_every_prompt_equals_the_plain_one(
     if scores:
         collator = collator.for_scoring()
         assert not collator.template.tail
+    block = collator.cut_contexts(block)
     batch = collator.collate(block, block)
-    dropped = 0
+    dropped = dropped_dislikes = 0
     for target, (ids, slots) in enumerate(read_back(batch, tokens_per_slot)):
         context = block.target_contexts[target]
         history = block.history_items[slice(*block.history_offsets[context : context + 2])].tolist()
@@ -140,10 +152,16 @@ def test_every_prompt_equals_the_plain_one(
             empty_history_text="(none)",
             tokens_per_slot=tokens_per_slot,
             bos=[0] if adds_bos else [],
+            dislikes=(dislikes := list_dislikes(block, target, disliked_length)),
+            empty_dislikes_text=no_dislikes,
         )
         assert ids == plain.input_ids
         assert len(ids) <= least + slack
         query = target if user_depends_on_target else context
+        if any(segment.text == "<UserID>" for segment in collator.template.prefix):
+            # Contexts of one user whose dislikes were all dropped share the prefix, and the slot in it.
+            shared = batch.prefix_rows.numbers.tolist()
+            query = shared.index(shared[context])
         assert slots["user"] == [(start, query) for start in plain.slots.get("UserID", [])]
         items = list(zip(plain.slots.get("ItemIDList", []), plain.history, strict=False))
         items += [(start, int(block.item_idx[target])) for start in plain.slots.get("TargetItemID", [])]
@@ -151,7 +169,8 @@ def test_every_prompt_equals_the_plain_one(
         assert slots["pair"] == [(start, target) for start in plain.slots.get("MatchID", [])]
         if target == block.target_offsets[context]:
             dropped += min(len(history), 4) - len(plain.history)
-    assert collator.num_dropped_history == dropped
+            dropped_dislikes += len(dislikes) - len(plain.dislikes) if "<Disliked" in template else 0
+    assert (collator.num_dropped_history, collator.num_dropped_dislikes) == (dropped, dropped_dislikes)
     tokens = collator.count_tokens(block)
     assert tokens.header == len(batch.header_ids)
     assert tokens.prefix.tolist() == batch.prefix_lengths.numbers[batch.prefix_rows.numbers].tolist()
@@ -267,3 +286,32 @@ def test_masks_belong_to_rows_and_only_to_training():
         collator.collate(block, block, Masking(0.3, 0, 2)).item_slots.masked, batch.item_slots.masked
     )
     assert not torch.equal(batch.pair_slots.masked, batch.item_slots.masked)
+
+
+def test_contexts_are_cut_only_where_the_listed_dislikes_change():
+    block = make_contexts([6, 5, 1])
+    assert make_collator(STAGE1, ["a"] * 20).cut_contexts(block) is block
+    collator = make_collator(TEMPLATES["feedback"], ["a"] * 20, disliked_length=1)
+    with pytest.raises(AssertionError, match="cut contexts"):
+        collator.collate(block, block)
+    cut = collator.cut_contexts(block)
+    dislikes = [list_dislikes(block, target, 1) for target in range(block.num_targets)]
+    owner = block.target_contexts
+    starts = [n for n in range(12) if n == 0 or owner[n] != owner[n - 1] or dislikes[n] != dislikes[n - 1]]
+    assert cut.target_offsets.tolist() == [*starts, 12]
+    assert cut.row_id.tolist() == block.row_id.tolist()
+    # Equal titles: the prefixes share tokens, and dropout keys are those of the uncut contexts.
+    keys = make_collator(STAGE1, ["a"] * 20).collate(block, block).context_keys
+    assert collator.collate(cut, cut).context_keys.tolist() == keys[torch.tensor(owner[starts])].tolist()
+
+
+def test_prefixes_with_other_dislikes_are_distinct():
+    titles = [f"title {number}" for number in range(20)]
+    block = make_contexts([6, 5, 1])
+    collator = make_collator(TEMPLATES["feedback_alone"], titles)
+    cut = collator.cut_contexts(block)
+    batch = collator.collate(cut, cut)
+    lists = [tuple(list_dislikes(cut, target, 5)) for target in cut.target_offsets[:-1]]
+    assert len(set(batch.prefix_keys.tolist())) == len(set(lists))
+    numbers = batch.prefix_rows.numbers.tolist()
+    assert len(set(zip(lists, numbers, strict=True))) == len(set(lists)) == len(set(numbers))

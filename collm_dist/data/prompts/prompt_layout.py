@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from collm_dist.config import Config
+from collm_dist.data.prompts import title_lists
 from collm_dist.data.prompts.item_tokens import ItemTokens, load_item_tokens
 from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment, load_prompt_text
-from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct, to_offsets
+from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct
 from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, Masking, PromptTokens, find_slots
 from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.samples.user_samples import locate
@@ -52,7 +53,7 @@ class PromptCollator:
         template: the prompt template.
         tokens_per_slot: number of soft tokens per slot.
         num_cut_titles: number of item texts cut at ``prompt.max_title_tokens``.
-        num_dropped_history: history items dropped so far because a prompt was too long.
+        num_dropped_history, num_dropped_dislikes: items dropped so far because a prompt was too long.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class PromptCollator:
         user_depends_on_target: bool,
         time_cuts: Sequence[int] = (),
         compute_anchors: Callable[[ContextBlock], NDArray[np.float32]] | None = None,
+        disliked_length: int = title_lists.DEFAULT_DISLIKED_LENGTH,
+        empty_dislikes_text: str | None = None,
     ) -> None:
         """Tokenize the template.
 
@@ -84,12 +87,14 @@ class PromptCollator:
             user_depends_on_target: whether each target has a separate user vector.
             time_cuts: timestamps (seconds) at which the vectors behind the slots change; see ``cut_contexts``.
             compute_anchors: returns the (N,) anchors of a block's targets; None = all are 0.
+            disliked_length: maximum number of disliked items in the prompt.
+            empty_dislikes_text: text in place of an empty list of dislikes; None = ``empty_history_text``.
 
         Raises:
             ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
         """
         self.template = template
-        self.num_dropped_history = 0
+        self.num_dropped_history = self.num_dropped_dislikes = 0
         self.num_cut_titles = item_tokens.num_cut
         self._titles = Ragged(np.asarray(item_tokens.offsets), np.asarray(item_tokens.ids))
         self._history_length, self._cf_history_length = history_length, cf_history_length
@@ -101,6 +106,9 @@ class PromptCollator:
         def tokenize(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+        self._disliked_length = disliked_length if template.has("<DislikedTitleList>") else 0
+        no_dislikes = empty_history_text if empty_dislikes_text is None else empty_dislikes_text
+        self._no_dislikes = tokenize(no_dislikes) if template.has("<DislikedTitleList>") else []
         self._separator = tokenize(", ")
         self._empty = tokenize(empty_history_text) if template.has("<ItemTitleList>") else []
         self._texts = {segment.text: tokenize(segment.text) for segment in template.segments if not segment.is_field}
@@ -126,11 +134,11 @@ class PromptCollator:
         return self._bos + [token for segment in texts for token in self._texts[segment.text]]
 
     def _count_fixed_tokens(self) -> int:
-        """Return the number of tokens besides the history, assuming the longest target title.
+        """Return the number of tokens besides history and dislikes, assuming the longest target title.
 
         So the history in a prompt does not depend on which targets share the context.
         """
-        total = len(self._bos)
+        total = len(self._bos) + len(self._no_dislikes)
         for segment in self.template.segments:
             if segment.text == "<TargetItemTitle>":
                 total += int(self._titles.lengths.max(initial=0))
@@ -156,17 +164,20 @@ class PromptCollator:
         return scoring
 
     def cut_contexts(self, block: ContextBlock) -> ContextBlock:
-        """Return the block with contexts cut between targets on different sides of a time cut.
+        """Return the block with contexts cut at time cuts, and where the dislikes in the prompt change.
 
-        All targets of a context then use the vectors of one time, however a batch is divided later.
+        All targets of a context then use the vectors of one time and one prompt, however a batch is divided later.
         """
-        if len(self._time_cuts) == 0:
-            return block
-        return block.cut_where_changed(np.searchsorted(self._time_cuts, block.timestamp, side="right"))
+        if len(self._time_cuts):
+            block = block.cut_where_changed(np.searchsorted(self._time_cuts, block.timestamp, side="right"))
+        if self._disliked_length:
+            block = block.cut_where_changed(title_lists.hash_dislikes(block, self._disliked_length))
+        return block
 
     def count_tokens(self, block: ContextBlock) -> TokenCounts:
         """Return the token counts of the block's prompts."""
-        prefix, tail, branch = self._lay_out(block, self._show_history(block)[0])
+        shown = self._show_history(block)[0]
+        prefix, tail, branch = self._lay_out(block, shown, self._show_dislikes(block, shown)[0])
         return TokenCounts(prefix.lengths, tail.lengths, branch.lengths, len(self._header))
 
     def collate(
@@ -189,7 +200,9 @@ class PromptCollator:
             block = example.take_targets(np.arange(1))
         shown, dropped = self._show_history(block)
         self.num_dropped_history += dropped
-        prefix, tail, branch = self._lay_out(block, shown)
+        disliked, dropped = self._show_dislikes(block, shown)
+        self.num_dropped_dislikes += dropped
+        prefix, tail, branch = self._lay_out(block, shown, disliked)
         branches = branch.merge(block.target_offsets)
         tree = join_columns([tail, branches], block.num_contexts)
 
@@ -243,7 +256,7 @@ class PromptCollator:
             prefix_keys=prefix_keys,
             prefix_rows=Mirrored.of(prefix_rows),
             tree_lengths=Mirrored.of(tree.lengths),
-            tree_segments=list_segments(tail.lengths, branch.lengths, owner),
+            tree_segments=Segments.build(tail.lengths, branch.lengths, owner),
             **slots,
         )
 
@@ -259,27 +272,35 @@ class PromptCollator:
         """Return the history items in each prompt, and the number of items dropped because prompts were too long."""
         history = Ragged(block.history_offsets, block.history_items)
         shown = history.take_last(np.full(block.num_contexts, self._history_length))
-        cost = np.zeros(len(shown.values), dtype=np.int64)
-        first = 0
-        if self.template.has("<ItemTitleList>"):
-            cost += self._titles.lengths[shown.values] + len(self._separator)
-            first = len(self._separator)  # one separator fewer than items
-        if self.template.has("<ItemIDList>"):
-            cost = cost + self.tokens_per_slot
-        # An item stays if it and all newer ones of its context fit.
-        totals = to_offsets(cost)
-        newer = totals[shown.offsets[1:]][shown.rows] - totals[:-1]
-        kept = np.bincount(shown.rows[newer - first <= self._budget], minlength=block.num_contexts)
-        return shown.take_last(kept), len(shown.values) - int(kept.sum())
+        cost, first = self._count_history_tokens(shown)
+        return title_lists.take_newest(shown, cost, np.full(block.num_contexts, self._budget + first))
 
-    def _lay_out(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, Ragged, Ragged]:
+    def _count_history_tokens(self, shown: Ragged) -> tuple[IntArray, int]:
+        """Return the tokens of each item, and the surplus of each context: there is one separator fewer than items."""
+        cost = np.full(len(shown.values), self.tokens_per_slot if self.template.has("<ItemIDList>") else 0)
+        if not self.template.has("<ItemTitleList>"):
+            return cost, 0
+        return cost + self._titles.lengths[shown.values] + len(self._separator), len(self._separator)
+
+    def _show_dislikes(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, int]:
+        """Return the dislikes in each prompt, which get the room that the history leaves, and the number dropped."""
+        if not self._disliked_length:
+            return Ragged(np.zeros(block.num_contexts + 1, dtype=np.int64), np.zeros(0, dtype=np.int64)), 0
+        cost, first = self._count_history_tokens(shown)
+        used = np.bincount(shown.rows, cost, minlength=block.num_contexts).astype(np.int64)
+        used = np.where(shown.lengths > 0, used - first, len(self._empty))
+        disliked = title_lists.take_context_dislikes(block, self._disliked_length)
+        room = self._budget - used + len(self._no_dislikes) + len(self._separator)
+        return title_lists.take_newest(disliked, self._titles.lengths[disliked.values] + len(self._separator), room)
+
+    def _lay_out(self, block: ContextBlock, shown: Ragged, disliked: Ragged) -> tuple[Ragged, Ragged, Ragged]:
         """Return token ids and slot codes after the header: prefixes (C rows), tails (C rows), branches (N rows)."""
         contexts, targets = block.num_contexts, block.num_targets
         first = self.template.prefix or self.template.tail
         start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and not self._header else []
         rest = list(itertools.dropwhile(lambda segment: not segment.is_field, first)) if self._header else first
-        laid = [*start, *(self._lay_out_context(segment, shown) for segment in rest)] if first else []
-        head, tail = laid, [self._lay_out_context(segment, shown) for segment in self.template.tail]
+        laid = [*start, *(self._lay_out_context(segment, shown, disliked) for segment in rest)] if first else []
+        head, tail = laid, [self._lay_out_context(segment, shown, disliked) for segment in self.template.tail]
         if not self.template.prefix:
             head, tail = [], laid
         branch = [self._lay_out_target(segment, block) for segment in self.template.branch]
@@ -287,19 +308,15 @@ class PromptCollator:
             branch.insert(0, repeat_values(self._bos, np.ones(targets, dtype=bool)))
         return join_columns(head, contexts), join_columns(tail, contexts), join_columns(branch, targets)
 
-    def _lay_out_context(self, segment: Segment, shown: Ragged) -> Ragged:
-        contexts = len(shown.offsets) - 1
-        everywhere = np.ones(contexts, dtype=bool)
+    def _lay_out_context(self, segment: Segment, shown: Ragged, disliked: Ragged) -> Ragged:
         if segment.text == "<ItemTitleList>":
-            is_last = np.zeros(len(shown.values), dtype=bool)
-            is_last[shown.offsets[1:][shown.lengths > 0] - 1] = True
-            items = [self._titles.take(shown.values), repeat_values(self._separator, ~is_last)]
-            listed = join_columns(items, len(shown.values)).merge(shown.offsets)
-            return join_columns([listed, repeat_values(self._empty, shown.lengths == 0)], contexts)
+            return title_lists.list_titles(shown, self._titles, self._separator, self._empty)
+        if segment.text == "<DislikedTitleList>":
+            return title_lists.list_titles(disliked, self._titles, self._separator, self._no_dislikes)
         if segment.text == "<ItemIDList>":
             codes = [HISTORY] + [CONTINUED] * (self.tokens_per_slot - 1)
             return repeat_values(codes, np.ones(len(shown.values), dtype=bool)).merge(shown.offsets)
-        return repeat_values(self._get_constant(segment), everywhere)
+        return repeat_values(self._get_constant(segment), np.ones(len(shown.lengths), dtype=bool))
 
     def _lay_out_target(self, segment: Segment, block: ContextBlock) -> Ragged:
         if segment.text == "<TargetItemTitle>":
@@ -327,21 +344,6 @@ class PromptCollator:
             "user_target": block.item_idx,
             "user_timestamps": block.timestamp,
         }
-
-
-def list_segments(tails: IntArray, branches: IntArray, owner: IntArray) -> Segments:
-    """Return the segments of tree rows.
-
-    Args:
-        tails: (C,) number of tokens of each tail.
-        branches: (N,) number of tokens of each branch.
-        owner: (N,) row of each branch.
-    """
-    lengths, rows = np.concatenate([tails, branches]), np.concatenate([np.arange(len(tails)), owner])
-    seen = np.concatenate([np.zeros_like(tails), tails[owner]])
-    order = np.argsort(rows, kind="stable")  # each row's tail before its branches
-    order = order[lengths[order] > 0]
-    return Segments(Mirrored.of(lengths[order]), Mirrored.of(rows[order]), Mirrored.of(seen[order]))
 
 
 def build_collator(
@@ -386,4 +388,6 @@ def build_collator(
         user_depends_on_target=user_depends_on_target,
         time_cuts=time_cuts,
         compute_anchors=compute_anchors,
+        disliked_length=config.prompt.disliked_length or title_lists.DEFAULT_DISLIKED_LENGTH,
+        empty_dislikes_text=config.prompt.empty_dislikes_text,
     )

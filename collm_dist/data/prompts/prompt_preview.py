@@ -62,9 +62,10 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
     order = GlobalOrder(
         data_dir, load_manifest(data_dir), "train", config.run.seed, num_prompts, max_contexts=num_prompts
     )
-    block = next(order.iter_batches())
+    batch = next(order.iter_batches())
     for stage in ("stage1", "stage2"):
         collator = build_collator(config, run_dir, tokenizer, stage)
+        block = collator.cut_contexts(batch)
         counts = collator.count_tokens(block)
         for target in range(min(num_prompts, block.num_targets)):
             context = block.target_contexts[target]
@@ -77,3 +78,5 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
             print(render_example(collator, block.take_targets(np.array([target])), tokenizer))
         print(f"\n{stage}: {collator.num_cut_titles} item texts are cut at prompt.max_title_tokens; "
               f"{collator.num_dropped_history} history items were dropped in these prompts")  # fmt: skip
+        if collator.num_dropped_dislikes:
+            print(f"{stage}: {collator.num_dropped_dislikes} disliked items were dropped as well")

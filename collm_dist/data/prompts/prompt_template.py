@@ -19,6 +19,7 @@ Depends = Literal["nothing", "context", "target"]
 # For each field what it depends on, and whether it is a slot (filled with soft tokens).
 FIELDS: dict[str, tuple[Depends, bool]] = {
     "<ItemTitleList>": ("context", False),
+    "<DislikedTitleList>": ("context", False),  # contexts are cut where the dislikes change
     "<TargetItemTitle>": ("target", False),
     "<UserID>": ("context", True),
     "<ItemIDList>": ("context", True),
@@ -27,7 +28,7 @@ FIELDS: dict[str, tuple[Depends, bool]] = {
 }
 # Prefix of the names of shipped templates; in a checkout this folder links to them.
 SHIPPED = "configs/prompts/"
-_HISTORY_FIELDS = frozenset({"<ItemTitleList>", "<ItemIDList>"})
+_HISTORY_FIELDS = frozenset({"<ItemTitleList>", "<DislikedTitleList>", "<ItemIDList>"})
 _FIELD = re.compile(r"(<[A-Za-z_]+>)")
 # Resembles a field, so it is probably a typo; other markup, such as <s> or <b>, is text.
 _LIKE_A_FIELD = re.compile(r"<[A-Za-z_]*(ID|IDs|List|Title|Titles)>")
