@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp  # type: ignore[import-untyped]  # comes with scikit-learn
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
 
+from collm_dist.cf.item_text import vectorize_texts
 from collm_dist.data.prompts.ragged import Ragged
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.metrics import FloatArray
 
-# Single characters are terms too: a title may have no longer word.
-_TERM_PATTERN = r"(?u)\b\w+\b"
-_MAX_TERMS = 1 << 20
 # Pairs whose vectors are in memory at once.
 _PAIRS_AT_ONCE = 1 << 18
 # Liked items that the largest similarity is taken over, and the weight of the last one in ``score_last_likes``.
@@ -47,15 +44,7 @@ class TextSimilarity:
     @classmethod
     def fit(cls, texts: Sequence[str]) -> TextSimilarity:
         """Compute the vectors of (I,) item texts; items without words get zeros."""
-        vectorizer = TfidfVectorizer(
-            ngram_range=(1, 2),
-            sublinear_tf=True,
-            token_pattern=_TERM_PATTERN,
-            max_features=_MAX_TERMS,
-            dtype=np.float32,
-        )
-        has_words = any(vectorizer.build_analyzer()(text) for text in texts)
-        return cls(vectorizer.fit_transform(texts).tocsr() if has_words else sp.csr_matrix((len(texts), 1)))
+        return cls(vectorize_texts(texts))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> TextSimilarity:

@@ -84,7 +84,7 @@ def fit_job(job: Job, device: torch.device, rank: int, world_size: int, on_epoch
             valid, epochs, report = None, job.cf.fold_epochs, _ignore
         state = fit_model(job, name, manifest, data.users, train, valid, epochs, state, report)
     assert state is not None
-    model = build_untrained(job.cf, manifest, data.users, splits["train"], job.seed)
+    model = build_untrained(job.cf, manifest, data.users, splits["train"], job.seed, job.load_item_text())
     model.load_state_dict(state.read_shared("best") | state.read_owned("best", data.users))
     metrics = {name: gather_metrics(model.to(device), rows) for name, rows in splits.items()}
     if rank == 0:

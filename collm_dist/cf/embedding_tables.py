@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from collm_dist.cf.item_text import ItemText
 from collm_dist.random_keys import hash_integers, to_unit_interval
 
 _INIT_ROWS = 1 << 14
@@ -96,11 +97,22 @@ class UserTable(EmbeddingTable):
 
 
 class ItemTable(EmbeddingTable):
-    """Rows of all items, replicated on all workers. The last row stands for all items without training rows."""
+    """Rows of all items, replicated on all workers. The last row stands for all items without training rows.
+
+    Attributes:
+        text: contribution of the item texts to the rows (``cf.item_text``); None = no texts.
+    """
+
+    text: ItemText | None
 
     def __init__(self, num_items: int, dim: int, *, sparse: bool = True) -> None:
         """Build I + 1 rows of zeros."""
         super().__init__(num_items + 1, dim, sparse=sparse)
+        self.text = None
+
+    def add_text(self, vectors: Tensor, num_rows: int = 1) -> None:
+        """Add the contribution of (I, K) text vectors to the rows; see ``ItemText``."""
+        self.text = ItemText(vectors, self.weight.shape[1] - 1, num_rows)
 
     @torch.no_grad()
     def init_weights(self, counts: Tensor, numbers: Tensor, scale: float, seed: int) -> None:
@@ -121,4 +133,18 @@ class ItemTable(EmbeddingTable):
 
     def forward(self, index: Tensor) -> Tensor:
         """(...) -> (..., E + 1)."""
-        return functional.embedding(self.resolve(index), self.weight, sparse=self.sparse)
+        rows = functional.embedding(self.resolve(index), self.weight, sparse=self.sparse)
+        return rows if self.text is None else rows + self.text(index)
+
+    def compute_all(self) -> Tensor:
+        """Return (I + 1, E + 1) rows; with texts, each item without training rows has its own."""
+        if self.text is None:
+            return self.weight
+        rows: Tensor = self(torch.arange(len(self.known), device=self.weight.device))
+        return rows
+
+    def locate(self, index: Tensor) -> Tensor:
+        """Return the positions of items in ``compute_all``, in any shape."""
+        if self.text is None:
+            return self.resolve(index)
+        return torch.where((index >= 0) & (index < self.unknown), index, self.unknown)

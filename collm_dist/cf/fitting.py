@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from collm_dist.cf.batches import Rows
 from collm_dist.cf.biases import fit_biases
@@ -69,7 +71,7 @@ def fit_model(
     if state is not None and state.progress.finished:
         return state
     device = train.label.device
-    model = build_untrained(job.cf, manifest, users, train, job.seed)
+    model = build_untrained(job.cf, manifest, users, train, job.seed, job.load_item_text())
     if isinstance(model, VectorTable):
         fill_vectors(model, job.cf, job.data_dir, users)
     model.to(device).prepare(train)
@@ -109,12 +111,30 @@ def resolve_arguments(cf: CfConfig, manifest: Manifest, seed: int) -> dict[str, 
     return arguments
 
 
-def build_untrained(cf: CfConfig, manifest: Manifest, users: UserRanges, train: Rows, seed: int) -> TrainableCfModel:
-    """Return the configured model with initial weights, on the CPU. All workers call this together."""
+def build_untrained(
+    cf: CfConfig,
+    manifest: Manifest,
+    users: UserRanges,
+    train: Rows,
+    seed: int,
+    item_text: NDArray[np.float32] | None = None,
+) -> TrainableCfModel:
+    """Return the configured model with initial weights, on the CPU. All workers call this together.
+
+    Args:
+        cf: the settings.
+        manifest: of the data.
+        users: users that this worker owns.
+        train: this worker's training rows, numbered globally.
+        seed: of the initial weights.
+        item_text: (I, K) text vectors of the items; None = no texts.
+    """
     arguments = resolve_arguments(cf, manifest, seed)
     model = get_model_class(cf.model)(users.num_users, manifest.num_items, **arguments)
     if cf.feedback == "all":
         model.add_wide()
+    if item_text is not None:
+        model.items.add_text(torch.from_numpy(item_text), train.total_rows)
     user_counts = torch.bincount(train.row_users, minlength=users.num_users).cpu()
     item_counts = sum_over_workers(torch.bincount(train.item_idx, minlength=manifest.num_items)).cpu()
     num_masked = round(cf.unknown_item_share * train.total_rows)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from collm_dist.cf.item_text import compute_text_vectors
 from collm_dist.cf.models.registry import check_arguments
 from collm_dist.cf.models.vector_table import read_vectors, read_width
 from collm_dist.cf.sharded_checkpoint import TrainingState, read_state
@@ -17,6 +19,7 @@ from collm_dist.cf.user_shards import SPLITS
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import DataError
+from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.previous_run import find_previous_file
 
 
@@ -33,6 +36,7 @@ class Job:
         fold_starts: see ``compute_fold_starts``; empty = one model.
         splits: splits whose rows the workers load, so the only ones that can be scored. Train and valid are required.
         previous: model file of the run that this one extends, to start from.
+        item_text: file of the items' text vectors, visible on all nodes; None = no texts.
     """
 
     data_dir: Path
@@ -43,6 +47,7 @@ class Job:
     fold_starts: tuple[int, ...] = ()
     splits: tuple[str, ...] = SPLITS
     previous: Path | None = None
+    item_text: Path | None = None
 
     @property
     def result_path(self) -> Path:
@@ -55,6 +60,13 @@ class Job:
             return None
         result: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
         return result if result["key"] == self.key else None
+
+    def load_item_text(self) -> NDArray[np.float32] | None:
+        """Return the (I, K) text vectors of the items, None without texts."""
+        if self.item_text is None:
+            return None
+        vectors: NDArray[np.float32] = np.load(self.item_text, allow_pickle=False)
+        return vectors
 
     def name_model(self, fold: int) -> str:
         """Return the name of the model that serves a fold (1 or more); the last fold's is fitted to all rows."""
@@ -72,7 +84,7 @@ class Job:
 def plan_jobs(
     config: Config, data_dir: Path, checkpoints: Path, key: str, fold_starts: tuple[int, ...] = ()
 ) -> list[Job]:
-    """Return one job per seed and create its checkpoint folder.
+    """Return one job per seed; create its checkpoint folder and the file of the items' text vectors.
 
     Only the first job fits the folds: stage 2 reads its vectors, and the other seeds measure the spread.
 
@@ -83,12 +95,20 @@ def plan_jobs(
         key: hash of everything that the trainings depend on.
         fold_starts: see ``compute_fold_starts``; empty without cross-fitting.
     """
+    item_text = None
+    if config.cf.item_text is not None:
+        item_text = checkpoints / f"item_text-{key[:16]}.npy"
+        if not item_text.exists():
+            vectors = compute_text_vectors(load_item_table(data_dir)["text"], config.cf.item_text)
+            with open_atomic(item_text, "wb") as file:
+                np.save(file, vectors)
     jobs = []
     for number, seed in enumerate(config.cf.seeds or (config.run.seed,)):
         folder = checkpoints / f"seed-{seed}"
         folder.mkdir(exist_ok=True)
         folds = () if number else fold_starts
-        jobs.append(Job(data_dir, folder, key, config.cf, seed, folds, previous=find_previous_file(config, "cf")))
+        previous = find_previous_file(config, "cf")
+        jobs.append(Job(data_dir, folder, key, config.cf, seed, folds, previous=previous, item_text=item_text))
     return jobs
 
 

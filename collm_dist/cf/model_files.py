@@ -90,6 +90,8 @@ def load_model(path: Path) -> tuple[ModelHeader, TrainableCfModel]:
         model = get_model_class(header.model)(0, header.num_items, **header.arguments)
         if header.feedback == "all":
             model.add_wide()
+        if (text := tensors.get("items.text.vectors")) is not None:
+            model.items.add_text(text[:-1])
         model.users.assign({name.removeprefix("users."): tensor for name, tensor in tensors.items() if is_local(name)})
         shared = {name: tensor for name, tensor in tensors.items() if not is_local(name)}
         missing, unexpected = model.load_state_dict(shared, strict=False, assign=True)

@@ -58,6 +58,8 @@ def _build_untrained(header: ModelHeader, trained: TrainableCfModel, scale: floa
     """
     num_users = len(trained.users.known)
     model = get_model_class(header.model)(num_users, header.num_items, **header.arguments).eval()
+    if trained.items.text is not None:
+        model.items.add_text(trained.items.text.vectors[:-1])
     model.init_weights(
         trained.users.known.long(), trained.items.known.long(), torch.arange(num_users), scale=scale, seed=seed
     )

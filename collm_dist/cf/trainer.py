@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from collm_dist.cf.batches import CfBatch, Rows, count_batches, iter_batches
+from collm_dist.cf.item_text import keep_text
 from collm_dist.cf.models.interface import TrainableCfModel, list_shared
 from collm_dist.cf.optimizer import Optimizers
 from collm_dist.cf.sharded_checkpoint import Progress, read_state, restore_state, save_state
@@ -183,7 +184,8 @@ def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, pl
     length = model.history_length if model.trains_on_history else 0
     for contexts in iter_batches(train, plan.global_batch_size, plan.seed, epoch):
         batch, rows = train.take(contexts, length)
-        batch = _mask_items(batch, contexts.cpu().numpy() + train.first_context, plan, epoch)
+        numbers = contexts.cpu().numpy() + train.first_context
+        batch = _mask_items(batch, numbers, plan, epoch, with_text=model.items.text is not None)
         loss = functional.binary_cross_entropy_with_logits(model(batch), train.label[rows].float(), reduction="sum")
         optimizers.zero_grad()
         penalty = model.penalty(batch, plan.weight_decay, plan.bias_weight_decay)
@@ -197,15 +199,21 @@ def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, pl
     return mean
 
 
-def _mask_items(batch: CfBatch, numbers: NDArray[np.int64], plan: TrainingPlan, epoch: int) -> CfBatch:
-    """Set the contexts' keys and replace a share of the target items by the unknown item, which trains its row."""
+def _mask_items(
+    batch: CfBatch, numbers: NDArray[np.int64], plan: TrainingPlan, epoch: int, *, with_text: bool
+) -> CfBatch:
+    """Set the contexts' keys and replace a share of the target items by the unknown item, which trains its row.
+
+    With texts, a replaced item is known by its text alone.
+    """
     keys = (hash_integers(plan.seed, epoch, numbers) >> np.uint64(1)).astype(np.int64)
     contexts, items = batch.target_contexts.cpu().numpy(), batch.item_idx.cpu().numpy()
     is_masked = to_unit_interval(hash_integers(plan.seed, keys[contexts], items)) < plan.unknown_item_share
     device = batch.item_idx.device
+    unknown = keep_text(batch.item_idx) if with_text else torch.full_like(batch.item_idx, -1)
     return replace(
         batch,
-        item_idx=batch.item_idx.masked_fill(torch.from_numpy(is_masked).to(device), -1),
+        item_idx=torch.where(torch.from_numpy(is_masked).to(device), unknown, batch.item_idx),
         keys=torch.from_numpy(keys).to(device),
     )
 

@@ -34,6 +34,8 @@ def load_previous_weights(
     header, old = load_model(path)
     if header.model != name:
         return None, f"{path} holds a model of the kind {header.model}: training starts from initial weights"
+    if old.items.text is not None or model.items.text is not None:
+        return None, f"{path}: item texts are mapped anew (cf.item_text): training starts from initial weights"
     weights = {key: parameter.detach() for key, parameter in old.named_parameters()}
     num_items = len(old.items.known) - 1
     owned = users.to_dense()

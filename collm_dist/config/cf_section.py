@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from collm_dist.config.section import Section, operational
+from collm_dist.config.section import Section, operational, optional
 
 
 class CfConfig(Section):
@@ -27,6 +27,12 @@ class CfConfig(Section):
         description="Past feedback behind the scores. likes: the liked items. all: also how often user and item "
         "occurred and were liked before the row (so dislikes count), as linear features; the pair slot "
         "carries the same numbers.",
+    )
+    item_text: int | None = optional(
+        "Width of text vectors of the items (TF-IDF of the item texts and a truncated SVD), from which a learned "
+        "linear map adds to every item's vector and bias: rare and unseen items are known by their text. Try 64. "
+        "Default: off.",
+        ge=1,
     )
     num_layers: int = Field(2, ge=1, description="lightgcn: graph layers. sasrec: attention layers.")
     num_heads: int = Field(1, ge=1, description="sasrec: attention heads; their number must divide embedding_dim.")
@@ -104,6 +110,11 @@ class CfConfig(Section):
     def _check(self) -> CfConfig:
         if self.model == "table" and self.item_vectors is None:
             raise ValueError("cf.model 'table' needs cf.item_vectors, a Parquet file with columns id and vector")
+        if self.item_text is not None and self.model in ("table", "none"):
+            raise ValueError(
+                f"cf.item_text {self.item_text} needs a model that learns item vectors, which cf.model "
+                f"'{self.model}' does not; leave it out, or choose mf, lightgcn, sasrec or din"
+            )
         if self.model == "table" and self.cross_fit != "off":
             raise ValueError(
                 "cf.cross_fit needs a model to train, but cf.model 'table' has given vectors: set it to off"

@@ -144,7 +144,7 @@ def fit_on_two(settings):
 
 # Small batches of histories of all lengths, so the amount of padding differs between one and two workers.
 RAGGED = {"dropout": 0.3, "feedback": "all", "global_batch_size": 24, "history_length": 10, "unknown_item_share": 0.05}
-JOBS = (*MODELS, "table", "mf in folds", "sasrec in folds")
+JOBS = (*MODELS, "table", "mf in folds", "sasrec in folds", "mf in texts", "lightgcn in texts")
 FOLD_STARTS = (130, 260, 400)  # a row's number is its timestamp; the last one is the end of the training rows
 
 
@@ -154,14 +154,22 @@ def make_jobs(run_dir, folder, how):
     random, tables = np.random.default_rng(0), {}
     for name, ids in (("user_vectors", USERS), ("item_vectors", ITEMS)):
         tables[name] = write_vectors(folder / f"{name}.parquet", ids, random.normal(size=(len(ids), 4)))
+    texts = folder / "item_text.npy"
+    np.save(texts, random.normal(size=(len(ITEMS), 5)).astype(np.float32))
     jobs = {}
     for name in JOBS if how in ("one", "two") else MODELS:
-        model, *folds = name.split(" in ")
-        settings = RAGGED | (tables if model == "table" else {}) | ({"fold_epochs": 2} if folds else {})
+        model, _, extra = name.partition(" in ")
+        settings = RAGGED | (tables if model == "table" else {}) | ({"fold_epochs": 2} if extra == "folds" else {})
         states = folder / how / name
         states.mkdir(parents=True)
         jobs[name] = Job(
-            run_dir.step_dir("data"), states, "key", make_cf(model, **settings), 0, FOLD_STARTS if folds else ()
+            run_dir.step_dir("data"),
+            states,
+            "key",
+            make_cf(model, **settings),
+            0,
+            FOLD_STARTS if extra == "folds" else (),
+            item_text=texts if extra == "texts" else None,
         )
     return jobs
 

@@ -59,9 +59,9 @@ def make_plan(cf, seed=0):
     return build_plan(cf, seed)
 
 
-def fit_and_export(run_dir, cf, folder, fold_starts=(), seed=0):
+def fit_and_export(run_dir, cf, folder, fold_starts=(), seed=0, item_text=None):
     """Train in this process and write the model files like the CF step; return their hash."""
     data_dir = run_dir.step_dir("data")
-    job = Job(data_dir, folder, "key", cf, seed, tuple(fold_starts))
+    job = Job(data_dir, folder, "key", cf, seed, tuple(fold_starts), item_text=item_text)
     fit_job(job, torch.device("cpu"), 0, 1, lambda *_: None)
     return export_models(job, run_dir.step_dir("cf"), load_manifest(data_dir))

@@ -193,7 +193,8 @@ class TrainableCfModel(ABC, nn.Module):
         """Return the batch's share of the weight-decay penalty (), see ``embedding_tables``."""
         users, items = batch.user_idx[batch.target_contexts], self.items.resolve(batch.item_idx)
         decays = weight_decay, bias_weight_decay
-        return self.users.penalty(users, *decays) + self.items.penalty(items, *decays)
+        penalty = self.users.penalty(users, *decays) + self.items.penalty(items, *decays)
+        return penalty if self.items.text is None else penalty + self.items.text.penalty(len(items), *decays)
 
     def prepare(self, train: Rows) -> None:
         """Precompute from a worker's training rows, once before training; all workers call this together."""

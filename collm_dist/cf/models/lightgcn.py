@@ -83,7 +83,7 @@ class LightGcn(TrainableCfModel):
 
     def propagate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (U, E) and (I + 1, E) smoothed vectors, and (I + 1, E) sums of the item layers below the last."""
-        users, items = self.users.weight[:, :-1], self.items.weight[:, :-1]
+        users, items = self.users.weight[:, :-1], self.items.compute_all()[:, :-1]
         user_sum, item_sum, below = users, items, torch.zeros_like(items)
         for _ in range(self.num_layers):
             below = below + items
@@ -100,7 +100,7 @@ class LightGcn(TrainableCfModel):
         if not self.training:
             return super().forward(batch)
         users, items, _ = self.propagate()
-        rows = self.items.resolve(batch.item_idx)
+        rows = self.items.locate(batch.item_idx)
         matched = self.match(users[batch.user_idx], batch, items[rows])
         biases = self.user_biases(batch)[batch.target_contexts] + self.items(batch.item_idx)[:, -1]
         logits: Tensor = self.global_bias + biases + matched + self.feature_logits(batch)
@@ -116,14 +116,14 @@ class LightGcn(TrainableCfModel):
 
     def item_rows(self, item_idx: Tensor) -> Tensor:
         """(...) -> (..., E + 1): smoothed vector and bias."""
-        rows = self.items.resolve(item_idx)
+        rows = self.items.locate(item_idx)
         return torch.cat([self.smoothed_items[rows], self.items(item_idx)[..., -1:]], dim=-1)
 
     def compute_user_vectors(self, batch: CfBatch) -> Tensor:
         """Return (C, E): smoothed rows, or the messages of the history's items for unknown users."""
         known = self.users.is_known(batch.user_idx)
         is_item = batch.history >= 0
-        sent = self.folding_items[self.items.resolve(batch.history)] * is_item[..., None]
+        sent = self.folding_items[self.items.locate(batch.history)] * is_item[..., None]
         folded: Tensor = sent.sum(dim=1) * is_item.sum(dim=1, keepdim=True).clamp(min=1).rsqrt()
         if not known.any():
             return folded
