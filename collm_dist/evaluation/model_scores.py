@@ -90,7 +90,8 @@ def collect_models(
             models += [_score(scorer, evaluated.block) for scorer in scorers]
         for name in _STAGE_MODELS:
             if (name, split) in stage_scores:
-                labels, inputs = _describe_information(name, slots, manifest.feedback, config.anchor.kind)
+                prompt = load_prompt_text(config.prompt.stage1 if name == "stage1" else config.prompt.stage2)
+                labels, inputs = _describe_information(name, slots, manifest.feedback, config.anchor.kind, prompt)
                 models.append(ScoredModel(name, labels, inputs, stage_scores[name, split]))
     return collected
 
@@ -109,11 +110,12 @@ def _fit_trivial(data_dir: Path, manifest: Manifest) -> list[Baseline]:
 
 
 def _describe_information(
-    name: str, slots: frozenset[str], feedback: str, anchor: AnchorKind | None = None
+    name: str, slots: frozenset[str], feedback: str, anchor: AnchorKind | None = None, prompt: str = ""
 ) -> tuple[str, str]:
     """Return the training labels that a model was fitted to, and the inputs that it reads, in words."""
     labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
-    if (name != "stage1" and "MatchID" in slots) or anchor in ("as_of", "blend"):
+    reads_counts = (name != "stage1" and "MatchID" in slots) or anchor in ("as_of", "blend")
+    if reads_counts or "<DislikedTitleList>" in prompt:
         return labels, "all earlier feedback" if feedback == "explicit" else "all earlier likes"
     return labels, "ids, earlier likes" if name == "cf" else "earlier likes"
 
