@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from collm_dist.config import ClusterConfig
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.orchestration.node_facts import check_facts, read_facts
 from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.stop_signals import build_preempted, preemptible
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
 
     Raises:
         LaunchError: the cluster does not answer, or a local one does not start.
+        Preempted: SIGTERM or SIGUSR1 arrived, also inside the block unless it has handlers of its own.
     """
     if ray.is_initialized():
         yield
@@ -49,21 +52,29 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": int(cluster.object_store_gb * 1e9),
         }
+    with preemptible():
+        _start_ray(address, options)
+        try:
+            with preemptible():  # again, since Ray has set a handler of its own
+                yield
+        finally:
+            ray.shutdown()
+
+
+def _start_ray(address: str | None, options: Mapping[str, Any]) -> None:
     try:
         # Without "local", Ray would join any cluster on this machine and refuse these options.
         ray.init(address=address or "local", **options)
     except CollmError:  # Preempted, from the signal handler
         raise
+    except SystemExit as error:  # from Ray's handler of SIGTERM
+        raise build_preempted(signal.SIGTERM) from error
     except Exception as error:  # Ray raises plain exceptions if its processes do not start in time
         target = f"Ray at '{address}'" if address else "a local Ray"
         raise LaunchError(
             f"cluster.ray_address: {target} cannot be reached or started: {error}. Start a cluster there (ray start "
             "--head), or unset the address (also RAY_ADDRESS) to use this machine alone; on a busy machine, try again"
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def check_nodes(folder: Path) -> None:

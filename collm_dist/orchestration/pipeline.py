@@ -129,8 +129,7 @@ def _run_steps(
 
 def _run_child(child: _Child, status: RunStatus) -> None:
     cluster = child.config.cluster
-    with preemptible():  # Ray may have set its own handlers
-        run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
+    run_with_restarts(child.run, cluster.max_restarts, cluster.restart_backoff_seconds, status.restart)
 
 
 def _is_done_or_linked(config: Config, run_dir: RunDir, step: Step) -> bool:
@@ -161,15 +160,14 @@ def _run_on_ray(config: Config, run_dir: RunDir, step: Step, force: bool, sessio
     from collm_dist.orchestration.cluster import connect_ray
 
     session.enter_context(connect_ray(config.cluster))  # the second step uses the first step's cluster
-    with preemptible():  # Ray has replaced our handlers
-        if step == "data":
-            from collm_dist.orchestration.preprocess import run_preprocess
+    if step == "data":
+        from collm_dist.orchestration.preprocess import run_preprocess
 
-            run_preprocess(config, run_dir, force)
-        else:
-            from collm_dist.orchestration.pretrain import run_pretrain
+        run_preprocess(config, run_dir, force)
+    else:
+        from collm_dist.orchestration.pretrain import run_pretrain
 
-            run_pretrain(config, run_dir, force)
+        run_pretrain(config, run_dir, force)
 
 
 # Exit codes of steps that can resume and did not fail by an error that would recur.

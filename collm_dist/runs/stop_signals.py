@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,7 +15,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGUSR1 with a function for the duration of the block."""
+    """Handle SIGTERM and SIGUSR1 with a function for the duration of the block; only a main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
