@@ -1,4 +1,4 @@
-"""The section "What each part brings" of docs/results.md: the evidence for each part of the recipe."""
+"""Sections of docs/results.md that need no language model, and verdicts on differences."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.reproduction_names import CF_NAMES, VARIANT_NAMES, name_cell
-from collm_dist.evaluation.report_markdown import format_number, render_table
+from collm_dist.evaluation.report_markdown import render_table
 
-# The part of a variant that its base lacks.
-_PARTS = {
-    "pair": "pair slot: as-of statistics of user and item",
-    "pair_cross_fit": "cross-fitting: slots that have not seen the row's label",
-    "pair_all": "CF model that reads all feedback",
-    "train_cf": "CF model trained further in stage 2 (T1)",
-    "scratch": "CF model trained in stage 2 only (T2)",
-    "ui_tokens": "id tokens in place of a CF model",
-    "item_ids": "a slot for each item of the history",
-    "pair_ask_first": "a prompt with the question first",
-}
 _LEAK_FILE = "cross_fit_ml1m.json"
 _TABLES_FILE = "tuned_tables_ml1m.json"
 _MODES = {
@@ -28,6 +16,7 @@ _MODES = {
     "T1": "trained further (T1)",
     "T2": "trained from scratch (T2)",
 }
+_MODELS = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN"}
 _KINDS = {"vectors": "user and item vector", "statistics": "pair slot only", "both": "both"}
 
 
@@ -37,71 +26,6 @@ def judge(row: Mapping[str, Any], metric: str) -> str:
     if low is None or high is None:
         return "not defined"
     return "better" if low > 0 else "worse" if high < 0 else "cannot be told"
-
-
-def render_parts(against: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the table of stage 2 with a part minus stage 2 without it, on the same test rows."""
-    if not against:
-        return []
-    cells = []
-    for row in against:
-        cf, variant = str(row["versus"]).split("/")
-        cells.append(
-            [
-                f"{CF_NAMES[row['cf']]}: {_PARTS[row['variant']]}",
-                f"{CF_NAMES[cf]}, {VARIANT_NAMES[variant]}",
-                format_number(row, "auc", signed=True),
-                judge(row, "auc"),
-                format_number(row, "uauc", signed=True),
-                judge(row, "uauc"),
-            ]
-        )
-    return [
-        "Stage 2 with a part minus stage 2 without it, paired on the same test rows:",
-        "",
-        render_table(["part", "compared with", "AUC", "verdict", "UAUC", "verdict"], cells),
-        "",
-    ]
-
-
-def render_llm_share(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return, for each cell, whether the language model adds to its slots."""
-    compared = [row for row in differences if (row["model"], row["versus"]) == ("stage2", "slots_without_llm")]
-    verdicts = {
-        "better": "the language model adds to its slots",
-        "worse": "**the language model takes away from its slots**",
-        "cannot be told": "**no gain from the language model can be seen**",
-        "not defined": "not defined",
-    }
-    lines = [
-        f"- {name_cell(row)}: {verdicts[judge(row, 'auc')]} (AUC {format_number(row, 'auc', signed=True)} against the "
-        "slots without LLM)."
-        for row in compared
-    ]
-    return ["What the language model adds to its slots:", "", *lines, ""] if lines else []
-
-
-def render_without_titles(result: Mapping[str, Any]) -> list[str]:
-    """Return the section on the profile slots: the parts when the language model reads only slots."""
-    shown = {"cf": "collaborative model", "slots_without_llm": "slots without LLM", "stage2": "stage 2"}
-    rows = [row for row in result["rows"] if (row["split"], row["slice"]) == ("test", "all")]
-    by_model = {(row["cf"], row["variant"], row["model"]): row for row in rows}
-    cells = []
-    for cell in result["cells"]:
-        by_shown = [by_model.get((cell["cf"], cell["variant"], model)) for model in shown]
-        cells.append([name_cell(cell), *("-" if row is None else format_number(row, "auc") for row in by_shown)])
-    test_rows = rows[0]["rows"]
-    return [
-        "### Without titles",
-        "",
-        "The same parts on prompts with slots but without titles, and without stage 1 (`--profile slots`, "
-        f"`benchmarks/results/reproduce_ml1m_slots.json`): the language model is a frozen reader of the slots. About "
-        f"2,000 training rows, {test_rows:,} test rows, {result['cells'][0]['precision']}.",
-        "",
-        render_table(["AUC on test", *shown.values()], cells),
-        "",
-        *render_parts(result["against"]),
-    ]
 
 
 def render_leak(results: Path) -> list[str]:
@@ -137,7 +61,7 @@ def render_tables(results: Path) -> list[str]:
     cells = []
     for name in sorted(record["runs"], key=_order_mode):
         metrics, (model, _, mode) = record["runs"][name], name.partition(" ")
-        label = f"{CF_NAMES[model]}, {_MODES[mode]}" if mode in _MODES else "id tokens, no CF model"
+        label = f"{_MODELS[model]}, {_MODES[mode]}" if mode in _MODES else "id tokens, no CF model"
         cells.append([label, *_show_spread(metrics, ("train", "valid", "test", "test_uauc"))])
     return [
         "The gain from training the tables, without a language model and on all training rows: an MLP in place of the "

@@ -1,4 +1,4 @@
-"""The reproduction's largest profile at tiny size: two cells, interrupted and resumed, with record and page."""
+"""The reproduction at tiny size: two variants, interrupted and resumed, with record and page."""
 
 import json
 import shutil
@@ -38,10 +38,10 @@ def released(tiny_ratings, tmp_path):
 
 
 @pytest.mark.slow
-def test_cells_of_the_gpu_profile_run_stop_and_are_kept(released, tiny_backbone_dir, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.reproduce_ml1m", "--data", str(released), "--profile", "gpu"]
+def test_variants_run_stop_and_are_kept(released, tiny_backbone_dir, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.reproduce", "--data-set", "ml1m", "--data", str(released)]
     command += ["--work", str(tmp_path / "runs"), "--output", str(tmp_path), "--page", str(tmp_path / "results.md")]
-    command += ["--cells", "mf/stage2", "none/ui_tokens", "--overrides", f"llm.backbone={tiny_backbone_dir}", *SMALL]
+    command += ["--variants", "titles", "likes", "--overrides", f"llm.backbone={tiny_backbone_dir}", *SMALL]
 
     def run(*more):
         return subprocess.run([*command, *more], cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
@@ -50,15 +50,13 @@ def test_cells_of_the_gpu_profile_run_stop_and_are_kept(released, tiny_backbone_
     assert early.returncode == 75, early.stdout + early.stderr
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "reproduce_ml1m_gpu.json").read_text())
-    assert [(cell["cf"], cell["variant"]) for cell in result["cells"]] == [("mf", "stage2"), ("none", "ui_tokens")]
-    assert len(result["not_run"]) == 10
-    (against,) = result["against"]
-    assert (against["cf"], against["versus"], against["split"]) == ("none", "mf/stage2", "test")
-    models = {(row["cf"], row["model"]) for row in result["rows"]}
-    assert ("mf", "cf") in models
-    assert ("none", "cf") not in models
-    assert "id tokens in place of a CF model" in (tmp_path / "results.md").read_text()
+    result = json.loads((tmp_path / "reproduce_ml1m.json").read_text())
+    assert [cell["variant"] for cell in result["cells"]] == ["titles", "likes"]
+    assert len(result["not_run"]) == 5
+    assert {(row["variant"], row["versus"]) for row in result["against"]} == {("likes", "titles")}
+    models = {(row["variant"], row["model"]) for row in result["rows"]}
+    assert {("titles", "blend"), ("likes", "anchor"), ("likes", "stage2")} <= models
+    assert "likes alone: no dislikes" in (tmp_path / "results.md").read_text()
     shutil.rmtree(tmp_path / "runs")
     again = run()
     assert again.stdout.count("done") == 2, again.stdout + again.stderr
