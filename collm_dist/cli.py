@@ -34,12 +34,16 @@ exit codes:
 """
 
 
+# Returns the lines of a command's plan for --dry-run.
+Describe = Callable[[Config, RunDir, argparse.Namespace], list[str]]
+
+
 def run_command(
     description: str,
     run: Callable[[Config, argparse.Namespace], int | None],
     examples: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
-    describe: Callable[[Config, RunDir], list[str]] | None = None,
+    describe: Describe | None = None,
 ) -> int:
     """Parse the command line, load the configuration and run a command.
 
@@ -66,7 +70,7 @@ def run_command(
     try:
         config = load_config(arguments.config_path, arguments.overrides)
         if arguments.dry_run:
-            print_plan(config, describe)
+            print_plan(config, arguments, describe)
             return 0
         with explain_disk_errors(Path(config.run.dir)):
             return run(config, arguments) or 0
@@ -119,14 +123,14 @@ def _parse_steps(text: str) -> tuple[str, ...]:
     return steps
 
 
-def print_plan(config: Config, describe: Callable[[Config, RunDir], list[str]] | None) -> None:
+def print_plan(config: Config, arguments: argparse.Namespace, describe: Describe | None) -> None:
     """Print the whole configuration, the state of each step, and the command's plan."""
     run_dir = RunDir(Path(config.run.dir))
     print(dump_config(config))
     if describe is None:
         lines = [f"{step:7} {'done' if run_dir.is_done(step) else 'not done'}" for step in STEPS]
     else:
-        lines = describe(config, run_dir)
+        lines = describe(config, run_dir, arguments)
     print("\n".join([f"# {run_dir.path}", *(f"# {line}" for line in lines)]))
 
 

@@ -36,7 +36,7 @@ SUBCOMMANDS = {
     "evaluate": Subcommand("evaluate_model", "step eval: score all models and write the report", is_distributed=True),
     "rank": Subcommand("score_candidates", "rank the candidates of a file of users with a finished run"),
     "serve": Subcommand("serve", "serve rankings of a finished run over HTTP"),
-    "search": Subcommand("search_cf", "search for settings of the collaborative model"),
+    "search": Subcommand("search", "search for settings of the collaborative model or of a stage"),
     "export": Subcommand("export_model", "export a finished run as a folder"),
     "import": Subcommand("import_model", "make a run directory from an export"),
     "forget": Subcommand("forget_users", "list or remove runs that hold users who must be forgotten"),

@@ -29,7 +29,7 @@ def main() -> int:
     description = (
         "Run every step of an experiment in order: data, cf, stage1, stage2, eval. Finished steps are skipped."
     )
-    return run_command(description, _run, EXAMPLES, describe=describe_plan)
+    return run_command(description, _run, EXAMPLES, describe=lambda config, run_dir, _: describe_plan(config, run_dir))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main(*, starts_processes: bool = False) -> int:
 
         return run_distributed(Path(__file__), config, lambda: _run(config, arguments))
 
-    def describe(config: Config, run_dir: RunDir) -> list[str]:
+    def describe(config: Config, run_dir: RunDir, _: argparse.Namespace) -> list[str]:
         from collm_dist.tuning.dry_run import describe_stage_plan
 
         return describe_stage_plan(config, run_dir)

@@ -30,7 +30,7 @@ DEFAULT_SPACE: SearchSpace = {
 
 
 class CfSearchConfig(Section):
-    """Search for CF settings (launch/search_cf.py). The other steps do not read this section."""
+    """Search for CF settings (launch/search.py --step cf). The other steps do not read this section."""
 
     space: SearchSpace = Field(
         DEFAULT_SPACE,
@@ -57,11 +57,12 @@ class CfSearchConfig(Section):
                 )
             if name in NOT_SEARCHED:
                 raise ValueError(f"{name}: {NOT_SEARCHED[name]}")
-            _check_domain(name, domain)
+            check_domain(name, domain)
         return space
 
 
-def _check_domain(name: str, domain: dict[Any, tuple[Any, ...]]) -> None:
+def check_domain(name: str, domain: dict[Any, tuple[Any, ...]]) -> None:
+    """Raise ValueError, with the setting's name, unless the domain of a search space is valid."""
     if len(domain) != 1:
         raise ValueError(f"{name}: takes one of choice, uniform, log_uniform and integer, found {len(domain)}")
     ((kind, values),) = domain.items()

@@ -17,6 +17,7 @@ from collm_dist.config.promotion_section import PromotionConfig
 from collm_dist.config.prompt_section import PromptConfig
 from collm_dist.config.run_section import RunConfig
 from collm_dist.config.section import Section
+from collm_dist.config.stage_search_section import StageSearchConfig
 from collm_dist.config.stage_sections import Stage1Config, Stage2Config
 
 
@@ -35,6 +36,9 @@ class Config(Section):
     mapping: MappingConfig = Field(default_factory=MappingConfig, description="The mapping of stage 2.")
     stage1: Stage1Config = Field(default_factory=Stage1Config, description="LoRA on text-only prompts.")
     stage2: Stage2Config = Field(default_factory=Stage2Config, description="The mapping on prompts with slots.")
+    stage_search: StageSearchConfig = Field(
+        default_factory=StageSearchConfig, description="A search for the settings of a stage."
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="The report.")
     promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="When a run replaces another.")
     monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig, description="Logs and progress.")

@@ -60,6 +60,41 @@ def dump_config(config: Config) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
+def get_setting(config: Config, dotted: str) -> Any:
+    """Return the value of a setting by its dotted name, as plain JSON.
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    value: Any = config.model_dump(mode="json")
+    for part in dotted.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ConfigError(f"{dotted}: no such setting{suggest_name(dotted)}")
+        value = value[part]
+    return value
+
+
+def change_settings(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a configuration with new values of settings, by dotted name.
+
+    Raises:
+        ConfigError: a setting does not exist, or the configuration is invalid with the new values.
+    """
+    document = config.model_dump(mode="json")
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        section: Any = document
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise ConfigError(f"{dotted}: no such setting{suggest_name(dotted)}")
+        section[last] = value
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(detail) for detail in error.errors()[:MAX_SHOWN_ERRORS])) from None
+
+
 def list_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and pydantic's field info of every setting, in order, without the sections themselves."""
     for name, field in model.model_fields.items():

@@ -97,7 +97,7 @@ def _find_warnings(
     return [
         f"on {split} the model (AUC {metrics[split]['auc']:.4f}) does not beat the baseline {name} "
         f"({baselines[name][split]['auc']:.4f}): its vectors carry little information. Tune cf.learning_rate, "
-        "cf.weight_decay and cf.num_epochs, or run launch/search_cf.py"
+        "cf.weight_decay and cf.num_epochs, or run launch/search.py --step cf"
         for name, outcome in beaten.items()
         for split in SPLITS
         if outcome[split] is False

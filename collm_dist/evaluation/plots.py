@@ -126,16 +126,18 @@ def plot_search(
     logarithmic: Collection[str],
     best: int,
     metric: str,
+    unit: str = "epoch",
 ) -> Figure:
-    """Draw a search: the metric over epochs and over each setting, a line or dot per trial, the best in red.
+    """Draw a search: the metric over epochs or steps and over each setting, a line or dot per trial, the best in red.
 
     Args:
-        curves: (epoch, metric) points of each trial, by its number.
+        curves: (epoch or step, metric) points of each trial, by its number.
         scores: best metric of each trial that has one.
         settings: value of each setting in each trial.
         logarithmic: settings with a logarithmic axis.
         best: number of the best trial.
         metric: display name of the metric.
+        unit: label of the curves' axis.
     """
     columns = 2 if len(settings) < 3 else 3
     rows = -(-(1 + len(settings)) // columns)
@@ -145,7 +147,7 @@ def plot_search(
     colors = ["tab:red" if number == best else "0.6" for number in numbers]
     for number, color in zip(numbers, colors, strict=True):
         panels[0].plot(*zip(*curves[number], strict=True), color=color, linewidth=1)
-    panels[0].set_xlabel("epoch")
+    panels[0].set_xlabel(unit)
     panels[0].set_ylabel(metric)
     for axes, (name, values) in zip(panels[1:], settings.items(), strict=False):
         shown = [values[number] for number in numbers]

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ from ray.tune.schedulers import ASHAScheduler
 
 from collm_dist.cf.jobs import Job, check_inputs
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
-from collm_dist.cf.trainer import is_better
+from collm_dist.cf.trainer import METRICS, is_better
 from collm_dist.cf.worker import LogTarget, run_single_worker
 from collm_dist.config import Config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError, as_collm_error
 from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.leaderboard import Trial, print_leaderboard, rank_trials, write_results
+from collm_dist.orchestration.leaderboard import (
+    SearchResult,
+    Trial,
+    print_leaderboard,
+    rank_trials,
+    read_curve,
+    write_results,
+)
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
 from collm_dist.runs.fingerprints import find_changes, flatten_config
 from collm_dist.runs.lock import hold_run_lock
@@ -61,7 +69,7 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
         summary = _read_summary(folder, fingerprint)
         if summary is not None:
             print(f"cf_search: done already ({folder})")
-            print_leaderboard(summary, folder)
+            print_leaderboard(_describe_result(config, folder), summary, folder)
             return summary
         status.begin()
         status.enter("cf")
@@ -74,7 +82,7 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
         return summary
 
 
-def describe_search(config: Config, run_dir: RunDir) -> list[str]:
+def describe_search(config: Config) -> list[str]:
     """Return the settings of each trial."""
     return [f"trial {number:3} {describe_settings(settings)}" for number, settings in enumerate(_plan_trials(config))]
 
@@ -119,13 +127,33 @@ def _search(
     if not any(trial.state == "finished" for trial in ranked):
         raise ConfigError("cf_search: no trial finished. The first one failed with: "
                           + next((trial.error for trial in ranked if trial.error), "nothing was reported"))  # fmt: skip
-    summary = write_results(config, folder, ranked) | {"fingerprint": dict(fingerprint)}
+    result = _describe_result(config, folder)
+
+    def build_config(settings: Settings) -> Config:
+        return config.model_copy(update={"cf": apply_settings(config.cf, settings)})
+
+    summary = write_results(result, folder, ranked, build_config) | {"fingerprint": dict(fingerprint)}
     write_json(folder / "summary.json", summary)
     for job in jobs:
         shutil.rmtree(job.checkpoints, ignore_errors=True)
     shutil.rmtree(folder / "tune", ignore_errors=True)
-    print_leaderboard(summary, folder)
+    print_leaderboard(result, summary, folder)
     return summary
+
+
+def _describe_result(config: Config, folder: Path) -> SearchResult:
+    metric = config.cf.select_metric
+    logs = {int(path.parent.name): path for path in (folder / "trials").glob("*/metrics.jsonl")}
+    return SearchResult(
+        name="cf_search",
+        metric=metric,
+        metrics=METRICS,
+        space=config.cf_search.space,
+        unit="epoch",
+        curves={number: read_curve(log, metric) for number, log in logs.items()},
+        next_command="python launch/pretrain_cf.py --config",
+        prefix="cf.",
+    )
 
 
 def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings], folder: Path) -> list[Trial]:
@@ -159,7 +187,8 @@ def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings],
     for result in results:
         number = result.config["trial"] if result.config else len(outcomes)
         cause = str(getattr(result.error, "cause", None) or result.error or "")
-        outcomes.append(Trial.from_report(number, trials[number], result.metrics or {}, cause.strip()[-300:]))
+        trial = Trial.from_report(number, trials[number], result.metrics or {}, cause.strip()[-300:])
+        outcomes.append(replace(trial, is_own=number == 0))
     return outcomes
 
 

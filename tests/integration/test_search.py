@@ -42,7 +42,15 @@ def search(tmp_path, repository):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
     def start(*overrides, **options):
-        command = [sys.executable, str(repository / "launch" / "search_cf.py"), "--config", str(path), *overrides]
+        command = [
+            sys.executable,
+            str(repository / "launch" / "search.py"),
+            "--step",
+            "cf",
+            "--config",
+            str(path),
+            *overrides,
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=environment, **pipes, **options)
 

@@ -1,0 +1,138 @@
+"""A trial of a search for stage settings: a Ray actor with the process that trains the stage."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from collm_dist.config import Config
+from collm_dist.config.loader import change_settings, dump_config
+from collm_dist.monitoring import read_metrics
+from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
+from collm_dist.runs.lock import end_processes
+from collm_dist.runs.reuse import link_step
+from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.runs.step_processes import build_command, build_environment
+
+StageName = Literal["stage1", "stage2"]
+Validation = tuple[int, dict[str, float | None]]
+# Environment variable of a trial's process, by which a process that outlived its actor is found.
+_TRIAL_VARIABLE = "COLLM_SEARCH_TRIAL"
+_STOP_SECONDS = 60.0
+_TRAIN = Path(__file__).parents[1] / "commands" / "train.py"
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a search share.
+
+    Attributes:
+        base: run whose earlier steps are used.
+        stage: the searched stage.
+        num_gpus: GPUs of a trial.
+        working_dir: folder that relative paths in the config refer to.
+    """
+
+    base: RunDir
+    stage: StageName
+    num_gpus: int
+    working_dir: Path
+
+    def list_earlier_steps(self) -> list[Step]:
+        """Return the steps before the stage that are done in the base run."""
+        steps: list[Step] = ["data", "cf"] if self.stage == "stage1" else ["data", "cf", "stage1"]
+        return [step for step in steps if self.base.is_done(step)]
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """State of a trial.
+
+    Attributes:
+        validations: (step, metrics) so far, in order.
+        has_ended: whether the process has ended.
+        error: cause of a failure; empty = none.
+    """
+
+    validations: list[Validation]
+    has_ended: bool
+    error: str
+
+
+class StageTrial:
+    """Trains one stage in a folder of its own, whose checkpoints another actor goes on from."""
+
+    def __init__(self, plan: TrialPlan, config: Config, folder: Path) -> None:
+        """Start or resume the stage.
+
+        Args:
+            plan: what all trials share.
+            config: the experiment with the trial's settings.
+            folder: absolute folder of the trial, visible on all nodes.
+        """
+        self._stage, self._folder = plan.stage, folder
+        run_dir = RunDir(folder / "run")
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        end_processes(_TRIAL_VARIABLE, str(folder))
+        for step in plan.list_earlier_steps():
+            link_step(step, plan.base, run_dir)
+        if plan.base.anchor_dir.exists() and not run_dir.anchor_dir.exists():
+            shutil.copytree(plan.base.anchor_dir, run_dir.anchor_dir)
+        own: dict[str, Any] = {
+            "run.dir": str(run_dir.path), "run.reuse": [], "cluster.num_processes": None,
+            "monitoring.progress_bar": False, "monitoring.prometheus_dir": None,
+        }  # fmt: skip
+        path = folder / "config.yaml"
+        path.write_text(dump_config(change_settings(config, own)), encoding="utf-8")
+        self._log = run_dir.step_dir(plan.stage) / "metrics.jsonl"
+        self._error_file, self._output = folder / "error.json", folder / "output.txt"
+        self._error_file.unlink(missing_ok=True)
+        command = build_command(_TRAIN, ["--config", str(path), "--stage", plan.stage[-1]], 1, plan.num_gpus)
+        environment = build_environment(1, plan.num_gpus)
+        environment |= {ERROR_FILE_VARIABLE: str(self._error_file), _TRIAL_VARIABLE: str(folder)}
+        with self._output.open("ab") as output:
+            self._process = subprocess.Popen(  # noqa: S603 - built by build_command
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=plan.working_dir
+            )
+
+    def read_state(self) -> TrialReport:
+        """Return the state of the trial."""
+        has_ended = self._process.poll() is not None  # before the log is read
+        error = self._describe_failure() if has_ended and self._process.returncode else ""
+        return TrialReport(read_validations(self._log), has_ended, error)
+
+    def _describe_failure(self) -> str:
+        error = read_error(self._error_file)
+        if error is not None:
+            return str(error)
+        return f"the process ended with exit code {self._process.returncode}; see {self._output}"
+
+    def stop(self) -> None:
+        """Stop the stage if it still trains; it writes a checkpoint."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def end(self) -> None:
+        """Stop the stage, keep its log, and delete its weights."""
+        self.stop()
+        if self._log.exists():
+            shutil.copy(self._log, self._folder / "metrics.jsonl")
+        shutil.rmtree(self._folder / "run", ignore_errors=True)
+
+
+def read_validations(log: Path) -> list[Validation]:
+    """Return the validations in a log that may still be written; it lacks metrics that are undefined."""
+    validations: list[Validation] = []
+    for line in read_metrics(log):
+        metrics = {name.removeprefix("valid/"): line[name] for name in line if name.startswith("valid/")}
+        if metrics:
+            validations.append((line["step"], metrics))
+    return validations
