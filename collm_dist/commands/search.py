@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.orchestration.search import run_search  # late: --help needs no Ray
+    from collm_dist.orchestration.cf_search import run_search  # late: --help needs no Ray
     from collm_dist.orchestration.stage_search import run_stage_search
 
     run_dir = RunDir(Path(config.run.dir))
@@ -41,7 +41,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _describe(config: Config, run_dir: RunDir, arguments: argparse.Namespace) -> list[str]:
-    from collm_dist.orchestration.search import describe_search
+    from collm_dist.orchestration.cf_search import describe_search
     from collm_dist.orchestration.stage_search import describe_stage_search
 
     if arguments.step == "cf":

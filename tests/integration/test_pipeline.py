@@ -4,11 +4,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -267,3 +269,18 @@ def test_ratings_through_the_launcher_with_two_processes(tmp_path, tiny_ratings,
     summary = RunDir(tmp_path / "run").read_record("stage2")
     assert summary["world_size"] == 2
     assert read_status(done.stdout)["state"] == "done"
+
+
+def test_a_stop_while_ray_starts_says_how_to_go_on(tiny_ratings, tmp_path):
+    """Ray's own handler of SIGTERM would end the process with exit code 15."""
+    command = [sys.executable, "launch/preprocess_data.py", "--config", "configs/tiny_cpu.yaml"]
+    command += [f"run.dir={tmp_path / 'run'}", f"dataset.path={tiny_ratings / 'ratings.csv'}"]
+    command += [f"dataset.items_path={tiny_ratings / 'items.csv'}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+    process = psutil.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any("gcs_server" in child.name() for child in process.children()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "stopped by SIGTERM; run the same command again to resume" in errors

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 
@@ -118,21 +114,6 @@ def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp
     other = run("other", pre={"num_user_buckets": 5, "num_shards": 3, "contexts_per_record": 7})
     assert other["content_hash"] != wide["content_hash"]
     assert list_samples(tmp_path / "other") == list_samples(tmp_path / "wide")
-
-
-def test_a_stop_while_ray_starts_says_how_to_go_on(tiny_ratings, tmp_path, repository):
-    """Ray's own handler of SIGTERM would end the process with exit code 15."""
-    config = make_config(ratings_of(tiny_ratings), tmp_path / "run")
-    (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "launch/preprocess_data.py", "--config", str(tmp_path / "config.yaml")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
-    process = psutil.Popen(command, cwd=repository, env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any("gcs_server" in child.name() for child in process.children()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 75, errors
-    assert "stopped by SIGTERM; run the same command again to resume" in errors
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from collm_dist.cf.cross_fit import fit_job
 from collm_dist.cf.jobs import Job
 from collm_dist.config.loader import load_config
 from collm_dist.monitoring import read_metrics
-from collm_dist.orchestration.search import run_search
+from collm_dist.orchestration.cf_search import run_search
 from tests.integration.test_pretrain_cf import make_config
 from tests.unit.evaluation_run import write_data_step
 

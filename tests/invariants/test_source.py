@@ -50,7 +50,7 @@ def test_no_catch_all_modules_and_no_notes_to_self():
 def test_launch_names_shadow_no_package():
     """The folder of a script becomes sys.path[0], so launch/evaluate.py would stand before the package evaluate."""
     for path in (ROOT / "launch").glob("*.py"):
-        assert "_" in path.stem or path.stem in ("train", "serve"), (
+        assert "_" in path.stem or path.stem in ("train", "serve", "search"), (
             f"{path.name}: one word is likely somebody's package"
         )
         found = importlib.util.find_spec(path.stem)

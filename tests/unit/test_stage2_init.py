@@ -10,7 +10,7 @@ from collm_dist.cf.stage2_init import load_for_tuning
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ConfigError
-from collm_dist.orchestration.search import describe_search
+from collm_dist.orchestration.cf_search import describe_search
 from collm_dist.runs.run_dir import RunDir
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step
