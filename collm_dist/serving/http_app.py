@@ -73,7 +73,7 @@ def build_app(
         Headers describe the pass: `Server-Timing` has the waiting time and the duration of the pass in milliseconds,
         `X-Scored-Together` the number of requests in the pass.
         """
-        if body.user is None and body.history is None:
+        if body.user is None and body.history is None and body.disliked is None:
             raise HTTPException(
                 422, "user: give a user or a history; an empty history means that nothing is known about the user"
             )

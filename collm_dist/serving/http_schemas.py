@@ -24,7 +24,7 @@ ItemId = Annotated[str | int, BeforeValidator(_check_id)]
 
 
 class RankBody(BaseModel):
-    """User and items to rank. A user or a history is required."""
+    """User and items to rank. A user, a history or a list of disliked items is required."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,6 +34,9 @@ class RankBody(BaseModel):
     )
     history: list[ItemId] | None = Field(
         None, description="Ids of liked items, oldest first; by default from the log. Unknown ids are skipped."
+    )
+    disliked: list[ItemId] | None = Field(
+        None, description="Ids of disliked items, oldest first; by default from the log. Unknown ids are skipped."
     )
     candidates: list[ItemId] | None = Field(
         None,
@@ -56,12 +59,15 @@ class RankBody(BaseModel):
 def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -> type[RankBody]:
     """Return the body's type with the service's limits and with examples from its run."""
     fields = RankBody.model_fields
-    history, candidates, num_retrieved = fields["history"], fields["candidates"], fields["num_retrieved"]
+    candidates, num_retrieved = fields["candidates"], fields["num_retrieved"]
     limited: dict[str, Any] = {
-        "history": (
-            list[ItemId] | None,
-            Field(None, max_length=options.max_history, description=history.description),
-        ),
+        **{
+            name: (
+                list[ItemId] | None,
+                Field(None, max_length=options.max_history, description=fields[name].description),
+            )
+            for name in ("history", "disliked")
+        },
         "candidates": (
             list[ItemId] | None,
             Field(None, min_length=1, max_length=options.max_candidates, description=candidates.description),
@@ -131,7 +137,7 @@ def _describe_mistake(mistake: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"{field}: unknown field; the fields are {', '.join(RankBody.model_fields)}"
     if kind == "too_long":
-        flag = "--max-history" if field == "history" else "--max-candidates"
+        flag = "--max-candidates" if field == "candidates" else "--max-history"
         return (
             f"{field}: {context['actual_length']} items exceed the limit of {context['max_length']}; send fewer, or "
             f"start the service with a larger {flag}"

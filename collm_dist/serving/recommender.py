@@ -104,18 +104,20 @@ class Recommender:
         as_of: int | None = None,
         top_k: int | None = None,
         num_retrieved: int = 200,
+        disliked: Sequence[Id] | None = None,
     ) -> list[RankedItem]:
         """Rank items for a user, best first.
 
         Args:
-            history, candidates, user, as_of: see ``RankingRequest``; without candidates, ``retrieve`` finds them.
+            history, candidates, user, as_of, disliked: see ``RankingRequest``; without candidates, ``retrieve`` finds
+                them.
             top_k: most items to return; None = all.
             num_retrieved: number of candidates to retrieve if none are given.
 
         Raises:
             RequestError: the request is invalid; the message names the field, the value and the remedy.
         """
-        answer = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved)])[0]
+        answer = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved, disliked)])[0]
         if isinstance(answer, RequestError):
             raise answer
         return answer
@@ -149,7 +151,7 @@ class Recommender:
             raise RequestError(
                 f"top_k: {query.top_k} is less than 1; give the number of items to return, or None for all"
             )
-        request = RankingRequest(query.user, query.history, as_of=query.as_of)
+        request = RankingRequest(query.user, query.history, as_of=query.as_of, disliked=query.disliked)
         if query.candidates is None:
             return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
         indices = self._reader.read_candidates(replace(request, candidates=query.candidates))

@@ -1,7 +1,7 @@
 """Files of ranking requests, checked completely before scoring starts and divided into parts.
 
-A row is ``user_id, candidates[, history, labels, as_of]``: an id, lists of ids, a list of 0 and 1 for the candidates,
-and a time (seconds since 1970, or an Arrow timestamp). Null means not given.
+A row is ``user_id, candidates[, history, disliked, labels, as_of]``: an id, lists of ids, a list of 0 and 1 for the
+candidates, and a time (seconds since 1970, or an Arrow timestamp). Null means not given.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from collm_dist.serving.requests import RankingRequest
 
 _IDS, _LABELS = pa.list_(pa.string()), pa.list_(pa.int8())
 REQUEST_SCHEMA = pa.schema(
-    [("user_id", pa.string()), ("candidates", _IDS), ("history", _IDS), ("labels", _LABELS), ("as_of", pa.int64())]
+    [
+        ("user_id", pa.string()),
+        ("candidates", _IDS),
+        ("history", _IDS),
+        ("disliked", _IDS),
+        ("labels", _LABELS),
+        ("as_of", pa.int64()),
+    ]
 )
 
 
@@ -88,7 +95,10 @@ def _write_part(folder: Path, number: int, table: Any) -> int:
 def read_part(folder: Path, number: int) -> tuple[list[RankingRequest], list[list[int] | None]]:
     """Return a part's requests, and the labels of their candidates or None."""
     rows = pq.read_table(folder / f"{name_part(number)}.parquet").to_pylist()
-    requests = [RankingRequest(row["user_id"], row["history"], row["candidates"] or (), row["as_of"]) for row in rows]
+    requests = [
+        RankingRequest(row["user_id"], row["history"], row["candidates"] or (), row["as_of"], row["disliked"])
+        for row in rows
+    ]
     return requests, [row["labels"] for row in rows]
 
 
@@ -123,7 +133,7 @@ def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> An
         columns[field.name] = _convert(column, field, path)
     refuse = _Refusal(path, first)
     refuse("user_id", columns["user_id"].is_null(), "the id is missing; give every row a user id")
-    for name in ("candidates", "history"):
+    for name in ("candidates", "history", "disliked"):
         rows, values = _flatten(columns[name])
         refuse(name, _mark(rows[values.is_null().to_numpy(zero_copy_only=False)], table.num_rows),
                "an id in the list is null; remove it")  # fmt: skip

@@ -27,12 +27,14 @@ class RankingRequest:
         candidates: raw ids of the run's items, without repetition. Items without ratings are valid; ids outside the
             run's item table are not.
         as_of: seconds since 1970; only earlier events of the log count; None = all events.
+        disliked: raw ids of disliked items, oldest first; otherwise as ``history``.
     """
 
     user: Id | None = None
     history: Sequence[Id] | None = None
     candidates: Sequence[Id] = ()
     as_of: int | None = None
+    disliked: Sequence[Id] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class RankingQuery:
     """Arguments of ``Recommender.rank``, with optional candidates; ``Recommender`` turns it into a ``RankingRequest``.
 
     Attributes:
-        user, history, as_of: see ``RankingRequest``.
+        user, history, as_of, disliked: see ``RankingRequest``.
         candidates: see there; None = the collaborative model retrieves them.
         top_k: most items to return; None = all.
         num_retrieved: number of candidates to retrieve if none are given.
@@ -52,6 +54,7 @@ class RankingQuery:
     as_of: int | None = None
     top_k: int | None = None
     num_retrieved: int = 200
+    disliked: Sequence[Id] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ class UserContext:
     Attributes:
         user_idx: dense index; -1 = unknown.
         history: dense indices of liked items, oldest first.
-        dislikes: dense indices of the last disliked items of the log, oldest first.
+        dislikes: dense indices of the last disliked items, oldest first.
         num_likes, num_rows: number of the user's likes and events in the log.
-        seen: dense indices of the items in the history and in the user's events.
+        seen: dense indices of the items in the request and in the user's events.
         as_of: seconds since 1970.
     """
 
@@ -96,8 +99,8 @@ class UserContext:
 class RequestReader:
     """Reader of requests: raw ids to dense indices, requests to context blocks.
 
-    An unknown user's statistics are not derived from the history of the request: it lists likes only, so the share of
-    likes would always be 1. In logs without dislikes every event is a like, and the history is counted.
+    An unknown user's statistics are counted from a request that lists likes and dislikes. From a history alone they are
+    not: the share of likes would always be 1. In logs without dislikes every event is a like, and a history is counted.
 
     Attributes:
         item_index: dense index of each raw item id.
@@ -136,17 +139,25 @@ class RequestReader:
         items, labels = self._events.find_user_events(user_idx, as_of)
         likes, rows = int(labels.sum()), len(labels)
         history, seen = items[labels == 1], items
-        disliked = items[labels == 0]
-        dislikes = disliked[max(0, len(disliked) - self._max_dislikes) :]
+        dislikes = items[labels == 0]
         if request.history is not None:
-            item_ids = _to_ids(request.history, "history")
-            history = np.array(
-                [self.item_index[item_id] for item_id in item_ids if item_id in self.item_index], dtype=np.int64
-            )
-            seen = np.concatenate([items, history])
-            if user_idx < 0 and self._every_event_is_a_like:
+            history = self._find_items(request.history, "history")
+            seen = np.concatenate([seen, history])
+        if request.disliked is not None:
+            dislikes = self._find_items(request.disliked, "disliked")
+            seen = np.concatenate([seen, dislikes])
+        if user_idx < 0 and request.history is not None:
+            if self._every_event_is_a_like:
                 likes = rows = len(history)
+            elif request.disliked is not None:
+                likes, rows = len(history), len(history) + len(dislikes)
+        dislikes = dislikes[max(0, len(dislikes) - self._max_dislikes) :]
         return UserContext(user_idx, history[-self._max_history_length :], dislikes, likes, rows, seen, as_of)
+
+    def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
+        """Return the dense indices of the items in a list of ids that the run knows."""
+        item_ids = _to_ids(values, field)
+        return np.array([self.item_index[item_id] for item_id in item_ids if item_id in self.item_index], np.int64)
 
     def read_candidates(self, request: RankingRequest) -> IntArray:
         """Return the (N,) dense indices of a request's candidates.

@@ -14,7 +14,7 @@ from collm_dist.data.shards.interactions import load_interactions, load_item_tab
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_log import EventLog
-from collm_dist.serving.requests import RankingQuery
+from collm_dist.serving.requests import RankingQuery, RequestReader
 
 # Float32 sums in another order: the largest measured difference is 1.3e-6, at scores of about 1.
 TOLERANCE = 1e-5
@@ -215,3 +215,29 @@ def test_the_log_counts_strictly_before():
             assert event_items.tolist() == items[before & (users == user)].tolist()
             assert event_labels.tolist() == labels[before & (users == user)].tolist()
     assert len(log.find_user_events(-1, log.end)[0]) == 0
+
+
+@pytest.mark.parametrize("every_event_is_a_like", [False, True])
+def test_what_a_request_says_of_likes_and_dislikes(every_event_is_a_like):
+    events = EventLog(*(np.array(column) for column in ([0, 0, 0], [1, 2, 3], [10, 20, 30])),
+                      np.array([1, 0, 0], dtype=np.int8), num_users=1, num_items=9)  # fmt: skip
+    ids = {str(number): number for number in range(9)}
+    reader = RequestReader({"u": 0}, ids, events, max_history_length=5, max_dislikes=2,
+                           every_event_is_a_like=every_event_is_a_like)  # fmt: skip
+
+    def read(**fields):
+        user = reader.read_user(RankingRequest(**fields))
+        return user.history.tolist(), user.dislikes.tolist(), user.num_likes, user.num_rows, set(user.seen.tolist())
+
+    assert read(user="u") == ([1], [2, 3], 1, 3, {1, 2, 3})
+    assert read(user="u", as_of=30) == ([1], [2], 1, 2, {1, 2})
+    # Given lists replace those of the log; its statistics stay.
+    assert read(user="u", history=["5"], disliked=["6", "7", "?", "8"]) == ([5], [7, 8], 1, 3, {1, 2, 3, 5, 6, 7, 8})
+    assert read(user="u", disliked=[]) == ([1], [], 1, 3, {1, 2, 3})
+    likes, rows = (2, 2) if every_event_is_a_like else (2, 5)
+    assert read(history=["5", "1"], disliked=["6", "7", "8"]) == ([5, 1], [7, 8], likes, rows, {5, 1, 6, 7, 8})
+    likes = 1 if every_event_is_a_like else 0
+    assert read(history=["5"]) == ([5], [], likes, likes, {5})
+    assert read(disliked=["6"]) == ([], [6], 0, 0, {6})
+    with pytest.raises(RequestError, match="disliked: 'ab' is not a list of ids"):
+        read(disliked="ab")

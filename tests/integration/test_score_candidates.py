@@ -162,6 +162,7 @@ GOOD = {"user_id": "1", "candidates": ["5", "6"], "labels": [1, 0], "history": [
         ({"labels": [1, 2]}, "row 1, field 'labels': a label is not 0 or 1"),
         ({"user_id": None}, "row 1, field 'user_id': the id is missing"),
         ({"history": [None]}, "row 1, field 'history': an id in the list is null"),
+        ({"disliked": [None]}, "row 1, field 'disliked': an id in the list is null"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, message):
@@ -200,7 +201,14 @@ def test_ids_as_numbers_and_times_as_dates(tmp_path):
     sizes = write_parts([tmp_path / "x.parquet"], tmp_path / "parts", ["5", "6"], retrieves=False, rows_per_part=2)
     assert sizes == [2, 1]
     first = pq.read_table(tmp_path / "parts" / "part-00000.parquet").to_pylist()[0]
-    assert first == {"user_id": "1", "candidates": ["5", "6"], "history": None, "labels": [1, 0], "as_of": 7}
+    assert first == {
+        "user_id": "1",
+        "candidates": ["5", "6"],
+        "history": None,
+        "disliked": None,
+        "labels": [1, 0],
+        "as_of": 7,
+    }
 
 
 def test_the_command_stops_before_any_work(finished_run, rows, tmp_path, monkeypatch, capsys):
