@@ -147,7 +147,14 @@ def test_the_collaborative_model_finds_the_candidates(finished_run, rows, recomm
     assert summary["ndcg@3"]["users"] <= summary["judged_users"]
 
 
-GOOD = {"user_id": "1", "candidates": ["5", "6"], "labels": [1, 0], "history": ["7"], "as_of": 5}
+GOOD = {
+    "user_id": "1",
+    "candidates": ["5", "6"],
+    "labels": [1, 0],
+    "history": ["7"],
+    "disliked": ["7"],
+    "as_of": 5,
+}
 
 
 @pytest.mark.parametrize(
