@@ -95,7 +95,7 @@ def test_a_query_arrives_as_it_was_sent():
         ("text", 422, "body: not a JSON object"),
         ({}, 422, "user: give a user or a history"),
         ({"candidates": ["1"]}, 422, "user: give a user or a history"),
-        (GOOD | {"color": "red"}, 422, "color: unknown field; the fields are user, history, disliked, candidates, as_of"),
+        (GOOD | {"color": "red"}, 422, "color: unknown field; the fields are user, history, disliked, candidates"),
         (GOOD | {"history": "1"}, 422, "history: '1' is not a list of ids"),
         (GOOD | {"history": {"1": 2}}, 422, "history: {'1': 2} is not a list of ids"),
         (GOOD | {"history": [1.5]}, 422, "history.0: 1.5 is not an id; ids are strings or integers"),
