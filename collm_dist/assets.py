@@ -10,6 +10,7 @@ The cache is ``$COLLM_CACHE``, by default ``~/.cache/collm-dist``.
 from __future__ import annotations
 
 import argparse
+import difflib
 import fcntl
 import logging
 import os
@@ -185,9 +186,10 @@ def resolve_backbone(name: str, revision: str | None = None) -> BackboneSource:
         hashes = sorted(f"{file.name}:{compute_file_hash(file)}" for file in path.glob("*.safetensors"))
         return BackboneSource(str(path), None, path.name, "|".join(hashes))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        matches = difflib.get_close_matches(name, BACKBONES, n=1)
         raise DataError(
             f"llm.backbone: '{name}' is not a folder, a .gguf file, a hub id (owner/name) or a named backbone "
-            f"({', '.join(BACKBONES)})"
+            f"({', '.join(BACKBONES)})" + (f"; did you mean {matches[0]}?" if matches else "")
         )
     return BackboneSource(name, revision, name, f"{name}@{revision or 'main'}")
 

@@ -37,9 +37,11 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
         print_preview(config, run_dir, arguments.preview, load_tokenizer)
         return
+    from collm_dist.orchestration.accepted_config import accept_config
     from collm_dist.orchestration.preprocess import run_preprocess
 
     with hold_run_lock(run_dir.path):
+        accept_config(config, run_dir, arguments.force)
         run_preprocess(config, run_dir, force="data" in arguments.force)
 
 

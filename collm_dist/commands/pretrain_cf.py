@@ -8,6 +8,7 @@ from pathlib import Path
 
 from collm_dist.cli import run_command
 from collm_dist.config import Config
+from collm_dist.orchestration.accepted_config import accept_config
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
+        accept_config(config, run_dir, arguments.force)
         run_pretrain(config, run_dir, force="cf" in arguments.force)
 
 

@@ -27,7 +27,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
-    from collm_dist.distributed import leave_process_group  # late: --help needs neither torch nor DeepSpeed
+    from collm_dist.distributed import get_rank, leave_process_group  # late: --help needs neither torch nor DeepSpeed
+    from collm_dist.orchestration.accepted_config import accept_config
+    from collm_dist.tuning.preflight import check_backbone
     from collm_dist.tuning.run_stage import run_stage
     from collm_dist.tuning.watchdog import explain_lost_workers
 
@@ -39,7 +41,10 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         merged = {**config.cluster.deepspeed_extra, **extra}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
     run_dir = RunDir(Path(config.run.dir))
+    check_backbone(config)
     with hold_run_lock(run_dir.path):
+        if get_rank() == 0:
+            accept_config(config, run_dir, arguments.force)
         for stage in _choose_stages(config, arguments.stage):
             with explain_lost_workers(lambda stage=stage: stage):  # type: ignore[misc]
                 run_stage(config, run_dir, stage, force=stage in arguments.force)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,11 +37,29 @@ class Backbone:
 
 def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """Load only the tokenizer of a backbone."""
-    source = resolve_backbone(name, revision)
+    path = Path(name).expanduser()
+    source = BackboneSource(str(path), None, name, "") if path.is_dir() else resolve_backbone(name, revision)
     with _hub_errors(name):
         return AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=trust_remote_code
         )
+
+
+def load_backbone_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """Load only the configuration of a backbone; the weights of a local folder are not read.
+
+    Raises:
+        ConfigError: the model is not a causal language model.
+        DataError: the model cannot be found or downloaded.
+    """
+    path = Path(name).expanduser()
+    source = BackboneSource(str(path), None, name, "") if path.is_dir() else resolve_backbone(name, revision)
+    with _hub_errors(name):
+        config = AutoConfig.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=trust_remote_code
+        )
+    _check_is_causal(name, config)
+    return config
 
 
 def load_backbone(

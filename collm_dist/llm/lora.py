@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from collm_dist.errors import ConfigError
 
@@ -29,25 +31,46 @@ def add_lora(
         peft's wrapper around the same backbone, which ``save_adapter`` needs.
 
     Raises:
-        ConfigError: no layer has one of the names.
+        ConfigError: see ``check_target_modules``.
     """
+    check_target_modules(backbone, target_modules)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng(devices=[]), _hide_deprecation():
         torch.manual_seed(seed)
-        try:
-            # In the backbone's precision, which DeepSpeed would give it anyway: trial passes before DeepSpeed then
-            # measure what will be trained, and compiled layers stay valid.
-            return get_peft_model(backbone, config, autocast_adapter_dtype=False)
-        except ValueError as error:
-            names = sorted(
-                {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}
-            )
+        # In the backbone's precision, which DeepSpeed would give it anyway: trial passes before DeepSpeed then measure
+        # what will be trained, and compiled layers stay valid.
+        return get_peft_model(backbone, config, autocast_adapter_dtype=False)
+
+
+def check_target_modules(backbone: Any, target_modules: tuple[str, ...]) -> None:
+    """Check that every name stands for linear layers that an adapter can train.
+
+    Args:
+        backbone: a transformers causal language model; it may be on the meta device.
+        target_modules: names of layers, or ends of their full names.
+
+    Raises:
+        ConfigError: no layer has one of the names, or the layers of a name cannot be trained.
+    """
+    head = backbone.get_output_embeddings()
+    layers = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    trainable = sorted({name.rsplit(".", 1)[-1] for name, module in layers.items() if module is not head})
+    for target in target_modules:
+        found = [module for name, module in layers.items() if f".{name}".endswith(f".{target}")]
+        if not found:
+            matches = difflib.get_close_matches(target, trainable, n=1)
+            hint = f"did you mean {matches[0]}? " if matches else ""
             raise ConfigError(
-                f"lora.target_modules: no layer of this backbone is named {' or '.join(target_modules)}; its linear "
-                f"layers are {', '.join(names)}"
-            ) from error
+                f"lora.target_modules: no linear layer of this backbone is named {target}; {hint}its linear layers are "
+                f"{', '.join(trainable)}"
+            )
+        if any(module is head for module in found):
+            raise ConfigError(
+                f"lora.target_modules: {target} is the output head, of which only the two rows of the answers are "
+                f"computed, so its adapter would not be trained; remove it. Other linear layers: {', '.join(trainable)}"
+            )
 
 
 def save_adapter(

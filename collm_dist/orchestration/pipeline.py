@@ -13,22 +13,21 @@ from typing import Any
 
 from collm_dist.cli import report_error
 from collm_dist.config import Config
-from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
-from collm_dist.runs.atomic_files import explain_disk_errors, open_atomic
+from collm_dist.orchestration.accepted_config import CONFIG_FILE, accept_config, list_steps
+from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import RECORD, pin_previous, promote
 from collm_dist.runs.publish import Publisher, build_publisher
 from collm_dist.runs.reuse import find_reusable, link_step
-from collm_dist.runs.run_dir import STEPS, RunDir, Step
+from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.runs.status import RunStatus
 from collm_dist.runs.step_processes import build_command, build_environment, run_child
 from collm_dist.runs.stop_signals import preemptible
 
-CONFIG_FILE = "config.yaml"
 # Scripts that child processes run: of the installed package, so that no checkout is needed.
 COMMANDS = Path(__file__).parents[1] / "commands"
 # Ray's job supervisor sets this variable for a job's entry point.
@@ -51,6 +50,8 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
         check_textfile_dir(config.monitoring.prometheus_dir)
         config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
+            _check_names(config, run_dir)
+            accept_config(config, run_dir, force)
             status.begin()
             try:
                 with preemptible(), explain_disk_errors(run_dir.path):
@@ -71,6 +72,22 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
     return failure.exit_code if failure else 0
 
 
+def _check_names(config: Config, run_dir: RunDir) -> None:
+    """Check what a later step would refuse: the CF model and the backbone.
+
+    Raises:
+        ConfigError, DataError: one of them does not exist, or does not fit the settings.
+    """
+    if not run_dir.is_done("cf"):
+        from collm_dist.cf.models.registry import check_arguments
+
+        check_arguments(config.cf)
+    if not run_dir.is_done("stage2"):
+        from collm_dist.tuning.preflight import check_backbone
+
+        check_backbone(config)
+
+
 def _build_textfile(config: Config) -> StateTextfile | None:
     folder = config.monitoring.prometheus_dir
     return StateTextfile(Path(folder), run=config.run.dir, steps=list_steps(config)) if folder is not None else None
@@ -84,11 +101,6 @@ def _promote(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
     decision = promote(config, run_dir)
     print(f"{decision['state']}: {decision['reason']}", flush=True)
     return decision
-
-
-def list_steps(config: Config) -> tuple[Step, ...]:
-    """Return the steps of an experiment in order."""
-    return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
 
 
 def _check_run_dir(config: Config) -> None:
@@ -106,8 +118,6 @@ def _run_steps(
     status: RunStatus,
     publisher: Publisher | None,
 ) -> None:
-    with open_atomic(run_dir.path / CONFIG_FILE) as file:
-        file.write(dump_config(config))
     if publisher is not None:  # first, so that an unwritable destination is found before the work
         publisher.publish_file(CONFIG_FILE)
     forced = False

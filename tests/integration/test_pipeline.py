@@ -91,6 +91,23 @@ def test_from_clicks_to_report(clicks_run):
     assert (run_dir.path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("script", ["run_pipeline", "preprocess_data", "pretrain_cf", "train"])
+def test_a_refused_command_changes_nothing_of_a_finished_run(launch, copied_run, script):
+    def read_all():
+        files = (path for path in copied_run.path.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+        return {path: path.read_bytes() for path in files}
+
+    before = read_all()
+    change = {"preprocess_data": "preprocessing.num_shards=3", "pretrain_cf": "cf.embedding_dim=5"}
+    code, output, errors = launch(
+        script, f"run.dir={copied_run.path}", change.get(script, "stage1.learning_rate=0.3"),
+        "monitoring.prometheus_dir=null",
+    )  # fmt: skip
+    assert code == 2, output + errors
+    assert "was made with other settings or inputs" in errors
+    assert read_all() == before
+
+
 def test_prometheus_hears_of_each_step(clicks_run):
     run_dir, found = clicks_run[0], {}
     for path in (run_dir.path.parent / "prometheus").iterdir():
@@ -269,6 +286,16 @@ def test_ratings_through_the_launcher_with_two_processes(tmp_path, tiny_ratings,
     summary = RunDir(tmp_path / "run").read_record("stage2")
     assert summary["world_size"] == 2
     assert read_status(done.stdout)["state"] == "done"
+
+
+def test_a_single_step_leaves_the_settings_it_was_made_with(tiny_ratings, tmp_path):
+    command = [sys.executable, "launch/preprocess_data.py", "--config", "configs/tiny_cpu.yaml"]
+    command += [f"run.dir={tmp_path / 'run'}", f"dataset.path={tiny_ratings / 'ratings.csv'}"]
+    command += [f"dataset.items_path={tiny_ratings / 'items.csv'}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    again = [*command[:3], str(tmp_path / "run" / "config.yaml")]
+    done = subprocess.run(again, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "done already" in done.stdout
 
 
 def test_a_stop_while_ray_starts_says_how_to_go_on(tiny_ratings, tmp_path):

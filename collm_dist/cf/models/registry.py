@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from typing import Any
@@ -40,8 +41,11 @@ def get_model_class(name: str) -> type[TrainableCfModel]:
         return MODEL_CLASSES[name]
     module, colon, attribute = name.partition(":")
     if not colon:
+        matches = difflib.get_close_matches(name, MODEL_CLASSES, n=1)
+        hint = f"; did you mean {matches[0]}?" if matches else ""
         raise ConfigError(
             f"cf.model: '{name}' is neither one of {', '.join(MODEL_CLASSES)} nor an import path, package.module:Class"
+            + hint
         )
     try:
         model_class = getattr(importlib.import_module(module), attribute)

@@ -78,11 +78,13 @@ class PackedDecoder:
         Raises:
             ConfigError: layers mix tokens by other means than attention, or not through transformers' interface.
         """
-        _check_support(module)
+        check_support(module)
         config: Any = module.config
         self.module, self.config = module, config
         self.attention, self.checkpointing = attention, checkpointing
-        self.layers = _find_layers(module)
+        layers = _find_layers(module)
+        assert layers is not None  # checked
+        self.layers = layers
         self._replaced: list[tuple[nn.Module, Any]] = []
         earlier = getattr(self.layers[0].forward, "owner", None)
         if isinstance(earlier, PackedDecoder):
@@ -250,20 +252,31 @@ def find_decoder(backbone: Any) -> nn.Module:
     return decoder
 
 
-def _find_layers(decoder: nn.Module) -> list[nn.Module]:
-    """Return a decoder's layers, by any name."""
+def _find_layers(decoder: nn.Module) -> list[nn.Module] | None:
+    """Return a decoder's layers, by any name; None if there is no list of them."""
     config: Any = decoder.config
     lists = (list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList))
-    return next(layers for layers in lists if len(layers) == config.num_hidden_layers)
+    return next((layers for layers in lists if len(layers) == config.num_hidden_layers), None)
 
 
-def _check_support(decoder: nn.Module) -> None:
-    """Refuse a decoder whose contexts cannot be shared."""
+def check_support(decoder: nn.Module) -> None:
+    """Check that contexts can be shared on a decoder, which may be on the meta device.
+
+    Raises:
+        ConfigError: its layers mix tokens by other means than attention, or not through transformers' interface.
+    """
     config: Any = decoder.config
     unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
-    if not unknown and getattr(decoder, "_supports_attention_backend", False):
+    if unknown:
+        cause = f"has layers of type {', '.join(sorted(unknown))}"
+    elif not getattr(decoder, "_supports_attention_backend", False):
+        cause = "has its own attention code"
+    elif any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in decoder.named_parameters()):
+        cause = "has attention sinks"
+    elif _find_layers(decoder) is None:
+        cause = "has no list of layers"
+    else:
         return
-    cause = f"has layers of type {', '.join(sorted(unknown))}" if unknown else "has its own attention code"
     raise ConfigError(
         f"llm.backbone: a {config.model_type} model {cause}, so contexts cannot be shared; choose a backbone whose "
         "layers are plain attention through transformers' attention interface (Llama, Qwen, Mistral, Gemma, GPT-NeoX "

@@ -1,0 +1,42 @@
+"""``config.yaml`` of a run directory: written once a command's settings are accepted, and by no refused command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from collm_dist.config import Config
+from collm_dist.config.loader import dump_config
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.run_dir import STEPS, RunDir, Step
+
+CONFIG_FILE = "config.yaml"
+
+
+def list_steps(config: Config) -> tuple[Step, ...]:
+    """Return the steps of an experiment in order."""
+    return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
+
+
+def accept_config(config: Config, run_dir: RunDir, force: Sequence[Step] = ()) -> None:
+    """Check that the steps that are done were made with these settings, then write the run's ``config.yaml``.
+
+    Steps after one that is not done are checked when their turn comes. The caller holds the run's lock.
+
+    Args:
+        config: the experiment.
+        run_dir: its run directory.
+        force: steps that are redone whatever they were made with, and so are all later ones.
+
+    Raises:
+        ArtifactError: a step is done with other settings or inputs; the message names them, and nothing is written.
+    """
+    for step in list_steps(config):
+        if step in force or not run_dir.is_done(step):
+            break
+        if step != "eval":  # an outdated report is made again
+            is_step_current(run_dir, step, compute_step_fingerprint(config, run_dir, step))
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    with open_atomic(run_dir.path / CONFIG_FILE) as file:
+        file.write(dump_config(config))
