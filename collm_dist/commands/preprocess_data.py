@@ -10,6 +10,7 @@ from typing import Any
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
@@ -41,6 +42,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.orchestration.preprocess import run_preprocess
 
     with hold_run_lock(run_dir.path):
+        config = pin_previous(config)
         accept_config(config, run_dir, arguments.force)
         run_preprocess(config, run_dir, force="data" in arguments.force)
 

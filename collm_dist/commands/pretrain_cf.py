@@ -11,6 +11,7 @@ from collm_dist.config import Config
 from collm_dist.orchestration.accepted_config import accept_config
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
+        config = pin_previous(config)
         accept_config(config, run_dir, arguments.force)
         run_pretrain(config, run_dir, force="cf" in arguments.force)
 

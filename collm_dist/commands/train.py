@@ -12,6 +12,7 @@ from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
 
 DESCRIPTION = "Steps 'stage1' and 'stage2', after 'data' and 'cf': tune the language model with DeepSpeed."
@@ -42,6 +43,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
     run_dir = RunDir(Path(config.run.dir))
     check_backbone(config)
+    config = pin_previous(config)
     with hold_run_lock(run_dir.path):
         if get_rank() == 0:
             accept_config(config, run_dir, arguments.force)

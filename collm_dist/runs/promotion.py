@@ -42,8 +42,15 @@ def pin_previous(config: Config) -> Config:
         return config
     if recorded.exists():
         previous = parse_yaml(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
+    elif path.exists():
+        previous = str(path.resolve())
     else:
-        previous = str(path.resolve()) if path.exists() else None
+        previous = None
+        print(
+            f"dataset.extend_from: there is no {name} yet, so this run extends nothing; a promoted run makes it "
+            "(promotion.min_paired_difference)",
+            flush=True,
+        )
     if previous is not None and Path(previous).resolve() == run_dir.resolve():
         raise ConfigError(
             f"dataset.extend_from: '{name}' leads to this very run, {run_dir}; set run.dir to a new directory"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from collm_dist.llm.packed.row_blocks import get_head_width
 from collm_dist.prompt_batch import PromptBatch
 
 
@@ -45,7 +46,7 @@ class DecoderShape:
             if isinstance(module, nn.Linear) and "lora_" not in name
         ]
         heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = get_head_width(config)
         return cls(
             num_layers=len(decoder.layers),
             layer_weights=sum(linear) // len(decoder.layers),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -120,14 +122,24 @@ class TuningLoop:
         Raises:
             NonFiniteError: the loss or a gradient is not finite.
             Preempted: a stop was requested.
+            KeyboardInterrupt: Ctrl-C; the first one ends training after the current step, with a checkpoint.
             DiskError: a checkpoint cannot be written.
             LaunchError: the GPU is out of memory.
             WorkerLostError: a peer has died or does not answer.
         """
         self._saved_at = time.monotonic()
         try:
-            with explain_lost_workers(self._describe_position), self._watchdog, _stop_on_signals(self._stop):
-                self._train()
+            with (
+                explain_lost_workers(self._describe_position),
+                self._watchdog,
+                _stop_on_signals(self._stop) as received,
+            ):
+                try:
+                    self._train()
+                except Preempted as error:
+                    if signal.SIGINT in received:
+                        raise KeyboardInterrupt(str(error)) from None
+                    raise
         except torch.cuda.OutOfMemoryError as error:
             raise LaunchError(
                 f"CUDA is out of memory at step {self.progress.global_step}. Lower max_tokens_per_micro_batch of this "
@@ -316,15 +328,29 @@ class TuningLoop:
 
 
 @contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Set an event on SIGTERM and SIGUSR1; only a process's main thread can handle signals."""
+def _stop_on_signals(stop: threading.Event) -> Iterator[set[int]]:
+    """Set an event on SIGTERM, SIGUSR1 and the first SIGINT, and yield the numbers of the signals received.
+
+    A second SIGINT interrupts at once. Only a process's main thread can handle signals.
+    """
+    received: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    previous = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+
+    def request_stop(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if number in received:
+                raise KeyboardInterrupt
+            if get_rank() == 0:
+                print("\nstopping with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+        received.add(number)
+        stop.set()
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = [signal.signal(number, request_stop) for number in numbers]
     try:
-        yield
+        yield received
     finally:
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)

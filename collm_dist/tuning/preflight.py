@@ -48,8 +48,29 @@ def _list_problems(config: Config, skeleton: Any, tokenizer: Any) -> Iterator[st
             check()
         except ConfigError as error:
             yield str(error)
+    yield from _check_head(skeleton)
     yield from _check_vocabulary(skeleton, tokenizer)
     yield from _check_positions(config, skeleton.config.get_text_config())
+
+
+def _check_head(skeleton: Any) -> Iterator[str]:
+    """Yield a problem if more than one linear layer leads from the last hidden state to the logits.
+
+    Scores are products of that state with two rows of the head.
+    """
+    head = skeleton.get_output_embeddings()
+    if head is None:
+        yield f"a {skeleton.config.model_type} model has no output head; choose another backbone"
+        return
+    known = {id(parameter) for parameter in head.parameters()}
+    for name, child in skeleton.named_children():
+        if child is skeleton.base_model:
+            continue
+        if any(id(parameter) not in known for parameter in child.parameters()):
+            yield (
+                f"a {skeleton.config.model_type} model has further layers ({name}) between its last hidden state and "
+                "its logits, which scores would leave out; choose another backbone"
+            )
 
 
 def _check_vocabulary(skeleton: Any, tokenizer: Any) -> Iterator[str]:
@@ -82,7 +103,7 @@ def _check_positions(config: Config, text_config: Any) -> Iterator[str]:
         window = next((part[key] for part in nested if part.get(key)), original or window)
         reason = f"beyond it its rotary embedding ({', '.join(sorted(kinds))}) depends on the other prompts of a batch"
     longest = config.prompt.max_prompt_tokens
-    if window is not None and longest > window:
+    if window is not None and 0 < window < longest:  # some families write -1 for no limit
         yield (
             f"prompt.max_prompt_tokens {longest} exceeds its window of {window} tokens, {reason}; lower it to {window}"
         )

@@ -30,6 +30,27 @@ def list_checkpoints(folder):
     return sorted(path.name for path in (folder / "stage1" / "checkpoints").glob("step-*"))
 
 
+def test_ctrl_c_writes_a_checkpoint_and_the_second_one_stops_at_once(copy_run, whole):
+    folder, overrides = copy_run("run")
+    process = start(PYTHON, [*overrides, *STAGE1])
+    wait_for_step(process, folder, "stage1", 5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert "press Ctrl-C again to stop at once" in output
+    assert "Traceback" not in output
+    newest = int(list_checkpoints(folder)[-1].removeprefix("step-").split(".")[0])
+    assert newest >= 5
+    process = start(PYTHON, [*overrides, *STAGE1])
+    wait_for_step(process, folder, "stage1", newest + 1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    run(PYTHON, [*overrides, *STAGE1])
+    assert_same_end(folder, whole)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_stops_after_the_step_and_damage_falls_back_one_checkpoint(copy_run, whole, name):
     """A stop request writes a checkpoint and exits with 75. Then the newest checkpoint is damaged in two ways."""

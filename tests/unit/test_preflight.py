@@ -62,7 +62,7 @@ def test_an_adapter_may_name_ends_of_full_names(tmp_path):
     ("config", "message"),
     [
         (BloomConfig(**SMALL), "a bloom model has its own attention code"),
-        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2), "a mamba model has layers of type linear_attention"),
+        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2), "has layers of type linear_attention"),
         (GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2), "has attention sinks"),
         (GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256), "lower it to 256"),
         (LlamaConfig(**SMALL, max_position_embeddings=300), "exceeds its window of 300 tokens, its positions"),

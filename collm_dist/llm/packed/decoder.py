@@ -273,6 +273,8 @@ def check_support(decoder: nn.Module) -> None:
         cause = "has its own attention code"
     elif any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in decoder.named_parameters()):
         cause = "has attention sinks"
+    elif any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
+        cause = "lets tokens attend to later ones"
     elif _find_layers(decoder) is None:
         cause = "has no list of layers"
     else:

@@ -31,6 +31,14 @@ from collm_dist.prompt_batch import Mirrored
 _BLOCK_COST = {"cpu": 576 << 13, "cuda": 576 << 20}
 
 
+def get_head_width(config: Any) -> int:
+    """Return the width of a decoder's attention heads, of the widest layer if they differ."""
+    layers = getattr(config, "per_layer_config", None)
+    widths = [getattr(layer, "head_dim", None) for layer in layers] if layers else [getattr(config, "head_dim", None)]
+    own: int = config.hidden_size // config.num_attention_heads
+    return max(width or own for width in widths)
+
+
 @dataclass(frozen=True)
 class PaddedBlocks:
     """Attention in padded blocks, on any device.
@@ -45,7 +53,7 @@ class PaddedBlocks:
     def count_pairs(self, config: Any, device: torch.device) -> int:
         """Return the query-key pairs that a decoder's attention takes as long for as for one more block."""
         heads: int = config.num_attention_heads
-        width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        width: int = heads * get_head_width(config)
         cost = _BLOCK_COST.get(device.type, _BLOCK_COST["cuda"]) if self.cost is None else self.cost
         return cost // width
 

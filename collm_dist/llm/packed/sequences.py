@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from collm_dist.llm.packed.packing import Copies
-from collm_dist.llm.packed.row_blocks import Past
+from collm_dist.llm.packed.row_blocks import Past, get_head_width
 from collm_dist.prompt_batch import Mirrored, Segments
 
 # Limits of FlashAttention (Dao, arXiv 2307.08691) as PyTorch ships it.
@@ -113,7 +113,7 @@ def supports_sequences(config: Any, embeds: Tensor) -> bool:
     """
     if not embeds.is_cuda or embeds.dtype not in _DTYPES:
         return False
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = get_head_width(config)
     return (
         getattr(config, "attn_logit_softcapping", None) is None
         and width <= MAX_HEAD_WIDTH
