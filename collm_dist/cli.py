@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
-from collm_dist.errors import CollmError, InternalError, as_collm_error
+from collm_dist.errors import CollmError, ConfigError, InternalError, as_collm_error
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.error_file import write_error
 from collm_dist.runs.run_dir import STEPS, RunDir
@@ -69,6 +69,7 @@ def run_command(
     arguments.force = tuple(step for steps in arguments.force for step in steps)
     try:
         config = load_config(arguments.config_path, arguments.overrides)
+        _check_run_dir(Path(config.run.dir))
         if arguments.dry_run:
             print_plan(config, arguments, describe)
             return 0
@@ -76,6 +77,15 @@ def run_command(
             return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
+
+
+def _check_run_dir(path: Path) -> None:
+    """Refuse a run directory that is a file, or below one."""
+    for part in (path, *path.absolute().parents):
+        if part.exists():
+            if not part.is_dir():
+                raise ConfigError(f"run.dir: {path}: {part} is a file; set run.dir to a folder, new or of a run")
+            return
 
 
 def end_process(exit_code: int) -> NoReturn:

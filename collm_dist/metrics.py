@@ -203,7 +203,7 @@ def compute_group_hits(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, 
         - log_factorial[size]
         + log_factorial[size - drawn]
     )
-    none = np.where(drawn > misses, 0.0, np.exp(log_none))
+    none = np.where(drawn > misses, 0.0, np.where(misses == size, 1.0, np.exp(log_none)))
     all_missed = np.ones(num_groups)
     np.multiply.at(all_missed, run_group, none)
     has_positive = np.bincount(rows.group, positive, num_groups) > 0

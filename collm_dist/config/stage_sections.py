@@ -18,6 +18,8 @@ def _check_metric(name: str) -> str:
     return name
 
 
+# Of a running average: with 1 it would never move.
+Beta = Annotated[float, Field(ge=0, lt=1)]
 ValidMetric = Annotated[str, AfterValidator(_check_metric)]
 
 
@@ -30,7 +32,7 @@ class StageConfig(Section):
     )
     warmup_steps: int = Field(200, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(1e-3, ge=0, description="Weight decay of AdamW.")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Coefficients of AdamW's running averages.")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Coefficients of AdamW's running averages.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm at this value; 0: no clipping.")
     global_batch_size: int = Field(32, ge=1, description="Rows per optimizer step, over all processes.")
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(

@@ -58,7 +58,7 @@ class RunLogger:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
             self._writer.add_custom_scalars(build_layout())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

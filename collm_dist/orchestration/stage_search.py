@@ -320,7 +320,7 @@ class _Runner:
         trial, progress = member.trial, member.progress
         try:
             state: TrialReport = ray.get(member.actor.read_state.remote())
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             member.losses += 1
             if member.losses > _MAX_LOSSES:
                 trial.set_user_attr("error", f"its process was lost {member.losses} times: {error}"[-300:])

@@ -98,7 +98,7 @@ def _take(path: Path) -> Holder:
         os.utime(guard.fileno())
         holder = _read_holder(path)
         if holder is not None:
-            if _is_alive(holder, os.fstat(guard.fileno()).st_mtime - path.stat().st_mtime):
+            if _is_alive(holder, os.fstat(guard.fileno()).st_mtime - _find_beat(path)):
                 raise LaunchError(
                     f"run.dir: '{path.parent}' is being written by process {holder.pid} on {holder.host}; wait for it, "
                     "stop it, or set run.dir to another directory"
@@ -121,6 +121,14 @@ def end_processes(variable: str, value: str) -> None:
                 process.kill()
                 killed.append(process)
     psutil.wait_procs(killed, timeout=BEAT_SECONDS)
+
+
+def _find_beat(path: Path) -> float:
+    """Return the time of a lock's last heartbeat; long ago if its holder has just removed it."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_alive(holder: Holder, age_seconds: float) -> bool:
@@ -150,6 +158,7 @@ def _beat(
                 os._exit(LaunchError.exit_code)
             _thread.interrupt_main()
             return
-        os.utime(path)
+        with suppress(FileNotFoundError):  # taken over since: the next beat finds it
+            os.utime(path)
         if on_beat is not None:
             on_beat()

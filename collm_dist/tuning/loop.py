@@ -298,6 +298,11 @@ class TuningLoop:
             on_batch=self._watchdog.beat,
         )
         assert np.array_equal(row_ids, rows.row_id)
+        if num_bad := int((~np.isfinite(scores)).sum()):
+            raise NonFiniteError(
+                f"validation after step {self.progress.global_step}: {num_bad:,} of {len(scores):,} scores are not "
+                "finite, so the weights have diverged; the checkpoints before it are kept"
+            )
         return compute_metrics(rows, scores, self.selection.names)
 
     def _save(self) -> None:

@@ -103,7 +103,7 @@ def test_of_many_processes_one_says_what_is_wrong_alike(run, monkeypatch):
 
 def test_dry_run_shows_settings_and_plan(run):
     code, calls, printed = run(
-        "--dry-run", "lora.rank=2", describe=lambda config, run_dir: [f"rank {config.lora.rank}"]
+        "--dry-run", "lora.rank=2", describe=lambda config, run_dir, _: [f"rank {config.lora.rank}"]
     )
     assert (code, calls) == (0, [])
     assert "learning_rate:" in printed.out

@@ -11,7 +11,6 @@ from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.cf_search import describe_search
-from collm_dist.runs.run_dir import RunDir
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import NUM_ITEMS, NUM_USERS, write_data_step
 
@@ -84,7 +83,7 @@ def test_a_search_needs_a_model_that_is_fitted(tmp_path):
     sections = {"cf": {"model": "none"}, "stage2": {"train_cf": "scratch"}}
     config = Config.model_validate({"run": {"dir": str(tmp_path)}, "dataset": DATASET, **sections})
     with pytest.raises(ConfigError, match="set a collaborative model"):
-        describe_search(config, RunDir(tmp_path))
+        describe_search(config)
 
 
 @pytest.mark.parametrize(
