@@ -98,9 +98,22 @@ def judge_family(model_type: str) -> tuple[str, str]:
                 packed = CollmModel(model, answer_ids, "yes_minus_no", decoder=PackedDecoder(find_decoder(model)))
                 scores = packed(collator.collate(block, block))
         except CollmError as error:
-            return "refused", str(error).splitlines()[-1].strip().removeprefix("llm.backbone: ")
+            reason = str(error).splitlines()[-1].strip().removeprefix("llm.backbone: ")
+            return "refused", reason.replace(name, model_type).partition(", so contexts")[0]
     difference = float((scores.double() - expected.double()).abs().max())
     return ("works" if difference < TOLERANCE else "fault"), f"{difference:.0e}"
+
+
+def render(outcomes) -> str:
+    """Return the table of families by outcome, and the reasons of those that are refused."""
+    by_outcome: dict[str, list[str]] = {}
+    for name, (outcome, words) in outcomes.items():
+        reason = words if outcome in ("refused", "fault") else ""
+        reason = reason.removeprefix(f"a {name} model ").partition(";")[0]
+        by_outcome.setdefault(f"{outcome}: {reason}" if reason else outcome, []).append(name)
+    rows = sorted(by_outcome.items(), key=lambda item: (item[0] != "works", item[0]))
+    lines = ["| outcome | families |", "|:--|:--|"]
+    return "\n".join([*lines, *(f"| {outcome} | {', '.join(names)} |" for outcome, names in rows)])
 
 
 def main() -> int:
@@ -118,8 +131,13 @@ def main() -> int:
             outcomes[model_type] = ("fault", f"no answer within {SECONDS} s")
         process.kill()
         print(model_type, *outcomes[model_type], flush=True)
-    if not sys.argv[1:]:
-        (FOLDER / "backbones.json").write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+    path = FOLDER / "backbones.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if sys.argv[1:] and path.exists() else {}
+    outcomes = dict(sorted((known | outcomes).items()))
+    path.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(START)
+    PAGE.write_text(f"{before}{START}\n\n{render(outcomes)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
     return int(any(outcome == "fault" for outcome, _ in outcomes.values()))
 
 

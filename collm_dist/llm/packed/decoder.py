@@ -25,6 +25,8 @@ from collm_dist.llm.packed.packing import gather, scatter
 from collm_dist.llm.packed.row_blocks import PaddedBlocks, RowLayout
 from collm_dist.llm.packed.sequences import SequenceLayout, Sequences, supports_sequences
 
+# Families whose attention interface looks like any other's, but is used in another way.
+_OTHER_WAYS = {"blt": "reads patches of bytes", "dory": "runs its layers in loops"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Graphs of one function: with and without gradients, of a first layer, of a single token, which torch always treats
 # apart. Passes beyond the limit run uncompiled.
@@ -267,7 +269,9 @@ def check_support(decoder: nn.Module) -> None:
     """
     config: Any = decoder.config
     unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
-    if unknown:
+    if config.model_type in _OTHER_WAYS:
+        cause = _OTHER_WAYS[config.model_type]
+    elif unknown:
         cause = f"has layers of type {', '.join(sorted(unknown))}"
     elif not getattr(decoder, "_supports_attention_backend", False):
         cause = "has its own attention code"
