@@ -5,6 +5,7 @@ collm_dist.load_recommender("runs/mine").rank(history=["B004", "B017"], candidat
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from collm_dist.serving.requests import RankedItem, RankingRequest
 
 __all__ = ["RankedItem", "RankingRequest", "Recommender", "load_recommender"]
+
+# Threads that wait for each other spin. Beside another process the default, 300,000 rounds, makes everything many times
+# slower (benchmarks/busy_threads.py); 1,000 rounds cost nothing on a quiet machine. Read when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 try:
     __version__ = version("collm-dist")
