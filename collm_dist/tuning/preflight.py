@@ -62,9 +62,9 @@ def _check_head(skeleton: Any) -> Iterator[str]:
     if head is None:
         yield f"a {skeleton.config.model_type} model has no output head; choose another backbone"
         return
-    known = {id(parameter) for parameter in head.parameters()}
+    decoder, known = find_decoder(skeleton), {id(parameter) for parameter in head.parameters()}
     for name, child in skeleton.named_children():
-        if child is skeleton.base_model:
+        if any(module is decoder for module in child.modules()):
             continue
         if any(id(parameter) not in known for parameter in child.parameters()):
             yield (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import queue
 import sys
 import tempfile
 import traceback
@@ -127,8 +128,8 @@ def main() -> int:
         process.start()
         try:
             outcomes[model_type] = answers.get(timeout=SECONDS)
-        except Exception:
-            outcomes[model_type] = ("fault", f"no answer within {SECONDS} s")
+        except queue.Empty:
+            outcomes[model_type] = ("not tried", f"no answer within {SECONDS} s")
         process.kill()
         print(model_type, *outcomes[model_type], flush=True)
     path = FOLDER / "backbones.json"

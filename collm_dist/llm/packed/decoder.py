@@ -26,7 +26,11 @@ from collm_dist.llm.packed.row_blocks import PaddedBlocks, RowLayout
 from collm_dist.llm.packed.sequences import SequenceLayout, Sequences, supports_sequences
 
 # Families whose attention interface looks like any other's, but is used in another way.
-_OTHER_WAYS = {"blt": "reads patches of bytes", "dory": "runs its layers in loops"}
+_OTHER_WAYS = {
+    "blt": "reads patches of bytes",
+    "dory": "runs its layers in loops",
+    "nemotron": "does not pass its arguments to its attention",
+}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Graphs of one function: with and without gradients, of a first layer, of a single token, which torch always treats
 # apart. Passes beyond the limit run uncompiled.
