@@ -16,6 +16,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
 from collm_dist.errors import CollmError, ConfigError, InternalError, as_collm_error
 from collm_dist.runs.atomic_files import explain_disk_errors
+from collm_dist.runs.code_trust import FLAG
 from collm_dist.runs.error_file import write_error
 from collm_dist.runs.run_dir import STEPS, RunDir
 
@@ -123,6 +124,17 @@ def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
     # Launchers add this argument; the environment has the same value.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag with which the caller allows the code of a received run, as ``trust_code``."""
+    parser.add_argument(
+        FLAG,
+        dest="trust_code",
+        action="store_true",
+        help="run Python code that the run's files name (llm.trust_remote_code, a cf.model of its own); read it first. "
+        "Runs that you trained need no flag",
+    )
 
 
 def _parse_steps(text: str) -> tuple[str, ...]:

@@ -27,8 +27,9 @@ from collm_dist.cf.safetensors_writer import create_tensor_file
 from collm_dist.cf.sharded_checkpoint import TrainingState
 from collm_dist.cf.user_shards import UserRanges, load_worker_data
 from collm_dist.data.shards.manifest import Manifest
-from collm_dist.errors import LaunchError
+from collm_dist.errors import ArtifactError, LaunchError
 from collm_dist.runs.atomic_files import compute_json_hash
+from collm_dist.runs.code_trust import read_model_name
 
 # (S,) users, (S, H) histories and (S,) targets, as ``user_vectors`` takes them.
 VectorQueries = tuple[Tensor, Tensor, Tensor]
@@ -77,6 +78,11 @@ def _load_predecessor(job: Job) -> TrainableCfModel | None:
     """Return the model of the run that this one extends, None if its vectors have another width."""
     if job.previous is None:
         return None
+    if ":" in (name := read_model_name(job.previous)) and name != job.cf.model:
+        raise ArtifactError(
+            f"{job.previous}: its header names code, model: {name}, and cf.model is {job.cf.model}; set "
+            "dataset.extend_from to a run that you trust, or cf.warm_start to false"
+        )
     model = load_model(job.previous)[1]
     return model if model.dim == job.cf.embedding_dim else None
 

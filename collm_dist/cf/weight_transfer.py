@@ -11,6 +11,7 @@ from torch import Tensor
 from collm_dist.cf.model_files import load_model
 from collm_dist.cf.models import TrainableCfModel
 from collm_dist.cf.user_shards import UserRanges
+from collm_dist.runs.code_trust import read_model_name
 
 
 def load_previous_weights(
@@ -31,6 +32,9 @@ def load_previous_weights(
     Raises:
         ArtifactError: the file is missing or damaged.
     """
+    kind = read_model_name(path)  # first: loading another author's class would run its code
+    if ":" in kind and kind != name:
+        return None, f"{path} holds a model of the kind {kind}: training starts from initial weights"
     header, old = load_model(path)
     if header.model != name:
         return None, f"{path} holds a model of the kind {header.model}: training starts from initial weights"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.cli import report_error
+from collm_dist.cli import add_trust_argument, report_error
 from collm_dist.runs.run_dir import RunDir
 
 DESCRIPTION = """Make a run directory from an export of launch/export_model.py. collm_dist.load_recommender and
@@ -14,7 +14,8 @@ launch/score_candidates.py --config R/config.yaml then give the scores of the ex
 EPILOG = """example:
   python launch/import_model.py --input exported --run-dir runs/imported
 
-Every file is checked against its checksum first. Exit codes: 0 done, 2 the export is damaged or the folder exists."""
+Every file is checked against its checksum first. Exit codes: 0 done, 2 the export is damaged or names code, or the
+folder exists."""
 
 
 def main() -> int:
@@ -27,6 +28,7 @@ def main() -> int:
     )
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the export")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="R", help="new folder")
+    add_trust_argument(parser)
     try:
         arguments = parser.parse_args()
     except SystemExit as stop:  # argparse has printed the help or the error
@@ -34,7 +36,7 @@ def main() -> int:
     from collm_dist.serving.export import import_model
 
     try:
-        print(import_model(arguments.input, RunDir(arguments.run_dir)).path)
+        print(import_model(arguments.input, RunDir(arguments.run_dir), trust_code=arguments.trust_code).path)
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
     return 0

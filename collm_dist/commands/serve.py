@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.cli import run_command
+from collm_dist.cli import add_trust_argument, run_command
 from collm_dist.config import Config
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.service_options import add_option_arguments, read_options
@@ -26,12 +26,17 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     options = read_options(arguments)
     from collm_dist.orchestration.service import run_service
 
-    run_service(config, RunDir(Path(config.run.dir)), options)
+    run_service(config, RunDir(Path(config.run.dir)), options, trust_code=arguments.trust_code)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_option_arguments(parser)
+    add_trust_argument(parser)
 
 
 def main() -> int:
     """Run the command and return its exit code."""
-    return run_command("Serve a finished run over HTTP, on Ray Serve.", _run, EXAMPLES, add_option_arguments)
+    return run_command("Serve a finished run over HTTP, on Ray Serve.", _run, EXAMPLES, _add_arguments)
 
 
 if __name__ == "__main__":

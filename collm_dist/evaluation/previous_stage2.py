@@ -6,6 +6,7 @@ from pathlib import Path
 
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
+from collm_dist.runs.code_trust import check_code
 from collm_dist.runs.run_dir import RunDir
 
 
@@ -14,9 +15,10 @@ def load_previous_config(previous: RunDir) -> Config:
 
     Raises:
         ConfigError: its config file does not fit this version.
-        ArtifactError: its stage 2 is not done.
+        ArtifactError: its stage 2 is not done, or it names code and was not trained by this account.
     """
     config = load_config(previous.path / "config.yaml")
+    check_code(config, previous)
     text = previous.read_record("stage2")["fingerprint"]["input.prompt"]
     return config.model_copy(update={"prompt": config.prompt.model_copy(update={"stage2": text})})
 

@@ -26,6 +26,7 @@ from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.cf_summary import print_summary, summarize
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir
 
@@ -74,6 +75,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         record = _summarize(jobs, folder, config, manifest)
     record["fingerprint"] = fingerprint
     write_json(run_dir.record_path("cf"), record)
+    keep_trust(config, run_dir, "cf")
     shutil.rmtree(checkpoints)
     if config.cf.model == "none":
         print("cf: no collaborative model (cf.model: none); stage 2 learns a token for each user and item")

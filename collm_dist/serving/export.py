@@ -26,6 +26,7 @@ from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
+from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
 from collm_dist.serving.finished_run import check_settings, find_stage
 from collm_dist.serving.model_card import Licences, write_card
@@ -58,7 +59,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
         ArtifactError: the folder exists, or the run is unfinished, damaged, or made with other settings.
     """
     stage = find_stage(run_dir)
-    config = check_settings(config, run_dir)
+    config = check_settings(config, run_dir, trust_code=True)  # nothing is loaded
     with _make_whole(folder) as part:
         for source, name in _list_sources(run_dir):
             target = part / name
@@ -77,7 +78,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
     return folder
 
 
-def import_model(folder: Path, run_dir: RunDir) -> RunDir:
+def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> RunDir:
     """Make a run directory from an export, for ``load_recommender``. It appears complete or not at all.
 
     It lacks the shards, which only training needs.
@@ -85,13 +86,18 @@ def import_model(folder: Path, run_dir: RunDir) -> RunDir:
     Args:
         folder: output of ``export_model``.
         run_dir: new run directory.
+        trust_code: accept code that the export names (``llm.trust_remote_code``, a ``cf.model`` of its own);
+            ``load_recommender`` then runs it.
 
     Raises:
-        ArtifactError: the export is incomplete, damaged or of another version, or the run directory exists.
+        ArtifactError: the export is incomplete, damaged, of another version, or names code that is not trusted; or the
+            run directory exists.
         ConfigError: its settings are not valid in this version.
     """
     index = _read_index(folder)
     config = load_config(folder / "config.yaml")
+    if (code := list_code(config, folder / "config.yaml", folder / "cf")) and not trust_code:
+        refuse_code(code, folder)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.path)})})
     with _make_whole(run_dir.path) as part:
         for name in index:
@@ -101,6 +107,8 @@ def import_model(folder: Path, run_dir: RunDir) -> RunDir:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, target)
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    if trust_code:
+        keep_trust_in_all(config, run_dir)
     return run_dir
 
 

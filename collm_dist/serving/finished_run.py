@@ -9,21 +9,27 @@ import torch
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.code_trust import check_code
 from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
 from collm_dist.runs.run_dir import STAGES, RunDir, StageName
 from collm_dist.serving.recommender import Recommender
 from collm_dist.tuning.stage import load_stage_model
 
 
-def load_recommender(run_dir: Path | str, device: torch.device | str | None = None) -> Recommender:
+def load_recommender(
+    run_dir: Path | str, device: torch.device | str | None = None, *, trust_code: bool = False
+) -> Recommender:
     """Load a finished run: its stage 2, or its stage 1 if stage 2 is not done.
 
     Args:
         run_dir: the run's directory, ``run.dir``.
         device: device of the model; None = the first GPU, or the CPU without GPUs.
+        trust_code: run code that the run names (``llm.trust_remote_code``, a ``cf.model`` of its own). Runs that were
+            trained by this account need no permission.
 
     Raises:
-        ArtifactError: neither stage is done, or an artifact is missing, damaged or made from other inputs.
+        ArtifactError: neither stage is done, an artifact is missing, damaged or made from other inputs, or the run
+            names code that is not trusted.
         ConfigError: the run's settings are not valid in this version.
     """
     run = RunDir(Path(run_dir))
@@ -32,7 +38,7 @@ def load_recommender(run_dir: Path | str, device: torch.device | str | None = No
         raise ArtifactError(
             f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it and skips steps that are done"
         )
-    config = check_settings(load_config(run.path / "config.yaml"), run)
+    config = check_settings(load_config(run.path / "config.yaml"), run, trust_code=trust_code)
     return build_recommender(config, run, device)
 
 
@@ -56,13 +62,16 @@ def find_stage(run_dir: RunDir) -> StageName:
     raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
 
 
-def check_settings(config: Config, run_dir: RunDir) -> Config:
+def check_settings(config: Config, run_dir: RunDir, *, trust_code: bool = False) -> Config:
     """Return the settings with the prompt that the model was trained on, even if the prompt's file has changed since.
 
     Raises:
-        ArtifactError: the model was made with other settings, or from other data or models than the run holds now.
+        ArtifactError: the model was made with other settings, or from other data or models than the run holds now; or
+            the run names code, was not trained by this account, and ``trust_code`` is not set.
     """
     stage = find_stage(run_dir)
+    if not trust_code:
+        check_code(config, run_dir)
     recorded = run_dir.read_record(stage).get("fingerprint", {})
     today = compute_fingerprint(config, stage, run_dir)
     changes = find_changes({key: recorded[key] for key in today if key in recorded}, today)

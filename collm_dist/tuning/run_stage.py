@@ -20,6 +20,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, wait_for_all
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, write_json
+from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.checkpoints import load_last_checkpoint
@@ -62,6 +63,7 @@ def run_stage(
         return run_dir.read_record(name)
     device = init_distributed(config.cluster.collective_timeout_minutes)
     if not force and stage.take_over(run_dir, fingerprint):
+        run_on_rank_0(lambda: keep_trust(config, run_dir, name))
         return run_dir.read_record(name)
     _clear(run_dir, name, force)
     run_on_rank_0(lambda: prepare_anchor(config, run_dir))
@@ -77,6 +79,7 @@ def run_stage(
         loop.profiler.stop()
         loop.logger.close()
     run_on_rank_0(lambda: _finish(run_dir, stage, loop, loaded))
+    run_on_rank_0(lambda: keep_trust(config, run_dir, name))
     return run_dir.read_record(name)
 
 
