@@ -43,7 +43,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
     with hold_run_lock(run_dir.path):
         config = pin_previous(config)
-        accept_config(config, run_dir, arguments.force)
+        accept_config(config, run_dir, arguments.force, own=["data"])
         run_preprocess(config, run_dir, force="data" in arguments.force)
 
 

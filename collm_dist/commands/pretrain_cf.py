@@ -24,7 +24,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
         config = pin_previous(config)
-        accept_config(config, run_dir, arguments.force)
+        accept_config(config, run_dir, arguments.force, own=["cf"])
         run_pretrain(config, run_dir, force="cf" in arguments.force)
 
 

@@ -46,7 +46,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     config = pin_previous(config)
     with hold_run_lock(run_dir.path):
         if get_rank() == 0:
-            accept_config(config, run_dir, arguments.force)
+            accept_config(config, run_dir, arguments.force, own=_choose_stages(config, arguments.stage))
         for stage in _choose_stages(config, arguments.stage):
             with explain_lost_workers(lambda stage=stage: stage):  # type: ignore[misc]
                 run_stage(config, run_dir, stage, force=stage in arguments.force)

@@ -55,6 +55,7 @@ def score_stages(config: Config, run_dir: RunDir, splits: Mapping[str, Evaluated
                     evaluated.order,
                     config.evaluation.max_tokens_per_micro_batch,
                     shuffle_slots_seed=seed,
+                    progress=f"{name} on {split}" if config.monitoring.progress_bar else None,
                 )
                 scores[name, split] = align_scores(evaluated.rows.row_id, row_ids, logits, f"{name} on {split}")
         del loaded

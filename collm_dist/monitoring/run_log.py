@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class RunLogger:
         self._writer: Any = None
         self._logged: set[tuple[Any, ...]] = set()
         self._file: Any = None
+        self._noted_at = 0.0
         self._bar: Any = tqdm(
             total=total_steps, initial=start_step, desc=folder.name, disable=not (is_main and progress_bar), unit="step"
         )
@@ -82,6 +84,12 @@ class RunLogger:
         """Move the progress bar."""
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(step - self._bar.n)
+
+    def note(self, text: str) -> None:
+        """Show what happens between two steps beside the progress bar, at most once a second."""
+        if time.monotonic() - self._noted_at >= 1:
+            self._noted_at = time.monotonic()
+            self._bar.set_postfix_str(text)
 
     def close(self) -> None:
         """Close the files; safe to call twice."""

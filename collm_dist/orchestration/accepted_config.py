@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.runs.atomic_files import open_atomic
-from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.fingerprints import compute_fingerprint, is_step_current
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 
 CONFIG_FILE = "config.yaml"
@@ -19,7 +19,13 @@ def list_steps(config: Config) -> tuple[Step, ...]:
     return tuple(step for step in STEPS if step != "stage1" or config.stage1.enabled)
 
 
-def accept_config(config: Config, run_dir: RunDir, force: Sequence[Step] = ()) -> None:
+def accept_config(
+    config: Config,
+    run_dir: RunDir,
+    force: Sequence[Step] = (),
+    own: Collection[Step] = STEPS,
+    on_step: Callable[[Step], object] = lambda _: None,
+) -> None:
     """Check that the steps that are done were made with these settings, then write the run's ``config.yaml``.
 
     Steps after one that is not done are checked when their turn comes. The caller holds the run's lock.
@@ -28,6 +34,9 @@ def accept_config(config: Config, run_dir: RunDir, force: Sequence[Step] = ()) -
         config: the experiment.
         run_dir: its run directory.
         force: steps that are redone whatever they were made with, and so are all later ones.
+        own: steps of the command. Of others only the settings are compared, since their inputs, such as the raw logs,
+            need not be on this machine.
+        on_step: called with each step before it is checked.
 
     Raises:
         ArtifactError: a step is done with other settings or inputs; the message names them, and nothing is written.
@@ -35,8 +44,18 @@ def accept_config(config: Config, run_dir: RunDir, force: Sequence[Step] = ()) -
     for step in list_steps(config):
         if step in force or not run_dir.is_done(step):
             break
-        if step != "eval":  # an outdated report is made again
-            is_step_current(run_dir, step, compute_step_fingerprint(config, run_dir, step))
+        if step == "eval":  # an outdated report is made again
+            continue
+        on_step(step)
+        if step in own:
+            fingerprint = compute_step_fingerprint(config, run_dir, step)
+        else:
+            recorded = run_dir.read_record(step).get("fingerprint", {})
+            settings = compute_fingerprint(config, step, run_dir)
+            fingerprint = {
+                key: settings.get(key, value) if key.startswith("config.") else value for key, value in recorded.items()
+            }
+        is_step_current(run_dir, step, fingerprint)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with open_atomic(run_dir.path / CONFIG_FILE) as file:
         file.write(dump_config(config))

@@ -51,7 +51,7 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
         config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
             _check_names(config, run_dir)
-            accept_config(config, run_dir, force)
+            accept_config(config, run_dir, force, on_step=status.enter)
             status.begin()
             try:
                 with preemptible(), explain_disk_errors(run_dir.path):

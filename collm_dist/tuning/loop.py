@@ -287,15 +287,26 @@ class TuningLoop:
 
     def compute_valid_metrics(self) -> dict[str, float | None]:
         """Score the validation rows. Collective; the metrics are the same on every rank."""
-        self.engine.set_training(False)
         rows = self.valid_rows
+        if self.progress.global_step == 0 and self.collator.has_anchors:
+            # The gain is 0 as yet, so the scores are the anchors, to the bit.
+            return compute_metrics(rows, rows.score(self.collator.compute_anchors), self.selection.names)
+        self.engine.set_training(False)
+        num_scored, share = 0, max(1, rows.order.num_rows // get_world_size())
+
+        def report(num_rows: int) -> None:
+            nonlocal num_scored
+            self._watchdog.beat()
+            num_scored += num_rows
+            self.logger.note(f"validating, {min(1.0, num_scored / share):.0%}")
+
         row_ids, scores = score_batches(
             self.engine,
             self.scoring_collator,
             rows.order,
             self.max_tokens,
             self.engine.device,
-            on_batch=self._watchdog.beat,
+            on_batch=report,
         )
         assert np.array_equal(row_ids, rows.row_id)
         if num_bad := int((~np.isfinite(scores)).sum()):

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
-from collm_dist.distributed import gather_objects
+from collm_dist.distributed import gather_objects, get_rank, get_world_size
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.random_keys import hash_integers
 from collm_dist.tuning.step_batches import iter_step_batches
@@ -27,7 +28,12 @@ AUTO_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 def score_split(
-    loaded: LoadedStage, order: GlobalOrder, max_tokens: int | Literal["auto"], *, shuffle_slots_seed: int | None = None
+    loaded: LoadedStage,
+    order: GlobalOrder,
+    max_tokens: int | Literal["auto"],
+    *,
+    shuffle_slots_seed: int | None = None,
+    progress: str | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score every row of an order. Collective; every rank returns all scores.
 
@@ -36,6 +42,7 @@ def score_split(
         order: the rows, unshuffled.
         max_tokens: see ``evaluation.max_tokens_per_micro_batch``.
         shuffle_slots_seed: ablation: fill every slot from another row (see ``shuffle_slots``); None = off.
+        progress: name of the progress bar of rank 0; None = no bar.
 
     Returns:
         (N,) row ids, sorted, and (N,) scores.
@@ -43,9 +50,17 @@ def score_split(
     if max_tokens == "auto":
         max_tokens = AUTO_TOKENS[loaded.device.type]
     collator = loaded.scoring_collator if shuffle_slots_seed is None else loaded.collator.for_scoring(slots=False)
-    return score_batches(
-        loaded.model, collator, order, max_tokens, loaded.device, shuffle_slots_seed=shuffle_slots_seed
-    )
+    share = -(-order.num_rows // get_world_size())
+    with tqdm(total=share, desc=progress, unit="row", disable=progress is None or get_rank() > 0) as bar:
+        return score_batches(
+            loaded.model,
+            collator,
+            order,
+            max_tokens,
+            loaded.device,
+            shuffle_slots_seed=shuffle_slots_seed,
+            on_batch=bar.update,
+        )
 
 
 @torch.no_grad()
@@ -57,7 +72,7 @@ def score_batches(
     device: torch.device,
     *,
     shuffle_slots_seed: int | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: Callable[[int], object] = lambda _: None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score an order with a model in evaluation mode; see ``score_split``.
 
@@ -65,7 +80,7 @@ def score_batches(
         model, device: the model and its device.
         collator: a collator for scoring.
         order, max_tokens, shuffle_slots_seed: see ``score_split``.
-        on_batch: called after each micro-batch.
+        on_batch: called after each micro-batch with its number of rows.
     """
     row_ids, weights, scores = [], [], []
     for step_batch in iter_step_batches(order.iter_batches(), collator, max_tokens, device):
@@ -75,7 +90,7 @@ def score_batches(
             row_ids.append(batch.row_ids)
             weights.append(batch.weights)
             scores.append(model(batch.to(device)).float())
-            on_batch()
+            on_batch(int((batch.weights > 0).sum()))
     is_real = torch.cat(weights) > 0
     return _gather(torch.cat(row_ids)[is_real], torch.cat(scores).cpu()[is_real], order.num_rows)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.metrics import compute_auc, compute_hit_rate, compute_logloss, compute_ndcg, compute_uauc
 
@@ -28,6 +30,13 @@ class ValidRows:
     label: Any
     user_idx: Any
     group_id: Any
+
+    def score(self, compute: Callable[[ContextBlock], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return the (N,) scores of the rows by a function of their blocks, sorted by row id."""
+        blocks = list(self.order.iter_batches())
+        row_ids = np.concatenate([block.row_id for block in blocks])
+        scores = np.concatenate([compute(block) for block in blocks])
+        return scores[np.argsort(row_ids, kind="stable")]
 
 
 def load_valid_rows(order: GlobalOrder) -> ValidRows:

@@ -52,6 +52,7 @@ class PromptCollator:
     Attributes:
         template: the prompt template.
         tokens_per_slot: number of soft tokens per slot.
+        has_anchors: whether scores start from anchors.
         num_cut_titles: number of item texts cut at ``prompt.max_title_tokens``.
         num_dropped_history, num_dropped_dislikes: items dropped so far because a prompt was too long.
     """
@@ -101,7 +102,7 @@ class PromptCollator:
         self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
         self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
-        self._compute_anchors = compute_anchors
+        self._compute_anchors, self.has_anchors = compute_anchors, compute_anchors is not None
 
         def tokenize(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -236,9 +237,7 @@ class PromptCollator:
             "tree_positions": positions,
             "last": branch_positions[branch.offsets[1:] - 1],
             "pair_features": compute_pair_features(block),
-            "anchors": np.zeros(block.num_targets, np.float32)
-            if self._compute_anchors is None
-            else self._compute_anchors(block),
+            "anchors": self.compute_anchors(block),
             "labels": block.label.astype(np.float32),
             "weights": np.full(block.num_targets, weight, dtype=np.float32),
             "row_ids": block.row_id,
@@ -259,6 +258,11 @@ class PromptCollator:
             tree_segments=Segments.build(tail.lengths, branch.lengths, owner),
             **slots,
         )
+
+    def compute_anchors(self, block: ContextBlock) -> NDArray[np.float32]:
+        """Return the (N,) anchors of a block's targets, 0 without an anchor."""
+        anchors = self._compute_anchors
+        return np.zeros(block.num_targets, np.float32) if anchors is None else anchors(block)
 
     def _describe_slots(self, block: ContextBlock) -> IntArray | None:
         """Return (C,) hashes of the inputs of the prefix's slots, or None if the prefix has no slots."""
