@@ -20,7 +20,9 @@ from collm_dist.config import CfConfig, Config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import DataError
 from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.previous_run import find_previous_file
+from collm_dist.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def plan_jobs(
         folder.mkdir(exist_ok=True)
         folds = () if number else fold_starts
         previous = find_previous_file(config, "cf")
+        if previous is not None:
+            check_files(RunDir(previous.parents[1]), "cf")
         jobs.append(Job(data_dir, folder, key, config.cf, seed, folds, previous=previous, item_text=item_text))
     return jobs
 

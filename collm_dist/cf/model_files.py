@@ -20,6 +20,7 @@ from collm_dist.data.ingest.id_tables import compute_ids_hash
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.run_dir import RunDir
 
 FILE_NAME = "model.safetensors"
@@ -111,6 +112,7 @@ def load_cf_model(run_dir: RunDir, manifest: Manifest) -> SlotVectors:
         ArtifactError: a file is missing, damaged, or belongs to other id tables; the message names both hashes.
     """
     folder = run_dir.step_dir("cf")
+    check_files(run_dir, "cf")
     header, final = load_model(folder / FILE_NAME)
     _check_tables(folder / FILE_NAME, header, run_dir.step_dir("data"), manifest)
     folds = [load_model(folder / name_fold_file(number))[1] for number in range(1, len(header.fold_starts))]

@@ -29,7 +29,7 @@ from collm_dist.evaluation.simple_rivals import describe_proven_loss, name_ancho
 from collm_dist.evaluation.slot_inputs import list_slots
 from collm_dist.evaluation.stage_scores import score_stages
 from collm_dist.metrics import compute_auc, compute_ndcg
-from collm_dist.runs.atomic_files import compute_json_hash, open_atomic, write_json
+from collm_dist.runs.atomic_files import compute_json_hash, open_atomic
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.run_dir import RunDir
 
@@ -243,7 +243,7 @@ def write_report(
     if config.monitoring.tensorboard:
         paths = {name: folder / name for name in figures}
         monitoring.log_report(folder / "tensorboard", markdown, paths, build_run_settings(config, report))
-    write_json(run_dir.record_path("eval"), report)
+    run_dir.write_record("eval", report)
     for split_name in config.evaluation.splits:
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split_name, "all")]
         print(f"\n{split_name}, {rows[0]['rows']:,} rows\n{render_results(rows)}")

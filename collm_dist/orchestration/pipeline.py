@@ -18,6 +18,7 @@ from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, Wor
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
 from collm_dist.orchestration.accepted_config import CONFIG_FILE, accept_config, list_steps
 from collm_dist.runs.atomic_files import explain_disk_errors
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import RECORD, pin_previous, promote
@@ -146,10 +147,11 @@ def _is_done_or_linked(config: Config, run_dir: RunDir, step: Step) -> bool:
     """Return whether a step is done, here or in a reused run that is then linked.
 
     Raises:
-        ArtifactError: it is done with another fingerprint.
+        ArtifactError: it is done with another fingerprint, or one of its files is missing or damaged.
     """
     fingerprint = compute_step_fingerprint(config, run_dir, step)
     if _is_current(run_dir, step, fingerprint):
+        check_files(run_dir, step, keep=True)
         print(f"{step}: done already ({run_dir.step_dir(step)})", flush=True)
         return True
     if run_dir.is_done(step):

@@ -36,7 +36,7 @@ from collm_dist.data.samples.splits import SPLITS, build_calendar_rule
 from collm_dist.data.shards.manifest import remove_unlisted_files
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, run_tasks
-from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir
 
@@ -84,7 +84,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         manifest = _preprocess(plan, source, previous, forgotten, run)
     manifest["fingerprint"] = fingerprint
     remove_unlisted_files(data_dir, manifest)
-    write_json(run_dir.record_path("data"), manifest)
+    run_dir.write_record("data", manifest)
     shutil.rmtree(work_dir)
     print("\n".join([*format_summary(manifest), f"  {data_dir / 'manifest.json'}"]))
     return manifest

@@ -25,8 +25,9 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.cf_summary import print_summary, summarize
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
-from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.code_trust import keep_trust
+from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir
 
@@ -74,7 +75,8 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         _train(jobs, folder, config)
         record = _summarize(jobs, folder, config, manifest)
     record["fingerprint"] = fingerprint
-    write_json(run_dir.record_path("cf"), record)
+    record["files"] = hash_products(folder)
+    run_dir.write_record("cf", record)
     keep_trust(config, run_dir, "cf")
     shutil.rmtree(checkpoints)
     if config.cf.model == "none":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError, DataError, LaunchError
 from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 from collm_dist.storage import explain_store_errors, is_store, join_uri, open_filesystem
 
@@ -87,7 +88,9 @@ class Publisher:
 
         Raises:
             LaunchError: a file cannot be written, or reads back with other bytes.
+            ArtifactError: a file is missing or has other bytes than its step wrote.
         """
+        check_files(self._run_dir, step)
         files = list_step_files(self._run_dir.step_dir(step))
         index: dict[str, dict[str, Any]] = {
             name: {"bytes": path.stat().st_size, "sha256": compute_file_hash(path)} for name, path in files.items()

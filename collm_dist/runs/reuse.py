@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collm_dist.errors import ConfigError
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.run_dir import RunDir, Step
 
@@ -18,12 +19,14 @@ def find_reusable(step: Step, fingerprint: Mapping[str, Any], runs: Sequence[str
 
     Raises:
         ConfigError: a run is not a directory.
+        ArtifactError: a file of the step is missing or damaged.
     """
     for name in runs:
         run_dir = RunDir(Path(name))
         if not run_dir.path.is_dir():
             raise ConfigError(f"run.reuse: no run directory '{name}'")
         if run_dir.is_done(step) and not find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint):
+            check_files(run_dir, step, keep=True)
             return run_dir
     return None
 

@@ -7,16 +7,20 @@ record is written last, by rename, so an incomplete step has no record.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.atomic_files import compute_json_hash, write_json
 
 Step = Literal["data", "cf", "stage1", "stage2", "eval"]
 StageName = Literal["stage1", "stage2"]
 
 STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2", "eval")
+_HASH = "record_hash"
 STAGES: tuple[StageName, ...] = ("stage1", "stage2")
 
 
@@ -40,6 +44,11 @@ class RunDir:
         name = {"data": "manifest.json", "eval": "report.json"}.get(step, "summary.json")
         return self.path / step / name
 
+    def write_record(self, step: Step, record: Mapping[str, Any]) -> None:
+        """Write a step's record with a hash of its content; afterwards the step is done."""
+        content = json.loads(json.dumps(record, allow_nan=False))
+        write_json(self.record_path(step), content | {_HASH: compute_json_hash(content)})
+
     def read_record(self, step: Step) -> dict[str, Any]:
         """Read a finished step's record.
 
@@ -49,17 +58,19 @@ class RunDir:
         path = self.record_path(step)
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            check_record_hash(record)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing: run the step '{step}' first") from None
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} is damaged ({error}): run the step '{step}' again with --force") from None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or not isinstance(record.get("fingerprint", {}), dict):
             raise ArtifactError(f"{path} is not a step record: run the step '{step}' again with --force")
         return record
 
     def is_done(self, step: Step) -> bool:
         """Whether the step's record exists, with any fingerprint."""
-        return self.record_path(step).exists()
+        path = self.record_path(step)
+        return path.exists() or path.is_symlink()
 
     def withdraw(self, step: Step) -> None:
         """Delete a step's record before its files change.
@@ -69,4 +80,19 @@ class RunDir:
         folder = self.step_dir(step)
         if folder.is_symlink():
             folder.unlink()
-        self.record_path(step).unlink(missing_ok=True)
+        path = self.record_path(step)
+        if path.is_dir() and not path.is_symlink():  # damage
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_record_hash(record: Any) -> None:
+    """Remove a record's hash of its content, and check it; records of release 0.1 have none.
+
+    Raises:
+        ValueError: the content is another.
+    """
+    recorded = record.pop(_HASH, None) if isinstance(record, dict) else None
+    if recorded is not None and recorded != compute_json_hash(record):
+        raise ValueError("its content is not that of its hash")

@@ -27,6 +27,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
+from collm_dist.runs.file_hashes import read_hashes
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
 from collm_dist.serving.finished_run import check_settings, find_stage
 from collm_dist.serving.model_card import Licences, write_card
@@ -60,11 +61,18 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
     """
     stage = find_stage(run_dir)
     config = check_settings(config, run_dir, trust_code=True)  # nothing is loaded
+    recorded = _list_recorded(run_dir)
     with _make_whole(folder) as part:
         for source, name in _list_sources(run_dir):
             target = part / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+            expected = recorded.get(source)
+            if expected is not None and compute_file_hash(target) != expected:
+                raise ArtifactError(
+                    f"{source} is damaged (its SHA-256 is not the recorded one): restore it from a copy, or redo its "
+                    "step with --force"
+                )
         (part / "prompt").mkdir()
         for name in STAGES:
             if run_dir.is_done(name):
@@ -100,12 +108,14 @@ def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> 
         refuse_code(code, folder)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.path)})})
     with _make_whole(run_dir.path) as part:
-        for name in index:
+        for name, expected in index.items():
             place = _find_place(name)
             if place is not None:
                 target = part / place
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, target)
+                if compute_file_hash(target) != expected:  # changed or damaged since the check
+                    raise ArtifactError(f"{folder / name} is damaged (its SHA-256 differs): copy the export again")
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     if trust_code:
         keep_trust_in_all(config, run_dir)
@@ -127,6 +137,23 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
         for path in sorted(source.rglob("*")):
             if path.is_file() and (name in ("adapter/", "model/", "anchor/") or path in needed):
                 yield path, name + path.relative_to(source).as_posix()
+
+
+def _list_recorded(run_dir: RunDir) -> dict[Path, str]:
+    """Return the recorded hashes of a run's files, after checking that none of the files is missing.
+
+    An imported run lacks the shards.
+    """
+    recorded = {
+        run_dir.step_dir(step) / name: value
+        for step in STEPS
+        for name, value in read_hashes(run_dir, step).items()
+        if not name.startswith("shards/")
+    }
+    for path in recorded:
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: restore it from a copy, or redo its step with --force")
+    return recorded
 
 
 def _find_place(name: str) -> str | None:

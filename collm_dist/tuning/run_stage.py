@@ -21,6 +21,7 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, wait_for_all
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, write_json
 from collm_dist.runs.code_trust import keep_trust
+from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.checkpoints import load_last_checkpoint
@@ -111,8 +112,9 @@ def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage
         ),
         "fingerprint": loop.fingerprint,
         "content_hash": compute_file_hash(product),
+        "files": hash_products(run_dir.step_dir(stage.name)),
     }
-    write_json(run_dir.record_path(stage.name), summary)
+    run_dir.write_record(stage.name, summary)
     _print_summary(stage.name, summary)
 
 

@@ -17,7 +17,8 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.distributed import get_rank, run_on_rank_0
 from collm_dist.llm.anchored_score import load_anchored_score, save_anchored_score
 from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
-from collm_dist.runs.atomic_files import sync_files, write_json
+from collm_dist.runs.atomic_files import sync_files
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.previous_run import find_previous
 from collm_dist.runs.run_dir import RunDir, StageName
@@ -125,6 +126,7 @@ class Stage1:
 
     def load(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
         """Load the merged backbone; see ``Stage.load``."""
+        run_on_rank_0(lambda: check_files(run_dir, "stage1", "merged/", _ANCHORED_SCORE))
         backbone = load_llm(self.config.llm, run_dir.step_dir(self.name) / "merged")
         answer_ids = resolve_answers(self.config, backbone)
         collator = build_stage_collator(self.config, run_dir, backbone.tokenizer, self.name)
@@ -136,6 +138,7 @@ class Stage1:
 
 def _link_products(products: Sequence[str], previous: RunDir, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> None:
     """Link the previous run's products, then write a record that names their origin."""
+    check_files(previous, "stage1")
     folder, origin = run_dir.step_dir("stage1"), previous.step_dir("stage1").resolve()
     run_dir.withdraw("stage1")
     shutil.rmtree(folder, ignore_errors=True)
@@ -145,4 +148,4 @@ def _link_products(products: Sequence[str], previous: RunDir, run_dir: RunDir, f
         (folder / product).symlink_to(os.path.relpath(source, folder.resolve()))
     record = previous.read_record("stage1") | {"fingerprint": dict(fingerprint)}
     record["taken_from"] = record.get("taken_from") or str(origin.parent)
-    write_json(run_dir.record_path("stage1"), record)
+    run_dir.write_record("stage1", record)

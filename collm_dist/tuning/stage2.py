@@ -19,10 +19,11 @@ from collm_dist.config import Config, LoraConfig, StageConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.manifest import Manifest, load_manifest
-from collm_dist.distributed import any_rank
+from collm_dist.distributed import any_rank, run_on_rank_0
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.llm.slot_mapping import SlotMapper, load_mapper, save_mapper
+from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.previous_run import find_previous_file
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.loaded_stage import (
@@ -96,6 +97,7 @@ class Stage2:
         if path is None:
             return
         assert mapper is not None
+        check_files(RunDir(path.parents[1]), self.name)
         try:
             weights = safetensors.torch.load_file(str(path))
         except (OSError, safetensors.SafetensorError) as error:
@@ -124,6 +126,7 @@ class Stage2:
 
     def load(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
         """Build the model and load what was trained; see ``Stage.load``."""
+        run_on_rank_0(lambda: check_files(run_dir, self.name))
         loaded = self.build(run_dir, device)
         model, path = loaded.model, run_dir.step_dir(self.name) / "mapping.safetensors"
         load_mapper(model.slot_mapper, model.cf_model, path, model.anchored_score)
@@ -136,6 +139,7 @@ class Stage2:
         folder = run_dir.step_dir("stage1") / "merged"
         if not (folder / "config.json").exists():
             raise ArtifactError(f"{folder} is missing: run stage 1 first, or set stage1.enabled=false")
+        run_on_rank_0(lambda: check_files(run_dir, "stage1", "merged/"))
         return folder
 
 
@@ -147,6 +151,7 @@ def load_slot_vectors(config: Config, run_dir: RunDir, manifest: Manifest) -> Sl
     """
     cf_model = _load_cf_start(config, run_dir, manifest).requires_grad_(False)
     if config.stage2.train_cf:
+        check_files(run_dir, "stage2")
         load_mapper(None, cf_model, run_dir.step_dir("stage2") / "mapping.safetensors")
     return cf_model
 

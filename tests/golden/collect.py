@@ -37,7 +37,7 @@ CF_MODELS = {
     "two_workers": ["cf.num_workers=2", "cf.num_epochs=2"],
 }
 # Of a summary: what differs from one time to the next, and what is recorded elsewhere or depends on folders.
-TIMED = ("throughput", "memory", "fingerprint")
+TIMED = ("throughput", "memory", "fingerprint", "files", "record_hash")
 
 
 def read_json(path: Path) -> Any:
@@ -61,7 +61,7 @@ def collect_run(run: Path) -> dict[str, Any]:
 def collect_data(run: Path) -> dict[str, Any]:
     """Return the manifest, without what it was made from, and the tables' columns."""
     manifest = read_json(run / "data" / "manifest.json")
-    kept = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    kept = {key: value for key, value in manifest.items() if key not in ("fingerprint", "record_hash")}
     for key in ("shards", "buckets"):
         kept[key] = [
             {("file_sha256" if name == "sha256" else name): record[name] for name in record} for record in kept[key]
@@ -196,7 +196,7 @@ def collect_evaluation(run: Path) -> dict[str, Any]:
         rows = np.stack([table[name].to_numpy() for name in ("row_id", "user_idx", "item_idx", "label")])
         scores[path.name] = {"rows": describe_array(rows), "score": describe_array(table["score"].to_numpy(), 8)}
     # The report's hash is left out: it is also of the backbone's path, which is another one each time.
-    return {"report": _leave_out(report, ("fingerprint", "content_hash")), "scores": scores}
+    return {"report": _leave_out(report, ("fingerprint", "content_hash", "record_hash")), "scores": scores}
 
 
 def collect_rankings(run: Path) -> dict[str, Any]:

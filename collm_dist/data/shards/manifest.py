@@ -11,6 +11,7 @@ from typing import Any
 
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_json_hash
+from collm_dist.runs.run_dir import check_record_hash
 
 FORMAT_VERSION = 1
 # Fields covered by the content hash: everything that determines the input of later steps.
@@ -103,9 +104,10 @@ def load_manifest(data_dir: Path) -> Manifest:
     path = data_dir / "manifest.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_record_hash(record)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: run launch/preprocess_data.py first") from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): redo the data step with --force data") from None
     if not isinstance(record, dict):
         raise ArtifactError(f"{path} is not a manifest: redo the data step with --force data")

@@ -1,0 +1,136 @@
+"""Damaged files of a finished run: named with the remedy wherever they are used, never used."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from collm_dist import load_recommender
+from collm_dist.config.loader import load_config
+from collm_dist.errors import ArtifactError
+from collm_dist.orchestration.pipeline import _is_done_or_linked
+from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.file_hashes import check_files, read_hashes
+from collm_dist.runs.publish import Publisher
+from collm_dist.runs.reuse import find_reusable
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.serving.export import export_model, import_model
+from collm_dist.serving.model_card import Licences
+from collm_dist.tuning.run_stage import run_stage
+from tests.golden.make_run import ASSET, set_input_times
+
+WEIGHTS = {
+    "cf": "model.safetensors",
+    "stage1": "merged/model.safetensors",
+    "stage2": "mapping.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run whose data, CF step and stages are finished: release 0.1 began it, this one finished it."""
+    folder = shutil.copytree(ASSET, tmp_path_factory.mktemp("begun") / "copy")
+    before, old = dict(os.environ), Path.cwd()
+    os.chdir(folder)
+    set_input_times(folder)
+    run = RunDir(folder / "run")
+    try:
+        config = load_config(run.path / "config.yaml")
+        run_stage(config, run, "stage1", force=True)
+        run_stage(config, run, "stage2", force=True)
+    finally:
+        os.chdir(old)
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+    record = run.read_record("cf")
+    run.write_record(
+        "cf", record | {"files": {"model.safetensors": compute_file_hash(run.step_dir("cf") / "model.safetensors")}}
+    )
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of it; the working directory is the folder around it."""
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    set_input_times(folder)
+    return RunDir(folder / "run")
+
+
+def flip(path):
+    """Flip the lowest bit of a byte near the end: a value of a tensor."""
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_all_weights_have_recorded_hashes(run):
+    assert {"merged/model.safetensors", "merged/tokenizer.json", "adapter/adapter_model.safetensors"} <= read_hashes(
+        run, "stage1"
+    ).keys()
+    assert read_hashes(run, "stage2").keys() == {"mapping.safetensors"}
+    assert "interactions/bucket-00000.parquet" in read_hashes(run, "data")
+    for step in ("data", "cf", "stage1", "stage2"):
+        check_files(run, step)
+
+
+@pytest.mark.parametrize("step", WEIGHTS)
+def test_one_flipped_bit_is_found_wherever_weights_are_used(run, step, tmp_path):
+    config, path = load_config(run.path / "config.yaml"), run.step_dir(step) / WEIGHTS[step]
+    load_recommender(run.path, "cpu")
+    exported = export_model(config, run, tmp_path / "export", Licences("a", "b", "c"))
+    flip(path)
+    message = rf"{path.name}.* is damaged .*--force"
+    fingerprint = run.read_record(step)["fingerprint"]
+    uses = {
+        "load": lambda: load_recommender(run.path, "cpu"),
+        "publish": lambda: Publisher(str(tmp_path / "published"), run, False).publish_step(step),
+        "export": lambda: export_model(config, run, tmp_path / "again", Licences("a", "b", "c")),
+        "reuse": lambda: find_reusable(step, fingerprint, [str(run.path)]),
+        "pipeline": lambda: _is_done_or_linked(config, run, step),
+    }
+    if step in ("cf", "stage1"):
+        uses["resume"] = lambda: run_stage(config, run, "stage2", force=True)
+    for use in uses.values():
+        with pytest.raises(ArtifactError, match=message):
+            use()
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "published").exists()
+    imported = import_model(exported, RunDir(tmp_path / "imported"))
+    flip(imported.step_dir(step) / WEIGHTS[step])
+    with pytest.raises(ArtifactError, match=message):
+        load_recommender(imported.path, "cpu")
+
+
+def test_the_mapping_of_release_0_1_is_compared_with_its_content_hash(run):
+    path = run.record_path("stage2")
+    record = json.loads(path.read_text())
+    del record["files"], record["record_hash"]
+    path.write_text(json.dumps(record))
+    load_recommender(run.path, "cpu")
+    flip(run.step_dir("stage2") / "mapping.safetensors")
+    with pytest.raises(ArtifactError, match=r"mapping\.safetensors is damaged"):
+        load_recommender(run.path, "cpu")
+
+
+def test_a_changed_record_is_found(run):
+    path = run.record_path("stage2")
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(ArtifactError, match=r"summary\.json is damaged .*--force"):
+        load_recommender(run.path, "cpu")
+
+
+def test_a_kept_result_costs_no_second_reading(run):
+    check_files(run, "stage1", keep=True)
+    path = run.step_dir("stage1") / WEIGHTS["stage1"]
+    kept = json.loads((run.path / ".hashes.json").read_text())
+    assert kept["stage1/merged/model.safetensors"][0] == [path.stat().st_size, path.stat().st_mtime_ns]
+    flip(path)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        check_files(run, "stage1", keep=True)
+    (run.path / ".hashes.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        check_files(run, "stage1", keep=True)
