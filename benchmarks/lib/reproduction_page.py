@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.reproduction_parts import judge, render_leak, render_tables
+from benchmarks.lib.reproduction_parts import render_leak, render_tables
 from collm_dist.evaluation.plots import plot_forest, save_figure
 from collm_dist.evaluation.report_markdown import (
     MODEL_NAMES,
@@ -17,6 +17,7 @@ from collm_dist.evaluation.report_markdown import (
     render_slices,
     render_table,
 )
+from collm_dist.evaluation.verdict import judge
 from collm_dist.runs.atomic_files import open_atomic
 
 Row = Mapping[str, Any]
@@ -36,8 +37,8 @@ PARTS = {
 _VERDICTS = {
     "better": "is better than",
     "worse": "is worse than",
-    "cannot be told": "cannot be told from",
-    "not defined": "has no defined difference from",
+    "open": "cannot be told from",
+    "undefined": "has no defined difference from",
 }
 # AUC / UAUC on the released split as published, with Vicuna-7B unless named otherwise: Zhang et al., arXiv 2310.19488,
 # and for BinLLM, GraphLoRA and SAILRec the papers of these names.

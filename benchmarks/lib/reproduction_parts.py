@@ -1,4 +1,4 @@
-"""Sections of docs/results.md that need no language model, and verdicts on differences."""
+"""Sections of docs/results.md that need no language model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,6 @@ _MODES = {
 }
 _MODELS = {"mf": "MF", "lightgcn": "LightGCN", "sasrec": "SASRec", "din": "DIN"}
 _KINDS = {"vectors": "user and item vector", "statistics": "pair slot only", "both": "both"}
-
-
-def judge(row: Mapping[str, Any], metric: str) -> str:
-    """Return the verdict of a difference's interval: better, worse or cannot be told."""
-    low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    if low is None or high is None:
-        return "not defined"
-    return "better" if low > 0 else "worse" if high < 0 else "cannot be told"
 
 
 def render_leak(results: Path) -> list[str]:

@@ -28,6 +28,7 @@ from collm_dist.evaluation.score_files import write_scores
 from collm_dist.evaluation.simple_rivals import describe_proven_loss, name_anchor
 from collm_dist.evaluation.slot_inputs import list_slots
 from collm_dist.evaluation.stage_scores import score_stages
+from collm_dist.evaluation.verdict import list_verdicts
 from collm_dist.metrics import compute_auc, compute_ndcg
 from collm_dist.runs.atomic_files import compute_json_hash, open_atomic
 from collm_dist.runs.fingerprints import find_changes, is_step_current
@@ -174,6 +175,7 @@ def build_report(
         curve for name in config.evaluation.splits for curve in list_calibration(splits[name].rows, scores.models[name])
     ]
     main_metric = f"ndcg@{cutoffs[len(cutoffs) // 2]}" if cutoffs else "auc"
+    report["verdicts"] = list_verdicts(report, main_metric)
     report["proven_loss"] = describe_proven_loss(report, main_metric) if anchor else None
     report["warnings"] = list_warnings(report, evaluation.confidence)
     report["warnings"] += [f"WARNING: {report['proven_loss']}."] if report["proven_loss"] else []
@@ -247,6 +249,13 @@ def write_report(
     for split_name in config.evaluation.splits:
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split_name, "all")]
         print(f"\n{split_name}, {rows[0]['rows']:,} rows\n{render_results(rows)}")
-    for warning in report["warnings"]:
-        print(f"\n{warning}")
-    print(f"\nreport: {folder / 'report.md'}\ntensorboard --logdir {run_dir.path}", flush=True)
+    for line in [*report["verdicts"], *report["warnings"]]:
+        print(f"\n{line}")
+    given = f"--config {run_dir.path / 'config.yaml'}"
+    print(
+        f"\nreport: {folder / 'report.md'}\ntensorboard --logdir {run_dir.path}\n\n"
+        f"rank users:  python launch/score_candidates.py {given} --input USERS.parquet --output DIR\n"
+        f"serve:       python launch/serve.py {given}\n"
+        f"export:      python launch/export_model.py {given} --output DIR",
+        flush=True,
+    )

@@ -123,6 +123,7 @@ def render_calibration(calibration: Sequence[Mapping[str, Any]]) -> str:
 
 def _render_header(report: Mapping[str, Any]) -> list[str]:
     data, lines = report["data"], ["# Evaluation report", ""]
+    lines += [f"{verdict}\n" for verdict in report.get("verdicts", ())]  # none in reports of release 0.1
     lines += [f"**{warning}**\n" for warning in report["warnings"]]
     lines += [
         f"Data: {data['name']} (format {data['format']}, {data['feedback']} feedback, ties: {data['ties']}), "
