@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from collm_dist.config import DatasetConfig, PreprocessingConfig
+
+# Bytes of text per user bucket and per shard with ``auto``: a bucket then takes a second, and small data few files.
+_BUCKET_BYTES, _SHARD_BYTES = 4 << 20, 16 << 20
+_MAX_BUCKETS, _MAX_SHARDS = 256, 16
+# Compressed files stand for about this many times their size as text.
+_COMPRESSED, _COMPRESSION = (".gz", ".bz2", ".zst", ".xz", ".parquet"), 4
+
+
+def resolve_counts(preprocessing: PreprocessingConfig, inputs: Mapping[str, Any], previous: int) -> PreprocessingConfig:
+    """Return the settings with numbers in place of ``auto``, which depend on the input files alone.
+
+    Args:
+        preprocessing: the settings.
+        inputs: size of each input file by its name, as in ``Source.inputs``.
+        previous: user buckets of the run that is extended; 0 = none.
+    """
+    size = sum(
+        int(file["size"] or 0) * (_COMPRESSION if name.lower().endswith(_COMPRESSED) else 1)
+        for name, file in inputs.items()
+    )
+    buckets, shards = preprocessing.num_user_buckets, preprocessing.num_shards
+    if buckets == "auto":
+        buckets = previous or min(_MAX_BUCKETS, 1 + size // _BUCKET_BYTES)
+    if shards == "auto":
+        shards = min(_MAX_SHARDS, 1 + size // _SHARD_BYTES)
+    return preprocessing.model_copy(update={"num_user_buckets": buckets, "num_shards": shards})
+
+
+def _get_count(value: int | str) -> int:
+    assert isinstance(value, int)  # resolved
+    return value
 
 
 @dataclass(frozen=True)
@@ -15,7 +48,7 @@ class PreprocessPlan:
     Attributes:
         work_dir: folder of the intermediate files.
         data_dir: folder of the final files.
-        dataset, preprocessing, seed, num_candidates: settings.
+        dataset, preprocessing, seed, num_candidates: settings, with the counts of buckets and shards resolved.
     """
 
     work_dir: Path
@@ -28,7 +61,12 @@ class PreprocessPlan:
     @property
     def num_buckets(self) -> int:
         """Number of user buckets."""
-        return self.preprocessing.num_user_buckets
+        return _get_count(self.preprocessing.num_user_buckets)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards per split."""
+        return _get_count(self.preprocessing.num_shards)
 
     @property
     def max_negatives_per_row(self) -> int:

@@ -28,12 +28,12 @@ from collm_dist.data.ingest.interaction_filters import count_unknown_items, sele
 from collm_dist.data.ingest.shuffle_files import read_table
 from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.manifest_record import PreprocessStats, build_manifest_record, format_summary, sum_split_rows
-from collm_dist.data.preprocess_plan import PreprocessPlan
+from collm_dist.data.preprocess_plan import PreprocessPlan, resolve_counts
 from collm_dist.data.samples.event_pool import draw_event_pool
 from collm_dist.data.samples.sample_tasks import build_bucket, count_items, join_bucket, write_split_shard
 from collm_dist.data.samples.split_cuts import build_split_rule
 from collm_dist.data.samples.splits import SPLITS, build_calendar_rule
-from collm_dist.data.shards.manifest import remove_unlisted_files
+from collm_dist.data.shards.manifest import load_manifest, remove_unlisted_files
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, run_tasks
 from collm_dist.runs.atomic_files import compute_json_hash
@@ -64,13 +64,17 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         print(f"data: done already ({data_dir})")
         return run_dir.read_record("data")
     forgotten = load_forgotten(config.dataset.forget)
-    previous = load_previous_tables(config.dataset, config.preprocessing.num_user_buckets, forgotten)
+    extended = config.dataset.extend_from
+    num_previous = len(load_manifest(Path(extended) / "data").buckets) if extended is not None else 0
+    preprocessing = resolve_counts(config.preprocessing, source.inputs(), num_previous)
+    assert isinstance(preprocessing.num_user_buckets, int)  # resolved
+    previous = load_previous_tables(config.dataset, preprocessing.num_user_buckets, forgotten)
     work_dir = _open_work_dir(run_dir, compute_json_hash(fingerprint)[:12])
     plan = PreprocessPlan(
         work_dir=work_dir.absolute(),
         data_dir=data_dir.absolute(),
         dataset=config.dataset,
-        preprocessing=config.preprocessing,
+        preprocessing=preprocessing,
         seed=config.run.seed,
         num_candidates=config.evaluation.num_candidates,
     )
@@ -158,7 +162,7 @@ def _preprocess(
 
     shards = run(
         write_split_shard,
-        [(plan_ref, split, shard) for split in range(len(SPLITS)) for shard in range(plan.preprocessing.num_shards)],
+        [(plan_ref, split, shard) for split in range(len(SPLITS)) for shard in range(plan.num_shards)],
         description="packing shards",
     )
     stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_repairs, num_forgotten=len(forgotten))

@@ -215,14 +215,14 @@ def join_bucket(plan: PreprocessPlan, bucket: int, parts: int) -> dict[str, Any]
     with open_atomic(target, "wb") as file:
         pq.write_table(pa.table({name: interactions[name] for name in COLUMNS.names}, schema=COLUMNS), file)
     contexts, shards = _assign_shards(plan, rows, user)
-    with PartitionWriter(path, CONTEXTS, len(SPLITS) * plan.preprocessing.num_shards) as writer:
+    with PartitionWriter(path, CONTEXTS, len(SPLITS) * plan.num_shards) as writer:
         writer.write(contexts, shards)
     return finish_task(path.with_suffix(".json"), {"rows": len(table), "sha256": compute_file_hash(target)})
 
 
 def _assign_shards(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) -> tuple[Any, IntArray]:
     """Return a bucket's contexts as a table ordered by split, shard, user and likes, and the part of each."""
-    num_shards = plan.preprocessing.num_shards
+    num_shards = plan.num_shards
     shards = hash_integers(0, rows["user_idx"], user.num_likes) % np.uint64(num_shards)
     parts = rows["split"].astype(np.int64) * num_shards + shards.astype(np.int64)
     # A user has fewer likes than rows, so this sum orders contexts by user and likes with a single key.
@@ -259,7 +259,7 @@ def write_split_shard(plan: PreprocessPlan, split: int, shard: int) -> dict[str,
     if finished is not None and (not finished or (plan.data_dir / finished["info"]["path"]).exists()):
         return finished
     sources = [plan.work_file("contexts", bucket) for bucket in range(plan.num_buckets)]
-    num_shards = plan.preprocessing.num_shards
+    num_shards = plan.num_shards
     block = from_table(read_partition(sources, split * num_shards + shard, len(SPLITS) * num_shards))
     if block.num_contexts == 0:
         return finish_task(marker, {})
