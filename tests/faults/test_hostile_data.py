@@ -70,6 +70,7 @@ def write_log(folder, *lines, name="log.csv"):
 LINES = [f"1,a{number},{10**9 + number},5" for number in range(5)]
 IN_MS = "timestamp is not in ms as in the first rows (dataset.timestamp_unit)"
 YEARS = "timestamp in s is outside the years 1 to 9999 (dataset.timestamp_unit)"
+JOINED = "line joined to another row by a quote that is not closed"
 BREAKS = "line breaks or control characters in item_id"
 
 
@@ -77,16 +78,22 @@ JSON_ROW = b'{"user_id":"1","item_id":"a","timestamp":1000000000,"rating":5}\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "row"),
-    [(b"null", 1), (b"\xef\xbb\xbf null2220-" + b"\xb0" * 40, 1), (b"\n\r\n null\n" + JSON_ROW, 3),
-     (JSON_ROW * (BLOCK_BYTES // len(JSON_ROW) + 1) + b"null\n", BLOCK_BYTES // len(JSON_ROW) + 2)],
+    ("content", "row", "good"),
+    [(b"null", 1, 0), (b"\xef\xbb\xbf null2220-" + b"\xb0" * 40, 1, 0), (b"\n\r\n null\n" + JSON_ROW, 3, 1),
+     (JSON_ROW * (BLOCK_BYTES // len(JSON_ROW) + 1) + b"null\n", BLOCK_BYTES // len(JSON_ROW) + 2,
+      BLOCK_BYTES // len(JSON_ROW) + 1)],
     ids=["alone", "noise behind it", "first object", "in a later block"],
 )  # fmt: skip
-def test_null_in_the_place_of_an_object(tmp_path, content, row):
+def test_null_in_the_place_of_an_object(tmp_path, content, row, good):
     """Arrow's parser crashes (segmentation fault) on this kind of line at the start of a block."""
     (tmp_path / "log.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=rf"log\.jsonl:{row}: expected an object, .* found 'null'"):
-        read(path=str(tmp_path / "log.jsonl"), **RATINGS)
+    if not good:
+        with pytest.raises(DataError, match=rf"log\.jsonl:{row}: .*expected {{\.\.\.}}, found .*null"):
+            read(path=str(tmp_path / "log.jsonl"), **RATINGS)
+        return
+    rows, bad, examples = read(path=str(tmp_path / "log.jsonl"), **RATINGS)
+    assert (len(rows), bad) == (good, {"line is not a JSON object": 1})
+    assert f"log.jsonl:{row}: " in examples[0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_null_in_the_place_of_an_object(tmp_path, content, row):
         ([*LINES, f"1,a,{10**12},5"], {"timestamp_unit": "s"}, {YEARS: 1}, [10**9 + number for number in range(5)]),
         (["1,a,-62135596801,5", "1,a,253402300800,5"], {"timestamp_unit": "s"}, {YEARS: 2}, []),
         (["1,a,9223372036854775807,5"], {"timestamp_unit": "s"}, {"timestamp is no time": 1}, []),
-        (['1,"a', *LINES, '2,b",1000000000,5', "3,c,7,5"], {}, {BREAKS: 7}, [7]),
+        (['1,"a', *LINES, '2,b",1000000000,5', "3,c,7,5"], {}, {BREAKS: 1, JOINED: 6}, [7]),
         (["1,a\x00b,1000000000,5", "1,a\x1b[2Jb,7,5"], {}, {BREAKS: 2}, []),
         (["1,\u202ea,7,5"], {}, {}, [7]),
     ],
@@ -126,7 +133,7 @@ def test_files_of_a_folder_are_checked_each(tmp_path, second, message):
     rows, bad, examples = read(path=str(tmp_path / "log"), **RATINGS)
     assert len(rows) == 5
     assert bad == {"timestamp is not in s as in the first rows (dataset.timestamp_unit)": 1}
-    assert "b.csv:1" in examples[0]
+    assert "b.csv:2: timestamp is not in s" in examples[0]
 
 
 def test_files_without_rows_may_come_first(tmp_path):

@@ -58,3 +58,12 @@ def test_an_empty_split_is_named():
     rows = {"train": Counter(real_rows=5), "valid": Counter(), "test": Counter(real_rows=1)}
     with pytest.raises(DataError, match=r"'valid' is empty .*train 5, valid 0, test 1.*valid_ratio"):
         check_splits(dataset(), rows)
+
+
+def test_the_share_is_of_the_rows_that_are_used():
+    filtered = READ | {"rows_read": 10_000, "usable": 38}
+    with pytest.raises(DataError, match="2 of 40 rows"):
+        check_reads(dataset(max_bad_row_share=0.02), [filtered], {}, 0)
+    lost = READ | {"rows_read": 0, "usable": 0, "bad": {"wrong number of columns": 12}}
+    with pytest.raises(DataError, match="12 of 12 rows"):
+        check_reads(dataset(), [lost], {}, 0)

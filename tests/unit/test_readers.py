@@ -62,7 +62,7 @@ def test_csv_with_everything_wrong_that_happens(tmp_path):
         "rating is no number": 1,
         "wrong number of columns": 1,
     }
-    assert any("log.csv:2: missing user_id" in example for example in examples)
+    assert any("log.csv:3: missing user_id (empty)" in example for example in examples)
 
 
 def test_undecodable_bytes_are_replaced(tmp_path):

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.normalize import to_text
 from collm_dist.errors import DataError
@@ -41,17 +42,19 @@ def load_forgotten(uri: str | None, key: str = KEY) -> Any:
     """
     all_ids = pa.chunked_array([pa.array([], pa.string())])
     for file in list_files(uri, key) if uri is not None else ():
-        bad_rows, first_row = BadRows(), 0
+        bad_rows = BadRows()
         for table in read_tables(file, FileFormat(), bad_rows):
             if COLUMN not in table.column_names:
-                raise DataError(f"{key}: {file} has no column '{COLUMN}' (has {', '.join(table.column_names)}); rename "
-                                "the column of user ids")  # fmt: skip
+                available = ", ".join(name for name in table.column_names if name != LINE_COLUMN)
+                raise DataError(
+                    f"{key}: {file} has no column '{COLUMN}' (has {available}); rename the column of user ids"
+                )
             ids = pc.utf8_trim_whitespace(to_text(table.column(COLUMN)))
             missing = pc.is_in(ids, pa.array([*NULLS, None])).to_numpy(zero_copy_only=False)
             if missing.any():
-                raise DataError(f"{key}: {file}, row {first_row + missing.argmax() + 1}: {COLUMN} is empty; fill it in "
-                                "or remove the row")  # fmt: skip
-            all_ids, first_row = pa.chunked_array([*all_ids.chunks, ids]), first_row + table.num_rows
+                line = table.column(LINE_COLUMN)[int(missing.argmax())]
+                raise DataError(f"{key}: {file}, line {line}: {COLUMN} is empty; fill it in or remove the row")
+            all_ids = pa.chunked_array([*all_ids.chunks, ids])
         if bad_rows.examples:
             raise DataError(f"{key}: {bad_rows.examples[0]}; fix the list, every row must be readable")
     return all_ids.unique()

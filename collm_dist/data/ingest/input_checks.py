@@ -26,9 +26,9 @@ def check_reads(
         DataError: a check failed; the message has counts, the first examples and the setting to change.
     """
     total = sum(read["rows_read"] for read in reads)
-    if total == 0:
+    if total == 0 and not any(read["bad"] for read in reads):
         raise DataError("dataset.path: the input has no rows")
-    _check_bad_rows(dataset, reads, unknown, total)
+    _check_bad_rows(dataset, reads, unknown)
     if sum(read["usable"] for read in reads) == 0:
         raise DataError(
             f"dataset: none of the {total} rows can be used: dataset.row_filter, dataset.forget or the window of "
@@ -56,10 +56,10 @@ def check_reads(
             )
 
 
-def _check_bad_rows(
-    dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int], total: int
-) -> None:
+def _check_bad_rows(dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int]) -> None:
+    """Check the share of unusable rows among those that would be used, not among all that were read."""
     bad = sum((Counter[str](read["bad"]) for read in reads), Counter[str]())
+    total = bad.total() + sum(read["usable"] for read in reads)
     examples = [line for read in reads for line in read["examples"]][:5]
     if unknown:
         bad["unknown item"] = sum(unknown.values())

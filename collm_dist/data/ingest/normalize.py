@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig
-from collm_dist.data.ingest.file_readers import NULLS, BadRows
+from collm_dist.data.ingest.file_format import LINE_COLUMN, NULLS, BadRows
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Magnitudes from which a present-day timestamp is in the next finer unit; in seconds it has ten digits.
@@ -27,6 +27,7 @@ SPLIT_NAMES = {
 }
 
 ROW_COLUMN = "__row"
+MAX_SHOWN = 60
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -125,6 +126,15 @@ def to_seconds(
     return seconds, valid
 
 
+def _show(value: Any) -> str | None:
+    """Return the only value of a column as it is shown in messages; None if it has no text."""
+    try:
+        text = to_text(value)[0].as_py()
+    except pa.ArrowException:  # for example a date in the year 300,000
+        return None
+    return ascii(text[:MAX_SHOWN]) if text else "empty"
+
+
 def normalize_batch(
     table: Any,
     columns: ColumnsConfig,
@@ -139,7 +149,7 @@ def normalize_batch(
     """Return the usable rows of a raw table in ``SCHEMA``, and count the others by cause.
 
     Args:
-        table: raw rows with all mapped columns.
+        table: raw rows with all mapped columns and ``LINE_COLUMN``.
         columns: names of the columns.
         like_threshold: a rating of at least this is a like.
         unit: of numeric timestamps.
@@ -148,48 +158,50 @@ def normalize_batch(
         first_row: position of the table's first row in the file.
         bad_rows: counts bad rows.
     """
-    rows = np.arange(first_row, first_row + table.num_rows)
+    rows, file_lines = np.arange(first_row, first_row + table.num_rows), table.column(LINE_COLUMN).to_numpy()
     if ROW_COLUMN in table.column_names:  # rows carry their positions because a filter has run
         rows = table.column(ROW_COLUMN).to_numpy()
     usable = np.ones(table.num_rows, dtype=bool)
 
-    def drop(bad: np.ndarray[Any, Any], cause: str, lines: Any = None) -> None:
+    def drop(bad: np.ndarray[Any, Any], cause: str, column: str) -> None:
         dropped = bad & usable
         if dropped.any():
-            count = int(dropped.sum() if lines is None else lines[dropped].sum())
-            bad_rows.add(cause, count, f"{place}:{rows[dropped.argmax()] + 1}")
+            first = int(dropped.argmax())
+            value = _show(table.column(column).slice(first, 1))
+            bad_rows.add(cause, int(dropped.sum()), f"{place}:{file_lines[first]}", value)
             usable[dropped] = False
 
     ids = {}
     for name in ("user_id", "item_id"):
         ids[name] = pc.utf8_trim_whitespace(to_text(table.column(getattr(columns, name))))
         missing = pc.or_kleene(pc.is_null(ids[name]), pc.is_in(ids[name], pa.array(NULLS))).fill_null(True)
-        drop(missing.to_numpy(zero_copy_only=False), f"missing {getattr(columns, name)}")
-        if (broken := find_control_characters(ids[name])).any():
-            # An unclosed quote joins many lines into one value; each of them counts as lost.
-            lines = pc.fill_null(pc.count_substring(ids[name], "\n"), 0).to_numpy() + 1
-            drop(broken, f"line breaks or control characters in {getattr(columns, name)}", lines)
+        column = getattr(columns, name)
+        drop(missing.to_numpy(zero_copy_only=False), f"missing {column}", column)
+        broken = find_control_characters(ids[name])
+        drop(broken, f"line breaks or control characters in {column}", column)
     times = table.column(columns.timestamp)
     seconds, valid = to_seconds(times, unit)
-    drop(~valid, f"{columns.timestamp} is no time")
+    drop(~valid, f"{columns.timestamp} is no time", columns.timestamp)
     if unit_is_guessed and not has_dates(times):
         other = find_other_units(to_numbers(times), unit)
-        drop(other, f"{columns.timestamp} is not in {unit} as in the first rows (dataset.timestamp_unit)")
+        cause = f"{columns.timestamp} is not in {unit} as in the first rows (dataset.timestamp_unit)"
+        drop(other, cause, columns.timestamp)
     outside = (seconds < FIRST_SECOND) | (seconds > LAST_SECOND)
-    drop(outside, f"{columns.timestamp} in {unit} is outside the years 1 to 9999 (dataset.timestamp_unit)")
+    cause = f"{columns.timestamp} in {unit} is outside the years 1 to 9999 (dataset.timestamp_unit)"
+    drop(outside, cause, columns.timestamp)
     labels = np.ones(table.num_rows, dtype=np.int8)
     if columns.rating is not None:
         ratings = to_numbers(table.column(columns.rating))
-        drop(~np.isfinite(ratings), f"{columns.rating} is no number")
+        drop(~np.isfinite(ratings), f"{columns.rating} is no number", columns.rating)
         labels = (ratings >= like_threshold).astype(np.int8)
     elif columns.label is not None:
         values = to_numbers(table.column(columns.label))
-        drop((values != 0) & (values != 1), f"{columns.label} is neither 0 nor 1")
+        drop((values != 0) & (values != 1), f"{columns.label} is neither 0 nor 1", columns.label)
         labels = np.where(values == 1, 1, 0).astype(np.int8)
     split = pa.nulls(table.num_rows, pa.string())
     if columns.split is not None:
         names = to_text(table.column(columns.split)).to_pandas().str.strip().str.lower().map(SPLIT_NAMES)
-        drop(names.isna().to_numpy(), f"{columns.split} is none of train, valid, test")
+        drop(names.isna().to_numpy(), f"{columns.split} is none of train, valid, test", columns.split)
         split = pa.Array.from_pandas(names, type=pa.string())
     arrays = [pa.array(rows), ids["user_id"], ids["item_id"], pa.array(seconds), pa.array(labels), split]
     return pa.Table.from_arrays(arrays, schema=SCHEMA).filter(pa.array(usable))

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
+from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_readers import (
     BadRows,
     FileFormat,
@@ -20,7 +21,7 @@ from collm_dist.data.ingest.file_readers import (
     read_tables,
 )
 from collm_dist.data.ingest.item_texts import build_item_table, list_template_columns
-from collm_dist.data.ingest.normalize import ROW_COLUMN, guess_unit, has_dates, normalize_batch, to_numbers
+from collm_dist.data.ingest.normalize import ROW_COLUMN, SCHEMA, guess_unit, has_dates, normalize_batch, to_numbers
 from collm_dist.data.ingest.row_filter import infer_types, parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import describe_files, list_files
@@ -110,8 +111,11 @@ class Source:
                     f"{chunk.uri}: from row {first_row + 1}: a value or a column type does not fit dataset.columns or "
                     f"dataset.row_filter: {error}"
                 ) from error
-            yield ReadBatch(uniform, bad_rows.counts, bad_rows.examples, rows)
-            first_row, bad_rows = first_row + rows, BadRows()
+            yield ReadBatch(uniform, Counter(bad_rows.counts), list(bad_rows.examples), rows)
+            first_row += rows
+            bad_rows.clear()
+        if bad_rows.counts:  # behind the last row that can be read
+            yield ReadBatch(SCHEMA.empty_table(), bad_rows.counts, bad_rows.examples, 0)
 
     def read_items(self) -> tuple[Any, Counter[str]]:
         """Return the table ``item_id, title, text`` of all items, and counts of repairs by cause.
@@ -190,7 +194,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         title_column=layout.title,
         timestamp_unit=unit,
         dataset=dataset,
-        column_types={column.name: str(column.type) for column in first.schema},
+        column_types={column.name: str(column.type) for column in first.schema if column.name != LINE_COLUMN},
     )
 
 
@@ -215,11 +219,21 @@ def _split_into_chunks(layout: DatasetLayout) -> Iterator[FileChunk]:
 
 
 def _read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any]:
-    """Return the first file that has rows, and its first rows; Spark for example also writes empty files."""
+    """Return the first file that has rows, and its first rows; Spark for example also writes empty files.
+
+    Raises:
+        DataError: no file has a row that can be read.
+    """
+    bad_rows = BadRows()
     for uri in uris:
-        for table in read_tables(uri, file_format, BadRows()):
+        for table in read_tables(uri, file_format, bad_rows):
             return uri, table
-    raise DataError(f"{uris[0]}: " + ("the file has no rows" if len(uris) == 1 else "none of the files has rows"))
+    where = f"{uris[0]}: " if len(uris) == 1 else f"{uris[0]} and {len(uris) - 1} more: "
+    if bad_rows.counts:
+        causes = ", ".join(f"{count} x {cause}" for cause, count in bad_rows.counts.most_common())
+        raise DataError(f"{where}cannot be read, no row can be used: {causes}. The first ones:\n  "
+                        + "\n  ".join(bad_rows.examples))  # fmt: skip
+    raise DataError(f"{where}there are no rows, nothing or only a header; bring a file with data")
 
 
 def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
@@ -238,7 +252,9 @@ def _check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset:
 
 
 def _require(name: str, table: Any, uri: str, key: str) -> None:
-    available = table.column_names
+    available = [column for column in table.column_names if column != LINE_COLUMN]
+    if available.count(name) > 1:
+        raise DataError(f"{uri}: several columns are named '{name}'; rename all but one")
     if name not in available:
         matches = difflib.get_close_matches(name, available, n=1)
         hint = f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,62 @@
+"""Format of input files, and counts of the rows that cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+BLOCK_BYTES = 8 << 20
+MAX_COLUMNS = 10_000
+NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N"]
+# Column of the tables that readers return: the line of a row in its file, or its number in a Parquet file, from 1.
+LINE_COLUMN = "__line"
+# Files of before 2010 are in Latin-1, and some copies of them in UTF-8.
+UTF8_OR_LATIN1 = "utf8 or latin1"
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """Format of an input file.
+
+    Attributes:
+        kind: file type; auto decides by the suffix.
+        delimiter: of text tables, one or two characters; None = by suffix and first line. Tabs: cells are not quoted.
+        encoding: of text files; invalid bytes become U+FFFD. ``UTF8_OR_LATIN1`` decides line by line.
+        names: column names of text tables without a header.
+        schema: of JSON lines, the usual types of columns.
+        has_more_columns: of JSON lines, whether columns that the schema lacks are read too.
+        typed_header: header cells look like ``name:type`` (RecBole atomic files).
+    """
+
+    kind: Literal["auto", "text", "parquet", "json"] = "auto"
+    delimiter: str | None = None
+    encoding: str = "utf8"
+    names: tuple[str, ...] = ()
+    schema: tuple[tuple[str, str], ...] = ()
+    has_more_columns: bool = False
+    typed_header: bool = False
+
+
+@dataclass
+class BadRows:
+    """Counts of unusable rows by cause, with the first examples."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, cause: str, count: int, place: str, value: str | None = None) -> None:
+        """Count rows with a cause; keep at most five examples in total, with what stands there."""
+        if count:
+            self.counts[cause] += count
+            if len(self.examples) < 5:
+                self.examples.append(f"{place}: {cause}" + (f" ({value})" if value is not None else ""))
+
+    def merge(self, other: BadRows) -> None:
+        """Add another's counts and examples."""
+        self.counts.update(other.counts)
+        self.examples = (self.examples + other.examples)[:5]
+
+    def clear(self) -> None:
+        """Start again at zero."""
+        self.counts, self.examples = Counter(), []

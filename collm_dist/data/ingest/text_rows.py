@@ -1,0 +1,136 @@
+"""Rows of a text table: which lines they stand on, and whether they have as many cells as the header."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm_dist.data.ingest.file_format import BLOCK_BYTES, BadRows
+from collm_dist.errors import DataError
+
+WRONG_WIDTH = "wrong number of columns"
+JOINED = "line joined to another row by a quote that is not closed"
+_NEWLINE, _QUOTE = ord("\n"), ord('"')
+
+
+class RowSplitter:
+    """Splits lines into rows. Rows of another width are counted and left out.
+
+    A quote at the start of a cell opens it, and it may then contain delimiters and line ends. A quote that is closed
+    too late swallows rows: lines inside a quoted cell that look like rows are counted.
+    """
+
+    def __init__(self, uri: str, delimiter: str, is_quoted: bool, width: int, bad_rows: BadRows) -> None:
+        self._uri, self._delimiter, self._is_quoted = uri, delimiter.encode(), is_quoted
+        self._width, self._bad_rows = width, bad_rows
+        self._held, self._held_line = b"", 0
+        self.has_line_ends = False  # whether a row of the last block spans several lines
+
+    def split(self, first_line: int, lines: bytes) -> tuple[bytes, NDArray[np.int64]]:
+        """Return the rows of a block that have the header's width, and the number of the first line of each."""
+        if self._held:
+            lines, first_line = self._held + lines, self._held_line
+        self._held = b""
+        data = np.frombuffer(lines, np.uint8)
+        ends = np.flatnonzero(data == _NEWLINE) + 1
+        starts = np.concatenate([[0], ends[:-1]])
+        cells, is_start, limit = self._count_cells(lines, data, starts, ends, first_line)
+        rows = np.flatnonzero(is_start[:limit])
+        row_ends = np.append(starts[rows[1:]], ends[limit - 1] if limit else 0)[: len(rows)]
+        is_blank = row_ends - starts[rows] == 1
+        keep = (cells[rows] == self._width) & ~is_blank
+        self._count_wrong(cells[rows], ~keep & ~is_blank, first_line + rows)
+        self.has_line_ends = len(rows) < limit
+        if keep.all() and limit == len(ends):
+            return lines, first_line + rows
+        mask = np.repeat(keep, row_ends - starts[rows])
+        return data[: len(mask)][mask].tobytes(), first_line + rows[keep]
+
+    def finish(self) -> None:
+        """Count the lines behind a quote that is never closed."""
+        if self._held:
+            place = f"{self._uri}:{self._held_line}"
+            self._bad_rows.add(WRONG_WIDTH, self._held.count(b"\n"), place, "a quote opens here that is never closed")
+
+    def _count_wrong(self, cells: NDArray[np.int64], is_wrong: NDArray[np.bool_], numbers: NDArray[np.int64]) -> None:
+        for width, count in Counter(cells[is_wrong].tolist()).items():
+            place = f"{self._uri}:{numbers[is_wrong & (cells == width)][0]}"
+            self._bad_rows.add(
+                WRONG_WIDTH, count, place, f"{count} rows have {width} columns, the header {self._width}"
+            )
+
+    def _count_cells(
+        self, lines: bytes, data: Any, starts: NDArray[np.int64], ends: NDArray[np.int64], first_line: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
+        """Return the cells of each line's row, whether a row starts there, and the number of lines to use now."""
+        delimiters = np.flatnonzero(data == self._delimiter[0])
+        quotes = np.flatnonzero(data == _QUOTE) if self._is_quoted else np.zeros(0, np.int64)
+        is_start = np.ones(len(ends), bool)
+        naive = np.searchsorted(delimiters, ends) - np.searchsorted(delimiters, starts) + 1
+        if not len(quotes):
+            return naive, is_start, len(ends)
+        cells, clean = _count_quoted(data, starts, ends, delimiters, quotes, self._delimiter[0])
+        cells = np.where(clean, cells, naive)
+        looks = cells == self._width  # each line taken by itself
+        next_line = 0
+        for line in np.flatnonzero(~clean).tolist():
+            if line < next_line:
+                continue
+            end, count = _scan_row(lines, int(starts[line]), self._delimiter)
+            if end < 0:
+                self._held, self._held_line = lines[starts[line] :], first_line + line
+                if len(self._held) > BLOCK_BYTES:
+                    raise DataError(f"{self._uri}:{self._held_line}: cannot be read as text: the quote that opens in "
+                                    "this row is not closed within 8 MB; close or remove it")  # fmt: skip
+                return cells, is_start, line
+            next_line = int(np.searchsorted(ends, end)) + 1
+            cells[line] = count
+            is_start[line + 1 : next_line] = False
+            swallowed = int(looks[line + 1 : next_line].sum())
+            if count == self._width:
+                self._bad_rows.add(JOINED, swallowed, f"{self._uri}:{first_line + line}", f"{swallowed} lines")
+            elif next_line - line > 1:
+                place = f"{self._uri}:{first_line + line + 1}"
+                self._bad_rows.add(WRONG_WIDTH, next_line - line - 1, place, "inside a quoted cell")
+        return cells, is_start, len(ends)
+
+
+def _count_quoted(
+    data: Any, starts: Any, ends: Any, delimiters: Any, quotes: Any, delimiter: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the cells of each line, and for which lines that holds: their quotes enclose whole cells."""
+    line_of_quote = np.searchsorted(ends, quotes, side="right")
+    before_line = np.searchsorted(quotes, starts)
+    opens = (np.arange(len(quotes)) - before_line[line_of_quote]) % 2 == 0
+    neighbour = data[np.where(opens, np.maximum(quotes - 1, 0), quotes + 1)]
+    fits = (neighbour == delimiter) | (neighbour == _NEWLINE) | (opens & (quotes == 0))
+    per_line = np.searchsorted(quotes, ends) - before_line
+    clean = per_line % 2 == 0
+    clean[line_of_quote[~fits]] = False
+    line_of_delimiter = np.searchsorted(ends, delimiters, side="right")
+    is_inside = (np.searchsorted(quotes, delimiters) - before_line[line_of_delimiter]) % 2 == 1
+    cells = np.bincount(line_of_delimiter[~is_inside], minlength=len(ends)) + 1
+    return cells, clean
+
+
+def _scan_row(lines: bytes, position: int, delimiter: bytes) -> tuple[int, int]:
+    """Return the end of the row that starts at a position and its number of cells; -1 if a quote is not closed."""
+    cells = 1
+    while True:
+        if lines[position : position + 1] == b'"':
+            position += 1
+            while True:
+                position = lines.find(b'"', position) + 1
+                if position == 0:
+                    return -1, cells
+                if lines[position : position + 1] != b'"':
+                    break
+                position += 1
+        end = lines.find(b"\n", position)
+        position = lines.find(delimiter, position, end) + 1
+        if position == 0:
+            return end + 1, cells
+        cells += 1

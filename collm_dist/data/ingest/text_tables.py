@@ -1,0 +1,102 @@
+"""Text tables (CSV, TSV and the like) as Arrow tables."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from collm_dist.data.ingest.file_format import LINE_COLUMN, MAX_COLUMNS, NULLS, BadRows, FileFormat
+from collm_dist.data.ingest.text_rows import RowSplitter
+from collm_dist.errors import DataError
+from collm_dist.storage import split_query
+
+_DELIMITERS = ",\t;|"
+
+
+def find_delimiter(uri: str, file_format: FileFormat, header: str) -> str:
+    """Return the delimiter of a text table: as set, else by the suffix, else the most frequent in the first line."""
+    if file_format.delimiter is not None:
+        return file_format.delimiter
+    usual = "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
+    if usual in header:
+        return usual
+    return max(_DELIMITERS, key=lambda delimiter: (header.count(delimiter), delimiter == usual))
+
+
+def read_text_tables(
+    uri: str, blocks: Iterable[tuple[int, bytes]], file_format: FileFormat, bad_rows: BadRows
+) -> Iterator[Any]:
+    """Stream a text table with every column as bytes, so that a value that does not parse costs only its row.
+
+    Raises:
+        DataError: the file is empty or has too many columns.
+    """
+    splitter, names, delimiter, is_quoted, skips_header = None, [], ",", False, False
+    for first_line, block in blocks:
+        first = block.lstrip(b"\n").partition(b"\n")[0]
+        if splitter is None:
+            if not first.strip():
+                continue
+            header = first.decode("utf-8", "replace")
+            delimiter = find_delimiter(uri, file_format, header)
+            is_quoted = _has_quotes(file_format, delimiter, header)
+            names = list(file_format.names) or _parse_header(uri, header, delimiter, is_quoted, file_format)
+            skips_header = not file_format.names
+            inner = "\t" if len(delimiter) == 2 else delimiter
+            splitter = RowSplitter(uri, inner, is_quoted, len(names), bad_rows)
+            if skips_header:
+                skipped = len(block) - len(block.lstrip(b"\n")) + len(first) + 1
+                first_line, block = first_line + block.count(b"\n", 0, skipped), block[skipped:]
+        if len(delimiter) == 2:  # the parser supports single characters only
+            block = block.replace(b"\t", b" ").replace(delimiter.encode(), b"\t")
+        rows, lines = splitter.split(first_line, block)
+        if len(lines):
+            inner = "\t" if len(delimiter) == 2 else delimiter
+            table = _parse(rows, names, inner, is_quoted, splitter.has_line_ends)
+            if table.num_rows != len(lines):
+                raise DataError(f"{uri}:{lines[0]}: cannot be read as text: rows and lines do not match from here on; "
+                                "check quotes and delimiters")  # fmt: skip
+            yield table.append_column(LINE_COLUMN, pa.array(lines))
+    if splitter is None:
+        raise DataError(f"{uri}: cannot be read as text: Empty file; remove it, or write the header")
+    splitter.finish()
+
+
+def _has_quotes(file_format: FileFormat, delimiter: str, header: str) -> bool:
+    """Return whether cells may be quoted: never between tabs, unless all of the header's cells are."""
+    if delimiter == "\t" and not file_format.typed_header:
+        return all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header.split("\t"))
+    return not (file_format.typed_header or len(delimiter) == 2)
+
+
+def _parse_header(uri: str, header: str, delimiter: str, is_quoted: bool, file_format: FileFormat) -> list[str]:
+    if header.count(delimiter) > MAX_COLUMNS:  # the parser needs minutes and gigabytes for a million columns
+        raise DataError(f"{uri}: the file has more than {MAX_COLUMNS:,} columns; check the delimiter")
+    if is_quoted:
+        csv.field_size_limit(1 << 30)
+        names = next(csv.reader([header], delimiter=delimiter))
+    else:
+        names = header.split(delimiter)
+    return [name.partition(":")[0] for name in names] if file_format.typed_header else names
+
+
+def _parse(rows: bytes, names: list[str], delimiter: str, is_quoted: bool, has_line_ends: bool) -> Any:
+    """Parse rows that all have the right number of cells.
+
+    The parser gets the bytes at once. If it read a Python stream, its threads could still read from it while the
+    interpreter exits, and the process would abort.
+    """
+    return pa_csv.read_csv(
+        pa.BufferReader(rows),
+        pa_csv.ReadOptions(use_threads=False, block_size=len(rows) + 1, column_names=names),
+        pa_csv.ParseOptions(
+            delimiter=delimiter, quote_char='"' if is_quoted else False, newlines_in_values=has_line_ends
+        ),
+        pa_csv.ConvertOptions(default_column_type=pa.binary(), null_values=NULLS, strings_can_be_null=True,
+                              check_utf8=False),
+    )  # fmt: skip
