@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml.error import YAMLError
@@ -111,8 +112,12 @@ def get_section(annotation: Any) -> type[BaseModel] | None:
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set ``section.key=value`` in a document and return the errors."""
+    """Set ``section.key=value`` in a document and return the errors.
+
+    A setting that holds text takes the value as it is, unless it is YAML for a string or null.
+    """
     errors = []
+    texts = {name for name, field in list_fields(Config) if _holds_text(field.annotation)}
     for override in overrides:
         dotted, equals, text = override.partition("=")
         *parents, last = dotted.split(".")
@@ -132,10 +137,22 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> list[
             errors.append(f"{dotted}: '{'.'.join(parents)}' is not a section")
             continue
         try:
-            target[last] = parse_value(text)
+            value = parse_value(text)
+            is_text = dotted in texts and not isinstance(value, str | None)
+            target[last] = text if is_text else value
         except YAMLError:
+            if dotted in texts:  # such as {title} by {author}
+                target[last] = text
+                continue
             errors.append(f"{dotted}: malformed list, mapping or quoted string ({text})")
     return errors
+
+
+def _holds_text(annotation: Any) -> bool:
+    """Return whether a setting's values are strings or null, and nothing else."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts} - {NoneType}
+    return kinds == {str}
 
 
 def suggest_name(dotted: str) -> str:

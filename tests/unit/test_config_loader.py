@@ -4,7 +4,7 @@ import pytest
 
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
-from collm_dist.config.loader import dump_config, list_fields, load_config
+from collm_dist.config.loader import apply_overrides, dump_config, list_fields, load_config
 from collm_dist.config.yaml_document import parse_value
 from collm_dist.errors import ConfigError
 
@@ -220,3 +220,22 @@ def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stag
 def test_an_unknown_validation_metric_is_refused_with_the_known_ones(write, name):
     with pytest.raises(ConfigError, match=rf"stage2\.select_metric: '{name}' is not a validation metric: use auc, "):
         load_config(write(GOOD), [f"stage2.select_metric={name}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("dataset.item_text={title} by {author}", "{title} by {author}"),
+        ("dataset.item_text={title}", "{title}"),
+        ('dataset.item_text="{title}: {genres}"', "{title}: {genres}"),
+        ("dataset.path=2024", "2024"),
+        ("dataset.path=~", None),
+        ("llm.revision=0123", "0123"),
+    ],
+)
+def test_a_setting_that_holds_text_takes_it_as_it_is(override, expected):
+    document = {}
+    assert apply_overrides(document, [override]) == []
+    (section,) = document.values()
+    (value,) = section.values()
+    assert value == expected
