@@ -103,6 +103,94 @@ def convert(column: Any, kind: str) -> Any:
     return pa.array(numbers, pa.float64(), from_pandas=True)
 
 
+class _Parser:
+    """Translates nodes of a parsed expression; collects the columns that it reads."""
+
+    def __init__(self, text: str, numeric_columns: frozenset[str]) -> None:
+        self.text, self.numeric_columns = text, numeric_columns
+        self.reads: dict[tuple[str, str], None] = {}
+        self.asked: set[str] = set()
+
+    def refuse(self, node: ast.AST | None, reason: str) -> ConfigError:
+        column = getattr(node, "col_offset", 0) + 1
+        return ConfigError(
+            f"dataset.row_filter: {reason} at character {column} of {self.text!r}. Allowed: columns, numbers, strings, "
+            "true, false, == != < <= > >=, in [...], is None, and, or, not, text(column), number(column), parentheses"
+        )
+
+    def literal(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            value = self.literal(node.operand)
+            if isinstance(value, str):
+                raise self.refuse(node, "expected a number")
+            return -value
+        if isinstance(node, ast.Name) and node.id in _BOOLEANS:
+            return _BOOLEANS[node.id]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | bool):
+            return node.value
+        raise self.refuse(node, "expected a number or a string")
+
+    def column(self, node: ast.expr) -> tuple[str, str | None] | None:
+        """Return the column's name and the kind that the filter asks for, or None if the node is not a column."""
+        if isinstance(node, ast.Name) and node.id not in _BOOLEANS:
+            return node.id, None
+        match node:
+            case ast.Call(func=ast.Name(id="text" | "number" as kind), args=[ast.Name(id=name)], keywords=[]):
+                self.asked.add(name)
+                return name, kind
+        return None
+
+    def operand(self, node: ast.expr, kind: str) -> Any:
+        if (found := self.column(node)) is None:
+            return pc.scalar(self.literal(node))
+        key = found[0], found[1] or kind
+        self.reads[key] = None
+        return pc.field(_virtual(*key))
+
+    def find_kind(self, *nodes: ast.expr) -> str:
+        """Return how values are compared: as the literal among them says, or the column whose kind is asked for."""
+        columns = [self.column(node) for node in nodes]
+        literals = [self.literal(node) for node, found in zip(nodes, columns, strict=True) if found is None]
+        if not literals:
+            wanted = [found[1] for found in columns if found is not None and found[1] is not None]
+            is_numeric = all(found[0] in self.numeric_columns for found in columns if found is not None)
+            return wanted[0] if wanted else "number" if is_numeric else "raw"
+        kinds = {_kind_of(value) for value in literals}
+        if kinds == {"integer", "number"}:
+            return "number"
+        if len(kinds) > 1:
+            raise self.refuse(nodes[-1], "a list with values of several types does not parse")
+        return next(iter(kinds))
+
+    def compare(self, node: ast.Compare) -> Any:
+        parts, left = [], node.left
+        for op, right in zip(node.ops, node.comparators, strict=True):
+            if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple):
+                kind = self.find_kind(left, *right.elts) if right.elts else "raw"
+                is_in = self.operand(left, kind).isin([self.literal(element) for element in right.elts])
+                parts.append(~is_in if isinstance(op, ast.NotIn) else is_in)
+            elif isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
+                is_null = self.operand(left, "raw").is_null()
+                parts.append(~is_null if isinstance(op, ast.IsNot) else is_null)
+            elif type(op) in _COMPARE:
+                kind = self.find_kind(left, right)
+                parts.append(_COMPARE[type(op)](self.operand(left, kind), self.operand(right, kind)))
+            else:
+                raise self.refuse(right, "unsupported comparison")
+            left = right
+        return reduce(operator.and_, parts)
+
+    def condition(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.BoolOp):
+            join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+            return reduce(join, [self.condition(value) for value in node.values])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return ~self.condition(node.operand)
+        if isinstance(node, ast.Compare):
+            return self.compare(node)
+        raise self.refuse(node, "expected a condition")
+
+
 def parse_row_filter(text: str, numeric_columns: frozenset[str] = frozenset()) -> RowFilter:
     """Parse a filter such as ``event_type == 'click' and price > 0``.
 
@@ -117,95 +205,14 @@ def parse_row_filter(text: str, numeric_columns: frozenset[str] = frozenset()) -
     Raises:
         ConfigError: the filter contains anything else; the message names the position.
     """
-    reads: dict[tuple[str, str], None] = {}
-    asked: set[str] = set()
-
-    def refuse(node: ast.AST | None, reason: str) -> ConfigError:
-        column = getattr(node, "col_offset", 0) + 1
-        return ConfigError(
-            f"dataset.row_filter: {reason} at character {column} of {text!r}. Allowed: column names, numbers, strings, "
-            "true, false, == != < <= > >=, in [...], is None, and, or, not, text(column), number(column), parentheses"
-        )
-
-    def literal(node: ast.expr) -> Any:
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            value = literal(node.operand)
-            if isinstance(value, str):
-                raise refuse(node, "expected a number")
-            return -value
-        if isinstance(node, ast.Name) and node.id in _BOOLEANS:
-            return _BOOLEANS[node.id]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | bool):
-            return node.value
-        raise refuse(node, "expected a number or a string")
-
-    def column(node: ast.expr) -> tuple[str, str | None] | None:
-        """Return the column's name and the kind that the filter asks for, or None if the node is not a column."""
-        if isinstance(node, ast.Name) and node.id not in _BOOLEANS:
-            return node.id, None
-        match node:
-            case ast.Call(func=ast.Name(id="text" | "number" as kind), args=[ast.Name(id=name)], keywords=[]):
-                asked.add(name)
-                return name, kind
-        return None
-
-    def operand(node: ast.expr, kind: str) -> Any:
-        if (found := column(node)) is None:
-            return pc.scalar(literal(node))
-        key = found[0], found[1] or kind
-        reads[key] = None
-        return pc.field(_virtual(*key))
-
-    def find_kind(*nodes: ast.expr) -> str:
-        """Return how values are compared: as the literal among them says, or the column whose kind is asked for."""
-        columns = [column(node) for node in nodes]
-        literals = [literal(node) for node, found in zip(nodes, columns, strict=True) if found is None]
-        if not literals:
-            wanted = [found[1] for found in columns if found is not None and found[1] is not None]
-            is_numeric = all(found[0] in numeric_columns for found in columns if found is not None)
-            return wanted[0] if wanted else "number" if is_numeric else "raw"
-        kinds = {_kind_of(value) for value in literals}
-        if kinds == {"integer", "number"}:
-            return "number"
-        if len(kinds) > 1:
-            raise refuse(nodes[-1], "a list with values of several types does not parse")
-        return next(iter(kinds))
-
-    def compare(node: ast.Compare) -> Any:
-        parts, left = [], node.left
-        for op, right in zip(node.ops, node.comparators, strict=True):
-            if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple):
-                kind = find_kind(left, *right.elts) if right.elts else "raw"
-                is_in = operand(left, kind).isin([literal(element) for element in right.elts])
-                parts.append(~is_in if isinstance(op, ast.NotIn) else is_in)
-            elif isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
-                is_null = operand(left, "raw").is_null()
-                parts.append(~is_null if isinstance(op, ast.IsNot) else is_null)
-            elif type(op) in _COMPARE:
-                kind = find_kind(left, right)
-                parts.append(_COMPARE[type(op)](operand(left, kind), operand(right, kind)))
-            else:
-                raise refuse(right, "unsupported comparison")
-            left = right
-        return reduce(operator.and_, parts)
-
-    def condition(node: ast.expr) -> Any:
-        if isinstance(node, ast.BoolOp):
-            join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-            return reduce(join, [condition(value) for value in node.values])
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return ~condition(node.operand)
-        if isinstance(node, ast.Compare):
-            return compare(node)
-        raise refuse(node, "expected a condition")
-
+    parser = _Parser(text, numeric_columns)
     try:
-        expression = condition(ast.parse(text.strip(), mode="eval").body)
+        expression = parser.condition(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
         shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
         raise ConfigError(f"dataset.row_filter: {shown!r} does not parse: {error}{_find_hint(text)}") from None
-    names = tuple(dict.fromkeys(name for name, _ in reads))
-    return RowFilter(expression, names, tuple(reads), frozenset(asked))
+    names = tuple(dict.fromkeys(name for name, _ in parser.reads))
+    return RowFilter(expression, names, tuple(parser.reads), frozenset(parser.asked))
 
 
 def _kind_of(value: Any) -> str:
