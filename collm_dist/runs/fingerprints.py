@@ -95,11 +95,7 @@ def compute_fingerprint(
             continue
         if skip_missing and not run_dir.is_done(upstream):
             continue
-        record = run_dir.read_record(upstream)
-        if "content_hash" not in record:
-            path = run_dir.record_path(upstream)
-            raise ArtifactError(f"{path} has no content hash: run the step '{upstream}' again with --force")
-        fingerprint[f"upstream.{upstream}"] = record["content_hash"]
+        fingerprint[f"upstream.{upstream}"] = run_dir.read_content_hash(upstream)
     for key, value in (inputs or {}).items():
         fingerprint[f"input.{key}"] = json.loads(json.dumps(value))
     return fingerprint
