@@ -36,6 +36,7 @@ from collm_dist.orchestration.leaderboard import (
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes, flatten_config
+from collm_dist.runs.input_files import drop_times
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.status import RunStatus
@@ -119,7 +120,7 @@ def _search(
     jobs = []
     for number, settings in enumerate(trials):
         cf = apply_settings(config.cf, settings)
-        key = compute_json_hash([fingerprint, settings])
+        key = compute_json_hash([drop_times(fingerprint), settings])
         seed = config.cf.seeds[0] if config.cf.seeds else config.run.seed
         jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
         jobs[-1].checkpoints.mkdir(parents=True, exist_ok=True)

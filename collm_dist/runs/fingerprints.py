@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.input_files import is_same_input
 from collm_dist.runs.run_dir import RunDir, Step
 
 # Config fields of each step, as dotted prefixes. Operational fields are excluded by flatten_config.
@@ -102,11 +103,11 @@ def compute_fingerprint(
 
 
 def find_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return a line ``key: old -> new`` for each key in which two fingerprints differ."""
+    """Return a line ``key: old -> new`` for each key in which two fingerprints differ (files by their content)."""
     return [
         f"{key}: {recorded.get(key, '(absent)')} -> {current.get(key, '(absent)')}"
         for key in sorted(set(recorded) | set(current))
-        if recorded.get(key) != current.get(key)
+        if not is_same_input(recorded.get(key), current.get(key))
     ]
 
 
