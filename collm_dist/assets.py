@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collm_dist.errors import CollmError, DataError
-from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.atomic_files import compute_file_hash, set_file_mode
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +254,7 @@ def convert_gguf(gguf: Path, checksum: str) -> Path:
             del model.config.quantization_config
             model.save_pretrained(str(scratch))
             for file in sorted(scratch.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                set_file_mode(file)
                 file.replace(folder / file.name)
     return folder
 

@@ -206,7 +206,7 @@ def _list_inputs(config: Config, run_dir: RunDir, kind: AnchorKind) -> dict[str,
     """Return the kind of the anchor, and the content hashes of the data and the CF model that it is made from."""
     inputs = {"kind": str(kind), "data": load_manifest(run_dir.step_dir("data")).content_hash}
     if _reads_cf(config, run_dir, kind):
-        inputs["cf"] = run_dir.read_record("cf")["content_hash"]
+        inputs["cf"] = run_dir.read_content_hash("cf")
     return inputs
 
 

@@ -20,6 +20,7 @@ from collm_dist.data.ingest.id_tables import compute_ids_hash
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.damage import name_damage
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.run_dir import RunDir
 
@@ -84,7 +85,7 @@ def load_model(path: Path) -> tuple[ModelHeader, TrainableCfModel]:
     """
     if not path.exists():
         raise ArtifactError(f"{path} is missing: run launch/pretrain_cf.py first")
-    try:
+    with name_damage(path, "restore it from a copy, or redo the step with --force cf"):
         with safetensors.safe_open(path, "pt") as file:
             header = ModelHeader.from_metadata(file.metadata())
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -98,8 +99,6 @@ def load_model(path: Path) -> tuple[ModelHeader, TrainableCfModel]:
         missing, unexpected = model.load_state_dict(shared, strict=False, assign=True)
         if wrong := [*unexpected, *(name for name in missing if not is_local(name))]:
             raise KeyError(", ".join(wrong))
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): redo the step with --force cf") from error
     return header, model.eval().requires_grad_(False)
 
 

@@ -118,7 +118,9 @@ def _count_dropped_rows(stats: PreprocessStats) -> dict[str, int]:
             "forgotten users": sum(read["forgotten"] for read in stats.reads),
         }
     )
-    for causes in [read["bad"] for read in stats.reads] + [bucket["dropped"] for bucket in stats.filters]:
+    for causes in [read[key] for read in stats.reads for key in ("bad", "notes") if key in read] + [
+        bucket["dropped"] for bucket in stats.filters
+    ]:
         dropped.update(causes)
     return {cause: count for cause, count in sorted(dropped.items()) if count}
 

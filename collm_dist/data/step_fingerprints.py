@@ -10,8 +10,9 @@ from collm_dist.data.ingest.id_tables import describe_previous
 from collm_dist.data.ingest.source import open_source
 from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.runs.fingerprints import compute_fingerprint
+from collm_dist.runs.input_files import describe_file, keep_old_entries
 from collm_dist.runs.previous_run import describe_previous_step
-from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.runs.run_dir import STAGES, RunDir, Step
 from collm_dist.storage import describe_files, list_files
 
 
@@ -35,24 +36,33 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
         return compute_fingerprint(config, step, run_dir, inputs)
     if step == "cf":
         vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}
+        vectors = keep_old_entries(vectors, _read_fingerprint(run_dir, "cf"))
         return compute_fingerprint(config, step, run_dir, vectors | describe_previous_step(config, "cf"))
     if step in ("stage1", "stage2"):
         spec = config.prompt.stage1 if step == "stage1" else config.prompt.stage2
-        inputs = {"prompt": load_prompt_text(spec), **_describe_local_backbone(config.llm.backbone)}
+        backbone = _describe_local_backbone(config.llm.backbone)
+        for stage in reversed(STAGES):
+            backbone = keep_old_entries(backbone, _read_fingerprint(run_dir, stage))
+        inputs = {"prompt": load_prompt_text(spec), **backbone}
         inputs |= describe_previous_step(config, step)
         return compute_fingerprint(config, step, run_dir, inputs)
     return compute_fingerprint(config, "eval", run_dir, describe_previous_step(config, "eval"), skip_missing=True)
 
 
+def _read_fingerprint(run_dir: RunDir, step: Step) -> dict[str, Any]:
+    """Return the recorded fingerprint of a step, empty if the step is not done."""
+    return dict(run_dir.read_record(step).get("fingerprint", {})) if run_dir.is_done(step) else {}
+
+
 def _describe_vectors(cf: CfConfig) -> dict[str, Any]:
-    """Return size and modification time of the user and item vector files."""
+    """Return the entries of the user and item vector files."""
     paths = {"user_vectors": cf.user_vectors, "item_vectors": cf.item_vectors}
     files = {name: Path(path) for name, path in paths.items() if path is not None and Path(path).is_file()}
-    return {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
+    return {name: describe_file(path) for name, path in files.items()}
 
 
 def _describe_local_backbone(name: str) -> dict[str, Any]:
-    """Return size and modification time of a local backbone's files; named backbones and hub revisions never change."""
+    """Return the entries of a local backbone's files; named backbones and hub revisions never change."""
     path = Path(name).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return {f"backbone.{file.name}": [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+    return {f"backbone.{file.name}": describe_file(file) for file in files if file.is_file()}

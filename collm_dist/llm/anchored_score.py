@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.damage import name_damage
 
 _PREFIX = "anchored_score."
 
@@ -46,7 +46,5 @@ def load_anchored_score(anchored_score: AnchoredScore, path: Path) -> None:
     Raises:
         ArtifactError: the file is missing or damaged.
     """
-    try:
+    with name_damage(path, "restore it from a copy, or run stage 1 again with --force stage1"):
         anchored_score.load_state_dict(safetensors.torch.load_file(str(path)))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be loaded ({error}); run stage 1 again with --force stage1") from error

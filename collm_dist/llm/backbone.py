@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from collm_dist.assets import BackboneSource, resolve_backbone
-from collm_dist.errors import ConfigError, DataError
+from collm_dist.errors import CollmError, ConfigError, DataError
 
 Quantization = Literal["none", "8bit", "4bit"]
 
@@ -38,8 +38,8 @@ class Backbone:
 def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """Load only the tokenizer of a backbone."""
     path = Path(name).expanduser()
-    source = BackboneSource(str(path), None, name, "") if path.is_dir() else resolve_backbone(name, revision)
     with _hub_errors(name):
+        source = BackboneSource(str(path), None, name, "") if path.is_dir() else resolve_backbone(name, revision)
         return AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=trust_remote_code
         )
@@ -85,7 +85,8 @@ def load_backbone(
         ConfigError: the model is not a causal language model, or bitsandbytes is not installed.
         DataError: the model cannot be found or downloaded.
     """
-    source = resolve_backbone(name, revision)
+    with _hub_errors(name):
+        source = resolve_backbone(name, revision)
     # Its progress bars last a second, one in each process, and break up ours.
     transformers_logging.disable_progress_bar()
     options = {"revision": source.revision, "trust_remote_code": trust_remote_code}
@@ -166,11 +167,14 @@ def _check_is_causal(name: str, config: Any) -> None:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Turn transformers' error for a missing model into one with a remedy."""
+    """Turn the libraries' errors for a missing or damaged model into one with a remedy, except lack of memory."""
     try:
         yield
-    except OSError as error:
+    except (CollmError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tokenizers raise plain exceptions, safetensors its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"llm.backbone: '{name}' cannot be loaded ({str(error).splitlines()[0]}). Without access to the model hub, "
+            f"llm.backbone: '{name}' cannot be loaded ({reason}). Without access to the model hub, "
             "give a local folder with config.json, tokenizer and *.safetensors, or a .gguf file"
         ) from error

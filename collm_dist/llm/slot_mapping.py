@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.damage import name_damage
 
 
 class MappingMLP(nn.Module):
@@ -107,12 +107,10 @@ def load_mapper(mapper: SlotMapper | None, cf_model: Any, path: Path, anchored_s
     Raises:
         ArtifactError: the file is missing or does not fit.
     """
-    try:
+    with name_damage(path, "restore it from a copy, or run stage 2 again with --force stage2"):
         weights = safetensors.torch.load_file(str(path))
         modules = {"slot_mapper.": mapper, "cf_model.": cf_model, "anchored_score.": anchored_score}
         for prefix, module in modules.items():
             part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             if module is not None and (part or prefix == "anchored_score."):
                 module.load_state_dict(part, strict=prefix != "cf_model.")
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be loaded ({error}); run stage 2 again with --force stage2") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -52,6 +53,8 @@ class RunLogger:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         lines = [line for line in read_metrics(path) if line["step"] <= start_step]
+        if path.is_dir():  # a log must not stop training; whatever this is, it stays
+            path.rename(_find_free_name(path))
         with open_atomic(path) as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         # A run that resumed here before and was killed again may have logged points of this step.
@@ -100,12 +103,26 @@ class RunLogger:
             self._writer.close()
 
 
+def _find_free_name(path: Path) -> Path:
+    """Return the first of ``NAME.damaged``, ``NAME.damaged-1``, ... that does not exist."""
+    suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
+    names = (path.with_name(f"{path.name}.damaged{suffix}") for suffix in suffixes)
+    return next(name for name in names if not name.exists() and not name.is_symlink())
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl, without a last line that a crash truncated."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Read the points of a metrics.jsonl, without damaged lines; an unreadable file has none. A log is not state."""
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    points = []
+    for line in text.split("\n"):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            point = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-    return lines
+        step = point.get("step") if isinstance(point, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool):
+            points.append(point)
+    return points

@@ -19,6 +19,7 @@ from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ArtifactError, CollmError, RequestError
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.runs.atomic_files import compute_file_hash, write_json
+from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage
@@ -30,6 +31,7 @@ from collm_dist.serving.request_files import list_request_files, write_parts
 # devices.
 ROWS_PER_PART = 128
 _RETRIEVAL = "cf:"
+_REMEDY = "set --output to a new folder, or delete this one"
 
 
 def parse_candidates(text: str | None) -> int | None:
@@ -96,7 +98,7 @@ def score_candidates(
         summary |= {"actors": actors, "seconds": time.perf_counter() - started, "resumed_at": len(sizes) - len(waiting)}
         write_json(folder.summary, summary)
         shutil.rmtree(folder.requests)
-    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    summary = read_json_file(folder.summary, remedy=_REMEDY)
     print("\n".join(describe_summary(summary, folder)), flush=True)
     return dict(summary)
 
@@ -116,13 +118,13 @@ def _prepare(
         steps.append("cf")
     made_from: dict[str, Any] = {
         **{f"input.{place}": compute_file_hash(path) for place, path in enumerate(files)},
-        **{step: run_dir.read_record(step)["content_hash"] for step in steps},
+        **{step: run_dir.read_content_hash(step) for step in steps},
         "candidates": f"{_RETRIEVAL}{num_retrieved}" if num_retrieved else "given",
         "rows_per_part": rows_per_part,
         "cutoffs": list(config.evaluation.cutoffs),
     }
     if folder.plan.exists():
-        plan = json.loads(folder.plan.read_text(encoding="utf-8"))
+        plan = read_json_file(folder.plan, "made_from", "sizes", remedy=_REMEDY)
         if changes := find_changes(plan["made_from"], made_from):
             raise ArtifactError(
                 f"{folder.path} holds scores of other inputs:\n  "

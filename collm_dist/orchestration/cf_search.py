@@ -6,7 +6,6 @@ checkpoints, so a killed search loses a few epochs per trial.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,9 @@ from collm_dist.orchestration.leaderboard import (
     write_results,
 )
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes, flatten_config
+from collm_dist.runs.input_files import drop_times
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.status import RunStatus
@@ -44,6 +45,8 @@ FOLDER = "cf_search"
 SPLITS = ("train", "valid")
 # Seconds between Tune's state files; a trial missing from the last one reads its own checkpoint and ends at once.
 _STATE_SECONDS = "2"
+
+_REMEDY = "delete it, then run the same command again"
 
 
 def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
@@ -102,11 +105,11 @@ def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any
     if not plan.exists():
         write_json(plan, fingerprint)
         return None
-    changes = find_changes(json.loads(plan.read_text(encoding="utf-8")), fingerprint)
+    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint)
     if changes:
         raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
                             + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+    return read_json_file(done, remedy=_REMEDY) if done.exists() else None
 
 
 def _search(
@@ -117,7 +120,7 @@ def _search(
     jobs = []
     for number, settings in enumerate(trials):
         cf = apply_settings(config.cf, settings)
-        key = compute_json_hash([fingerprint, settings])
+        key = compute_json_hash([drop_times(fingerprint), settings])
         seed = config.cf.seeds[0] if config.cf.seeds else config.run.seed
         jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
         jobs[-1].checkpoints.mkdir(parents=True, exist_ok=True)

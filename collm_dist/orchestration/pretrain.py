@@ -29,6 +29,7 @@ from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.input_files import drop_times
 from collm_dist.runs.run_dir import RunDir
 
 # A job that loses more workers than this fails; its last checkpoint stays.
@@ -68,7 +69,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     fold_starts: tuple[int, ...] = ()
     if config.cf.cross_fit != "off":
         fold_starts = compute_fold_starts(data_dir, manifest, config.cf.cross_fit)
-    jobs = plan_jobs(config, data_dir, checkpoints, compute_json_hash(fingerprint), fold_starts)
+    jobs = plan_jobs(config, data_dir, checkpoints, compute_json_hash(drop_times(fingerprint)), fold_starts)
     if config.cf.model == "none":
         record = _export_id_tokens(jobs[0], folder, manifest)
     else:

@@ -121,7 +121,7 @@ def run_service(config: Config, run_dir: RunDir, options: ServiceOptions, *, tru
 
 def read_model_id(run_dir: RunDir) -> str:
     """Return the first 12 digits of the scoring stage's content hash."""
-    return str(run_dir.read_record(find_stage(run_dir))["content_hash"])[:12]
+    return run_dir.read_content_hash(find_stage(run_dir))[:12]
 
 
 def list_examples(recommender: Recommender) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from collm_dist.orchestration.leaderboard import (
 )
 from collm_dist.orchestration.stage_trial import StageName, StageTrial, TrialPlan, TrialReport
 from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes, flatten_config
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir, Step
@@ -73,6 +74,9 @@ class TrialConfigs:
     def build(self, parameters: Mapping[str, Any]) -> Config:
         """Return the configuration of a trial."""
         return change_settings(self.config, self.read_settings(parameters))
+
+
+_REMEDY = "delete it, then run the same command again"
 
 
 def run_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> dict[str, Any]:
@@ -159,11 +163,11 @@ def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any
     if not plan.exists():
         write_json(plan, fingerprint)
         return None
-    changes = find_changes(json.loads(plan.read_text(encoding="utf-8")), fingerprint)
+    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint)
     if changes:
         raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
                             + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+    return read_json_file(done, remedy=_REMEDY) if done.exists() else None
 
 
 def _search(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from collm_dist.errors import DiskError
+from collm_dist.errors import ArtifactError, CollmError, DiskError
 
 
 @contextmanager
@@ -37,12 +37,27 @@ def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> I
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)  # mkstemp's 0600 would hide the file from other users
+            set_file_mode(Path(name))
             Path(name).replace(path)
             _sync(path.parent)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def set_file_mode(path: Path) -> None:
+    """Give a file the mode of new files; ``mkstemp`` and safetensors make it 0600, unreadable to other accounts."""
+    path.chmod(0o666 & ~_UMASK)
+
+
+def _read_umask() -> int:
+    """Return the umask, which can only be read by setting it: once, before other threads make files."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
 
 
 def _sync(path: Path) -> None:
@@ -58,8 +73,10 @@ def _sync(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Fsync all files below a folder, for libraries that do not."""
+    """Fsync all files below a folder and give them the mode of new files, for libraries that do not."""
     for path in (folder, *folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            set_file_mode(path)
         _sync(path)
 
 
@@ -69,9 +86,15 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+# Something else is in the place of a file or folder.
+_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
+
+
 @contextmanager
 def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[None]:
     """Raise DiskError if the block cannot write because the disk is full or writing is not allowed.
+
+    If a directory is in the place of a file, or a file in that of a directory, raise ArtifactError.
 
     Args:
         path: file, or folder of the files, that the block writes.
@@ -79,14 +102,19 @@ def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[N
     """
     try:
         yield
-    except DiskError:
+    except CollmError:
         raise
     except Exception as error:
         code = _find_errno(error)
-        named = Path(str(error.filename)) if isinstance(error, OSError) and error.filename else None
+        named = _find_named(error)
         related = (
             named is None or named in (path, *path.parents) or path in named.parents or named.parent == path.parent
         )
+        if code in _IN_THE_WAY and related:
+            raise ArtifactError(
+                f"{named or path}: {os.strerror(code or 0)}; move away what is in its place, then run the same command "
+                "again"
+            ) from error
         if code not in _FULL and not (code in _FORBIDDEN and related):
             raise
         needed = "" if size_bytes is None else f", {size_bytes / 2**20:,.1f} MiB needed"
@@ -95,6 +123,12 @@ def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[N
             f"{named or path} cannot be written: {os.strerror(code or 0)} ({_describe_free(named or path)}{needed}); "
             f"{remedy}, then run the same command again. Files that were complete before are unchanged"
         ) from error
+
+
+def _find_named(error: Exception) -> Path | None:
+    """Return the path that an error of the system names; of a rename, the new name."""
+    name = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
 
 
 def _find_errno(error: Exception) -> int | None:

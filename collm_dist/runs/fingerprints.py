@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError
+from collm_dist.runs.input_files import is_same_input
 from collm_dist.runs.run_dir import RunDir, Step
 
 # Config fields of each step, as dotted prefixes. Operational fields are excluded by flatten_config.
@@ -95,22 +96,18 @@ def compute_fingerprint(
             continue
         if skip_missing and not run_dir.is_done(upstream):
             continue
-        record = run_dir.read_record(upstream)
-        if "content_hash" not in record:
-            path = run_dir.record_path(upstream)
-            raise ArtifactError(f"{path} has no content hash: run the step '{upstream}' again with --force")
-        fingerprint[f"upstream.{upstream}"] = record["content_hash"]
+        fingerprint[f"upstream.{upstream}"] = run_dir.read_content_hash(upstream)
     for key, value in (inputs or {}).items():
         fingerprint[f"input.{key}"] = json.loads(json.dumps(value))
     return fingerprint
 
 
 def find_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return a line ``key: old -> new`` for each key in which two fingerprints differ."""
+    """Return a line ``key: old -> new`` for each key in which two fingerprints differ (files by their content)."""
     return [
         f"{key}: {recorded.get(key, '(absent)')} -> {current.get(key, '(absent)')}"
         for key in sorted(set(recorded) | set(current))
-        if recorded.get(key) != current.get(key)
+        if not is_same_input(recorded.get(key), current.get(key))
     ]
 
 

@@ -57,4 +57,4 @@ def describe_previous_step(config: Config, step: Step) -> dict[str, Any]:
     else:
         used = compares_with_previous(config) if step == "eval" else False
     origin: Step = "stage2" if step == "eval" else step
-    return {f"previous.{origin}": previous.read_record(origin)["content_hash"]} if used else {}
+    return {f"previous.{origin}": previous.read_content_hash(origin)} if used else {}

@@ -108,7 +108,10 @@ def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
     report, path = run_dir.read_record("eval"), run_dir.path / RECORD
     decision = decide(config, report) | {"report": report["content_hash"]}
     if path.exists():
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):  # a damaged record is written again
+            recorded = None
         if recorded == decision:
             return decision
     if decision["state"] == "promoted":

@@ -67,6 +67,18 @@ class RunDir:
             raise ArtifactError(f"{path} is not a step record: run the step '{step}' again with --force")
         return record
 
+    def read_content_hash(self, step: Step) -> str:
+        """Return the hash that identifies a finished step's result.
+
+        Raises:
+            ArtifactError: the step is not done, or its record is damaged.
+        """
+        content_hash = self.read_record(step).get("content_hash")
+        if not isinstance(content_hash, str):
+            path = self.record_path(step)
+            raise ArtifactError(f"{path} has no content hash: run the step '{step}' again with --force")
+        return content_hash
+
     def is_done(self, step: Step) -> bool:
         """Whether the step's record exists, with any fingerprint."""
         path = self.record_path(step)

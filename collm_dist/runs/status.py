@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from collm_dist.errors import CollmError, DiskError, Interrupted, Preempted
+from collm_dist.errors import CollmError, Interrupted, Preempted
 from collm_dist.monitoring import StateTextfile
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import Step
@@ -99,7 +99,7 @@ class RunStatus:
                     write_json(self._path, self._values)
                     if self._textfile is not None:
                         self._textfile.update(self._values)
-                except DiskError as error:  # code that needs the disk raises by itself
+                except CollmError as error:  # code that needs the disk raises by itself
                     logger.warning("%s", error)
 
 

@@ -14,12 +14,10 @@ export.json           SHA-256 of every file; written last
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
@@ -27,6 +25,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
+from collm_dist.runs.damage import name_damage, read_json_file
 from collm_dist.runs.file_hashes import read_hashes
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
 from collm_dist.serving.finished_run import check_settings, find_stage
@@ -167,13 +166,12 @@ def _find_place(name: str) -> str | None:
 def _read_index(folder: Path) -> dict[str, str]:
     """Return the files of an export with their hashes, after checking each hash."""
     path = folder / INDEX
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, files = record["format_version"], dict(record["files"])
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing: give the folder that launch/export_model.py wrote") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): copy the export again") from None
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing: give the folder that launch/export_model.py wrote")
+    remedy = "copy the export again"
+    record = read_json_file(path, "format_version", "files", remedy=remedy)
+    with name_damage(path, remedy):
+        version, files = record["format_version"], {str(name): str(value) for name, value in record["files"].items()}
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
     for name, expected in files.items():

@@ -54,11 +54,17 @@ def find_stage(run_dir: RunDir) -> StageName:
     """Return the stage whose model scores: stage2 if it is done, else stage1.
 
     Raises:
-        ArtifactError: neither is done.
+        ArtifactError: neither is done, or stage 2 has a product without a record.
     """
     for stage in reversed(STAGES):
         if run_dir.is_done(stage):
             return stage
+        product = run_dir.step_dir(stage) / "mapping.safetensors"
+        if product.exists():  # stage 1 would score in its place, without a word
+            raise ArtifactError(
+                f"{run_dir.record_path(stage)} is missing although {product.name} is there: restore it from a copy, or "
+                f"finish the stage with launch/run_pipeline.py, or remove {product.name} to rank with stage 1"
+            )
     raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
 
 
@@ -80,6 +86,11 @@ def check_settings(config: Config, run_dir: RunDir, *, trust_code: bool = False)
             f"{stage} in {run_dir.path} was made from other settings or inputs than the present ones:\n  "
             + "\n  ".join(changes)
             + f"\nUse the settings that it was made with, or rebuild it: launch/run_pipeline.py --force {stage}"
+        )
+    if not isinstance(recorded.get("input.prompt"), str):
+        path = run_dir.record_path(stage)
+        raise ArtifactError(
+            f"{path} is damaged (it has no prompt): restore it from a copy, or redo it with --force {stage}"
         )
     prompt = config.prompt.model_copy(update={stage: recorded["input.prompt"]})
     return config.model_copy(update={"prompt": prompt})

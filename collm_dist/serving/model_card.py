@@ -9,6 +9,7 @@ from pathlib import Path
 
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.runs.damage import name_damage, read_json_file
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.stage import get_stage
 
@@ -87,7 +88,8 @@ def _find_base(config: Config, run_dir: RunDir) -> str:
     """Return the public name of the backbone, without a local path of the training machine."""
     path = run_dir.step_dir("stage1") / "adapter" / "adapter_config.json"
     if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        name = "base_model_name_or_path"
+        return str(read_json_file(path, name, remedy="redo stage 1 with --force stage1")[name])
     return Path(config.llm.backbone).name if Path(config.llm.backbone).exists() else config.llm.backbone
 
 
@@ -114,5 +116,6 @@ def _describe_metrics(run_dir: RunDir) -> list[str]:
     path = run_dir.step_dir("eval") / "report.md"
     if not run_dir.is_done("eval") or not path.exists():
         return ["## Evaluation", "", "The run was not evaluated."]
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with name_damage(path, "redo the step with --force eval"):
+        lines = path.read_text(encoding="utf-8").splitlines()
     return [f"#{line}" if line.startswith("#") else line for line in lines if not line.startswith("![")]

@@ -58,9 +58,9 @@ class OutputFolder:
         """Return a part's record, None if it is not done."""
         try:
             record: dict[str, Any] = json.loads(self.record(part).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return record
+        return record if isinstance(record, dict) else None
 
 
 def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_retrieved: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
+from collm_dist.runs.damage import name_damage
 from collm_dist.runs.run_dir import RunDir, StageName
 
 
@@ -53,15 +55,18 @@ def load_llm(llm: LlmConfig, folder: Path | None = None, *, may_quantize: bool =
 
     Raises:
         ConfigError, DataError: see ``load_backbone``.
+        ArtifactError: the merged backbone is missing or damaged.
     """
-    return load_backbone(
-        str(folder or llm.backbone),
-        None if folder else llm.revision,
-        dtype=llm.dtype,
-        attention=llm.attention,
-        quantization=llm.quantization if may_quantize else "none",
-        trust_remote_code=llm.trust_remote_code,
-    )
+    remedy = "restore the folder from a copy, or redo stage 1 with --force stage1"
+    with nullcontext() if folder is None else name_damage(folder, remedy):
+        return load_backbone(
+            str(folder or llm.backbone),
+            None if folder else llm.revision,
+            dtype=llm.dtype,
+            attention=llm.attention,
+            quantization=llm.quantization if may_quantize else "none",
+            trust_remote_code=llm.trust_remote_code,
+        )
 
 
 def resolve_answers(config: Config, backbone: Backbone) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from collm_dist.distributed import any_rank, run_on_rank_0
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.llm.slot_mapping import SlotMapper, load_mapper, save_mapper
+from collm_dist.runs.damage import name_damage
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.previous_run import find_previous_file
 from collm_dist.runs.run_dir import RunDir, StageName
@@ -98,10 +99,8 @@ class Stage2:
             return
         assert mapper is not None
         check_files(RunDir(path.parents[1]), self.name)
-        try:
+        with name_damage(path, "redo its stage 2 with --force stage2"):
             weights = safetensors.torch.load_file(str(path))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ArtifactError(f"{path}: cannot be loaded ({error}); redo its stage 2 with --force stage2") from error
         prefix = "slot_mapper."
         previous = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         shapes = {key: value.shape for key, value in mapper.state_dict().items()}

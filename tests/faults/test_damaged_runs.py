@@ -1,54 +1,30 @@
 """Damaged files of a finished run: named with the remedy wherever they are used, never used."""
 
 import json
-import os
+import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from collm_dist import load_recommender
 from collm_dist.config.loader import load_config
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.orchestration.pipeline import _is_done_or_linked
-from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.file_hashes import check_files, read_hashes
 from collm_dist.runs.publish import Publisher
 from collm_dist.runs.reuse import find_reusable
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
+from collm_dist.tuning.loaded_stage import load_llm
 from collm_dist.tuning.run_stage import run_stage
-from tests.golden.make_run import ASSET, set_input_times
+from tests.golden.make_run import set_input_times
 
 WEIGHTS = {
     "cf": "model.safetensors",
     "stage1": "merged/model.safetensors",
     "stage2": "mapping.safetensors",
 }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run whose data, CF step and stages are finished: release 0.1 began it, this one finished it."""
-    folder = shutil.copytree(ASSET, tmp_path_factory.mktemp("begun") / "copy")
-    before, old = dict(os.environ), Path.cwd()
-    os.chdir(folder)
-    set_input_times(folder)
-    run = RunDir(folder / "run")
-    try:
-        config = load_config(run.path / "config.yaml")
-        run_stage(config, run, "stage1", force=True)
-        run_stage(config, run, "stage2", force=True)
-    finally:
-        os.chdir(old)
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-    record = run.read_record("cf")
-    run.write_record(
-        "cf", record | {"files": {"model.safetensors": compute_file_hash(run.step_dir("cf") / "model.safetensors")}}
-    )
-    return folder
 
 
 @pytest.fixture
@@ -134,3 +110,78 @@ def test_a_kept_result_costs_no_second_reading(run):
     (run.path / ".hashes.json").write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):
         check_files(run, "stage1", keep=True)
+
+
+def break_file(path, way):
+    if way == "junk":
+        path.write_bytes(b"\x00\xff{[" * 50)
+    elif way == "cut":
+        path.write_bytes(path.read_bytes()[:40])
+    else:
+        path.unlink()
+        if way == "directory":
+            path.mkdir()
+        elif way == "dangling link":
+            path.symlink_to("nowhere")
+
+
+BROKEN = ["junk", "cut", "gone", "directory", "dangling link"]
+# Without the hashes that releases after 0.1 record, the libraries that parse a file are the first to notice.
+PARSED = [
+    "cf/model.safetensors",
+    "stage1/merged/config.json",
+    "stage1/merged/model.safetensors",
+    "stage1/merged/tokenizer.json",
+    "stage2/mapping.safetensors",
+    "cf/summary.json",
+    "stage2/summary.json",
+    "data/manifest.json",
+]
+
+
+@pytest.mark.parametrize("way", BROKEN)
+def test_files_without_recorded_hashes_are_refused_in_words(run, way):
+    for step in ("cf", "stage1", "stage2"):
+        path = run.record_path(step)
+        record = json.loads(path.read_text())
+        for key in ("files", "record_hash"):
+            record.pop(key, None)
+        path.write_text(json.dumps(record))
+    for name in PARSED:
+        path = run.path / name
+        copy = path.read_bytes()
+        break_file(path, way)
+        with pytest.raises(ArtifactError, match=re.escape(str(path.parent))):
+            load_recommender(run.path, "cpu")
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        path.write_bytes(copy)
+    load_recommender(run.path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("way", ["junk", "cut", "directory"])
+def test_a_damaged_backbone_of_the_user_is_refused_in_words(run, name, way):
+    break_file(run.path.parent / "backbone" / name, way)
+    with pytest.raises(CollmError, match=r"llm\.backbone: 'backbone' cannot be loaded") as caught:
+        load_llm(load_config(run.path / "config.yaml").llm)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("way", ["directory", "dangling link"])
+def test_what_is_in_the_place_of_a_file_is_named_or_replaced(run, way):
+    run_dir = RunDir(run.path)
+    path = run_dir.record_path("stage2")
+    record = run_dir.read_record("stage2")
+    break_file(path, way)
+    assert run_dir.is_done("stage2")
+    with pytest.raises(ArtifactError, match=r"summary\.json .*--force|summary\.json is missing"):
+        run_dir.read_record("stage2")
+    if way == "directory":
+        with pytest.raises(ArtifactError, match=r"summary\.json: .*move away"):
+            run_dir.write_record("stage2", record)
+    run_dir.withdraw("stage2")
+    assert not run_dir.is_done("stage2")
+    run_dir.write_record("stage2", record)
+    assert run_dir.read_record("stage2") == record

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
-from collm_dist.data.ingest.normalize import to_text
+from collm_dist.data.ingest.normalize import to_ids
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files
 
@@ -49,7 +49,7 @@ def load_forgotten(uri: str | None, key: str = KEY) -> Any:
                 raise DataError(
                     f"{key}: {file} has no column '{COLUMN}' (has {available}); rename the column of user ids"
                 )
-            ids = pc.utf8_trim_whitespace(to_text(table.column(COLUMN)))
+            ids = to_ids(table.column(COLUMN))
             missing = pc.is_in(ids, pa.array([*NULLS, None])).to_numpy(zero_copy_only=False)
             if missing.any():
                 line = table.column(LINE_COLUMN)[int(missing.argmax())]

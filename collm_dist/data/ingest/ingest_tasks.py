@@ -52,12 +52,13 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
     if (finished := find_finished(marker, path, items_path)) is not None:
         return finished
     bad_rows, item_counts, rows_read = BadRows(), [], 0
-    counts, forgotten_users = Counter[str](), pa.array([], pa.int32())
+    counts, notes, forgotten_users = Counter[str](), Counter[str](), pa.array([], pa.int32())
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     with PartitionWriter(path, SCHEMA, plan.num_buckets) as writer:
         for batch in source.read_chunk(chunk):
             rows_read += batch.rows_read
             bad_rows.merge(BadRows(batch.bad, batch.bad_examples))
+            notes.update(batch.notes)
             table = batch.table
             if plan.dataset.split.method == "amazon_book":
                 start, _, end = get_amazon_book_window()
@@ -79,7 +80,7 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
     write_table(items_path, sum_item_counts(item_counts))
     return finish_task(marker, {"rows_read": rows_read, "usable": counts["usable"], "outside": counts["outside"],
                                 "forgotten": counts["forgotten"], "forgotten_users": forgotten_users.to_pylist(),
-                                "bad": bad_rows.counts, "examples": bad_rows.examples,
+                                "bad": bad_rows.counts, "examples": bad_rows.examples, "notes": notes,
                                 "first": int(first), "last": int(last)})  # fmt: skip
 
 

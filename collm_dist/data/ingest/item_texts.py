@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from collm_dist.data.ingest.normalize import to_text
+from collm_dist.data.ingest.normalize import to_ids, to_text
 from collm_dist.errors import ConfigError
 
 # With invisible or direction-changing characters a title prints as one thing and tokenizes as another; variation
@@ -61,7 +60,7 @@ def build_item_table(
     columns = {name: title_column if name == "title" else name for name in list_template_columns(template)}
     rows: dict[str, tuple[str, str]] = {}
     for table in tables:
-        ids = pc.utf8_trim_whitespace(to_text(table.column(id_column))).to_pylist()
+        ids = to_ids(table.column(id_column)).to_pylist()
         raw_titles = to_text(table.column(title_column)).to_pylist()
         values = {name: to_text(table.column(column)).to_pylist() for name, column in columns.items()}
         for position, item_id in enumerate(ids):

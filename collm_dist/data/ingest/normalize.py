@@ -28,6 +28,7 @@ SPLIT_NAMES = {
 
 ROW_COLUMN = "__row"
 MAX_SHOWN = 60
+_WHOLE = r"^-?[0-9]{1,16}\.0+$"
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -55,13 +56,23 @@ def to_text(column: Any) -> Any:
             values = [None if value is None else value.decode("utf-8", "replace") for value in column.to_pylist()]
             return pa.array(values, pa.string())
     if pa.types.is_floating(kind):
-        values = column.to_numpy(zero_copy_only=False)
-        whole = np.isfinite(values) & (np.floor(values) == values) & (np.abs(values) < 2.0**53)
-        if np.all(whole | ~np.isfinite(values)):
-            return pc.if_else(pa.array(whole), pa.array(np.where(whole, values, 0).astype(np.int64)), None).cast(
-                "string"
-            )
+        column = column.cast(pa.float64())
+        values = column.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        with np.errstate(invalid="ignore"):
+            whole = np.isfinite(values) & (np.floor(values) == values) & (np.abs(values) < 2.0**53)
+        texts = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.string())
+        # Infinite values and NaN are missing, as in text.
+        others = pc.if_else(pa.array(np.isfinite(values)), column.cast(pa.string()), None)
+        return pc.if_else(pa.array(whole), texts, others)
     return column.cast(pa.string())
+
+
+def to_ids(column: Any) -> Any:
+    """Return a column of ids as strings: the same text for 17, 17.0 and " 17 ", whatever the column's type and file."""
+    ids = pc.utf8_trim_whitespace(to_text(column))
+    if pc.any(pc.ends_with(ids, "0")).as_py() and pc.any(matches := pc.match_substring_regex(ids, _WHOLE)).as_py():
+        ids = pc.if_else(matches, pc.replace_substring_regex(ids, r"\.0+$", ""), ids)
+    return ids
 
 
 def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -173,7 +184,7 @@ def normalize_batch(
 
     ids = {}
     for name in ("user_id", "item_id"):
-        ids[name] = pc.utf8_trim_whitespace(to_text(table.column(getattr(columns, name))))
+        ids[name] = to_ids(table.column(getattr(columns, name)))
         missing = pc.or_kleene(pc.is_null(ids[name]), pc.is_in(ids[name], pa.array(NULLS))).fill_null(True)
         column = getattr(columns, name)
         drop(missing.to_numpy(zero_copy_only=False), f"missing {column}", column)

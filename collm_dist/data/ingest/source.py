@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
@@ -21,8 +22,16 @@ from collm_dist.data.ingest.file_readers import (
     read_tables,
 )
 from collm_dist.data.ingest.item_texts import build_item_table, list_template_columns
-from collm_dist.data.ingest.normalize import ROW_COLUMN, SCHEMA, guess_unit, has_dates, normalize_batch, to_numbers
-from collm_dist.data.ingest.row_filter import infer_types, parse_row_filter
+from collm_dist.data.ingest.normalize import (
+    ROW_COLUMN,
+    SCHEMA,
+    guess_unit,
+    has_dates,
+    normalize_batch,
+    to_numbers,
+    to_text,
+)
+from collm_dist.data.ingest.row_filter import RowFilter, convert, parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import describe_files, list_files
 
@@ -47,12 +56,14 @@ class ReadBatch:
         bad: counts of unusable rows by cause.
         bad_examples: ``file:line: cause`` of the first unusable rows.
         rows_read: number of raw rows of the batch, before the row filter.
+        notes: counts of other facts by cause, which are reported and not limited.
     """
 
     table: Any
     bad: Counter[str]
     bad_examples: list[str]
     rows_read: int
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Source:
         timestamp_unit: unit of numeric timestamps, the same for all files.
         dataset: the settings.
         column_types: Arrow types of the first file, for the preview.
+        numeric_columns: columns of numbers, if the row filter compares columns with each other.
     """
 
     chunks: tuple[FileChunk, ...]
@@ -80,6 +92,7 @@ class Source:
     timestamp_unit: str
     dataset: DatasetConfig
     column_types: dict[str, str] = field(default_factory=dict)
+    numeric_columns: frozenset[str] = frozenset()
 
     def read_chunk(self, chunk: FileChunk) -> Iterator[ReadBatch]:
         """Stream a chunk's rows in file order.
@@ -87,15 +100,18 @@ class Source:
         Raises:
             DataError: the file cannot be read, or lacks a column.
         """
-        condition, names = parse_row_filter(self.dataset.row_filter) if self.dataset.row_filter else (None, ())
+        row_filter = _parse_filter(self.dataset, self.numeric_columns)
         first_row, bad_rows = 0, BadRows()
         for table in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups):
             rows = table.num_rows
             _check_columns(table, chunk.uri, self.columns, self.dataset)
             try:
-                if condition is not None:
+                notes = Counter[str]()
+                if row_filter is not None:
                     table = table.append_column(ROW_COLUMN, pa.array(range(first_row, first_row + rows), pa.int64()))
-                    table = infer_types(table, names).filter(condition)
+                    for name, misfits in row_filter.find_misfits(table).items():
+                        notes[f"{name} is no number (dataset.row_filter)"] = pc.sum(misfits).as_py() or 0
+                    table = row_filter.apply(table)
                 uniform = normalize_batch(
                     table,
                     self.columns,
@@ -111,7 +127,7 @@ class Source:
                     f"{chunk.uri}: from row {first_row + 1}: a value or a column type does not fit dataset.columns or "
                     f"dataset.row_filter: {error}"
                 ) from error
-            yield ReadBatch(uniform, Counter(bad_rows.counts), list(bad_rows.examples), rows)
+            yield ReadBatch(uniform, Counter(bad_rows.counts), list(bad_rows.examples), rows, notes)
             first_row += rows
             bad_rows.clear()
         if bad_rows.counts:  # behind the last row that can be read
@@ -174,6 +190,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         layout = find_dataset_layout(format_name, path, dataset)
     uri, first = _read_first(layout.interactions, layout.file_format)
     _check_columns(first, uri, layout.columns, dataset)
+    numeric_columns = _check_filter(dataset, uri, first)
     unit: str = dataset.timestamp_unit
     times = first.column(layout.columns.timestamp)
     if unit == "auto":
@@ -195,7 +212,34 @@ def open_source(dataset: DatasetConfig) -> Source:
         timestamp_unit=unit,
         dataset=dataset,
         column_types={column.name: str(column.type) for column in first.schema if column.name != LINE_COLUMN},
+        numeric_columns=numeric_columns,
     )
+
+
+def _parse_filter(dataset: DatasetConfig, numeric_columns: frozenset[str]) -> RowFilter | None:
+    return parse_row_filter(dataset.row_filter, numeric_columns) if dataset.row_filter else None
+
+
+def _check_filter(dataset: DatasetConfig, uri: str, first: Any) -> frozenset[str]:
+    """Return which of the filter's columns hold numbers.
+
+    Raises:
+        DataError: a column is compared with numbers, and none of its first values is a number.
+    """
+    row_filter = _parse_filter(dataset, frozenset())
+    if row_filter is None:
+        return frozenset()
+    for name, misfits in row_filter.find_misfits(first).items():
+        column = first.column(name)
+        if name not in row_filter.asked and 0 < column.length() - column.null_count == pc.sum(misfits).as_py():
+            value = to_text(column.filter(misfits).slice(0, 1))[0].as_py()
+            raise DataError(
+                f"{uri}: from row 1: dataset.row_filter compares column '{name}' with a number, and it holds text "
+                f"({value[:MAX_SHOWN]!a}); compare it with a string in quotes, or write number({name}) if later "
+                "values are numbers"
+            )
+    probe = {name: convert(first.column(name), "number").null_count for name in row_filter.names}
+    return frozenset(name for name, nulls in probe.items() if nulls == first.column(name).null_count)
 
 
 def _select_columns(dataset: DatasetConfig) -> ColumnsConfig:
@@ -241,7 +285,7 @@ def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: Datase
         if name is not None:
             _require(name, first, uri, f"dataset.columns.{key}")
     if dataset.row_filter:
-        for name in parse_row_filter(dataset.row_filter)[1]:
+        for name in parse_row_filter(dataset.row_filter).names:
             _require(name, first, uri, "dataset.row_filter")
 
 

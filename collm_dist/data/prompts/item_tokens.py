@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def _open_table(path: Path) -> IntArray | None:
     except (ValueError, OSError, EOFError):  # numpy's errors for damaged files
         pass
     logger.warning("%s is damaged; it is rebuilt", path)
+    if path.is_dir():
+        shutil.rmtree(path)
     return None
 
 

@@ -15,7 +15,7 @@ from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash
 
 REMEDY = "restore it from the copy that it came from, or redo the data step with --force data"
-_verified: set[tuple[Path, str, int]] = set()
+_verified: set[tuple[Path, str, int, int]] = set()
 
 COLUMNS = pa.schema(
     [
@@ -76,9 +76,9 @@ def read_bucket(data_dir: Path, bucket: BucketInfo, columns: Iterable[str]) -> A
 
 def _read_verified(path: Path, sha256: str | None, columns: list[str] | None = None) -> Any:
     """Read a Parquet file. Its checksum is verified once per process, and again if the file changes."""
-    if not path.exists():
-        raise ArtifactError(f"{path} is missing; {REMEDY}")
-    key = (path, sha256 or "", path.stat().st_mtime_ns)
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing or no file; {REMEDY}")
+    key = (path, sha256 or "", path.stat().st_mtime_ns, path.stat().st_size)
     if sha256 is not None and key not in _verified and (actual := compute_file_hash(path)) != sha256:
         raise ArtifactError(
             f"{path} is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "

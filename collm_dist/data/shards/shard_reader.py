@@ -56,8 +56,8 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
         ArtifactError: the shard is missing, truncated or altered.
     """
     remedy = "restore it from the copy that it came from, or redo the data step with --force data"
-    if not path.exists():
-        raise ArtifactError(f"{path}: the shard is missing; {remedy}")
+    if not path.is_file():
+        raise ArtifactError(f"{path}: the shard is missing or no file; {remedy}")
     if sha256 is not None and (actual := compute_file_hash(path)) != sha256:
         raise ArtifactError(
             f"{path}: the shard is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "

@@ -1,0 +1,84 @@
+"""Identity of input files in fingerprints: their content, so that a copy is the same file.
+
+An entry is ``{"sha256", "size", "mtime_ns"}``; only the hash counts. Size and time serve to compare with entries of
+release 0.1, ``[size, mtime_ns]``. Hashes are cached by path, size and time in the cache folder of this account.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from collm_dist.assets import get_cache_dir
+from collm_dist.errors import CollmError, DataError
+from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the entry of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        status = path.stat()
+        state = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        cache = get_cache_dir() / "file-hashes" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+        if (known := _read(cache)) is not None and known == state | {"sha256": known.get("sha256")}:
+            return known
+        entry = state | {"sha256": compute_file_hash(path)}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    with suppress(OSError, CollmError), open_atomic(cache) as file:  # without a cache it is read each time
+        json.dump(entry, file)
+    return entry
+
+
+def is_same_input(recorded: Any, current: Any) -> bool:
+    """Return whether two values of fingerprints are equal, or entries of files with equal content.
+
+    An entry of release 0.1 equals a newer one with its size and modification time.
+    """
+    if recorded == current:
+        return True
+    if _is_entry(recorded) and _is_entry(current):
+        return bool(recorded["sha256"] == current["sha256"])
+    for old, new in ((recorded, current), (current, recorded)):
+        if isinstance(old, list) and _is_entry(new):
+            return old == [new["size"], new["mtime_ns"]]
+    return False
+
+
+def keep_old_entries(inputs: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a step with the entries of release 0.1 in place of the newer ones that they equal.
+
+    Args:
+        inputs: by name.
+        recorded: a fingerprint of the same run, in which names begin with ``input.``.
+    """
+    old = {name: recorded.get(f"input.{name}") for name in inputs}
+    return {
+        name: old[name] if isinstance(old[name], list) and is_same_input(old[name], value) else value
+        for name, value in inputs.items()
+    }
+
+
+def drop_times(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint with the hash alone of each file, for keys made from it."""
+    return {name: value["sha256"] if _is_entry(value) else value for name, value in fingerprint.items()}
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"sha256", "size", "mtime_ns"}
+
+
+def _read(cache: Path) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return entry if _is_entry(entry) and isinstance(entry["sha256"], str) and len(entry["sha256"]) == 64 else None
