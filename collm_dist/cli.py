@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -71,6 +71,7 @@ def run_command(
     try:
         config = load_config(arguments.config_path, arguments.overrides)
         _check_run_dir(Path(config.run.dir))
+        _check_place(arguments.config_path, config, arguments.overrides)
         if arguments.dry_run:
             print_plan(config, arguments, describe)
             return 0
@@ -87,6 +88,21 @@ def _check_run_dir(path: Path) -> None:
             if not part.is_dir():
                 raise ConfigError(f"run.dir: {path}: {part} is a file; set run.dir to a folder, new or of a run")
             return
+
+
+def _check_place(config_path: Path, config: Config, overrides: Sequence[str]) -> None:
+    """Refuse the config.yaml of a run whose ``run.dir`` leads elsewhere: the run was copied, or the folder is another.
+
+    A relative ``run.dir`` is relative to the current folder, so the command would start a new run there.
+    """
+    folder = Path(config_path).absolute().parent
+    is_of_a_run = Path(config_path).name == "config.yaml" and RunDir(folder).record_path("data").exists()
+    is_given = any(override.startswith("run.dir=") for override in overrides)
+    if is_of_a_run and not is_given and Path(config.run.dir).resolve() != folder.resolve():
+        raise ConfigError(
+            f"run.dir: {config_path} is the config of the run in {folder}, but its run.dir is '{config.run.dir}', "
+            f"which is {Path(config.run.dir).absolute()} from the current folder; add run.dir={folder} to use that run"
+        )
 
 
 def end_process(exit_code: int) -> NoReturn:

@@ -111,6 +111,38 @@ def test_dry_run_shows_settings_and_plan(run):
     assert "# data    not done" in run("--dry-run")[2].out
 
 
+def test_the_config_of_a_run_that_was_moved_starts_no_other_run(tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "copy"
+    (run_dir / "data").mkdir(parents=True)
+    (run_dir / "data" / "manifest.json").write_text("{}")
+    path = run_dir / "config.yaml"
+    path.write_text("run: {dir: runs/mine}\ndataset: {path: a.csv, columns: {rating: r}}\n")
+    calls = []
+
+    def call(*overrides):
+        monkeypatch.setattr(sys, "argv", ["command", "--config", str(path), *overrides])
+        return cli.run_command("Does something.", lambda config, _: calls.append(config.run.dir), "examples:")
+
+    assert call() == 2
+    message = capsys.readouterr().err
+    assert f"{path} is the config of the run in {run_dir}, but its run.dir is 'runs/mine'" in message
+    assert f"add run.dir={run_dir}" in message
+    assert call(f"run.dir={run_dir}") == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(run_dir)
+    assert call() == 0
+    assert calls == [str(run_dir), "runs/mine"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_is_no_run_directory(run, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    code, calls, printed = run(f"run.dir={tmp_path / name}")
+    assert (code, calls) == (2, [])
+    assert f"{tmp_path / 'file'} is a file" in printed.err
+
+
 def test_a_process_ends_with_its_output_and_without_taking_the_interpreter_down():
     program = (
         "import atexit, os; from collm_dist.cli import end_process; "
