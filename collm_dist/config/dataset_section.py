@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from collm_dist.config.section import Section, Uri
+from collm_dist.config.section import Section, Uri, optional
 
 MAX_MONTHS = 12 * 1000
 _CONVERT_COLLM = (
@@ -22,7 +22,9 @@ class ColumnsConfig(Section):
 
     user_id: str = Field("user_id", description="Column of the user's id (number or string).")
     item_id: str = Field("item_id", description="Column of the item's id (number or string).")
-    timestamp: str = Field("timestamp", description="Column of the time of the event.")
+    timestamp: str | None = Field(
+        "timestamp", description="Column of the time of the event. null: the order of the rows stands for time."
+    )
     rating: str | None = Field(None, description="Column of the rating; like = rating >= dataset.like_threshold.")
     label: str | None = Field(None, description="Column of a 0/1 label, instead of a rating.")
     split: str | None = Field(
@@ -108,6 +110,18 @@ class DatasetConfig(Section):
     timestamp_unit: Literal["auto", "s", "ms", "us", "ns"] = Field(
         "auto", description="Unit of numeric timestamps; auto: by magnitude. Dates need no unit."
     )
+    time_format: str | None = optional(
+        "Form of the timestamps as directives of Python's strptime, for example '%d/%m/%Y %H:%M'. Without it ISO 8601, "
+        "YYYYMMDD and other forms that have one meaning only are read."
+    )
+    delimiter: str | None = optional(
+        "Delimiter of text tables, one or two characters, or tab. Without it: by suffix, else the most frequent of "
+        "comma, tab, semicolon and | in the first line.",
+    )
+    header: bool | None = optional("false: text tables of interactions have no header, and names lists their columns.")
+    names: tuple[str, ...] | None = optional("Names of the columns of text tables without a header, in order.")
+    item_names: tuple[str, ...] | None = optional("The same for the item file, if it has no header.")
+    encoding: str | None = optional("Encoding of text files, for example latin1, cp1252 or utf-16. Without it: UTF-8.")
     item_text: str = Field(
         "{title}", description="Template of an item's text in a prompt, with item columns in braces."
     )
@@ -152,6 +166,46 @@ class DatasetConfig(Section):
         if value == "collm":
             raise ValueError(_CONVERT_COLLM)
         return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        value = {"tab": "\t", "\\t": "\t"}.get(value or "", value)
+        if value is not None and (len(value) not in (1, 2) or not value.isascii() or set(value) & set('"\r\n')):
+            raise ValueError("give one or two ASCII characters other than quotes and line ends, or tab")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str | None) -> str | None:
+        try:
+            known = value is None or bool("x".encode(value))
+        except (LookupError, ValueError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"'{value}' is not a text encoding that Python knows; for example utf-16, latin1, cp1252")
+        return value
+
+    @field_validator("time_format")
+    @classmethod
+    def _check_time_format(cls, value: str | None) -> str | None:
+        if value is not None and "%" not in value:
+            raise ValueError("needs directives of strptime, for example '%d.%m.%Y %H:%M'")
+        return value
+
+    @model_validator(mode="after")
+    def _check_text_tables(self) -> DatasetConfig:
+        if (self.names is not None) != (self.header is False):
+            raise ValueError("header: false and names, the list of the columns, need each other")
+        is_table = self.format == "table" and self.asset is None
+        given = [name for name in ("delimiter", "header", "names", "item_names") if getattr(self, name) is not None]
+        if given and not is_table:
+            raise ValueError(f"{given[0]} is for format: table; the other formats are fixed")
+        if self.columns.timestamp is None and (
+            self.split.method in ("calendar", "amazon_book") or self.expect.max_age_hours is not None
+        ):
+            raise ValueError("columns.timestamp: null leaves no times for calendar splits and expect.max_age_hours")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:

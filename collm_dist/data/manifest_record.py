@@ -9,6 +9,7 @@ from typing import Any
 
 from collm_dist.data.ingest.forgotten_users import find_tombstones
 from collm_dist.data.ingest.id_tables import IdTables, PreviousTables, compute_ids_hash, describe_previous
+from collm_dist.data.ingest.normalize import format_time
 from collm_dist.data.ingest.source import Source
 from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.samples.splits import SPLITS
@@ -149,8 +150,13 @@ def format_summary(manifest: dict[str, Any]) -> list[str]:
     lines = [f"data: {manifest['num_users']:,} users, {manifest['num_items']:,} items"]
     for name, split in manifest["splits"].items():
         lines.append(f"  {name:5} {split['rows']:>12,} rows  {split['contexts']:>12,} contexts")
+    if manifest["splits"]:
+        times = [split[key] for split in manifest["splits"].values() for key in ("first_timestamp", "last_timestamp")]
+        lines.append(f"  times: {format_time(min(times))} to {format_time(max(times))} (UTC)")
     for cause, count in manifest["dropped"].items():
         lines.append(f"  left out: {count:,} rows, {cause}")
+    for cause, count in manifest.get("items_mended", {}).items():
+        lines.append(f"  items: {count:,} x {cause}")
     if forgotten := manifest.get("forgotten"):
         lines.append(
             f"  to be forgotten: {forgotten['users_asked']:,} users, {forgotten['users_in_log']:,} of them in the log, "

@@ -89,6 +89,9 @@ def save_adapter(
     state = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     # Without save_embedding_layers=False peft asks the hub whether the vocabulary has grown.
     wrapper.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    card, location = folder / "README.md", str(getattr(wrapper.config, "_name_or_path", "") or "")
+    if card.exists() and Path(location).is_absolute():  # peft names the folder of the backbone there
+        card.write_text(card.read_text(encoding="utf-8").replace(location, base_model), encoding="utf-8")
 
 
 def load_adapter(backbone: Any, folder: Path) -> PeftModel:

@@ -12,7 +12,7 @@ from collm_dist.config import Config
 from collm_dist.config.yaml_document import parse_yaml
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.runs.atomic_files import explain_disk_errors, write_json
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import RunDir, normalize
 
 RECORD = "promotion.json"
 
@@ -21,7 +21,7 @@ def find_pointer(config: Config) -> Path:
     """Return the symbolic link to the run in use."""
     if config.promotion.pointer is not None:
         return Path(config.promotion.pointer)
-    return Path(config.run.dir).absolute().parent / "current"
+    return normalize(Path(config.run.dir)).parent / "current"
 
 
 def pin_previous(config: Config) -> Config:

@@ -23,7 +23,7 @@ from collm_dist.config import Config
 from collm_dist.errors import ConfigError, DataError, LaunchError
 from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.file_hashes import check_files
-from collm_dist.runs.run_dir import STEPS, RunDir, Step
+from collm_dist.runs.run_dir import STEPS, RunDir, Step, normalize
 from collm_dist.storage import explain_store_errors, is_store, join_uri, open_filesystem
 
 INDEX = "published.json"
@@ -41,9 +41,10 @@ def build_publisher(config: Config, run_dir: RunDir) -> Publisher | None:
     uri = config.run.publish_to
     if uri is None:
         return None
-    if "://" not in uri and Path(uri).absolute().is_relative_to(run_dir.path.absolute()):
+    folder = normalize(run_dir.path)
+    if "://" not in uri and normalize(Path(uri)).is_relative_to(folder):
         raise ConfigError(f"run.publish_to: '{uri}' lies in run.dir; set another folder")
-    return Publisher(join_uri(uri, run_dir.path.absolute().name), run_dir, config.monitoring.progress_bar)
+    return Publisher(join_uri(uri, folder.name), run_dir, config.monitoring.progress_bar)
 
 
 def list_step_files(folder: Path) -> dict[str, Path]:

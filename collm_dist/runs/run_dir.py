@@ -7,6 +7,7 @@ record is written last, by rename, so an incomplete step has no record.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,8 +47,7 @@ class RunDir:
 
     def write_record(self, step: Step, record: Mapping[str, Any]) -> None:
         """Write a step's record with a hash of its content; afterwards the step is done."""
-        content = json.loads(json.dumps(record, allow_nan=False))
-        write_json(self.record_path(step), content | {_HASH: compute_json_hash(content)})
+        write_json(self.record_path(step), add_record_hash(record))
 
     def read_record(self, step: Step) -> dict[str, Any]:
         """Read a finished step's record.
@@ -99,6 +99,12 @@ class RunDir:
             path.unlink(missing_ok=True)
 
 
+def add_record_hash(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with a hash of its content."""
+    content: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+    return content | {_HASH: compute_json_hash(content)}
+
+
 def check_record_hash(record: Any) -> None:
     """Remove a record's hash of its content, and check it; records of release 0.1 have none.
 
@@ -108,3 +114,8 @@ def check_record_hash(record: Any) -> None:
     recorded = record.pop(_HASH, None) if isinstance(record, dict) else None
     if recorded is not None and recorded != compute_json_hash(record):
         raise ValueError("its content is not that of its hash")
+
+
+def normalize(path: Path) -> Path:
+    """Return an absolute path without ``..``, whose last part is a name; links are not followed."""
+    return Path(os.path.normpath(path.absolute()))

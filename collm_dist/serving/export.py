@@ -14,7 +14,9 @@ export.json           SHA-256 of every file; written last
 
 from __future__ import annotations
 
+import glob
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -27,8 +29,9 @@ from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors,
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
 from collm_dist.runs.damage import name_damage, read_json_file
 from collm_dist.runs.file_hashes import read_hashes
-from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
+from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, add_record_hash, normalize
 from collm_dist.serving.finished_run import check_settings, find_stage
+from collm_dist.serving.local_paths import PathRemover
 from collm_dist.serving.model_card import Licences, write_card
 
 FORMAT_VERSION = 1
@@ -79,6 +82,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
                 (part / "prompt" / f"{name}.txt").write_text(prompt, encoding="utf-8")
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_card(part / "README.md", config, run_dir, stage, licences)
+        _remove_paths(part, config, run_dir)
         files = sorted(path for path in part.rglob("*") if path.is_file())
         index = {path.relative_to(part).as_posix(): compute_file_hash(path) for path in files}
         write_json(part / INDEX, {"format_version": FORMAT_VERSION, "stage": stage, "files": index})
@@ -119,6 +123,25 @@ def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> 
     if trust_code:
         keep_trust_in_all(config, run_dir)
     return run_dir
+
+
+def _remove_paths(part: Path, config: Config, run_dir: RunDir) -> None:
+    """Remove this machine's paths from the settings, the records and the cards of an export."""
+    remover = PathRemover(config, run_dir)
+    settings = Config.model_validate(remover.clean(config.model_dump(mode="json")))
+    (part / "config.yaml").write_text(dump_config(settings), encoding="utf-8")
+    for name in ("README.md", "adapter/README.md"):
+        path = part / name
+        if path.exists():
+            path.write_text(remover.clean_text(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for step in STEPS:
+        path = part / "records" / f"{step}.json"
+        if not path.exists():
+            continue
+        record = remover.clean(run_dir.read_record(step))
+        if "adapter/README.md" in record.get("files", {}):
+            record["files"]["adapter/README.md"] = compute_file_hash(part / "adapter" / "README.md")
+        write_json(path, add_record_hash(record))
 
 
 def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
@@ -187,12 +210,18 @@ def _read_index(folder: Path) -> dict[str, str]:
 @contextmanager
 def _make_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, which is synced to disk and renamed once it is complete."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = normalize(folder)
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ArtifactError(f"{folder} exists already; choose a new folder, or remove it")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by an interrupted export or import
     with explain_disk_errors(folder):
-        part.mkdir(parents=True)
-        yield part
-        sync_files(part)
-        part.replace(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*part"):  # of a killed export or import
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+        # A new name, so that nobody can have put a link or a file in its place.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as name:
+            part = Path(name) / "whole"
+            part.mkdir()
+            yield part
+            sync_files(part)
+            part.replace(folder)

@@ -112,6 +112,8 @@ def filter_bucket(
     for chunk, first_row in zip(chunks, first_rows, strict=True):
         part = read_partition([chunk], bucket, plan.num_buckets)
         parts.append(part.set_column(0, "row", pc.add(part.column("row"), first_row)))
+    if plan.dataset.columns.timestamp is None:  # the order of the rows is all that is known
+        parts = [part.set_column(3, "timestamp", part.column("row")) for part in parts]
     table, dropped = pa.concat_tables(parts), Counter[str]()
 
     def keep(mask: Any, cause: str) -> None:

@@ -67,10 +67,13 @@ def _check_bad_rows(dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], 
             f"item '{item}' is not in the item file ({rows} rows)" for item, rows in sorted(unknown.items())[:5]
         ]
     if bad.total() > dataset.max_bad_row_share * total:
+        hint = (
+            " (dates in another form: set dataset.time_format)" if any("is no time" in cause for cause in bad) else ""
+        )
         causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
         raise DataError(
             f"dataset: {bad.total()} of {total} rows cannot be used ({causes}), more than dataset.max_bad_row_share="
-            f"{dataset.max_bad_row_share} allows; fix the input or raise the limit. The first ones:\n  "
+            f"{dataset.max_bad_row_share} allows; fix the input{hint} or raise the limit. The first ones:\n  "
             + "\n  ".join(examples)
         )
 

@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig
 from collm_dist.data.ingest.file_format import LINE_COLUMN, NULLS, BadRows
+from collm_dist.data.ingest.time_texts import are_digit_dates, parse_digits, parse_times
 
+DATE_DIGITS = "YYYYMMDD"
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Magnitudes from which a present-day timestamp is in the next finer unit; in seconds it has ten digits.
 UNIT_LIMITS = (1e11, 1e14, 1e17)
@@ -88,7 +90,9 @@ def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def guess_unit(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
-    """Guess the unit of numeric timestamps by magnitude."""
+    """Guess the unit of numeric timestamps by magnitude, or find that they are dates in digits."""
+    if are_digit_dates(values):
+        return DATE_DIGITS
     finite = np.abs(values[np.isfinite(values)])
     typical = float(np.median(finite)) if len(finite) else 0.0
     return list(UNITS)[np.searchsorted(UNIT_LIMITS, typical, side="right")]
@@ -116,25 +120,38 @@ def has_dates(column: Any) -> bool:
 
 
 def to_seconds(
-    column: Any, unit: str
+    column: Any, unit: str, time_format: str | None = None
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Return seconds since 1970 and a mask of valid values. Numbers are in ``unit``; other values are read as dates."""
+    """Return seconds since 1970 and a mask of valid values. Numbers are in ``unit``; other values are read as dates.
+
+    Args:
+        column: of any type.
+        unit: a key of ``UNITS``, or ``DATE_DIGITS`` for numbers such as 20240131 that are dates.
+        time_format: of strptime, for dates in another form.
+    """
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if has_dates(column):
         dates = column.cast(pa.timestamp("s", tz=getattr(column.type, "tz", None)), safe=False)
         valid = np.asarray(dates.is_valid().to_numpy(zero_copy_only=False))
         return np.asarray(dates.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)), valid
+    if time_format is not None:
+        return parse_times(to_text(column).to_pandas(), time_format)
+    if unit == DATE_DIGITS:
+        return parse_digits(to_text(column).to_pandas())
     numbers = to_numbers(column)
     valid = np.isfinite(numbers) & (np.abs(numbers) < 2.0**62)
     seconds = np.floor_divide(np.where(valid, numbers, 0), UNITS[unit]).astype(np.int64)
     if not valid.all() and not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
-        strings = to_text(column).filter(pa.array(~valid)).to_pandas()
-        dates = pd.to_datetime(strings, format="ISO8601", utc=True, errors="coerce")
-        parsed = dates.notna().to_numpy()
-        rows = np.flatnonzero(~valid)[parsed]
-        seconds[rows] = dates[parsed].to_numpy().astype("datetime64[s]").astype(np.int64)
-        valid[rows] = True
+        open_rows = np.flatnonzero(~valid)
+        found, parsed = parse_times(to_text(column).filter(pa.array(~valid)).to_pandas())
+        seconds[open_rows[parsed]] = found[parsed]
+        valid[open_rows[parsed]] = True
     return seconds, valid
+
+
+def format_time(seconds: int) -> str:
+    """Return a time in seconds since 1970 as it is shown to people."""
+    return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
 def _show(value: Any) -> str | None:
@@ -153,6 +170,7 @@ def normalize_batch(
     like_threshold: float,
     unit: str,
     unit_is_guessed: bool,
+    time_format: str | None = None,
     place: str,
     first_row: int,
     bad_rows: BadRows,
@@ -165,6 +183,7 @@ def normalize_batch(
         like_threshold: a rating of at least this is a like.
         unit: of numeric timestamps.
         unit_is_guessed: whether numbers of another magnitude are bad rows, not times in the far past or future.
+        time_format: of strptime, for dates in another form.
         place: file name for examples.
         first_row: position of the table's first row in the file.
         bad_rows: counts bad rows.
@@ -190,16 +209,16 @@ def normalize_batch(
         drop(missing.to_numpy(zero_copy_only=False), f"missing {column}", column)
         broken = find_control_characters(ids[name])
         drop(broken, f"line breaks or control characters in {column}", column)
-    times = table.column(columns.timestamp)
-    seconds, valid = to_seconds(times, unit)
-    drop(~valid, f"{columns.timestamp} is no time", columns.timestamp)
-    if unit_is_guessed and not has_dates(times):
-        other = find_other_units(to_numbers(times), unit)
-        cause = f"{columns.timestamp} is not in {unit} as in the first rows (dataset.timestamp_unit)"
-        drop(other, cause, columns.timestamp)
-    outside = (seconds < FIRST_SECOND) | (seconds > LAST_SECOND)
-    cause = f"{columns.timestamp} in {unit} is outside the years 1 to 9999 (dataset.timestamp_unit)"
-    drop(outside, cause, columns.timestamp)
+    seconds = np.zeros(table.num_rows, np.int64)  # without timestamps, row numbers take their place later
+    if columns.timestamp is not None:
+        times, name = table.column(columns.timestamp), columns.timestamp
+        seconds, valid = to_seconds(times, unit, time_format)
+        drop(~valid, f"{name} is no time", name)
+        if unit_is_guessed and unit in UNITS and time_format is None and not has_dates(times):
+            other = find_other_units(to_numbers(times), unit)
+            drop(other, f"{name} is not in {unit} as in the first rows (dataset.timestamp_unit)", name)
+        outside = (seconds < FIRST_SECOND) | (seconds > LAST_SECOND)
+        drop(outside, f"{name} in {unit} is outside the years 1 to 9999 (dataset.timestamp_unit)", name)
     labels = np.ones(table.num_rows, dtype=np.int8)
     if columns.rating is not None:
         ratings = to_numbers(table.column(columns.rating))

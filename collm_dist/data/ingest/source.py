@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,12 +23,16 @@ from collm_dist.data.ingest.file_readers import (
 )
 from collm_dist.data.ingest.item_texts import build_item_table, list_template_columns
 from collm_dist.data.ingest.normalize import (
+    FIRST_SECOND,
+    LAST_SECOND,
     ROW_COLUMN,
     SCHEMA,
+    format_time,
     guess_unit,
     has_dates,
     normalize_batch,
     to_numbers,
+    to_seconds,
     to_text,
 )
 from collm_dist.data.ingest.row_filter import RowFilter, convert, parse_row_filter
@@ -79,6 +83,7 @@ class Source:
         timestamp_unit: unit of numeric timestamps, the same for all files.
         dataset: the settings.
         column_types: Arrow types of the first file, for the preview.
+        first_rows: delimiter and times of the first rows, for the preview.
         numeric_columns: columns of numbers, if the row filter compares columns with each other.
     """
 
@@ -92,6 +97,7 @@ class Source:
     timestamp_unit: str
     dataset: DatasetConfig
     column_types: dict[str, str] = field(default_factory=dict)
+    first_rows: dict[str, str] = field(default_factory=dict)
     numeric_columns: frozenset[str] = frozenset()
 
     def read_chunk(self, chunk: FileChunk) -> Iterator[ReadBatch]:
@@ -117,6 +123,7 @@ class Source:
                     self.columns,
                     like_threshold=self.dataset.like_threshold,
                     unit=self.timestamp_unit,
+                    time_format=self.dataset.time_format,
                     unit_is_guessed=self.dataset.timestamp_unit == "auto",
                     place=chunk.uri,
                     first_row=first_row,
@@ -161,6 +168,7 @@ class Source:
             # Text files are read as bytes, so that invalid UTF-8 can be counted.
             "types": {name: "text" if kind == "binary" else kind for name, kind in self.column_types.items()},
             "timestamp_unit": self.timestamp_unit,
+            **self.first_rows,
             "items": list(self.items_uris) or "none: item ids are used as item texts",
         }
 
@@ -185,19 +193,21 @@ def open_source(dataset: DatasetConfig) -> Source:
             columns=_select_columns(dataset),
             item_id=dataset.item_columns.item_id,
             title=dataset.item_columns.title,
+            file_format=FileFormat(delimiter=dataset.delimiter, names=dataset.names or ()),
+            items_format=FileFormat(delimiter=dataset.delimiter, names=dataset.item_names or ()),
         )
     else:
         layout = find_dataset_layout(format_name, path, dataset)
+    if dataset.encoding is not None:
+        layout = replace(
+            layout,
+            file_format=replace(layout.file_format, encoding=dataset.encoding),
+            items_format=replace(layout.items_format, encoding=dataset.encoding),
+        )
     uri, first = _read_first(layout.interactions, layout.file_format)
     _check_columns(first, uri, layout.columns, dataset)
     numeric_columns = _check_filter(dataset, uri, first)
-    unit: str = dataset.timestamp_unit
-    times = first.column(layout.columns.timestamp)
-    if unit == "auto":
-        try:
-            unit = "s" if has_dates(times) else guess_unit(to_numbers(times))
-        except pa.ArrowException as error:
-            raise DataError(f"{uri}: column '{layout.columns.timestamp}' holds no timestamps: {error}") from None
+    unit = _find_unit(dataset, layout.columns, uri, first)
     if layout.items:
         uri, items = _read_first(layout.items, layout.items_format)
         _check_item_columns(items, uri, layout.item_id, layout.title, dataset)
@@ -212,8 +222,33 @@ def open_source(dataset: DatasetConfig) -> Source:
         timestamp_unit=unit,
         dataset=dataset,
         column_types={column.name: str(column.type) for column in first.schema if column.name != LINE_COLUMN},
+        first_rows=_describe_first_rows(first, layout.columns, unit, dataset.time_format),
         numeric_columns=numeric_columns,
     )
+
+
+def _find_unit(dataset: DatasetConfig, columns: ColumnsConfig, uri: str, first: Any) -> str:
+    """Return the unit of numeric timestamps, decided by the first rows for all files."""
+    if columns.timestamp is None or dataset.timestamp_unit != "auto":
+        return dataset.timestamp_unit
+    times = first.column(columns.timestamp)
+    try:
+        return "s" if has_dates(times) else guess_unit(to_numbers(times))
+    except pa.ArrowException as error:
+        raise DataError(f"{uri}: column '{columns.timestamp}' holds no timestamps: {error}") from None
+
+
+def _describe_first_rows(first: Any, columns: ColumnsConfig, unit: str, time_format: str | None) -> dict[str, str]:
+    """Return what was decided by the first rows, for the preview: the delimiter, and their earliest and latest time."""
+    facts = {}
+    if first.schema.metadata and b"delimiter" in first.schema.metadata:
+        facts["delimiter"] = repr(first.schema.metadata[b"delimiter"].decode())
+    if columns.timestamp is not None:
+        seconds, valid = to_seconds(first.column(columns.timestamp), unit, time_format)
+        times = seconds[valid & (seconds >= FIRST_SECOND) & (seconds <= LAST_SECOND)]
+        if len(times):
+            facts["times in the first rows"] = f"{format_time(times.min())} to {format_time(times.max())} (UTC)"
+    return facts
 
 
 def _parse_filter(dataset: DatasetConfig, numeric_columns: frozenset[str]) -> RowFilter | None:

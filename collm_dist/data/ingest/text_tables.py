@@ -19,8 +19,11 @@ _DELIMITERS = ",\t;|"
 
 
 def find_delimiter(uri: str, file_format: FileFormat, header: str) -> str:
-    """Return the delimiter of a text table: as set, else by the suffix, else the most frequent in the first line."""
-    if file_format.delimiter is not None:
+    """Return the delimiter of a text table: as set, else by the suffix, else the most frequent in the first line.
+
+    A delimiter that the first line lacks is not used: logs and item files may differ.
+    """
+    if file_format.delimiter is not None and (file_format.delimiter in header or file_format.names):
         return file_format.delimiter
     usual = "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
     if usual in header:
@@ -61,7 +64,7 @@ def read_text_tables(
             if table.num_rows != len(lines):
                 raise DataError(f"{uri}:{lines[0]}: cannot be read as text: rows and lines do not match from here on; "
                                 "check quotes and delimiters")  # fmt: skip
-            yield table.append_column(LINE_COLUMN, pa.array(lines))
+            yield table.append_column(LINE_COLUMN, pa.array(lines)).replace_schema_metadata({"delimiter": delimiter})
     if splitter is None:
         raise DataError(f"{uri}: cannot be read as text: Empty file; remove it, or write the header")
     splitter.finish()

@@ -16,6 +16,7 @@ from collm_dist.config import Config
 from collm_dist.data.shards.manifest import ShardInfo
 from collm_dist.errors import ArtifactError, CollmError, DiskError
 from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
+from collm_dist.runs.run_dir import normalize
 from collm_dist.storage import join_uri, open_filesystem
 
 _BLOCK_BYTES = 8 << 20
@@ -25,7 +26,7 @@ def build_local_shards(config: Config, data_dir: Path) -> LocalShards | None:
     """Return this machine's local copies, or None if ``cluster.local_scratch`` is not set."""
     if config.cluster.local_scratch is None:
         return None
-    published = config.run.publish_to and join_uri(config.run.publish_to, Path(config.run.dir).absolute().name, "data")
+    published = config.run.publish_to and join_uri(config.run.publish_to, normalize(Path(config.run.dir)).name, "data")
     return LocalShards(Path(config.cluster.local_scratch).expanduser(), data_dir, published)
 
 
