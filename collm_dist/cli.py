@@ -153,6 +153,13 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_stage1_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag with which the caller accepts stage 1 in place of stage 2, as ``accept_stage_1``."""
+    parser.add_argument(
+        "--accept-stage-1", action="store_true", help="rank with stage 1, without slots, if stage 2 is not done"
+    )
+
+
 def _parse_steps(text: str) -> tuple[str, ...]:
     steps = tuple(text.split(","))
     unknown = [step for step in steps if step not in STEPS]

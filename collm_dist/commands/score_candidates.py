@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.cli import add_trust_argument, run_command
+from collm_dist.cli import add_stage1_argument, add_trust_argument, run_command
 from collm_dist.config import Config
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
@@ -31,13 +31,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-actors", type=int, metavar="N", help="models to load; default: one per GPU or node")
     parser.add_argument("--rows-per-part", type=int, default=128, metavar="N", help="users per output file")
     add_trust_argument(parser)
+    add_stage1_argument(parser)
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.orchestration.batch_ranking import parse_candidates, score_candidates
 
     sizes = {"num_actors": arguments.num_actors, "rows_per_part": arguments.rows_per_part}
-    options = {"trust_code": arguments.trust_code, **sizes}
+    options = {"trust_code": arguments.trust_code, "accept_stage1": arguments.accept_stage_1, **sizes}
     run_dir, num_retrieved = RunDir(Path(config.run.dir)), parse_candidates(arguments.candidates)
     with hold_run_lock(arguments.output):
         score_candidates(config, run_dir, arguments.input, arguments.output, num_retrieved=num_retrieved, **options)

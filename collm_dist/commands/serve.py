@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.cli import add_trust_argument, run_command
+from collm_dist.cli import add_stage1_argument, add_trust_argument, run_command
 from collm_dist.config import Config
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.service_options import add_option_arguments, read_options
@@ -26,12 +26,14 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     options = read_options(arguments)
     from collm_dist.orchestration.service import run_service
 
-    run_service(config, RunDir(Path(config.run.dir)), options, trust_code=arguments.trust_code)
+    permissions = {"trust_code": arguments.trust_code, "accept_stage1": arguments.accept_stage_1}
+    run_service(config, RunDir(Path(config.run.dir)), options, **permissions)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option_arguments(parser)
     add_trust_argument(parser)
+    add_stage1_argument(parser)
 
 
 def main() -> int:

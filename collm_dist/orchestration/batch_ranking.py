@@ -60,6 +60,7 @@ def score_candidates(
     rows_per_part: int = ROWS_PER_PART,
     num_actors: int | None = None,
     trust_code: bool = False,
+    accept_stage1: bool = False,
 ) -> dict[str, Any]:
     """Score a file of requests and return the summary; resumes an interrupted call.
 
@@ -71,7 +72,7 @@ def score_candidates(
         num_retrieved: see ``parse_candidates``.
         rows_per_part: users per part.
         num_actors: models to load; None for one per GPU, or one per node without GPUs.
-        trust_code: see ``load_recommender``.
+        trust_code, accept_stage1: see ``load_recommender``.
 
     Raises:
         RequestError: the input is invalid; nothing was scored.
@@ -83,7 +84,7 @@ def score_candidates(
             raise RequestError(f"{name}: {number} is less than 1; omit the option for the default")
     run_dir = RunDir(run_dir.path.absolute())
     folder = OutputFolder(output.absolute())
-    config = check_settings(config, run_dir, trust_code=trust_code)
+    config = check_settings(config, run_dir, trust_code=trust_code, accept_stage1=accept_stage1)
     if num_retrieved is not None and not run_dir.is_done("cf"):
         raise ArtifactError(f"--candidates: the step 'cf' of {run_dir.path} is not done; it retrieves the candidates")
     sizes = _prepare(config, run_dir, source, folder, num_retrieved, rows_per_part)

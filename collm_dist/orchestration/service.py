@@ -83,14 +83,21 @@ class _Ranker:
         self._seconds.observe(took_s)
 
 
-def run_service(config: Config, run_dir: RunDir, options: ServiceOptions, *, trust_code: bool = False) -> None:
+def run_service(
+    config: Config,
+    run_dir: RunDir,
+    options: ServiceOptions,
+    *,
+    trust_code: bool = False,
+    accept_stage1: bool = False,
+) -> None:
     """Serve a finished run until SIGTERM or SIGINT; accepted requests are answered before it ends.
 
     Args:
         config: the experiment.
         run_dir: run directory; a link is resolved once, at the start.
         options: address and limits.
-        trust_code: see ``load_recommender``.
+        trust_code, accept_stage1: see ``load_recommender``.
 
     Raises:
         ArtifactError: the run is unfinished, inconsistent or damaged; the port was not opened.
@@ -98,7 +105,7 @@ def run_service(config: Config, run_dir: RunDir, options: ServiceOptions, *, tru
         KeyboardInterrupt: it was stopped twice, or before the models started.
     """
     run_dir = RunDir(run_dir.path.resolve())
-    config = check_settings(config, run_dir, trust_code=trust_code)
+    config = check_settings(config, run_dir, trust_code=trust_code, accept_stage1=accept_stage1)
     model = read_model_id(run_dir)
     port = find_port(options.host, options.port)
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)

@@ -62,7 +62,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
         ArtifactError: the folder exists, or the run is unfinished, damaged, or made with other settings.
     """
     stage = find_stage(run_dir)
-    config = check_settings(config, run_dir, trust_code=True)  # nothing is loaded
+    config = check_settings(config, run_dir, trust_code=True, accept_stage1=True)  # nothing is loaded
     recorded = _list_recorded(run_dir)
     with _make_whole(folder) as part:
         for source, name in _list_sources(run_dir):

@@ -17,19 +17,24 @@ from collm_dist.tuning.stage import load_stage_model
 
 
 def load_recommender(
-    run_dir: Path | str, device: torch.device | str | None = None, *, trust_code: bool = False
+    run_dir: Path | str,
+    device: torch.device | str | None = None,
+    *,
+    trust_code: bool = False,
+    accept_stage1: bool = False,
 ) -> Recommender:
-    """Load a finished run: its stage 2, or its stage 1 if stage 2 is not done.
+    """Load a finished run.
 
     Args:
         run_dir: the run's directory, ``run.dir``.
         device: device of the model; None = the first GPU, or the CPU without GPUs.
         trust_code: run code that the run names (``llm.trust_remote_code``, a ``cf.model`` of its own). Runs that were
             trained by this account need no permission.
+        accept_stage1: rank with stage 1 if stage 2 is not done.
 
     Raises:
-        ArtifactError: neither stage is done, an artifact is missing, damaged or made from other inputs, or the run
-            names code that is not trusted.
+        ArtifactError: stage 2 is not done, or neither stage is; an artifact is missing, damaged or made from other
+            inputs, or the run names code that is not trusted.
         ConfigError: the run's settings are not valid in this version.
     """
     run = RunDir(Path(run_dir))
@@ -38,7 +43,9 @@ def load_recommender(
         raise ArtifactError(
             f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it and skips steps that are done"
         )
-    config = check_settings(load_config(run.path / "config.yaml"), run, trust_code=trust_code)
+    config = check_settings(
+        load_config(run.path / "config.yaml"), run, trust_code=trust_code, accept_stage1=accept_stage1
+    )
     return build_recommender(config, run, device)
 
 
@@ -68,14 +75,20 @@ def find_stage(run_dir: RunDir) -> StageName:
     raise ArtifactError(f"{run_dir.path}: neither stage 2 nor stage 1 is done; run launch/run_pipeline.py first")
 
 
-def check_settings(config: Config, run_dir: RunDir, *, trust_code: bool = False) -> Config:
+def check_settings(config: Config, run_dir: RunDir, *, trust_code: bool = False, accept_stage1: bool = False) -> Config:
     """Return the settings with the prompt that the model was trained on, even if the prompt's file has changed since.
 
     Raises:
-        ArtifactError: the model was made with other settings, or from other data or models than the run holds now; or
-            the run names code, was not trained by this account, and ``trust_code`` is not set.
+        ArtifactError: stage 2 is not done, and ``accept_stage1`` is not set; the model was made with other settings, or
+            from other data or models than the run holds now; or the run names code, was not trained by this account,
+            and ``trust_code`` is not set.
     """
     stage = find_stage(run_dir)
+    if stage == "stage1" and not accept_stage1:
+        raise ArtifactError(
+            f"{run_dir.path}: stage 2 is not done, so stage 1 would rank, without collaborative information; finish "
+            f"the run with launch/run_pipeline.py, or accept stage 1: --accept-stage-1, or accept_stage1=True in Python"
+        )
     if not trust_code:
         check_code(config, run_dir)
     recorded = run_dir.read_record(stage).get("fingerprint", {})

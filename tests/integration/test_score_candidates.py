@@ -241,7 +241,9 @@ def test_a_run_without_a_collaborative_model_cannot_retrieve(finished_run, tmp_p
     for name in ("data", "stage1"):
         (tmp_path / "run" / name).symlink_to(finished_run / name)
     with pytest.raises(ArtifactError, match=r"the step 'cf' of .* is not done"):
-        score_candidates(config, RunDir(tmp_path / "run"), tmp_path, tmp_path / "out", num_retrieved=5)
+        score_candidates(
+            config, RunDir(tmp_path / "run"), tmp_path, tmp_path / "out", num_retrieved=5, accept_stage1=True
+        )
 
 
 @pytest.mark.slow
