@@ -18,7 +18,7 @@ _CONVERT_COLLM = (
 
 
 class ColumnsConfig(Section):
-    """Names of the columns in the interaction files. Formats with a fixed layout ignore them."""
+    """Columns of the interaction files. Fixed layouts have names of their own and use these if a file has them."""
 
     user_id: str = Field("user_id", description="Column of the user's id (number or string).")
     item_id: str = Field("item_id", description="Column of the item's id (number or string).")

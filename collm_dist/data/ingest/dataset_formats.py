@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
+from collm_dist.config.dataset_section import ItemColumnsConfig
+from collm_dist.data.ingest.file_format import UTF8_OR_LATIN1
 from collm_dist.data.ingest.file_readers import BadRows, FileFormat, read_tables
+from collm_dist.data.ingest.item_texts import list_template_columns
+from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files, split_query
 
@@ -42,7 +46,67 @@ def find_dataset_layout(name: str, folder: str, dataset: DatasetConfig) -> Datas
         DataError: the folder lacks a file that the format needs.
     """
     files = _DatasetFolder(name, folder, dataset.feedback == "explicit")
-    return _FINDERS[name.partition("_")[0]](files)
+    layout = _FINDERS[name.partition("_")[0]](files)
+    layout = replace(
+        layout,
+        file_format=_read_more(layout.file_format, _list_wanted(dataset)),
+        items_format=_read_more(layout.items_format, _list_wanted_of_items(dataset)),
+    )
+    return _adopt_columns(layout, dataset)
+
+
+def _list_wanted(dataset: DatasetConfig) -> set[str]:
+    """Return the columns of interactions that the settings name."""
+    names = parse_row_filter(dataset.row_filter).names if dataset.row_filter else ()
+    usual = ColumnsConfig().model_dump()
+    return set(names) | {
+        name for key, name in dataset.columns.model_dump().items() if name is not None and name != usual[key]
+    }
+
+
+def _list_wanted_of_items(dataset: DatasetConfig) -> set[str]:
+    """Return the columns of items that the settings name."""
+    columns, usual = dataset.item_columns.model_dump(), ItemColumnsConfig().model_dump()
+    named = {name for key, name in columns.items() if name != usual[key]}
+    return named | set(list_template_columns(dataset.item_text)) - {"title"}
+
+
+def _read_more(file_format: FileFormat, names: set[str]) -> FileFormat:
+    return replace(file_format, has_more_columns=bool(names - set(dict(file_format.schema))))
+
+
+def _adopt_columns(layout: DatasetLayout, dataset: DatasetConfig) -> DatasetLayout:
+    """Return a layout with the columns that the settings name, where the files have them.
+
+    Settings of another format, for example in a shipped configuration, do not stop a fixed format.
+    """
+    wanted, columns = _list_wanted(dataset), layout.columns
+    if "timestamp" in dataset.columns.model_fields_set and dataset.columns.timestamp is None:
+        columns = columns.model_copy(update={"timestamp": None})
+    if wanted:
+        available = _peek(layout.interactions, layout.file_format)
+        for key, name in dataset.columns.model_dump().items():
+            is_target = key in ("rating", "label")
+            if name not in wanted or name not in available or (is_target and dataset.feedback == "implicit"):
+                continue
+            if key == "split" and dataset.split.method != "column":
+                continue
+            targets = {"rating": None, "label": None} if is_target else {}
+            columns = columns.model_copy(update=targets | {key: name})
+    item_id, title, items = layout.item_id, layout.title, dataset.item_columns
+    if layout.items and _list_wanted_of_items(dataset):
+        usual, available = ItemColumnsConfig(), _peek(layout.items, layout.items_format)
+        item_id = items.item_id if items.item_id != usual.item_id and items.item_id in available else item_id
+        title = items.title if items.title != usual.title and items.title in available else title
+    return replace(layout, columns=columns, item_id=item_id, title=title)
+
+
+def _peek(uris: tuple[str, ...], file_format: FileFormat) -> list[str]:
+    """Return the columns of the first file that has rows."""
+    for uri in uris:
+        for table in read_tables(uri, file_format, BadRows()):
+            return [str(name) for name in table.column_names]
+    return []
 
 
 class _DatasetFolder:
@@ -81,15 +145,15 @@ def _find_movielens(folder: _DatasetFolder) -> DatasetLayout:
             folder.find("u.item")[:1],
             columns,
             file_format=FileFormat("text", "\t", names=file_columns),
-            items_format=FileFormat("text", "|", "latin1", item_names),
+            items_format=FileFormat("text", "|", UTF8_OR_LATIN1, item_names),
         )
     if folder.format_name == "movielens_1m":
         return DatasetLayout(
             folder.find("ratings.dat")[:1],
             folder.find("movies.dat")[:1],
             columns,
-            file_format=FileFormat("text", "::", "latin1", file_columns),
-            items_format=FileFormat("text", "::", "latin1", ("item_id", "title", "genres")),
+            file_format=FileFormat("text", "::", UTF8_OR_LATIN1, file_columns),
+            items_format=FileFormat("text", "::", UTF8_OR_LATIN1, ("item_id", "title", "genres")),
         )
     columns = folder.name_columns("userId", "movieId", "timestamp", "rating")
     return DatasetLayout(folder.find("ratings.csv")[:1], folder.find("movies.csv")[:1], columns, item_id="movieId")
@@ -109,10 +173,7 @@ def _find_recbole(folder: _DatasetFolder) -> DatasetLayout:
 
 def _find_recbole_title(item_files: tuple[str, ...]) -> str:
     """Return the first column with 'title' in its name, else the item's id; atomic files have no fixed title column."""
-    for uri in item_files:
-        for table in read_tables(uri, _RECBOLE, BadRows()):
-            return next((name for name in table.column_names if "title" in name), "item_id")
-    return "item_id"
+    return next((name for name in _peek(item_files, _RECBOLE) if "title" in name), "item_id")
 
 
 def _find_amazon(folder: _DatasetFolder) -> DatasetLayout:

@@ -26,6 +26,7 @@ class FileFormat:
         names: column names of text tables without a header.
         schema: of JSON lines, the usual types of columns.
         has_more_columns: of JSON lines, whether columns that the schema lacks are read too.
+        expected: of JSON lines, columns that are missing values where a whole block lacks them.
         typed_header: header cells look like ``name:type`` (RecBole atomic files).
     """
 
@@ -35,6 +36,7 @@ class FileFormat:
     names: tuple[str, ...] = ()
     schema: tuple[tuple[str, str], ...] = ()
     has_more_columns: bool = False
+    expected: tuple[str, ...] = ()
     typed_header: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import string
 import unicodedata
@@ -20,14 +21,38 @@ _INVISIBLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     r"\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]+"
 )
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+# Known tags alone: other text in angle brackets may belong to a title.
+_TAG = re.compile(
+    r"<(script|style)\b[^<>]*>.*?</\1\s*>|</?(?:a|abbr|b|big|blockquote|body|br|button|center|code|dd|div|dl|dt|em|font|form|"
+    r"h[1-6]|head|hr|html|i|iframe|img|input|label|li|link|meta|ol|option|p|pre|s|script|select|small|span|strike|strong|"
+    r"style|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul|wbr)(?:\s[^<>]*)?/?>|<!--.*?-->",
+    re.IGNORECASE | re.DOTALL,
+)
 _SPACES = re.compile(r"\s+")
 MAX_TEXT_CHARACTERS = 1000
 
 
 def clean_text(text: str | None) -> str:
-    """Return a text in NFC on one line, without control, invisible and direction characters, cut to maximum length."""
-    visible = _INVISIBLE.sub(" ", unicodedata.normalize("NFC", (text or "")[: 4 * MAX_TEXT_CHARACTERS]))
-    return _SPACES.sub(" ", visible).strip()[:MAX_TEXT_CHARACTERS]
+    """Return a text in NFC on one line without HTML, control, invisible and direction characters, cut to maximum size.
+
+    Entities are decoded and tags left out, again and again: catalogues also escape twice.
+    """
+    cleaned = _clean_once((text or "")[: 4 * MAX_TEXT_CHARACTERS])
+    while has_html(cleaned) and (shorter := _clean_once(cleaned)) != cleaned:
+        cleaned = shorter
+    return cleaned[:MAX_TEXT_CHARACTERS]
+
+
+def has_html(text: str) -> bool:
+    """Return whether a text has HTML entities or tags."""
+    return ("&" in text and _ENTITY.search(text) is not None) or ("<" in text and _TAG.search(text) is not None)
+
+
+def _clean_once(text: str) -> str:
+    if has_html(text):
+        text = _TAG.sub(" ", _ENTITY.sub(lambda match: html.unescape(match.group()), text))
+    return _SPACES.sub(" ", _INVISIBLE.sub(" ", unicodedata.normalize("NFC", text))).strip()
 
 
 def list_template_columns(template: str) -> list[str]:
@@ -75,6 +100,7 @@ def build_item_table(
                 continue
             rows[item_id] = row
             counts["items without a text"] += not text
+            counts["titles with HTML entities or tags"] += has_html(raw_titles[position] or "")
             counts["titles with invisible characters"] += bool(_INVISIBLE.search(raw_titles[position] or ""))
             counts[f"titles cut at {MAX_TEXT_CHARACTERS} characters"] += len(title) == MAX_TEXT_CHARACTERS
     return pa.table(

@@ -24,13 +24,13 @@ def read_json_tables(
 ) -> Iterator[Any]:
     """Stream a file of JSON lines; lines that do not parse are counted.
 
-    Columns of ``file_format.schema`` are always there. Their types, and those of all other columns, are the block's.
+    Columns of ``file_format.schema`` and ``expected`` are always there. Types are those of the block.
     """
     for first_line, block in blocks:
         table, lines = _parse_fast(first_line, block, file_format)
         if table is None:
-            table, lines = _parse_lines(uri, first_line, block, bad_rows)
-        for name, _ in file_format.schema:
+            table, lines = _parse_lines(uri, first_line, block, bad_rows, file_format.expected)
+        for name in (*dict(file_format.schema), *file_format.expected):
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows))
         if len(lines):
@@ -56,7 +56,9 @@ def _parse_fast(first_line: int, block: bytes, file_format: FileFormat) -> tuple
     return None, None
 
 
-def _parse_lines(uri: str, first_line: int, block: bytes, bad_rows: BadRows) -> tuple[Any, Any]:
+def _parse_lines(
+    uri: str, first_line: int, block: bytes, bad_rows: BadRows, expected: tuple[str, ...]
+) -> tuple[Any, Any]:
     """Parse a block line by line. A column with values of several types becomes text."""
     rows, lines = [], []
     for number, line in enumerate(block.split(b"\n")[:-1], first_line):
@@ -72,9 +74,9 @@ def _parse_lines(uri: str, first_line: int, block: bytes, bad_rows: BadRows) -> 
         else:
             shown = ascii(line[:MAX_SHOWN].decode("utf-8", "replace"))
             bad_rows.add(NOT_AN_OBJECT, 1, f"{uri}:{number}", f"expected {{...}}, found {shown}")
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row if not expected or name in expected)
     columns = {name: _build_column([row.get(name) for row in rows]) for name in names}
-    return pa.table(columns), np.array(lines, np.int64)
+    return (pa.table(columns) if columns else pa.table({"": pa.nulls(len(rows))})), np.array(lines, np.int64)
 
 
 def _build_column(values: list[Any]) -> Any:

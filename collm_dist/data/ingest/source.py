@@ -214,8 +214,10 @@ def open_source(dataset: DatasetConfig) -> Source:
     return Source(
         chunks=tuple(_split_into_chunks(layout)),
         columns=layout.columns,
-        file_format=layout.file_format,
-        items_format=layout.items_format,
+        file_format=replace(layout.file_format, expected=_list_columns(layout.columns, dataset)),
+        items_format=replace(
+            layout.items_format, expected=_list_item_columns(layout.item_id, layout.title, dataset.item_text)
+        ),
         items_uris=layout.items,
         item_id_column=layout.item_id,
         title_column=layout.title,
@@ -325,9 +327,17 @@ def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: Datase
 
 
 def _check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:
-    text_columns = [name for name in list_template_columns(dataset.item_text) if name != "title"]
-    for name in (item_id, title, *text_columns):
+    for name in _list_item_columns(item_id, title, dataset.item_text):
         _require(name, table, uri, "dataset.item_columns or dataset.item_text")
+
+
+def _list_columns(columns: ColumnsConfig, dataset: DatasetConfig) -> tuple[str, ...]:
+    names = [name for name in columns.model_dump().values() if name is not None]
+    return (*names, *(parse_row_filter(dataset.row_filter).names if dataset.row_filter else ()))
+
+
+def _list_item_columns(item_id: str, title: str, item_text: str) -> tuple[str, ...]:
+    return (item_id, title, *(name for name in list_template_columns(item_text) if name != "title"))
 
 
 def _require(name: str, table: Any, uri: str, key: str) -> None:

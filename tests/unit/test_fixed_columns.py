@@ -1,0 +1,58 @@
+"""Columns of fixed formats that the settings name: taken over where the files have them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from collm_dist.errors import DataError
+from tests.unit.test_lost_lines import write
+from tests.unit.test_readers import RATINGS, items_of, read
+
+REVIEW = {"reviewerID": "A", "asin": "B", "overall": 5.0, "unixReviewTime": 1483228800}
+
+
+def test_recbole_with_other_names(tmp_path):
+    write(tmp_path / "x.inter", "visitor_id:token\titem_id:token\tstars:float\ttimestamp:float", "1\t5\t4\t7")
+    write(tmp_path / "x.item", "item_id:token\ttitle:token\tname:token_seq", "5\tT\tN")
+    settings = {"path": str(tmp_path), "format": "recbole"}
+    with pytest.raises(DataError, match=r"no column 'user_id'.*Set dataset\.columns\.user_id"):
+        read(**settings)
+    columns = {"user_id": "visitor_id", "rating": "stars"}
+    rows, _, _ = read(columns=columns, **settings)
+    assert rows[["user_id", "label"]].values.tolist() == [["1", 1]]
+    assert items_of(columns=columns, item_columns={"title": "name"}, item_text="{title}, {name}", **settings) == {
+        "5": "N, N"
+    }
+    write(tmp_path / "x.inter", "user_id:token\titem_id:token\trating:float", "1\t5\t4")
+    assert len(read(columns={"timestamp": None}, **settings)[0]) == 1
+
+
+def test_amazon_with_more_columns(tmp_path):
+    rows = [REVIEW | {"reviewerID": f"A{n}", "verified": n % 2 == 0} for n in range(4)]
+    write(tmp_path / "Books_5.json", *map(json.dumps, [*rows, REVIEW]))
+    write(tmp_path / "meta_Books.json", json.dumps({"asin": "B", "title": "T", "brand": "Own", "also": [1, "x"]}))
+    settings = {"path": str(tmp_path), "format": "amazon_2018", **RATINGS}
+    assert read(row_filter="verified == true", **settings)[0]["user_id"].tolist() == ["A0", "A2"]
+    assert items_of(item_text="{title} by {brand}", **settings) == {"B": "T by Own"}
+    with pytest.raises(DataError, match="no column 'colour'"):
+        items_of(item_text="{title} by {colour}", **settings)
+
+
+def test_fields_that_a_whole_block_of_json_lacks_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("collm_dist.data.ingest.text_blocks.BLOCK_BYTES", 300)
+    lines = [
+        {"user_id": f"u{n}", "item_id": "i", "timestamp": 7, **({"kind": "a"} if n < 3 else {})} for n in range(30)
+    ]
+    path = write(tmp_path / "log.jsonl", *map(json.dumps, lines))
+    rows, bad, _ = read(path=path, feedback="implicit", row_filter="kind == 'a'")
+    assert (rows["user_id"].tolist(), bad) == (["u0", "u1", "u2"], {})
+
+
+def test_movielens_in_either_encoding(tmp_path):
+    write(tmp_path / "ratings.dat", "1::661::5::978300760")
+    settings = {"path": str(tmp_path), "format": "movielens_1m"}
+    for encoding in ("utf-8", "latin1"):
+        (tmp_path / "movies.dat").write_bytes("661::Am\u00e9lie (2001)::Comedy\n".encode(encoding))
+        assert items_of(item_text="{title} ({genres})", **settings) == {"661": "Am\u00e9lie (2001) (Comedy)"}
