@@ -92,7 +92,7 @@ def render_corruption(results: dict[str, Any]) -> str:
     )
     return (
         "| A damaged file of a finished run or of an export is refused with its name, or has no effect on scores "
-        "| `python -m tests.faults.corruption`: every file cut, emptied, one bit flipped, replaced by junk, a directory "
+        "| `python -m tests.faults.corruption`: each file cut, emptied, one bit flipped, replaced by junk, a directory "
         f"or a dangling link, or removed; then loaded, or imported and loaded | {result} |"
     )
 

@@ -29,7 +29,7 @@ def recommender(finished_run):
 def text_recommender(finished_run, tmp_path):
     """Recommender of a run without stage 2."""
     shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("stage2", "eval"))
-    with pytest.raises(ArtifactError, match="stage 2 is not done, so stage 1 would rank.*accept_stage1=True"):
+    with pytest.raises(ArtifactError, match=r"stage 2 is not done, so stage 1 would rank.*accept_stage1=True"):
         collm_dist.load_recommender(tmp_path / "run", device="cpu")
     return collm_dist.load_recommender(tmp_path / "run", device="cpu", accept_stage1=True)
 
