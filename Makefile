@@ -35,6 +35,7 @@ test-slow: environment
 
 faults: environment
 	$(PYTHON) -m tests.faults
+	$(PYTHON) -m tests.faults.corruption
 
 lint: environment
 	$(PYTHON) -m ruff format --check .

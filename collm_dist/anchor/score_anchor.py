@@ -33,7 +33,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.metrics import FloatArray
 from collm_dist.runs.atomic_files import compute_file_hash, open_atomic, write_json
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import RunDir, add_record_hash, check_record_hash
 
 NUM_FOLDS = 16
 FORMAT_VERSION = 1
@@ -100,7 +100,7 @@ def prepare_anchor(config: Config, run_dir: RunDir) -> None:
         "weights": anchor.weights.tolist(),
         "intercepts": anchor.intercepts.tolist(),
     }
-    write_json(folder / _RECORD, record)
+    write_json(folder / _RECORD, add_record_hash(record))
 
 
 def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
@@ -117,6 +117,7 @@ def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
         raise ArtifactError(f"{path} is missing or belongs to other data; run the stage again, it makes the anchor")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        check_record_hash(record)
         if compute_file_hash(path.with_name(_ARRAYS)) != record["arrays_sha256"]:
             raise ValueError(f"the SHA-256 of {_ARRAYS} differs")
         arrays = safetensors.numpy.load_file(path.with_name(_ARRAYS))

@@ -63,6 +63,8 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     if not force and is_step_current(run_dir, "data", fingerprint):
         print(f"data: done already ({data_dir})")
         return run_dir.read_record("data")
+    for guess in source.list_guesses():
+        print(f"data: {guess}")
     forgotten = load_forgotten(config.dataset.forget)
     extended = config.dataset.extend_from
     num_previous = len(load_manifest(Path(extended) / "data").buckets) if extended is not None else 0

@@ -75,6 +75,28 @@ def render_fuzz(results: dict[str, Any]) -> str:
     )
 
 
+def render_corruption(results: dict[str, Any]) -> str:
+    """Return the table row of ``tests.faults.corruption``.
+
+    Args:
+        results: of the suite; without the corruption run the row says so.
+    """
+    found = results.get("corruption")
+    result = (
+        "not run yet"
+        if found is None
+        else (
+            "{corruptions:,} cases: {refused:,} refused with a message, {without_effect:,} without effect, "
+            "{silently_different:,} silently different, {tracebacks:,} tracebacks".format(**found)
+        )
+    )
+    return (
+        "| A damaged file of a finished run or of an export is refused with its name, or has no effect on scores "
+        "| `python -m tests.faults.corruption`: each file cut, emptied, one bit flipped, replaced by junk, a directory "
+        f"or a dangling link, or removed; then loaded, or imported and loaded | {result} |"
+    )
+
+
 def render_cost(record: dict[str, Any]) -> str:
     """Return the table row of the cost of checks and checkpoints.
 
@@ -112,6 +134,7 @@ def main() -> None:
     fuzz = FOLDER / "fuzz.json"
     if fuzz.exists():
         lines.append(render_fuzz(json.loads(fuzz.read_text(encoding="utf-8"))))
+    lines.append(render_corruption(results))
     lines.append(render_cost(json.loads(COST.read_text(encoding="utf-8"))))
     lines += ["", describe_making(results)]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

@@ -89,10 +89,10 @@ def test_a_received_run_runs_its_code_only_if_asked(run, tmp_path, kind):
         write_cf_code(run, marker, in_config=kind == "cf")
         expected = r"model\.safetensors: model: foreign_cf:Foreign(.|\n)*--trust-remote-code"
     with pytest.raises(ArtifactError, match=expected):
-        load_recommender(run.path, "cpu")
+        load_recommender(run.path, "cpu", accept_stage1=True)
     assert not marker.exists()
     try:
-        load_recommender(run.path, "cpu", trust_code=True)
+        load_recommender(run.path, "cpu", trust_code=True, accept_stage1=True)
     finally:
         sys.modules.pop("foreign_cf", None)
     assert marker.exists()
@@ -103,13 +103,13 @@ def test_a_run_that_was_trained_here_needs_no_flag_until_its_record_changes(run,
     config = load_config(run.path / "config.yaml")
     for step in ("cf", "stage1"):
         keep_trust(config, run, step)
-    load_recommender(run.path, "cpu")
+    load_recommender(run.path, "cpu", accept_stage1=True)
     moved = RunDir(run.path.rename(tmp_path / "moved"))
-    load_recommender(moved.path, "cpu")
+    load_recommender(moved.path, "cpu", accept_stage1=True)
     record = moved.read_record("stage1") | {"global_steps": 1}
     moved.record_path("stage1").write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match="--trust-remote-code"):
-        load_recommender(moved.path, "cpu")
+        load_recommender(moved.path, "cpu", accept_stage1=True)
 
 
 def test_nothing_is_kept_of_runs_without_code(run, tmp_path):
@@ -141,4 +141,4 @@ def test_an_export_with_code_is_imported_with_the_flag_alone(run, tmp_path):
     assert "--trust-remote-code" in done.stderr
     assert not (tmp_path / "got").exists()
     imported = import_model(export, RunDir(tmp_path / "got"), trust_code=True)
-    load_recommender(imported.path, "cpu")
+    load_recommender(imported.path, "cpu", accept_stage1=True)

@@ -173,8 +173,10 @@ def test_another_step_of_that_name_is_replaced_and_what_follows_it_withdrawn(fin
         publisher.publish_step(step)
     shard = next((run / "data" / "shards").glob("test-*"))
     shard.rename(shard.with_name("test-00099.tar"))
-    record = json.loads((run / "data" / "manifest.json").read_text())
-    (run / "data" / "manifest.json").write_text(json.dumps(record | {"changed": True}))
+    record = RunDir(run).read_record("data") | {"changed": True}
+    (info,) = (info for info in record["shards"] if info["path"] == f"shards/{shard.name}")
+    info["path"] = "shards/test-00099.tar"
+    RunDir(run).write_record("data", record)
     publisher.publish_step("data")
     there = tmp_path / "there"
     assert not (there / "cf" / "summary.json").exists()

@@ -263,11 +263,10 @@ def test_a_truncated_shard(launch, copied_run):
 
 
 def test_cf_weights_of_another_id_table(launch, copied_run):
-    path = copied_run.record_path("data")
-    manifest = json.loads(path.read_text())
+    manifest = copied_run.read_record("data")
     own = manifest["items_hash"]
     manifest["items_hash"] = "0" * 64
-    path.write_text(json.dumps(manifest | {"content_hash": compute_content_hash(manifest)}))
+    copied_run.write_record("data", manifest | {"content_hash": compute_content_hash(manifest)})
     code, _, error = launch("train", f"run.dir={copied_run.path}", "--stage", "2", "--force", "stage2")
     assert code == 2
     assert own[:12] in error

@@ -1,6 +1,5 @@
 """Ranking with a finished run: the scores of its report, and requests beyond the report."""
 
-import json
 import shutil
 
 import numpy as np
@@ -191,8 +190,8 @@ def test_a_run_that_does_not_fit_together_is_refused(finished_run, tmp_path):
     with pytest.raises(ArtifactError, match="neither stage 2 nor stage 1 is done"):
         collm_dist.load_recommender(tmp_path)
     shutil.copytree(finished_run, tmp_path / "run")
-    path = RunDir(tmp_path / "run").record_path("cf")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"content_hash": "0" * 64}))
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.write_record("cf", run_dir.read_record("cf") | {"content_hash": "0" * 64})
     with pytest.raises(ArtifactError, match=r"upstream\.cf"):
         collm_dist.load_recommender(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").unlink()

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import re
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -143,6 +144,14 @@ def test_archives_are_named(tmp_path, data, message):
     (tmp_path / "log.csv").write_bytes(data)
     with pytest.raises(DataError, match=rf"log\.csv: .*{message}"):
         read(path=str(tmp_path / "log.csv"), **RATINGS)
+
+
+def test_a_packed_tar_archive_is_named(tmp_path):
+    write(tmp_path / "log.csv", "user_id,item_id,timestamp,rating", "u,i,7,5")
+    with tarfile.open(tmp_path / "log.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "log.csv", "log.csv")
+    with pytest.raises(DataError, match=r"log\.tar\.gz: the file is a tar archive"):
+        read(path=str(tmp_path / "log.tar.gz"), **RATINGS)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])

@@ -70,6 +70,8 @@ def test_delimiters_are_set_or_found_and_said(tmp_path, name, delimiter, setting
     assert read(path=path, **CLICKS, **settings)[0]["user_id"].tolist() == ["u"]
     described = open_source(DatasetConfig.model_validate({"path": path, **CLICKS, **settings})).describe()
     assert described["delimiter"] == repr(delimiter)
+    guesses = open_source(DatasetConfig.model_validate({"path": path, **CLICKS, **settings})).list_guesses()
+    assert len(guesses) == (not settings and delimiter not in ",\t")
     titles = write(tmp_path / "items.csv", "item_id,title", "i,T; :: ~")
     assert items_of(path=path, items_path=titles, **CLICKS, **settings) == {"i": "T; :: ~"}
 

@@ -23,6 +23,7 @@ from collm_dist.data.ingest.file_readers import (
 )
 from collm_dist.data.ingest.item_texts import build_item_table, list_template_columns
 from collm_dist.data.ingest.normalize import (
+    DATE_DIGITS,
     FIRST_SECOND,
     LAST_SECOND,
     ROW_COLUMN,
@@ -159,6 +160,17 @@ class Source:
     def inputs(self) -> dict[str, Any]:
         """Return size and modification time of every input file."""
         return describe_files(sorted({chunk.uri for chunk in self.chunks} | set(self.items_uris)))
+
+    def list_guesses(self) -> list[str]:
+        """Return what was found by looking at the first rows and is not usual, with the settings that decide it."""
+        guesses = []
+        if "delimiter" in self.first_rows and self.dataset.delimiter is None:
+            delimiter = self.first_rows["delimiter"]
+            if delimiter not in ("','", r"'\t'"):
+                guesses.append(f"cells are separated by {delimiter} (dataset.delimiter)")
+        if self.timestamp_unit == DATE_DIGITS:
+            guesses.append(f"{self.columns.timestamp} holds dates in digits, YYYYMMDD (dataset.timestamp_unit)")
+        return guesses
 
     def describe(self) -> dict[str, Any]:
         """Return files, columns, types and timestamp unit, for the preview."""

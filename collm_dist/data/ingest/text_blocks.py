@@ -9,8 +9,8 @@ from typing import Any
 from collm_dist.data.ingest.file_format import BLOCK_BYTES, UTF8_OR_LATIN1
 from collm_dist.errors import DataError
 
-_READABLE = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
-_SUFFIXES = {"gzip": (".gz",), "bz2": (".bz2",), "zstd": (".zst", ".zstd")}
+_READABLE = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+_SUFFIXES = {"gzip": (".gz",), "bz2": (".bz2",), "zstd": (".zst", ".zstd"), "lz4": (".lz4",)}
 _OTHER = {
     b"PK\x03\x04": "a zip archive (or an Excel file); unpack it, or save the table as CSV",
     b"\xfd7zXZ\x00": "an xz archive; unpack it, or pack it with gzip or zstd",
@@ -65,6 +65,8 @@ def _open(uri: str, filesystem: Any, path: str, kind: str) -> Any:
             f"{uri}: cannot be read as {kind}: in spite of its suffix the file is not {claimed}, but "
             f"{packed or 'not compressed'}; correct the suffix"
         )
+    if packed is None and path.lower().endswith(".br"):  # Brotli has no signature
+        packed = "brotli"
     return filesystem.open_input_stream(path, compression=packed)
 
 
@@ -79,6 +81,8 @@ def _decode(uri: str, stream: Any, encoding: str) -> Iterator[bytes]:
             is_end = not data
             if at_start and is_raw and data[:2] in _UTF16:
                 raise DataError(f"{uri}: the file is UTF-16 text; save it as UTF-8, or set dataset.encoding=utf-16")
+            if at_start and data[257:262] == b"ustar":
+                raise DataError(f"{uri}: the file is a tar archive; unpack it")
             is_plain = is_raw and (encoding == UTF8_OR_LATIN1 or (data.isascii() and not decoder.getstate()[0]))
             if not is_plain:
                 data = decoder.decode(data, final=is_end).encode("utf-8", "replace")
