@@ -66,7 +66,7 @@ def _leave_out_later_rivals(results):
     report = results["eval"]["report"]
     for name in ("rows", "differences", "calibration"):
         report[name] = [row for row in report[name] if not LATER_RIVALS & {row["model"], row.get("versus")}]
-    for name in ("anchor", "proven_loss"):
+    for name in ("anchor", "proven_loss", "verdicts"):
         del report[name]
     scores = results["eval"]["scores"]
     results["eval"]["scores"] = {name: rows for name, rows in scores.items() if name.split("-")[0] not in LATER_RIVALS}
