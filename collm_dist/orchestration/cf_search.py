@@ -23,7 +23,7 @@ from collm_dist.cf.trainer import METRICS, is_better
 from collm_dist.cf.worker import LogTarget, run_single_worker
 from collm_dist.config import Config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import ArtifactError, CollmError, ConfigError, LaunchError, as_collm_error
+from collm_dist.errors import CollmError, ConfigError, LaunchError, as_collm_error
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
@@ -31,11 +31,11 @@ from collm_dist.orchestration.leaderboard import (
     print_leaderboard,
     rank_trials,
     read_curve,
+    read_summary,
     write_results,
 )
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
-from collm_dist.runs.damage import read_json_file
-from collm_dist.runs.fingerprints import find_changes, flatten_config
+from collm_dist.runs.fingerprints import flatten_config
 from collm_dist.runs.input_files import drop_times
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
@@ -45,8 +45,6 @@ FOLDER = "cf_search"
 SPLITS = ("train", "valid")
 # Seconds between Tune's state files; a trial missing from the last one reads its own checkpoint and ends at once.
 _STATE_SECONDS = "2"
-
-_REMEDY = "delete it, then run the same command again"
 
 
 def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
     }
     status = RunStatus(folder / "status.json")
     with hold_run_lock(run_dir.path, status.beat):
-        summary = _read_summary(folder, fingerprint)
+        summary = read_summary(folder, fingerprint)
         if summary is not None:
             print(f"cf_search: done already ({folder})")
             print_leaderboard(_describe_result(config, folder), summary, folder)
@@ -97,19 +95,6 @@ def _plan_trials(config: Config) -> list[Settings]:
         raise ConfigError(f"cf_search.grace_epochs {config.cf_search.grace_epochs} exceeds cf.num_epochs "
                           f"{config.cf.num_epochs}: no trial could be stopped; lower it")  # fmt: skip
     return draw_settings(config.cf, config.cf_search, config.run.seed)
-
-
-def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the summary of a finished search; write the fingerprint of a new one."""
-    plan, done = folder / "plan.json", folder / "summary.json"
-    if not plan.exists():
-        write_json(plan, fingerprint)
-        return None
-    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint)
-    if changes:
-        raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
-                            + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
-    return read_json_file(done, remedy=_REMEDY) if done.exists() else None
 
 
 def _search(

@@ -16,11 +16,15 @@ from collm_dist.cf.search_space import Settings, describe_settings
 from collm_dist.config import Config
 from collm_dist.config.cf_search_section import SearchSpace
 from collm_dist.config.loader import dump_config
+from collm_dist.errors import ArtifactError
 from collm_dist.evaluation.plots import plot_search, save_figure
 from collm_dist.monitoring import read_metrics
-from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.atomic_files import open_atomic, write_json
+from collm_dist.runs.damage import read_json_file
+from collm_dist.runs.fingerprints import find_changes
 
 _SHOWN = 10
+_REMEDY = "delete it, then run the same command again"
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,19 @@ def write_results(
         "best_settings": best.settings,
         "trials": [vars(trial) for trial in ranked],
     }
+
+
+def read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the summary of a finished search; write the fingerprint of a new one."""
+    plan, done = folder / "plan.json", folder / "summary.json"
+    if not plan.exists():
+        write_json(plan, fingerprint)
+        return None
+    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint)
+    if changes:
+        raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
+                            + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
+    return read_json_file(done, remedy=_REMEDY) if done.exists() else None
 
 
 def read_curve(log: Path, metric: str) -> list[tuple[int, float]]:

@@ -26,7 +26,7 @@ from collm_dist.config import Config
 from collm_dist.config.cf_search_section import SearchSpace
 from collm_dist.config.loader import change_settings, get_setting
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import ArtifactError, ConfigError, as_collm_error
+from collm_dist.errors import ConfigError, as_collm_error
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
@@ -34,11 +34,11 @@ from collm_dist.orchestration.leaderboard import (
     print_leaderboard,
     rank_trials,
     read_curve,
+    read_summary,
     write_results,
 )
 from collm_dist.orchestration.stage_trial import StageName, StageTrial, TrialPlan, TrialReport
 from collm_dist.runs.atomic_files import write_json
-from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes, flatten_config
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir, Step
@@ -99,7 +99,7 @@ def run_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> dict[
     }
     status = RunStatus(folder / "status.json")
     with hold_run_lock(run_dir.path, status.beat):
-        summary = _read_summary(folder, fingerprint)
+        summary = read_summary(folder, fingerprint)
         if summary is not None:
             print(f"stage_search: done already ({folder})")
             print_leaderboard(_describe_result(configs, stage, {}), summary, folder)
@@ -155,19 +155,6 @@ def plan_search(config: Config, run_dir: RunDir, stage: StageName) -> TrialConfi
 
 def _get_metric(config: Config, stage: StageName) -> str:
     return (config.stage1 if stage == "stage1" else config.stage2).select_metric
-
-
-def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the summary of a finished search; write the fingerprint of a new one."""
-    plan, done = folder / "plan.json", folder / "summary.json"
-    if not plan.exists():
-        write_json(plan, fingerprint)
-        return None
-    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint)
-    if changes:
-        raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
-                            + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
-    return read_json_file(done, remedy=_REMEDY) if done.exists() else None
 
 
 def _search(
