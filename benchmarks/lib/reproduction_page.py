@@ -102,7 +102,7 @@ def select(rows: Sequence[Row], variant: str, slices: Sequence[str] = ("all",)) 
 
 
 def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the whole recipe: what the language model adds to its anchor and to the best rival."""
+    """Return sentences on the whole recipe: the language model's gain over its anchor and over its rivals."""
     title, metric = DATA_SETS[name]
     variant = "full" if select(result["rows"], "full") else result["cells"][0]["variant"]
     rows, differences = select(result["rows"], variant), select(result["differences"], variant)

@@ -1,7 +1,7 @@
-"""Item vectors from item texts, so that rare and unseen items are known by what is written about them.
+"""Item vectors from item texts, for items with few or no training rows.
 
 The texts become TF-IDF vectors, reduced by a truncated SVD (Deerwester et al., "Indexing by latent semantic analysis",
-1990). A CF model learns one linear map from them to its item rows.
+1990). A CF model learns a linear map from these vectors to its item rows.
 
 Shapes: I items, V terms, K width of a text vector, E width of an item vector.
 """

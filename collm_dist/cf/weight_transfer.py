@@ -39,7 +39,10 @@ def load_previous_weights(
     if header.model != name:
         return None, f"{path} holds a model of the kind {header.model}: training starts from initial weights"
     if old.items.text is not None or model.items.text is not None:
-        return None, f"{path}: item texts are mapped anew (cf.item_text): training starts from initial weights"
+        return (
+            None,
+            f"{path}: text vectors of two runs do not match (cf.item_text): training starts from initial weights",
+        )
     weights = {key: parameter.detach() for key, parameter in old.named_parameters()}
     num_items = len(old.items.known) - 1
     owned = users.to_dense()

@@ -38,7 +38,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
         print_preview(config, run_dir, arguments.preview, load_tokenizer)
         return
-    from collm_dist.orchestration.accepted_config import accept_config
+    from collm_dist.data.accepted_config import accept_config
     from collm_dist.orchestration.preprocess import run_preprocess
 
     with hold_run_lock(run_dir.path):

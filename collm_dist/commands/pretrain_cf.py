@@ -8,7 +8,7 @@ from pathlib import Path
 
 from collm_dist.cli import run_command
 from collm_dist.config import Config
-from collm_dist.orchestration.accepted_config import accept_config
+from collm_dist.data.accepted_config import accept_config
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import pin_previous

@@ -28,8 +28,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    from collm_dist.data.accepted_config import accept_config
     from collm_dist.distributed import get_rank, leave_process_group  # late: --help needs neither torch nor DeepSpeed
-    from collm_dist.orchestration.accepted_config import accept_config
     from collm_dist.tuning.preflight import check_backbone
     from collm_dist.tuning.run_stage import run_stage
     from collm_dist.tuning.watchdog import explain_lost_workers

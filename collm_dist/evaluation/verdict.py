@@ -1,4 +1,4 @@
-"""What a report proves, in sentences."""
+"""Sentences on the differences that a report proves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PHRASES: dict[Judgement, str] = {
 _SHARES: dict[Judgement, str] = {
     "better": "The language model adds to its anchor",
     "worse": "The language model takes away from its anchor",
-    "open": "What the language model adds to its anchor cannot be told from nothing",
-    "undefined": "What the language model adds to its anchor has no interval",
+    "open": "No gain or loss of the language model against its anchor can be shown",
+    "undefined": "The difference between the language model and its anchor has no interval",
 }
 
 
 def judge(difference: Mapping[str, Any], metric: str) -> Judgement:
-    """Return what the interval of a paired difference proves in a metric."""
+    """Return the judgement that the interval of a paired difference allows in a metric."""
     low, high = difference.get(f"{metric}_low"), difference.get(f"{metric}_high")
     if low is None or high is None:
         return "undefined"

@@ -23,7 +23,7 @@ from collm_dist.cf.trainer import METRICS, is_better
 from collm_dist.cf.worker import LogTarget, run_single_worker
 from collm_dist.config import Config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import CollmError, ConfigError, LaunchError, as_collm_error
+from collm_dist.errors import CollmError, ConfigError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
@@ -31,15 +31,13 @@ from collm_dist.orchestration.leaderboard import (
     print_leaderboard,
     rank_trials,
     read_curve,
-    read_summary,
+    run_once,
     write_results,
 )
 from collm_dist.runs.atomic_files import compute_json_hash, write_json
 from collm_dist.runs.fingerprints import flatten_config
 from collm_dist.runs.input_files import drop_times
-from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
-from collm_dist.runs.status import RunStatus
 
 FOLDER = "cf_search"
 SPLITS = ("train", "valid")
@@ -65,22 +63,14 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
     fingerprint = compute_step_fingerprint(config, run_dir, "cf") | {
         f"config.cf_search.{name}": value for name, value in flatten_config(config.cf_search).items()
     }
-    status = RunStatus(folder / "status.json")
-    with hold_run_lock(run_dir.path, status.beat):
-        summary = read_summary(folder, fingerprint)
-        if summary is not None:
-            print(f"cf_search: done already ({folder})")
-            print_leaderboard(_describe_result(config, folder), summary, folder)
-            return summary
-        status.begin()
-        status.enter("cf")
-        try:
-            summary = _search(config, run_dir, folder, trials, fingerprint)
-        except (Exception, KeyboardInterrupt) as error:
-            status.end(as_collm_error(error))
-            raise
-        status.end()
-        return summary
+    return run_once(
+        folder,
+        run_dir.path,
+        "cf",
+        fingerprint,
+        show=lambda summary: print_leaderboard(_describe_result(config, folder), summary, folder),
+        search=lambda: _search(config, run_dir, folder, trials, fingerprint),
+    )
 
 
 def describe_search(config: Config) -> list[str]:
@@ -112,9 +102,6 @@ def _search(
     with connect_ray(config.cluster):
         outcomes = _run_trials(config, jobs, trials, folder)
     ranked = rank_trials(outcomes, config.cf.select_metric)
-    if not any(trial.state == "finished" for trial in ranked):
-        raise ConfigError("cf_search: no trial finished. The first one failed with: "
-                          + next((trial.error for trial in ranked if trial.error), "nothing was reported"))  # fmt: skip
     result = _describe_result(config, folder)
 
     def build_config(settings: Settings) -> Config:

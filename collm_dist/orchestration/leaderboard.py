@@ -16,12 +16,15 @@ from collm_dist.cf.search_space import Settings, describe_settings
 from collm_dist.config import Config
 from collm_dist.config.cf_search_section import SearchSpace
 from collm_dist.config.loader import dump_config
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, ConfigError, as_collm_error
 from collm_dist.evaluation.plots import plot_search, save_figure
 from collm_dist.monitoring import read_metrics
 from collm_dist.runs.atomic_files import open_atomic, write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes
+from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import Step
+from collm_dist.runs.status import RunStatus
 
 _SHOWN = 10
 _REMEDY = "delete it, then run the same command again"
@@ -110,9 +113,15 @@ def write_results(
     Args:
         result: context of the leaderboard.
         folder: output folder.
-        ranked: trials, best first; at least one has finished.
+        ranked: trials, best first.
         build_config: returns the configuration with a trial's settings.
+
+    Raises:
+        ConfigError: no trial has finished.
     """
+    if not any(trial.state == "finished" for trial in ranked):
+        first = next((trial.error for trial in ranked if trial.error), "nothing was reported")
+        raise ConfigError(f"{result.name}: no trial finished. The first one failed with: {first}")
     best = next(trial for trial in ranked if trial.state == "finished")
     table = pa.Table.from_pylist([_build_row(trial, result) for trial in ranked])
     with open_atomic(folder / "leaderboard.parquet", "wb") as file:
@@ -138,7 +147,47 @@ def write_results(
     }
 
 
-def read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+def run_once(
+    folder: Path,
+    run: Path,
+    step: Step,
+    fingerprint: Mapping[str, Any],
+    show: Callable[[Mapping[str, Any]], object],
+    search: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Run or resume a search under the lock of its run, unless it is done, and return its summary.
+
+    Args:
+        folder: of the search.
+        run: run directory.
+        step: searched step.
+        fingerprint: settings and inputs of the search.
+        show: prints the summary of a search that is done.
+        search: runs the search and returns its summary.
+
+    Raises:
+        ArtifactError: the folder holds another search.
+        LaunchError: another process writes the run.
+    """
+    status = RunStatus(folder / "status.json")
+    with hold_run_lock(run, status.beat):
+        summary = _read_summary(folder, fingerprint)
+        if summary is not None:
+            print(f"search: done already ({folder})")
+            show(summary)
+            return summary
+        status.begin()
+        status.enter(step)
+        try:
+            summary = search()
+        except (Exception, KeyboardInterrupt) as error:
+            status.end(as_collm_error(error))
+            raise
+        status.end()
+        return summary
+
+
+def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the summary of a finished search; write the fingerprint of a new one."""
     plan, done = folder / "plan.json", folder / "summary.json"
     if not plan.exists():

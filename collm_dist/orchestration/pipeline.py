@@ -13,10 +13,10 @@ from typing import Any
 
 from collm_dist.cli import report_error
 from collm_dist.config import Config
+from collm_dist.data.accepted_config import CONFIG_FILE, accept_config, list_steps
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
-from collm_dist.orchestration.accepted_config import CONFIG_FILE, accept_config, list_steps
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes, is_step_current
@@ -74,7 +74,7 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
 
 
 def _check_names(config: Config, run_dir: RunDir) -> None:
-    """Check what a later step would refuse: the CF model and the backbone.
+    """Check the CF model and the backbone, which later steps would refuse.
 
     Raises:
         ConfigError, DataError: one of them does not exist, or does not fit the settings.

@@ -26,7 +26,7 @@ from collm_dist.config import Config
 from collm_dist.config.cf_search_section import SearchSpace
 from collm_dist.config.loader import change_settings, get_setting
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import ConfigError, as_collm_error
+from collm_dist.errors import ConfigError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
@@ -34,15 +34,13 @@ from collm_dist.orchestration.leaderboard import (
     print_leaderboard,
     rank_trials,
     read_curve,
-    read_summary,
+    run_once,
     write_results,
 )
 from collm_dist.orchestration.stage_trial import StageName, StageTrial, TrialPlan, TrialReport
 from collm_dist.runs.atomic_files import write_json
-from collm_dist.runs.fingerprints import find_changes, flatten_config
-from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.fingerprints import compute_fingerprint, flatten_config
 from collm_dist.runs.run_dir import RunDir, Step
-from collm_dist.runs.status import RunStatus
 from collm_dist.tuning.checkpoints import Progress
 from collm_dist.tuning.selection import build_selection
 
@@ -76,9 +74,6 @@ class TrialConfigs:
         return change_settings(self.config, self.read_settings(parameters))
 
 
-_REMEDY = "delete it, then run the same command again"
-
-
 def run_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> dict[str, Any]:
     """Run or resume a search and return its summary.
 
@@ -97,22 +92,14 @@ def run_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> dict[
     fingerprint = compute_step_fingerprint(config, run_dir, stage) | {
         f"config.stage_search.{name}": value for name, value in flatten_config(config.stage_search).items()
     }
-    status = RunStatus(folder / "status.json")
-    with hold_run_lock(run_dir.path, status.beat):
-        summary = read_summary(folder, fingerprint)
-        if summary is not None:
-            print(f"stage_search: done already ({folder})")
-            print_leaderboard(_describe_result(configs, stage, {}), summary, folder)
-            return summary
-        status.begin()
-        status.enter(stage)
-        try:
-            summary = _search(configs, run_dir, folder, stage, fingerprint)
-        except (Exception, KeyboardInterrupt) as error:
-            status.end(as_collm_error(error))
-            raise
-        status.end()
-        return summary
+    return run_once(
+        folder,
+        run_dir.path,
+        stage,
+        fingerprint,
+        show=lambda summary: print_leaderboard(_describe_result(configs, stage, {}), summary, folder),
+        search=lambda: _search(configs, run_dir, folder, stage, fingerprint),
+    )
 
 
 def describe_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> list[str]:
@@ -132,7 +119,6 @@ def plan_search(config: Config, run_dir: RunDir, stage: StageName) -> TrialConfi
     """
     space = config.stage_search.space or {f"{stage}.learning_rate": _DEFAULT_RATES}
     earlier: list[Step] = ["data", "cf"] if stage == "stage1" else ["data", "cf", "stage1"]
-    before = {step: compute_step_fingerprint(config, run_dir, step) for step in earlier if run_dir.is_done(step)}
     for name, form in space.items():
         ((kind, values),) = form.items()
         for value in values:
@@ -140,15 +126,12 @@ def plan_search(config: Config, run_dir: RunDir, stage: StageName) -> TrialConfi
                 changed = change_settings(config, {name: value})
             except ConfigError as error:
                 raise ConfigError(f"stage_search.space.{name}.{kind}: {error}") from None
-            for step, fingerprint in before.items():
-                if find_changes(fingerprint, compute_step_fingerprint(changed, run_dir, step)):
+            for step in filter(run_dir.is_done, earlier):
+                # Of the settings alone: the raw logs need not be on this machine.
+                if compute_fingerprint(config, step, run_dir) != compute_fingerprint(changed, step, run_dir):
+                    remedy = "search it with launch/search.py --step cf" if step == "cf" else "compare runs instead"
                     raise ConfigError(
-                        f"stage_search.space.{name}: changes the step '{step}', which trials of {stage} share; "
-                        + (
-                            "search it with launch/search.py --step cf"
-                            if step == "cf"
-                            else "compare runs that differ in it"
-                        )
+                        f"stage_search.space.{name}: changes the step '{step}', which trials of {stage} share; {remedy}"
                     )
     return TrialConfigs(config, space)
 
@@ -170,9 +153,6 @@ def _search(
     metric = _get_metric(configs.config, stage)
     trials = [_build_trial(configs, trial) for trial in _list_trials(study)]
     ranked = rank_trials(trials, metric)
-    if not any(trial.state == "finished" for trial in ranked):
-        raise ConfigError("stage_search: no trial finished. The first one failed with: "
-                          + next((trial.error for trial in ranked if trial.error), "nothing was reported"))  # fmt: skip
     curves = {trial.number: read_curve(_find_log(folder, trial.number), metric) for trial in trials}
     result = _describe_result(configs, stage, curves)
 

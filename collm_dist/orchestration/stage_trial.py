@@ -27,7 +27,7 @@ _TRAIN = Path(__file__).parents[1] / "commands" / "train.py"
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What all trials of a search share.
+    """Facts that all trials of a search share.
 
     Attributes:
         base: run whose earlier steps are used.
@@ -63,13 +63,13 @@ class TrialReport:
 
 
 class StageTrial:
-    """Trains one stage in a folder of its own, whose checkpoints another actor goes on from."""
+    """Trains a stage in its own folder; another actor can resume from the checkpoints there."""
 
     def __init__(self, plan: TrialPlan, config: Config, folder: Path) -> None:
         """Start or resume the stage.
 
         Args:
-            plan: what all trials share.
+            plan: shared by all trials.
             config: the experiment with the trial's settings.
             folder: absolute folder of the trial, visible on all nodes.
         """

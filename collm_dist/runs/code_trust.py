@@ -66,7 +66,7 @@ def check_code(config: Config, run_dir: RunDir) -> None:
 def refuse_code(code: list[str], folder: Path) -> None:
     """Raise ArtifactError with the lines of ``list_code``."""
     raise ArtifactError(
-        f"{folder} comes with code, which was not trained here and is not run unasked:\n  "
+        f"{folder} names code and was not trained by this account, so the code is not run:\n  "
         + "\n  ".join(code)
         + f"\nRead that code. If you trust its author, give {FLAG} (in Python: trust_code=True)"
     )

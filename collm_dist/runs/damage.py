@@ -16,7 +16,7 @@ def name_damage(path: Path, remedy: str) -> Iterator[None]:
     """Turn an error of the block into an ArtifactError that names the file or folder; lack of memory stays as it is.
 
     Args:
-        path: what the block reads.
+        path: file or folder that the block reads.
         remedy: end of the message.
     """
     try:
@@ -41,10 +41,12 @@ def read_json_file(path: Path, *names: str, remedy: str) -> dict[str, Any]:
         remedy: end of the message.
 
     Raises:
-        ArtifactError: the file is missing, no JSON object, or lacks a key.
+        ArtifactError: the file is missing, is not a JSON object, or lacks a key.
     """
     with name_damage(path, remedy):
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or (missing := [name for name in names if name not in record]):
-            raise ValueError(f"it lacks {', '.join(missing)}" if isinstance(record, dict) else "it is no JSON object")
+            raise ValueError(
+                f"it lacks {', '.join(missing)}" if isinstance(record, dict) else "it is not a JSON object"
+            )
         return record

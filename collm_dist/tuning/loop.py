@@ -289,7 +289,7 @@ class TuningLoop:
         """Score the validation rows. Collective; the metrics are the same on every rank."""
         rows = self.valid_rows
         if self.progress.global_step == 0 and self.collator.has_anchors:
-            # The gain is 0 as yet, so the scores are the anchors, to the bit.
+            # The gain is still 0, so the scores equal the anchors to the bit.
             return compute_metrics(rows, rows.score(self.collator.compute_anchors), self.selection.names)
         self.engine.set_training(False)
         num_scored, share = 0, max(1, rows.order.num_rows // get_world_size())

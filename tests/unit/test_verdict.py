@@ -19,8 +19,8 @@ def make_report(low, high, *, anchor="blend", stage="stage2", split="test"):
     [
         (0.01, 0.03, "The language model adds to its anchor (blend of simple scores): AUC on test 0.7200 and 0.7000"),
         (-0.03, -0.01, "The language model takes away from its anchor"),
-        (-0.01, 0.03, "What the language model adds to its anchor cannot be told from nothing"),
-        (None, None, "What the language model adds to its anchor has no interval"),
+        (-0.01, 0.03, "No gain or loss of the language model against its anchor can be shown (blend of simple scores)"),
+        (None, None, "The difference between the language model and its anchor has no interval"),
     ],
 )
 def test_what_the_language_model_adds_comes_first(low, high, begin):

@@ -162,7 +162,7 @@ class Source:
         return describe_files(sorted({chunk.uri for chunk in self.chunks} | set(self.items_uris)))
 
     def list_guesses(self) -> list[str]:
-        """Return what was found by looking at the first rows and is not usual, with the settings that decide it."""
+        """Return unusual properties found in the first rows, with the settings that decide them."""
         guesses = []
         if "delimiter" in self.first_rows and self.dataset.delimiter is None:
             delimiter = self.first_rows["delimiter"]
@@ -253,7 +253,7 @@ def _find_unit(dataset: DatasetConfig, columns: ColumnsConfig, uri: str, first: 
 
 
 def _describe_first_rows(first: Any, columns: ColumnsConfig, unit: str, time_format: str | None) -> dict[str, str]:
-    """Return what was decided by the first rows, for the preview: the delimiter, and their earliest and latest time."""
+    """Return the delimiter and the earliest and latest time of the first rows, for the preview."""
     facts = {}
     if first.schema.metadata and b"delimiter" in first.schema.metadata:
         facts["delimiter"] = repr(first.schema.metadata[b"delimiter"].decode())
