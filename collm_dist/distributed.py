@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from collm_dist.errors import CollmError
+from collm_dist.errors import CollmError, WorkerLostError
 
 T = TypeVar("T")
+# Messages of gloo's plain RuntimeErrors; NCCL raises DistError.
+_LOST_PEER = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Timed out waiting",
+    "Connection refused",
+)
 
 
 def get_rank() -> int:
@@ -32,6 +42,28 @@ def leave_process_group() -> None:
     """
     if get_world_size() > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def explain_lost_workers(describe_position: Callable[[], str]) -> Iterator[None]:
+    """Raise WorkerLostError if a collective fails because a peer has died or does not answer in time.
+
+    Args:
+        describe_position: returns the current activity.
+    """
+    size_before = get_world_size()
+    try:
+        yield
+    except RuntimeError as error:
+        size = max(size_before, get_world_size())  # Ray Train may have closed the group meanwhile
+        is_collective = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST_PEER)
+        if size == 1 or not is_collective:
+            raise
+        raise WorkerLostError(
+            f"process {get_rank()} of {size}, {describe_position()}: a peer has died or does not answer "
+            f"({str(error).splitlines()[0]}). If the peer could report its error, it is above. Run the same command "
+            "again to resume from the last checkpoint"
+        ) from error
 
 
 def wait_for_all() -> None:

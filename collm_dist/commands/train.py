@@ -28,11 +28,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    # late: --help needs neither torch nor DeepSpeed
     from collm_dist.data.accepted_config import accept_config
-    from collm_dist.distributed import get_rank, leave_process_group  # late: --help needs neither torch nor DeepSpeed
+    from collm_dist.distributed import explain_lost_workers, get_rank, leave_process_group
     from collm_dist.tuning.preflight import check_backbone
     from collm_dist.tuning.run_stage import run_stage
-    from collm_dist.tuning.watchdog import explain_lost_workers
 
     if arguments.deepspeed_config is not None:
         try:

@@ -125,9 +125,9 @@ def work(settings: Mapping[str, Any]) -> None:
     Args:
         settings: config, run_dir, step, force, and folder, which is shared with the driver.
     """
+    from collm_dist.distributed import explain_lost_workers
     from collm_dist.evaluation.report import run_evaluation
     from collm_dist.tuning.run_stage import run_stage
-    from collm_dist.tuning.watchdog import explain_lost_workers
 
     folder, step = Path(settings["folder"]), settings["step"]
     config, run_dir, force = settings["config"], RunDir(Path(settings["run_dir"])), settings["force"]

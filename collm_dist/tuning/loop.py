@@ -23,7 +23,7 @@ from collm_dist.config import StageConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.slot_codes import Masking
 from collm_dist.data.shards.global_order import GlobalOrder
-from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, sum_over_workers
+from collm_dist.distributed import explain_lost_workers, get_rank, get_world_size, run_on_rank_0, sum_over_workers
 from collm_dist.errors import LaunchError, NonFiniteError, Preempted
 from collm_dist.random_keys import hash_integers
 from collm_dist.tuning.checkpoints import Checkpoint, Progress, save_checkpoint
@@ -35,7 +35,7 @@ from collm_dist.tuning.scoring import score_batches
 from collm_dist.tuning.selection import build_selection
 from collm_dist.tuning.step_batches import StepBatch, iter_step_batches
 from collm_dist.tuning.validation import ValidRows, compute_metrics
-from collm_dist.tuning.watchdog import Watchdog, explain_lost_workers
+from collm_dist.tuning.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
