@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.forgotten_users import find_tombstones
 from collm_dist.data.ingest.id_tables import IdTables, PreviousTables, compute_ids_hash, describe_previous
+from collm_dist.data.ingest.input_facts import format_dropped, format_facts
 from collm_dist.data.ingest.normalize import format_time
 from collm_dist.data.ingest.source import Source
 from collm_dist.data.preprocess_plan import PreprocessPlan
@@ -28,6 +30,7 @@ class PreprocessStats:
         split_rows: rows of each split, see ``sum_split_rows``.
         item_repairs: number of repaired item rows, by cause.
         num_forgotten: number of users on the list ``dataset.forget``.
+        facts: see ``input_facts.describe_input``.
     """
 
     reads: TaskStats
@@ -37,6 +40,7 @@ class PreprocessStats:
     split_rows: dict[str, Counter[str]]
     item_repairs: Counter[str]
     num_forgotten: int
+    facts: dict[str, Any]
 
 
 def sum_split_rows(sample_stats: TaskStats) -> dict[str, Counter[str]]:
@@ -86,6 +90,8 @@ def build_manifest_record(
         "input": {
             "rows": sum(read["rows_read"] for read in stats.reads),
             "bad_examples": [example for read in stats.reads for example in read["examples"]][:5],
+            "dropped_examples": _find_examples(stats),
+            "facts": stats.facts,
         },
     }
 
@@ -126,6 +132,16 @@ def _count_dropped_rows(stats: PreprocessStats) -> dict[str, int]:
     return {cause: count for cause, count in sorted(dropped.items()) if count}
 
 
+def _find_examples(stats: PreprocessStats) -> dict[str, str]:
+    """Return the first example of each cause of dropped rows, where there is one."""
+    examples: dict[str, str] = {}
+    for found in [read.get("first_bad", {}) for read in stats.reads] + [
+        bucket.get("examples", {}) for bucket in stats.filters
+    ]:
+        examples = {**found, **examples}
+    return dict(sorted(examples.items()))
+
+
 def _describe_forgotten(
     plan: PreprocessPlan, source: Source, stats: PreprocessStats, previous: PreviousTables
 ) -> dict[str, Any]:
@@ -145,16 +161,24 @@ def _describe_forgotten(
     return {"forgotten": forgotten}
 
 
-def format_summary(manifest: dict[str, Any]) -> list[str]:
-    """Return the lines that summarize a manifest on the terminal."""
+def format_summary(manifest: dict[str, Any], dataset: DatasetConfig) -> list[str]:
+    """Return the lines that summarize a manifest on the terminal.
+
+    Args:
+        manifest: its record.
+        dataset: the settings.
+    """
     lines = [f"data: {manifest['num_users']:,} users, {manifest['num_items']:,} items"]
     for name, split in manifest["splits"].items():
         lines.append(f"  {name:5} {split['rows']:>12,} rows  {split['contexts']:>12,} contexts")
-    if manifest["splits"]:
-        times = [split[key] for split in manifest["splits"].values() for key in ("first_timestamp", "last_timestamp")]
-        lines.append(f"  times: {format_time(min(times))} to {format_time(max(times))} (UTC)")
-    for cause, count in manifest["dropped"].items():
-        lines.append(f"  left out: {count:,} rows, {cause}")
+    facts = manifest["input"]["facts"]
+    lines.append(f"  the input's {facts['rows']:,} usable rows:")
+    lines += [f"  {line}" for line in format_facts(facts, dataset)]
+    times = [split[key] for split in manifest["splits"].values() for key in ("first_timestamp", "last_timestamp")]
+    kept = [format_time(limit(times)) for limit in (min, max)]
+    if facts["first_time"] is not None and kept != [facts["first_time"], facts["last_time"]]:
+        lines.append(f"  times of the rows that are kept: {kept[0]} to {kept[1]} (UTC)")
+    lines += [f"  {line}" for line in format_dropped(manifest["dropped"], manifest["input"]["dropped_examples"])]
     for cause, count in manifest.get("items_mended", {}).items():
         lines.append(f"  items: {count:,} x {cause}")
     if forgotten := manifest.get("forgotten"):

@@ -24,6 +24,7 @@ from collm_dist.data.ingest.id_tables import (
 )
 from collm_dist.data.ingest.ingest_tasks import filter_bucket, read_chunk
 from collm_dist.data.ingest.input_checks import check_filtered_rows, check_reads, check_splits
+from collm_dist.data.ingest.input_facts import describe_input, list_warnings, merge_facts
 from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_item_counts, sum_over_months
 from collm_dist.data.ingest.shuffle_files import read_table
 from collm_dist.data.ingest.source import Source, open_source
@@ -92,7 +93,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     remove_unlisted_files(data_dir, manifest)
     run_dir.write_record("data", manifest)
     shutil.rmtree(work_dir)
-    print("\n".join([*format_summary(manifest), f"  {data_dir / 'manifest.json'}"]))
+    print("\n".join([*format_summary(manifest, config.dataset), f"  {data_dir / 'manifest.json'}"]))
     return manifest
 
 
@@ -122,9 +123,14 @@ def _preprocess(
         description="reading",
     )
     items, item_repairs = source.read_items()
-    known_items = items.column("item_id").combine_chunks() if source.items_uris else None
+    catalogue = items if source.items_uris else None
+    known_items = None if catalogue is None else catalogue.column("item_id").combine_chunks()
     item_counts = sum_item_counts([read_table(plan.work_file("items", index)) for index in chunks])
-    check_reads(plan.dataset, reads, count_unknown_items(item_counts, known_items), previous.rows)
+    facts, raw_items = merge_facts(reads), item_counts.column("id").unique()
+    warnings = list_warnings(facts, plan.dataset, raw_items, catalogue)
+    for warning in warnings:  # before the work
+        print(f"data: WARNING: {warning}", flush=True)
+    check_reads(plan.dataset, reads, count_unknown_items(item_counts, known_items), previous.rows, warnings)
 
     # Drop rows outside the calendar windows, and rows of users and items that the filters exclude.
     window = None
@@ -167,5 +173,7 @@ def _preprocess(
         [(plan_ref, split, shard) for split in range(len(SPLITS)) for shard in range(plan.num_shards)],
         description="packing shards",
     )
-    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_repairs, num_forgotten=len(forgotten))
+    users = sum(bucket.get("users", 0) for bucket in filters), sum(bucket.get("single", 0) for bucket in filters)
+    record = describe_input(facts, plan.dataset, raw_items, catalogue, users)
+    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_repairs, len(forgotten), record)
     return build_manifest_record(plan, source, previous, tables, stats)

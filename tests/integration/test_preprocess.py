@@ -223,6 +223,7 @@ def test_items_that_the_item_file_lacks_are_bad_rows(tmp_path):
         preprocess(make_config(dataset, tmp_path / "run"))
     manifest = preprocess(make_config(dataset | {"max_bad_row_share": 0.2}, tmp_path / "run"))
     assert manifest["dropped"] == {"unknown item": 6}
+    assert manifest["input"]["facts"]["items_with_title_share"] == 0.8889
     assert manifest["num_items"] == 8
 
 
@@ -340,11 +341,19 @@ def test_bad_input_stops_with_its_own_message(tmp_path, change, lines, message):
     assert not (tmp_path / "run" / "data" / "manifest.json").exists()
 
 
-def test_filters_and_duplicates(tmp_path):
+def test_filters_and_duplicates(tmp_path, capsys):
     lines = [*GOOD, "0,0,1000000001,5", "7,3,1000000500,4"]
     dataset = {**write_csv(tmp_path, lines), "duplicates": "collapse", "min_user_interactions": 2}
     manifest = preprocess(make_config(dataset, tmp_path / "run"))
     assert manifest["dropped"] == {"duplicates": 1, "user filter": 1}
+    facts = manifest["input"]["facts"]
+    shares = ("like_share", "users_with_one_event_share", "items_with_title_share")
+    assert [facts[name] for name in ("rows", "users", "items", "ratings", *shares)] == [
+        56, 7, 9, [1.0, 5.0], 0.3571, 0.1429, None]  # fmt: skip
+    assert facts["sample_rows"][0]["time"] == facts["first_time"] == "2001-09-09 01:46:40"
+    printed = capsys.readouterr().out
+    assert "  likes: 35.7% of the rows; ratings from 1 to 5, a like is at least 4\n" in printed
+    assert "  left out: 1 rows, user filter (for example user 7, item 3, 2001-09-09 01:55:00)\n" in printed
     rows = load_interactions(tmp_path / "run" / "data", ("user_idx", "item_idx", "label"))
     users, items = load_user_ids(tmp_path / "run" / "data"), load_item_table(tmp_path / "run" / "data")["item_id"]
     pair = (rows["user_idx"] == users.index("0")) & (rows["item_idx"] == items.index("0"))

@@ -47,6 +47,11 @@ def test_broken_promises_are_named(settings, unknown, previous, message):
         check_reads(dataset(**settings), [READ], unknown, previous)
 
 
+def test_unusable_rows_come_with_their_possible_reason():
+    with pytest.raises(DataError, match=r"5 x unknown item[^$]*Possible reason: the columns are swapped$"):
+        check_reads(dataset(), [READ], {"q": 5}, 0, ["the columns are swapped"])
+
+
 def test_nothing_to_use():
     with pytest.raises(DataError, match="no rows"):
         check_reads(dataset(), [{**READ, "rows_read": 0, "bad": {}}], {}, 0)

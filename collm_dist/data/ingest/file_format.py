@@ -42,23 +42,33 @@ class FileFormat:
 
 @dataclass
 class BadRows:
-    """Counts of unusable rows by cause, with the first examples."""
+    """Counts of unusable rows by cause, with the first examples.
+
+    Attributes:
+        counts: rows by cause.
+        examples: ``file:line: cause (value)`` of the first rows.
+        first: ``file:line (value)`` of the first row of each cause.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)
 
     def add(self, cause: str, count: int, place: str, value: str | None = None) -> None:
         """Count rows with a cause; keep at most five examples in total, with what stands there."""
         if count:
             self.counts[cause] += count
+            shown = f" ({value})" if value is not None else ""
+            self.first.setdefault(cause, f"{place}{shown}")
             if len(self.examples) < 5:
-                self.examples.append(f"{place}: {cause}" + (f" ({value})" if value is not None else ""))
+                self.examples.append(f"{place}: {cause}{shown}")
 
     def merge(self, other: BadRows) -> None:
         """Add another's counts and examples."""
         self.counts.update(other.counts)
         self.examples = (self.examples + other.examples)[:5]
+        self.first = {**other.first, **self.first}
 
     def clear(self) -> None:
         """Start again at zero."""
-        self.counts, self.examples = Counter(), []
+        self.counts, self.examples, self.first = Counter(), [], {}

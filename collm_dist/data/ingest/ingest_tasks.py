@@ -10,6 +10,7 @@ a file, or by one bucket.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.data.ingest.file_readers import BadRows
+from collm_dist.data.ingest.input_facts import InputFacts, describe_row
 from collm_dist.data.ingest.interaction_filters import (
     count_items_by_month,
     drop_duplicates,
@@ -39,7 +41,7 @@ from collm_dist.data.samples.splits import OUTSIDE, SplitRule, get_amazon_book_w
 
 
 def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChunk, forgotten: Any) -> dict[str, Any]:
-    """Partition a chunk's rows by user bucket; count rows, bad rows, and rows of each item.
+    """Partition a chunk's rows by user bucket; count rows, bad rows, and rows of each item; note facts of the rows.
 
     Args:
         plan: settings and folders.
@@ -51,13 +53,13 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
     marker = path.with_suffix(".json")
     if (finished := find_finished(marker, path, items_path)) is not None:
         return finished
-    bad_rows, item_counts, rows_read = BadRows(), [], 0
+    bad_rows, item_counts, rows_read, facts = BadRows(), [], 0, InputFacts()
     counts, notes, forgotten_users = Counter[str](), Counter[str](), pa.array([], pa.int32())
     first, last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     with PartitionWriter(path, SCHEMA, plan.num_buckets) as writer:
         for batch in source.read_chunk(chunk):
             rows_read += batch.rows_read
-            bad_rows.merge(BadRows(batch.bad, batch.bad_examples))
+            bad_rows.merge(BadRows(batch.bad, batch.bad_examples, batch.first_bad))
             notes.update(batch.notes)
             table = batch.table
             if plan.dataset.split.method == "amazon_book":
@@ -72,6 +74,7 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
             if table.num_rows == 0:
                 continue
             counts["usable"] += table.num_rows
+            facts.add(table, batch.ratings, has_times=source.columns.timestamp is not None)
             parts = hash_text(table.column("user_id").combine_chunks()) % np.uint64(plan.num_buckets)
             writer.write(table, parts.astype(np.int64))
             times = table.column("timestamp").to_numpy()
@@ -81,6 +84,7 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
     return finish_task(marker, {"rows_read": rows_read, "usable": counts["usable"], "outside": counts["outside"],
                                 "forgotten": counts["forgotten"], "forgotten_users": forgotten_users.to_pylist(),
                                 "bad": bad_rows.counts, "examples": bad_rows.examples, "notes": notes,
+                                "first_bad": bad_rows.first, "facts": asdict(facts),
                                 "first": int(first), "last": int(last)})  # fmt: skip
 
 
@@ -114,12 +118,17 @@ def filter_bucket(
         parts.append(part.set_column(0, "row", pc.add(part.column("row"), first_row)))
     if plan.dataset.columns.timestamp is None:  # the order of the rows is all that is known
         parts = [part.set_column(3, "timestamp", part.column("row")) for part in parts]
-    table, dropped = pa.concat_tables(parts), Counter[str]()
+    table, dropped, examples = pa.concat_tables(parts), Counter[str](), dict[str, str]()
+    num_events = pc.value_counts(table.column("user_id")).field("counts")
+    users = {"users": len(num_events), "single": pc.sum(pc.equal(num_events, 1)).as_py() or 0}
 
     def keep(mask: Any, cause: str) -> None:
         nonlocal table
         kept = table.filter(mask)
         dropped[cause] += table.num_rows - kept.num_rows
+        if kept.num_rows < table.num_rows:
+            first = table.slice(pc.index(pc.fill_null(mask, False), False).as_py(), 1)
+            examples[cause] = describe_row(first.to_pylist()[0], has_time=plan.dataset.columns.timestamp is not None)
         table = kept
 
     if window is not None:
@@ -127,8 +136,8 @@ def filter_bucket(
         keep(pa.array(inside), "outside the split windows")
     if known_items is not None:
         keep(pc.is_in(table.column("item_id"), known_items), "unknown item")
-    users = table.column("user_id").value_counts()
-    counts = pa.table({"id": users.field("values"), "count": users.field("counts")})
+    by_user = table.column("user_id").value_counts()
+    counts = pa.table({"id": by_user.field("values"), "count": by_user.field("counts")})
     kept_users = select_ids(counts, plan.dataset.min_user_interactions, plan.dataset.max_user_interactions)
     # One pass: both filters count the same rows, including those that the other filter drops.
     keep(pc.is_in(table.column("user_id"), kept_users), "user filter")
@@ -142,4 +151,4 @@ def filter_bucket(
     write_table(outputs["times"], pa.table({"time": times.field("values"), "count": times.field("counts")}))
     write_table(outputs["items"], pa.table({"id": table.column("item_id").unique()}))
     write_table(outputs["users"], pa.table({"id": table.column("user_id").unique().sort()}))
-    return finish_task(marker, {"rows": table.num_rows, "dropped": dropped})
+    return finish_task(marker, {"rows": table.num_rows, "dropped": dropped, "examples": examples, **users})

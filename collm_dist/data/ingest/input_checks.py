@@ -12,7 +12,11 @@ from collm_dist.errors import DataError
 
 
 def check_reads(
-    dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int], previous_rows: int
+    dataset: DatasetConfig,
+    reads: Sequence[Mapping[str, Any]],
+    unknown: Mapping[str, int],
+    previous_rows: int,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Check bad rows and ``dataset.expect``.
 
@@ -21,6 +25,7 @@ def check_reads(
         reads: statistics of ``ingest_tasks.read_chunk`` for each chunk.
         unknown: number of rows of each item that is missing from the item file.
         previous_rows: raw rows of ``dataset.extend_from``; 0 without one.
+        warnings: see ``input_facts.list_warnings``; possible reasons of unusable rows.
 
     Raises:
         DataError: a check failed; the message has counts, the first examples and the setting to change.
@@ -28,7 +33,7 @@ def check_reads(
     total = sum(read["rows_read"] for read in reads)
     if total == 0 and not any(read["bad"] for read in reads):
         raise DataError("dataset.path: the input has no rows")
-    _check_bad_rows(dataset, reads, unknown)
+    _check_bad_rows(dataset, reads, unknown, warnings)
     if sum(read["usable"] for read in reads) == 0:
         raise DataError(
             f"dataset: none of the {total} rows can be used: dataset.row_filter, dataset.forget or the window of "
@@ -56,7 +61,9 @@ def check_reads(
             )
 
 
-def _check_bad_rows(dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int]) -> None:
+def _check_bad_rows(
+    dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], unknown: Mapping[str, int], warnings: Sequence[str]
+) -> None:
     """Check the share of unusable rows among those that would be used, not among all that were read."""
     bad = sum((Counter[str](read["bad"]) for read in reads), Counter[str]())
     total = bad.total() + sum(read["usable"] for read in reads)
@@ -75,6 +82,7 @@ def _check_bad_rows(dataset: DatasetConfig, reads: Sequence[Mapping[str, Any]], 
             f"dataset: {bad.total()} of {total} rows cannot be used ({causes}), more than dataset.max_bad_row_share="
             f"{dataset.max_bad_row_share} allows; fix the input{hint} or raise the limit. The first ones:\n  "
             + "\n  ".join(examples)
+            + "".join(f"\nPossible reason: {warning}" for warning in warnings)
         )
 
 

@@ -174,8 +174,8 @@ def normalize_batch(
     place: str,
     first_row: int,
     bad_rows: BadRows,
-) -> Any:
-    """Return the usable rows of a raw table in ``SCHEMA``, and count the others by cause.
+) -> tuple[Any, tuple[float, float] | None]:
+    """Return the usable rows of a raw table in ``SCHEMA`` and the range of their ratings, and count the other rows.
 
     Args:
         table: raw rows with all mapped columns and ``LINE_COLUMN``.
@@ -219,7 +219,7 @@ def normalize_batch(
             drop(other, f"{name} is not in {unit} as in the first rows (dataset.timestamp_unit)", name)
         outside = (seconds < FIRST_SECOND) | (seconds > LAST_SECOND)
         drop(outside, f"{name} in {unit} is outside the years 1 to 9999 (dataset.timestamp_unit)", name)
-    labels = np.ones(table.num_rows, dtype=np.int8)
+    labels, ratings = np.ones(table.num_rows, dtype=np.int8), np.empty(0)
     if columns.rating is not None:
         ratings = to_numbers(table.column(columns.rating))
         drop(~np.isfinite(ratings), f"{columns.rating} is no number", columns.rating)
@@ -234,4 +234,6 @@ def normalize_batch(
         drop(names.isna().to_numpy(), f"{columns.split} is none of train, valid, test", columns.split)
         split = pa.Array.from_pandas(names, type=pa.string())
     arrays = [pa.array(rows), ids["user_id"], ids["item_id"], pa.array(seconds), pa.array(labels), split]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA).filter(pa.array(usable))
+    used = ratings[usable] if len(ratings) else ratings
+    limits = (float(used.min()), float(used.max())) if len(used) else None
+    return pa.Table.from_arrays(arrays, schema=SCHEMA).filter(pa.array(usable)), limits

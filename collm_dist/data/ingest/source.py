@@ -62,6 +62,8 @@ class ReadBatch:
         bad_examples: ``file:line: cause`` of the first unusable rows.
         rows_read: number of raw rows of the batch, before the row filter.
         notes: counts of other facts by cause, which are reported and not limited.
+        first_bad: ``file:line (value)`` of the first unusable row of each cause.
+        ratings: range of the usable rows' ratings; None without ratings.
     """
 
     table: Any
@@ -69,6 +71,8 @@ class ReadBatch:
     bad_examples: list[str]
     rows_read: int
     notes: Counter[str] = field(default_factory=Counter)
+    first_bad: dict[str, str] = field(default_factory=dict)
+    ratings: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Source:
                     for name, misfits in row_filter.find_misfits(table).items():
                         notes[f"{name} is no number (dataset.row_filter)"] = pc.sum(misfits).as_py() or 0
                     table = row_filter.apply(table)
-                uniform = normalize_batch(
+                uniform, ratings = normalize_batch(
                     table,
                     self.columns,
                     like_threshold=self.dataset.like_threshold,
@@ -135,11 +139,11 @@ class Source:
                     f"{chunk.uri}: from row {first_row + 1}: a value or a column type does not fit dataset.columns or "
                     f"dataset.row_filter: {error}"
                 ) from error
-            yield ReadBatch(uniform, Counter(bad_rows.counts), list(bad_rows.examples), rows, notes)
+            yield ReadBatch(uniform, bad_rows.counts, bad_rows.examples, rows, notes, bad_rows.first, ratings)
             first_row += rows
             bad_rows.clear()
         if bad_rows.counts:  # behind the last row that can be read
-            yield ReadBatch(SCHEMA.empty_table(), bad_rows.counts, bad_rows.examples, 0)
+            yield ReadBatch(SCHEMA.empty_table(), bad_rows.counts, bad_rows.examples, 0, first_bad=bad_rows.first)
 
     def read_items(self) -> tuple[Any, Counter[str]]:
         """Return the table ``item_id, title, text`` of all items, and counts of repairs by cause.

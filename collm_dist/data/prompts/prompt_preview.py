@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from collm_dist.config import Config
+from collm_dist.data.ingest.input_preview import preview_rows
 from collm_dist.data.ingest.source import open_source
 from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
@@ -50,8 +51,12 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
         num_prompts: number of prompts per stage.
         load_tokenizer: returns the backbone's tokenizer; called only if there are prompts to show.
     """
-    for key, value in open_source(config.dataset).describe().items():
+    source = open_source(config.dataset)
+    described = source.describe()
+    described.pop("times in the first rows", None)  # the facts have those of more rows
+    for key, value in described.items():
         print(f"{key}: {value}")
+    print("\n".join(preview_rows(source)), flush=True)
     if not run_dir.is_done("data"):
         print("prompts: shown once the data step is done; run this command without --preview first")
         return
