@@ -32,7 +32,7 @@ from tests.unit.evaluation_run import NUM_USERS, build_config, write_data_step
 from tests.unit.test_cf_model_files import ITEMS, USERS, write_tables
 from tests.unit.test_own_cf_model import write_vectors
 
-NUM_EPOCHS = 300
+NUM_EPOCHS = 120
 
 
 def make_config(path, **cf) -> Config:

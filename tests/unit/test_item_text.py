@@ -101,7 +101,9 @@ def test_the_penalty_of_an_epoch_is_that_of_the_prior(tmp_path):
     assert sum(model.penalty(batch, 2.0, 0.5).item() for batch in batches) - without == pytest.approx(expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["mf", "lightgcn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sasrec", "din"))]
+)
 def test_new_items_are_ranked_by_their_text(tmp_path, name):
     """AUC of items that training never saw. Measured: mf and din .998, lightgcn .958, sasrec .975."""
     settings = {"num_epochs": 40, "early_stop_patience": 40, "unknown_item_share": 0.1, "embedding_dim": 4}
