@@ -40,6 +40,45 @@ class FileFormat:
     typed_header: bool = False
 
 
+@dataclass(frozen=True)
+class TextLayout:
+    """Layout of a text table, decided by its first line.
+
+    Attributes:
+        names: of the columns.
+        delimiter: one or two characters.
+        is_quoted: whether a cell may be quoted.
+    """
+
+    names: tuple[str, ...]
+    delimiter: str
+    is_quoted: bool
+
+    @property
+    def inner_delimiter(self) -> str:
+        """Delimiter for the parser, which supports single characters only."""
+        return "\t" if len(self.delimiter) == 2 else self.delimiter
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A run of whole rows of a text file.
+
+    Attributes:
+        start, end: bytes in the file; end None = to its end.
+        first_line: number of the line at ``start``, from 1.
+        layout: of a text table behind its header.
+    """
+
+    start: int = 0
+    end: int | None = None
+    first_line: int = 1
+    layout: TextLayout | None = None
+
+
+WHOLE_FILE = FilePart()
+
+
 @dataclass
 class BadRows:
     """Counts of unusable rows by cause, with the first examples.

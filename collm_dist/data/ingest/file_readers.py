@@ -10,7 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.data.ingest.file_format import BLOCK_BYTES, LINE_COLUMN, NULLS, BadRows, FileFormat
+from collm_dist.data.ingest.file_format import (
+    BLOCK_BYTES,
+    LINE_COLUMN,
+    NULLS,
+    WHOLE_FILE,
+    BadRows,
+    FileFormat,
+    FilePart,
+)
 from collm_dist.data.ingest.json_tables import read_json_tables
 from collm_dist.data.ingest.text_blocks import read_blocks
 from collm_dist.data.ingest.text_tables import read_text_tables
@@ -45,7 +53,11 @@ def count_row_groups(uri: str) -> int:
 
 
 def read_tables(
-    uri: str, file_format: FileFormat, bad_rows: BadRows, row_groups: tuple[int, int] | None = None
+    uri: str,
+    file_format: FileFormat,
+    bad_rows: BadRows,
+    row_groups: tuple[int, int] | None = None,
+    part: FilePart = WHOLE_FILE,
 ) -> Iterator[Any]:
     """Stream a file as tables, in order, with the values of hive partitions (``key=value`` folders) as columns.
 
@@ -56,6 +68,7 @@ def read_tables(
         file_format: its format.
         bad_rows: counts lines that do not parse.
         row_groups: of a Parquet file, the first and one past the last to read.
+        part: of a text file, the rows to read.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -65,7 +78,7 @@ def read_tables(
     partition = dict(part.split("=", 1) for part in PurePosixPath(path).parts[:-1] if part.count("=") == 1)
     try:
         with explain_store_errors(filesystem, f"{uri}: cannot be read"):
-            for table in _stream(uri, filesystem, path, file_format, bad_rows, row_groups):
+            for table in _stream(uri, filesystem, path, file_format, bad_rows, row_groups, part):
                 for name, value in partition.items():
                     if name not in table.column_names:
                         table = table.append_column(name, pa.repeat(pa.scalar(value), table.num_rows))
@@ -75,12 +88,21 @@ def read_tables(
 
 
 def _stream(
-    uri: str, filesystem: Any, path: str, file_format: FileFormat, bad_rows: BadRows, row_groups: tuple[int, int] | None
+    uri: str,
+    filesystem: Any,
+    path: str,
+    file_format: FileFormat,
+    bad_rows: BadRows,
+    row_groups: tuple[int, int] | None,
+    part: FilePart,
 ) -> Iterator[Any]:
     kind = find_kind(uri, file_format)
     if kind != "parquet":
-        blocks = read_blocks(uri, filesystem, path, kind, file_format.encoding)
-        yield from (read_json_tables if kind == "json" else read_text_tables)(uri, blocks, file_format, bad_rows)
+        blocks = read_blocks(uri, filesystem, path, kind, file_format.encoding, part)
+        if kind == "json":
+            yield from read_json_tables(uri, blocks, file_format, bad_rows)
+        else:
+            yield from read_text_tables(uri, blocks, file_format, bad_rows, part.layout)
         return
     with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
         first, last = row_groups or (0, file.num_row_groups)

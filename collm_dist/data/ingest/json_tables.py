@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.json as pa_json
 
 from collm_dist.data.ingest.file_format import LINE_COLUMN, BadRows, FileFormat
+from collm_dist.data.ingest.text_blocks import Block
 
 NOT_AN_OBJECT = "line is not a JSON object"
 MAX_SHOWN = 60
@@ -20,13 +21,13 @@ _NO_OBJECT = re.compile(rb"^[ \t]*[^{ \t\n]", re.MULTILINE)
 
 
 def read_json_tables(
-    uri: str, blocks: Iterable[tuple[int, bytes]], file_format: FileFormat, bad_rows: BadRows
+    uri: str, blocks: Iterable[Block], file_format: FileFormat, bad_rows: BadRows
 ) -> Iterator[Any]:
     """Stream a file of JSON lines; lines that do not parse are counted.
 
     Columns of ``file_format.schema`` and ``expected`` are always there. Types are those of the block.
     """
-    for first_line, block in blocks:
+    for first_line, block, _ in blocks:
         table, lines = _parse_fast(first_line, block, file_format)
         if table is None:
             table, lines = _parse_lines(uri, first_line, block, bad_rows, file_format.expected)

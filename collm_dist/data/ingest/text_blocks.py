@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from collm_dist.data.ingest.file_format import BLOCK_BYTES, UTF8_OR_LATIN1
+from collm_dist.data.ingest.file_format import BLOCK_BYTES, UTF8_OR_LATIN1, WHOLE_FILE, FilePart
 from collm_dist.errors import DataError
 
 _READABLE = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
@@ -21,38 +22,36 @@ _OTHER = {
     b"\x80\x04\x95": "a Python pickle; save the table as Parquet or CSV",
     b"\xd0\xcf\x11\xe0": "an Excel file; save the table as CSV",
 }
+# Encodings, by Python's names, in which each byte is a character, and the lower half is ASCII.
+_ONE_BYTE = r"ascii|iso8859-\d+|cp125\d|koi8-[ru]"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_blocks(uri: str, filesystem: Any, path: str, kind: str, encoding: str) -> Iterator[tuple[int, bytes]]:
-    r"""Stream a file as ``(number of the first line, lines)``; every line ends in ``\n``, also the last.
+class Block(NamedTuple):
+    r"""Whole lines of a text file, in UTF-8, each with ``\n`` at its end.
 
-    Args:
-        uri: name for messages.
-        filesystem, path: the file. What it is packed with is decided by its first bytes, not by its suffix.
-        kind: text or json, for messages.
-        encoding: as in ``FileFormat``.
+    Attributes:
+        first_line: number of the first line in the file, from 1.
+        lines: at most ``BLOCK_BYTES`` of the file.
+        end: bytes of the file up to the end of the block.
+    """
+
+    first_line: int
+    lines: bytes
+    end: int
+
+
+def can_start_at_any_line(encoding: str) -> bool:
+    """Return whether text in an encoding can be cut at line ends before it is decoded."""
+    return _is_utf8(encoding) or bool(re.fullmatch(_ONE_BYTE, codecs.lookup(encoding).name))
+
+
+def find_compression(uri: str, filesystem: Any, path: str, kind: str) -> str | None:
+    """Return what a file is packed with, decided by its first bytes; None = it is not packed.
 
     Raises:
-        DataError: the file is an archive or binary file, or a line is longer than a block.
+        DataError: the file is an archive or binary file, or not what its suffix says.
     """
-    line, held = 1, b""
-    for data in _decode(uri, _open(uri, filesystem, path, kind), encoding):
-        lines = held + data
-        cut = lines.rfind(b"\n") + 1
-        if cut:
-            whole = lines[:cut]
-            yield line, _fix_latin1(whole) if encoding == UTF8_OR_LATIN1 else whole
-            line += whole.count(b"\n")
-        held = lines[cut:]
-        if len(held) > BLOCK_BYTES:
-            raise DataError(f"{uri}: cannot be read as {kind}: line {line} is longer than {BLOCK_BYTES >> 20} MB; "
-                            "split or remove it")  # fmt: skip
-    if held:
-        yield line, _fix_latin1(held + b"\n") if encoding == UTF8_OR_LATIN1 else held + b"\n"
-
-
-def _open(uri: str, filesystem: Any, path: str, kind: str) -> Any:
     with filesystem.open_input_stream(path, compression=None) as raw:
         head = bytes(raw.read(16))
     for magic, name in _OTHER.items():
@@ -67,37 +66,112 @@ def _open(uri: str, filesystem: Any, path: str, kind: str) -> Any:
         )
     if packed is None and path.lower().endswith(".br"):  # Brotli has no signature
         packed = "brotli"
-    return filesystem.open_input_stream(path, compression=packed)
+    return packed
 
 
-def _decode(uri: str, stream: Any, encoding: str) -> Iterator[bytes]:
-    r"""Yield the file's bytes in UTF-8 without a byte order mark, with ``\n`` at the end of lines."""
-    is_raw = encoding in ("utf8", UTF8_OR_LATIN1)
-    decoder = codecs.getincrementaldecoder("utf-8" if is_raw else encoding)("replace")
-    at_start, return_held = True, b""
-    with stream:
-        while True:
-            data: bytes = bytes(stream.read(BLOCK_BYTES))
-            is_end = not data
-            if at_start and is_raw and data[:2] in _UTF16:
-                raise DataError(f"{uri}: the file is UTF-16 text; save it as UTF-8, or set dataset.encoding=utf-16")
-            if at_start and data[257:262] == b"ustar":
-                raise DataError(f"{uri}: the file is a tar archive; unpack it")
-            is_plain = is_raw and (encoding == UTF8_OR_LATIN1 or (data.isascii() and not decoder.getstate()[0]))
-            if not is_plain:
-                data = decoder.decode(data, final=is_end).encode("utf-8", "replace")
-            if at_start:
-                data = data.removeprefix(codecs.BOM_UTF8)
-            at_start = False
-            data, return_held = return_held + data, b""
-            if data.endswith(b"\r") and not is_end:
-                data, return_held = data[:-1], b"\r"
-            if b"\r" in data:
-                data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            if data:
-                yield data
-            if is_end:
-                return
+def read_blocks(
+    uri: str, filesystem: Any, path: str, kind: str, encoding: str, part: FilePart = WHOLE_FILE
+) -> Iterator[Block]:
+    """Stream a file, or a part of it, as blocks of lines.
+
+    A block starts where the last one ends and depends on nothing before it, so a part that starts at the end of a
+    block has the same blocks as the whole file.
+
+    Args:
+        uri: name for messages.
+        filesystem, path: the file.
+        kind: text or json, for messages.
+        encoding: as in ``FileFormat``.
+        part: bytes to read; they start and end at line ends.
+
+    Raises:
+        DataError: the file is an archive or binary file, or a line is longer than a block.
+    """
+    line, start, held, is_end = part.first_line, part.start, b"", False
+    with _open(uri, filesystem, path, kind, encoding, part) as stream:
+        while not is_end:
+            wanted = BLOCK_BYTES if part.end is None else min(BLOCK_BYTES, part.end - start)
+            data = held + _read_all(stream, max(0, wanted - len(held)))
+            is_end = len(data) < BLOCK_BYTES
+            if start == 0:
+                _check_start(uri, data, encoding)
+            cut = len(data) if is_end else _find_line_end(data)
+            if not cut:
+                raise DataError(f"{uri}: cannot be read as {kind}: line {line} is longer than {BLOCK_BYTES >> 20} MB; "
+                                "split or remove it")  # fmt: skip
+            lines, held, start = _clean(data[:cut], encoding, start == 0), data[cut:], start + cut
+            if lines:
+                yield Block(line, lines, start)
+            line += lines.count(b"\n")
+
+
+def _open(uri: str, filesystem: Any, path: str, kind: str, encoding: str, part: FilePart) -> Any:
+    if part.start:
+        file = filesystem.open_input_file(path)
+        file.seek(part.start)
+        return file
+    stream = filesystem.open_input_stream(path, compression=find_compression(uri, filesystem, path, kind))
+    return stream if can_start_at_any_line(encoding) else _Transcoder(stream, encoding)
+
+
+def _read_all(stream: Any, size: int) -> bytes:
+    """Read as many bytes as asked for, unless the stream ends; some streams return fewer at a time."""
+    data = bytes(stream.read(size))
+    while len(data) < size and (more := bytes(stream.read(size - len(data)))):
+        data += more
+    return data
+
+
+def _find_line_end(data: bytes) -> int:
+    r"""Return the bytes up to the last line end. A ``\r`` at the end of the data may belong to a ``\r\n``."""
+    return max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
+
+
+def _check_start(uri: str, data: bytes, encoding: str) -> None:
+    if _is_utf8(encoding) and data[:2] in _UTF16:
+        raise DataError(f"{uri}: the file is UTF-16 text; save it as UTF-8, or set dataset.encoding=utf-16")
+    if data[257:262] == b"ustar":
+        raise DataError(f"{uri}: the file is a tar archive; unpack it")
+
+
+def _clean(data: bytes, encoding: str, is_start: bool) -> bytes:
+    r"""Return whole lines in UTF-8 without a byte order mark, with ``\n`` at the end of each."""
+    if not (data.isascii() or encoding == UTF8_OR_LATIN1):
+        is_decoded = _is_utf8(encoding) or not can_start_at_any_line(encoding)
+        data = data.decode("utf-8" if is_decoded else encoding, "replace").encode("utf-8", "replace")
+    if is_start:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if data and not data.endswith(b"\n"):
+        data += b"\n"
+    return _fix_latin1(data) if encoding == UTF8_OR_LATIN1 else data
+
+
+def _is_utf8(encoding: str) -> bool:
+    return encoding == UTF8_OR_LATIN1 or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+
+
+class _Transcoder:
+    """Stream in UTF-8 of text in an encoding whose line ends are found only by decoding."""
+
+    def __init__(self, stream: Any, encoding: str) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)("replace")
+
+    def read(self, size: int) -> bytes:
+        """Return about as many bytes, and none at the end of the stream."""
+        data, is_end = b"", size == 0
+        while not (data or is_end):
+            raw = bytes(self._stream.read(size))
+            is_end = not raw
+            data = self._decoder.decode(raw, final=is_end).encode("utf-8", "replace")
+        return data
+
+    def __enter__(self) -> _Transcoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
 
 
 def _fix_latin1(lines: bytes) -> bytes:

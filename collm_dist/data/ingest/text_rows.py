@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from collm_dist.data.ingest.file_format import BLOCK_BYTES, BadRows
+from collm_dist.data.ingest.file_format import BLOCK_BYTES, BadRows, TextLayout
 from collm_dist.errors import DataError
 
 WRONG_WIDTH = "wrong number of columns"
@@ -23,9 +23,9 @@ class RowSplitter:
     too late swallows rows: lines inside a quoted cell that look like rows are counted.
     """
 
-    def __init__(self, uri: str, delimiter: str, is_quoted: bool, width: int, bad_rows: BadRows) -> None:
-        self._uri, self._delimiter, self._is_quoted = uri, delimiter.encode(), is_quoted
-        self._width, self._bad_rows = width, bad_rows
+    def __init__(self, uri: str, layout: TextLayout, bad_rows: BadRows) -> None:
+        self._uri, self._delimiter, self._is_quoted = uri, layout.inner_delimiter.encode(), layout.is_quoted
+        self._width, self._bad_rows = len(layout.names), bad_rows
         self._held, self._held_line = b"", 0
         self.has_line_ends = False  # whether a row of the last block spans several lines
 
@@ -48,6 +48,12 @@ class RowSplitter:
             return lines, first_line + rows
         mask = np.repeat(keep, row_ends - starts[rows])
         return data[: len(mask)][mask].tobytes(), first_line + rows[keep]
+
+    def follow(self, first_line: int, lines: bytes) -> bool:
+        """Pass over a block, and return whether its last line ends a row, so that the next block starts with a row."""
+        if self._held or (self._is_quoted and not _has_whole_rows(lines, self._delimiter[0])):
+            self.split(first_line, lines)
+        return not self._held
 
     def finish(self) -> None:
         """Count the lines behind a quote that is never closed."""
@@ -114,6 +120,21 @@ def _count_quoted(
     is_inside = (np.searchsorted(quotes, delimiters) - before_line[line_of_delimiter]) % 2 == 1
     cells = np.bincount(line_of_delimiter[~is_inside], minlength=len(ends)) + 1
     return cells, clean
+
+
+def _has_whole_rows(lines: bytes, delimiter: int) -> bool:
+    """Return whether each line is a row: every quote that opens stands at the start of a cell and closes at its end."""
+    if b'"' not in lines:
+        return True
+    data = np.frombuffer(lines, np.uint8)
+    quotes = np.flatnonzero(data == _QUOTE)
+    if len(quotes) % 2:
+        return False
+    # Before the first byte stands, in effect, the line end that is the last byte.
+    neighbours = data[np.concatenate([quotes[::2] - 1, quotes[1::2] + 1])]
+    if not ((neighbours == delimiter) | (neighbours == _NEWLINE)).all():
+        return False
+    return bool((np.searchsorted(quotes, np.flatnonzero(data == _NEWLINE)) % 2 == 0).all())
 
 
 def _scan_row(lines: bytes, position: int, delimiter: bytes) -> tuple[int, int]:

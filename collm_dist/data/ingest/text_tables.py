@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from collm_dist.data.ingest.file_format import LINE_COLUMN, MAX_COLUMNS, NULLS, BadRows, FileFormat
+from collm_dist.data.ingest.file_format import LINE_COLUMN, MAX_COLUMNS, NULLS, BadRows, FileFormat, TextLayout
+from collm_dist.data.ingest.text_blocks import Block
 from collm_dist.data.ingest.text_rows import RowSplitter
 from collm_dist.errors import DataError
 from collm_dist.storage import split_query
@@ -31,43 +32,67 @@ def find_delimiter(uri: str, file_format: FileFormat, header: str) -> str:
     return max(_DELIMITERS, key=lambda delimiter: (header.count(delimiter), delimiter == usual))
 
 
+def find_layout(uri: str, block: bytes, file_format: FileFormat) -> tuple[TextLayout, int] | None:
+    """Return the layout that a file's first block shows, and the bytes up to the first row; None for blank lines.
+
+    Raises:
+        DataError: the file has too many columns.
+    """
+    num_blank = len(block) - len(block.lstrip(b"\n"))
+    first = block[num_blank : block.find(b"\n", num_blank)]
+    if not first.strip():
+        return None
+    header = first.decode("utf-8", "replace")
+    delimiter = find_delimiter(uri, file_format, header)
+    is_quoted = _has_quotes(file_format, delimiter, header)
+    if file_format.names:
+        return TextLayout(file_format.names, delimiter, is_quoted), 0
+    names = _parse_header(uri, header, delimiter, is_quoted, file_format)
+    return TextLayout(tuple(names), delimiter, is_quoted), num_blank + len(first) + 1
+
+
 def read_text_tables(
-    uri: str, blocks: Iterable[tuple[int, bytes]], file_format: FileFormat, bad_rows: BadRows
+    uri: str,
+    blocks: Iterable[Block],
+    file_format: FileFormat,
+    bad_rows: BadRows,
+    layout: TextLayout | None = None,
 ) -> Iterator[Any]:
     """Stream a text table with every column as bytes, so that a value that does not parse costs only its row.
+
+    Args:
+        uri: name for messages.
+        blocks: its lines.
+        file_format: its format.
+        bad_rows: counts rows that cannot be used.
+        layout: of a part behind the header; None = the first block shows it.
 
     Raises:
         DataError: the file is empty or has too many columns.
     """
-    splitter, names, delimiter, is_quoted, skips_header = None, [], ",", False, False
-    for first_line, block in blocks:
-        first = block.lstrip(b"\n").partition(b"\n")[0]
-        if splitter is None:
-            if not first.strip():
+    splitter = None
+    for first_line, block, _ in blocks:
+        if layout is None:
+            if (found := find_layout(uri, block, file_format)) is None:
                 continue
-            header = first.decode("utf-8", "replace")
-            delimiter = find_delimiter(uri, file_format, header)
-            is_quoted = _has_quotes(file_format, delimiter, header)
-            names = list(file_format.names) or _parse_header(uri, header, delimiter, is_quoted, file_format)
-            skips_header = not file_format.names
-            inner = "\t" if len(delimiter) == 2 else delimiter
-            splitter = RowSplitter(uri, inner, is_quoted, len(names), bad_rows)
-            if skips_header:
-                skipped = len(block) - len(block.lstrip(b"\n")) + len(first) + 1
-                first_line, block = first_line + block.count(b"\n", 0, skipped), block[skipped:]
-        if len(delimiter) == 2:  # the parser supports single characters only
-            block = block.replace(b"\t", b" ").replace(delimiter.encode(), b"\t")
+            layout, skipped = found
+            first_line, block = first_line + block.count(b"\n", 0, skipped), block[skipped:]
+        if splitter is None:
+            splitter = RowSplitter(uri, layout, bad_rows)
+        if len(layout.delimiter) == 2:
+            block = block.replace(b"\t", b" ").replace(layout.delimiter.encode(), b"\t")
         rows, lines = splitter.split(first_line, block)
         if len(lines):
-            inner = "\t" if len(delimiter) == 2 else delimiter
-            table = _parse(rows, names, inner, is_quoted, splitter.has_line_ends)
+            table = _parse(rows, layout, splitter.has_line_ends)
             if table.num_rows != len(lines):
                 raise DataError(f"{uri}:{lines[0]}: cannot be read as text: rows and lines do not match from here on; "
                                 "check quotes and delimiters")  # fmt: skip
-            yield table.append_column(LINE_COLUMN, pa.array(lines)).replace_schema_metadata({"delimiter": delimiter})
-    if splitter is None:
+            metadata = {"delimiter": layout.delimiter}
+            yield table.append_column(LINE_COLUMN, pa.array(lines)).replace_schema_metadata(metadata)
+    if layout is None:
         raise DataError(f"{uri}: cannot be read as text: Empty file; remove it, or write the header")
-    splitter.finish()
+    if splitter is not None:
+        splitter.finish()
 
 
 def _has_quotes(file_format: FileFormat, delimiter: str, header: str) -> bool:
@@ -88,7 +113,7 @@ def _parse_header(uri: str, header: str, delimiter: str, is_quoted: bool, file_f
     return [name.partition(":")[0] for name in names] if file_format.typed_header else names
 
 
-def _parse(rows: bytes, names: list[str], delimiter: str, is_quoted: bool, has_line_ends: bool) -> Any:
+def _parse(rows: bytes, layout: TextLayout, has_line_ends: bool) -> Any:
     """Parse rows that all have the right number of cells.
 
     The parser gets the bytes at once. If it read a Python stream, its threads could still read from it while the
@@ -96,9 +121,11 @@ def _parse(rows: bytes, names: list[str], delimiter: str, is_quoted: bool, has_l
     """
     return pa_csv.read_csv(
         pa.BufferReader(rows),
-        pa_csv.ReadOptions(use_threads=False, block_size=len(rows) + 1, column_names=names),
+        pa_csv.ReadOptions(use_threads=False, block_size=len(rows) + 1, column_names=layout.names),
         pa_csv.ParseOptions(
-            delimiter=delimiter, quote_char='"' if is_quoted else False, newlines_in_values=has_line_ends
+            delimiter=layout.inner_delimiter,
+            quote_char='"' if layout.is_quoted else False,
+            newlines_in_values=has_line_ends,
         ),
         pa_csv.ConvertOptions(default_column_type=pa.binary(), null_values=NULLS, strings_can_be_null=True,
                               check_utf8=False),
