@@ -149,8 +149,8 @@ def _describe_forgotten(
     if plan.dataset.forget is None:
         return {}
     rows = Counter[str]()
-    for chunk, read in zip(source.chunks, stats.reads, strict=True):
-        rows[chunk.uri] += read["forgotten"]
+    for read in stats.reads:
+        rows[read["uri"]] += read["forgotten"]
     forgotten = {
         "users_asked": stats.num_forgotten,
         "users_in_log": len({user for read in stats.reads for user in read["forgotten_users"]}),

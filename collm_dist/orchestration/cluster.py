@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,49 +100,96 @@ def check_nodes(folder: Path) -> None:
     sentinel.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class ByteProgress:
+    """Progress in bytes instead of tasks.
+
+    Attributes:
+        total: bytes of all tasks.
+        count: returns the bytes of a task, given its arguments.
+    """
+
+    total: int
+    count: Callable[[tuple[Any, ...]], int]
+
+
 def run_tasks(
     function: Callable[..., Any],
-    arguments: Sequence[tuple[Any, ...]],
+    arguments: Iterable[tuple[Any, ...]],
     *,
     description: str,
     parallelism: int,
     num_gpus: int = 0,
     progress_bar: bool = True,
+    progress: ByteProgress | None = None,
+    in_order: bool = False,
 ) -> list[Any]:
     """Run a function over many arguments as Ray tasks and return the results in the order of the arguments.
 
     Args:
         function: function of the tasks; retried if a worker dies.
-        arguments: arguments of each task; object references are resolved.
+        arguments: arguments of each task; object references are resolved. An iterator with ``progress`` is asked for
+            the next task when there is room for it.
         description: label of the progress bar.
         parallelism: maximum number of tasks in flight.
         num_gpus: GPUs per task.
         progress_bar: whether to show a progress bar.
+        progress: what the bar counts; None = tasks.
+        in_order: if several tasks fail, raise the error of the first in the order of the arguments.
 
     Raises:
         CollmError: error of a task.
         LaunchError: workers kept dying, or a disk failed.
     """
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(function)
-    results: list[Any] = [None] * len(arguments)
-    waiting = list(enumerate(arguments))[::-1]
-    running: dict[Any, int] = {}
-    with tqdm(total=len(arguments), desc=description, disable=not progress_bar, leave=False) as bar:
-        while waiting or running:
-            while waiting and len(running) < parallelism:
-                index, values = waiting.pop()
-                running[remote.remote(*values)] = index
+    if progress is None:
+        arguments = list(arguments)
+    results: dict[int, Any] = {}
+    waiting, running = enumerate(arguments), dict[Any, tuple[int, int]]()
+    with _open_bar(description, arguments, progress, progress_bar) as bar:
+        while True:
+            while len(running) < parallelism and (task := next(waiting, None)) is not None:
+                index, values = task
+                running[remote.remote(*values)] = index, 1 if progress is None else progress.count(values)
+            if not running:
+                return [results[index] for index in range(len(results))]
             done, _ = ray.wait(list(running), num_returns=1)
+            index, amount = running.pop(done[0])
             try:
-                results[running.pop(done[0])] = ray.get(done[0])
+                results[index] = ray.get(done[0])
             except ray.exceptions.RayError as error:
+                earlier = {ref: other for ref, (other, _) in running.items() if in_order and other < index}
+                first = _find_first_error(earlier) or error
                 # Short tasks may finish; the others end with this process. Tasks are not cancelled: if a cancellation
                 # meets the end of a task, Ray aborts the process without a message (as in ray-project/ray#54798).
                 if running:
                     ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
-                raise explain_task_error(error, description) from None
-            bar.update()
-    return results
+                raise explain_task_error(first, description) from None
+            bar.update(amount)
+
+
+def _open_bar(description: str, arguments: Any, progress: ByteProgress | None, is_shown: bool) -> Any:
+    if progress is None:
+        return tqdm(total=len(arguments), desc=description, disable=not is_shown, leave=False)
+    return tqdm(
+        total=progress.total,
+        desc=description,
+        disable=not is_shown,
+        leave=False,
+        unit="B",
+        unit_scale=True,
+        bar_format="{desc} {n_fmt}B of {total_fmt}B |{bar}| {elapsed}<{remaining}",
+    )
+
+
+def _find_first_error(tasks: Mapping[Any, int]) -> Exception | None:
+    """Wait for tasks, and return the error of the first that fails in the order of their numbers."""
+    for ref in sorted(tasks, key=lambda ref: tasks[ref]):
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
+            return error
+    return None
 
 
 def explain_task_error(error: Exception, description: str) -> Exception:

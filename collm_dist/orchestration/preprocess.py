@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray
 
 from collm_dist.config import Config
+from collm_dist.data.ingest.file_parts import PART_BYTES
 from collm_dist.data.ingest.filtered_buckets import load_filtered_ids
 from collm_dist.data.ingest.forgotten_users import load_forgotten
 from collm_dist.data.ingest.id_tables import (
@@ -36,7 +37,7 @@ from collm_dist.data.samples.split_cuts import build_split_rule
 from collm_dist.data.samples.splits import SPLITS, build_calendar_rule
 from collm_dist.data.shards.manifest import load_manifest, remove_unlisted_files
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.orchestration.cluster import check_nodes, connect_ray, run_tasks
+from collm_dist.orchestration.cluster import ByteProgress, check_nodes, connect_ray, run_tasks
 from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir
@@ -69,10 +70,11 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     forgotten = load_forgotten(config.dataset.forget)
     extended = config.dataset.extend_from
     num_previous = len(load_manifest(Path(extended) / "data").buckets) if extended is not None else 0
-    preprocessing = resolve_counts(config.preprocessing, source.inputs(), num_previous)
+    inputs = source.inputs()
+    preprocessing = resolve_counts(config.preprocessing, inputs, num_previous)
     assert isinstance(preprocessing.num_user_buckets, int)  # resolved
     previous = load_previous_tables(config.dataset, preprocessing.num_user_buckets, forgotten)
-    work_dir = _open_work_dir(run_dir, compute_json_hash(fingerprint)[:12])
+    work_dir = _open_work_dir(run_dir, compute_json_hash([fingerprint, PART_BYTES])[:12])
     plan = PreprocessPlan(
         work_dir=work_dir.absolute(),
         data_dir=data_dir.absolute(),
@@ -88,7 +90,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     )
     with connect_ray(config.cluster):
         check_nodes(plan.data_dir)
-        manifest = _preprocess(plan, source, previous, forgotten, run)
+        manifest = _preprocess(plan, source, inputs, previous, forgotten, run)
     manifest["fingerprint"] = fingerprint
     remove_unlisted_files(data_dir, manifest)
     run_dir.write_record("data", manifest)
@@ -110,22 +112,31 @@ def _open_work_dir(run_dir: RunDir, key: str) -> Path:
 
 
 def _preprocess(
-    plan: PreprocessPlan, source: Source, previous: PreviousTables, forgotten: Any, run: Callable[..., list[Any]]
+    plan: PreprocessPlan,
+    source: Source,
+    inputs: dict[str, Any],
+    previous: PreviousTables,
+    forgotten: Any,
+    run: Callable[..., list[Any]],
 ) -> dict[str, Any]:
     """Run the tasks in order and return the manifest's record without its fingerprint."""
-    chunks, buckets = range(len(source.chunks)), range(plan.num_buckets)
+    buckets = range(plan.num_buckets)
     plan_ref, source_ref, forgotten_ref = ray.put(plan), ray.put(source), ray.put(forgotten)
 
-    # Read the raw files and check them as a whole.
+    # Read the raw files and check them as a whole. The next parts of a large file are found while others are read.
+    chunks = enumerate(source.split_chunks(inputs))
+    num_bytes = sum(int(inputs[uri]["size"] or 0) for uri in {chunk.uri for chunk in source.chunks})
     reads = run(
         read_chunk,
-        [(plan_ref, source_ref, index, source.chunks[index], forgotten_ref) for index in chunks],
+        ((plan_ref, source_ref, index, chunk, forgotten_ref) for index, chunk in chunks),
         description="reading",
+        progress=ByteProgress(num_bytes, lambda arguments: arguments[3].num_bytes),
+        in_order=True,
     )
     items, item_repairs = source.read_items()
     catalogue = items if source.items_uris else None
     known_items = None if catalogue is None else catalogue.column("item_id").combine_chunks()
-    item_counts = sum_item_counts([read_table(plan.work_file("items", index)) for index in chunks])
+    item_counts = sum_item_counts([read_table(plan.work_file("items", index)) for index in range(len(reads))])
     facts, raw_items = merge_facts(reads), item_counts.column("id").unique()
     warnings = list_warnings(facts, plan.dataset, raw_items, catalogue)
     for warning in warnings:  # before the work
@@ -141,7 +152,7 @@ def _preprocess(
     )
     known_ref, kept_ref = ray.put(known_items), ray.put(kept_items)
     first_rows = np.cumsum([0] + [read["rows_read"] for read in reads]).tolist()
-    num_raw_rows, chunk_paths = first_rows.pop(), [plan.work_file("chunk", index) for index in chunks]
+    num_raw_rows, chunk_paths = first_rows.pop(), [plan.work_file("chunk", index) for index in range(len(reads))]
     filters = run(
         filter_bucket,
         [(plan_ref, bucket, chunk_paths, first_rows, known_ref, kept_ref, window) for bucket in buckets],

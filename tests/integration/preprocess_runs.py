@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from collm_dist.config import Config
@@ -12,6 +14,7 @@ from collm_dist.data.samples.splits import SPLITS
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.errors import DataError
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.runs.run_dir import RunDir
 
@@ -80,3 +83,17 @@ GOOD = [
     for user in range(6)
     for item in range(9)
 ]
+
+
+def die_once(marker: str) -> str:
+    """Kill the own process at the first call."""
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "ok"
+
+
+def complain(number: int) -> None:
+    """Raise an error, the later the smaller the number."""
+    time.sleep(1 / number)
+    raise DataError(f"read me {number}")

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from tqdm import tqdm
 
 from collm_dist.data.samples.splits import SPLITS
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, CollmError, DataError
-from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from tests.integration.preprocess_runs import (
     GOOD,
+    complain,
+    die_once,
     list_samples,
     make_config,
     preprocess,
@@ -101,7 +103,7 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
         assert table["num_likes"][position] == len(known[row_id]["history"])
 
 
-def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp_path):
+def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp_path, monkeypatch, capsys):
     def run(name: str, pre: dict | None = None, **cluster) -> dict:
         cluster = {"ray_num_cpus": 2, "object_store_gb": 0.1, **cluster}
         return preprocess(make_config(ratings_of(tiny_ratings), tmp_path / name, pre=pre or {}, cluster=cluster))
@@ -114,6 +116,13 @@ def test_bytes_depend_on_no_worker_and_samples_on_no_partition(tiny_ratings, tmp
     other = run("other", pre={"num_user_buckets": 5, "num_shards": 3, "contexts_per_record": 7})
     assert other["content_hash"] != wide["content_hash"]
     assert list_samples(tmp_path / "other") == list_samples(tmp_path / "wide")
+    monkeypatch.setattr("collm_dist.data.ingest.file_parts.PART_BYTES", 1)
+    monkeypatch.setattr("collm_dist.data.ingest.text_blocks.BLOCK_BYTES", 5000)
+    config = make_config(ratings_of(tiny_ratings), tmp_path / "parts", monitoring={"progress_bar": True})
+    parts, size = preprocess(config), (tiny_ratings / "ratings.csv").stat().st_size
+    assert [parts[key] for key in parts if key != "fingerprint"] == [wide[key] for key in wide if key != "fingerprint"]
+    assert size > 10_000  # several parts
+    assert f" of {tqdm.format_sizeof(size)}B |" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -362,32 +371,17 @@ def test_filters_and_duplicates(tmp_path, capsys):
 
 def test_a_dying_worker_is_replaced(tmp_path):
     """A task whose process is killed once is retried."""
-    from collm_dist.orchestration.cluster import run_tasks
-
     assert run_tasks(die_once, [(str(tmp_path / "died"),)], description="x", parallelism=1, progress_bar=False) == [
         "ok"
     ]
 
 
-def die_once(marker: str) -> str:
-    import signal
-
-    if not Path(marker).exists():
-        Path(marker).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "ok"
-
-
 def test_errors_of_tasks_keep_their_kind(tmp_path):
-    from collm_dist.orchestration.cluster import run_tasks
-
-    with pytest.raises(CollmError, match="read me"):
-        run_tasks(complain, [(1,)], description="x", parallelism=1, progress_bar=False)
+    for numbers, in_order in (((1,), False), ((1, 2), True)):  # the second fails first
+        with pytest.raises(CollmError, match="read me 1"):
+            run_tasks(complain, [(number,) for number in numbers], description="x", parallelism=2, progress_bar=False,
+                      in_order=in_order)  # fmt: skip
     assert ray.is_initialized()
-
-
-def complain(_: int) -> None:
-    raise DataError("read me")
 
 
 def test_manifest_is_plain_json(tiny_ratings, tmp_path):

@@ -81,7 +81,8 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
             first, last = min(first, int(times.min())), max(last, int(times.max()))
             item_counts.append(count_items_by_month(table))
     write_table(items_path, sum_item_counts(item_counts))
-    return finish_task(marker, {"rows_read": rows_read, "usable": counts["usable"], "outside": counts["outside"],
+    return finish_task(marker, {"uri": chunk.uri, "rows_read": rows_read, "usable": counts["usable"],
+                                "outside": counts["outside"],
                                 "forgotten": counts["forgotten"], "forgotten_users": forgotten_users.to_pylist(),
                                 "bad": bad_rows.counts, "examples": bad_rows.examples, "notes": notes,
                                 "first_bad": bad_rows.first, "facts": asdict(facts),

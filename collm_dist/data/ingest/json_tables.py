@@ -20,9 +20,7 @@ MAX_SHOWN = 60
 _NO_OBJECT = re.compile(rb"^[ \t]*[^{ \t\n]", re.MULTILINE)
 
 
-def read_json_tables(
-    uri: str, blocks: Iterable[Block], file_format: FileFormat, bad_rows: BadRows
-) -> Iterator[Any]:
+def read_json_tables(uri: str, blocks: Iterable[Block], file_format: FileFormat, bad_rows: BadRows) -> Iterator[Any]:
     """Stream a file of JSON lines; lines that do not parse are counted.
 
     Columns of ``file_format.schema`` and ``expected`` are always there. Types are those of the block.

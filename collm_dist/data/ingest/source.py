@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
-from collm_dist.data.ingest.file_format import LINE_COLUMN
+from collm_dist.data.ingest.file_format import LINE_COLUMN, WHOLE_FILE, FilePart
+from collm_dist.data.ingest.file_parts import split_file
 from collm_dist.data.ingest.file_readers import (
     BadRows,
     FileFormat,
@@ -46,10 +47,18 @@ MAX_SHOWN = 50
 
 @dataclass(frozen=True)
 class FileChunk:
-    """Input of one read task: a file, or a range of a Parquet file's row groups."""
+    """Input of one read task: a file, a range of a Parquet file's row groups, or a part of a text file.
+
+    Attributes:
+        uri: the file.
+        row_groups, part: as in ``read_tables``.
+        num_bytes: size of the input, for progress; 0 = not known.
+    """
 
     uri: str
     row_groups: tuple[int, int] | None = None
+    part: FilePart = WHOLE_FILE
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Source:
     """A raw log, opened and checked. It is small, to be sent to workers.
 
     Attributes:
-        chunks: in file order.
+        chunks: in file order; a text file is one chunk.
         columns: names of the columns of interactions.
         file_format, items_format: formats of the files.
         items_uris: item files, if any.
@@ -105,6 +114,22 @@ class Source:
     first_rows: dict[str, str] = field(default_factory=dict)
     numeric_columns: frozenset[str] = frozenset()
 
+    def split_chunks(self, inputs: Mapping[str, Any]) -> Iterator[FileChunk]:
+        """Yield the chunks, large text files in parts. The parts depend on the files alone, not on the workers.
+
+        Args:
+            inputs: as returned by ``inputs``.
+        """
+        num_chunks = Counter(chunk.uri for chunk in self.chunks)
+        for chunk in self.chunks:
+            size = inputs[chunk.uri]["size"]
+            if chunk.row_groups is not None:
+                yield replace(chunk, num_bytes=(size or 0) // num_chunks[chunk.uri])
+                continue
+            for part in split_file(chunk.uri, self.file_format, size):
+                end = (size or 0) if part.end is None else part.end
+                yield replace(chunk, part=part, num_bytes=end - part.start)
+
     def read_chunk(self, chunk: FileChunk) -> Iterator[ReadBatch]:
         """Stream a chunk's rows in file order.
 
@@ -113,8 +138,8 @@ class Source:
         """
         row_filter = _parse_filter(self.dataset, self.numeric_columns)
         first_row, bad_rows = 0, BadRows()
-        for table in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups):
-            rows = table.num_rows
+        for raw in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups, chunk.part):
+            table, rows = raw, raw.num_rows
             _check_columns(table, chunk.uri, self.columns, self.dataset)
             try:
                 notes = Counter[str]()
@@ -136,8 +161,8 @@ class Source:
                 )
             except pa.ArrowException as error:
                 raise DataError(
-                    f"{chunk.uri}: from row {first_row + 1}: a value or a column type does not fit dataset.columns or "
-                    f"dataset.row_filter: {error}"
+                    f"{chunk.uri}:{raw.column(LINE_COLUMN)[0]}: from here on, a value or a column type does not fit "
+                    f"dataset.columns or dataset.row_filter: {error}"
                 ) from error
             yield ReadBatch(uniform, bad_rows.counts, bad_rows.examples, rows, notes, bad_rows.first, ratings)
             first_row += rows

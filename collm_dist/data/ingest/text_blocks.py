@@ -96,7 +96,7 @@ def read_blocks(
             if start == 0:
                 _check_start(uri, data, encoding)
             cut = len(data) if is_end else _find_line_end(data)
-            if not cut:
+            if not cut and not is_end:
                 raise DataError(f"{uri}: cannot be read as {kind}: line {line} is longer than {BLOCK_BYTES >> 20} MB; "
                                 "split or remove it")  # fmt: skip
             lines, held, start = _clean(data[:cut], encoding, start == 0), data[cut:], start + cut

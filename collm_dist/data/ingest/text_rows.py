@@ -51,7 +51,7 @@ class RowSplitter:
 
     def follow(self, first_line: int, lines: bytes) -> bool:
         """Pass over a block, and return whether its last line ends a row, so that the next block starts with a row."""
-        if self._held or (self._is_quoted and not _has_whole_rows(lines, self._delimiter[0])):
+        if self._held or (self._is_quoted and not _closes_its_quotes(lines, self._delimiter[0])):
             self.split(first_line, lines)
         return not self._held
 
@@ -122,8 +122,11 @@ def _count_quoted(
     return cells, clean
 
 
-def _has_whole_rows(lines: bytes, delimiter: int) -> bool:
-    """Return whether each line is a row: every quote that opens stands at the start of a cell and closes at its end."""
+def _closes_its_quotes(lines: bytes, delimiter: int) -> bool:
+    """Return whether, in lines that start with a row, all quotes open at the start of a cell and close at its end.
+
+    The last line then ends a row. False says nothing: the rows have to be scanned.
+    """
     if b'"' not in lines:
         return True
     data = np.frombuffer(lines, np.uint8)
@@ -132,9 +135,7 @@ def _has_whole_rows(lines: bytes, delimiter: int) -> bool:
         return False
     # Before the first byte stands, in effect, the line end that is the last byte.
     neighbours = data[np.concatenate([quotes[::2] - 1, quotes[1::2] + 1])]
-    if not ((neighbours == delimiter) | (neighbours == _NEWLINE)).all():
-        return False
-    return bool((np.searchsorted(quotes, np.flatnonzero(data == _NEWLINE)) % 2 == 0).all())
+    return bool(((neighbours == delimiter) | (neighbours == _NEWLINE)).all())
 
 
 def _scan_row(lines: bytes, position: int, delimiter: bytes) -> tuple[int, int]:
