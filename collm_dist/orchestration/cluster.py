@@ -188,7 +188,8 @@ def _find_first_error(tasks: Mapping[Any, int]) -> Exception | None:
         try:
             ray.get(ref)
         except ray.exceptions.RayError as error:
-            return error
+            failure: Exception = error
+            return failure
     return None
 
 
