@@ -35,6 +35,11 @@ class EvaluationConfig(Section):
     slots_ablation: bool = Field(
         True, description="Also report stage 2 with slots shuffled between rows, and the slots without the LLM."
     )
+    recipe: Literal["ML-1M", "Amazon-Book"] | None = operational(
+        None,
+        "The paper's recipe that the configuration follows; the report then lists every setting that deviates from it. "
+        "Set in configs/paper_*.yaml, and so in configurations that build on them.",
+    )
     max_tokens_per_micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = operational(
         "auto", "Maximum number of tokens in a forward pass. auto: 16384 on a GPU, 2048 on a CPU."
     )

@@ -50,20 +50,16 @@ class Deviation:
     paper: str
 
 
-def choose_recipe(config: Config) -> Recipe:
-    """Return the dataset of the paper whose settings a config is compared with."""
-    is_book = config.dataset.split.method == "amazon_book" or config.dataset.format.startswith("amazon")
-    return "Amazon-Book" if is_book else "ML-1M"
-
-
 def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) -> list[Deviation]:
-    """Return every setting that differs from the paper's recipe, section by section.
+    """Return every setting that differs from the recipe that a config follows, section by section; none without one.
 
     Args:
         config: the experiment.
         stage2_slots: names of the slots in the prompt of stage 2, such as ``MatchID``.
     """
-    recipe, model = choose_recipe(config), config.cf.model
+    recipe, model = config.evaluation.recipe, config.cf.model
+    if recipe is None:
+        return []
     path = RECIPES / _FILE_NAMES[recipe].format(model if model in _PAPER_CF_MODELS else "mf")
     paper = load_config(path)
     deviations = [

@@ -17,7 +17,7 @@ from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.evaluation.calibration import list_calibration, write_calibration
 from collm_dist.evaluation.comparison import TableSettings, compute_table
-from collm_dist.evaluation.deviations import choose_recipe, list_deviations
+from collm_dist.evaluation.deviations import list_deviations
 from collm_dist.evaluation.evaluated_rows import EvaluatedSplit, load_splits
 from collm_dist.evaluation.hparams import build_run_settings
 from collm_dist.evaluation.model_scores import ModelScores, collect_models
@@ -163,7 +163,7 @@ def build_report(
     report: dict[str, Any] = {
         "format_version": 1,
         "data": describe_data(config, manifest, {name: split.rows for name, split in splits.items()}),
-        "recipe": choose_recipe(config),
+        "recipe": config.evaluation.recipe,
         "deviations": [asdict(deviation) for deviation in list_deviations(config, slots)],
         "rows": table,
         "differences": differences,

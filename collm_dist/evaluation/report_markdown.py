@@ -154,6 +154,8 @@ def _render_header(report: Mapping[str, Any]) -> list[str]:
 
 def _render_deviations(report: Mapping[str, Any]) -> list[str]:
     recipe, deviations = report["recipe"], report["deviations"]
+    if recipe is None:
+        return []
     lines = [f"## Settings that deviate from the paper's recipe for {recipe}", ""]
     if not deviations:
         return [*lines, "None.", ""]

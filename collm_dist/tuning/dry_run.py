@@ -21,6 +21,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.runs.run_dir import STAGES, RunDir
+from collm_dist.tuning.cpu_rate import estimate_seconds, format_duration, measure_matmul_rate
 from collm_dist.tuning.flops import DecoderShape, StepCost, count_padded, count_shared
 from collm_dist.tuning.loop import count_total_steps
 from collm_dist.tuning.losses import LossWeights
@@ -77,13 +78,19 @@ def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
         skeleton = AutoModelForCausalLM.from_config(backbone_config)
     tokenizer = load_tokenizer(config.llm.backbone, config.llm.revision, trust_remote_code=config.llm.trust_remote_code)
     lines: list[str] = []
+    rate = None
+    if not torch.cuda.is_available():
+        rate = measure_matmul_rate(skeleton.config.get_text_config().hidden_size, resolve_dtype(config.llm.dtype))
     for stage in (get_stage(config, name) for name in STAGES):
         if stage.is_enabled:
-            lines += _describe_stage(config, run_dir, stage, skeleton, tokenizer)
+            lines += _describe_stage(config, run_dir, stage, skeleton, tokenizer, rate)
     return lines
 
 
-def _describe_stage(config: Config, run_dir: RunDir, stage: Stage, skeleton: Any, tokenizer: Any) -> list[str]:
+def _describe_stage(
+    config: Config, run_dir: RunDir, stage: Stage, skeleton: Any, tokenizer: Any, cpu_rate: float | None
+) -> list[str]:
+    """Return a stage's lines; ``cpu_rate`` is the FLOP/s of a matmul on this CPU, None on a machine with a GPU."""
     name, settings = stage.name, stage.settings
     train, valid = build_orders(config, run_dir, settings)
     steps = count_total_steps(settings, train)
@@ -104,8 +111,14 @@ def _describe_stage(config: Config, run_dir: RunDir, stage: Stage, skeleton: Any
         f"{name}: {flops / 1e12:.2f} TFLOP and {sample.shared.tokens / len(blocks):,.0f} tokens per step; padded rows "
         f"with all logits would take {sample.padded.flops / sample.shared.flops:.1f} times the FLOPs. "
         f"{minutes:,.1f} GPU minutes at {ASSUMED_TFLOPS:.0f} TFLOP/s, validation not counted",
-        *_describe_memory(config, run_dir, stage, skeleton, shape, layers, sample, dtype),
     ]
+    if cpu_rate is not None:
+        duration = format_duration(estimate_seconds(steps * flops, cpu_rate))
+        lines.append(
+            f"{name}: about {duration} on this CPU, an estimate from a matmul at {cpu_rate / 1e9:,.0f} GFLOP/s on "
+            f"{torch.get_num_threads()} threads; validation not counted"
+        )
+    lines += _describe_memory(config, run_dir, stage, skeleton, shape, layers, sample, dtype)
     if stage.has_slots:
         size = 2 * shape.num_layers * shape.key_width * dtype.itemsize * sample.prefix_tokens / sample.contexts
         lines.append(

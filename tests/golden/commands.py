@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -66,6 +67,7 @@ def show_plans(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for script in ("train", "run_pipeline"):
         code, output, _ = run_script(script, "--config", str(run / "config.yaml"), "--dry-run", *overrides)
         lines = replace_paths(output, list_places(run)).splitlines()
+        lines = [re.sub(r"about .*(?= on this CPU)|\S+ GFLOP/s on \d+", "<measured>", line) for line in lines]
         plans[script] = {"exit_code": code, "lines": lines}
     # Both begin with all settings.
     first, second = plans["train"]["lines"], plans["run_pipeline"]["lines"]

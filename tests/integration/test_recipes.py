@@ -45,7 +45,7 @@ def prepare(folder, finished_run, overrides):
     config = load_config(
         REPOSITORY / "configs" / "tiny_cpu.yaml",
         [f"run.dir={folder}", f"dataset.path={base.dataset.path}", f"dataset.items_path={base.dataset.items_path}",
-         f"llm.backbone={base.llm.backbone}", "evaluation.splits=[valid,test]", *overrides],
+         f"llm.backbone={base.llm.backbone}", "evaluation.splits=[valid,test]", "evaluation.recipe=ML-1M", *overrides],
     )  # fmt: skip
     run_dir = RunDir(folder)
     run_dir.path.mkdir()

@@ -36,6 +36,7 @@ def _build(**sections):
             "llm": {"backbone": "vicuna-7b"},
             "stage1": _stage(eval_every_steps=50),
             "stage2": _stage(eval_every_steps=50),
+            "evaluation": {"recipe": "ML-1M"},
             **sections,
         }
     )
@@ -92,8 +93,18 @@ def test_own_data_and_slots_are_named():
     assert deviations["dataset"].ours == "table"
 
 
+def test_only_what_follows_the_paper_is_compared_with_it(tmp_path):
+    assert list_deviations(_build(lora={"rank": 4}, evaluation={}), PAPER_SLOTS) == []
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        assert (load_config(path).evaluation.recipe is not None) == path.name.startswith("paper_")
+    (tmp_path / "mine.yaml").write_text(f"base: {RECIPES}/paper_ml1m_din.yaml\nrun: {{dir: x}}\nlora: {{rank: 4}}\n")
+    mine = list_deviations(load_config(tmp_path / "mine.yaml"), PAPER_SLOTS)
+    assert ("lora.rank", "4") in {(deviation.setting, deviation.ours) for deviation in mine}
+
+
 def test_amazon_has_its_own_recipe():
-    book = _build(dataset={"path": "books", "format": "amazon_2018", "split": {"method": "amazon_book"}})
+    dataset = {"path": "books", "format": "amazon_2018", "split": {"method": "amazon_book"}}
+    book = _build(dataset=dataset, evaluation={"recipe": "Amazon-Book"})
     deviations = {deviation.setting: deviation for deviation in list_deviations(book, PAPER_SLOTS)}
     assert deviations["dataset.like_threshold"].paper == "5"
     assert deviations["dataset.min_user_interactions"].paper == "21"

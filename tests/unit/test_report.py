@@ -37,7 +37,7 @@ TRIVIAL = ["item_mean", "item_user_mean", "bias_logistic", "as_of_logistic", "te
 def explicit(tmp_path_factory):
     path = tmp_path_factory.mktemp("explicit")
     run_dir = write_data_step(path)
-    config = build_config(path)
+    config = build_config(path, recipe="ML-1M")
     return config, run_dir, run_evaluation(config, run_dir)
 
 
@@ -65,6 +65,7 @@ def test_report_states_its_power_and_the_deviations(explicit):
     text = (run_dir.step_dir("eval") / "report.md").read_text()
     for part in ("as-of logistic", "all earlier feedback", "cold item", "deviate from the paper's recipe", "not run"):
         assert part in text
+    assert "paper's recipe" not in render_markdown({**report, "recipe": None, "deviations": []})
     for name in report["plots"]:
         assert (run_dir.step_dir("eval") / name).read_bytes().startswith(b"\x89PNG")
         assert f"({name})" in text
