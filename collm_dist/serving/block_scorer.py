@@ -79,6 +79,30 @@ class BlockScorer:
         return scores
 
     @torch.inference_mode()
+    def compute_item_vectors(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return (I, E + 1) vectors of all items in the collaborative model, for an index.
+
+        Args:
+            features: (I, F) statistics of each item with an unknown user, which a model of all feedback reads.
+        """
+        assert self._cf is not None
+        final = self._cf.final
+        vectors = final.item_rows(torch.arange(len(features), device=self.device)).float()
+        if final.wide is not None:
+            vectors = vectors.clone()
+            vectors[:, -1] += final.wide(torch.from_numpy(features).to(self.device))[:, 0]
+        return vectors.cpu().numpy()
+
+    @torch.inference_mode()
+    def compute_queries(self, block: ContextBlock) -> NDArray[np.float32] | None:
+        """Return the (C, E + 1) query vectors of a block's contexts; None if the scores are no inner products."""
+        if self._cf is None:
+            return None
+        final = self._cf.final
+        queries = final.compute_queries(CfBatch.from_block(block, final.history_length, self.device))
+        return None if queries is None else queries.float().cpu().numpy()
+
+    @torch.inference_mode()
     def score_by_cf(self, block: ContextBlock) -> Scores:
         """Return (B,) logits of a block's targets by the collaborative model of all training rows.
 

@@ -43,6 +43,12 @@ class RankBody(BaseModel):
         min_length=1,
         description="Ids of items to rank, without repetition; by default the collaborative model retrieves them.",
     )
+    allowed: list[ItemId] | None = Field(
+        None, description="Ids among which candidates are retrieved; by default all items. Unknown ids are skipped."
+    )
+    blocked: list[ItemId] | None = Field(
+        None, description="Ids that are not retrieved, as well as the user's own. Unknown ids are skipped."
+    )
     as_of: StrictInt | None = Field(
         None, description="Seconds since 1970; only earlier events of the log count; by default all events."
     )

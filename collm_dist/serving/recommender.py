@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from collm_dist.errors import RequestError
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.serving.block_scorer import BlockScorer, Scores
 from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.requests import (
     Id,
     RankedItem,
@@ -40,6 +42,10 @@ from collm_dist.tuning.stage import get_stage
 
 # Most candidates laid out at once. More would use host memory without better micro-batches.
 _MAX_ROWS = 4096
+# Items that an index finds beyond those asked for, to be put in order by the model itself.
+_SPARE = 100
+# Users whose retrieval shows how thoroughly an index must search.
+_SAMPLED_USERS = 64
 
 
 class Recommender:
@@ -105,19 +111,22 @@ class Recommender:
         top_k: int | None = None,
         num_retrieved: int = 200,
         disliked: Sequence[Id] | None = None,
+        allowed: Sequence[Id] | None = None,
+        blocked: Sequence[Id] | None = None,
     ) -> list[RankedItem]:
         """Rank items for a user, best first.
 
         Args:
-            history, candidates, user, as_of, disliked: see ``RankingRequest``; without candidates, ``retrieve`` finds
-                them.
+            history, candidates, user, as_of, disliked, allowed, blocked: see ``RankingRequest``; without candidates,
+                ``retrieve`` finds them.
             top_k: most items to return; None = all.
             num_retrieved: number of candidates to retrieve if none are given.
 
         Raises:
             RequestError: the request is invalid; the message names the field, the value and the remedy.
         """
-        answer = self.rank_many([RankingQuery(user, history, candidates, as_of, top_k, num_retrieved, disliked)])[0]
+        query = RankingQuery(user, history, candidates, as_of, top_k, num_retrieved, disliked, allowed, blocked)
+        answer = self.rank_many([query])[0]
         if isinstance(answer, RequestError):
             raise answer
         return answer
@@ -151,9 +160,18 @@ class Recommender:
             raise RequestError(
                 f"top_k: {query.top_k} is less than 1; give the number of items to return, or None for all"
             )
-        request = RankingRequest(query.user, query.history, as_of=query.as_of, disliked=query.disliked)
+        request = RankingRequest(
+            query.user,
+            query.history,
+            as_of=query.as_of,
+            disliked=query.disliked,
+            allowed=query.allowed,
+            blocked=query.blocked,
+        )
         if query.candidates is None:
             return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
+        if query.allowed is not None or query.blocked:
+            raise RequestError("candidates: allowed and blocked limit what is retrieved; omit them, or candidates")
         indices = self._reader.read_candidates(replace(request, candidates=query.candidates))
         self._reader.read_user(request)  # only to check it
         return replace(request, candidates=[self.item_ids[index] for index in indices.tolist()])
@@ -203,8 +221,8 @@ class Recommender:
     def retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
         """Return the best items by the collaborative model for the user of each request, best first.
 
-        Items of the history and of the user's events before ``as_of`` are left out. Every item of the run is scored, so
-        the time is proportional to the number of items.
+        Items of the history and of the user's events before ``as_of`` are left out. If the model's scores are inner
+        products, an index finds the items, see ``ItemIndex``; otherwise every item of the run is scored.
 
         Args:
             requests: users to retrieve for; their candidates are ignored.
@@ -219,14 +237,38 @@ class Recommender:
         for index, request in enumerate(requests):
             with _naming(index, len(requests)):
                 user = self._reader.read_user(request)
-            unseen = np.setdiff1d(np.arange(len(self.item_ids)), user.seen)
-            if len(unseen) == 0:
+                allowed, excluded = self._reader.read_pool(request, user.seen)
+            pool = self._find_pool(user, allowed, excluded, count)
+            if len(pool) == 0:
                 retrieved.append([])
                 continue
-            scores = self._scorer.score_by_cf(self._reader.build_block([user], [unseen]))
-            best = unseen[np.argsort(-scores, kind="stable")[:count]]
+            scores = self._scorer.score_by_cf(self._reader.build_block([user], [pool]))
+            best = pool[np.argsort(-scores, kind="stable")[:count]]
             retrieved.append([self.item_ids[index] for index in best.tolist()])
         return retrieved
+
+    def _find_pool(self, user: UserContext, allowed: IntArray | None, excluded: IntArray, count: int) -> IntArray:
+        """Return the items, ascending, that are worth scoring to find the ``count`` best ones."""
+        if allowed is None and self._index is not None:
+            query = self._scorer.compute_queries(self._reader.build_block([user], [np.zeros(1, np.int64)]))
+            assert query is not None
+            # Some more than asked for: statistics of another time, and the index, order them a little differently.
+            allowed = np.sort(self._index.search(query[0], 2 * count + _SPARE + len(excluded)))
+        elif allowed is None:
+            allowed = np.arange(len(self.item_ids))
+        return np.setdiff1d(allowed, excluded)
+
+    @cached_property
+    def _index(self) -> ItemIndex | None:
+        """Index of all items; None if the collaborative model's scores are no inner products."""
+        some = self.user_ids[:: max(1, len(self.user_ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
+        contexts = [self._reader.read_user(RankingRequest(user_id)) for user_id in some]
+        queries = self._scorer.compute_queries(
+            self._reader.build_block(contexts, [np.zeros(1, np.int64)] * len(contexts))
+        )
+        if queries is None:
+            return None
+        return ItemIndex(self._scorer.compute_item_vectors(self._reader.compute_item_features()), queries)
 
     def _read_in_parts(self, requests: Sequence[RankingRequest]) -> Iterator[tuple[list[UserContext], list[IntArray]]]:
         """Yield contexts and candidates of consecutive requests, up to the rows that are laid out at once."""

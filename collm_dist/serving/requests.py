@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from collm_dist.data.prompts.ragged import to_offsets
+from collm_dist.data.samples.pair_features import compute_count_features
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
@@ -28,6 +30,8 @@ class RankingRequest:
             run's item table are not.
         as_of: seconds since 1970; only earlier events of the log count; None = all events.
         disliked: raw ids of disliked items, oldest first; otherwise as ``history``.
+        allowed: raw ids among which ``Recommender.retrieve`` finds candidates; None = all items. It skips unknown ids.
+        blocked: raw ids that it leaves out; None = none.
     """
 
     user: Id | None = None
@@ -35,6 +39,8 @@ class RankingRequest:
     candidates: Sequence[Id] = ()
     as_of: int | None = None
     disliked: Sequence[Id] | None = None
+    allowed: Sequence[Id] | None = None
+    blocked: Sequence[Id] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class RankingQuery:
     """Arguments of ``Recommender.rank``, with optional candidates; ``Recommender`` turns it into a ``RankingRequest``.
 
     Attributes:
-        user, history, as_of, disliked: see ``RankingRequest``.
+        user, history, as_of, disliked, allowed, blocked: see ``RankingRequest``.
         candidates: see there; None = the collaborative model retrieves them.
         top_k: most items to return; None = all.
         num_retrieved: number of candidates to retrieve if none are given.
@@ -55,6 +61,8 @@ class RankingQuery:
     top_k: int | None = None
     num_retrieved: int = 200
     disliked: Sequence[Id] | None = None
+    allowed: Sequence[Id] | None = None
+    blocked: Sequence[Id] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,19 @@ class RequestReader:
         dislikes = dislikes[max(0, len(dislikes) - self._max_dislikes) :]
         return UserContext(user_idx, history[-self._max_history_length :], dislikes, likes, rows, seen, as_of)
 
+    def read_pool(self, request: RankingRequest, seen: IntArray) -> tuple[IntArray | None, IntArray]:
+        """Return the dense indices of a request's allowed items, None for all, and those of items to leave out.
+
+        Args:
+            request: the request.
+            seen: dense indices of the items that the user has already.
+
+        Raises:
+            RequestError: a field has the wrong type.
+        """
+        allowed = None if request.allowed is None else np.unique(self._find_items(request.allowed, "allowed"))
+        return allowed, np.union1d(seen, self._find_items(request.blocked or (), "blocked"))
+
     def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
         """Return the dense indices of the items in a list of ids that the run knows."""
         item_ids = _to_ids(values, field)
@@ -186,6 +207,12 @@ class RequestReader:
         if isinstance(as_of, bool) or not isinstance(as_of, int | np.integer):
             raise RequestError(f"as_of: {as_of!r} is not an integer; give seconds since 1970")
         return int(np.clip(as_of, -(2**62), 2**62))
+
+    def compute_item_features(self) -> NDArray[np.float32]:
+        """Return (I, F) statistics of all items after all events, each with an unknown user."""
+        likes, rows = self._events.count_item_events(np.arange(len(self.item_index)), self._events.end)
+        nobody = np.zeros_like(likes)
+        return compute_count_features(nobody, nobody, likes, rows)
 
     def build_block(self, users: Sequence[UserContext], candidates: Sequence[IntArray]) -> ContextBlock:
         """Build the block of contexts and their candidates, in the given order, in the form of the shards.

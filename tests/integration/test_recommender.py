@@ -127,6 +127,17 @@ def test_candidates_are_retrieved_among_what_is_new_to_the_user(finished_run, re
     assert recommender.rank(user=user, history=items) == []
 
 
+def test_retrieval_keeps_to_allowed_items_and_leaves_out_blocked_ones(recommender):
+    everything = recommender.retrieve([RankingRequest(None, LIKED)], 1000)[0]
+    some, blocked = everything[::2], everything[:4]
+    answer = recommender.retrieve([RankingRequest(None, LIKED, allowed=["no such item", *some], blocked=blocked)], 1000)
+    assert answer == [[item for item in some if item not in blocked]]
+    ranked = recommender.rank(LIKED, allowed=some, blocked=blocked, num_retrieved=3)
+    assert {item.item_id for item in ranked} == set(answer[0][:3])
+    with pytest.raises(RequestError, match="allowed and blocked limit what is retrieved"):
+        recommender.rank(LIKED, CANDIDATES, blocked=blocked)
+
+
 def test_a_wrong_query_spoils_none_of_the_others(finished_run, recommender):
     items = load_item_table(finished_run / "data")["item_id"]
     queries = [

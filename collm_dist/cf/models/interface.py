@@ -135,6 +135,16 @@ class TrainableCfModel(ABC, nn.Module):
         biases = self.global_bias + self.user_biases(batch)[batch.target_contexts] + items[:, -1]
         return biases + matched + self.feature_logits(batch)
 
+    def compute_queries(self, batch: CfBatch) -> Tensor | None:
+        """Return (C, E + 1) vectors whose inner products with ``item_rows`` are the logits, up to a user's constant.
+
+        None if the match is another function than the inner product.
+        """
+        if self.depends_on_target or type(self).match is not TrainableCfModel.match:
+            return None
+        users = self.compute_user_vectors(batch)
+        return torch.cat([users, users.new_ones(len(users), 1)], dim=1)
+
     def item_rows(self, item_idx: Tensor) -> Tensor:
         """(...) -> (..., E + 1): vector and bias of each item, as used in scoring."""
         rows: Tensor = self.items(item_idx)

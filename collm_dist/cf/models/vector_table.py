@@ -65,6 +65,11 @@ class VectorTable(TrainableCfModel):
         vectors = table[batch.user_idx.clamp(0, len(table) - 1)] * (batch.user_idx >= 0)[:, None]
         return torch.where((vectors == 0).all(dim=1, keepdim=True), means, vectors)
 
+    def compute_queries(self, batch: CfBatch) -> Tensor:
+        """Return (C, E + 1) vectors whose inner products with ``item_rows`` are the logits, up to a user's constant."""
+        users = self.gain * self.compute_user_vectors(batch)
+        return torch.cat([users, users.new_ones(len(users), 1)], dim=1)
+
     def match(self, users: Tensor, batch: CfBatch, items: Tensor) -> Tensor:
         """Return the (B,) inner products times the gain."""
         return self.gain * super().match(users, batch, items)
