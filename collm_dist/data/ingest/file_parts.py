@@ -14,8 +14,8 @@ from collm_dist.data.ingest.text_tables import find_layout
 from collm_dist.errors import CollmError
 from collm_dist.storage import open_filesystem
 
-# Four blocks: about a million rows, read in seconds.
-PART_BYTES = 32 << 20
+# Least size of a part. It has four blocks then, each cut at a line end: about a million rows, read in seconds.
+PART_BYTES = 30 << 20
 
 
 def split_file(uri: str, file_format: FileFormat, size: int | None) -> Iterator[FilePart]:

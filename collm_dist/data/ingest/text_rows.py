@@ -51,9 +51,20 @@ class RowSplitter:
 
     def follow(self, first_line: int, lines: bytes) -> bool:
         """Pass over a block, and return whether its last line ends a row, so that the next block starts with a row."""
-        if self._held or (self._is_quoted and not _closes_its_quotes(lines, self._delimiter[0])):
+        whole, number = (self._held + lines, self._held_line) if self._held else (lines, first_line)
+        start = _find_open_row(whole, self._delimiter[0]) if self._is_quoted else len(whole)
+        if start is None:
             self.split(first_line, lines)
+        else:
+            self._hold(whole, start, number + whole.count(b"\n", 0, start))
         return not self._held
+
+    def _hold(self, lines: bytes, start: int, line: int) -> None:
+        """Keep the row that a quote leaves open, with the number of its line, for the next block."""
+        self._held, self._held_line = lines[start:], line
+        if len(self._held) > BLOCK_BYTES:
+            raise DataError(f"{self._uri}:{line}: cannot be read as text: the quote that opens in this row is not "
+                            "closed within 8 MB; close or remove it")  # fmt: skip
 
     def finish(self) -> None:
         """Count the lines behind a quote that is never closed."""
@@ -87,10 +98,7 @@ class RowSplitter:
                 continue
             end, count = _scan_row(lines, int(starts[line]), self._delimiter)
             if end < 0:
-                self._held, self._held_line = lines[starts[line] :], first_line + line
-                if len(self._held) > BLOCK_BYTES:
-                    raise DataError(f"{self._uri}:{self._held_line}: cannot be read as text: the quote that opens in "
-                                    "this row is not closed within 8 MB; close or remove it")  # fmt: skip
+                self._hold(lines, int(starts[line]), first_line + line)
                 return cells, is_start, line
             next_line = int(np.searchsorted(ends, end)) + 1
             cells[line] = count
@@ -122,20 +130,28 @@ def _count_quoted(
     return cells, clean
 
 
-def _closes_its_quotes(lines: bytes, delimiter: int) -> bool:
-    """Return whether, in lines that start with a row, all quotes open at the start of a cell and close at its end.
+def _find_open_row(lines: bytes, delimiter: int) -> int | None:
+    """Return where the row starts that a quote leaves open at the end of lines that start with a row.
 
-    The last line then ends a row. False says nothing: the rows have to be scanned.
+    Returns the length of the lines if there is none, and None if a quote stands elsewhere than at the start or end of
+    a cell, or doubled in it: then the rows have to be scanned.
     """
     if b'"' not in lines:
-        return True
+        return len(lines)
     data = np.frombuffer(lines, np.uint8)
     quotes = np.flatnonzero(data == _QUOTE)
-    if len(quotes) % 2:
-        return False
-    # Before the first byte stands, in effect, the line end that is the last byte.
+    # Of a doubled quote, the first seems to close the cell and the second to open it again. Before the first byte
+    # stands, in effect, the line end that is the last byte.
     neighbours = data[np.concatenate([quotes[::2] - 1, quotes[1::2] + 1])]
-    return bool(((neighbours == delimiter) | (neighbours == _NEWLINE)).all())
+    if not ((neighbours == delimiter) | (neighbours == _NEWLINE) | (neighbours == _QUOTE)).all():
+        return None
+    if len(quotes) % 2 == 0:
+        return len(lines)
+    closes = [-1, *quotes[1::2].tolist()]
+    for close, opening in zip(closes[::-1], quotes[::2][::-1].tolist(), strict=True):
+        if (end := lines.rfind(b"\n", close + 1, opening)) >= 0:
+            return end + 1
+    return 0
 
 
 def _scan_row(lines: bytes, position: int, delimiter: bytes) -> tuple[int, int]:
