@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.config.dataset_section import ItemColumnsConfig
-from collm_dist.data.ingest.file_format import UTF8_OR_LATIN1
+from collm_dist.data.ingest.file_format import LINE_COLUMN, UTF8_OR_LATIN1
 from collm_dist.data.ingest.file_readers import BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.item_texts import list_template_columns
 from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files, split_query
+
+_MAX_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -76,37 +80,67 @@ def _read_more(file_format: FileFormat, names: set[str]) -> FileFormat:
 
 
 def _adopt_columns(layout: DatasetLayout, dataset: DatasetConfig) -> DatasetLayout:
-    """Return a layout with the columns that the settings name, where the files have them.
+    """Return a layout with the columns that the settings name.
 
-    Settings of another format, for example in a shipped configuration, do not stop a fixed format.
+    A setting that only repeats the name of its column in other formats (``rating: rating``, as in shipped configurations)
+    does not stop a format in which the column has another name.
+
+    Raises:
+        DataError: the files lack a column with another name.
     """
     wanted, columns = _list_wanted(dataset), layout.columns
     if "timestamp" in dataset.columns.model_fields_set and dataset.columns.timestamp is None:
         columns = columns.model_copy(update={"timestamp": None})
     if wanted:
-        available = _peek(layout.interactions, layout.file_format)
+        uri, available = _peek(layout.interactions, layout.file_format)
         for key, name in dataset.columns.model_dump().items():
             is_target = key in ("rating", "label")
-            if name not in wanted or name not in available or (is_target and dataset.feedback == "implicit"):
+            if name not in wanted or (is_target and dataset.feedback == "implicit"):
                 continue
             if key == "split" and dataset.split.method != "column":
                 continue
+            if name not in available:
+                if name != key and available:
+                    raise explain_missing_column(uri, name, available, f"dataset.columns.{key}")
+                continue
             targets = {"rating": None, "label": None} if is_target else {}
             columns = columns.model_copy(update=targets | {key: name})
-    item_id, title, items = layout.item_id, layout.title, dataset.item_columns
+    names = {"item_id": layout.item_id, "title": layout.title}
     if layout.items and _list_wanted_of_items(dataset):
-        usual, available = ItemColumnsConfig(), _peek(layout.items, layout.items_format)
-        item_id = items.item_id if items.item_id != usual.item_id and items.item_id in available else item_id
-        title = items.title if items.title != usual.title and items.title in available else title
-    return replace(layout, columns=columns, item_id=item_id, title=title)
+        usual = ItemColumnsConfig().model_dump()
+        uri, available = _peek(layout.items, layout.items_format)
+        for key, name in dataset.item_columns.model_dump().items():
+            if name == usual[key] or not available:
+                continue
+            if name not in available:
+                raise explain_missing_column(uri, name, available, f"dataset.item_columns.{key}")
+            names[key] = name
+    return replace(layout, columns=columns, item_id=names["item_id"], title=names["title"])
 
 
-def _peek(uris: tuple[str, ...], file_format: FileFormat) -> list[str]:
-    """Return the columns of the first file that has rows."""
+def explain_missing_column(uri: str, name: str, available: Sequence[str], key: str) -> DataError:
+    """Return the error for a column that a file lacks, with the columns that it has and the nearest name.
+
+    Args:
+        uri: the file.
+        name: the missing column.
+        available: names of its columns.
+        key: the setting that names the column.
+    """
+    matches = difflib.get_close_matches(name, available, n=1)
+    hint = f"; did you mean '{matches[0]}'?" if matches else ""
+    # In a file that is not a table, names may consist of any bytes.
+    cut = [column[:_MAX_SHOWN] for column in available[:_MAX_SHOWN]]
+    shown = [column if column.isprintable() else ascii(column) for column in cut]
+    return DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")
+
+
+def _peek(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, list[str]]:
+    """Return the first file that has rows and its columns; no columns if no file has rows."""
     for uri in uris:
         for table in read_tables(uri, file_format, BadRows()):
-            return [str(name) for name in table.column_names]
-    return []
+            return uri, [str(name) for name in table.column_names if name != LINE_COLUMN]
+    return uris[0] if uris else "", []
 
 
 class _DatasetFolder:
@@ -173,7 +207,7 @@ def _find_recbole(folder: _DatasetFolder) -> DatasetLayout:
 
 def _find_recbole_title(item_files: tuple[str, ...]) -> str:
     """Return the first column with 'title' in its name, else the item's id; atomic files have no fixed title column."""
-    return next((name for name in _peek(item_files, _RECBOLE) if "title" in name), "item_id")
+    return next((name for name in _peek(item_files, _RECBOLE)[1] if "title" in name), "item_id")
 
 
 def _find_amazon(folder: _DatasetFolder) -> DatasetLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
-from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
+from collm_dist.data.ingest.dataset_formats import DatasetLayout, explain_missing_column, find_dataset_layout
 from collm_dist.data.ingest.file_format import LINE_COLUMN, WHOLE_FILE, FilePart
 from collm_dist.data.ingest.file_parts import split_file
 from collm_dist.data.ingest.file_readers import (
@@ -386,12 +385,7 @@ def _require(name: str, table: Any, uri: str, key: str) -> None:
     if available.count(name) > 1:
         raise DataError(f"{uri}: several columns are named '{name}'; rename all but one")
     if name not in available:
-        matches = difflib.get_close_matches(name, available, n=1)
-        hint = f"; did you mean '{matches[0]}'?" if matches else ""
-        # In a file that is not a table, names may consist of any bytes.
-        cut = [column[:MAX_SHOWN] for column in available[:MAX_SHOWN]]
-        shown = [column if column.isprintable() else ascii(column) for column in cut]
-        raise DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")
+        raise explain_missing_column(uri, name, available, key)
     kind = table.schema.field(name).type
     if pa.types.is_nested(kind):
         raise DataError(f"{uri}: column '{name}' holds {kind}, expected one value per row; flatten it, or set {key}")
