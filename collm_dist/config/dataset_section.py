@@ -116,7 +116,10 @@ class DatasetConfig(Section):
     )
     delimiter: str | None = optional(
         "Delimiter of text tables, one or two characters, or tab. Without it: by suffix, else the most frequent of "
-        "comma, tab, semicolon and | in the first line.",
+        "comma, tab, semicolon and | in the first line. A header without it is refused.",
+    )
+    item_delimiter: str | None = optional(
+        "The same for the item file. Without it: dataset.delimiter if the first line has it, else as there.",
     )
     header: bool | None = optional("false: text tables of interactions have no header, and names lists their columns.")
     names: tuple[str, ...] | None = optional("Names of the columns of text tables without a header, in order.")
@@ -167,7 +170,7 @@ class DatasetConfig(Section):
             raise ValueError(_CONVERT_COLLM)
         return value
 
-    @field_validator("delimiter")
+    @field_validator("delimiter", "item_delimiter")
     @classmethod
     def _check_delimiter(cls, value: str | None) -> str | None:
         value = {"tab": "\t", "\\t": "\t"}.get(value or "", value)
@@ -198,7 +201,8 @@ class DatasetConfig(Section):
         if (self.names is not None) != (self.header is False):
             raise ValueError("header: false and names, the list of the columns, need each other")
         is_table = self.format == "table" and self.asset is None
-        given = [name for name in ("delimiter", "header", "names", "item_names") if getattr(self, name) is not None]
+        for_tables = ("delimiter", "item_delimiter", "header", "names", "item_names")
+        given = [name for name in for_tables if getattr(self, name) is not None]
         if given and not is_table:
             raise ValueError(f"{given[0]} is for format: table; the other formats are fixed")
         if self.columns.timestamp is None and (

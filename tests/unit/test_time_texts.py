@@ -76,6 +76,30 @@ def test_delimiters_are_set_or_found_and_said(tmp_path, name, delimiter, setting
     assert items_of(path=path, items_path=titles, **CLICKS, **settings) == {"i": "T; :: ~"}
 
 
+def test_a_delimiter_that_the_header_lacks_is_refused(tmp_path):
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp", "u;i;7", "u,i,7")
+    message = r"log\.csv: dataset\.delimiter is ';'.*'user_id,item_id,timestamp' has 2 x ','\. Set dataset\.delimiter"
+    with pytest.raises(DataError, match=message) as error:
+        read(path=path, delimiter=";", **CLICKS)
+    assert error.value.exit_code == 2
+    (tmp_path / "log").mkdir()  # each file is checked, not only the first
+    write(tmp_path / "log" / "a.csv", "user_id;item_id;timestamp", "u;i;7")
+    write(tmp_path / "log" / "b.csv", "user_id,item_id,timestamp", "u,i,7")
+    with pytest.raises(DataError, match=r"b\.csv: dataset\.delimiter is ';'"):
+        read(path=str(tmp_path / "log"), delimiter=";", **CLICKS)
+    one = write(tmp_path / "one.csv", "user_id", "u")
+    with pytest.raises(DataError, match=r"has none of the usual delimiters"):
+        read(path=one, delimiter="tab", **CLICKS)
+
+
+def test_the_item_file_may_have_another_delimiter(tmp_path):
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp", "u,i,7")
+    titles = write(tmp_path / "items.dat", "item_id::title", "i::T, U")
+    assert items_of(path=path, items_path=titles, item_delimiter="::", **CLICKS) == {"i": "T, U"}
+    with pytest.raises(DataError, match=r"items\.dat: dataset\.item_delimiter is '\|'"):
+        items_of(path=path, items_path=titles, item_delimiter="|", delimiter=",", **CLICKS)
+
+
 def test_tables_without_a_header(tmp_path):
     path = write(tmp_path / "log.csv", "u1,i,7", "u2,i,8", "u3,i", end="\r\n")
     names = {"header": False, "names": ["user_id", "item_id", "timestamp"]}

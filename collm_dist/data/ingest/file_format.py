@@ -24,6 +24,7 @@ class FileFormat:
         delimiter: of text tables, one or two characters; None = by suffix and first line. Tabs: cells are not quoted.
         encoding: of text files; invalid bytes become U+FFFD. ``UTF8_OR_LATIN1`` decides line by line.
         names: column names of text tables without a header.
+        delimiter_key: the setting that gave the delimiter; a header that lacks it is refused.
         schema: of JSON lines, the usual types of columns.
         has_more_columns: of JSON lines, whether columns that the schema lacks are read too.
         expected: of JSON lines, columns that are missing values where a whole block lacks them.
@@ -34,6 +35,7 @@ class FileFormat:
     delimiter: str | None = None
     encoding: str = "utf8"
     names: tuple[str, ...] = ()
+    delimiter_key: str | None = None
     schema: tuple[tuple[str, str], ...] = ()
     has_more_columns: bool = False
     expected: tuple[str, ...] = ()

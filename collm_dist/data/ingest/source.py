@@ -233,8 +233,14 @@ def open_source(dataset: DatasetConfig) -> Source:
             columns=_select_columns(dataset),
             item_id=dataset.item_columns.item_id,
             title=dataset.item_columns.title,
-            file_format=FileFormat(delimiter=dataset.delimiter, names=dataset.names or ()),
-            items_format=FileFormat(delimiter=dataset.delimiter, names=dataset.item_names or ()),
+            file_format=FileFormat(
+                delimiter=dataset.delimiter, names=dataset.names or (), delimiter_key="dataset.delimiter"
+            ),
+            items_format=FileFormat(
+                delimiter=dataset.item_delimiter or dataset.delimiter,
+                names=dataset.item_names or (),
+                delimiter_key="dataset.item_delimiter" if dataset.item_delimiter is not None else None,
+            ),
         )
     else:
         layout = find_dataset_layout(format_name, path, dataset)

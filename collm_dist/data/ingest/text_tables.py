@@ -17,15 +17,27 @@ from collm_dist.errors import DataError
 from collm_dist.storage import split_query
 
 _DELIMITERS = ",\t;|"
+_MAX_SHOWN = 80
 
 
 def find_delimiter(uri: str, file_format: FileFormat, header: str) -> str:
     """Return the delimiter of a text table: as set, else by the suffix, else the most frequent in the first line.
 
-    A delimiter that the first line lacks is not used: logs and item files may differ.
+    Raises:
+        DataError: the settings name a delimiter, and the header lacks it.
     """
-    if file_format.delimiter is not None and (file_format.delimiter in header or file_format.names):
-        return file_format.delimiter
+    wanted = file_format.delimiter
+    if wanted is not None and (wanted in header or file_format.names):
+        return wanted
+    if wanted is not None and file_format.delimiter_key is not None:
+        seen = {delimiter: header.count(delimiter) for delimiter in _DELIMITERS if delimiter in header}
+        found = ", ".join(f"{count} x {delimiter!r}" for delimiter, count in seen.items())
+        shown = ascii(header if len(header) <= _MAX_SHOWN else f"{header[:_MAX_SHOWN]}...")
+        raise DataError(
+            f"{uri}: {file_format.delimiter_key} is {wanted!r}, and the first line lacks it: {shown} has "
+            f"{found or 'none of the usual delimiters'}. Set {file_format.delimiter_key}, or leave it out: the delimiter "
+            "is then found"
+        )
     usual = "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
     if usual in header:
         return usual
@@ -68,7 +80,7 @@ def read_text_tables(
         layout: of a part behind the header; None = the first block shows it.
 
     Raises:
-        DataError: the file is empty or has too many columns.
+        DataError: the file is empty, has too many columns, or lacks the delimiter that the settings name.
     """
     splitter = None
     for first_line, block, _ in blocks:
