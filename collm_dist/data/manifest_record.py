@@ -11,6 +11,7 @@ from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.forgotten_users import find_tombstones
 from collm_dist.data.ingest.id_tables import IdTables, PreviousTables, compute_ids_hash, describe_previous
 from collm_dist.data.ingest.input_facts import format_dropped, format_facts
+from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.data.ingest.normalize import format_time
 from collm_dist.data.ingest.source import Source
 from collm_dist.data.preprocess_plan import PreprocessPlan
@@ -28,7 +29,7 @@ class PreprocessStats:
     Attributes:
         reads, filters, joins, shards: of ``read_chunk``, ``filter_bucket``, ``join_bucket``, ``write_split_shard``.
         split_rows: rows of each split, see ``sum_split_rows``.
-        item_repairs: number of repaired item rows, by cause.
+        items: the item files.
         num_forgotten: number of users on the list ``dataset.forget``.
         facts: see ``input_facts.describe_input``.
     """
@@ -38,7 +39,7 @@ class PreprocessStats:
     joins: TaskStats
     shards: TaskStats
     split_rows: dict[str, Counter[str]]
-    item_repairs: Counter[str]
+    items: ItemCatalogue
     num_forgotten: int
     facts: dict[str, Any]
 
@@ -85,7 +86,7 @@ def build_manifest_record(
         "dropped": _count_dropped_rows(stats),
         **_describe_forgotten(plan, source, stats, previous),
         "items_without_text": tables.num_items_without_text,
-        "items_mended": dict(sorted(stats.item_repairs.items())),
+        "items_mended": dict(sorted(stats.items.repairs.items())),
         "tables": {name: compute_file_hash(plan.data_dir / name) for name in ("users.parquet", "items.parquet")},
         "input": {
             "rows": sum(read["rows_read"] for read in stats.reads),
@@ -139,6 +140,7 @@ def _find_examples(stats: PreprocessStats) -> dict[str, str]:
         bucket.get("examples", {}) for bucket in stats.filters
     ]:
         examples = {**found, **examples}
+    examples |= {f"item rows: {cause}": example for cause, example in stats.items.bad_rows.first.items()}
     return dict(sorted(examples.items()))
 
 
@@ -179,8 +181,10 @@ def format_summary(manifest: dict[str, Any], dataset: DatasetConfig) -> list[str
     if facts["first_time"] is not None and kept != [facts["first_time"], facts["last_time"]]:
         lines.append(f"  times of the rows that are kept: {kept[0]} to {kept[1]} (UTC)")
     lines += [f"  {line}" for line in format_dropped(manifest["dropped"], manifest["input"]["dropped_examples"])]
+    examples = manifest["input"]["dropped_examples"]
     for cause, count in manifest.get("items_mended", {}).items():
-        lines.append(f"  items: {count:,} x {cause}")
+        shown = examples.get(cause, examples.get(f"item rows: {cause}"))
+        lines.append(f"  items: {count:,} x {cause}" + (f" (for example {shown})" if shown else ""))
     if forgotten := manifest.get("forgotten"):
         lines.append(
             f"  to be forgotten: {forgotten['users_asked']:,} users, {forgotten['users_in_log']:,} of them in the log, "

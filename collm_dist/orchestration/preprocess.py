@@ -24,7 +24,7 @@ from collm_dist.data.ingest.id_tables import (
     write_id_tables,
 )
 from collm_dist.data.ingest.ingest_tasks import filter_bucket, read_chunk
-from collm_dist.data.ingest.input_checks import check_filtered_rows, check_reads, check_splits
+from collm_dist.data.ingest.input_checks import check_filtered_rows, check_items, check_reads, check_splits
 from collm_dist.data.ingest.input_facts import describe_input, list_warnings, merge_facts
 from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_item_counts, sum_over_months
 from collm_dist.data.ingest.shuffle_files import read_table
@@ -133,7 +133,9 @@ def _preprocess(
         progress=ByteProgress(num_bytes, lambda arguments: arguments[3].num_bytes),
         in_order=True,
     )
-    items, item_repairs = source.read_items()
+    item_file = source.read_items()
+    check_items(plan.dataset, item_file)
+    items = item_file.table
     catalogue = items if source.items_uris else None
     known_items = None if catalogue is None else catalogue.column("item_id").combine_chunks()
     item_counts = sum_item_counts([read_table(plan.work_file("items", index)) for index in range(len(reads))])
@@ -186,5 +188,5 @@ def _preprocess(
     )
     users = sum(bucket.get("users", 0) for bucket in filters), sum(bucket.get("single", 0) for bucket in filters)
     record = describe_input(facts, plan.dataset, raw_items, catalogue, users)
-    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_repairs, len(forgotten), record)
+    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_file, len(forgotten), record)
     return build_manifest_record(plan, source, previous, tables, stats)

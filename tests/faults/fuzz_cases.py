@@ -157,7 +157,7 @@ def read_log(path: Path, **settings: Any) -> None:
             for name in ("user_id", "item_id"):
                 assert not pc.any(pc.match_substring_regex(table.column(name), r"^$|[\x00-\x1f]")).as_py()
             count_items_by_month(table)
-    items, _ = source.read_items()
+    items = source.read_items().table
     items.validate(full=True)
     source.inputs()
 

@@ -304,7 +304,7 @@ def test_titles_that_mean_harm_are_text(tmp_path):
     pq.write_table(titles, tmp_path / "items.parquet")
     paths = {"path": str(tmp_path / "log.parquet"), "items_path": str(tmp_path / "items.parquet")}
     found = items_of(**paths, **RATINGS)
-    assert open_source(DatasetConfig.model_validate({**paths, **RATINGS})).read_items()[1] == {
+    assert open_source(DatasetConfig.model_validate({**paths, **RATINGS})).read_items().repairs == {
         "items without a text": 1,
         "items without an id": 1,
         "rows of an item with another text": 1,

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.row_filter import parse_row_filter
+from collm_dist.data.ingest.source import open_source
 from collm_dist.errors import CollmError, ConfigError
 from tests.unit.test_lost_lines import CLICKS, write
 from tests.unit.test_readers import items_of, read
@@ -44,14 +46,35 @@ def test_columns_are_compared_as_the_filter_says(tmp_path, row_filter, kept):
     assert keep(tmp_path / "log", row_filter) == kept
 
 
-def test_values_that_are_no_numbers_are_counted(tmp_path):
-    from collm_dist.config import DatasetConfig
-    from collm_dist.data.ingest.source import open_source
+def count_misfits(path, row_filter):
+    source = open_source(DatasetConfig.model_validate({"path": path, "row_filter": row_filter, **CLICKS}))
+    (batch,) = [batch for chunk in source.chunks for batch in source.read_chunk(chunk)]
+    return batch.table.num_rows, batch.bad, batch.bad_examples, batch.notes
 
-    path = write(tmp_path / "a.csv", HEADER, "u0,i,7,0,1,true", "u1,i,8,007,-,False")
-    source = open_source(DatasetConfig.model_validate({"path": path, "row_filter": "price > 0", **CLICKS}))
-    notes = [batch.notes for chunk in source.chunks for batch in source.read_chunk(chunk)]
-    assert notes == [{"price is no number (dataset.row_filter)": 1}]
+
+@pytest.mark.parametrize(
+    ("row_filter", "kept", "bad"),
+    [
+        ("price > 0", 1, 2),
+        ("price > 0 or category == 'S'", 2, 1),  # true whatever the price is
+        ("category == 'S' and price > 0", 0, 1),
+        ("price in [1, 2]", 1, 2),
+        ("not (price in [1, 2])", 0, 2),
+        ("price not in [3]", 1, 2),
+        ("price > 0 and category > 0", 0, 2),
+        ("number(price) > 0", 1, 0),
+        ("price is None", 0, 0),
+    ],
+)
+def test_rows_whose_filter_depends_on_no_number_are_bad(tmp_path, row_filter, kept, bad):
+    path = write(tmp_path / "a.csv", HEADER, "u0,i,7,0,1,true", "u1,i,8,007,-,False", "u2,i,9,S,free,true")
+    rows, counts, examples, notes = count_misfits(path, row_filter)
+    assert (rows, counts.total()) == (kept, bad)
+    if row_filter == "price > 0":
+        assert counts == {"price is no number (dataset.row_filter)": 2}
+        assert examples == [f"{path}:3: price is no number (dataset.row_filter) ('-')"]
+    if row_filter == "number(price) > 0":
+        assert notes == {"price is no number (dataset.row_filter)": 2}
 
 
 def test_typed_columns_keep_their_meaning(tmp_path):

@@ -64,7 +64,10 @@ def test_a_name_that_the_files_lack_is_refused_with_the_nearest(tmp_path):
     write(tmp_path / "x.item", "item_id:token\tmovie_title:token_seq\tname:token_seq", "5\tT\tN")
     settings = {"path": str(tmp_path), "format": "recbole"}
     for columns, message in (
-        ({"user_id": "visiter_id"}, r"x\.inter: .*'visiter_id'.*did you mean 'visitor_id'\?.*dataset\.columns\.user_id"),
+        (
+            {"user_id": "visiter_id"},
+            r"x\.inter: .*'visiter_id'.*did you mean 'visitor_id'\?.*dataset\.columns\.user_id",
+        ),
         ({"timestamp": "time"}, r"no column 'time' \(has user_id, .*dataset\.columns\.timestamp"),
         ({"rating": "ratng"}, r"did you mean 'rating'\? Set dataset\.columns\.rating"),
     ):
@@ -84,7 +87,7 @@ def test_names_of_other_formats_in_shipped_settings_stop_no_fixed_format(tmp_pat
     settings = {"path": str(tmp_path), "format": "amazon_2018"}
     assert len(read(columns={"rating": "rating", "user_id": "user_id"}, **settings)[0]) == 1
     for columns in ({"rating": "overal"}, {"user_id": "reviewer_id"}):
-        with pytest.raises(DataError, match="did you mean '(overall|reviewerID)'"):
+        with pytest.raises(DataError, match=r"did you mean '(overall|reviewerID)'"):
             read(columns=columns, **settings)
 
 

@@ -55,6 +55,49 @@ def test_rows_that_a_quote_swallows_are_counted(tmp_path):
     assert "log.csv:3: " in examples[0]
 
 
+def test_lines_inside_quotes_that_look_unlike_rows_are_counted_too(tmp_path):
+    """The quote is closed by the opening quote of a later row; lines in between have commas, or other quotes."""
+    lines = ["u0,i0,7,a", 'u1,i1,8,"open', 'u2,i2,9,""', "u3,i3,10,b, c", "", 'u4,i4,11,"d"', "u5,i5,12,e"]
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp,title", *lines)
+    rows, bad, examples = read(path=path, **CLICKS)
+    assert (rows["user_id"].tolist(), bad) == (["u0", "u1", "u5"], {JOINED: 4})
+    assert f"log.csv:3: {JOINED} (4 of the lines from here on)" in examples[0]
+
+
+def test_prose_of_several_lines_is_plausible(tmp_path):
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp", "u,i,7")
+    lines = [f'i{n},"First, a line\nHowever, this\nis, or was, one\n" ' for n in range(9)]
+    source = open_source(DatasetConfig.model_validate(
+        {"path": path, "items_path": write(tmp_path / "items.csv", "item_id,title", *lines), **CLICKS}))  # fmt: skip
+    assert not source.read_items().bad_rows.counts
+
+
+def test_a_row_with_cells_of_another_row_is_lost(tmp_path):
+    lines = ["u0,a,i0,7", 'u1,"open,i1,8', 'u2,"b",i2,9', "u3,c,i3,10"]
+    path = write(tmp_path / "log.csv", "user_id,title,item_id,timestamp", *lines)
+    rows, bad, examples = read(path=path, **CLICKS)
+    assert (rows["user_id"].tolist(), rows["item_id"].tolist(), bad) == (["u0", "u3"], ["i0", "i3"], {JOINED: 2})
+    assert "log.csv:3: " in examples[0]
+
+
+def test_a_closing_quote_far_away_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("collm_dist.data.ingest.text_rows.MAX_CELL_LINES", 5)
+    for count, lost in ((5, {}), (6, {JOINED: 6})):
+        text = "\n".join(f"line {n}" for n in range(count + 1))
+        path = write(tmp_path / "log.csv", "user_id,item_id,timestamp,title", f'u1,i1,8,"{text}"', "u2,i2,9,")
+        rows, bad, _ = read(path=path, **CLICKS)
+        assert (rows["user_id"].tolist(), bad) == (["u1", "u2"], lost)
+
+
+def test_most_lines_of_a_cell_that_look_like_rows_count_all(tmp_path):
+    lines = ['u1,i1,8,"a', "u2,i2,9,b", "x", 'u3,i3,10,c"', "u4,i4,11,d"]
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp,title", *lines)
+    assert read(path=path, **CLICKS)[1] == {JOINED: 3}
+    lines[1:2] = ["y", "z"]
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp,title", *lines)
+    assert read(path=path, **CLICKS)[1] == {JOINED: 1}
+
+
 def test_texts_of_several_lines_are_no_lost_rows(tmp_path):
     review = '"First, a ""good"" line\n\nand another\n"'
     path = write(tmp_path / "log.csv", "user_id,item_id,timestamp,review,rating", f"u0,i0,7,{review},x",

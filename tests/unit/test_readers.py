@@ -35,7 +35,7 @@ def read(**dataset) -> tuple[pd.DataFrame, dict, list[str]]:
 
 
 def items_of(**dataset) -> dict[str, str]:
-    table = open_source(DatasetConfig.model_validate(dataset)).read_items()[0].to_pandas()
+    table = open_source(DatasetConfig.model_validate(dataset)).read_items().table.to_pandas()
     return dict(zip(table["item_id"], table["text"], strict=True))
 
 

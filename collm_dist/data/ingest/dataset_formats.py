@@ -82,8 +82,8 @@ def _read_more(file_format: FileFormat, names: set[str]) -> FileFormat:
 def _adopt_columns(layout: DatasetLayout, dataset: DatasetConfig) -> DatasetLayout:
     """Return a layout with the columns that the settings name.
 
-    A setting that only repeats the name of its column in other formats (``rating: rating``, as in shipped configurations)
-    does not stop a format in which the column has another name.
+    A setting that only repeats its own name (``rating: rating``, as in shipped configurations) does not stop a format
+    in which the column has another name.
 
     Raises:
         DataError: the files lack a column with another name.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.errors import DataError
 
 
@@ -74,16 +75,37 @@ def _check_bad_rows(
             f"item '{item}' is not in the item file ({rows} rows)" for item, rows in sorted(unknown.items())[:5]
         ]
     if bad.total() > dataset.max_bad_row_share * total:
-        hint = (
-            " (dates in another form: set dataset.time_format)" if any("is no time" in cause for cause in bad) else ""
+        hints = (
+            ("is no time", " (dates in another form: set dataset.time_format)"),
+            ("(dataset.row_filter)", " (write number(column) in the filter to leave out values that are no numbers)"),
         )
-        causes = ", ".join(f"{count} x {cause}" for cause, count in bad.most_common())
+        hint = "".join(text for part, text in hints if any(part in cause for cause in bad))
         raise DataError(
-            f"dataset: {bad.total()} of {total} rows cannot be used ({causes}), more than dataset.max_bad_row_share="
-            f"{dataset.max_bad_row_share} allows; fix the input{hint} or raise the limit. The first ones:\n  "
+            f"dataset: {bad.total()} of {total} rows cannot be used ({_list_causes(bad)}), more than "
+            f"dataset.max_bad_row_share={dataset.max_bad_row_share} allows; fix the input{hint} or raise "
+            "the limit. The first ones:\n  "
             + "\n  ".join(examples)
             + "".join(f"\nPossible reason: {warning}" for warning in warnings)
         )
+
+
+def check_items(dataset: DatasetConfig, catalogue: ItemCatalogue) -> None:
+    """Check the share of unusable rows of the item files.
+
+    Raises:
+        DataError: it exceeds ``dataset.max_bad_row_share``; the message has counts and the first examples.
+    """
+    bad = catalogue.bad_rows
+    if bad.counts.total() > dataset.max_bad_row_share * catalogue.rows_read:
+        raise DataError(
+            f"dataset.items_path: {bad.counts.total()} of {catalogue.rows_read} item rows cannot be used "
+            f"({_list_causes(bad.counts)}), more than dataset.max_bad_row_share={dataset.max_bad_row_share} allows; "
+            "fix the file or raise the limit. The first ones:\n  " + "\n  ".join(bad.examples)
+        )
+
+
+def _list_causes(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} x {cause}" for cause, count in counts.most_common())
 
 
 def check_filtered_rows(stats: Sequence[Mapping[str, Any]]) -> int:

@@ -36,7 +36,8 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
         tables.append(batch.table.select(SCHEMA.names))
     is_whole = next(batches, None) is None
     item_bytes = sum(int(file["size"] or 0) for file in describe_files(list(source.items_uris)).values())
-    catalogue = source.read_items()[0] if 0 < item_bytes <= MAX_ITEM_BYTES else None
+    item_file = source.read_items() if 0 < item_bytes <= MAX_ITEM_BYTES else None
+    catalogue = None if item_file is None else item_file.table
     ids = {name: pa.concat_tables(tables).column(name) for name in ("user_id", "item_id")}
     num_events = pc.value_counts(ids["user_id"]).field("counts")
     users = len(num_events), int(pc.sum(pc.equal(num_events, 1)).as_py() or 0)
@@ -45,7 +46,10 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
     lines = [f"facts of {which}, {facts.rows:,} of them usable:", *format_facts(record, source.dataset)]
     if item_bytes > MAX_ITEM_BYTES:
         lines.append(f"titles: the item file has {item_bytes / 2**20:,.0f} MiB; only the data step reads it")
-    return lines + format_dropped(bad_rows.counts + notes, bad_rows.first)
+    lines += format_dropped(bad_rows.counts + notes, bad_rows.first)
+    if item_file is not None:
+        lines += [f"item file, {line}" for line in format_dropped(item_file.bad_rows.counts, item_file.bad_rows.first)]
+    return lines
 
 
 def _take(batches: Iterator[ReadBatch], max_rows: int) -> Iterator[ReadBatch]:

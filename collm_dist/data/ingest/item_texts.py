@@ -8,10 +8,12 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from collm_dist.data.ingest.file_format import BadRows
 from collm_dist.data.ingest.normalize import to_ids, to_text
 from collm_dist.errors import ConfigError
 
@@ -31,6 +33,24 @@ _TAG = re.compile(
 )
 _SPACES = re.compile(r"\s+")
 MAX_TEXT_CHARACTERS = 1000
+WITHOUT_ID = "items without an id"
+
+
+@dataclass(frozen=True)
+class ItemCatalogue:
+    """The items of a source.
+
+    Attributes:
+        table: ``item_id, title, text`` of each item.
+        repairs: numbers of repaired rows by cause.
+        rows_read: number of rows of the files, without lines that do not parse.
+        bad_rows: rows that cannot be used.
+    """
+
+    table: Any
+    repairs: Counter[str]
+    rows_read: int
+    bad_rows: BadRows
 
 
 def clean_text(text: str | None) -> str:
@@ -90,7 +110,7 @@ def build_item_table(
         values = {name: to_text(table.column(column)).to_pylist() for name, column in columns.items()}
         for position, item_id in enumerate(ids):
             if not item_id:
-                counts["items without an id"] += 1
+                counts[WITHOUT_ID] += 1
                 continue
             title = clean_text(raw_titles[position])
             text = clean_text(_fill(template, {name: clean_text(column[position]) for name, column in values.items()}))

@@ -9,18 +9,22 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from collm_dist.data.ingest.file_format import LINE_COLUMN, BadRows
 from collm_dist.data.ingest.normalize import to_numbers, to_text
 from collm_dist.errors import ConfigError
 
-MAX_SHOWN = 200
+MAX_SHOWN, MAX_SHOWN_VALUE = 200, 50
+_PLACE = "__place"
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -54,18 +58,39 @@ class RowFilter:
         reads: virtual columns as (name, kind); kinds are raw, text, number, integer (numbers, exact in columns of
             integers) and bool.
         asked: columns whose kind the filter itself sets, by ``text(...)`` or ``number(...)``.
+        strict: the expression with ``in`` null, not false, for missing values.
     """
 
     expression: Any
     names: tuple[str, ...]
     reads: tuple[tuple[str, str], ...]
     asked: frozenset[str] = frozenset()
+    strict: Any = None
 
     def apply(self, table: Any) -> Any:
         """Return the rows for which the filter holds; values of another kind count as missing."""
+        filtered = self._add_virtual(table).filter(self.expression)
+        return filtered.drop_columns([_virtual(name, kind) for name, kind in self.reads])
+
+    def _add_virtual(self, table: Any) -> Any:
         for name, kind in self.reads:
             table = table.append_column(_virtual(name, kind), convert(table.column(name), kind))
-        return table.filter(self.expression).drop_columns([_virtual(name, kind) for name, kind in self.reads])
+        return table
+
+    def find_undecided(self, table: Any, misfits: Any) -> Any:
+        """Return the (N,) mask of those misfits for whose rows the filter is neither true nor false.
+
+        Args:
+            table: raw rows.
+            misfits: (N,) mask of rows with a misfit.
+        """
+        rows = np.flatnonzero(misfits.to_numpy(zero_copy_only=False))
+        table = self._add_virtual(table.take(pa.array(rows))).append_column(_PLACE, pa.array(rows))
+        undecided = np.zeros(len(misfits), bool)
+        undecided[rows] = True
+        for condition in (self.strict, ~self.strict):
+            undecided[table.filter(condition).column(_PLACE).to_numpy()] = False
+        return pa.array(undecided)
 
     def find_misfits(self, table: Any) -> dict[str, Any]:
         """Return (N,) masks of the values that a filter compares with numbers, and that are not numbers."""
@@ -106,8 +131,8 @@ def convert(column: Any, kind: str) -> Any:
 class _Parser:
     """Translates nodes of a parsed expression; collects the columns that it reads."""
 
-    def __init__(self, text: str, numeric_columns: frozenset[str]) -> None:
-        self.text, self.numeric_columns = text, numeric_columns
+    def __init__(self, text: str, numeric_columns: frozenset[str], *, is_strict: bool = False) -> None:
+        self.text, self.numeric_columns, self.is_strict = text, numeric_columns, is_strict
         self.reads: dict[tuple[str, str], None] = {}
         self.asked: set[str] = set()
 
@@ -167,8 +192,10 @@ class _Parser:
         for op, right in zip(node.ops, node.comparators, strict=True):
             if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple):
                 kind = self.find_kind(left, *right.elts) if right.elts else "raw"
-                is_in = self.operand(left, kind).isin([self.literal(element) for element in right.elts])
-                parts.append(~is_in if isinstance(op, ast.NotIn) else is_in)
+                value = self.operand(left, kind)
+                is_in = value.isin([self.literal(element) for element in right.elts])
+                is_in = ~is_in if isinstance(op, ast.NotIn) else is_in
+                parts.append(pc.if_else(value.is_valid(), is_in, pa.scalar(None)) if self.is_strict else is_in)
             elif isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
                 is_null = self.operand(left, "raw").is_null()
                 parts.append(~is_null if isinstance(op, ast.IsNot) else is_null)
@@ -205,14 +232,36 @@ def parse_row_filter(text: str, numeric_columns: frozenset[str] = frozenset()) -
     Raises:
         ConfigError: the filter contains anything else; the message names the position.
     """
-    parser = _Parser(text, numeric_columns)
+    parser, strict = _Parser(text, numeric_columns), _Parser(text, numeric_columns, is_strict=True)
     try:
-        expression = parser.condition(ast.parse(text.strip(), mode="eval").body)
+        body = ast.parse(text.strip(), mode="eval").body
+        expression, strict_expression = parser.condition(body), strict.condition(body)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
         shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
         raise ConfigError(f"dataset.row_filter: {shown!r} does not parse: {error}{_find_hint(text)}") from None
     names = tuple(dict.fromkeys(name for name, _ in parser.reads))
-    return RowFilter(expression, names, tuple(parser.reads), frozenset(parser.asked))
+    return RowFilter(expression, names, tuple(parser.reads), frozenset(parser.asked), strict_expression)
+
+
+def drop_misfits(table: Any, row_filter: RowFilter, place: str, notes: Counter[str], bad_rows: BadRows) -> Any:
+    """Count values that the filter compares with numbers and that are not numbers; return the rows that it decides.
+
+    A row is bad if the filter depends on such a value. With ``number(column)`` these values count as missing.
+    """
+    usable = np.ones(table.num_rows, bool)
+    for name, misfits in row_filter.find_misfits(table).items():
+        count, cause = pc.sum(misfits).as_py() or 0, f"{name} is no number (dataset.row_filter)"
+        if name in row_filter.asked:
+            notes[cause] = count
+        elif count:
+            bad = row_filter.find_undecided(table, misfits).to_numpy(zero_copy_only=False) & usable
+            if bad.any():
+                first = int(bad.argmax())
+                value = to_text(table.column(name).slice(first, 1))[0].as_py()
+                line = table.column(LINE_COLUMN)[first]
+                bad_rows.add(cause, int(bad.sum()), f"{place}:{line}", ascii(value[:MAX_SHOWN_VALUE]))
+                usable &= ~bad
+    return table if usable.all() else table.filter(pa.array(usable))
 
 
 def _kind_of(value: Any) -> str:

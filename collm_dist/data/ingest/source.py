@@ -21,7 +21,7 @@ from collm_dist.data.ingest.file_readers import (
     find_kind,
     read_tables,
 )
-from collm_dist.data.ingest.item_texts import build_item_table, list_template_columns
+from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table, list_template_columns
 from collm_dist.data.ingest.normalize import (
     DATE_DIGITS,
     FIRST_SECOND,
@@ -32,11 +32,12 @@ from collm_dist.data.ingest.normalize import (
     guess_unit,
     has_dates,
     normalize_batch,
+    to_ids,
     to_numbers,
     to_seconds,
     to_text,
 )
-from collm_dist.data.ingest.row_filter import RowFilter, convert, parse_row_filter
+from collm_dist.data.ingest.row_filter import RowFilter, convert, drop_misfits, parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import describe_files, list_files
 
@@ -144,9 +145,7 @@ class Source:
                 notes = Counter[str]()
                 if row_filter is not None:
                     table = table.append_column(ROW_COLUMN, pa.array(range(first_row, first_row + rows), pa.int64()))
-                    for name, misfits in row_filter.find_misfits(table).items():
-                        notes[f"{name} is no number (dataset.row_filter)"] = pc.sum(misfits).as_py() or 0
-                    table = row_filter.apply(table)
+                    table = row_filter.apply(drop_misfits(table, row_filter, chunk.uri, notes, bad_rows))
                 uniform, ratings = normalize_batch(
                     table,
                     self.columns,
@@ -169,20 +168,27 @@ class Source:
         if bad_rows.counts:  # behind the last row that can be read
             yield ReadBatch(SCHEMA.empty_table(), bad_rows.counts, bad_rows.examples, 0, first_bad=bad_rows.first)
 
-    def read_items(self) -> tuple[Any, Counter[str]]:
-        """Return the table ``item_id, title, text`` of all items, and counts of repairs by cause.
+    def read_items(self) -> ItemCatalogue:
+        """Return the items of all item files.
 
         Raises:
             DataError: a file cannot be read, or lacks a column.
         """
-        bad_rows = BadRows()
-        tables = (table for uri in self.items_uris for table in self._read_item_file(uri, bad_rows))
+        bad_rows, sizes = BadRows(), list[int]()
+        tables = (table for uri in self.items_uris for table in self._read_item_file(uri, bad_rows, sizes))
         items, repairs = build_item_table(tables, self.item_id_column, self.title_column, self.dataset.item_text)
-        return items, repairs + Counter({f"item rows: {cause}": count for cause, count in bad_rows.counts.items()})
+        rows_read = sum(sizes) + bad_rows.counts.total() - bad_rows.counts[WITHOUT_ID]
+        lines = {f"item rows: {cause}": count for cause, count in bad_rows.counts.items() if cause != WITHOUT_ID}
+        return ItemCatalogue(items, repairs + Counter(lines), rows_read, bad_rows)
 
-    def _read_item_file(self, uri: str, bad_rows: BadRows) -> Iterator[Any]:
+    def _read_item_file(self, uri: str, bad_rows: BadRows, sizes: list[int]) -> Iterator[Any]:
         for table in read_tables(uri, self.items_format, bad_rows):
             _check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
+            missing = pc.equal(pc.fill_null(to_ids(table.column(self.item_id_column)), ""), "")
+            if count := pc.sum(missing).as_py():
+                line = table.column(LINE_COLUMN)[pc.index(missing, True).as_py()]
+                bad_rows.add(WITHOUT_ID, count, f"{uri}:{line}")
+            sizes.append(table.num_rows)
             yield table
 
     def inputs(self) -> dict[str, Any]:

@@ -13,14 +13,18 @@ from collm_dist.errors import DataError
 
 WRONG_WIDTH = "wrong number of columns"
 JOINED = "line joined to another row by a quote that is not closed"
+MAX_CELL_LINES = 1000
 _NEWLINE, _QUOTE = ord("\n"), ord('"')
+_MIXED = 0  # in place of the number of cells: cells of several rows, counted already
 
 
 class RowSplitter:
     """Splits lines into rows. Rows of another width are counted and left out.
 
     A quote at the start of a cell opens it, and it may then contain delimiters and line ends. A quote that is closed
-    too late swallows rows: lines inside a quoted cell that look like rows are counted.
+    too late swallows rows, so lines inside a quoted cell are counted as lost, unless the cell is a plausible text of
+    several lines: the quote that closes it ends the cell, most of its lines do not look like rows, and it has at most
+    ``MAX_CELL_LINES``. Of a plausible text the lines that look like rows are counted.
     """
 
     def __init__(self, uri: str, layout: TextLayout, bad_rows: BadRows) -> None:
@@ -42,7 +46,7 @@ class RowSplitter:
         row_ends = np.append(starts[rows[1:]], ends[limit - 1] if limit else 0)[: len(rows)]
         is_blank = row_ends - starts[rows] == 1
         keep = (cells[rows] == self._width) & ~is_blank
-        self._count_wrong(cells[rows], ~keep & ~is_blank, first_line + rows)
+        self._count_wrong(cells[rows], ~keep & ~is_blank & (cells[rows] != _MIXED), first_line + rows)
         self.has_line_ends = len(rows) < limit
         if keep.all() and limit == len(ends):
             return lines, first_line + rows
@@ -92,20 +96,25 @@ class RowSplitter:
         cells, clean = _count_quoted(data, starts, ends, delimiters, quotes, self._delimiter[0])
         cells = np.where(clean, cells, naive)
         looks = cells == self._width  # each line taken by itself
-        next_line = 0
+        next_line, prose = 0, self._delimiter + b" "  # a line of a text may have as many commas as a row
         for line in np.flatnonzero(~clean).tolist():
             if line < next_line:
                 continue
-            end, count = _scan_row(lines, int(starts[line]), self._delimiter)
+            end, count, odd_cell = _scan_row(lines, int(starts[line]), self._delimiter)
             if end < 0:
                 self._hold(lines, int(starts[line]), first_line + line)
                 return cells, is_start, line
             next_line = int(np.searchsorted(ends, end)) + 1
             cells[line] = count
             is_start[line + 1 : next_line] = False
-            swallowed = int(looks[line + 1 : next_line].sum())
             if count == self._width:
-                self._bad_rows.add(JOINED, swallowed, f"{self._uri}:{first_line + line}", f"{swallowed} lines")
+                swallowed = range(line + 1, next_line)
+                similar = sum(bool(looks[n]) and prose not in lines[starts[n] : ends[n]] for n in swallowed)
+                lost = _count_lost(len(swallowed), similar, is_odd=odd_cell > 0)
+                if 0 < odd_cell < count:  # the cells behind it are those of another row
+                    cells[line], lost = _MIXED, lost + 1
+                place = f"{self._uri}:{first_line + line}"
+                self._bad_rows.add(JOINED, lost, place, f"{lost} of the lines from here on")
             elif next_line - line > 1:
                 place = f"{self._uri}:{first_line + line + 1}"
                 self._bad_rows.add(WRONG_WIDTH, next_line - line - 1, place, "inside a quoted cell")
@@ -154,21 +163,42 @@ def _find_open_row(lines: bytes, delimiter: int) -> int | None:
     return 0
 
 
-def _scan_row(lines: bytes, position: int, delimiter: bytes) -> tuple[int, int]:
-    """Return the end of the row that starts at a position and its number of cells; -1 if a quote is not closed."""
-    cells = 1
+def _count_lost(count: int, similar: int, *, is_odd: bool) -> int:
+    """Return how many of the lines inside a row's quoted cells are lost.
+
+    Args:
+        count: number of these lines.
+        similar: number of those that look like rows.
+        is_odd: whether text follows the quote that closes a cell of several lines.
+    """
+    return count if is_odd or 2 * similar >= count or count > MAX_CELL_LINES else similar
+
+
+def _scan_row(lines: bytes, position: int, delimiter: bytes) -> tuple[int, int, int]:
+    """Return the end of the row that starts at a position, its number of cells, and the number of its first odd cell.
+
+    The end is -1 if a quote is not closed. A cell is odd if it has several lines and text behind its closing quote,
+    which then probably opens the cell of another row; 0 = none is.
+    """
+    cells, odd_cell = 1, 0
     while True:
         if lines[position : position + 1] == b'"':
+            start = position
             position += 1
             while True:
                 position = lines.find(b'"', position) + 1
                 if position == 0:
-                    return -1, cells
+                    return -1, cells, odd_cell
                 if lines[position : position + 1] != b'"':
                     break
                 position += 1
+            rest = position
+            while lines[rest : rest + 1] == b" ":
+                rest += 1
+            if not odd_cell and lines[rest : rest + 1] not in (delimiter, b"\n") and b"\n" in lines[start:position]:
+                odd_cell = cells
         end = lines.find(b"\n", position)
         position = lines.find(delimiter, position, end) + 1
         if position == 0:
-            return end + 1, cells
+            return end + 1, cells, odd_cell
         cells += 1

@@ -35,8 +35,8 @@ def find_delimiter(uri: str, file_format: FileFormat, header: str) -> str:
         shown = ascii(header if len(header) <= _MAX_SHOWN else f"{header[:_MAX_SHOWN]}...")
         raise DataError(
             f"{uri}: {file_format.delimiter_key} is {wanted!r}, and the first line lacks it: {shown} has "
-            f"{found or 'none of the usual delimiters'}. Set {file_format.delimiter_key}, or leave it out: the delimiter "
-            "is then found"
+            f"{found or 'none of the usual delimiters'}. Set {file_format.delimiter_key}, or leave it out: then the "
+            "delimiter is found"
         )
     usual = "\t" if re.search(r"\.(tsv|inter|item)(\.|$)", split_query(uri)[0].lower()) else ","
     if usual in header:
