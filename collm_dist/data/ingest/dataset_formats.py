@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.config.dataset_section import ItemColumnsConfig
+from collm_dist.data.ingest.column_checks import explain_missing_column
 from collm_dist.data.ingest.file_format import LINE_COLUMN, UTF8_OR_LATIN1
 from collm_dist.data.ingest.file_readers import BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.item_texts import list_template_columns
 from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files, split_query
-
-_MAX_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -116,23 +113,6 @@ def _adopt_columns(layout: DatasetLayout, dataset: DatasetConfig) -> DatasetLayo
                 raise explain_missing_column(uri, name, available, f"dataset.item_columns.{key}")
             names[key] = name
     return replace(layout, columns=columns, item_id=names["item_id"], title=names["title"])
-
-
-def explain_missing_column(uri: str, name: str, available: Sequence[str], key: str) -> DataError:
-    """Return the error for a column that a file lacks, with the columns that it has and the nearest name.
-
-    Args:
-        uri: the file.
-        name: the missing column.
-        available: names of its columns.
-        key: the setting that names the column.
-    """
-    matches = difflib.get_close_matches(name, available, n=1)
-    hint = f"; did you mean '{matches[0]}'?" if matches else ""
-    # In a file that is not a table, names may consist of any bytes.
-    cut = [column[:_MAX_SHOWN] for column in available[:_MAX_SHOWN]]
-    shown = [column if column.isprintable() else ascii(column) for column in cut]
-    return DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")
 
 
 def _peek(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, list[str]]:

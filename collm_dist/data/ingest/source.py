@@ -11,7 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
-from collm_dist.data.ingest.dataset_formats import DatasetLayout, explain_missing_column, find_dataset_layout
+from collm_dist.data.ingest.column_checks import (
+    check_columns,
+    check_item_columns,
+    list_columns,
+    list_item_columns,
+)
+from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
 from collm_dist.data.ingest.file_format import LINE_COLUMN, WHOLE_FILE, FilePart
 from collm_dist.data.ingest.file_parts import split_file
 from collm_dist.data.ingest.file_readers import (
@@ -21,7 +27,7 @@ from collm_dist.data.ingest.file_readers import (
     find_kind,
     read_tables,
 )
-from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table, list_template_columns
+from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table
 from collm_dist.data.ingest.normalize import (
     DATE_DIGITS,
     FIRST_SECOND,
@@ -140,7 +146,7 @@ class Source:
         first_row, bad_rows = 0, BadRows()
         for raw in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups, chunk.part):
             table, rows = raw, raw.num_rows
-            _check_columns(table, chunk.uri, self.columns, self.dataset)
+            check_columns(table, chunk.uri, self.columns, self.dataset)
             try:
                 notes = Counter[str]()
                 if row_filter is not None:
@@ -183,7 +189,7 @@ class Source:
 
     def _read_item_file(self, uri: str, bad_rows: BadRows, sizes: list[int]) -> Iterator[Any]:
         for table in read_tables(uri, self.items_format, bad_rows):
-            _check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
+            check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
             missing = pc.equal(pc.fill_null(to_ids(table.column(self.item_id_column)), ""), "")
             if count := pc.sum(missing).as_py():
                 line = table.column(LINE_COLUMN)[pc.index(missing, True).as_py()]
@@ -257,18 +263,18 @@ def open_source(dataset: DatasetConfig) -> Source:
             items_format=replace(layout.items_format, encoding=dataset.encoding),
         )
     uri, first = _read_first(layout.interactions, layout.file_format)
-    _check_columns(first, uri, layout.columns, dataset)
+    check_columns(first, uri, layout.columns, dataset)
     numeric_columns = _check_filter(dataset, uri, first)
     unit = _find_unit(dataset, layout.columns, uri, first)
     if layout.items:
         uri, items = _read_first(layout.items, layout.items_format)
-        _check_item_columns(items, uri, layout.item_id, layout.title, dataset)
+        check_item_columns(items, uri, layout.item_id, layout.title, dataset)
     return Source(
         chunks=tuple(_split_into_chunks(layout)),
         columns=layout.columns,
-        file_format=replace(layout.file_format, expected=_list_columns(layout.columns, dataset)),
+        file_format=replace(layout.file_format, expected=list_columns(layout.columns, dataset)),
         items_format=replace(
-            layout.items_format, expected=_list_item_columns(layout.item_id, layout.title, dataset.item_text)
+            layout.items_format, expected=list_item_columns(layout.item_id, layout.title, dataset.item_text)
         ),
         items_uris=layout.items,
         item_id_column=layout.item_id,
@@ -367,37 +373,3 @@ def _read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, An
         raise DataError(f"{where}cannot be read, no row can be used: {causes}. The first ones:\n  "
                         + "\n  ".join(bad_rows.examples))  # fmt: skip
     raise DataError(f"{where}there are no rows, nothing or only a header; bring a file with data")
-
-
-def _check_columns(first: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
-    for key, name in columns.model_dump().items():
-        if name is not None:
-            _require(name, first, uri, f"dataset.columns.{key}")
-    if dataset.row_filter:
-        for name in parse_row_filter(dataset.row_filter).names:
-            _require(name, first, uri, "dataset.row_filter")
-
-
-def _check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:
-    for name in _list_item_columns(item_id, title, dataset.item_text):
-        _require(name, table, uri, "dataset.item_columns or dataset.item_text")
-
-
-def _list_columns(columns: ColumnsConfig, dataset: DatasetConfig) -> tuple[str, ...]:
-    names = [name for name in columns.model_dump().values() if name is not None]
-    return (*names, *(parse_row_filter(dataset.row_filter).names if dataset.row_filter else ()))
-
-
-def _list_item_columns(item_id: str, title: str, item_text: str) -> tuple[str, ...]:
-    return (item_id, title, *(name for name in list_template_columns(item_text) if name != "title"))
-
-
-def _require(name: str, table: Any, uri: str, key: str) -> None:
-    available = [column for column in table.column_names if column != LINE_COLUMN]
-    if available.count(name) > 1:
-        raise DataError(f"{uri}: several columns are named '{name}'; rename all but one")
-    if name not in available:
-        raise explain_missing_column(uri, name, available, key)
-    kind = table.schema.field(name).type
-    if pa.types.is_nested(kind):
-        raise DataError(f"{uri}: column '{name}' holds {kind}, expected one value per row; flatten it, or set {key}")

@@ -48,7 +48,7 @@ def find_layout(uri: str, block: bytes, file_format: FileFormat) -> tuple[TextLa
     """Return the layout that a file's first block shows, and the bytes up to the first row; None for blank lines.
 
     Raises:
-        DataError: the file has too many columns.
+        DataError: the file has too many columns, or lacks the delimiter that the settings name.
     """
     num_blank = len(block) - len(block.lstrip(b"\n"))
     first = block[num_blank : block.find(b"\n", num_blank)]

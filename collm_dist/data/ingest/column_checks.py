@@ -1,0 +1,80 @@
+"""Checks that input files have the columns that the settings name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from collm_dist.config import ColumnsConfig, DatasetConfig
+from collm_dist.data.ingest.file_format import LINE_COLUMN
+from collm_dist.data.ingest.item_texts import list_template_columns
+from collm_dist.data.ingest.row_filter import parse_row_filter
+from collm_dist.errors import DataError
+
+_MAX_SHOWN = 50
+
+
+def check_columns(table: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
+    """Check that a table of interactions has the columns that are read, with one value per row.
+
+    Raises:
+        DataError: the message names the file, the column and the setting.
+    """
+    for key, name in columns.model_dump().items():
+        if name is not None:
+            _require(name, table, uri, f"dataset.columns.{key}")
+    if dataset.row_filter:
+        for name in parse_row_filter(dataset.row_filter).names:
+            _require(name, table, uri, "dataset.row_filter")
+
+
+def check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:
+    """Check a table of items in the same way.
+
+    Raises:
+        DataError: the message names the file, the column and the settings.
+    """
+    for name in list_item_columns(item_id, title, dataset.item_text):
+        _require(name, table, uri, "dataset.item_columns or dataset.item_text")
+
+
+def list_columns(columns: ColumnsConfig, dataset: DatasetConfig) -> tuple[str, ...]:
+    """Return the columns of interactions that are read."""
+    names = [name for name in columns.model_dump().values() if name is not None]
+    return (*names, *(parse_row_filter(dataset.row_filter).names if dataset.row_filter else ()))
+
+
+def list_item_columns(item_id: str, title: str, item_text: str) -> tuple[str, ...]:
+    """Return the columns of items that are read."""
+    return (item_id, title, *(name for name in list_template_columns(item_text) if name != "title"))
+
+
+def _require(name: str, table: Any, uri: str, key: str) -> None:
+    available = [column for column in table.column_names if column != LINE_COLUMN]
+    if available.count(name) > 1:
+        raise DataError(f"{uri}: several columns are named '{name}'; rename all but one")
+    if name not in available:
+        raise explain_missing_column(uri, name, available, key)
+    kind = table.schema.field(name).type
+    if pa.types.is_nested(kind):
+        raise DataError(f"{uri}: column '{name}' holds {kind}, expected one value per row; flatten it, or set {key}")
+
+
+def explain_missing_column(uri: str, name: str, available: Sequence[str], key: str) -> DataError:
+    """Return the error for a column that a file lacks, with the columns that it has and the nearest name.
+
+    Args:
+        uri: the file.
+        name: the missing column.
+        available: names of its columns.
+        key: the setting that names the column.
+    """
+    matches = difflib.get_close_matches(name, available, n=1)
+    hint = f"; did you mean '{matches[0]}'?" if matches else ""
+    # In a file that is not a table, names may consist of any bytes.
+    cut = [column[:_MAX_SHOWN] for column in available[:_MAX_SHOWN]]
+    shown = [column if column.isprintable() else ascii(column) for column in cut]
+    return DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")
