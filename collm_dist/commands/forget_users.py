@@ -19,10 +19,10 @@ EXAMPLES = """examples:
 
 def _run(arguments: argparse.Namespace) -> None:
     from collm_dist.data.ingest.forgotten_users import load_forgotten
-    from collm_dist.data.shards.interactions import load_user_ids
+    from collm_dist.data.shards.interactions import load_known_users
     from collm_dist.runs.user_deletion import find_held_users, remove_runs
 
-    runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_user_ids)
+    runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_known_users)
     for run in runs:
         count = "unknown: its data step is unfinished" if run.count is None else f"{run.count:,} listed users"
         print(f"{run.path}: {count}")

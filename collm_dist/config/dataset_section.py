@@ -30,6 +30,7 @@ class ColumnsConfig(Section):
     split: str | None = Field(
         None, description="Column with the values train, valid and test; required by split.method: column."
     )
+    user: str | None = optional("Column of the user's id in the file of users_path; default: as user_id.")
 
 
 class ItemColumnsConfig(Section):
@@ -95,6 +96,9 @@ class DatasetConfig(Section):
     )
     asset: str | None = Field(None, description="Name of a known dataset to fetch instead of path: movielens-100k.")
     items_path: Uri | None = Field(None, description="URI of the item file (table format).")
+    users_path: Uri | None = optional(
+        "URI of the user file: CSV, TSV, Parquet or JSON lines, with a row per user and columns for user_text."
+    )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Columns of the interactions.")
     item_columns: ItemColumnsConfig = Field(default_factory=ItemColumnsConfig, description="Columns of the items.")
     row_filter: str | None = Field(
@@ -121,12 +125,17 @@ class DatasetConfig(Section):
     item_delimiter: str | None = optional(
         "The same for the item file. Without it: dataset.delimiter if the first line has it, else as there.",
     )
+    user_delimiter: str | None = optional("The same for the user file.")
     header: bool | None = optional("false: text tables of interactions have no header, and names lists their columns.")
     names: tuple[str, ...] | None = optional("Names of the columns of text tables without a header, in order.")
     item_names: tuple[str, ...] | None = optional("The same for the item file, if it has no header.")
+    user_names: tuple[str, ...] | None = optional("The same for the user file.")
     encoding: str | None = optional("Encoding of text files, for example latin1, cp1252 or utf-16. Without it: UTF-8.")
     item_text: str = Field(
         "{title}", description="Template of an item's text in a prompt, with item columns in braces."
+    )
+    user_text: str | None = optional(
+        "Template of a user's text in a prompt with <UserText>, with columns of users_path in braces."
     )
     duplicates: Literal["keep", "first", "collapse"] = Field(
         "keep",
@@ -171,7 +180,7 @@ class DatasetConfig(Section):
             raise ValueError(_CONVERT_COLLM)
         return value
 
-    @field_validator("delimiter", "item_delimiter")
+    @field_validator("delimiter", "item_delimiter", "user_delimiter")
     @classmethod
     def _check_delimiter(cls, value: str | None) -> str | None:
         value = {"tab": "\t", "\\t": "\t"}.get(value or "", value)
@@ -210,6 +219,26 @@ class DatasetConfig(Section):
             self.split.method in ("calendar", "amazon_book") or self.expect.max_age_hours is not None
         ):
             raise ValueError("columns.timestamp: null leaves no times for calendar splits and expect.max_age_hours")
+        return self
+
+    @model_validator(mode="after")
+    def _check_users(self) -> DatasetConfig:
+        if (self.users_path is None) != (self.user_text is None):
+            raise ValueError(
+                "users_path, a file of users, and user_text, a template over its columns such as '{age}, {city}', need "
+                "each other"
+            )
+        given = {
+            "columns.user": self.columns.user,
+            "user_names": self.user_names,
+            "user_delimiter": self.user_delimiter,
+        }
+        for name, value in given.items():
+            if value is not None and self.users_path is None:
+                raise ValueError(
+                    f"{name} is for the file of users_path, which is not set; columns.user_id names the users of the "
+                    "interactions"
+                )
         return self
 
     @model_validator(mode="after")

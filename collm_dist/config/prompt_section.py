@@ -15,7 +15,7 @@ class PromptConfig(Section):
     stage1: str = Field(
         "configs/prompts/stage1.txt",
         description="Prompt of stage 1: a file, or the text itself. Fields: <ItemTitleList> "
-        "<DislikedTitleList> <TargetItemTitle>.",
+        "<DislikedTitleList> <UserText> <TargetItemTitle>.",
     )
     stage2: str = Field(
         "configs/prompts/stage2.txt",
@@ -44,4 +44,10 @@ class PromptConfig(Section):
     )
     empty_dislikes_text: str | None = optional(
         "Text in place of an empty list of dislikes; default: empty_history_text."
+    )
+    max_user_text_tokens: int | None = optional(
+        "Longest text of a user in tokens, in a prompt with <UserText>; longer texts are cut. Default: 48.", ge=1
+    )
+    unknown_user_text: str | None = optional(
+        "Text of a user who has none: not in dataset.users_path, or unknown to the run. Default: (not known)."
     )

@@ -14,9 +14,10 @@ from collm_dist.data.ingest.input_facts import format_dropped, format_facts
 from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.data.ingest.normalize import format_time
 from collm_dist.data.ingest.source import Source
+from collm_dist.data.ingest.user_texts import format_user_texts
 from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.samples.splits import SPLITS
-from collm_dist.data.shards.manifest import FORMAT_VERSION, compute_content_hash
+from collm_dist.data.shards.manifest import FORMAT_VERSION, USER_TEXTS, compute_content_hash
 from collm_dist.runs.atomic_files import compute_file_hash
 
 TaskStats = list[dict[str, Any]]
@@ -32,6 +33,7 @@ class PreprocessStats:
         items: the item files.
         num_forgotten: number of users on the list ``dataset.forget``.
         facts: see ``input_facts.describe_input``.
+        user_texts: see ``user_texts.write_user_texts``.
     """
 
     reads: TaskStats
@@ -42,6 +44,7 @@ class PreprocessStats:
     items: ItemCatalogue
     num_forgotten: int
     facts: dict[str, Any]
+    user_texts: dict[str, Any]
 
 
 def sum_split_rows(sample_stats: TaskStats) -> dict[str, Counter[str]]:
@@ -73,6 +76,7 @@ def build_manifest_record(
         "users_hash": compute_ids_hash(tables.user_ids),
         "items_hash": compute_ids_hash(tables.item_ids),
         "texts_hash": tables.texts_hash,
+        **({"user_texts_hash": stats.user_texts["hash"]} if stats.user_texts else {}),
         "ties": plan.preprocessing.ties,
         "feedback": plan.dataset.feedback,
         "max_history_length": plan.preprocessing.max_history_length,
@@ -87,7 +91,11 @@ def build_manifest_record(
         **_describe_forgotten(plan, source, stats, previous),
         "items_without_text": tables.num_items_without_text,
         "items_mended": dict(sorted(stats.items.repairs.items())),
-        "tables": {name: compute_file_hash(plan.data_dir / name) for name in ("users.parquet", "items.parquet")},
+        **({"user_texts": stats.user_texts} if stats.user_texts else {}),
+        "tables": {
+            name: compute_file_hash(plan.data_dir / name)
+            for name in ("users.parquet", "items.parquet", *([USER_TEXTS] if stats.user_texts else []))
+        },
         "input": {
             "rows": sum(read["rows_read"] for read in stats.reads),
             "bad_examples": [example for read in stats.reads for example in read["examples"]][:5],
@@ -185,6 +193,8 @@ def format_summary(manifest: dict[str, Any], dataset: DatasetConfig) -> list[str
     for cause, count in manifest.get("items_mended", {}).items():
         shown = examples.get(cause, examples.get(f"item rows: {cause}"))
         lines.append(f"  items: {count:,} x {cause}" + (f" (for example {shown})" if shown else ""))
+    if users := manifest.get("user_texts"):
+        lines += [f"  {line}" for line in format_user_texts(users)]
     if forgotten := manifest.get("forgotten"):
         lines.append(
             f"  to be forgotten: {forgotten['users_asked']:,} users, {forgotten['users_in_log']:,} of them in the log, "

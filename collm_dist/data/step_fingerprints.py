@@ -8,6 +8,8 @@ from typing import Any
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.ingest.id_tables import describe_previous
 from collm_dist.data.ingest.source import open_source
+from collm_dist.data.ingest.user_texts import open_user_file
+from collm_dist.data.prompt_needs import check_prompt_needs
 from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.runs.fingerprints import compute_fingerprint
 from collm_dist.runs.input_files import describe_file, keep_old_entries
@@ -30,7 +32,10 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
         ConfigError: a prompt file is missing.
     """
     if step == "data":
+        check_prompt_needs(config)
         inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
+        if (user_file := open_user_file(config.dataset)) is not None:
+            inputs |= user_file.inputs()
         if config.dataset.forget is not None:
             inputs |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
         return compute_fingerprint(config, step, run_dir, inputs)

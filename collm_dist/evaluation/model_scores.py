@@ -116,8 +116,10 @@ def _describe_information(
     labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
     reads_counts = (name != "stage1" and "MatchID" in slots) or anchor in ("as_of", "blend")
     if reads_counts or "<DislikedTitleList>" in prompt:
-        return labels, "all earlier feedback" if feedback == "explicit" else "all earlier likes"
-    return labels, "ids, earlier likes" if name == "cf" else "earlier likes"
+        inputs = "all earlier feedback" if feedback == "explicit" else "all earlier likes"
+    else:
+        inputs = "ids, earlier likes" if name == "cf" else "earlier likes"
+    return labels, f"{inputs}, user texts" if "<UserText>" in prompt else inputs
 
 
 def _build_cf_scorer(vectors: SlotVectors, manifest: Manifest) -> Baseline:

@@ -29,6 +29,7 @@ from collm_dist.data.ingest.input_facts import describe_input, list_warnings, me
 from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_item_counts, sum_over_months
 from collm_dist.data.ingest.shuffle_files import read_table
 from collm_dist.data.ingest.source import Source, open_source
+from collm_dist.data.ingest.user_texts import write_user_texts
 from collm_dist.data.manifest_record import PreprocessStats, build_manifest_record, format_summary, sum_split_rows
 from collm_dist.data.preprocess_plan import PreprocessPlan, resolve_counts
 from collm_dist.data.samples.event_pool import draw_event_pool
@@ -167,6 +168,7 @@ def _preprocess(
     user_tables, user_ranges = assign_users(previous, [load_filtered_ids(plan, bucket, "users") for bucket in buckets])
     item_ids = assign_items(previous, [load_filtered_ids(plan, bucket, "items") for bucket in buckets])
     tables = write_id_tables(plan.data_dir, user_tables, user_ranges, item_ids, items)
+    user_texts = write_user_texts(plan.data_dir, plan.dataset, tables.user_ids, forgotten)
 
     # Build the samples: histories by user, as-of counts by item, joined by row id.
     items_ref, pool_ref = ray.put(pa.array(item_ids, pa.string())), ray.put(draw_event_pool(plan, item_ids))
@@ -188,5 +190,5 @@ def _preprocess(
     )
     users = sum(bucket.get("users", 0) for bucket in filters), sum(bucket.get("single", 0) for bucket in filters)
     record = describe_input(facts, plan.dataset, raw_items, catalogue, users)
-    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_file, len(forgotten), record)
+    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_file, len(forgotten), record, user_texts)
     return build_manifest_record(plan, source, previous, tables, stats)

@@ -6,7 +6,7 @@ model/                backbone with the adapter merged, for ``AutoModelForCausal
 mapping.safetensors   stage 2's mapping from collaborative vectors to soft tokens
 cf/                   collaborative models (safetensors)
 anchor/               simple score that the language model adds to; anchored_score.safetensors: its share in stage 1
-data/                 ids, titles and the log, the source of users' histories and statistics
+data/                 ids, titles, user texts and the log, the source of users' histories and statistics
 prompt/               prompts of the training
 records/, config.yaml records of all steps, and the settings
 export.json           SHA-256 of every file; written last
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
-from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.data.shards.manifest import USER_TEXTS, load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
@@ -148,7 +148,7 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
     """Yield the files of an export and their names in it."""
     data_dir = run_dir.step_dir("data")
     needed = {data_dir / bucket.path for bucket in load_manifest(data_dir).buckets}
-    needed |= {data_dir / "users.parquet", data_dir / "items.parquet"}
+    needed |= {data_dir / "users.parquet", data_dir / "items.parquet", data_dir / USER_TEXTS}
     needed |= set(run_dir.step_dir("cf").glob("*.safetensors"))
     for name, place in PLACES.items():
         source = run_dir.path / place

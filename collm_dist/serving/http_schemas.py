@@ -30,7 +30,8 @@ class RankBody(BaseModel):
 
     user: ItemId | None = Field(
         None,
-        description="Id of a user of the log, whose history comes from the log; any other id is an unknown user.",
+        description="Id of a user of the log, whose history comes from the log, or of the run's file of users; any "
+        "other id is an unknown user.",
     )
     history: list[ItemId] | None = Field(
         None, description="Ids of liked items, oldest first; by default from the log. Unknown ids are skipped."

@@ -21,7 +21,7 @@ from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import IntArray
-from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.data.shards.interactions import load_item_table, load_user_ids, load_user_texts
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import RequestError
 from collm_dist.runs.run_dir import RunDir, StageName
@@ -71,7 +71,7 @@ class Recommender:
         """
         data_dir = run_dir.step_dir("data")
         manifest = load_manifest(data_dir)
-        items = load_item_table(data_dir)
+        items, texts = load_item_table(data_dir), load_user_texts(data_dir)
         self.config, self.stage = config, stage
         self.user_ids, self.item_ids, self._titles = load_user_ids(data_dir), items["item_id"], items["title"]
         self._reader = RequestReader(
@@ -81,6 +81,7 @@ class Recommender:
             max_history_length=manifest.max_history_length,
             max_dislikes=config.preprocessing.max_dislikes,
             every_event_is_a_like=manifest.feedback == "implicit",
+            text_rows=None if texts is None else {user_id: row for row, user_id in enumerate(texts["user_id"])},
         )
         cf: SlotVectors | None = loaded.model.cf_model
         if config.cf.model == "none":  # id tokens cannot order items by themselves

@@ -23,7 +23,7 @@ class RankingRequest:
     """Input of ``Recommender.score``: a user at a point in time, and given items to score. Ids are compared as strings.
 
     Attributes:
-        user: raw id; None, or an id that is not in the run's log, is an unknown user.
+        user: raw id; None, or an id that is neither in the run's log nor in its file of users, is an unknown user.
         history: raw ids of liked items, oldest first; None = the user's likes in the log before ``as_of``. Items that
             the run does not know are skipped, because they have neither title nor vector.
         candidates: raw ids of the run's items, without repetition. Items without ratings are valid; ids outside the
@@ -87,12 +87,13 @@ class UserContext:
     """A request's user, as the model sees them.
 
     Attributes:
-        user_idx: dense index; -1 = unknown.
+        user_idx: dense index; -1 = not in the log.
         history: dense indices of liked items, oldest first.
         dislikes: dense indices of the last disliked items, oldest first.
         num_likes, num_rows: number of the user's likes and events in the log.
         seen: dense indices of the items in the request and in the user's events.
         as_of: seconds since 1970.
+        text_row: row of the user's text; -1 = none.
     """
 
     user_idx: int
@@ -102,6 +103,7 @@ class UserContext:
     num_rows: int
     seen: IntArray
     as_of: int
+    text_row: int = -1
 
 
 class RequestReader:
@@ -123,6 +125,7 @@ class RequestReader:
         max_history_length: int,
         max_dislikes: int,
         every_event_is_a_like: bool,
+        text_rows: Mapping[str, int] | None = None,
     ) -> None:
         """Store the run's id tables and log.
 
@@ -131,10 +134,13 @@ class RequestReader:
             events: the log.
             max_history_length, max_dislikes: most liked and most disliked items of a user; the latest are kept.
             every_event_is_a_like: ``dataset.feedback`` is implicit.
+            text_rows: row of each raw user id in the user texts, which begin with the users of the log; None = the same
+                as ``user_index``.
         """
         self._user_index, self.item_index, self._events = user_index, item_index, events
         self._max_history_length, self._max_dislikes = max_history_length, max_dislikes
         self._every_event_is_a_like = every_event_is_a_like
+        self._text_rows = user_index if text_rows is None else text_rows
 
     def read_user(self, request: RankingRequest) -> UserContext:
         """Return the context of the request's user.
@@ -143,7 +149,10 @@ class RequestReader:
             RequestError: a field has the wrong type.
         """
         as_of = self._read_time(request.as_of)
-        user_idx = -1 if request.user is None else self._user_index.get(_to_id(request.user, "user"), -1)
+        user_id = None if request.user is None else _to_id(request.user, "user")
+        user_idx, text_row = (
+            -1 if user_id is None else rows.get(user_id, -1) for rows in (self._user_index, self._text_rows)
+        )
         items, labels = self._events.find_user_events(user_idx, as_of)
         likes, rows = int(labels.sum()), len(labels)
         history, seen = items[labels == 1], items
@@ -160,7 +169,7 @@ class RequestReader:
             elif request.disliked is not None:
                 likes, rows = len(history), len(history) + len(dislikes)
         dislikes = dislikes[max(0, len(dislikes) - self._max_dislikes) :]
-        return UserContext(user_idx, history[-self._max_history_length :], dislikes, likes, rows, seen, as_of)
+        return UserContext(user_idx, history[-self._max_history_length :], dislikes, likes, rows, seen, as_of, text_row)
 
     def read_pool(self, request: RankingRequest, seen: IntArray) -> tuple[IntArray | None, IntArray]:
         """Return the dense indices of a request's allowed items, None for all, and those of items to leave out.
@@ -229,6 +238,7 @@ class RequestReader:
         return ContextBlock(
             user_idx=np.array([user.user_idx for user in users], dtype=np.int64),
             num_likes=np.array([user.num_likes for user in users], dtype=np.int64),
+            text_rows=np.array([user.text_row for user in users], dtype=np.int64),
             history_offsets=to_offsets(np.array([len(user.history) for user in users], dtype=np.int64)),
             history_items=np.concatenate([user.history for user in users]).astype(np.int64),
             target_offsets=to_offsets(sizes),

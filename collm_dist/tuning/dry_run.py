@@ -13,7 +13,8 @@ from collm_dist.assets import resolve_backbone
 from collm_dist.cf.models.registry import get_model_class, list_arguments
 from collm_dist.config import Config
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
-from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.prompts.prompt_layout import PromptCollator
+from collm_dist.data.prompts.stage_prompts import build_collator
 from collm_dist.data.prompts.target_groups import find_groups
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.context_block import ContextBlock

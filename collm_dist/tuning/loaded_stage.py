@@ -11,8 +11,9 @@ import torch
 
 from collm_dist.anchor import load_anchor
 from collm_dist.config import Config, LlmConfig
-from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
+from collm_dist.data.prompts.stage_prompts import build_collator
 from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel

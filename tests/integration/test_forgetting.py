@@ -3,13 +3,15 @@
 import json
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from collm_dist.data.ingest.forgotten_users import find_tombstones, load_forgotten
-from collm_dist.data.shards.interactions import load_user_ids
+from collm_dist.data.shards.interactions import load_known_users, load_user_ids, load_user_texts
 from collm_dist.errors import ArtifactError, ConfigError, DataError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.user_deletion import find_held_users
 from tests.integration.byte_search import find_text
 from tests.integration.preprocess_runs import list_samples, make_config, preprocess
 
@@ -136,3 +138,40 @@ def test_a_list_that_is_not_whole_is_refused(tmp_path, log, text, message):
     with pytest.raises(DataError, match=r"dataset\.forget: there is no file"):
         run(tmp_path, "one", log, forget=str(tmp_path / "absent.csv"))
     assert not (tmp_path / "one" / "data").exists()
+
+
+def test_texts_of_users_are_forgotten_with_them(tmp_path, log):
+    lines = [f"{user},{10 + number},live at {user}-street" for number, user in enumerate([*USERS[1:], NOT_IN_ANY_LOG])]
+    (tmp_path / "people.csv").write_text("member,age,home\n" + "\n".join(lines) + "\n")
+    texts = {"users_path": str(tmp_path / "people.csv"), "user_text": "{age}: {home}"}
+    texts["columns"] = {"rating": "rating", "user": "member"}
+    (tmp_path / "users.csv").write_text("user_id\n" + "\n".join(FORGOTTEN) + "\n")
+    forget = {"forget": str(tmp_path / "users.csv")}
+    manifest = run(tmp_path, "one", log, **texts, **forget)
+    assert manifest["user_texts"] == {
+        "hash": manifest["user_texts_hash"], "users_with_text": 9, "users_without_text": 1, "users_without_rows": 1,
+        "rows": {}, "examples": {},
+    }  # fmt: skip
+    assert not any(find_text(tmp_path / "one", user) for user in FORGOTTEN)
+    table = load_user_texts(tmp_path / "one" / "data")
+    assert table["user_id"][:-1] == load_user_ids(tmp_path / "one" / "data")
+    assert dict(zip(*table.values(), strict=True)) == {
+        user: text and f"{text}: live at {user}-street"
+        for user, text in zip([*USERS, NOT_IN_ANY_LOG], [None, *range(10, 22)], strict=True)
+        if user not in FORGOTTEN
+    }
+    # A user of whom there is a text alone is held too.
+    (held,) = find_held_users([tmp_path / "one"], pa.array([NOT_IN_ANY_LOG]), load_known_users)
+    assert held.count == 1
+
+    # Without the file, the run is as it would be without it, and another file is another input.
+    (tmp_path / "people.csv").write_text("member,age,home\nmember-00,1,x\n")
+    with pytest.raises(ArtifactError, match=r"people\.csv"):
+        run(tmp_path, "one", log, **texts, **forget)
+    plain = preprocess(make_config({"path": str(log), "columns": {"rating": "rating"}, **forget}, tmp_path / "one"),
+                       force=True)  # fmt: skip
+    assert plain["content_hash"] != manifest["content_hash"]
+    assert plain["shards"] == manifest["shards"]
+    assert not (tmp_path / "one" / "data" / "user_texts.parquet").exists()
+    assert load_user_texts(tmp_path / "one" / "data") is None
+    assert load_known_users(tmp_path / "one" / "data") == load_user_ids(tmp_path / "one" / "data")

@@ -7,7 +7,7 @@ and appended to a list, and a slot notes the length of that list.
 from dataclasses import dataclass, field
 
 SLOT_NAMES = ("UserID", "ItemIDList", "TargetItemID", "MatchID")
-FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "DislikedTitleList", "TargetItemTitle")
+FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "DislikedTitleList", "UserText", "TargetItemTitle")
 
 
 @dataclass
@@ -64,6 +64,8 @@ def build_plain_prompt(
     bos: list[int] = (),
     dislikes: list[int] = (),
     empty_dislikes_text: str | None = None,
+    user_text: str = "",
+    max_user_text_tokens: int = 48,
 ) -> PlainPrompt:
     """Build one sample's prompt; drops the oldest items until the prompt with the longest title as target fits."""
     longest = max(len(tokenize_title(tokenizer, title, max_title_tokens)) for title in titles)
@@ -83,6 +85,8 @@ def build_plain_prompt(
                 if not listed:
                     is_default = kind == "ItemTitleList" or empty_dislikes_text is None
                     ids += tokenize(tokenizer, empty_history_text if is_default else empty_dislikes_text)
+            elif kind == "UserText":
+                ids += tokenize(tokenizer, user_text, is_data=True)[:max_user_text_tokens]
             elif kind == "TargetItemTitle":
                 ids += tokenize_title(tokenizer, titles[target], max_title_tokens)
             else:

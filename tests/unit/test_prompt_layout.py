@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collm_dist.data.prompts.item_tokens import load_item_tokens
+from collm_dist.data.prompts.item_tokens import load_item_tokens, load_user_tokens
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.prompt_template import PromptTemplate
 from collm_dist.data.prompts.slot_codes import Masking
@@ -32,12 +32,16 @@ TEMPLATES = {
     "feedback": "Liked: <ItemTitleList>. Not: <DislikedTitleList>. Like <TargetItemTitle>?",
     "feedback_after_slot": "By <UserID>, not <DislikedTitleList>, but <ItemIDList>. Like <TargetItemID>?",
     "feedback_alone": "Not: <DislikedTitleList>. By <UserID>. Like <TargetItemTitle>?",
+    "user_text": "Of <UserText>. Liked: <ItemTitleList>. By <UserID>. Like <TargetItemTitle>?",
+    "user_text_after_slot": "By <UserID>: <UserText><DislikedTitleList>. Like <TargetItemTitle>?",
     "user_first": "<UserID><TargetItemID><MatchID> good?",
 }
 ODD_TITLES = [
     *("<UserID>", "<unk>", "<s></s>", "\u05e9\u05dc\u200f", "\U0001f600\u200d\U0001f467", '"', ", ", "", "\n\t"),
     *("<ItemTitleList>", "\x00\u00e9", "Heat"),
 ]
+# The last one is that of users without a text.
+USER_TEXTS = ["24, <UserText> of </s> Delft", None, "\u4e2d " * 12, "(not known)"]
 titles_strategy = st.lists(
     st.one_of(st.sampled_from(ODD_TITLES), st.text(st.characters(exclude_categories=["Cs"]), max_size=30)),
     min_size=1,
@@ -58,9 +62,16 @@ def make_collator(template, titles, *, tokenizer=None, user_depends_on_target=Fa
     }
     with tempfile.TemporaryDirectory() as folder:
         items = load_item_tokens(Path(folder), titles, tokenizer, 12)
+        if "<UserText>" in template:
+            values["user_tokens"] = load_user_tokens(Path(folder), USER_TEXTS[:-1], USER_TEXTS[-1], tokenizer, 15)
     return PromptCollator(
         parsed, items, tokenizer, user_depends_on_target=user_depends_on_target, **{**values, **options}
     )
+
+
+def find_user_text(row):
+    """Return the text of a row of the table; -1 = no row."""
+    return USER_TEXTS[row] or USER_TEXTS[-1]
 
 
 def list_dislikes(block, target, length):
@@ -119,9 +130,11 @@ def test_every_prompt_equals_the_plain_one(
     disliked_length, no_dislikes,
 ):  # fmt: skip
     template, tokenizer = TEMPLATES[name], make_tokenizer(adds_bos=adds_bos)
-    if user_depends_on_target and name in ("slots_first", "feedback_after_slot"):
+    if user_depends_on_target and name in ("slots_first", "feedback_after_slot", "user_text_after_slot"):
         return  # the history may not stand after something that differs between targets
     block = make_contexts(counts, num_items=len(titles), seed=seed)
+    if seed:  # as in requests
+        block = dataclasses.replace(block, text_rows=np.arange(seed - 2, seed - 2 + len(counts)) % 4 - 1)
     options = {"tokenizer": tokenizer, "user_depends_on_target": user_depends_on_target}
     options["tokens_per_slot"] = tokens_per_slot
     options |= {"disliked_length": disliked_length, "empty_dislikes_text": no_dislikes}
@@ -154,6 +167,8 @@ def test_every_prompt_equals_the_plain_one(
             bos=[0] if adds_bos else [],
             dislikes=(dislikes := list_dislikes(block, target, disliked_length)),
             empty_dislikes_text=no_dislikes,
+            user_text=find_user_text((block.user_idx if block.text_rows is None else block.text_rows)[context]),
+            max_user_text_tokens=15,
         )
         assert ids == plain.input_ids
         assert len(ids) <= least + slack

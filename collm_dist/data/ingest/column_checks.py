@@ -25,10 +25,10 @@ def check_columns(table: Any, uri: str, columns: ColumnsConfig, dataset: Dataset
     """
     for key, name in columns.model_dump().items():
         if name is not None:
-            _require(name, table, uri, f"dataset.columns.{key}")
+            require_column(name, table, uri, f"dataset.columns.{key}")
     if dataset.row_filter:
         for name in parse_row_filter(dataset.row_filter).names:
-            _require(name, table, uri, "dataset.row_filter")
+            require_column(name, table, uri, "dataset.row_filter")
 
 
 def check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:
@@ -38,7 +38,7 @@ def check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: 
         DataError: the message names the file, the column and the settings.
     """
     for name in list_item_columns(item_id, title, dataset.item_text):
-        _require(name, table, uri, "dataset.item_columns or dataset.item_text")
+        require_column(name, table, uri, "dataset.item_columns or dataset.item_text")
 
 
 def list_columns(columns: ColumnsConfig, dataset: DatasetConfig) -> tuple[str, ...]:
@@ -52,7 +52,18 @@ def list_item_columns(item_id: str, title: str, item_text: str) -> tuple[str, ..
     return (item_id, title, *(name for name in list_template_columns(item_text) if name != "title"))
 
 
-def _require(name: str, table: Any, uri: str, key: str) -> None:
+def require_column(name: str, table: Any, uri: str, key: str) -> None:
+    """Check that a table has a column with one value per row.
+
+    Args:
+        name: the column.
+        table: rows of a file.
+        uri: the file, for messages.
+        key: the setting that names the column, for messages.
+
+    Raises:
+        DataError: there is no such column, or several.
+    """
     available = [column for column in table.column_names if column != LINE_COLUMN]
     if available.count(name) > 1:
         raise DataError(f"{uri}: several columns are named '{name}'; rename all but one")

@@ -61,7 +61,9 @@ def _list_wanted(dataset: DatasetConfig) -> set[str]:
     names = parse_row_filter(dataset.row_filter).names if dataset.row_filter else ()
     usual = ColumnsConfig().model_dump()
     return set(names) | {
-        name for key, name in dataset.columns.model_dump().items() if name is not None and name != usual[key]
+        name
+        for key, name in dataset.columns.model_dump(exclude={"user"}).items()
+        if name is not None and name != usual[key]
     }
 
 
@@ -90,7 +92,7 @@ def _adopt_columns(layout: DatasetLayout, dataset: DatasetConfig) -> DatasetLayo
         columns = columns.model_copy(update={"timestamp": None})
     if wanted:
         uri, available = _peek(layout.interactions, layout.file_format)
-        for key, name in dataset.columns.model_dump().items():
+        for key, name in dataset.columns.model_dump(exclude={"user"}).items():
             is_target = key in ("rating", "label")
             if name not in wanted or (is_target and dataset.feedback == "implicit"):
                 continue

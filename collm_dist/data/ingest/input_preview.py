@@ -13,6 +13,7 @@ from collm_dist.data.ingest.file_format import BadRows
 from collm_dist.data.ingest.input_facts import InputFacts, describe_input, format_dropped, format_facts
 from collm_dist.data.ingest.normalize import SCHEMA
 from collm_dist.data.ingest.source import ReadBatch, Source
+from collm_dist.data.ingest.user_texts import preview_users
 from collm_dist.storage import describe_files
 
 # Small logs are read whole, which takes seconds; of larger ones whole blocks until there are so many rows.
@@ -49,7 +50,7 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
     lines += format_dropped(bad_rows.counts + notes, bad_rows.first)
     if item_file is not None:
         lines += [f"item file, {line}" for line in format_dropped(item_file.bad_rows.counts, item_file.bad_rows.first)]
-    return lines
+    return lines + preview_users(source.dataset, ids["user_id"].unique())
 
 
 def _take(batches: Iterator[ReadBatch], max_rows: int) -> Iterator[ReadBatch]:

@@ -75,8 +75,12 @@ def _clean_once(text: str) -> str:
     return _SPACES.sub(" ", _INVISIBLE.sub(" ", unicodedata.normalize("NFC", text))).strip()
 
 
-def list_template_columns(template: str) -> list[str]:
-    """Return the names of the columns in an item-text template.
+def list_template_columns(template: str, key: str = "dataset.item_text") -> list[str]:
+    """Return the names of the columns in a template.
+
+    Args:
+        template: a text with column names in braces.
+        key: its setting, for messages.
 
     Raises:
         ConfigError: the braces do not parse.
@@ -84,10 +88,11 @@ def list_template_columns(template: str) -> list[str]:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ConfigError(f"dataset.item_text: '{template}' does not parse: {error}") from None
+        raise ConfigError(f"{key}: '{template}' does not parse: {error}") from None
     bad = [name for name in fields if not re.fullmatch(r"[\w:\- ]+", name)]
     if bad or not fields:
-        raise ConfigError(f"dataset.item_text: '{template}' needs column names in braces, for example '{{title}}'")
+        example = "{title}" if key == "dataset.item_text" else "{age}, {city}"
+        raise ConfigError(f"{key}: '{template}' needs column names in braces, for example '{example}'")
     return fields
 
 
@@ -113,7 +118,9 @@ def build_item_table(
                 counts[WITHOUT_ID] += 1
                 continue
             title = clean_text(raw_titles[position])
-            text = clean_text(_fill(template, {name: clean_text(column[position]) for name, column in values.items()}))
+            text = clean_text(
+                fill_template(template, {name: clean_text(column[position]) for name, column in values.items()})
+            )
             row = (title or item_id, text or item_id)
             if item_id in rows:
                 counts["rows of an item with another text"] += rows[item_id] != row
@@ -132,6 +139,6 @@ def build_item_table(
     ), +counts
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
+def fill_template(template: str, values: dict[str, str]) -> str:
     """Fill a template by plain replacement; ``str.format`` would also evaluate attributes and indices."""
     return re.sub(r"\{([^{}]*)\}", lambda match: values[match.group(1)], template)

@@ -262,12 +262,12 @@ def open_source(dataset: DatasetConfig) -> Source:
             file_format=replace(layout.file_format, encoding=dataset.encoding),
             items_format=replace(layout.items_format, encoding=dataset.encoding),
         )
-    uri, first = _read_first(layout.interactions, layout.file_format)
+    uri, first = read_first(layout.interactions, layout.file_format)
     check_columns(first, uri, layout.columns, dataset)
     numeric_columns = _check_filter(dataset, uri, first)
     unit = _find_unit(dataset, layout.columns, uri, first)
     if layout.items:
-        uri, items = _read_first(layout.items, layout.items_format)
+        uri, items = read_first(layout.items, layout.items_format)
         check_item_columns(items, uri, layout.item_id, layout.title, dataset)
     return Source(
         chunks=tuple(_split_into_chunks(layout)),
@@ -339,7 +339,7 @@ def _check_filter(dataset: DatasetConfig, uri: str, first: Any) -> frozenset[str
 
 def _select_columns(dataset: DatasetConfig) -> ColumnsConfig:
     """Return the configured columns without those that the feedback type and split method ignore."""
-    columns = dataset.columns
+    columns = dataset.columns.model_copy(update={"user": None})  # of another file
     if dataset.feedback == "implicit":
         columns = columns.model_copy(update={"rating": None, "label": None})
     if dataset.split.method != "column":
@@ -357,7 +357,7 @@ def _split_into_chunks(layout: DatasetLayout) -> Iterator[FileChunk]:
             yield FileChunk(uri, (start, min(start + ROW_GROUPS_PER_CHUNK, groups)))
 
 
-def _read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any]:
+def read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any]:
     """Return the first file that has rows, and its first rows; Spark for example also writes empty files.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Token ids of item texts in a memory-mapped table, tokenized once per backbone so that loaders never tokenize."""
+"""Token ids of item and user texts in memory-mapped tables, tokenized once per backbone: loaders never tokenize."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from collm_dist.runs.atomic_files import open_atomic
 logger = logging.getLogger(__name__)
 
 _BATCH = 10_000
-_HEADER = 2  # checksum of the rest, number of cut items
+_HEADER = 2  # checksum of the rest, number of cut texts
 
 
 @dataclass(frozen=True)
-class ItemTokens:
-    """Token ids of every item's quoted text.
+class TextTokens:
+    """Token ids of texts.
 
     Attributes:
-        offsets: (num_items + 1,).
-        ids: token ids of item i are ``ids[offsets[i]:offsets[i + 1]]``.
-        num_cut: number of items with a cut text.
+        offsets: (number of texts + 1,).
+        ids: token ids of text i are ``ids[offsets[i]:offsets[i + 1]]``.
+        num_cut: number of cut texts.
     """
 
     offsets: IntArray
@@ -37,8 +37,8 @@ class ItemTokens:
     num_cut: int
 
 
-def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> ItemTokens:
-    """Return the table of these texts; it is built if the file is missing or damaged.
+def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> TextTokens:
+    """Return the table of these texts in quotes; it is built if the file is missing or damaged.
 
     Args:
         folder: cache folder, with one table per combination of texts, tokenizer and limit.
@@ -46,16 +46,34 @@ def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tok
         tokenizer: tokenizer of the backbone.
         max_tokens: longer texts are cut, not counting the quotes.
     """
+    return _load_tokens(folder, "item", texts, tokenizer, max_tokens)
+
+
+def load_user_tokens(
+    folder: Path, texts: Sequence[str | None], unknown: str, tokenizer: Any, max_tokens: int
+) -> TextTokens:
+    """Return the table of these texts without quotes, and of ``unknown`` as its last text.
+
+    Args:
+        folder, tokenizer, max_tokens: see ``load_item_tokens``.
+        texts: user texts in the order of their indices; None = ``unknown``.
+        unknown: text of a user without a text.
+    """
+    filled = [unknown if text is None else text for text in (*texts, None)]
+    return _load_tokens(folder, "user", filled, tokenizer, max_tokens)
+
+
+def _load_tokens(folder: Path, kind: str, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> TextTokens:
     digest = hashlib.sha256(f"with checksum\n{_describe(tokenizer)}\n{max_tokens}\n".encode())
     for text in texts:
         digest.update(text.encode(errors="replace") + b"\x00")
-    path = folder / f"item-tokens-{digest.hexdigest()[:16]}.npy"
+    path = folder / f"{kind}-tokens-{digest.hexdigest()[:16]}.npy"
     if (table := _open_table(path)) is None:
         with open_atomic(path, "wb") as file:
-            np.save(file, _tokenize(texts, tokenizer, max_tokens))
+            np.save(file, _tokenize(texts, tokenizer, max_tokens, '"' if kind == "item" else ""))
         table = np.load(path, mmap_mode="r")
     ends = _HEADER + len(texts) + 1
-    return ItemTokens(offsets=table[_HEADER:ends], ids=table[ends:], num_cut=int(table[1]))
+    return TextTokens(offsets=table[_HEADER:ends], ids=table[ends:], num_cut=int(table[1]))
 
 
 def _open_table(path: Path) -> IntArray | None:
@@ -85,12 +103,12 @@ def _describe(tokenizer: Any) -> str:
     return backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> IntArray:
-    """Return checksum, number of cut items, offsets and ids in one array."""
-    quote = tokenizer('"', add_special_tokens=False)["input_ids"]
+def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int, mark: str) -> IntArray:
+    """Return checksum, number of cut texts, offsets and ids in one array; ``mark`` is the quote around a text."""
+    quote = tokenizer(mark, add_special_tokens=False)["input_ids"]
     lengths, ids, num_cut = [0], [], 0
     for start in range(0, len(texts), _BATCH):
-        quoted = [f'"{text}"' for text in texts[start : start + _BATCH]]
+        quoted = [f"{mark}{text}{mark}" for text in texts[start : start + _BATCH]]
         for tokens in tokenizer(quoted, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
             if len(tokens) > max_tokens + 2 * len(quote):
                 tokens, num_cut = [*tokens[: max_tokens + len(quote)], *quote], num_cut + 1

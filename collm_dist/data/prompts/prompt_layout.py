@@ -13,27 +13,23 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from collm_dist.config import Config
 from collm_dist.data.prompts import title_lists
-from collm_dist.data.prompts.item_tokens import ItemTokens, load_item_tokens
-from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment, load_prompt_text
+from collm_dist.data.prompts.item_tokens import TextTokens
+from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment
 from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct
 from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, Masking, PromptTokens, find_slots
 from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.samples.user_samples import locate
 from collm_dist.data.shards.context_block import ContextBlock, IntArray, pad_histories
-from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch, Segments
 from collm_dist.random_keys import hash_integers
-from collm_dist.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,15 @@ class PromptCollator:
         template: the prompt template.
         tokens_per_slot: number of soft tokens per slot.
         has_anchors: whether scores start from anchors.
-        num_cut_titles: number of item texts cut at ``prompt.max_title_tokens``.
+        num_cut_titles, num_cut_users: numbers of item texts cut at ``prompt.max_title_tokens``, and of user texts cut
+            at ``prompt.max_user_text_tokens``.
         num_dropped_history, num_dropped_dislikes: items dropped so far because a prompt was too long.
     """
 
     def __init__(
         self,
         template: PromptTemplate,
-        item_tokens: ItemTokens,
+        item_tokens: TextTokens,
         tokenizer: Any,
         *,
         history_length: int,
@@ -73,6 +70,7 @@ class PromptCollator:
         compute_anchors: Callable[[ContextBlock], NDArray[np.float32]] | None = None,
         disliked_length: int = title_lists.DEFAULT_DISLIKED_LENGTH,
         empty_dislikes_text: str | None = None,
+        user_tokens: TextTokens | None = None,
     ) -> None:
         """Tokenize the template.
 
@@ -90,6 +88,8 @@ class PromptCollator:
             compute_anchors: returns the (N,) anchors of a block's targets; None = all are 0.
             disliked_length: maximum number of disliked items in the prompt.
             empty_dislikes_text: text in place of an empty list of dislikes; None = ``empty_history_text``.
+            user_tokens: token ids of the users' texts; the last text is that of a user without one. None = the template
+                has no user text.
 
         Raises:
             ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
@@ -98,6 +98,10 @@ class PromptCollator:
         self.num_dropped_history = self.num_dropped_dislikes = 0
         self.num_cut_titles = item_tokens.num_cut
         self._titles = Ragged(np.asarray(item_tokens.offsets), np.asarray(item_tokens.ids))
+        self._users, self.num_cut_users = None, 0
+        if user_tokens is not None:
+            self._users = Ragged(np.asarray(user_tokens.offsets), np.asarray(user_tokens.ids))
+            self.num_cut_users = user_tokens.num_cut
         self._history_length, self._cf_history_length = history_length, cf_history_length
         self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
@@ -119,11 +123,12 @@ class PromptCollator:
         self._header = self._find_header()
         self._filler_id = bos if bos is not None else 0
         self._budget = max_prompt_tokens - self._count_fixed_tokens()
-        if self._budget < len(self._empty):
+        longest = 0 if self._users is None else int(self._users.lengths.max())
+        if (room := self._budget - longest - len(self._empty)) < 0:
+            settings = "prompt.max_title_tokens" + (" or prompt.max_user_text_tokens" if longest else "")
             raise ConfigError(
-                f"prompt.max_prompt_tokens={max_prompt_tokens}: the prompt needs "
-                f"{max_prompt_tokens - self._budget + len(self._empty)} tokens before any history is shown; raise "
-                "it, or lower prompt.max_title_tokens"
+                f"prompt.max_prompt_tokens={max_prompt_tokens}: the prompt needs {max_prompt_tokens - room} tokens "
+                f"before any history is shown; raise it, or lower {settings}"
             )
 
     def _find_header(self) -> list[int]:
@@ -135,7 +140,7 @@ class PromptCollator:
         return self._bos + [token for segment in texts for token in self._texts[segment.text]]
 
     def _count_fixed_tokens(self) -> int:
-        """Return the number of tokens besides history and dislikes, assuming the longest target title.
+        """Return the number of tokens besides the user's text, history and dislikes, assuming the longest target title.
 
         So the history in a prompt does not depend on which targets share the context.
         """
@@ -277,7 +282,17 @@ class PromptCollator:
         history = Ragged(block.history_offsets, block.history_items)
         shown = history.take_last(np.full(block.num_contexts, self._history_length))
         cost, first = self._count_history_tokens(shown)
-        return title_lists.take_newest(shown, cost, np.full(block.num_contexts, self._budget + first))
+        return title_lists.take_newest(shown, cost, self._get_budget(block) + first)
+
+    def _get_budget(self, block: ContextBlock) -> IntArray:
+        """Return the (C,) tokens that each context has for history and dislikes."""
+        budget = np.full(block.num_contexts, self._budget)
+        return budget if self._users is None else budget - self._users.lengths[self._find_texts(block, self._users)]
+
+    def _find_texts(self, block: ContextBlock, texts: Ragged) -> IntArray:
+        """Return the (C,) rows of the contexts' user texts."""
+        rows = block.user_idx if block.text_rows is None else block.text_rows
+        return np.where(rows < 0, len(texts.offsets) - 2, rows)
 
     def _count_history_tokens(self, shown: Ragged) -> tuple[IntArray, int]:
         """Return the tokens of each item, and the surplus of each context: there is one separator fewer than items."""
@@ -294,7 +309,7 @@ class PromptCollator:
         used = np.bincount(shown.rows, cost, minlength=block.num_contexts).astype(np.int64)
         used = np.where(shown.lengths > 0, used - first, len(self._empty))
         disliked = title_lists.take_context_dislikes(block, self._disliked_length)
-        room = self._budget - used + len(self._no_dislikes) + len(self._separator)
+        room = self._get_budget(block) - used + len(self._no_dislikes) + len(self._separator)
         return title_lists.take_newest(disliked, self._titles.lengths[disliked.values] + len(self._separator), room)
 
     def _lay_out(self, block: ContextBlock, shown: Ragged, disliked: Ragged) -> tuple[Ragged, Ragged, Ragged]:
@@ -303,8 +318,8 @@ class PromptCollator:
         first = self.template.prefix or self.template.tail
         start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and not self._header else []
         rest = list(itertools.dropwhile(lambda segment: not segment.is_field, first)) if self._header else first
-        laid = [*start, *(self._lay_out_context(segment, shown, disliked) for segment in rest)] if first else []
-        head, tail = laid, [self._lay_out_context(segment, shown, disliked) for segment in self.template.tail]
+        laid = [*start, *(self._lay_out_context(segment, block, shown, disliked) for segment in rest)] if first else []
+        head, tail = laid, [self._lay_out_context(segment, block, shown, disliked) for segment in self.template.tail]
         if not self.template.prefix:
             head, tail = [], laid
         branch = [self._lay_out_target(segment, block) for segment in self.template.branch]
@@ -312,7 +327,9 @@ class PromptCollator:
             branch.insert(0, repeat_values(self._bos, np.ones(targets, dtype=bool)))
         return join_columns(head, contexts), join_columns(tail, contexts), join_columns(branch, targets)
 
-    def _lay_out_context(self, segment: Segment, shown: Ragged, disliked: Ragged) -> Ragged:
+    def _lay_out_context(self, segment: Segment, block: ContextBlock, shown: Ragged, disliked: Ragged) -> Ragged:
+        if segment.text == "<UserText>" and self._users is not None:
+            return self._users.take(self._find_texts(block, self._users))
         if segment.text == "<ItemTitleList>":
             return title_lists.list_titles(shown, self._titles, self._separator, self._empty)
         if segment.text == "<DislikedTitleList>":
@@ -348,50 +365,3 @@ class PromptCollator:
             "user_target": block.item_idx,
             "user_timestamps": block.timestamp,
         }
-
-
-def build_collator(
-    config: Config,
-    run_dir: RunDir,
-    tokenizer: Any,
-    stage: Literal["stage1", "stage2"],
-    *,
-    user_depends_on_target: bool = False,
-    time_cuts: Sequence[int] = (),
-    compute_anchors: Callable[[ContextBlock], NDArray[np.float32]] | None = None,
-) -> PromptCollator:
-    """Return the collator of a stage.
-
-    Args:
-        config: the experiment.
-        run_dir: run directory with a finished data step.
-        tokenizer: tokenizer of the backbone.
-        stage: the tuning stage.
-        user_depends_on_target, time_cuts, compute_anchors: see ``PromptCollator``.
-
-    Raises:
-        ConfigError: the prompt is invalid.
-        ArtifactError: the data step is not done.
-    """
-    template = PromptTemplate.parse(
-        load_prompt_text(config.prompt.stage2 if stage == "stage2" else config.prompt.stage1),
-        allow_slots=stage == "stage2",
-        user_depends_on_target=user_depends_on_target,
-    )
-    data_dir: Path = run_dir.step_dir("data")
-    texts = load_item_table(data_dir)["text"]
-    return PromptCollator(
-        template,
-        load_item_tokens(run_dir.path / "item_tokens", texts, tokenizer, config.prompt.max_title_tokens),
-        tokenizer,
-        history_length=config.prompt.history_length,
-        cf_history_length=config.preprocessing.max_history_length,
-        max_prompt_tokens=config.prompt.max_prompt_tokens,
-        empty_history_text=config.prompt.empty_history_text,
-        tokens_per_slot=config.mapping.tokens_per_slot,
-        user_depends_on_target=user_depends_on_target,
-        time_cuts=time_cuts,
-        compute_anchors=compute_anchors,
-        disliked_length=config.prompt.disliked_length or title_lists.DEFAULT_DISLIKED_LENGTH,
-        empty_dislikes_text=config.prompt.empty_dislikes_text,
-    )

@@ -10,8 +10,9 @@ import numpy as np
 from collm_dist.config import Config
 from collm_dist.data.ingest.input_preview import preview_rows
 from collm_dist.data.ingest.source import open_source
-from collm_dist.data.prompts.prompt_layout import PromptCollator, build_collator
+from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
+from collm_dist.data.prompts.stage_prompts import build_collator
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.manifest import load_manifest
@@ -83,5 +84,7 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
             print(render_example(collator, block.take_targets(np.array([target])), tokenizer))
         print(f"\n{stage}: {collator.num_cut_titles} item texts are cut at prompt.max_title_tokens; "
               f"{collator.num_dropped_history} history items were dropped in these prompts")  # fmt: skip
+        if collator.num_cut_users:
+            print(f"{stage}: {collator.num_cut_users} user texts are cut at prompt.max_user_text_tokens")
         if collator.num_dropped_dislikes:
             print(f"{stage}: {collator.num_dropped_dislikes} disliked items were dropped as well")

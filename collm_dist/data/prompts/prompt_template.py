@@ -20,6 +20,7 @@ Depends = Literal["nothing", "context", "target"]
 FIELDS: dict[str, tuple[Depends, bool]] = {
     "<ItemTitleList>": ("context", False),
     "<DislikedTitleList>": ("context", False),  # contexts are cut where the dislikes change
+    "<UserText>": ("context", False),
     "<TargetItemTitle>": ("target", False),
     "<UserID>": ("context", True),
     "<ItemIDList>": ("context", True),
@@ -28,10 +29,10 @@ FIELDS: dict[str, tuple[Depends, bool]] = {
 }
 # Prefix of the names of shipped templates; in a checkout this folder links to them.
 SHIPPED = "configs/prompts/"
-_HISTORY_FIELDS = frozenset({"<ItemTitleList>", "<DislikedTitleList>", "<ItemIDList>"})
+_USER_FIELDS = frozenset({"<ItemTitleList>", "<DislikedTitleList>", "<ItemIDList>", "<UserText>"})
 _FIELD = re.compile(r"(<[A-Za-z_]+>)")
 # Resembles a field, so it is probably a typo; other markup, such as <s> or <b>, is text.
-_LIKE_A_FIELD = re.compile(r"<[A-Za-z_]*(ID|IDs|List|Title|Titles)>")
+_LIKE_A_FIELD = re.compile(r"<[A-Za-z_]*(ID|IDs|List|Text|Title|Titles)>")
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ def _check_fields(name: str, segments: list[Segment], allow_slots: bool) -> None
             "<MatchID>"
         )
     first = next(i for i, segment in enumerate(segments) if segment.depends_on == "target")
-    late = [segment.text for segment in segments[first:] if segment.text in _HISTORY_FIELDS]
+    late = [segment.text for segment in segments[first:] if segment.text in _USER_FIELDS]
     if late:
         raise ConfigError(
-            f"{name}: {late[0]} stands after {segments[first].text}, which differs between targets; put the history "
-            "first, so that all targets of a user share it"
+            f"{name}: {late[0]} stands after {segments[first].text}, which differs between targets; put it first, so "
+            "that all targets of a user share it"
         )
     if segments[-1].is_field:
         raise ConfigError(f"{name}: the prompt must end in text, such as 'Answer:', since its last token is read out")

@@ -44,6 +44,8 @@ class ContextBlock:
         user_in_train, item_in_train: (N,) 1 = occurs in a training row. Warm = both.
         dislike_offsets, dislike_items: (N + 1,), (K,) the last items that the user disliked strictly before, oldest
             first.
+        text_rows: (C,) rows of the contexts' users in ``user_texts.parquet``, in requests, where users without rows in
+            the log have one; -1 = none. None = ``user_idx``.
     """
 
     user_idx: IntArray
@@ -65,6 +67,7 @@ class ContextBlock:
     item_in_train: IntArray
     dislike_offsets: IntArray
     dislike_items: IntArray
+    text_rows: IntArray | None = None
 
     @property
     def num_contexts(self) -> int:
@@ -111,7 +114,8 @@ class ContextBlock:
             "num_likes": self.num_likes[contexts],
         }
         flat = {name: getattr(self, name)[targets] for name in TARGET_FIELDS}
-        return ContextBlock(**ragged, **flat)
+        text_rows = None if self.text_rows is None else self.text_rows[contexts]
+        return ContextBlock(**ragged, **flat, text_rows=text_rows)
 
     def take_contexts(self, contexts: IntArray) -> ContextBlock:
         """Return the block of these contexts with all their targets, in this order. Neighbours must be distinct."""
@@ -133,14 +137,18 @@ TARGET_FIELDS: tuple[str, ...] = (
     "user_in_train",
     "item_in_train",
 )
+# Fields that may be None.
+OPTIONAL_FIELDS: tuple[str, ...] = ("text_rows",)
 OFFSET_FIELDS: tuple[str, ...] = ("history_offsets", "target_offsets", "dislike_offsets")
 
 
 def concatenate_blocks(blocks: list[ContextBlock]) -> ContextBlock:
-    """Concatenate one or more blocks."""
+    """Concatenate one or more blocks, which have the same fields."""
     arrays: dict[str, IntArray] = {}
     for field in fields(ContextBlock):
         parts = [getattr(block, field.name) for block in blocks]
+        if field.name in OPTIONAL_FIELDS and parts[0] is None:
+            continue
         if field.name in OFFSET_FIELDS:
             ends = np.cumsum([0] + [part[-1] for part in parts[:-1]])
             arrays[field.name] = np.concatenate(

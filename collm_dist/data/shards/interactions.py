@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.data.shards.manifest import BucketInfo, load_manifest
+from collm_dist.data.shards.manifest import USER_TEXTS, BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash
 
@@ -99,6 +99,20 @@ def load_item_table(data_dir: Path) -> dict[str, list[str]]:
 def load_user_ids(data_dir: Path) -> list[str]:
     """Return the raw ids of all users in the order of ``user_idx``."""
     return _load_table(data_dir, "users.parquet")["user_id"]
+
+
+def load_user_texts(data_dir: Path) -> dict[str, list[str]] | None:
+    """Return ``user_id`` and ``text`` of the users in the order of ``user_idx``, and of users without rows after them.
+
+    A user without a text has None. The result is None if the data step has read no file of users.
+    """
+    return _load_table(data_dir, USER_TEXTS) if USER_TEXTS in load_manifest(data_dir).tables else None
+
+
+def load_known_users(data_dir: Path) -> list[str]:
+    """Return the raw ids of all users of whom a data folder has rows or a text."""
+    texts = load_user_texts(data_dir)
+    return load_user_ids(data_dir) if texts is None else texts["user_id"]
 
 
 def _load_table(data_dir: Path, name: str) -> dict[str, list[str]]:

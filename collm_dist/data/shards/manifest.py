@@ -14,6 +14,7 @@ from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.run_dir import check_record_hash
 
 FORMAT_VERSION = 1
+USER_TEXTS = "user_texts.parquet"
 # Fields covered by the content hash: everything that determines the input of later steps.
 HASHED_FIELDS = (
     "format_version",
@@ -22,6 +23,7 @@ HASHED_FIELDS = (
     "users_hash",
     "items_hash",
     "texts_hash",
+    "user_texts_hash",
     "ties",
     "feedback",
     "max_history_length",
@@ -70,7 +72,8 @@ class Manifest:
 
     Attributes:
         users_hash, items_hash: hashes of the raw ids in the order of their indices.
-        tables: SHA-256 of users.parquet and items.parquet.
+        tables: SHA-256 of users.parquet, items.parquet and, with user texts, user_texts.parquet.
+        user_texts_hash: hash of the user texts; None without ``dataset.users_path``.
         extends: sizes and hashes of the id tables that these extend (tombstones aside); empty if none.
         content_hash: hash of ``HASHED_FIELDS``; identifies the data in the records of later steps.
     """
@@ -89,6 +92,7 @@ class Manifest:
     content_hash: str
     tables: Mapping[str, str] = field(default_factory=dict)
     extends: Mapping[str, Any] = field(default_factory=dict)
+    user_texts_hash: str | None = None
 
     def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
         """Return a split's shards in order."""
@@ -128,6 +132,8 @@ def load_manifest(data_dir: Path) -> Manifest:
 def remove_unlisted_files(data_dir: Path, record: Mapping[str, Any]) -> None:
     """Remove shards and tables that a manifest's record does not list, left by other settings or killed tasks."""
     listed = {data_dir / info["path"] for info in [*record["shards"], *record["buckets"]]}
+    if USER_TEXTS not in record["tables"]:
+        (data_dir / USER_TEXTS).unlink(missing_ok=True)
     for folder in ("interactions", "shards"):
         for path in (data_dir / folder).iterdir():
             if path not in listed:
@@ -152,6 +158,7 @@ def _build_manifest(record: Mapping[str, Any]) -> Manifest:
         ),
         tables=record.get("tables", {}),
         extends=record.get("extends") or {},
+        user_texts_hash=record.get("user_texts_hash"),
         **{name: record[name] for name in _PLAIN_FIELDS},
     )
 

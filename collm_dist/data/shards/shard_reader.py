@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 import webdataset
 
-from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
+from collm_dist.data.shards.context_block import OPTIONAL_FIELDS, TARGET_FIELDS, ContextBlock
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash
 
@@ -28,7 +28,7 @@ def decode_block(data: bytes) -> ContextBlock:
         arrays = safetensors.numpy.load(data)
     except KeyError as error:
         raise ValueError(f"arrays of type {error}") from None
-    names = {field.name for field in fields(ContextBlock)}
+    names = {field.name for field in fields(ContextBlock)} - set(OPTIONAL_FIELDS)
     if arrays.keys() != names or any(array.ndim != 1 or array.dtype.kind != "i" for array in arrays.values()):
         raise ValueError("the arrays are not those of contexts")
     block = ContextBlock(**{name: array.astype(np.int64) for name, array in arrays.items()})

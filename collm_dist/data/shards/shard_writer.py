@@ -35,7 +35,8 @@ def encode_block(block: ContextBlock) -> bytes:
     """Return a block as safetensors bytes. Counts, offsets and items take 32 bits if they fit."""
     arrays = {}
     for field in fields(ContextBlock):
-        values = getattr(block, field.name)
+        if (values := getattr(block, field.name)) is None:
+            continue
         dtype = np.dtype(_NARROW.get(field.name, np.int32))
         if values.dtype != dtype and len(values) and values.max() > np.iinfo(dtype).max:
             dtype = np.dtype(np.int64)

@@ -1,0 +1,209 @@
+"""User texts: a template over the columns of a file of users, with the rules of item texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.column_checks import require_column
+from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
+from collm_dist.data.ingest.id_tables import compute_ids_hash, sort_naturally
+from collm_dist.data.ingest.item_texts import clean_text, fill_template, list_template_columns
+from collm_dist.data.ingest.normalize import to_ids, to_text
+from collm_dist.data.ingest.source import read_first
+from collm_dist.data.shards.manifest import USER_TEXTS
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.storage import describe_files, list_files
+
+MAX_PREVIEW_BYTES, MAX_SAMPLES = 256 << 20, 3
+NO_MATCH = "no user of the log has a text in dataset.users_path: check dataset.columns.user and dataset.user_text"
+
+
+@dataclass(frozen=True)
+class UserFile:
+    """Files of users (``dataset.users_path``), opened and checked.
+
+    Attributes:
+        uris: the files.
+        file_format: their format.
+        id_column: name of the column of ids.
+        template: user text, with column names in braces.
+    """
+
+    uris: tuple[str, ...]
+    file_format: FileFormat
+    id_column: str
+    template: str
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the entries of the files for fingerprints."""
+        return describe_files(sorted(self.uris))
+
+    def read(self) -> tuple[dict[str, str], dict[str, int], dict[str, str]]:
+        """Return the text of each user who has one, counts of rows by what is unusual, and examples where there are.
+
+        Raises:
+            DataError: a file cannot be read, or lacks a column.
+        """
+        bad_rows = BadRows()
+        tables = (table for uri in self.uris for table in self._read_file(uri, bad_rows))
+        texts, counts = build_user_texts(tables, self.id_column, self.template)
+        return texts, dict(sorted((counts + bad_rows.counts).items())), bad_rows.first
+
+    def _read_file(self, uri: str, bad_rows: BadRows) -> Iterator[Any]:
+        for table in read_tables(uri, self.file_format, bad_rows):
+            self.check(table, uri)
+            yield table
+
+    def check(self, table: Any, uri: str) -> None:
+        """Check the columns of a table.
+
+        Raises:
+            DataError: a column is missing.
+        """
+        require_column(self.id_column, table, uri, "dataset.columns.user")
+        for name in list_template_columns(self.template, "dataset.user_text"):
+            require_column(name, table, uri, "dataset.user_text")
+
+
+def open_user_file(dataset: DatasetConfig) -> UserFile | None:
+    """Find the files of users and check their columns; None without ``dataset.users_path``.
+
+    Raises:
+        DataError: a file is missing, has no rows, or lacks a column; the message names the nearest column.
+        ConfigError: the template does not parse.
+    """
+    if dataset.users_path is None or dataset.user_text is None:
+        return None
+    id_column = dataset.columns.user or dataset.columns.user_id
+    columns = list_template_columns(dataset.user_text, "dataset.user_text")
+    file = UserFile(
+        tuple(list_files(dataset.users_path, "dataset.users_path")),
+        FileFormat(
+            delimiter=dataset.user_delimiter or dataset.delimiter,
+            delimiter_key="dataset.user_delimiter" if dataset.user_delimiter is not None else None,
+            names=dataset.user_names or (),
+            expected=(id_column, *columns),
+            encoding=dataset.encoding or FileFormat().encoding,
+        ),
+        id_column,
+        dataset.user_text,
+    )
+    uri, first = read_first(file.uris, file.file_format)
+    file.check(first, uri)
+    return file
+
+
+def build_user_texts(tables: Iterable[Any], id_column: str, template: str) -> tuple[dict[str, str], Counter[str]]:
+    """Return the text of each user by id, from the user's first row, and counts of rows by what is unusual.
+
+    A user without any value in the template's columns has no text.
+
+    Args:
+        tables: raw rows of users, consumed one by one.
+        id_column: name of the column of ids.
+        template: user text.
+    """
+    counts, texts = Counter[str](), dict[str, str | None]()
+    columns = list_template_columns(template, "dataset.user_text")
+    for table in tables:
+        ids = to_ids(table.column(id_column))
+        missing = pc.is_in(ids, pa.array([*NULLS, None])).to_pylist()
+        values = {name: to_text(table.column(name)).to_pylist() for name in columns}
+        for position, user_id in enumerate(ids.to_pylist()):
+            if missing[position]:
+                counts["rows without an id"] += 1
+                continue
+            cleaned = {name: clean_text(column[position]) for name, column in values.items()}
+            text = clean_text(fill_template(template, cleaned)) if any(cleaned.values()) else None
+            if user_id in texts:
+                counts["rows of a user with another text"] += texts[user_id] != text
+                continue
+            texts[user_id] = text
+            counts["users without any value"] += not text
+    return {user_id: text for user_id, text in texts.items() if text}, +counts
+
+
+def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[str], forgotten: Any) -> dict[str, Any]:
+    """Read the file of users and write ``user_texts.parquet``, with users who have no rows in the log after the others.
+
+    Args:
+        data_dir: the data folder.
+        dataset: the settings.
+        user_ids: raw ids of the run's users in the order of their indices.
+        forgotten: Arrow array of the ids of forgotten users, who are left out.
+
+    Returns:
+        Hash of ids and texts, numbers of users, and of rows by what is unusual, with examples; empty without a file.
+
+    Raises:
+        DataError: a file cannot be read, or lacks a column.
+    """
+    if (file := open_user_file(dataset)) is None:
+        return {}
+    texts, rows, examples = file.read()
+    ignored = {*forgotten.to_pylist(), *user_ids}
+    others = sort_naturally([user_id for user_id in texts if user_id not in ignored])
+    ids = [*user_ids, *others]
+    values = [texts.get(user_id) for user_id in ids]
+    table = pa.table({"user_id": pa.array(ids, pa.string()), "text": pa.array(values, pa.string())})
+    with open_atomic(data_dir / USER_TEXTS, "wb") as target:
+        pq.write_table(table, target)
+    with_text = sum(text is not None for text in values[: len(user_ids)])
+    return {
+        "hash": compute_ids_hash(part for pair in zip(ids, values, strict=True) for part in (pair[0], pair[1] or "")),
+        "users_with_text": with_text,
+        "users_without_text": len(user_ids) - with_text,
+        "users_without_rows": len(others),
+        "rows": rows,
+        "examples": examples,
+    }
+
+
+def format_user_texts(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines that show on the terminal what ``write_user_texts`` returned."""
+    lines = [
+        f"user texts: {record['users_with_text']:,} users of the log have one, {record['users_without_text']:,} have "
+        f"none; {record['users_without_rows']:,} users of the file are not in the log"
+    ]
+    if not record["users_with_text"]:
+        lines.append(f"WARNING: {NO_MATCH}")
+    for cause, count in record["rows"].items():
+        example = record["examples"].get(cause)
+        lines.append(f"user file: {count:,} x {cause}" + (f" (for example {example})" if example else ""))
+    return lines
+
+
+def preview_users(dataset: DatasetConfig, user_ids: Any) -> list[str]:
+    """Return lines with the texts of the first users of a log, as the data step reads them; empty without a file.
+
+    Args:
+        dataset: the settings.
+        user_ids: distinct ids in the rows, an Arrow array.
+
+    Raises:
+        DataError: a file cannot be read, or lacks a column.
+    """
+    if (file := open_user_file(dataset)) is None:
+        return []
+    size = sum(int(entry["size"] or 0) for entry in file.inputs().values())
+    if size > MAX_PREVIEW_BYTES:
+        return [f"user texts: the user file has {size / 2**20:,.0f} MiB; only the data step reads it"]
+    texts, rows, examples = file.read()
+    known = [user_id for user_id in user_ids.to_pylist() if user_id in texts]
+    counts = {
+        "users_with_text": len(known),
+        "users_without_text": len(user_ids) - len(known),
+        "users_without_rows": len(texts) - len(known),
+        "rows": rows,
+        "examples": examples,
+    }
+    return [*format_user_texts(counts), *(f"user {user_id}: {texts[user_id]}" for user_id in known[:MAX_SAMPLES])]

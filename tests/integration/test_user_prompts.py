@@ -1,0 +1,105 @@
+"""A run whose prompts show texts of users: the same prompts in training, reports and requests."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import collm_dist
+from collm_dist import RankingRequest
+from collm_dist.config.loader import load_config
+from collm_dist.data.prompts.prompt_preview import print_preview
+from collm_dist.runs.run_dir import RunDir
+from collm_dist.serving.export import export_model, import_model
+from collm_dist.serving.model_card import Licences
+from collm_dist.serving.requests import RankingQuery
+from tests.conftest import NUM_USERS, REPOSITORY
+from tests.integration.finished_run import build_run
+from tests.integration.test_recommender import TOLERANCE, read_reported
+from tests.tiny import make_tokenizer
+
+pytestmark = pytest.mark.slow
+ITEMS = [str(number) for number in range(1, 41)]
+
+
+@pytest.fixture(scope="module")
+def user_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
+    """Run directory; user 3 has no text, and user 1000 has a text and no rows."""
+    folder = tmp_path_factory.mktemp("users")
+    lines = [f"{user},{18 + user % 50},city {user % 7}" for user in [*range(1, NUM_USERS + 1), 1000] if user != 3]
+    (folder / "users.csv").write_text("id,age,city\n" + "\n".join(lines) + "\n")
+    overrides = [
+        f"run.dir={folder / 'run'}",
+        f"dataset.path={tiny_ratings}/ratings.csv",
+        f"dataset.items_path={tiny_ratings}/items.csv",
+        f"dataset.users_path={folder}/users.csv",
+        "dataset.user_text={age} years old, from {city}",
+        "dataset.columns.user=id",
+        f"llm.backbone={tiny_backbone_dir}",
+        "prompt.stage1=configs/prompts/stage1_user.txt",
+        "prompt.stage2=configs/prompts/stage2_user.txt",
+        "evaluation.splits=[valid,test]",
+    ]
+    return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def recommender(user_run):
+    return collm_dist.load_recommender(user_run, device="cpu")
+
+
+def test_requests_get_the_scores_of_the_report(user_run, recommender):
+    requests, reported = read_reported(user_run, "stage2")
+    assert np.abs(np.concatenate(recommender.score(requests)) - reported).max() < TOLERANCE
+    assert "earlier likes, user texts" in (user_run / "eval" / "report.md").read_text()
+
+
+def test_a_user_without_rows_has_a_text_and_an_unknown_user_does_not(recommender):
+    """Users 3 and "nobody" have the text for unknown users; only the prompt tells user 1000 from them."""
+    history = ["3", "17", "40"]
+    registered, unknown, nobody = recommender.score(
+        [RankingRequest(user, history, ITEMS) for user in ("1000", "nobody", None)]
+    )
+    assert np.array_equal(unknown, nobody)
+    assert np.abs(registered - unknown).max() > 1e-6
+    ranked = recommender.rank(user="1000", history=history, candidates=ITEMS)
+    assert [item.score for item in ranked] == pytest.approx(sorted(registered, reverse=True), abs=TOLERANCE)
+    assert recommender.rank_many([RankingQuery("1000", history, ITEMS)])[0] == ranked
+
+
+def test_an_export_has_what_its_prompts_show(user_run, recommender, tmp_path):
+    requests = [RankingRequest(user, None, ITEMS) for user in ("5", "1000", "3")]
+    config = load_config(user_run / "config.yaml")
+    export_model(config, RunDir(user_run), tmp_path / "model", Licences("MIT", "made up", "made up"))
+    import_model(tmp_path / "model", RunDir(tmp_path / "run"))
+    imported = collm_dist.load_recommender(tmp_path / "run", device="cpu")
+    np.testing.assert_array_equal(imported.score(requests), recommender.score(requests))
+
+
+def test_files_of_requests_take_users_by_id(user_run, recommender, tmp_path):
+    from collm_dist.serving.part_scoring import OutputFolder, score_part
+    from collm_dist.serving.request_files import write_parts
+
+    users = ["1000", "nobody"]
+    table = pa.table({"user_id": users, "candidates": [ITEMS] * 2, "history": [["3"]] * 2})
+    pq.write_table(table, tmp_path / "requests.parquet")
+    folder = OutputFolder(tmp_path / "scored")
+    for path in (folder.requests, folder.scores(0).parent, folder.record(0).parent):
+        path.mkdir(parents=True)
+    write_parts(
+        [tmp_path / "requests.parquet"], folder.requests, recommender.item_ids, retrieves=False, rows_per_part=9
+    )
+    score_part(recommender, folder, 0, None)
+    scored = pq.read_table(folder.scores(0)).to_pydict()
+    for user, expected in zip(users, recommender.score([RankingRequest(u, ["3"], ITEMS) for u in users]), strict=True):
+        found = {item: score for name, item, score in zip(scored["user_id"], scored["item_id"], scored["score"],
+                                                          strict=True) if name == user}  # fmt: skip
+        assert [found[item] for item in ITEMS] == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_preview_shows_texts_and_prompts(user_run, capsys):
+    config = load_config(user_run / "config.yaml")
+    print_preview(config, RunDir(user_run), 3, make_tokenizer)
+    printed = capsys.readouterr().out
+    assert "user texts: 59 users of the log have one, 1 have none; 1 users of the file are not in the log" in printed
+    assert "years old, from city" in printed.split("stage2, row")[1]

@@ -1,0 +1,153 @@
+"""Texts of users: a file of users by the log's ids, with columns of its own."""
+
+from __future__ import annotations
+
+import gzip
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from collm_dist.config import Config, DatasetConfig
+from collm_dist.data.ingest.input_preview import preview_rows
+from collm_dist.data.ingest.source import open_source
+from collm_dist.data.ingest.user_texts import NO_MATCH, open_user_file, write_user_texts
+from collm_dist.data.prompt_needs import check_prompt_needs
+from collm_dist.data.shards.manifest import USER_TEXTS
+from collm_dist.errors import ConfigError, DataError
+
+USERS = [
+    {"member": "u1", "age": 24, "city": "Delft &amp; Leiden"},
+    {"member": " u2 ", "age": 61, "city": None},
+    {"member": "u4", "age": None, "city": None},
+    {"member": None, "age": 5, "city": "Bonn"},
+    {"member": "u1", "age": 25, "city": "Delft"},
+    {"member": "u7", "age": 33, "city": "K\u00f6ln\u200b"},
+]
+TEXTS = {"u1": "24 years, Delft & Leiden", "u2": "61 years,", "u7": "33 years, K\u00f6ln"}
+TEMPLATE = "{age} years, {city}"
+
+
+def open_users(path, **settings):
+    columns = {"rating": "rating", "user": "member"} | settings.pop("columns", {})
+    values = {"path": "log.csv", "users_path": str(path), "user_text": TEMPLATE, "columns": columns, **settings}
+    return open_user_file(DatasetConfig.model_validate(values))
+
+
+def write_users(path, **options):
+    users = pd.DataFrame(USERS).astype({"age": "Int64"})
+    if path.suffix == ".parquet":
+        users.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        users.to_json(path, orient="records", lines=True)
+    else:
+        users.to_csv(path, index=False, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["users.csv", "users.tsv", "users.parquet", "users.jsonl"])
+def test_a_file_of_any_type_gives_the_same_texts(tmp_path, name):
+    path = write_users(tmp_path / name, sep="\t" if name.endswith("tsv") else ",")
+    texts, rows, _ = open_users(path).read()
+    assert texts == TEXTS
+    assert rows == {"rows without an id": 1, "rows of a user with another text": 1, "users without any value": 1}
+
+
+def test_unusual_files_have_the_same_settings_as_items(tmp_path):
+    path = tmp_path / "users.txt.gz"
+    path.write_bytes(gzip.compress("u1::24::K\xf6ln\nu2::61::Bonn\n".encode("latin1")))
+    file = open_users(path, delimiter="::", encoding="latin1", user_names=["member", "age", "city"])
+    assert file.read()[0] == {"u1": "24 years, K\u00f6ln", "u2": "61 years, Bonn"}
+    path = tmp_path / "users.csv"
+    path.write_text("member|age|city\nu1|24|Bonn\nu2|25\n")
+    texts, rows, examples = open_users(path, user_delimiter="|", delimiter=",").read()
+    assert (texts, list(rows.values())) == ({"u1": "24 years, Bonn"}, [1])
+    assert "users.csv:3" in next(iter(examples.values()))
+    folder = tmp_path / "country=NL"
+    folder.mkdir()
+    write_users(folder / "part.parquet")
+    assert open_users(folder, user_text="{country}").read()[0]["u4"] == "NL"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": {"user": "membr"}}, "no column 'membr'.*did you mean 'member'.*dataset.columns.user"),
+        ({"columns": {"user": None, "user_id": "Member"}}, "no column 'Member'.*did you mean 'member'"),
+        ({"user_text": "{age}, {cty}"}, "no column 'cty'.*did you mean 'city'.*dataset.user_text"),
+        ({"users_path": "{folder}/none.csv"}, "dataset.users_path"),
+        ({"user_text": "{age"}, "dataset.user_text: .* does not parse"),
+        ({"user_text": "young"}, "dataset.user_text: 'young' needs column names in braces"),
+    ],
+)
+def test_wrong_columns_and_paths_are_named_before_any_work(tmp_path, settings, message):
+    settings = {key: value.replace("{folder}", str(tmp_path)) if key == "users_path" else value
+                for key, value in settings.items()}  # fmt: skip
+    with pytest.raises((DataError, ConfigError), match=message):
+        open_users(settings.pop("users_path", write_users(tmp_path / "users.csv")), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"users_path": "users.csv"}, "users_path, a file of users, and user_text.*need each other"),
+        ({"user_text": "{age}"}, "need each other"),
+        ({"columns": {"rating": "rating", "user": "member"}}, "columns.user is for the file of users_path"),
+        ({"user_names": ["a"]}, "user_names is for the file of users_path"),
+        ({"user_delimiter": "|"}, "user_delimiter is for the file of users_path"),
+    ],
+)
+def test_settings_that_miss_their_partner_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DatasetConfig.model_validate({"path": "log.csv", "columns": {"rating": "rating"}, **settings})
+
+
+def test_a_prompt_that_shows_users_needs_their_file():
+    dataset = {"path": "log.csv", "columns": {"rating": "rating"}}
+    plain = {"run": {"dir": "run"}, "dataset": dataset}
+    check_prompt_needs(Config.model_validate(plain))
+    with_users = {"prompt": {"stage1": "configs/prompts/stage1_user.txt"}}
+    with pytest.raises(ConfigError, match=r"prompt.stage1 has the field <UserText>.*set dataset.users_path"):
+        check_prompt_needs(Config.model_validate(plain | with_users))
+    check_prompt_needs(Config.model_validate(plain | with_users | {"stage1": {"enabled": False}}))
+    dataset = dataset | {"users_path": "users.csv", "user_text": "{age}"}
+    check_prompt_needs(Config.model_validate(plain | with_users | {"dataset": dataset}))
+
+
+def test_the_table_has_the_logs_users_first_and_forgets(tmp_path):
+    path = write_users(tmp_path / "users.csv")
+    dataset = open_dataset(path)
+    nobody = pa.array([], pa.string())
+    without = DatasetConfig.model_validate({"path": "log.csv", "columns": {"rating": "rating"}})
+    assert write_user_texts(tmp_path, without, ["u1"], nobody) == {}
+    assert not (tmp_path / USER_TEXTS).exists()
+    record = write_user_texts(tmp_path, dataset, ["u3", "u2"], pa.array(["u7"]))
+    assert pq.read_table(tmp_path / USER_TEXTS).to_pydict() == {
+        "user_id": ["u3", "u2", "u1"], "text": [None, TEXTS["u2"], TEXTS["u1"]]
+    }  # fmt: skip
+    assert record["users_with_text"] == record["users_without_text"] == record["users_without_rows"] == 1
+    other = write_user_texts(tmp_path, dataset, ["u2", "u3"], pa.array(["u7"]))
+    assert other["hash"] != record["hash"]
+
+
+def open_dataset(path, log="log.csv"):
+    return DatasetConfig.model_validate(
+        {"path": str(log), "users_path": str(path), "user_text": TEMPLATE,
+         "columns": {"rating": "rating", "user": "member"}}
+    )  # fmt: skip
+
+
+def test_the_preview_shows_the_texts_as_they_are_understood(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\nu1,a,1000000000,5\nu3,a,1000000001,1\n")
+    dataset = open_dataset(write_users(tmp_path / "users.csv"), tmp_path / "log.csv")
+    lines = preview_rows(open_source(dataset))
+    assert lines[-5:] == [
+        "user texts: 1 users of the log have one, 1 have none; 2 users of the file are not in the log",
+        "user file: 1 x rows of a user with another text",
+        "user file: 1 x rows without an id",
+        "user file: 1 x users without any value",
+        "user u1: 24 years, Delft & Leiden",
+    ]
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\n1,a,1000000000,5\n2,a,1000000001,1\n")
+    assert f"WARNING: {NO_MATCH}" in preview_rows(open_source(dataset))
