@@ -93,6 +93,8 @@ def check_settings(config: Config, run_dir: RunDir, *, trust_code: bool = False,
         check_code(config, run_dir)
     recorded = run_dir.read_record(stage).get("fingerprint", {})
     today = compute_fingerprint(config, stage, run_dir)
+    if getattr(config.prompt, stage) == recorded.get("input.prompt"):  # an export has the text of a prompt file
+        del today[f"config.prompt.{stage}"]
     changes = find_changes({key: recorded[key] for key in today if key in recorded}, today)
     if changes:
         raise ArtifactError(

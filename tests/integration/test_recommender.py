@@ -9,10 +9,12 @@ import pytest
 
 import collm_dist
 from collm_dist import RankingRequest
+from collm_dist.config.loader import load_config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.finished_run import check_settings
 from collm_dist.serving.requests import RankingQuery, RequestReader
 
 # Float32 sums in another order: the largest measured difference is 1.3e-6, at scores of about 1.
@@ -208,6 +210,19 @@ def test_a_run_that_does_not_fit_together_is_refused(finished_run, tmp_path):
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(ArtifactError, match=r"config\.yaml is missing"):
         collm_dist.load_recommender(tmp_path / "run")
+
+
+def test_a_prompt_of_a_file_may_be_given_by_its_text(finished_run, tmp_path):
+    """As in an export, whose config.yaml has the text and whose records have the file's name."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    run_dir, config = RunDir(tmp_path / "run"), load_config(finished_run / "config.yaml")
+    record = run_dir.read_record("stage2")
+    named = {**record["fingerprint"], "config.prompt.stage2": "configs/prompts/mine.txt"}
+    run_dir.write_record("stage2", record | {"fingerprint": named})
+    assert check_settings(config, run_dir).prompt.stage2 == named["input.prompt"]
+    other = config.prompt.model_copy(update={"stage2": config.prompt.stage2 + " "})
+    with pytest.raises(ArtifactError, match=r"config\.prompt\.stage2"):
+        check_settings(config.model_copy(update={"prompt": other}), run_dir)
 
 
 def test_the_log_counts_strictly_before():
