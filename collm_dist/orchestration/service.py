@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
 from collm_dist.serving.batching import Batcher
 from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage
+from collm_dist.serving.gateway import IMPORT_PATH, build_environment
 from collm_dist.serving.http_app import Ranked, build_app
 from collm_dist.serving.http_schemas import HealthAnswer
 from collm_dist.serving.recommender import Recommender
@@ -36,8 +38,8 @@ APP_NAME = "collm-dist"
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 # Ray Serve's default of 5 seconds is too short for its proxy to start on a busy machine.
 _START_S = "60"
-# Beyond our own time limit, for clients that send their body too slowly.
-_GRACE_S = 5
+# Variable in which Serve looks for a function that returns middlewares of its proxies.
+_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
 @serve.ingress()
@@ -108,22 +110,23 @@ def run_service(
     config = check_settings(config, run_dir, trust_code=trust_code, accept_stage1=accept_stage1)
     model = read_model_id(run_dir)
     port = find_port(options.host, options.port)
+    owns_ray = not ray.is_initialized() and not (config.cluster.ray_address or os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)
-    with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(options.host, port, options):
+    with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(port, options, owns_ray):
         replicas, devices = plan_replicas(options.replicas)
         try:
             _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
             metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
-            print(
+            _say(
                 f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
                 f"http://{_spell_host(options.host)}:{port} - POST /rank, GET /healthz, /docs; metrics for Prometheus "
-                f"at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it",
-                flush=True,
+                f"at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it"
             )
             threading.Event().wait()
         except KeyboardInterrupt:
             # Also raised between the first answer and the moment when Serve reports that it is ready.
-            print("stopping: new requests are refused, accepted ones are answered", flush=True)
+            _say("stopping: new requests are refused, accepted ones are answered")
+            _drain(options.shutdown_timeout_s)
 
 
 def read_model_id(run_dir: RunDir) -> str:
@@ -179,8 +182,8 @@ def plan_replicas(requested: int | None) -> tuple[int, dict[str, int]]:
 
 
 @contextmanager
-def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
-    """Run Serve for the duration of the block.
+def _serving(port: int, options: ServiceOptions, owns_ray: bool) -> Iterator[None]:
+    """Run Serve for the duration of the block. A Ray of our own ends with all its processes; it needs no shutdown.
 
     Raises:
         LaunchError: Serve does not start, or already runs on the cluster.
@@ -188,18 +191,35 @@ def _serving(host: str, port: int, options: ServiceOptions) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         raise LaunchError("Ray Serve already runs on this cluster, with its own port; stop it there: serve shutdown")
-    http = {"host": host, "port": port, "request_timeout_s": options.request_timeout_s + _GRACE_S}
+    # Serve's own time limit is set for each request, by the gateway.
+    http = {"host": options.host, "port": port}
+    gateway = {"runtime_env": {"env_vars": {_CALLBACK: IMPORT_PATH, **build_environment(options)}}}
     try:
         try:
-            serve.start(http_options=http, logging_config=_QUIET)
+            serve.start(http_options=http, logging_config=_QUIET, controller_options=gateway)
         except (RuntimeError, TimeoutError, RayError) as error:
             reason = str(error).splitlines()[0]
             raise LaunchError(f"Ray Serve does not start ({reason}); if the machine is busy, try again later") from None
         yield
-        with suppress(TimeoutError):
-            serve.delete(APP_NAME)  # first: a shutdown would end the proxy before it has delivered all answers
     finally:
-        serve.shutdown()
+        if not owns_ray:
+            serve.shutdown()
+
+
+def _drain(limit_s: float) -> None:
+    """Stop the replicas once they have answered what they accepted. A shutdown alone would end the proxies first.
+
+    Serve also waits for replicas that are still loading; if none is ready, there is nothing to wait for.
+    """
+    applications = serve.status().applications.values()
+    deployments = [deployment for state in applications for deployment in state.deployments.values()]
+    if not any(state.replica_states.get("RUNNING") for state in deployments):
+        return
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        with suppress(TimeoutError):  # Serve's own, after 60 seconds
+            serve.delete(APP_NAME)
+            return
 
 
 def _start_replicas(
@@ -250,6 +270,11 @@ def _make_paths_absolute(config: Config) -> Config:
 def _explain(error: OSError) -> str:
     # ``create_server`` adds the address to the text, and name resolution has no system error number.
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
+
+
+def _say(text: str) -> None:
+    with suppress(BrokenPipeError):  # whoever read the first lines may be gone
+        print(text, flush=True)
 
 
 def _spell_host(host: str) -> str:

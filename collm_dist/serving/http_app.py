@@ -1,13 +1,12 @@
 """The ranking service as an ASGI application, independent of the server that runs it.
 
 Every answer is JSON: 2xx, or 4xx with a ``detail`` that says what to change. 503 asks the client to retry; 504 means
-that the time limit was exceeded. Requests are not logged.
+that the time limit was exceeded. Requests are not logged. The ``Gateway`` in front of it limits the body.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.message import Message as Header
@@ -15,12 +14,13 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collm_dist.errors import CollmError, QueueFullError, RequestError
 from collm_dist.serving.batching import Pass
+from collm_dist.serving.docs_page import render_docs_page
+from collm_dist.serving.gateway import RETRY_AFTER, answer_error
 from collm_dist.serving.http_schemas import (
     ErrorAnswer,
     HealthAnswer,
@@ -35,13 +35,13 @@ from collm_dist.serving.service_options import ServiceOptions
 logger = logging.getLogger(__name__)
 
 Ranked = list[RankedItem] | RequestError
-_RETRY_AFTER = {"Retry-After": "1"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON."},
+    408: {"description": "The body arrived too slowly."},
     413: {"description": "The body is too large."},
     415: {"description": "The content type is not JSON."},
     422: {"description": "A field is invalid; the message names it, its value and the remedy."},
-    503: {"description": "Too many requests are waiting; retry after the seconds in Retry-After."},
+    503: {"description": "Overloaded, or a model is restarting; retry after the seconds in Retry-After."},
     504: {"description": "The request exceeded the service's time limit."},
 }
 
@@ -63,6 +63,7 @@ def build_app(
     app = FastAPI(
         title="collm-dist",
         description="Ranks items for users of a run's log, and for new users by their history.",
+        docs_url=None,  # FastAPI's page loads its scripts from a public server
         redoc_url=None,
     )
     body_type = limit_body(options, examples)
@@ -97,8 +98,11 @@ def build_app(
         """Report that the service is ready, and its model."""
         return health
 
+    @app.get("/docs", include_in_schema=False)
+    async def read_docs() -> Response:
+        return HTMLResponse(render_docs_page(app.openapi()))
+
     _add_error_handlers(app, options)
-    app.add_middleware(_BodyLimit, max_bytes=options.max_body_kib << 10)
     return app
 
 
@@ -110,34 +114,34 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
         mistakes = error.errors()
         is_empty = error.body is None
         if not is_empty and not _is_json(request.headers.get("content-type")):
-            return _answer(415, "content-type: send the body as application/json")
-        return _answer(400 if mistakes[0]["type"] == "json_invalid" else 422, describe_mistakes(mistakes))
+            return answer_error(415, "content-type: send the body as application/json")
+        return answer_error(400 if mistakes[0]["type"] == "json_invalid" else 422, describe_mistakes(mistakes))
 
     @app.exception_handler(HTTPException)
     async def answer_http(request: Request, error: HTTPException) -> Response:
         detail = error.detail
         if error.status_code == 404:
             detail = "unknown path; the service has POST /rank, GET /healthz and /docs"
-        return _answer(error.status_code, detail, error.headers)
+        return answer_error(error.status_code, detail, error.headers)
 
     @app.exception_handler(QueueFullError)
     async def answer_full(request: Request, error: QueueFullError) -> Response:
-        return _answer(503, f"{options.max_waiting} requests are waiting; try again in a second", _RETRY_AFTER)
+        return answer_error(503, f"{options.max_waiting} requests are waiting; try again in a second", RETRY_AFTER)
 
     @app.exception_handler(TimeoutError)
     async def answer_late(request: Request, error: TimeoutError) -> Response:
-        return _answer(
+        return answer_error(
             504, f"time limit of {options.request_timeout_s:g} s exceeded; send fewer candidates, or try again later"
         )
 
     @app.exception_handler(CollmError)
     async def answer_broken(request: Request, error: CollmError) -> Response:
         logger.error("%s: %s", error.name, error)
-        return _answer(500, str(error))
+        return answer_error(500, str(error))
 
     @app.exception_handler(Exception)
     async def answer_bug(request: Request, error: Exception) -> Response:
-        return _answer(500, "internal error; see the service's log")
+        return answer_error(500, "internal error; see the service's log")
 
 
 def _is_json(content_type: str | None) -> bool:
@@ -145,38 +149,3 @@ def _is_json(content_type: str | None) -> bool:
     header["content-type"] = content_type or ""
     subtype = header.get_content_subtype()
     return header.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
-
-
-def _answer(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    # ASCII, because a client may send lone surrogates, which UTF-8 cannot encode.
-    content = json.dumps({"detail": detail})
-    return Response(content, status, headers, media_type="application/json")
-
-
-class _BodyLimit:
-    """ASGI middleware that refuses large bodies, before reading them if their length is declared."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        length = int(declared) if declared.isdigit() else 0
-        read = 0
-
-        async def receive_some() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if max(read, length) > self._max_bytes:
-                limit = self._max_bytes >> 10
-                raise HTTPException(
-                    413,
-                    f"the body exceeds {limit} KiB; send less, or start the service with a larger --max-body-kib",
-                )
-            return message
-
-        await self._app(scope, receive_some, send)

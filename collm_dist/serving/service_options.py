@@ -32,6 +32,9 @@ class ServiceOptions(BaseModel):
     max_waiting: int = Field(
         64, ge=1, description="most waiting requests per replica; further requests are answered 503"
     )
+    receive_timeout_s: float = Field(
+        10, gt=0, description="seconds within which the headers of a request, and then its body, must arrive; else 408"
+    )
     request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is answered 504")
     shutdown_timeout_s: float = Field(60, gt=0, description="seconds that a shutdown waits for requests in progress")
 

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 import collm_dist
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 LIKED = ["3", "17", "40"]
 LIMITS = ["--max-candidates", "60", "--max-history", "20", "--max-body-kib", "4", "--batch-wait-ms", "100"]
+LIMITS += ["--receive-timeout-s", "3"]
 
 
 class Service:
@@ -187,6 +190,17 @@ def test_other_requests_that_cannot_be_answered(service):
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
 
 
+def test_what_arrives_too_slowly_is_cut_off(service):
+    beginning = b"POST /rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for sent, missing in ((beginning, "headers"), (beginning + b"Content-Length: 9\r\n\r\n{", "body")):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=30) as raw:
+            raw.sendall(sent)
+            answer = raw.makefile("rb").read()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert f"the {missing} did not arrive within 3 s" in json.loads(body)["detail"]
+
+
 def test_health_and_openapi(finished_run, service, recommender):
     status, _, answer = service.ask(None, method="GET", path="/healthz")
     assert status == 200
@@ -264,7 +278,7 @@ def test_a_damaged_model_ends_in_a_message(finished_run, tmp_path):
 def test_two_models_share_the_requests_and_ctrl_c_stops_them(finished_run, recommender):
     """Ctrl-C sends SIGINT to every process of the terminal's group."""
     queries = make_queries(finished_run)
-    with serving(finished_run, "--replicas", "2", "--max-batch-size", "1") as running:
+    with serving(finished_run, "--replicas", "2", "--max-batch-size", "1", "--shutdown-timeout-s", "20") as running:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(running.ask, queries))
         for query, (status, headers, answer) in zip(queries, found, strict=True):
@@ -272,3 +286,71 @@ def test_two_models_share_the_requests_and_ctrl_c_stops_them(finished_run, recom
             assert compare(answer, recommender.rank(**query)) < TOLERANCE
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(60) == 0
+
+
+DEATH = ["--replicas", "2", "--max-waiting", "4", "--request-timeout-s", "30"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_death_of_a_model_is_hidden_or_answered_503(finished_run):
+    """A replica is killed under load, and the other once the first is back: clients get JSON with 200, or 503."""
+    found, is_over = [], threading.Event()
+    query = {"history": LIKED, "num_retrieved": 60}
+
+    def ask_on(running):
+        while not is_over.is_set():
+            status, headers, answer = running.ask(query)
+            found.append((status, headers["content-type"], headers["Retry-After"], tuple(answer)))
+            time.sleep(int(headers["Retry-After"] or 0))
+
+    with serving(finished_run, *DEATH) as running, ThreadPoolExecutor(8) as pool:
+        first = wait_for_replicas(running, 2)
+        clients = [pool.submit(ask_on, running) for _ in range(8)]
+        try:
+            wait_for_answers(found, 20)
+            first[0].kill()
+            wait_for_answers(found, 20)
+            wait_for_replicas(running, 2, without=first[:1])
+            first[1].kill()
+            wait_for_answers(found, 20)  # of the new replica
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+        assert running.ask(query)[0] == 200
+    counts = Counter(found)
+    print(counts)
+    ok = (200, "application/json", None, ("ranked", "model"))
+    assert counts[ok] >= 60
+    assert set(counts) <= {ok, (503, "application/json", "1", ("detail",))}
+
+
+def wait_for_replicas(running, number, without=()):
+    """Return the processes of that many replicas, once they run."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        found = [
+            process
+            for process in psutil.Process(running.process.pid).children(recursive=True)
+            if is_replica(process) and process not in without
+        ]
+        if len(found) == number:
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{len(found)} of {number} replicas run")
+
+
+def is_replica(process):
+    try:
+        return process.cmdline()[:1] != [] and process.cmdline()[0].startswith("ray::ServeReplica")
+    except psutil.Error:  # it has ended
+        return False
+
+
+def wait_for_answers(found, number):
+    """Wait until so many further requests were answered 200."""
+    start, deadline = len(found), time.monotonic() + 240
+    while sum(status == 200 for status, *_ in found[start:]) < number:
+        assert time.monotonic() < deadline, Counter(found)
+        time.sleep(0.1)
