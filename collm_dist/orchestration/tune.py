@@ -105,6 +105,8 @@ def _fit(settings: Mapping[str, Any], folder: Path, num_workers: int, use_gpu: b
     from ray.train.torch import TorchConfig, TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # Else Ray Train logs what workers print, and the output of a job, which has its workers' logs too, has it twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     TorchTrainer(
         work,
         train_loop_config={**settings, "folder": str(folder)},
