@@ -14,6 +14,8 @@ from collm_dist.evaluation.evaluated_rows import EvaluatedRows, ScoredModel
 from collm_dist.metrics import FloatArray
 
 NUM_BINS = 10
+# For figures: with fewer rows in a bin, the observed share is mostly noise.
+_MIN_BINS, _ROWS_PER_BIN = 3, 40
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,18 @@ class CalibrationBin:
     observed: float
 
 
-def compute_calibration(labels: NDArray[Any], logits: FloatArray) -> list[CalibrationBin]:
-    """Return NUM_BINS bins of about equally many rows, in the order of the predictions, from (N,) labels and logits."""
+def count_drawn_bins(num_rows: int) -> int:
+    """Return the number of bins in which so many rows make a readable figure."""
+    return min(max(num_rows // _ROWS_PER_BIN, _MIN_BINS), NUM_BINS)
+
+
+def compute_calibration(labels: NDArray[Any], logits: FloatArray, num_bins: int = NUM_BINS) -> list[CalibrationBin]:
+    """Return bins of about equally many rows, in the order of the predictions, from (N,) labels and logits."""
     predicted = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
     order = np.argsort(predicted, kind="stable")
     return [
         CalibrationBin(len(rows), float(predicted[rows].mean()), float(labels[rows].mean()))
-        for rows in np.array_split(order, NUM_BINS)
+        for rows in np.array_split(order, num_bins)
         if len(rows)
     ]
 

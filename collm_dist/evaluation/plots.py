@@ -10,11 +10,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
+from collm_dist.evaluation.calibration import (
+    compute_calibration,
+    compute_calibration_error,
+    count_drawn_bins,
+)
 from collm_dist.metrics import FloatArray
 from collm_dist.monitoring import read_metrics
 
 _DPI = 110
+_PANEL_COLUMNS = 4
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -58,25 +63,39 @@ def plot_forest(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], met
 
 
 def plot_calibration(labels: NDArray[Any], logits: Mapping[str, FloatArray], title: str) -> Figure:
-    """Draw the observed over the predicted share of likes, a line per model with its calibration error.
+    """Draw the observed over the predicted share of likes, a panel per model, with standard errors.
+
+    Few rows make few bins; the calibration error in the panel's title is that of the report, over ten.
 
     Args:
         labels: (N,) 0 or 1.
         logits: (N,) by the models' display names.
-        title: of the plot.
+        title: of the figure.
     """
-    figure = Figure(figsize=(6, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
-    for name, scores in logits.items():
-        bins = compute_calibration(labels, scores)
-        predicted, observed = [tenth.predicted for tenth in bins], [tenth.observed for tenth in bins]
-        error = compute_calibration_error(bins)
-        axes.plot(predicted, observed, marker="o", markersize=3, label=f"{name} (error {error:.3f})")
-    axes.set_xlabel("predicted share of likes")
-    axes.set_ylabel("observed share of likes")
-    axes.set_title(title)
-    axes.legend(fontsize=8)
+    num_bins = count_drawn_bins(len(labels))
+    columns = min(len(logits), _PANEL_COLUMNS)
+    rows = -(-len(logits) // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.4, 2.7 * rows + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, (name, scores) in zip(panels, logits.items(), strict=False):
+        bins = compute_calibration(labels, scores, num_bins)
+        predicted, observed = np.array([(part.predicted, part.observed) for part in bins]).T
+        # By the predicted share, which is never 0: a bin without likes has an error too.
+        errors = np.sqrt(predicted * (1 - predicted) / [part.rows for part in bins])
+        axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
+        axes.errorbar(
+            predicted, observed, errors, marker="o", markersize=4, linewidth=1, elinewidth=1, color="tab:blue"
+        )
+        axes.set_title(f"{name}\nerror {compute_calibration_error(compute_calibration(labels, scores)):.3f}", size=9)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_aspect("equal")
+    for axes in panels[len(logits) :]:
+        axes.set_axis_off()
+    rows_per_bin = max(len(labels) // num_bins, 1)
+    figure.suptitle(f"{title}: {num_bins} bins of about {rows_per_bin:,} rows, bars of one standard error", size=11)
+    figure.supxlabel("predicted share of likes", size=10)
+    figure.supylabel("observed share of likes", size=10)
     return figure
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from collm_dist.monitoring.tags import build_layout
+
+# Pictures of a Markdown text: the tab Text shows none from files.
+_PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class RunSettings:
     Attributes:
         run: name of the run; runs of the same name share a row.
         settings: numbers, booleans and strings by name.
-        metrics: final metrics by tag.
+        metrics: final metrics by name.
     """
 
     run: str
@@ -32,11 +36,15 @@ def log_report(folder: Path, markdown: str, figures: Mapping[str, Path], setting
 
     with SummaryWriter(str(folder)) as writer:
         writer.add_custom_scalars(build_layout())
-        writer.add_text("report", markdown, 0)
+        text = _PICTURE.sub(lambda match: f"*{match[1]}*: tab Images, `{_name_image(match[2])}`", markdown)
+        writer.add_text("report", text, 0)
         for name, path in figures.items():
-            writer.add_image(f"report/{Path(name).stem}", imread(str(path))[..., :3], 0, dataformats="HWC")
+            writer.add_image(_name_image(name), imread(str(path))[..., :3], 0, dataformats="HWC")
         # No experiment description is written: TensorBoard uses a single one for all runs and would hide the settings
-        # that it lacks.
-        writer.file_writer.add_summary(hparams_pb(settings.settings, trial_id=settings.run))
-        for tag, value in settings.metrics.items():
-            writer.add_scalar(tag, value, 0)
+        # that it lacks. Final metrics are columns as well, because scalars would be charts of a single point.
+        columns = {**settings.settings, **settings.metrics}
+        writer.file_writer.add_summary(hparams_pb(columns, trial_id=settings.run))
+
+
+def _name_image(file_name: str) -> str:
+    return f"report/{Path(file_name).stem}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from collm_dist.monitoring.prometheus import TrainingTextfile
-from collm_dist.monitoring.tags import build_layout
+from collm_dist.monitoring.tags import build_layout, name_scalar
 from collm_dist.runs.atomic_files import open_atomic
+
+_TEXT_WIDTH = 100
 
 
 class RunLogger:
@@ -76,12 +79,13 @@ class RunLogger:
             self._textfile.update(step, values)
         if self._writer is not None:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+                self._writer.add_scalar(name_scalar(tag), value, step)
 
     def log_text(self, tag: str, text: str) -> None:
-        """Log a preformatted text."""
+        """Log a preformatted text; TensorBoard does not wrap its lines."""
         if self._writer is not None:
-            self._writer.add_text(tag, f"```\n{text}\n```", 0)
+            lines = [textwrap.fill(line, _TEXT_WIDTH, replace_whitespace=False) for line in text.split("\n")]
+            self._writer.add_text(tag, "\n".join(["```", *lines, "```"]), 0)
 
     def advance(self, step: int, postfix: Mapping[str, str]) -> None:
         """Move the progress bar."""

@@ -46,9 +46,29 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+# TensorBoard sorts charts by name: losses and validation come first, so these groups have names below them.
+_LAST_GROUPS = {"speed/": "work/", "memory/": "work/memory_"}
+
+
+def name_scalar(tag: str) -> str:
+    """Return the name of a tag's chart in TensorBoard."""
+    for group, name in _LAST_GROUPS.items():
+        if tag.startswith(group):
+            return tag.replace(group, name, 1)
+    return tag
+
+
 def build_layout() -> dict[str, dict[str, list[object]]]:
-    """Return the layout for ``SummaryWriter.add_custom_scalars``, whose tags are regular expressions."""
+    """Return the layout for ``SummaryWriter.add_custom_scalars``, whose tags are regular expressions.
+
+    Logs of version 0.1 have the tags themselves as names.
+    """
+
+    def match(tag: str) -> str:
+        names = dict.fromkeys((name_scalar(tag), tag))
+        return f"({'|'.join(names)})(@[0-9]+)?$"
+
     return {
-        category: {title: ["Multiline", [f"{tag}(@[0-9]+)?$" for tag in tags]] for title, tags in charts.items()}
+        category: {title: ["Multiline", [match(tag) for tag in tags]] for title, tags in charts.items()}
         for category, charts in LAYOUT.items()
     }

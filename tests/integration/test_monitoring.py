@@ -18,6 +18,8 @@ from werkzeug.test import Client
 from collm_dist import monitoring
 from collm_dist.monitoring import tags
 
+LOGGED = [name for name in vars(monitoring) if name.isupper()]
+
 
 def open_board(logdir) -> TBContext:
     """Return the context of TensorBoard's plugins for a folder of runs."""
@@ -75,7 +77,7 @@ def test_custom_scalars_are_laid_out_once_for_all_steps(tmp_path):
         title: list(category) for title, category in tags.LAYOUT.items()
     }
     # Every logged tag is on a chart, and a chart shows only its own tags.
-    logged = {value for name, value in vars(monitoring).items() if name.isupper()}
+    logged = {getattr(monitoring, name) for name in LOGGED}
     patterns = [pattern for category in charts.values() for chart in category.values() for pattern in chart]
     for tag in logged:
         assert any(re.match(pattern, tag) for pattern in patterns), tag
@@ -96,15 +98,47 @@ def test_runs_are_rows_of_the_hyperparameter_table(tmp_path):
         monitoring.log_report(tmp_path / str(number) / "eval", "# Report", {}, shown)
     experiment, groups = list_sessions(open_board(tmp_path))
     assert {info.name for info in experiment.hparam_infos} == {
-        "stage2.learning_rate", "cf.model", "stage1.enabled", "new.setting"
+        "stage2.learning_rate", "cf.model", "stage1.enabled", "new.setting", "final/stage2_test_auc"
     }  # fmt: skip
-    assert {info.name.tag for info in experiment.metric_infos} == {"final/stage2_test_auc"}
     rows = {group.name: group for group in groups}
     assert set(rows) == {"runs/0", "runs/1"}
     assert rows["runs/1"].hparams["stage2.learning_rate"].number_value == 1e-4
     assert rows["runs/1"].hparams["cf.model"].string_value == "mf"
     assert rows["runs/1"].hparams["stage1.enabled"].bool_value is True
-    assert rows["runs/1"].metric_values[0].value == pytest.approx(0.7)
+    assert rows["runs/1"].hparams["final/stage2_test_auc"].number_value == pytest.approx(0.7)
+
+
+def test_every_chart_is_a_curve_and_quality_comes_first(tmp_path):
+    log_training(tmp_path / "stage1", [{getattr(monitoring, name): 0.5 for name in LOGGED}] * 2)
+    settings = monitoring.RunSettings("runs/0", {"run.seed": 1}, {"final/stage2_test_auc": 0.6})
+    monitoring.log_report(tmp_path / "eval", "# Report", {}, settings)
+    scalars = open_board(tmp_path).multiplexer.PluginRunToTagToContent("scalars")
+    assert "eval/tensorboard" not in scalars
+    assert "eval" not in scalars
+    groups = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted(scalars["stage1/tensorboard"])))
+    assert groups == ["train", "valid", "work"]
+    assert len(scalars["stage1/tensorboard"]) == len(LOGGED)
+
+
+def test_texts_are_wrapped_and_pictures_named(tmp_path):
+    logger = monitoring.RunLogger(
+        tmp_path / "stage1", is_main=True, tensorboard=True, progress_bar=False, start_step=0, total_steps=1
+    )
+    logger.log_text("prompt", "word " * 100 + "\n\n  indented")
+    logger.close()
+    settings = monitoring.RunSettings("runs/0", {"run.seed": 1}, {})
+    monitoring.log_report(tmp_path / "eval", "## Plots\n\n![auc test](auc-test.png)\n", {}, settings)
+    multiplexer = open_board(tmp_path).multiplexer
+    prompt, report = (
+        multiplexer.Tensors(run, f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for run, tag in (("stage1/tensorboard", "prompt"), ("eval", "report"))
+    )
+    lines = prompt.split("\n")
+    assert (lines[0], lines[-3:]) == ("```", ["", "  indented", "```"])
+    assert max(map(len, lines)) <= 100
+    assert " ".join(lines[1:-3]).split() == ["word"] * 100
+    assert "![" not in report
+    assert "tab Images, `report/auc-test`" in report
 
 
 def test_projector_titles_stay_in_their_cells(tmp_path):
@@ -147,7 +181,8 @@ def test_a_finished_run_in_tensorboard(finished_run):
         if row["slice"] == "all" and row["model"] in ("cf", "stage1", "stage2") and row["split"] != "train"
     }
     assert len(expected) == 18
-    assert {metric.name.tag: metric.value for metric in groups[0].metric_values} == pytest.approx(expected)
+    shown = {name: groups[0].hparams[name].number_value for name in groups[0].hparams if name.startswith("final/")}
+    assert shown == pytest.approx(expected)
     assert groups[0].hparams["lora.rank"].number_value == 2
     assert groups[0].hparams["prompt.stage1"].string_value.startswith("Liked: <ItemTitleList>")
     for stage in ("stage1", "stage2"):

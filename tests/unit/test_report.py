@@ -12,10 +12,10 @@ from collm_dist.cf.model_files import load_cf_model
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
-from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error
+from collm_dist.evaluation.calibration import compute_calibration, compute_calibration_error, count_drawn_bins
 from collm_dist.evaluation.evaluated_rows import load_splits
 from collm_dist.evaluation.model_scores import collect_models
-from collm_dist.evaluation.plots import plot_training, read_curves
+from collm_dist.evaluation.plots import plot_calibration, plot_training, read_curves
 from collm_dist.evaluation.report import build_report, run_evaluation
 from collm_dist.evaluation.report_markdown import render_markdown, render_table
 from collm_dist.evaluation.report_notes import estimate_standard_error
@@ -182,6 +182,24 @@ def test_calibration_error_by_hand():
         (1, pytest.approx(0.25), 0), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.75), 1)
     ]  # fmt: skip
     assert compute_calibration_error(bins) == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize(("rows", "bins"), [(2, 3), (119, 3), (288, 7), (400, 10), (9000, 10)])
+def test_few_rows_are_drawn_in_few_bins(rows, bins):
+    assert count_drawn_bins(rows) == bins
+
+
+def test_calibration_is_drawn_in_a_panel_per_model():
+    labels, logits = np.arange(80) % 2, np.linspace(-3, 3, 80)
+    figure = plot_calibration(
+        labels, {f"model {number}": number + logits for number in range(5)}, "Calibration on test"
+    )
+    assert figure.get_suptitle() == "Calibration on test: 3 bins of about 26 rows, bars of one standard error"
+    drawn = [axes for axes in figure.axes if axes.has_data()]
+    assert [axes.get_title().split("\n")[0] for axes in drawn] == [f"model {number}" for number in range(5)]
+    error = compute_calibration_error(compute_calibration(labels, logits))
+    assert drawn[0].get_title().endswith(f"error {error:.3f}")
+    assert len(drawn[0].lines[1].get_xdata()) == 3
 
 
 def test_calibration_is_in_the_report(explicit):
