@@ -26,7 +26,7 @@ class ColumnsConfig(Section):
         "timestamp", description="Column of the time of the event. null: the order of the rows stands for time."
     )
     rating: str | None = Field(None, description="Column of the rating; like = rating >= dataset.like_threshold.")
-    label: str | None = Field(None, description="Column of a 0/1 label, instead of a rating.")
+    label: str | None = Field(None, description="Column of a label, 0/1 or true/false, instead of a rating.")
     split: str | None = Field(
         None, description="Column with the values train, valid and test; required by split.method: column."
     )
@@ -103,7 +103,8 @@ class DatasetConfig(Section):
     item_columns: ItemColumnsConfig = Field(default_factory=ItemColumnsConfig, description="Columns of the items.")
     row_filter: str | None = Field(
         None,
-        description="Keep the rows for which this expression holds, for example: event_type == 'click' and price > 0.",
+        description="Keep the rows for which this expression holds, for example: event_type == 'click' and price > 0. "
+        "Names of columns that are not words stand in backquotes: `Book-Rating` > 0.",
     )
     feedback: Literal["explicit", "implicit"] = Field(
         "explicit",

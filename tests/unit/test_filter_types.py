@@ -121,3 +121,15 @@ def test_an_id_is_the_same_text_in_every_file(tmp_path):
     assert bad == {"missing user_id": 1}
     items = write(tmp_path / "items.csv", "item_id,title", "17.0,T")
     assert items_of(path=str(tmp_path / "log"), items_path=items, **CLICKS) == {"17": "T"}
+
+
+def test_names_that_are_not_words_stand_in_backquotes(tmp_path):
+    path = write(tmp_path / "a.csv", "user_id,item_id,timestamp,Book-Rating,in,a b", "u0,i,7,0,x,`q`", "u1,i,8,5,y,z")
+    assert keep(path, "`Book-Rating` > 0") == ["u1"]
+    assert keep(path, "text(`Book-Rating`) == '0' and `in` == 'x' and `a b` == '`q`'") == ["u0"]
+    with pytest.raises(CollmError, match=r"no column 'Book_Rating'.*did you mean 'Book-Rating'"):
+        keep(path, "`Book_Rating` > 0")
+    with pytest.raises(ConfigError, match=r"expected a condition at character 23 of '`Book-Rating` > 0 and `a b`'"):
+        keep(path, "`Book-Rating` > 0 and `a b`")
+    with pytest.raises(ConfigError, match="row_filter"):
+        keep(path, "`a b` == `")

@@ -204,3 +204,24 @@ def test_packed_files_need_no_suffix(tmp_path, pack):
     (tmp_path / "log.csv.gz").write_bytes(bz2.compress(b"user_id,item_id,timestamp,rating\nu,i,7,5\n"))
     with pytest.raises(DataError, match="is not gzip, but bz2"):
         read(path=str(tmp_path / "log.csv.gz"), **RATINGS)
+
+
+def test_python_dictionaries_in_lines_are_read_and_nothing_is_run(tmp_path):
+    rows = [
+        "{'user_id': u'A\\'s', 'item_id': \"B\", 'timestamp': 7, 'x': None}",
+        "{'user_id': __import__('os'), 'item_id': 1}",
+        "{'user_id': {1, 2}, 'item_id': b'x'}",
+        "{'user_id': 'A'",
+        json.dumps({"user_id": "C", "item_id": "D", "timestamp": 8}),
+    ]
+    found, bad, examples = read(path=write(tmp_path / "log.json", *rows), **CLICKS)
+    assert found[["user_id", "item_id", "timestamp"]].values.tolist() == [["A's", "B", 7], ["C", "D", 8]]
+    assert bad == {"line is not a JSON object": 3}
+    assert [re.search(r"json:(\d+): ", example).group(1) for example in examples] == ["2", "3", "4"]
+
+
+def test_labels_may_be_words(tmp_path):
+    lines = [f"u,i{n},{10**9 + n},{label}" for n, label in enumerate(["true", "False", " TRUE", "1", "0.0", "yes", ""])]
+    path = write(tmp_path / "log.csv", "user_id,item_id,timestamp,label", *lines)
+    rows, bad, _ = read(path=path, columns={"label": "label"}, max_bad_row_share=1)
+    assert (rows["label"].tolist(), bad) == ([1, 0, 1, 1, 0], {"label is neither 0 nor 1": 2})

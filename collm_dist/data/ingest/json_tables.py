@@ -1,7 +1,11 @@
-"""JSON lines as Arrow tables; a line that is not an object costs only its row."""
+"""JSON lines as Arrow tables; a line that is not an object costs only its row.
+
+Some published files, for example of Amazon 2014 and Steam, have Python dictionaries in their lines. They are read too.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +20,7 @@ from collm_dist.data.ingest.text_blocks import Block
 
 NOT_AN_OBJECT = "line is not a JSON object"
 MAX_SHOWN = 60
+_PYTHON = re.compile(rb"\s*\{u?'")
 # Arrow's parser crashes (segmentation fault) on a block that starts with null.
 _NO_OBJECT = re.compile(rb"^[ \t]*[^{ \t\n]", re.MULTILINE)
 
@@ -63,10 +68,7 @@ def _parse_lines(
     for number, line in enumerate(block.split(b"\n")[:-1], first_line):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = _parse_line(line)
         if isinstance(row, dict):
             rows.append(row)
             lines.append(number)
@@ -76,6 +78,19 @@ def _parse_lines(
     names = dict.fromkeys(name for row in rows for name in row if not expected or name in expected)
     columns = {name: _build_column([row.get(name) for row in rows]) for name in names}
     return (pa.table(columns) if columns else pa.table({"": pa.nulls(len(rows))})), np.array(lines, np.int64)
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return the value of a line, or None if it does not parse."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        if not _PYTHON.match(line):
+            return None
+    try:
+        return json.loads(json.dumps(ast.literal_eval(line.decode("utf-8", "replace").strip())))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _build_column(values: list[Any]) -> Any:

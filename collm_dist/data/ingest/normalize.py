@@ -89,6 +89,15 @@ def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     return values
 
 
+def _to_labels(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a column as numbers; the texts true and false are 1 and 0."""
+    values = to_numbers(column)
+    if np.isnan(values).any() and not pa.types.is_floating(column.type):
+        words = to_text(column).to_pandas().str.strip().str.lower().map({"true": 1.0, "false": 0.0})
+        values = np.where(np.isnan(values), words.to_numpy(dtype=np.float64), values)
+    return values
+
+
 def guess_unit(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
     """Guess the unit of numeric timestamps by magnitude, or find that they are dates in digits."""
     if are_digit_dates(values):
@@ -225,7 +234,7 @@ def normalize_batch(
         drop(~np.isfinite(ratings), f"{columns.rating} is no number", columns.rating)
         labels = (ratings >= like_threshold).astype(np.int8)
     elif columns.label is not None:
-        values = to_numbers(table.column(columns.label))
+        values = _to_labels(table.column(columns.label))
         drop((values != 0) & (values != 1), f"{columns.label} is neither 0 nor 1", columns.label)
         labels = np.where(values == 1, 1, 0).astype(np.int8)
     split = pa.nulls(table.num_rows, pa.string())

@@ -131,8 +131,10 @@ def convert(column: Any, kind: str) -> Any:
 class _Parser:
     """Translates nodes of a parsed expression; collects the columns that it reads."""
 
-    def __init__(self, text: str, numeric_columns: frozenset[str], *, is_strict: bool = False) -> None:
-        self.text, self.numeric_columns, self.is_strict = text, numeric_columns, is_strict
+    def __init__(
+        self, text: str, numeric_columns: frozenset[str], quoted: dict[str, str], *, is_strict: bool = False
+    ) -> None:
+        self.text, self.numeric_columns, self.quoted, self.is_strict = text, numeric_columns, quoted, is_strict
         self.reads: dict[tuple[str, str], None] = {}
         self.asked: set[str] = set()
 
@@ -158,9 +160,10 @@ class _Parser:
     def column(self, node: ast.expr) -> tuple[str, str | None] | None:
         """Return the column's name and the kind that the filter asks for, or None if the node is not a column."""
         if isinstance(node, ast.Name) and node.id not in _BOOLEANS:
-            return node.id, None
+            return self.quoted.get(node.id, node.id), None
         match node:
             case ast.Call(func=ast.Name(id="text" | "number" as kind), args=[ast.Name(id=name)], keywords=[]):
+                name = self.quoted.get(name, name)
                 self.asked.add(name)
                 return name, kind
         return None
@@ -223,6 +226,7 @@ def parse_row_filter(text: str, numeric_columns: frozenset[str] = frozenset()) -
 
     Supported are column names, numbers, strings, comparisons, ``in [..]``, ``is None``, ``and``, ``or``, ``not`` and
     parentheses, ``true`` and ``false``, and ``text(column)`` and ``number(column)`` to choose how a column is compared.
+    The name of a column that is not a word stands in backquotes.
     Nothing is evaluated as Python.
 
     Args:
@@ -232,9 +236,11 @@ def parse_row_filter(text: str, numeric_columns: frozenset[str] = frozenset()) -
     Raises:
         ConfigError: the filter contains anything else; the message names the position.
     """
-    parser, strict = _Parser(text, numeric_columns), _Parser(text, numeric_columns, is_strict=True)
+    bare, quoted = _replace_quoted(text.strip())
+    parser = _Parser(text, numeric_columns, quoted)
+    strict = _Parser(text, numeric_columns, quoted, is_strict=True)
     try:
-        body = ast.parse(text.strip(), mode="eval").body
+        body = ast.parse(bare, mode="eval").body
         expression, strict_expression = parser.condition(body), strict.condition(body)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
         shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
@@ -262,6 +268,20 @@ def drop_misfits(table: Any, row_filter: RowFilter, place: str, notes: Counter[s
                 bad_rows.add(cause, int(bad.sum()), f"{place}:{line}", ascii(value[:MAX_SHOWN_VALUE]))
                 usable &= ~bad
     return table if usable.all() else table.filter(pa.array(usable))
+
+
+def _replace_quoted(text: str) -> tuple[str, dict[str, str]]:
+    """Return the text with a word of the same length for each name in backquotes, and the names by these words."""
+    names: dict[str, str] = {}
+
+    def replace(match: re.Match[str]) -> str:
+        if match["name"] is None:  # a string
+            return match[0]
+        word = f"_{len(names)}".ljust(len(match[0]), "_")
+        names[word] = match["name"]
+        return word
+
+    return re.sub(r"'[^']*'|\"[^\"]*\"|`(?P<name>[^`]+)`", replace, text), names
 
 
 def _kind_of(value: Any) -> str:
