@@ -39,6 +39,6 @@ def test_settings_read_the_published_shape(heading, tmp_path, monkeypatch):
     has_times = settings.get("columns", {}).get("timestamp", "") is not None
     found = rows[["user_id", "item_id", "timestamp", "label"]].values.tolist()
     assert [(user, item, time if has_times else None, label) for user, item, time, label in found] == case.rows
-    items, repairs = open_source(DatasetConfig.model_validate(settings)).read_items()
-    assert dict(zip(items["item_id"].to_pylist(), items["text"].to_pylist(), strict=True)) == case.texts
-    assert repairs == {}
+    items = open_source(DatasetConfig.model_validate(settings)).read_items()
+    texts = zip(items.table["item_id"].to_pylist(), items.table["text"].to_pylist(), strict=True)
+    assert (dict(texts), items.bad_rows.counts) == (case.texts, {})
