@@ -15,6 +15,7 @@ from typing import NoReturn
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
 from collm_dist.errors import CollmError, ConfigError, InternalError, as_collm_error
+from collm_dist.phases import show_phases
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.code_trust import FLAG
 from collm_dist.runs.error_file import write_error
@@ -75,6 +76,7 @@ def run_command(
         if arguments.dry_run:
             print_plan(config, arguments, describe)
             return 0
+        show_phases(config.monitoring.progress_bar and os.environ.get("RANK", "0") == "0")
         with explain_disk_errors(Path(config.run.dir)):
             return run(config, arguments) or 0
     except (Exception, KeyboardInterrupt) as error:

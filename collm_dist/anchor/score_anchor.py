@@ -32,6 +32,7 @@ from collm_dist.data.shards.interactions import load_interactions, load_item_tab
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.metrics import FloatArray
+from collm_dist.phases import follow, show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, open_atomic, write_json
 from collm_dist.runs.run_dir import RunDir, add_record_hash, check_record_hash
 
@@ -150,18 +151,24 @@ def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
     starts = divide_times(load_train_times(data_dir, manifest), split.last_timestamp)
     texts = cooccurrence = None
     if kind == "blend":
-        texts = TextSimilarity.fit(load_item_table(data_dir)["text"])
+        with show_phase("anchor: similarity of item texts"):
+            texts = TextSimilarity.fit(load_item_table(data_dir)["text"])
         columns = ("user_idx", "item_idx", "label", "sampled", "timestamp")
-        train = load_interactions(data_dir, columns, "train", include_sampled=False)
-        cooccurrence = Cooccurrence.fit(train, manifest.num_items, starts)
+        with show_phase("anchor: co-occurrence of items"):
+            train = load_interactions(data_dir, columns, "train", include_sampled=False)
+            cooccurrence = Cooccurrence.fit(train, manifest.num_items, starts)
     source = _build_source(config, run_dir, kind, starts, texts, cooccurrence)
     # Users, not contexts: which rows are left out must not depend on a label.
     max_users = None if split.rows <= _MAX_FIT_ROWS else max(1, _MAX_FIT_ROWS * manifest.num_users // split.rows)
     order = GlobalOrder(data_dir, manifest, "train", config.run.seed, _BATCH_ROWS, max_users=max_users)
-    rows = [(source.compute(block), block.label, source.find_folds(block)) for block in order.iter_batches()]
+    rows = []
+    with show_phase("anchor: scores of training rows", order.num_rows, "rows") as phase:
+        for block in order.iter_batches():
+            rows.append((source.compute(block), block.label, source.find_folds(block)))
+            phase.advance(block.num_targets)
     features, labels, folds = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     weights, intercepts = np.zeros((len(starts) + 1, features.shape[1])), np.zeros(len(starts) + 1)
-    for fold in range(1, len(starts) + 1):
+    for fold in follow(range(1, len(starts) + 1), "anchor: regressions of time folds", "folds"):
         weights[fold], intercepts[fold] = _fit_logistic(features[folds < fold], labels[folds < fold])
     return Anchor(source, weights, intercepts)
 

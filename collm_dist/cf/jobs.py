@@ -19,6 +19,7 @@ from collm_dist.cf.user_shards import SPLITS
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import DataError
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.previous_run import find_previous_file
@@ -101,7 +102,8 @@ def plan_jobs(
     if config.cf.item_text is not None:
         item_text = checkpoints / f"item_text-{key[:16]}.npy"
         if not item_text.exists():
-            vectors = compute_text_vectors(load_item_table(data_dir)["text"], config.cf.item_text)
+            with show_phase("cf: vectors of item texts"):
+                vectors = compute_text_vectors(load_item_table(data_dir)["text"], config.cf.item_text)
             with open_atomic(item_text, "wb") as file:
                 np.save(file, vectors)
     jobs = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +16,13 @@ _POLL_SECONDS = 0.5
 
 
 @contextmanager
-def show_progress(log_path: Path, num_epochs: int) -> Iterator[None]:
+def show_progress(log_path: Path, num_epochs: int, folds: Sequence[Path] = ()) -> Iterator[None]:
     """Show a bar that follows a ``metrics.jsonl`` while the block runs.
 
     Args:
         log_path: file that a worker appends a line to after each epoch.
         num_epochs: length of the bar.
+        folds: checkpoint folders of the models of time folds, which are fitted before the model that the log is of.
     """
     done = threading.Event()
 
@@ -33,6 +34,9 @@ def show_progress(log_path: Path, num_epochs: int) -> Iterator[None]:
                     last = lines[-1]
                     bar.set_postfix({tag: f"{last[tag]:.4f}" for tag in _SHOWN if tag in last}, refresh=False)
                     bar.update(last["step"] - bar.n)
+                elif folds:
+                    bar.set_postfix_str(f"time fold {_count_begun(folds)} of {len(folds)}", refresh=False)
+                bar.refresh()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -41,3 +45,8 @@ def show_progress(log_path: Path, num_epochs: int) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _count_begun(folds: Sequence[Path]) -> int:
+    """Return the number of folds that have been begun, by their checkpoints."""
+    return max(1, sum(folder.exists() for folder in folds))

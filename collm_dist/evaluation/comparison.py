@@ -26,6 +26,7 @@ from collm_dist.metrics import (
     compute_group_ndcg,
     compute_logloss,
 )
+from collm_dist.phases import follow
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def compute_table(
     table: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     names = {model.name for model in models}
-    for slice_name, mask in rows.slices.items():
+    slices = list(rows.slices.items())
+    for slice_name, mask in follow(slices, f"eval: metrics and intervals on {rows.split}", "slices"):
         if not mask.any():
             continue
         _, users = np.unique(rows.user_idx[mask], return_inverse=True)

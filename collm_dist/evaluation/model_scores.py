@@ -29,6 +29,7 @@ from collm_dist.evaluation.simple_rivals import fit_simple_rivals
 from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots
 from collm_dist.evaluation.slots_mlp import fit_slots_mlp
 from collm_dist.metrics import FloatArray
+from collm_dist.phases import follow, show_phase
 from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.tuning.stage import get_stage
 from collm_dist.tuning.stage2 import load_slot_vectors
@@ -64,7 +65,8 @@ def collect_models(
         stage_scores: see ``score_stages``.
     """
     collected = ModelScores({split: [] for split in splits})
-    scorers = _fit_trivial(run_dir.step_dir("data"), manifest)
+    with show_phase("eval: fitting simple scores"):
+        scorers = _fit_trivial(run_dir.step_dir("data"), manifest)
     scorers += fit_simple_rivals(config, run_dir, manifest.feedback)
     vectors = load_cf_model(run_dir, manifest) if run_dir.is_done("cf") else None
     slots = list_slots(load_prompt_text(config.prompt.stage2))
@@ -76,7 +78,8 @@ def collect_models(
         scorers.append(_build_cf_scorer(vectors, manifest))
     if vectors is not None and run_dir.is_done("stage2"):
         vectors = load_slot_vectors(config, run_dir, manifest)
-    without_llm = _fit_slots_without_llm(config, run_dir, manifest, vectors, slots, collected.left_out)
+    with show_phase("eval: fitting slots without the language model"):
+        without_llm = _fit_slots_without_llm(config, run_dir, manifest, vectors, slots, collected.left_out)
     if without_llm is not None:
         scorers.append(without_llm)
     for stage in STAGES:
@@ -87,7 +90,8 @@ def collect_models(
     for split, evaluated in splits.items():
         models = collected.models[split]
         if split != "train":
-            models += [_score(scorer, evaluated.block) for scorer in scorers]
+            shown = follow(scorers, f"eval: simple scores of {split}", "models")
+            models += [_score(scorer, evaluated.block) for scorer in shown]
         for name in _STAGE_MODELS:
             if (name, split) in stage_scores:
                 prompt = load_prompt_text(config.prompt.stage1 if name == "stage1" else config.prompt.stage2)

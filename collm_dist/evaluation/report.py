@@ -30,6 +30,7 @@ from collm_dist.evaluation.slot_inputs import list_slots
 from collm_dist.evaluation.stage_scores import score_stages
 from collm_dist.evaluation.verdict import list_verdicts
 from collm_dist.metrics import compute_auc, compute_ndcg
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_json_hash, open_atomic
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.run_dir import RunDir
@@ -75,7 +76,8 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
             print(f"eval: up to date ({run_dir.record_path('eval')})", flush=True)
         return report if is_first else {}
     manifest = load_manifest(run_dir.step_dir("data"))
-    splits = load_splits(config, run_dir, manifest)
+    with show_phase("eval: reading rows"):
+        splits = load_splits(config, run_dir, manifest)
     if is_first:
         counts = ", ".join(f"{name} {split.order.num_rows:,} rows" for name, split in splits.items())
         print(f"eval: scoring {counts}", flush=True)
@@ -85,7 +87,8 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
     scores = collect_models(config, run_dir, manifest, splits, stage_scores)
     report = build_report(config, manifest, splits, scores)
     report["fingerprint"] = fingerprint
-    figures = build_figures(config, run_dir, splits, scores, report)
+    with show_phase("eval: figures"):
+        figures = build_figures(config, run_dir, splits, scores, report)
     write_report(config, run_dir, splits, scores, report, figures)
     return report
 

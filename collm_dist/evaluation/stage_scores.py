@@ -79,6 +79,11 @@ def _score_previous(
         for split, evaluated in splits.items():
             if split == "train":
                 continue
-            row_ids, logits = score_split(loaded, evaluated.order, config.evaluation.max_tokens_per_micro_batch)
+            row_ids, logits = score_split(
+                loaded,
+                evaluated.order,
+                config.evaluation.max_tokens_per_micro_batch,
+                progress=f"previous on {split}" if config.monitoring.progress_bar else None,
+            )
             scores["previous", split] = align_scores(evaluated.rows.row_id, row_ids, logits, f"previous on {split}")
     return scores

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from collm_dist.config import Config
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ArtifactError, CollmError, RequestError
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes
@@ -135,7 +137,9 @@ def _prepare(
         return list(plan["sizes"])
     shutil.rmtree(folder.requests, ignore_errors=True)
     items = load_item_table(run_dir.step_dir("data"))["item_id"]
-    sizes = write_parts(files, folder.requests, items, retrieves=num_retrieved is not None, rows_per_part=rows_per_part)
+    retrieves = num_retrieved is not None
+    with show_phase("checking the requests"):
+        sizes = write_parts(files, folder.requests, items, retrieves=retrieves, rows_per_part=rows_per_part)
     write_json(folder.plan, {"made_from": made_from, "sizes": sizes})
     return sizes
 
@@ -197,9 +201,14 @@ def _score_on_ray(
     )
     done = sum(sizes) - sum(sizes[part] for part in waiting)
     hidden = not config.monitoring.progress_bar
-    with tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar:
+    with (
+        ExitStack() as start,
+        tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar,
+    ):
+        start.enter_context(show_phase("loading the model and scoring the first users"))
         try:
             for row in dataset.iter_rows():
+                start.close()
                 if row["error"]:
                     raise CollmError.from_dict(json.loads(row["error"]))
                 bar.update(int(row["users"]))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from collm_dist.config import ClusterConfig
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.orchestration.node_facts import check_facts, read_facts
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.stop_signals import build_preempted, preemptible
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _NODE_LOST = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
 # Wait for tasks in flight after one of them has failed.
 _GRACE_SECONDS = 5.0
+_REFRESH_SECONDS = 1.0
 
 
 @contextmanager
@@ -54,7 +56,8 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
             "object_store_memory": int(cluster.object_store_gb * 1e9),
         }
     with preemptible():
-        _start_ray(address, options)
+        with show_phase("starting Ray" if address is None else f"connecting to Ray at {address}"):
+            _start_ray(address, options)
         try:
             with preemptible():  # again, since Ray has set a handler of its own
                 yield
@@ -153,7 +156,8 @@ def run_tasks(
                 running[remote.remote(*values)] = index, 1 if progress is None else progress.count(values)
             if not running:
                 return [results[index] for index in range(len(results))]
-            done, _ = ray.wait(list(running), num_returns=1)
+            while not (done := ray.wait(list(running), num_returns=1, timeout=_REFRESH_SECONDS)[0]):
+                bar.refresh()  # the time
             index, amount = running.pop(done[0])
             try:
                 results[index] = ray.get(done[0])

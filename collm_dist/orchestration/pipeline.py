@@ -17,6 +17,7 @@ from collm_dist.data.accepted_config import CONFIG_FILE, accept_config, list_ste
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes, is_step_current
@@ -51,7 +52,8 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
         check_textfile_dir(config.monitoring.prometheus_dir)
         config = pin_previous(config)
         with hold_run_lock(run_dir.path, status.beat):
-            _check_names(config, run_dir)
+            with show_phase("checking the backbone and the collaborative model"):
+                _check_names(config, run_dir)
             accept_config(config, run_dir, force, on_step=status.enter)
             status.begin()
             try:

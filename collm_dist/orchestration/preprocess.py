@@ -39,6 +39,7 @@ from collm_dist.data.samples.splits import SPLITS, build_calendar_rule
 from collm_dist.data.shards.manifest import load_manifest, remove_unlisted_files
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.orchestration.cluster import ByteProgress, check_nodes, connect_ray, run_tasks
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir
@@ -165,10 +166,12 @@ def _preprocess(
 
     # Fix the splits and the id tables, which need all buckets.
     rule = window or build_split_rule(plan)
-    user_tables, user_ranges = assign_users(previous, [load_filtered_ids(plan, bucket, "users") for bucket in buckets])
-    item_ids = assign_items(previous, [load_filtered_ids(plan, bucket, "items") for bucket in buckets])
-    tables = write_id_tables(plan.data_dir, user_tables, user_ranges, item_ids, items)
-    user_texts = write_user_texts(plan.data_dir, plan.dataset, tables.user_ids, forgotten)
+    with show_phase("tables of users and items"):
+        user_ids, used_items = ([load_filtered_ids(plan, b, kind) for b in buckets] for kind in ("users", "items"))
+        user_tables, user_ranges = assign_users(previous, user_ids)
+        item_ids = assign_items(previous, used_items)
+        tables = write_id_tables(plan.data_dir, user_tables, user_ranges, item_ids, items)
+        user_texts = write_user_texts(plan.data_dir, plan.dataset, tables.user_ids, forgotten)
 
     # Build the samples: histories by user, as-of counts by item, joined by row id.
     items_ref, pool_ref = ray.put(pa.array(item_ids, pa.string())), ray.put(draw_event_pool(plan, item_ids))

@@ -25,6 +25,7 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.cf_summary import print_summary, summarize
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_json_hash
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
@@ -58,7 +59,8 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         return run_dir.read_record("cf")
     folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
     manifest = load_manifest(data_dir)
-    check_inputs(config.cf, data_dir)
+    with show_phase("cf: checking settings and vectors"):
+        check_inputs(config.cf, data_dir)
     if config.stage2.train_cf:
         check_tuning(config.cf.model)
     run_dir.withdraw("cf")
@@ -96,14 +98,16 @@ def _export_id_tokens(job: Job, folder: Path, manifest: Manifest) -> dict[str, A
 
 def _summarize(jobs: Sequence[Job], folder: Path, config: Config, manifest: Manifest) -> dict[str, Any]:
     """Export the first job's models and return the step's summary without its fingerprint."""
-    content_hash = export_models(jobs[0], folder, manifest)
+    with show_phase("cf: writing the model"):
+        content_hash = export_models(jobs[0], folder, manifest)
     results: dict[int, dict[str, Any]] = {}
     for job in jobs:
         result = job.read_result()
         if result is None:
             raise LaunchError(f"{job.result_path} is missing: do all nodes share {folder}?")
         results[job.seed] = result
-    summary = summarize(config.cf, jobs[0].data_dir, manifest, results)
+    with show_phase("cf: summary"):
+        summary = summarize(config.cf, jobs[0].data_dir, manifest, results)
     return summary | {"content_hash": content_hash, "fold_starts": list(jobs[0].fold_starts)}
 
 
@@ -113,7 +117,8 @@ def _train(jobs: Sequence[Job], folder: Path, config: Config) -> None:
     if not pending:
         return
     has_bar = config.monitoring.progress_bar and len(config.cf.seeds) < 2  # of several seeds, run_tasks shows one
-    progress = show_progress(folder / "metrics.jsonl", config.cf.num_epochs) if has_bar else nullcontext()
+    folds = [jobs[0].checkpoints / name for name in jobs[0].list_models()[:-1]]
+    progress = show_progress(folder / "metrics.jsonl", config.cf.num_epochs, folds) if has_bar else nullcontext()
     with connect_ray(config.cluster), progress:
         _train_on_ray([(job, _choose_log(job, jobs, folder, config)) for job in pending], config, len(jobs))
 

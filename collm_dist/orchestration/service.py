@@ -22,6 +22,7 @@ from ray.util.queue import Queue
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
 from collm_dist.serving.batching import Batcher
@@ -115,7 +116,8 @@ def run_service(
     with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(port, options, owns_ray):
         replicas, devices = plan_replicas(options.replicas)
         try:
-            _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
+            with show_phase("loading the model"):
+                _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
             metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
             _say(
                 f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
@@ -196,7 +198,8 @@ def _serving(port: int, options: ServiceOptions, owns_ray: bool) -> Iterator[Non
     gateway = {"runtime_env": {"env_vars": {_CALLBACK: IMPORT_PATH, **build_environment(options)}}}
     try:
         try:
-            serve.start(http_options=http, logging_config=_QUIET, controller_options=gateway)
+            with show_phase("starting Ray Serve"):
+                serve.start(http_options=http, logging_config=_QUIET, controller_options=gateway)
         except (RuntimeError, TimeoutError, RayError) as error:
             reason = str(error).splitlines()[0]
             raise LaunchError(f"Ray Serve does not start ({reason}); if the machine is busy, try again later") from None

@@ -20,6 +20,7 @@ from collm_dist.cli import report_error
 from collm_dist.config import Config
 from collm_dist.errors import LaunchError, Preempted, WorkerLostError
 from collm_dist.orchestration.cluster import check_nodes
+from collm_dist.phases import show_phases
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.runs.step_processes import explain_end
@@ -144,6 +145,7 @@ def work(settings: Mapping[str, Any]) -> None:
         for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
             path = folder / f"{name}-{os.environ['RANK']}.log"
             stack.enter_context(redirect(stack.enter_context(path.open("w", encoding="utf-8", buffering=1))))
+        show_phases(config.monitoring.progress_bar and os.environ["RANK"] == "0")
         try:
             with explain_lost_workers(lambda: step):
                 if step == "eval":

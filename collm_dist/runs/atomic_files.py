@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def sync_files(folder: Path) -> None:
         _sync(path)
 
 
+_HASHED_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -151,10 +152,14 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
-def compute_file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+def compute_file_hash(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; ``on_read`` is called with each number of bytes read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_HASHED_BYTES):
+            digest.update(block)
+            on_read(len(block))
+    return digest.hexdigest()
 
 
 def compute_json_hash(value: Any) -> str:

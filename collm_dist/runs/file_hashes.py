@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from collm_dist.errors import ArtifactError, DiskError
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
 from collm_dist.runs.run_dir import RunDir, Step
 
@@ -27,7 +29,8 @@ def hash_products(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the product files in a step's folder by relative path, for its record."""
     files = [path for path in folder.glob("*.safetensors") if not path.name.startswith(".")]
     files += [path for name in _FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): compute_file_hash(path) for path in sorted(files)}
+    with show_phase(f"{folder.name}: hashing", sum(path.stat().st_size for path in files), "B") as phase:
+        return {path.relative_to(folder).as_posix(): compute_file_hash(path, phase.advance) for path in sorted(files)}
 
 
 def read_hashes(run_dir: RunDir, step: Step) -> dict[str, str]:
@@ -66,20 +69,22 @@ def check_files(run_dir: RunDir, step: Step, *parts: str, keep: bool = False) ->
     hashes = read_hashes(run_dir, step)
     cache = _read_cache(run_dir) if keep else {}
     found: dict[str, list[Any]] = {}
-    for name, expected in hashes.items():
-        if parts and not name.startswith(parts):
-            continue
-        path = run_dir.step_dir(step) / name
-        key = f"{step}/{name}"
-        try:
-            status = path.stat()
-            state = [status.st_size, status.st_mtime_ns]
-            actual = cache[key][1] if key in cache and cache[key][0] == state else _hash_once(path)
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error.strerror or error}): {_advise(step)}") from None
-        if actual != expected:
-            raise ArtifactError(f"{path} is damaged (its SHA-256 is not the recorded one): {_advise(step)}")
-        found[key] = [state, actual]
+    with show_phase(f"{step}: checking files", unit="B") as phase:
+        for name, expected in hashes.items():
+            if parts and not name.startswith(parts):
+                continue
+            path = run_dir.step_dir(step) / name
+            key = f"{step}/{name}"
+            try:
+                status = path.stat()
+                state = [status.st_size, status.st_mtime_ns]
+                is_known = key in cache and cache[key][0] == state
+                actual = cache[key][1] if is_known else _hash_once(path, phase.advance)
+            except OSError as error:
+                raise ArtifactError(f"{path} cannot be read ({error.strerror or error}): {_advise(step)}") from None
+            if actual != expected:
+                raise ArtifactError(f"{path} is damaged (its SHA-256 is not the recorded one): {_advise(step)}")
+            found[key] = [state, actual]
     if keep and not found.items() <= cache.items():
         with suppress(DiskError, OSError), open_atomic(run_dir.path / _CACHE) as file:
             json.dump(cache | found, file)
@@ -89,11 +94,11 @@ def _advise(step: Step) -> str:
     return f"restore it from a copy, or redo the step with --force {step}"
 
 
-def _hash_once(path: Path) -> str:
+def _hash_once(path: Path, on_read: Callable[[int], object]) -> str:
     status = path.stat()
     key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
     if key not in _known:
-        _known[key] = compute_file_hash(path)
+        _known[key] = compute_file_hash(path, on_read)
     return _known[key]
 
 

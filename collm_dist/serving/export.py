@@ -25,6 +25,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.shards.manifest import USER_TEXTS, load_manifest
 from collm_dist.errors import ArtifactError
+from collm_dist.phases import follow, show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
 from collm_dist.runs.damage import name_damage, read_json_file
@@ -65,7 +66,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
     config = check_settings(config, run_dir, trust_code=True, accept_stage1=True)  # nothing is loaded
     recorded = _list_recorded(run_dir)
     with _make_whole(folder) as part:
-        for source, name in _list_sources(run_dir):
+        for source, name in follow(list(_list_sources(run_dir)), "export: copying and checking", "files"):
             target = part / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -84,7 +85,8 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
         write_card(part / "README.md", config, run_dir, stage, licences)
         _remove_paths(part, config, run_dir)
         files = sorted(path for path in part.rglob("*") if path.is_file())
-        index = {path.relative_to(part).as_posix(): compute_file_hash(path) for path in files}
+        with show_phase("export: hashing", sum(path.stat().st_size for path in files), "B") as phase:
+            index = {path.relative_to(part).as_posix(): compute_file_hash(path, phase.advance) for path in files}
         write_json(part / INDEX, {"format_version": FORMAT_VERSION, "stage": stage, "files": index})
     return folder
 
@@ -111,7 +113,7 @@ def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> 
         refuse_code(code, folder)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.path)})})
     with _make_whole(run_dir.path) as part:
-        for name, expected in index.items():
+        for name, expected in follow(list(index.items()), "import: copying and checking", "files"):
             place = _find_place(name)
             if place is not None:
                 target = part / place
@@ -197,7 +199,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         version, files = record["format_version"], {str(name): str(value) for name, value in record["files"].items()}
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
-    for name, expected in files.items():
+    for name, expected in follow(list(files.items()), "import: checking", "files"):
         path_in_export = PurePosixPath(name)
         if path_in_export.is_absolute() or ".." in path_in_export.parts:
             raise ArtifactError(f"{path} names {name!r}, which is outside the export; obtain the export again")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -168,6 +169,35 @@ class TuningEngine:
             norm = deepspeed_norm
         return norm if norm is not None else float("nan")
 
+    @contextmanager
+    def computing_with(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run forward passes with other trainable weights inside the block. Collective.
+
+        The optimizer's own weights stay, and those of the model return to the bit.
+
+        Args:
+            weights: full weights by parameter name, the same on all ranks.
+        """
+        kept: list[Tensor] = []
+        with self._full_weights(), torch.no_grad():
+            for name, parameter in self._named:
+                kept.append(parameter.detach().clone())
+                parameter.copy_(weights[name])
+        try:
+            yield
+        finally:
+            with self._full_weights(), torch.no_grad():
+                for (_, parameter), value in zip(self._named, kept, strict=True):
+                    parameter.copy_(value)
+
+    def _full_weights(self) -> AbstractContextManager[Any]:
+        """Return a context in which every trainable parameter is whole on every rank, and changes to it are kept."""
+        parameters = [parameter for _, parameter in self._named]
+        whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=0, enabled=self._zero_stage == 3
+        )
+        return whole
+
     def export_state(self, *, with_moments: bool = True) -> TrainingState:
         """Gather the full state on every rank. Collective."""
         state = TrainingState(weights={})
@@ -243,6 +273,15 @@ class TuningEngine:
                 safe_set_full_optimizer_state(parameter, value, key)
         elif key is not None:  # the weight was set before the model was wrapped
             self._inner_optimizer.state[parameter][key].copy_(value)
+
+
+def copy_trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable weights of a model that is not wrapped yet by parameter name, in float32 on the CPU."""
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _step_device(parameter: Tensor) -> torch.device:

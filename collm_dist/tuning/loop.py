@@ -76,6 +76,7 @@ class TuningLoop:
         fingerprint: Mapping[str, Any],
         progress: Progress,
         best_weights: dict[str, Tensor],
+        first_weights: dict[str, Tensor],
         logger: monitoring.RunLogger,
         profiler: monitoring.StepProfiler,
         log_every_steps: int,
@@ -95,6 +96,7 @@ class TuningLoop:
             folder: checkpoint folder.
             fingerprint: the stage's fingerprint.
             progress, best_weights: position to resume from; see ``Checkpoint``.
+            first_weights: weights before training, from which a guard starts without an anchor; else empty.
             logger, profiler: metrics, and the trace of selected steps.
             log_every_steps: steps between logged points.
             timeout_minutes: longest time without a completed step or validation batch before the job is ended.
@@ -104,16 +106,14 @@ class TuningLoop:
         self.train_order, self.valid_rows = train_order, valid_rows
         self.stage, self.max_tokens, self.seed, self.mask_probability = stage, max_tokens, seed, mask_probability
         self.folder, self.fingerprint = folder, fingerprint
-        self.progress, self.best_weights = progress, best_weights
+        self.progress, self.best_weights, self.first_weights = progress, best_weights, first_weights
         self.logger, self.profiler, self.log_every_steps = logger, profiler, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
         self.loss_weights = LossWeights(stage.pairwise_weight, stage.listwise_weight)
         self.selection = build_selection(stage)
         self.trained_rows, self.train_seconds = 0, 0.0
-        self._stop = stop
-        self._saved_at = time.monotonic()
-        self._window = _Window()
-        self._is_validating = False
+        self._stop, self._saved_at = stop, time.monotonic()
+        self._window, self._is_validating = _Window(), False
         self._watchdog = Watchdog(folder.parent, 60 * timeout_minutes, self._describe_position)
 
     def run(self) -> Progress:
@@ -275,15 +275,22 @@ class TuningLoop:
         return f"{stage}, validation after step {step}" if self._is_validating else f"{stage}, step {step}"
 
     def _validate(self, step: int) -> None:
+        if self.first_weights and self.progress.guard_start is None:  # not before the first step, which it would delay
+            with self.engine.computing_with(self.first_weights):
+                self._judge(0, self.first_weights)
+        self._judge(step)
+        self.progress.validated_step = step
+        self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
+
+    def _judge(self, step: int, weights: dict[str, Tensor] | None = None) -> None:
+        """Validate the model, and keep its weights (by default the engine's) if it is the best so far."""
         self._is_validating = True
         metrics = self.compute_valid_metrics()
         self._is_validating = False
-        self.progress.validated_step = step
         self.logger.log(step, {f"valid/{name}": value for name, value in metrics.items() if value is not None})
         if self.selection.judge(self.progress, step, metrics):
-            weights = self.engine.export_state(with_moments=False).weights
-            self.best_weights = weights if get_rank() == 0 else {}
-        self.progress.is_finished |= self.progress.bad_validations >= self.stage.early_stop_patience
+            best = weights or self.engine.export_state(with_moments=False).weights
+            self.best_weights = best if get_rank() == 0 else {}
 
     def compute_valid_metrics(self) -> dict[str, float | None]:
         """Score the validation rows. Collective; the metrics are the same on every rank."""

@@ -19,6 +19,7 @@ from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, wait_for_all
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, write_json
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
@@ -26,7 +27,7 @@ from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.checkpoints import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
-from collm_dist.tuning.engine import TrainingState, TuningEngine, init_distributed
+from collm_dist.tuning.engine import TrainingState, TuningEngine, copy_trainable, init_distributed
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.loop import TuningLoop, count_total_steps
 from collm_dist.tuning.losses import LossWeights
@@ -68,8 +69,9 @@ def run_stage(
         return run_dir.read_record(name)
     _clear(run_dir, name, force)
     run_on_rank_0(lambda: prepare_anchor(config, run_dir))
-    loaded = stage.build(run_dir, device)
-    stage.warm_start(loaded)
+    with show_phase(f"{name}: loading the model"):
+        loaded = stage.build(run_dir, device)
+        stage.warm_start(loaded)
     loop = build_loop(config, run_dir, stage, loaded, fingerprint, stop)
     if get_rank() == 0:
         example = next(loop.train_order.iter_batches())
@@ -138,9 +140,12 @@ def build_loop(
     settings, folder = stage.settings, run_dir.step_dir(stage.name)
     train_order, valid_order = build_orders(config, run_dir, settings)
     checkpoint = load_last_checkpoint(folder / "checkpoints", fingerprint)
-    if (config.anchor.kind or settings.guard_metric) is not None and checkpoint.progress.global_step == 0:
-        # The anchor itself is the first candidate for the best checkpoint; a guard starts from the untrained model.
+    first_weights = {}
+    if config.anchor.kind is not None and checkpoint.progress.global_step == 0:
+        # The anchor itself is the first candidate for the best checkpoint. Its validation needs no language model.
         checkpoint.progress.validated_step = -1
+    elif config.anchor.kind is None and settings.guard_metric is not None:
+        first_weights = copy_trainable(loaded.model)  # a guard starts from the untrained model
     logger, profiler = _build_monitors(
         config, folder, checkpoint.progress.global_step, count_total_steps(settings, train_order)
     )
@@ -159,6 +164,7 @@ def build_loop(
         fingerprint=fingerprint,
         progress=checkpoint.progress,
         best_weights=checkpoint.best_weights if get_rank() == 0 else {},
+        first_weights=first_weights,
         logger=logger,
         profiler=profiler,
         log_every_steps=config.monitoring.log_every_steps,

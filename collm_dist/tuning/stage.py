@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from collm_dist.config import Config, LoraConfig, StageConfig
+from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.stage1 import Stage1
@@ -118,6 +119,7 @@ def load_stage_model(config: Config, run_dir: RunDir, name: StageName, device: t
         ArtifactError: the stage is not done, or its product is damaged.
     """
     run_dir.read_record(name)
-    loaded = get_stage(config, name).load(run_dir, device)
+    with show_phase(f"{name}: loading the model"):
+        loaded = get_stage(config, name).load(run_dir, device)
     loaded.model.eval().requires_grad_(False)
     return loaded

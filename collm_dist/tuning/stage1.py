@@ -17,6 +17,7 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.distributed import get_rank, run_on_rank_0
 from collm_dist.llm.anchored_score import load_anchored_score, save_anchored_score
 from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import sync_files
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes
@@ -117,8 +118,9 @@ class Stage1:
         save_adapter(loaded.adapter, folder / "adapter", state, source.public_name, source.revision)
         tokenizer.save_pretrained(str(folder / "adapter"))
         # Merged from the files, on the CPU: the trained model may be partitioned or quantized.
-        plain = load_llm(self.config.llm, may_quantize=False)
-        merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
+        with show_phase("stage1: merging the adapter into the backbone"):
+            plain = load_llm(self.config.llm, may_quantize=False)
+            merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
         tokenizer.save_pretrained(str(folder / "merged"))
         for product in _FOLDERS:
             sync_files(folder / product)

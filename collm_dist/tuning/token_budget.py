@@ -3,7 +3,7 @@
 Peak memory grows linearly with a micro-batch's tokens. Trials at sizes that surely fit give the slope, and the free
 memory divided by the slope is the budget. Larger sizes are not tried, so no rank can run out of memory while its peers
 wait. A GPU is fastest with as many tokens as fit. A CPU slows down when activations outgrow its caches, so it takes the
-smallest trial that is nearly the fastest.
+smallest trial that is nearly the fastest. The trials take no longer than a few steps.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from collm_dist.data.prompts.micro_batches import count_longest, plan_micro_batches
 from collm_dist.data.prompts.prompt_layout import PromptCollator, TokenCounts
 from collm_dist.data.prompts.target_groups import find_groups
-from collm_dist.data.shards.context_block import ContextBlock
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.distributed import get_world_size
 from collm_dist.llm.collm import CollmModel
 from collm_dist.monitoring import PeakMeter
+from collm_dist.phases import Phase, show_phase
 from collm_dist.prompt_batch import PromptBatch
 
 TRIAL_TOKENS = {"cuda": (1024, 2048), "cpu": (512, 1024, 2048)}
@@ -34,9 +35,13 @@ BYTES_PER_TRAINABLE = 16
 # group that does not fit.
 BATCH_TOKENS_MARGIN = 2
 # A CPU takes the smallest trial within this factor of the fastest one's time, as it needs the least memory. Trials are
-# timed in turn, in several rounds, and their best time counts: single passes differ by several percent.
+# timed in turn and their best time counts, because single passes differ by several percent.
 SPEED_TOLERANCE = 1.03
 TIMED_ROUNDS = 2
+# No further round if the trials would compute more tokens than this many steps: training is waiting.
+TRIAL_STEPS = 3
+# A batch of less than so many times a trial's tokens is tried whole instead.
+_NEARLY_WHOLE = 1.5
 
 
 @dataclass(frozen=True)
@@ -77,41 +82,91 @@ def find_token_budget(
     longest = count_longest(block, counts, groups) * (BATCH_TOKENS_MARGIN if keep_groups else 1)
     batch_tokens = BATCH_TOKENS_MARGIN * collator.collate(block, block).num_tokens
     model.train()
-    trials = []
-    for tokens in _list_trials(counts, device):
-        pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest), groups)
-        batches = [collator.collate(piece, block).to(device) for piece in pieces]
-        trials.append(_Trial(max(tokens, longest), batches, _measure_peak(model, batches, device)))
+    trials = _plan_trials(collator, block, counts, longest, groups, device)
+    with show_phase("max_tokens_per_micro_batch: trying sizes", unit="passes") as phase:
+        _measure_trials(model, trials, device, phase)
     free = _measure_free(model, device)
     slope = _fit_slope(trials)
     budget = min(max(free / slope, longest), max(batch_tokens, longest))
     if device.type == "cpu":
-        # Timed after all have run once: the first pass of all is slow.
-        rounds = [[_measure_seconds(model, trial.batches) for trial in trials] for _ in range(TIMED_ROUNDS)]
-        seconds = [min(times) for times in zip(*rounds, strict=True)]
-        budget = max(min(budget, trials[_choose_fastest(seconds)].choose_budget(batch_tokens)), longest)
+        fastest = trials[_choose_fastest([trial.estimate_seconds() for trial in trials])]
+        budget = max(min(budget, fastest.choose_budget(batch_tokens)), longest)
     agreed = torch.tensor(float(budget), device=device)
     if get_world_size() > 1:
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return TokenBudget(int(agreed), slope, free)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trial:
-    """A budget, the micro-batches that it makes of a global batch, and the peak memory of the largest."""
+    """A budget and the micro-batches that it makes of a global batch, of which the largest is run.
+
+    Attributes:
+        max_tokens: the budget.
+        largest: the largest micro-batch, on the device.
+        sizes: tokens of each micro-batch.
+        peak_bytes: most memory of a pass.
+        seconds: of the fastest pass but the first, which is slow.
+    """
 
     max_tokens: int
-    batches: list[PromptBatch]
-    peak_bytes: int
+    largest: PromptBatch
+    sizes: list[int]
+    peak_bytes: int = 0
+    seconds: float = float("inf")
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the largest micro-batch."""
-        return max(batch.num_tokens for batch in self.batches)
+        return self.largest.num_tokens
+
+    def estimate_seconds(self) -> float:
+        """Return the time of the global batch, at the speed of its largest micro-batch."""
+        return self.seconds * sum(self.sizes) / self.num_tokens
 
     def choose_budget(self, batch_tokens: int) -> int:
         """Return the budget that divides other global batches alike; an undivided one stays undivided."""
-        return batch_tokens if len(self.batches) == 1 else self.max_tokens
+        return batch_tokens if len(self.sizes) == 1 else self.max_tokens
+
+
+def _plan_trials(
+    collator: PromptCollator,
+    block: ContextBlock,
+    counts: TokenCounts,
+    longest: int,
+    groups: IntArray | None,
+    device: torch.device,
+) -> list[_Trial]:
+    """Return the trials that differ: a whole batch is tried once, and not also a little less than it."""
+    trials: list[_Trial] = []
+    for tokens in _list_trials(counts, device):
+        pieces = plan_micro_batches(block, counts, 0, 1, max(tokens, longest), groups)
+        batches = [collator.collate(piece, block) for piece in pieces]
+        largest = max(batches, key=lambda batch: batch.num_tokens)
+        if len(pieces) == 1 and len(trials) > 1 and largest.num_tokens < _NEARLY_WHOLE * trials[-1].max_tokens:
+            trials.pop()
+        trials.append(_Trial(max(tokens, longest), largest.to(device), [batch.num_tokens for batch in batches]))
+        if len(pieces) == 1:
+            break
+    return trials
+
+
+def _measure_trials(model: CollmModel, trials: list[_Trial], device: torch.device, phase: Phase) -> None:
+    """Run each trial twice, and on a CPU again for the time unless that would take too long."""
+    round_tokens, step_tokens = sum(trial.num_tokens for trial in trials), sum(trials[-1].sizes)
+    for number in range(1 + TIMED_ROUNDS):
+        takes_too_long = (number + 1) * round_tokens > TRIAL_STEPS * step_tokens
+        if number > 1 and (device.type != "cpu" or len(trials) == 1 or takes_too_long):
+            return
+        for trial in trials:
+            with PeakMeter(device) as meter:
+                started = time.perf_counter()
+                _run(model, trial.largest)
+                seconds = time.perf_counter() - started
+            trial.peak_bytes = max(trial.peak_bytes, meter.extra_bytes)
+            if number:
+                trial.seconds = min(trial.seconds, seconds)
+            phase.advance()
 
 
 def _fit_slope(trials: list[_Trial]) -> float:
@@ -119,7 +174,7 @@ def _fit_slope(trials: list[_Trial]) -> float:
 
     At least the largest trial's mean, because the difference of two close measurements is noisy.
     """
-    small, large = trials[-2:]
+    small, large = trials[-2:] if len(trials) > 1 else (trials[0], trials[0])
     mean_slope = large.peak_bytes / large.num_tokens
     if large.num_tokens == small.num_tokens:
         return max(mean_slope, 1.0)
@@ -143,23 +198,6 @@ def _list_trials(counts: TokenCounts, device: torch.device) -> list[int]:
 def _choose_fastest(seconds: list[float]) -> int:
     """Return the index of the first (smallest) trial that is nearly the fastest."""
     return next(index for index, time_taken in enumerate(seconds) if time_taken <= SPEED_TOLERANCE * min(seconds))
-
-
-def _measure_peak(model: CollmModel, batches: list[PromptBatch], device: torch.device) -> int:
-    largest = max(batches, key=lambda batch: batch.num_tokens)
-    peak = 0
-    for _ in range(2):  # the first pass warms up
-        with PeakMeter(device) as meter:
-            _run(model, largest)
-        peak = max(peak, meter.extra_bytes)
-    return peak
-
-
-def _measure_seconds(model: CollmModel, batches: list[PromptBatch]) -> float:
-    started = time.perf_counter()
-    for batch in batches:
-        _run(model, batch)
-    return time.perf_counter() - started
 
 
 def _run(model: CollmModel, batch: PromptBatch) -> None:

@@ -20,6 +20,7 @@ BASE = (
     "config",
     "runs",
     "monitoring",
+    "phases",
     "cli",
     "assets",
 )

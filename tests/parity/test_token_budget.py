@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from collm_dist.data.prompts.micro_batches import plan_micro_batches
@@ -98,6 +99,19 @@ def test_larger_global_batches_stay_undivided_if_a_whole_one_is_fastest(tmp_path
     assert tokens[0] < min(TRIAL_TOKENS["cpu"])
     assert budget.tokens == BATCH_TOKENS_MARGIN * tokens[0] > tokens[1]
     assert len(plan_micro_batches(larger, collator.count_tokens(larger), 0, 1, budget.tokens)) == 1
+
+
+@pytest.mark.parametrize("sizes", [[1], [3] * 4, [3] * 7, [3] * 13, [3] * 16, [3] * 19, [3] * 60])
+def test_the_trials_take_no_longer_than_a_few_steps(tmp_path, sizes):
+    _, collator = make_collator(STAGE1, tmp_path, stage2=False)
+    block, computed = make_block(sizes), []
+    backbone = make_model("llama", dtype=torch.float32)
+    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=("q_proj", "v_proj"), seed=1)
+    model = CollmModel(backbone, (5, 6), "yes")
+    model.register_forward_pre_hook(lambda _, arguments: computed.append(arguments[0].num_tokens))
+    find_token_budget(model, collator, block, torch.device("cpu"))
+    step = collator.collate(block, block).num_tokens
+    assert 2 * min(step, 400) <= sum(computed) <= 3.6 * step
 
 
 def test_trials_on_a_cpu_count_tokens_that_train():

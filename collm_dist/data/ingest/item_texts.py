@@ -16,6 +16,7 @@ import pyarrow as pa
 from collm_dist.data.ingest.file_format import BadRows
 from collm_dist.data.ingest.normalize import to_ids, to_text
 from collm_dist.errors import ConfigError
+from collm_dist.phases import follow
 
 # With invisible or direction-changing characters a title prints as one thing and tokenizes as another; variation
 # selectors and tag characters can hide a whole text.
@@ -109,7 +110,7 @@ def build_item_table(
     counts: Counter[str] = Counter()
     columns = {name: title_column if name == "title" else name for name in list_template_columns(template)}
     rows: dict[str, tuple[str, str]] = {}
-    for table in tables:
+    for table in follow(tables, "reading items", "blocks"):
         ids = to_ids(table.column(id_column)).to_pylist()
         raw_titles = to_text(table.column(title_column)).to_pylist()
         values = {name: to_text(table.column(column)).to_pylist() for name, column in columns.items()}

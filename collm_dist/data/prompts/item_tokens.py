@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from collm_dist.data.shards.context_block import IntArray
+from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import open_atomic
 
 logger = logging.getLogger(__name__)
@@ -107,13 +108,15 @@ def _tokenize(texts: Sequence[str], tokenizer: Any, max_tokens: int, mark: str) 
     """Return checksum, number of cut texts, offsets and ids in one array; ``mark`` is the quote around a text."""
     quote = tokenizer(mark, add_special_tokens=False)["input_ids"]
     lengths, ids, num_cut = [0], [], 0
-    for start in range(0, len(texts), _BATCH):
-        quoted = [f"{mark}{text}{mark}" for text in texts[start : start + _BATCH]]
-        for tokens in tokenizer(quoted, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
-            if len(tokens) > max_tokens + 2 * len(quote):
-                tokens, num_cut = [*tokens[: max_tokens + len(quote)], *quote], num_cut + 1
-            lengths.append(len(tokens))
-            ids.extend(tokens)
+    with show_phase("tokenizing texts", len(texts), "texts") as phase:
+        for start in range(0, len(texts), _BATCH):
+            quoted = [f"{mark}{text}{mark}" for text in texts[start : start + _BATCH]]
+            for tokens in tokenizer(quoted, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+                if len(tokens) > max_tokens + 2 * len(quote):
+                    tokens, num_cut = [*tokens[: max_tokens + len(quote)], *quote], num_cut + 1
+                lengths.append(len(tokens))
+                ids.extend(tokens)
+            phase.advance(len(quoted))
     table = np.concatenate([[0, num_cut], np.cumsum(lengths), ids]).astype(np.int64)
     table[0] = zlib.crc32(table[1:].data)
     return table
