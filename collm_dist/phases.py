@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -61,6 +61,13 @@ def show_phase(text: str, total: int | None = None, unit: str = "") -> Iterator[
     finally:
         over.set()
         thread.join()
+
+
+def keep_alive(bar: Any) -> None:
+    """Show the time that has passed on a bar whose work has not advanced: each second on a terminal, else seldom."""
+    if time.time() - bar.last_print_t >= _REFRESH_SECONDS[sys.stderr.isatty()]:
+        bar.last_print_t = time.time()
+        bar.refresh()
 
 
 def follow(elements: Iterable[Element], text: str, unit: str = "") -> Iterator[Element]:

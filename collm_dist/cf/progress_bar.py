@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from collm_dist.monitoring import TRAIN_LOSS, VALID_AUC, read_metrics
+from collm_dist.phases import keep_alive
 
 _SHOWN = (TRAIN_LOSS, VALID_AUC)
 _POLL_SECONDS = 0.5
@@ -36,7 +37,7 @@ def show_progress(log_path: Path, num_epochs: int, folds: Sequence[Path] = ()) -
                     bar.update(last["step"] - bar.n)
                 elif folds:
                     bar.set_postfix_str(f"time fold {_count_begun(folds)} of {len(folds)}", refresh=False)
-                bar.refresh()
+                keep_alive(bar)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -31,6 +31,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     # late: --help needs neither torch nor DeepSpeed
     from collm_dist.data.accepted_config import accept_config
     from collm_dist.distributed import explain_lost_workers, get_rank, leave_process_group
+    from collm_dist.tuning.deepspeed_config import check_extra
     from collm_dist.tuning.preflight import check_backbone
     from collm_dist.tuning.run_stage import run_stage
 
@@ -42,6 +43,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
         merged = {**config.cluster.deepspeed_extra, **extra}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
     run_dir = RunDir(Path(config.run.dir))
+    check_extra(config.cluster.deepspeed_extra, config.cluster.zero_stage)
     check_backbone(config)
     config = pin_previous(config)
     with hold_run_lock(run_dir.path):

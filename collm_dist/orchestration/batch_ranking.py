@@ -33,6 +33,8 @@ from collm_dist.serving.request_files import list_request_files, write_parts
 # devices.
 ROWS_PER_PART = 128
 _RETRIEVAL = "cf:"
+# Counts of what the run does not know; release 0.1 has not counted it.
+_UNKNOWN = ("unknown_users", "unknown_history_ids", "users_with_unknown_history_ids")
 _REMEDY = "set --output to a new folder, or delete this one"
 
 
@@ -219,8 +221,8 @@ def _score_on_ray(
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return totals of the parts' records, means over users, and the standard error of the paired gain."""
-    names = ("users", "rows", "device_seconds", "retrieval_seconds")
-    total: dict[str, Any] = {name: sum(record[name] for record in records) for name in names}
+    names = ("users", "rows", "device_seconds", "retrieval_seconds", *_UNKNOWN)
+    total: dict[str, Any] = {name: sum(record.get(name, 0) for record in records) for name in names}
     total["device_seconds_per_1000_users"] = 1000 * total["device_seconds"] / total["users"]
     judged = [record for record in records if "judged_users" in record]
     if not judged:
@@ -248,6 +250,16 @@ def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[s
         f"{summary['users']:,} users, {summary['rows']:,} candidates, {summary['seconds']:,.1f} s with "
         f"{summary['actors']} model(s); {summary['device_seconds_per_1000_users']:,.1f} device-seconds per 1,000 users"
     ]
+    if summary.get("unknown_users"):
+        lines.append(
+            f"WARNING: {summary['unknown_users']:,} users are not in the run's log; their items are ranked by the "
+            "given history, or as for anybody"
+        )
+    if summary.get("unknown_history_ids"):
+        lines.append(
+            f"WARNING: {summary['unknown_history_ids']:,} ids in lists of items of "
+            f"{summary['users_with_unknown_history_ids']:,} users are not in the run's item table and are skipped"
+        )
     if "recall" in summary:
         lines.append(
             f"{summary['judged_users']:,} users with known likes, of which the candidates hold {summary['recall']:.1%}"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from collm_dist.config import ClusterConfig
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.orchestration.node_facts import check_facts, read_facts
-from collm_dist.phases import show_phase
+from collm_dist.phases import keep_alive, show_phase
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.stop_signals import build_preempted, preemptible
 
@@ -157,7 +157,7 @@ def run_tasks(
             if not running:
                 return [results[index] for index in range(len(results))]
             while not (done := ray.wait(list(running), num_returns=1, timeout=_REFRESH_SECONDS)[0]):
-                bar.refresh()  # the time
+                keep_alive(bar)
             index, amount = running.pop(done[0])
             try:
                 results[index] = ray.get(done[0])

@@ -76,7 +76,7 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
 
 
 def _check_names(config: Config, run_dir: RunDir) -> None:
-    """Check the CF model and the backbone, which later steps would refuse.
+    """Check the CF model, DeepSpeed's settings and the backbone, which later steps would refuse.
 
     Raises:
         ConfigError, DataError: one of them does not exist, or does not fit the settings.
@@ -86,8 +86,10 @@ def _check_names(config: Config, run_dir: RunDir) -> None:
 
         check_arguments(config.cf)
     if not run_dir.is_done("stage2"):
+        from collm_dist.tuning.deepspeed_config import check_extra
         from collm_dist.tuning.preflight import check_backbone
 
+        check_extra(config.cluster.deepspeed_extra, config.cluster.zero_stage)
         check_backbone(config)
 
 

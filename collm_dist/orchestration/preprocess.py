@@ -113,6 +113,13 @@ def _open_work_dir(run_dir: RunDir, key: str) -> Path:
     return work_dir
 
 
+def _print_warnings(warnings: list[str]) -> list[str]:
+    """Print warnings before the work that they concern, and return them."""
+    for warning in warnings:
+        print(f"data: WARNING: {warning}", flush=True)
+    return warnings
+
+
 def _preprocess(
     plan: PreprocessPlan,
     source: Source,
@@ -142,9 +149,7 @@ def _preprocess(
     known_items = None if catalogue is None else catalogue.column("item_id").combine_chunks()
     item_counts = sum_item_counts([read_table(plan.work_file("items", index)) for index in range(len(reads))])
     facts, raw_items = merge_facts(reads), item_counts.column("id").unique()
-    warnings = list_warnings(facts, plan.dataset, raw_items, catalogue)
-    for warning in warnings:  # before the work
-        print(f"data: WARNING: {warning}", flush=True)
+    warnings = _print_warnings(list_warnings(facts, plan.dataset, raw_items, catalogue))
     check_reads(plan.dataset, reads, count_unknown_items(item_counts, known_items), previous.rows, warnings)
 
     # Drop rows outside the calendar windows, and rows of users and items that the filters exclude.

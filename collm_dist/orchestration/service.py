@@ -16,6 +16,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.metrics import Histogram
 from ray.util.queue import Queue
 
@@ -41,6 +42,8 @@ _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 _START_S = "60"
 # Variable in which Serve looks for a function that returns middlewares of its proxies.
 _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Wait for the end of Serve's controller, and between two looks at it.
+_STOP_S, _POLL_S = 30.0, 0.1
 
 
 @serve.ingress()
@@ -206,7 +209,7 @@ def _serving(port: int, options: ServiceOptions, owns_ray: bool) -> Iterator[Non
         yield
     finally:
         if not owns_ray:
-            serve.shutdown()
+            _stop_serve()
 
 
 def _drain(limit_s: float) -> None:
@@ -223,6 +226,22 @@ def _drain(limit_s: float) -> None:
         with suppress(TimeoutError):  # Serve's own, after 60 seconds
             serve.delete(APP_NAME)
             return
+
+
+def _stop_serve() -> None:
+    """End Serve.
+
+    ``serve.shutdown`` alone waits for an answer of the controller, which ends itself without one; Ray reports that on
+    every stop as a failed task. So the controller is asked to end without an answer, and then awaited.
+    """
+    with suppress(ValueError, RayError):  # it has ended
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        ray.get(controller.graceful_shutdown.remote(wait=False), timeout=_STOP_S)
+        deadline = time.monotonic() + _STOP_S
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(_POLL_S)
+    serve.shutdown()
 
 
 def _start_replicas(

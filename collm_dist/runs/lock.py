@@ -11,15 +11,17 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
 from collm_dist.errors import LaunchError
 from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.empty_folders import list_missing, remove_empty, remove_empty_below
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +53,12 @@ class Holder:
 def hold_run_lock(
     run_dir: Path, on_beat: Callable[[], None] | None = None, beat_seconds: float = BEAT_SECONDS
 ) -> Iterator[None]:
-    """Hold the lock of a run directory for the duration of the block.
+    """Hold the lock of a run directory for the duration of the block, and leave no empty folder there.
 
     Does nothing in child processes of the holder, or in a launcher's processes other than rank 0.
 
     Args:
-        run_dir: created if missing.
+        run_dir: created if missing, and removed again if nothing is written to it.
         on_beat: called with every heartbeat, from another thread.
         beat_seconds: seconds between heartbeats.
 
@@ -69,7 +71,7 @@ def hold_run_lock(
     if is_held or os.environ.get("RANK", "0") != "0":
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
+    missing = list_missing(run_dir)
     holder = _take(path)
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, holder, stop, on_beat, beat_seconds), daemon=True)
@@ -86,15 +88,40 @@ def hold_run_lock(
         else:
             os.environ[TOKEN_VARIABLE] = outer_token
         if _read_holder(path) == holder:
-            path.unlink(missing_ok=True)
+            remove_empty_below(run_dir)
+            _release(path, missing)
+
+
+@contextmanager
+def _guard(path: Path) -> Iterator[IO[str]]:
+    """Open the file beside a lock that only one process at a time may have open here."""
+    guard_path = path.with_name(f"{path.name}.guard")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process may have removed the folder meanwhile
+            guard = guard_path.open("w")
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(guard.fileno()), guard_path.stat()):
+                break
+            guard.close()
+    with guard:
+        yield guard
+
+
+def _release(path: Path, missing: Sequence[Path]) -> None:
+    """Remove a lock, and its folder if that was missing before and has nothing else."""
+    with _guard(path) as guard:
+        path.unlink(missing_ok=True)
+        if missing and {entry.name for entry in path.parent.iterdir()} == {Path(guard.name).name}:
+            Path(guard.name).unlink()
+            remove_empty(missing)
 
 
 def _take(path: Path) -> Holder:
     process = psutil.Process()
     new_holder = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
     # Only one of two processes that find a stale lock may take it over.
-    with path.with_name(f"{path.name}.guard").open("w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with _guard(path) as guard:
         os.utime(guard.fileno())
         holder = _read_holder(path)
         if holder is not None:

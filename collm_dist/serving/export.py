@@ -18,7 +18,7 @@ import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from collm_dist.config import Config
@@ -29,6 +29,7 @@ from collm_dist.phases import follow, show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
 from collm_dist.runs.damage import name_damage, read_json_file
+from collm_dist.runs.empty_folders import list_missing, remove_empty
 from collm_dist.runs.file_hashes import read_hashes
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, add_record_hash, normalize
 from collm_dist.serving.finished_run import check_settings, find_stage
@@ -215,7 +216,9 @@ def _make_whole(folder: Path) -> Iterator[Path]:
     folder = normalize(folder)
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ArtifactError(f"{folder} exists already; choose a new folder, or remove it")
-    with explain_disk_errors(folder):
+    missing = list_missing(folder.parent)
+    with ExitStack() as on_exit, explain_disk_errors(folder):
+        on_exit.callback(remove_empty, missing)
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*part"):  # of a killed export or import
             if leftover.is_dir() and not leftover.is_symlink():

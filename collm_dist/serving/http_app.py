@@ -29,12 +29,12 @@ from collm_dist.serving.http_schemas import (
     describe_mistakes,
     limit_body,
 )
-from collm_dist.serving.requests import RankedItem, RankingQuery
+from collm_dist.serving.requests import Ranking, RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 
 logger = logging.getLogger(__name__)
 
-Ranked = list[RankedItem] | RequestError
+Ranked = Ranking | RequestError
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON."},
     408: {"description": "The body arrived too slowly."},
@@ -86,7 +86,9 @@ def build_app(
             "Server-Timing": f"queue;dur={1000 * result.waited_s:.1f}, score;dur={1000 * result.took_s:.1f}",
             "X-Scored-Together": str(result.size),
         }
-        return JSONResponse({"ranked": [vars(item) for item in result.answer], "model": health.model}, headers=headers)
+        ranked = [vars(item) for item in result.answer]
+        content = {"ranked": ranked, "warnings": result.answer.warnings, "model": health.model}
+        return JSONResponse(content, headers=headers)
 
     # The limits are only known at run time, so the body's type cannot be a static annotation.
     rank_items.__annotations__["body"] = Annotated[body_type, Body()]

@@ -104,6 +104,7 @@ class RankAnswer(BaseModel):
     """Ranked items, best first."""
 
     ranked: list[RankedItemBody]
+    warnings: list[str] = Field(description="What the run does not know: the user, or ids in lists of items.")
     model: str = Field(description="Model that scored, as in /healthz.")
 
 

@@ -93,6 +93,7 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
         "rows": sum(map(len, scored)),
         "device_seconds": time.perf_counter() - started,
         "retrieval_seconds": retrieved - started,
+        **_count_unknown(recommender, original),
     }
     scores = dict(zip(filled, scored, strict=True))
     labelled = [index for index in filled if labels[index] is not None and any(labels[index] or ())]
@@ -103,6 +104,17 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
     _write_scores(folder.scores(part), recommender, requests, scores)
     write_json(folder.record(part), record)
     return record
+
+
+def _count_unknown(recommender: Recommender, requests: Sequence[RankingRequest]) -> dict[str, Any]:
+    """Return how many users, and ids of given histories, the run does not know."""
+    found = [recommender.find_unknown(request) for request in requests]
+    skipped = [sum(map(len, unknown.items.values())) for unknown in found]
+    return {
+        "unknown_users": sum(unknown.user is not None for unknown in found),
+        "unknown_history_ids": sum(skipped),
+        "users_with_unknown_history_ids": sum(count > 0 for count in skipped),
+    }
 
 
 def _write_scores(

@@ -9,6 +9,7 @@ split gets the score from which the report was made.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,14 +32,18 @@ from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.requests import (
     Id,
     RankedItem,
+    Ranking,
     RankingQuery,
     RankingRequest,
     RequestReader,
+    UnknownIds,
     UserContext,
 )
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.scoring import AUTO_TOKENS
 from collm_dist.tuning.stage import get_stage
+
+logger = logging.getLogger(__name__)
 
 # Most candidates laid out at once. More would use host memory without better micro-batches.
 _MAX_ROWS = 4096
@@ -114,8 +119,11 @@ class Recommender:
         disliked: Sequence[Id] | None = None,
         allowed: Sequence[Id] | None = None,
         blocked: Sequence[Id] | None = None,
-    ) -> list[RankedItem]:
+    ) -> Ranking:
         """Rank items for a user, best first.
+
+        A user or ids of the history that the run does not know are logged as a warning, and are in ``warnings`` of the
+        answer.
 
         Args:
             history, candidates, user, as_of, disliked, allowed, blocked: see ``RankingRequest``; without candidates,
@@ -130,9 +138,11 @@ class Recommender:
         answer = self.rank_many([query])[0]
         if isinstance(answer, RequestError):
             raise answer
+        for warning in answer.warnings:
+            logger.warning("%s", warning)
         return answer
 
-    def rank_many(self, queries: Sequence[RankingQuery]) -> list[list[RankedItem] | RequestError]:
+    def rank_many(self, queries: Sequence[RankingQuery]) -> list[Ranking | RequestError]:
         """Answer many queries, in one pass if the device has room. An invalid query does not affect the others.
 
         Returns:
@@ -141,7 +151,7 @@ class Recommender:
         Raises:
             ArtifactError: a score is not finite.
         """
-        answers: list[list[RankedItem] | RequestError] = [[] for _ in queries]
+        answers: list[Ranking | RequestError] = [Ranking() for _ in queries]
         valid: dict[int, RankingRequest] = {}
         for index, query in enumerate(queries):
             try:
@@ -149,11 +159,22 @@ class Recommender:
             except RequestError as error:
                 answers[index] = error
                 continue
+            answers[index] = Ranking(warnings=self.find_unknown(request).list_warnings())
             if request.candidates:  # empty for a user who has seen everything
                 valid[index] = request
         for (index, request), scores in zip(valid.items(), self.score(list(valid.values())), strict=True):
-            answers[index] = self.order_items(request.candidates, scores)[: queries[index].top_k]
+            answer = answers[index]
+            assert isinstance(answer, Ranking)
+            answer += self.order_items(request.candidates, scores)[: queries[index].top_k]
         return answers
+
+    def find_unknown(self, request: RankingRequest) -> UnknownIds:
+        """Return the ids of a request, candidates aside, that the run does not know.
+
+        Raises:
+            RequestError: a field has the wrong type.
+        """
+        return self._reader.find_unknown(request)
 
     def _to_request(self, query: RankingQuery) -> RankingRequest:
         """Check a query and return it as a request, with retrieved candidates if none are given."""

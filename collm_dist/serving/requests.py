@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
 
 _MAX_SHOWN_IDS = 5
+# Lists of items of which unknown ids are skipped.
+_SKIPPING_FIELDS = ("history", "disliked", "allowed", "blocked")
 Id = str | int
 
 
@@ -80,6 +82,46 @@ class RankedItem:
     score: float
     rank: int
     title: str
+
+
+class Ranking(list[RankedItem]):
+    """Ranked items, best first.
+
+    Attributes:
+        warnings: what the run does not know of the request: its user, or ids of its history.
+    """
+
+    def __init__(self, items: Iterable[RankedItem] = (), warnings: Sequence[str] = ()) -> None:
+        """Store the items."""
+        super().__init__(items)
+        self.warnings = list(warnings)
+
+
+@dataclass(frozen=True)
+class UnknownIds:
+    """Ids of a request that the run does not know.
+
+    Attributes:
+        user: the user's id; None = it is known, or none is given.
+        items: unknown item ids, by field of the request.
+        given: number of ids in each of these fields.
+    """
+
+    user: str | None
+    items: dict[str, list[str]]
+    given: dict[str, int]
+
+    def list_warnings(self) -> list[str]:
+        """Return a sentence for each field with unknown ids."""
+        warnings = []
+        if self.user is not None:
+            warnings.append(f"user: {self.user!r} is not in the run's log; the items are ranked for an unknown user")
+        for field, ids in self.items.items():
+            warnings.append(
+                f"{field}: {len(ids)} of {self.given[field]} ids are not in the run's item table and are skipped "
+                f"({_show_ids(ids)})"
+            )
+        return warnings
 
 
 @dataclass(frozen=True)
@@ -184,6 +226,23 @@ class RequestReader:
         allowed = None if request.allowed is None else np.unique(self._find_items(request.allowed, "allowed"))
         return allowed, np.union1d(seen, self._find_items(request.blocked or (), "blocked"))
 
+    def find_unknown(self, request: RankingRequest) -> UnknownIds:
+        """Return the ids of a request, candidates aside, that the run does not know.
+
+        Raises:
+            RequestError: a field has the wrong type.
+        """
+        user = None if request.user is None else _to_id(request.user, "user")
+        given = {field: _to_ids(getattr(request, field) or (), field) for field in _SKIPPING_FIELDS}
+        unknown = {
+            field: [item_id for item_id in ids if item_id not in self.item_index] for field, ids in given.items()
+        }
+        return UnknownIds(
+            None if user is None or user in self._user_index else user,
+            {field: ids for field, ids in unknown.items() if ids},
+            {field: len(ids) for field, ids in given.items()},
+        )
+
     def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
         """Return the dense indices of the items in a list of ids that the run knows."""
         item_ids = _to_ids(values, field)
@@ -199,11 +258,10 @@ class RequestReader:
         if not item_ids:
             raise RequestError("candidates: the list is empty; give at least one item")
         if unknown := [item_id for item_id in item_ids if item_id not in self.item_index]:
-            examples = ", ".join(repr(item_id) for item_id in unknown[:_MAX_SHOWN_IDS])
             raise RequestError(
-                f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's item table ({examples}"
-                f"{', ...' if len(unknown) > _MAX_SHOWN_IDS else ''}); remove them, or add the items to "
-                "dataset.items_path and extend the run with dataset.extend_from"
+                f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's item table "
+                f"({_show_ids(unknown)}); remove them, or add the items to dataset.items_path and extend the run with "
+                "dataset.extend_from"
             )
         if len(set(item_ids)) < len(item_ids):
             repeated = next(item_id for position, item_id in enumerate(item_ids) if item_id in item_ids[:position])
@@ -259,6 +317,10 @@ class RequestReader:
                 [np.tile(user.dislikes, size) for user, size in zip(users, sizes, strict=True)]
             ),
         )
+
+
+def _show_ids(ids: Sequence[str]) -> str:
+    return ", ".join(map(repr, ids[:_MAX_SHOWN_IDS])) + (", ..." if len(ids) > _MAX_SHOWN_IDS else "")
 
 
 def _to_ids(values: Sequence[Id], field: str) -> list[str]:

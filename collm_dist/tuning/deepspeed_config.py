@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,26 @@ def build_deepspeed_config(
     }
     refuse_owned_keys(extra)
     return _merge(base, extra)
+
+
+def check_extra(extra: Mapping[str, Any], zero_stage: int) -> None:
+    """Check the user's extra keys before any work.
+
+    Raises:
+        ConfigError: a key is owned, or DeepSpeed does not know it or refuses its value.
+    """
+    if not extra:
+        return
+    config = build_deepspeed_config(zero_stage=zero_stage, bfloat16=False, max_grad_norm=1.0, extra=extra)
+    from collm_dist.tuning.engine import find_unknown_settings  # late: DeepSpeed takes seconds to import
+
+    mistakes = []
+    for name, known in find_unknown_settings(config):
+        matches = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+        hint = f"did you mean '{matches[0]}'?" if matches else f"it knows {', '.join(sorted(known))}"
+        mistakes.append(f"cluster.deepspeed_extra: DeepSpeed does not know '{name}'; {hint}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def refuse_owned_keys(extra: Mapping[str, Any]) -> None:

@@ -13,16 +13,22 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from collm_dist.distributed import get_rank, get_world_size
+from collm_dist.errors import ConfigError
 
+# Read by ``deepspeed.initialize`` itself.
+_OTHER_KEYS = {"sequence_parallel_size", "data_parallel_size"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -52,6 +58,66 @@ def init_distributed(timeout_minutes: float) -> torch.device:
         dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
     )
     return device
+
+
+class _ReadSettings(dict[str, Any]):
+    """Settings that note which keys are looked up, and whether they are read as a whole, which pydantic then checks."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        nested = {key: _ReadSettings(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+        super().__init__(nested)
+        self.looked_up: set[str] = set()
+        self.is_whole = False
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looked_up.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_up.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.looked_up.add(key)
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self.is_whole = True
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        return self  # "key in settings.keys()" is a look-up
+
+    def find_unread(self, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
+        """Yield the dotted names of keys that were not read, each with the keys that were looked up beside it."""
+        for key, value in dict.items(self):
+            if self.is_whole or key in self.looked_up:
+                if isinstance(value, _ReadSettings) and value.looked_up:
+                    yield from value.find_unread(f"{prefix}{key}.")
+            else:
+                yield prefix + key, self.looked_up
+
+
+def find_unknown_settings(config: Mapping[str, Any]) -> list[tuple[str, set[str]]]:
+    """Return the settings that this DeepSpeed does not read, as dotted names, each with the names that it knows there.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a value; the message is its own.
+    """
+    settings = _ReadSettings(config)
+    settings.looked_up |= _OTHER_KEYS
+    try:
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        kinds = {kind.__name__: kind for kind in DeepSpeedConfigModel.__subclasses__()}
+        known = set(kinds[error.title].model_fields) if error.title in kinds else set()
+        mistakes = [(".".join(map(str, mistake["loc"])), mistake) for mistake in error.errors()]
+        if wrong := [f"{name}: {mistake['msg']}" for name, mistake in mistakes if mistake["type"] != "extra_forbidden"]:
+            raise ConfigError("cluster.deepspeed_extra: " + "; ".join(wrong)) from None
+        return [(name, known) for name, _ in mistakes]
+    except (AssertionError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        raise ConfigError(f"cluster.deepspeed_extra: DeepSpeed refuses it: {error}") from None
+    return list(settings.find_unread())
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collm_dist.serving.batching import Pass
 from collm_dist.serving.gateway import Gateway
 from collm_dist.serving.http_app import build_app
 from collm_dist.serving.http_schemas import HealthAnswer, RankBody
-from collm_dist.serving.requests import RankedItem, RankingQuery
+from collm_dist.serving.requests import RankedItem, Ranking, RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 
 HEALTH = HealthAnswer(ready=True, run="mine", stage="stage2", model="abc", device="cpu", users=2, items=3)
@@ -35,7 +35,7 @@ async def rank(query):
         raise KeyError("secret")
     if query.user == "wrong":
         return Pass(RequestError("candidates: 'x\ud800' is unknown"), 1, 0.001, 0.002)
-    return Pass([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], 3, 0.001, 0.002)
+    return Pass(Ranking([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], ["user: '7' is new"]), 3, 0.001, 0.002)
 
 
 def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, length=None):
@@ -72,7 +72,7 @@ def test_a_query_arrives_as_it_was_sent():
     sent = {"user": 7, "history": ["a", 1], "candidates": ["2"], "as_of": 5, "top_k": 1, "num_retrieved": 4}
     status, headers, answer, _ = ask(sent)
     assert status == 200
-    assert answer["model"] == "abc"
+    assert (answer["model"], answer["warnings"]) == ("abc", ["user: '7' is new"])
     assert answer["ranked"] == [
         {"item_id": repr(RankingQuery(**sent)), "score": 0.1 + 0.2, "rank": 1, "title": "千と千尋"}
     ]

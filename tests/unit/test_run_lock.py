@@ -37,6 +37,34 @@ def test_the_lock_is_left_behind_clean(tmp_path):
     assert TOKEN_VARIABLE not in os.environ
 
 
+def test_nothing_empty_stays(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for folder in (tmp_path / "runs" / "new", kept):
+        with hold_run_lock(folder):
+            (folder / "stage1" / "checkpoints").mkdir(parents=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert [path.name for path in kept.iterdir()] == [f"{LOCK_NAME}.guard"]
+    with hold_run_lock(tmp_path / "runs" / "new"):
+        (tmp_path / "runs" / "new" / "record").touch()
+    assert (tmp_path / "runs" / "new" / "record").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_come_and_go_leave_one_holder_at_a_time(tmp_path):
+    """Each removes the folder that the others wait for."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom collm_dist.errors import LaunchError\n"
+        "from collm_dist.runs.lock import hold_run_lock\nfolder = Path(sys.argv[1])\n"
+        "for _ in range(60):\n    try:\n        with hold_run_lock(folder / 'run'):\n"
+        "            (folder / 'held').open('x').close()\n            (folder / 'held').unlink()\n"
+        "    except LaunchError:\n        pass\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
 def test_a_living_holder_is_named(tmp_path, stranger):
     with pytest.raises(LaunchError, match=f"process {stranger.pid} on "), hold_run_lock(tmp_path):
         pass

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 
 from collm_dist import monitoring
 from collm_dist.errors import ConfigError
-from collm_dist.tuning.deepspeed_config import OWNED_KEYS, build_deepspeed_config
+from collm_dist.tuning.deepspeed_config import OWNED_KEYS, build_deepspeed_config, check_extra
 from collm_dist.tuning.learning_rate import compute_learning_rate
 
 
@@ -45,6 +46,38 @@ def test_deepspeed_config_is_explicit_and_merges_extra_last():
 def test_zero_stage_0_in_bfloat16_becomes_1(zero_stage, bfloat16, expected):
     config = build_deepspeed_config(zero_stage=zero_stage, bfloat16=bfloat16, max_grad_norm=0.0, extra={})
     assert config["zero_optimization"] == {"stage": expected}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"wall_clock_brakdown": True}, "does not know 'wall_clock_brakdown'; did you mean 'wall_clock_breakdown'"),
+        ({"zero_optimization": {"overlap_com": True}}, "does not know 'overlap_com'; did you mean 'overlap_comm'"),
+        ({"flops_profiler": {"enabled": False, "top_module": 2}}, "'flops_profiler.top_module'; did you mean 'top_mod"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be a valid integer"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' is determined by stage1.learning_rate"),
+    ],
+)
+def test_deepspeed_settings_are_refused_before_work(extra, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_extra(extra, 2)
+
+
+def test_deepspeed_settings_that_it_knows_pass():
+    check_extra({}, 0)
+    check_extra({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 3)
+    check_extra(
+        {
+            "wall_clock_breakdown": True,
+            "steps_per_print": "auto",
+            "zero_optimization": {"overlap_comm": True, "offload_optimizer": {"device": "cpu"}, "stage": "auto"},
+            "flops_profiler": {"enabled": False, "top_modules": 2},
+            "activation_checkpointing": {"partition_activations": False},
+            "tensorboard": {"enabled": False, "job_name": "x"},
+            "comms_logger": {"enabled": False, "verbose": True},
+        },
+        2,
+    )
 
 
 @pytest.mark.parametrize("key", OWNED_KEYS)
