@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest import file_parts, text_blocks, text_rows
-from collm_dist.data.ingest.file_format import UTF8_OR_LATIN1, TextLayout
+from collm_dist.data.ingest.file_format import UTF8_OR_LATIN1, WHOLE_FILE, TextLayout
 from collm_dist.data.ingest.file_parts import split_file
 from collm_dist.data.ingest.file_readers import BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.source import open_source
@@ -158,6 +158,10 @@ def test_packed_files_and_other_encodings_stay_whole(tmp_path):
         with mock.patch.object(text_blocks, "BLOCK_BYTES", 64):
             parts, (tables, bad, *_) = read_parts(tmp_path / name, 1, file_format)
         assert (parts, sum(len(table["user_id"]) for table in tables), bad) == (1, 40, [])
+
+
+def test_files_of_web_servers_stay_whole():
+    assert list(split_file("https://example.org/log.csv", PLAIN, 1 << 40)) == [WHOLE_FILE]
 
 
 TEXTS = st.lists(st.sampled_from(['"', '""', ",", "\n", "\r\n", "\r", "é", "日", "a", " ", "1,2,3,4\n"]), max_size=12)

@@ -19,7 +19,9 @@ PART_BYTES = 30 << 20
 
 
 def split_file(uri: str, file_format: FileFormat, size: int | None) -> Iterator[FilePart]:
-    """Yield the parts of a text file in order; a small or packed file, or one of several bytes a line end, is one part.
+    """Yield the parts of a text file in order.
+
+    Files that are small, packed, behind http(s), or in an encoding such as UTF-16 are one part.
 
     A part starts at the end of a block at which no quoted cell is open. Since a block depends only on where it starts
     (``read_blocks``), and a row only on the rows before it in its block, parts give the blocks, rows, line numbers and
@@ -31,7 +33,9 @@ def split_file(uri: str, file_format: FileFormat, size: int | None) -> Iterator[
         size: in bytes, if known.
     """
     part = FilePart()
-    if size is not None and size > PART_BYTES and can_start_at_any_line(file_format.encoding):
+    # Web servers need not send ranges of a file.
+    can_split = can_start_at_any_line(file_format.encoding) and not uri.startswith(("http://", "https://"))
+    if can_split and size is not None and size > PART_BYTES:
         try:
             for place in _find_places(uri, file_format):
                 if size > place.start >= part.start + PART_BYTES:
