@@ -65,7 +65,7 @@ def show_phase(text: str, total: int | None = None, unit: str = "") -> Iterator[
 
 def keep_alive(bar: Any) -> None:
     """Show the time that has passed on a bar whose work has not advanced: each second on a terminal, else seldom."""
-    if time.time() - bar.last_print_t >= _REFRESH_SECONDS[sys.stderr.isatty()]:
+    if not bar.disable and time.time() - bar.last_print_t >= _REFRESH_SECONDS[sys.stderr.isatty()]:
         bar.last_print_t = time.time()
         bar.refresh()
 

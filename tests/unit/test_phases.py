@@ -3,9 +3,10 @@
 import time
 
 import pytest
+from tqdm import tqdm
 
 from collm_dist import phases
-from collm_dist.phases import follow, show_phase, show_phases
+from collm_dist.phases import follow, keep_alive, show_phase, show_phases
 
 
 @pytest.fixture
@@ -43,3 +44,9 @@ def test_it_shows_nothing_if_it_is_short_or_nobody_asked(shown, capsys):
 def test_an_error_ends_the_phase(shown, capsys):
     with pytest.raises(ValueError, match="stop"), show_phase("failing"):
         raise ValueError("stop")
+
+
+def test_a_bar_that_is_switched_off_stays_so(capsys):
+    with tqdm(total=1, disable=True) as bar:
+        keep_alive(bar)
+    assert capsys.readouterr().err == ""
