@@ -64,6 +64,16 @@ def open_filesystem(uri: str, key: str = "dataset.path") -> tuple[Any, str]:
         return pa_fs.PyFileSystem(pa_fs.FSSpecHandler(filesystem)), path
 
 
+def find_local_path(uri: str) -> Path | None:
+    """Return the path of a local file, or None for other file systems.
+
+    Raises:
+        DataError: the scheme or an option is not supported.
+    """
+    filesystem, path = open_filesystem(uri)
+    return Path(path) if isinstance(filesystem, pa_fs.LocalFileSystem) else None
+
+
 def is_store(filesystem: Any) -> bool:
     """Return whether a file system is an object store."""
     return isinstance(filesystem, pa_fs.S3FileSystem | pa_fs.GcsFileSystem)

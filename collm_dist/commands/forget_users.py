@@ -18,11 +18,17 @@ EXAMPLES = """examples:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import pyarrow as pa
+
     from collm_dist.data.ingest.forgotten_users import load_forgotten
+    from collm_dist.data.ingest.id_forms import drop_fractions
     from collm_dist.data.shards.interactions import load_known_users
     from collm_dist.runs.user_deletion import find_held_users, remove_runs
 
-    runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_known_users)
+    def load_ids(data_dir: Path) -> list[str]:  # as in the list
+        return [str(user) for user in drop_fractions(pa.array(load_known_users(data_dir), pa.string())).to_pylist()]
+
+    runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_ids)
     for run in runs:
         count = "unknown: its data step is unfinished" if run.count is None else f"{run.count:,} listed users"
         print(f"{run.path}: {count}")

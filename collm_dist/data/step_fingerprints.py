@@ -12,7 +12,7 @@ from collm_dist.data.ingest.user_texts import open_user_file
 from collm_dist.data.prompt_needs import check_prompt_needs
 from collm_dist.data.prompts.prompt_template import load_prompt_text
 from collm_dist.runs.fingerprints import compute_fingerprint
-from collm_dist.runs.input_files import describe_file, keep_old_entries
+from collm_dist.runs.input_files import describe_file, describe_inputs, keep_old_entries
 from collm_dist.runs.previous_run import describe_previous_step
 from collm_dist.runs.run_dir import STAGES, RunDir, Step
 from collm_dist.storage import describe_files, list_files
@@ -33,12 +33,13 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
     """
     if step == "data":
         check_prompt_needs(config)
-        inputs = open_source(config.dataset).inputs() | describe_previous(config.dataset.extend_from)
+        states = open_source(config.dataset).inputs()
         if (user_file := open_user_file(config.dataset)) is not None:
-            inputs |= user_file.inputs()
+            states |= user_file.inputs()
         if config.dataset.forget is not None:
-            inputs |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
-        return compute_fingerprint(config, step, run_dir, inputs)
+            states |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
+        inputs = describe_inputs(states, _read_fingerprint(run_dir, "data"))
+        return compute_fingerprint(config, step, run_dir, inputs | describe_previous(config.dataset.extend_from))
     if step == "cf":
         vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}
         vectors = keep_old_entries(vectors, _read_fingerprint(run_dir, "cf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import ray
 
 from collm_dist.config import Config
 from collm_dist.data.ingest.file_parts import PART_BYTES
-from collm_dist.data.ingest.filtered_buckets import load_filtered_ids
+from collm_dist.data.ingest.filtered_buckets import load_filtered_ids, load_item_counts
 from collm_dist.data.ingest.forgotten_users import load_forgotten
+from collm_dist.data.ingest.id_forms import check_extension, describe_forms, unify_items
 from collm_dist.data.ingest.id_tables import (
     PreviousTables,
     assign_items,
@@ -25,9 +27,9 @@ from collm_dist.data.ingest.id_tables import (
 )
 from collm_dist.data.ingest.ingest_tasks import filter_bucket, read_chunk
 from collm_dist.data.ingest.input_checks import check_filtered_rows, check_items, check_reads, check_splits
-from collm_dist.data.ingest.input_facts import describe_input, list_warnings, merge_facts
-from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_item_counts, sum_over_months
-from collm_dist.data.ingest.shuffle_files import read_table
+from collm_dist.data.ingest.input_facts import InputFacts, describe_input, list_warnings, merge_facts
+from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_over_months
+from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.ingest.user_texts import write_user_texts
 from collm_dist.data.manifest_record import PreprocessStats, build_manifest_record, format_summary, sum_split_rows
@@ -113,11 +115,55 @@ def _open_work_dir(run_dir: RunDir, key: str) -> Path:
     return work_dir
 
 
-def _print_warnings(warnings: list[str]) -> list[str]:
-    """Print warnings before the work that they concern, and return them."""
-    for warning in warnings:
+@dataclass(frozen=True)
+class _CheckedInput:
+    """The log and the item files as a whole, with ids in their final form.
+
+    Attributes:
+        facts: of the log.
+        whole_columns: columns in whose ids 17.0 is 17.
+        item_file, items: the item files as they are written, and their table ``item_id, title, text``.
+        catalogue: the same table; None without item files.
+        item_counts: table ``id, month, count`` of the log's items.
+    """
+
+    facts: InputFacts
+    whole_columns: frozenset[str]
+    item_file: ItemCatalogue
+    items: Any
+    catalogue: Any
+    item_counts: Any
+
+    @property
+    def item_ids(self) -> Any:
+        """Distinct item ids of the log."""
+        return self.item_counts.column("id").unique()
+
+    @property
+    def known_items(self) -> Any:
+        """Ids in the item files; None without item files."""
+        return None if self.catalogue is None else self.catalogue.column("item_id").combine_chunks()
+
+
+def _check_input(
+    plan: PreprocessPlan, source: Source, reads: list[dict[str, Any]], previous: PreviousTables
+) -> _CheckedInput:
+    """Read the item files, decide on the form of ids, print warnings, and check the input as a whole."""
+    item_file = source.read_items()
+    check_items(plan.dataset, item_file)
+    facts = merge_facts(reads)
+    whole = facts.settle_ids(item_file.table, {"user_id": previous.user_ids, "item_id": previous.item_ids})
+    for note in describe_forms(facts.forms, whole):
+        print(f"data: {note}")
+    items = unify_items(item_file.table) if "item_id" in whole else item_file.table
+    catalogue = items if source.items_uris else None
+    counts = load_item_counts(plan, [read["uri"] for read in reads], whole)
+    log = _CheckedInput(facts, whole, item_file, items, catalogue, counts)
+    warnings = list_warnings(facts, plan.dataset, log.item_ids, catalogue)
+    for warning in warnings:  # before the work
         print(f"data: WARNING: {warning}", flush=True)
-    return warnings
+    check_reads(plan.dataset, reads, count_unknown_items(counts, log.known_items), previous.rows, warnings)
+    return log
 
 
 def _preprocess(
@@ -142,29 +188,24 @@ def _preprocess(
         progress=ByteProgress(num_bytes, lambda arguments: arguments[3].num_bytes),
         in_order=True,
     )
-    item_file = source.read_items()
-    check_items(plan.dataset, item_file)
-    items = item_file.table
-    catalogue = items if source.items_uris else None
-    known_items = None if catalogue is None else catalogue.column("item_id").combine_chunks()
-    item_counts = sum_item_counts([read_table(plan.work_file("items", index)) for index in range(len(reads))])
-    facts, raw_items = merge_facts(reads), item_counts.column("id").unique()
-    warnings = _print_warnings(list_warnings(facts, plan.dataset, raw_items, catalogue))
-    check_reads(plan.dataset, reads, count_unknown_items(item_counts, known_items), previous.rows, warnings)
+    log, uris = _check_input(plan, source, reads, previous), [read["uri"] for read in reads]
 
     # Drop rows outside the calendar windows, and rows of users and items that the filters exclude.
     window = None
     if plan.dataset.split.method == "calendar":
         window = build_calendar_rule(plan.dataset.split, min(read["first"] for read in reads))
     kept_items = select_ids(
-        sum_over_months(item_counts, window), plan.dataset.min_item_interactions, plan.dataset.max_item_interactions
+        sum_over_months(log.item_counts, window), plan.dataset.min_item_interactions, plan.dataset.max_item_interactions
     )
-    known_ref, kept_ref = ray.put(known_items), ray.put(kept_items)
+    known_ref, kept_ref = ray.put(log.known_items), ray.put(kept_items)
     first_rows = np.cumsum([0] + [read["rows_read"] for read in reads]).tolist()
     num_raw_rows, chunk_paths = first_rows.pop(), [plan.work_file("chunk", index) for index in range(len(reads))]
     filters = run(
         filter_bucket,
-        [(plan_ref, bucket, chunk_paths, first_rows, known_ref, kept_ref, window) for bucket in buckets],
+        [
+            (plan_ref, bucket, chunk_paths, uris, first_rows, log.whole_columns, known_ref, kept_ref, window)
+            for bucket in buckets
+        ],
         description="filtering",
     )
     num_rows = check_filtered_rows(filters)
@@ -173,9 +214,11 @@ def _preprocess(
     rule = window or build_split_rule(plan)
     with show_phase("tables of users and items"):
         user_ids, used_items = ([load_filtered_ids(plan, b, kind) for b in buckets] for kind in ("users", "items"))
+        check_extension(log.facts.forms["user_id"], pa.chunked_array(user_ids), previous.user_ids, "user_id")
+        check_extension(log.facts.forms["item_id"], pa.chunked_array(used_items), previous.item_ids, "item_id")
         user_tables, user_ranges = assign_users(previous, user_ids)
         item_ids = assign_items(previous, used_items)
-        tables = write_id_tables(plan.data_dir, user_tables, user_ranges, item_ids, items)
+        tables = write_id_tables(plan.data_dir, user_tables, user_ranges, item_ids, log.items)
         user_texts = write_user_texts(plan.data_dir, plan.dataset, tables.user_ids, forgotten)
 
     # Build the samples: histories by user, as-of counts by item, joined by row id.
@@ -197,6 +240,8 @@ def _preprocess(
         description="packing shards",
     )
     users = sum(bucket.get("users", 0) for bucket in filters), sum(bucket.get("single", 0) for bucket in filters)
-    record = describe_input(facts, plan.dataset, raw_items, catalogue, users)
-    stats = PreprocessStats(reads, filters, joins, shards, split_rows, item_file, len(forgotten), record, user_texts)
+    record = describe_input(log.facts, plan.dataset, log.item_ids, log.catalogue, users)
+    stats = PreprocessStats(
+        reads, filters, joins, shards, split_rows, log.item_file, len(forgotten), record, user_texts
+    )
     return build_manifest_record(plan, source, previous, tables, stats)

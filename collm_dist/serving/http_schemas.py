@@ -8,16 +8,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, create_model
 from pydantic_core import PydanticCustomError
 
-from collm_dist.serving.requests import RankingQuery
+from collm_dist.serving.requests import RankingQuery, to_whole_number
 from collm_dist.serving.service_options import ServiceOptions
 
 _MAX_NAMED = 3
 
 
 def _check_id(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    number = to_whole_number(value)
+    if number is None and not isinstance(value, str):
         raise PydanticCustomError("id", "is not an id; ids are strings or integers")
-    return value
+    return value if number is None else number
 
 
 ItemId = Annotated[str | int, BeforeValidator(_check_id)]

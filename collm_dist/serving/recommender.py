@@ -21,6 +21,7 @@ import torch
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
+from collm_dist.data.ingest.id_forms import IdIndex
 from collm_dist.data.shards.context_block import IntArray
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids, load_user_texts
 from collm_dist.data.shards.manifest import load_manifest
@@ -80,13 +81,13 @@ class Recommender:
         self.config, self.stage = config, stage
         self.user_ids, self.item_ids, self._titles = load_user_ids(data_dir), items["item_id"], items["title"]
         self._reader = RequestReader(
-            {user_id: index for index, user_id in enumerate(self.user_ids)},
-            {item_id: index for index, item_id in enumerate(self.item_ids)},
+            IdIndex(self.user_ids),
+            IdIndex(self.item_ids),
             EventLog.load(data_dir, manifest),
             max_history_length=manifest.max_history_length,
             max_dislikes=config.preprocessing.max_dislikes,
             every_event_is_a_like=manifest.feedback == "implicit",
-            text_rows=None if texts is None else {user_id: row for row, user_id in enumerate(texts["user_id"])},
+            text_rows=None if texts is None else IdIndex(texts["user_id"]),
         )
         cf: SlotVectors | None = loaded.model.cf_model
         if config.cf.model == "none":  # id tokens cannot order items by themselves
@@ -200,7 +201,7 @@ class Recommender:
 
     def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:
         """Return candidates with (N,) scores as ranked items. Equal scores keep the order of the item table."""
-        indices = np.array([self._reader.item_index[str(item_id)] for item_id in candidates])
+        indices = self._reader.read_candidates(RankingRequest(candidates=candidates))
         order = np.lexsort((indices, -scores))
         return [
             RankedItem(self.item_ids[indices[position]], float(scores[position]), rank, self._titles[indices[position]])

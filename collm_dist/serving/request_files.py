@@ -7,6 +7,7 @@ candidates, and a time (seconds since 1970, or an Arrow timestamp). Null means n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from collm_dist.data.ingest.id_forms import match_forms
 from collm_dist.errors import RequestError
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.serving.requests import RankingRequest
@@ -137,9 +139,18 @@ def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> An
         rows, values = _flatten(columns[name])
         refuse(name, _mark(rows[values.is_null().to_numpy(zero_copy_only=False)], table.num_rows),
                "an id in the list is null; remove it")  # fmt: skip
+    columns["candidates"] = _unify(columns["candidates"], known)
     _check_candidates(columns["candidates"], known, refuse, retrieves)
     _check_labels(columns["labels"], columns["candidates"], refuse)
     return pa.table(columns, schema=REQUEST_SCHEMA)
+
+
+def _unify(lists: Any, known: Any) -> Any:
+    """Return lists of item ids in the form of the run's ids."""
+    values = match_forms(lists.values, known)
+    if values is lists.values or values.equals(lists.values):
+        return lists
+    return pa.ListArray.from_arrays(lists.offsets, values, mask=lists.is_null())
 
 
 class _Refusal:
@@ -191,7 +202,7 @@ def _mark(rows: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
 
 
 def _convert(column: Any, field: Any, path: str) -> Any:
-    """Return a column in the type of its field. Ids may be integers, but not fractions."""
+    """Return a column in the type of its field. Ids may be numbers without a fraction."""
     column_type, is_list = column.type, pa.types.is_list(field.type)
     inner = column_type.value_type if is_list and hasattr(column_type, "value_type") else column_type
     if isinstance(inner, pa.DictionaryType):
@@ -203,6 +214,9 @@ def _convert(column: Any, field: Any, path: str) -> Any:
         fits = fits or pa.types.is_timestamp(inner)
     else:
         fits = fits or pa.types.is_string(inner) or pa.types.is_large_string(inner)
+        if pa.types.is_floating(inner):  # as which whole numbers are written if one of them is missing
+            with suppress(pa.ArrowException):
+                column, fits = column.cast(pa.list_(pa.int64()) if is_list else pa.int64()), True
     is_a_list = (
         pa.types.is_list(column_type) or pa.types.is_large_list(column_type) or pa.types.is_fixed_size_list(column_type)
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from collm_dist.data.ingest.id_forms import IdIndex
 from collm_dist.data.prompts.ragged import to_offsets
 from collm_dist.data.samples.pair_features import compute_count_features
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
@@ -17,12 +19,15 @@ from collm_dist.serving.event_log import EventLog
 _MAX_SHOWN_IDS = 5
 # Lists of items of which unknown ids are skipped.
 _SKIPPING_FIELDS = ("history", "disliked", "allowed", "blocked")
-Id = str | int
+Id = str | int | float
 
 
 @dataclass(frozen=True)
 class RankingRequest:
-    """Input of ``Recommender.score``: a user at a point in time, and given items to score. Ids are compared as strings.
+    """Input of ``Recommender.score``: a user at a point in time, and given items to score.
+
+    Ids are compared as strings, numbers without a fraction of zero. If all ids of the run are whole numbers, the string
+    17.0 is 17 as well.
 
     Attributes:
         user: raw id; None, or an id that is neither in the run's log nor in its file of users, is an unknown user.
@@ -160,14 +165,14 @@ class RequestReader:
 
     def __init__(
         self,
-        user_index: Mapping[str, int],
-        item_index: Mapping[str, int],
+        user_index: IdIndex,
+        item_index: IdIndex,
         events: EventLog,
         *,
         max_history_length: int,
         max_dislikes: int,
         every_event_is_a_like: bool,
-        text_rows: Mapping[str, int] | None = None,
+        text_rows: IdIndex | None = None,
     ) -> None:
         """Store the run's id tables and log.
 
@@ -192,9 +197,9 @@ class RequestReader:
         """
         as_of = self._read_time(request.as_of)
         user_id = None if request.user is None else _to_id(request.user, "user")
-        user_idx, text_row = (
-            -1 if user_id is None else rows.get(user_id, -1) for rows in (self._user_index, self._text_rows)
-        )
+        found = None if user_id is None else self._user_index.find(user_id)
+        row = self._text_rows.find(user_id) if user_id is not None and found is None else found
+        user_idx, text_row = (-1 if number is None else number for number in (found, row))
         items, labels = self._events.find_user_events(user_idx, as_of)
         likes, rows = int(labels.sum()), len(labels)
         history, seen = items[labels == 1], items
@@ -235,18 +240,18 @@ class RequestReader:
         user = None if request.user is None else _to_id(request.user, "user")
         given = {field: _to_ids(getattr(request, field) or (), field) for field in _SKIPPING_FIELDS}
         unknown = {
-            field: [item_id for item_id in ids if item_id not in self.item_index] for field, ids in given.items()
+            field: [item_id for item_id in ids if self.item_index.find(item_id) is None] for field, ids in given.items()
         }
         return UnknownIds(
-            None if user is None or user in self._user_index else user,
+            None if user is None or self._user_index.find(user) is not None else user,
             {field: ids for field, ids in unknown.items() if ids},
             {field: len(ids) for field, ids in given.items()},
         )
 
     def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
         """Return the dense indices of the items in a list of ids that the run knows."""
-        item_ids = _to_ids(values, field)
-        return np.array([self.item_index[item_id] for item_id in item_ids if item_id in self.item_index], np.int64)
+        found = [self.item_index.find(item_id) for item_id in _to_ids(values, field)]
+        return np.array([index for index in found if index is not None], np.int64)
 
     def read_candidates(self, request: RankingRequest) -> IntArray:
         """Return the (N,) dense indices of a request's candidates.
@@ -257,16 +262,17 @@ class RequestReader:
         item_ids = _to_ids(request.candidates, "candidates")
         if not item_ids:
             raise RequestError("candidates: the list is empty; give at least one item")
-        if unknown := [item_id for item_id in item_ids if item_id not in self.item_index]:
+        indices = [self.item_index.find(item_id) for item_id in item_ids]
+        if unknown := [item_id for item_id, index in zip(item_ids, indices, strict=True) if index is None]:
             raise RequestError(
                 f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's item table "
                 f"({_show_ids(unknown)}); remove them, or add the items to dataset.items_path and extend the run with "
                 "dataset.extend_from"
             )
-        if len(set(item_ids)) < len(item_ids):
-            repeated = next(item_id for position, item_id in enumerate(item_ids) if item_id in item_ids[:position])
+        if len(set(indices)) < len(indices):
+            repeated = next(item_ids[place] for place, index in enumerate(indices) if index in indices[:place])
             raise RequestError(f"candidates: {repeated!r} occurs twice; list each item once")
-        return np.array([self.item_index[item_id] for item_id in item_ids], dtype=np.int64)
+        return np.array(indices, dtype=np.int64)
 
     def _read_time(self, as_of: int | None) -> int:
         if as_of is None:
@@ -330,6 +336,16 @@ def _to_ids(values: Sequence[Id], field: str) -> list[str]:
 
 
 def _to_id(value: Id, field: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
+    if (number := to_whole_number(value)) is not None:
+        return str(number)
+    if not isinstance(value, str):
         raise RequestError(f"{field}: {value!r} is not an id; ids are strings or integers")
-    return str(value)
+    return value
+
+
+def to_whole_number(value: Any) -> int | None:
+    """Return an id that is a whole number, also a float such as 17.0, as an integer; None for other values."""
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        return int(number) if number.is_integer() and abs(number) < 2.0**53 else None
+    return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None

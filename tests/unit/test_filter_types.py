@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +13,7 @@ from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.data.ingest.source import open_source
 from collm_dist.errors import CollmError, ConfigError
 from tests.unit.test_lost_lines import CLICKS, write
-from tests.unit.test_readers import items_of, read
+from tests.unit.test_readers import read
 
 HEADER = "user_id,item_id,timestamp,category,price,verified"
 
@@ -109,18 +111,21 @@ def test_a_column_of_text_is_not_compared_with_numbers(tmp_path):
     assert keep(path, "number(category) > 3") == []
 
 
-def test_an_id_is_the_same_text_in_every_file(tmp_path):
+def test_numbers_are_the_same_id_in_every_type_of_file_and_texts_stay_as_written(tmp_path):
     (tmp_path / "log").mkdir()
     write(tmp_path / "log" / "a.csv", "user_id,item_id,timestamp", "17,007,7", "v1.0,1.50,7")
     write(tmp_path / "log" / "b.csv", "user_id,item_id,timestamp", "17.0,007,7", "-3.00,1.50,7")
     columns = {"user_id": [17.0, 2.5, float("nan")], "item_id": ["007", "1.50", "x"], "timestamp": [7, 7, 7]}
     pq.write_table(pa.table(columns), tmp_path / "log" / "c.parquet", row_group_size=1)
+    decimals = pa.array([decimal.Decimal("17.00")], pa.decimal128(10, 2))
+    pq.write_table(pa.table({"user_id": decimals, "item_id": [7], "timestamp": [7]}), tmp_path / "log" / "d.parquet")
+    write(tmp_path / "log" / "e.jsonl", '{"user_id": 17.0, "item_id": 7, "timestamp": 7}',
+          '{"user_id": "17.0", "item_id": "7.0", "timestamp": 7}')  # fmt: skip
     rows, bad, _ = read(path=str(tmp_path / "log"), **CLICKS)
-    assert rows["user_id"].tolist() == ["17", "v1.0", "17", "-3", "17", "2.5"]
-    assert rows["item_id"].tolist() == ["007", "1.50", "007", "1.50", "007", "1.50"]
+    users = rows["user_id"].tolist()
+    assert users == ["17", "v1.0", "17.0", "-3.00", "17", "2.5", "17", "17", "17.0"]
+    assert rows["item_id"].tolist()[:7] == ["007", "1.50", "007", "1.50", "007", "1.50", "7"]
     assert bad == {"missing user_id": 1}
-    items = write(tmp_path / "items.csv", "item_id,title", "17.0,T")
-    assert items_of(path=str(tmp_path / "log"), items_path=items, **CLICKS) == {"17": "T"}
 
 
 def test_names_that_are_not_words_stand_in_backquotes(tmp_path):

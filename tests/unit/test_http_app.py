@@ -78,6 +78,9 @@ def test_a_query_arrives_as_it_was_sent():
     ]
     assert headers[b"x-scored-together"] == b"3"
     assert headers[b"server-timing"] == b"queue;dur=1.0, score;dur=2.0"
+    floats = {"user": 7.0, "history": [1.0, "x"], "candidates": [2.0]}
+    integers = RankingQuery(7, history=[1, "x"], candidates=[2], num_retrieved=4)
+    assert ask(floats)[2]["ranked"][0]["item_id"] == repr(integers)
     assert ask({"user": "u"}, content_type="application/vnd.mine+json; charset=utf-8")[2]["ranked"][0][
         "item_id"
     ] == repr(RankingQuery("u", num_retrieved=4))
@@ -105,7 +108,7 @@ def test_a_query_arrives_as_it_was_sent():
         (GOOD | {"history": ["1"] * 4}, 422, "history: 4 items exceed the limit of 3; .* --max-history"),
         (GOOD | {"candidates": ["1"] * 5}, 422, "candidates: 5 items exceed the limit of 4; .* --max-candidates"),
         (GOOD | {"candidates": []}, 422, "candidates: the list is empty; give at least one item, or omit"),
-        (GOOD | {"user": 1.0}, 422, "user: 1.0 is not an id"),
+        (GOOD | {"user": 1.5}, 422, "user: 1.5 is not an id"),
         (GOOD | {"user": False}, 422, "user: False is not an id"),
         (GOOD | {"as_of": "2024-01-01"}, 422, "as_of: '2024-01-01' is not an integer"),
         (GOOD | {"as_of": float("nan")}, 422, "as_of: nan is not an integer"),

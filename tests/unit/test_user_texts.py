@@ -27,6 +27,7 @@ USERS = [
 ]
 TEXTS = {"u1": "24 years, Delft & Leiden", "u2": "61 years,", "u7": "33 years, K\u00f6ln"}
 TEMPLATE = "{age} years, {city}"
+NO_IDS = pa.array([], pa.string())
 
 
 def open_users(path, **settings):
@@ -49,7 +50,7 @@ def write_users(path, **options):
 @pytest.mark.parametrize("name", ["users.csv", "users.tsv", "users.parquet", "users.jsonl"])
 def test_a_file_of_any_type_gives_the_same_texts(tmp_path, name):
     path = write_users(tmp_path / name, sep="\t" if name.endswith("tsv") else ",")
-    texts, rows, _ = open_users(path).read()
+    texts, rows, _ = open_users(path).read(NO_IDS)
     assert texts == TEXTS
     assert rows == {"rows without an id": 1, "rows of a user with another text": 1, "users without any value": 1}
 
@@ -58,16 +59,16 @@ def test_unusual_files_have_the_same_settings_as_items(tmp_path):
     path = tmp_path / "users.txt.gz"
     path.write_bytes(gzip.compress("u1::24::K\xf6ln\nu2::61::Bonn\n".encode("latin1")))
     file = open_users(path, delimiter="::", encoding="latin1", user_names=["member", "age", "city"])
-    assert file.read()[0] == {"u1": "24 years, K\u00f6ln", "u2": "61 years, Bonn"}
+    assert file.read(NO_IDS)[0] == {"u1": "24 years, K\u00f6ln", "u2": "61 years, Bonn"}
     path = tmp_path / "users.csv"
     path.write_text("member|age|city\nu1|24|Bonn\nu2|25\n")
-    texts, rows, examples = open_users(path, user_delimiter="|", delimiter=",").read()
+    texts, rows, examples = open_users(path, user_delimiter="|", delimiter=",").read(NO_IDS)
     assert (texts, list(rows.values())) == ({"u1": "24 years, Bonn"}, [1])
     assert "users.csv:3" in next(iter(examples.values()))
     folder = tmp_path / "country=NL"
     folder.mkdir()
     write_users(folder / "part.parquet")
-    assert open_users(folder, user_text="{country}").read()[0]["u4"] == "NL"
+    assert open_users(folder, user_text="{country}").read(NO_IDS)[0]["u4"] == "NL"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,16 @@ def test_the_table_has_the_logs_users_first_and_forgets(tmp_path):
     assert record["users_with_text"] == record["users_without_text"] == record["users_without_rows"] == 1
     other = write_user_texts(tmp_path, dataset, ["u2", "u3"], pa.array(["u7"]))
     assert other["hash"] != record["hash"]
+
+
+def test_a_number_is_the_same_user_as_in_the_log(tmp_path):
+    users = pd.DataFrame({"member": [1.0, 2.0, 4.0], "age": [24, 61, 30], "city": ["Bonn", "Delft", "Leiden"]})
+    for path in (tmp_path / "users.parquet", tmp_path / "users.csv"):
+        users.to_parquet(path) if path.suffix == ".parquet" else users.to_csv(path, index=False)
+        record = write_user_texts(tmp_path, open_dataset(path), ["1", "2", "3"], pa.array(["4"]))
+        assert (record["users_with_text"], record["users_without_rows"]) == (2, 0)
+    record = write_user_texts(tmp_path, open_dataset(path), ["1.0", "guest"], pa.array(["4"]))  # ids are texts
+    assert (record["users_with_text"], record["users_without_rows"]) == (1, 1)
 
 
 def open_dataset(path, log="log.csv"):

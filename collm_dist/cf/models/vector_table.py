@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from collm_dist.cf.batches import CfBatch
 from collm_dist.cf.models.interface import TrainableCfModel
+from collm_dist.data.ingest.id_forms import match_forms
+from collm_dist.data.ingest.normalize import to_ids
 from collm_dist.errors import DataError
 
 
@@ -114,7 +116,7 @@ def read_vectors(path: Path, ids: Sequence[str], width: int) -> NDArray[np.float
     """Read the vectors of some ids as a stream; other ids in the file are skipped.
 
     Args:
-        path: Parquet file with columns id (any type; compared as strings), vector (list of numbers).
+        path: Parquet file with columns id (any type; compared as ids of a request are), vector (list of numbers).
         ids: raw ids in the order of their indices.
         width: E.
 
@@ -128,7 +130,7 @@ def read_vectors(path: Path, ids: Sequence[str], width: int) -> NDArray[np.float
     known_ids = pa.array(ids, pa.string())
     for batch in _iter_batches(path, 1 << 16):
         values = _read_numbers(batch.column("vector"), width, f"cf: {path}", first)
-        row_ids = batch.column("id").cast(pa.string())
+        row_ids = match_forms(to_ids(batch.column("id")), known_ids)
         if row_ids.null_count:
             row = first + int(row_ids.is_null().to_numpy(zero_copy_only=False).argmax())
             raise DataError(f"cf: {path}, row {row}, field 'id': it is empty; set it or leave the row out")

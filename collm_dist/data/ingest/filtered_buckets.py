@@ -1,18 +1,38 @@
-"""Rows of the user buckets after the filters, as the driver reads them."""
+"""Results of reading and filtering, as the driver reads them: counts of items, rows of the user buckets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from collm_dist.data.ingest.id_forms import check_forms, unify_table
+from collm_dist.data.ingest.interaction_filters import sum_item_counts
 from collm_dist.data.ingest.shuffle_files import read_table
 from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.shards.context_block import IntArray
 
 SECONDS_PER_DAY = 86_400
+
+
+def load_item_counts(plan: PreprocessPlan, uris: Sequence[str], whole: Collection[str]) -> Any:
+    """Return the table ``id, month, count`` of all files, before the filters.
+
+    Args:
+        plan: settings and folders.
+        uris: the file that each task of ``read_chunk`` has read.
+        whole: columns in whose ids 17.0 is 17.
+
+    Raises:
+        DataError: a file has an item in two forms.
+    """
+    tables = [read_table(plan.work_file("items", index)) for index in range(len(uris))]
+    if "item_id" in whole:
+        check_forms(uris, [table.column("id") for table in tables], "item_id")
+        tables = [unify_table(table, ["id"]) for table in tables]
+    return sum_item_counts(tables)
 
 
 def load_filtered_rows(plan: PreprocessPlan, bucket: int, columns: Sequence[str]) -> Any:

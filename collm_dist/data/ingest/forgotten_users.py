@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
+from collm_dist.data.ingest.id_forms import drop_fractions
 from collm_dist.data.ingest.normalize import to_ids
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files
@@ -34,7 +35,7 @@ def load_forgotten(uri: str | None, key: str = KEY) -> Any:
         key: name of the setting, for messages.
 
     Returns:
-        The distinct ids as an Arrow string array.
+        The distinct ids as an Arrow string array, 17 for 17.0. Whichever form a log has, both are forgotten.
 
     Raises:
         DataError: a file is missing, has no such column, or has a row without an id.
@@ -49,7 +50,7 @@ def load_forgotten(uri: str | None, key: str = KEY) -> Any:
                 raise DataError(
                     f"{key}: {file} has no column '{COLUMN}' (has {available}); rename the column of user ids"
                 )
-            ids = to_ids(table.column(COLUMN))
+            ids = drop_fractions(to_ids(table.column(COLUMN)))
             missing = pc.is_in(ids, pa.array([*NULLS, None])).to_numpy(zero_copy_only=False)
             if missing.any():
                 line = table.column(LINE_COLUMN)[int(missing.argmax())]

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.forgotten_users import write_tombstone
+from collm_dist.data.ingest.id_forms import drop_fractions
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
@@ -91,7 +92,9 @@ def load_previous_tables(dataset: DatasetConfig, num_buckets: int, forgotten: An
             f"dataset.forget: {run} was made without the users of a list; their rows that are still in the log would "
             "come back. Set dataset.forget again (once the log is clean, an empty list will do)"
         )
-    indices = np.flatnonzero(pc.is_in(pa.array(ids, pa.string()), forgotten).to_numpy(zero_copy_only=False))
+    indices = np.flatnonzero(
+        pc.is_in(drop_fractions(pa.array(ids, pa.string())), forgotten).to_numpy(zero_copy_only=False)
+    )
     for index in indices.tolist():
         ids[index] = write_tombstone(index)
     return PreviousTables(

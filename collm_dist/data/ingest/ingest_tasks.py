@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.data.ingest.file_readers import BadRows
+from collm_dist.data.ingest.id_forms import check_forms, drop_fractions, unify_table
 from collm_dist.data.ingest.input_facts import InputFacts, describe_row
 from collm_dist.data.ingest.interaction_filters import (
     count_items_by_month,
@@ -67,7 +68,7 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
                 table = table.filter((pc.field("timestamp") >= start) & (pc.field("timestamp") < end))
                 counts["outside"] += batch.table.num_rows - table.num_rows
             if len(forgotten):
-                matches = pc.index_in(table.column("user_id"), forgotten)
+                matches = pc.index_in(drop_fractions(table.column("user_id")), forgotten)
                 counts["forgotten"] += table.num_rows - matches.null_count
                 forgotten_users = pa.concat_arrays([forgotten_users, matches.drop_null().combine_chunks()]).unique()
                 table = table.filter(matches.is_null())
@@ -75,7 +76,8 @@ def read_chunk(plan: PreprocessPlan, source: Source, index: int, chunk: FileChun
                 continue
             counts["usable"] += table.num_rows
             facts.add(table, batch.ratings, has_times=source.columns.timestamp is not None)
-            parts = hash_text(table.column("user_id").combine_chunks()) % np.uint64(plan.num_buckets)
+            # 17 and 17.0 come to one bucket; whether they are one user is known only after all rows have been read.
+            parts = hash_text(drop_fractions(table.column("user_id")).combine_chunks()) % np.uint64(plan.num_buckets)
             writer.write(table, parts.astype(np.int64))
             times = table.column("timestamp").to_numpy()
             first, last = min(first, int(times.min())), max(last, int(times.max()))
@@ -93,17 +95,22 @@ def filter_bucket(
     plan: PreprocessPlan,
     bucket: int,
     chunks: list[Path],
+    uris: list[str],
     first_rows: list[int],
+    whole: frozenset[str],
     known_items: Any,
     kept_items: Any,
     window: SplitRule | None,
 ) -> dict[str, Any]:
     """Apply split windows, filters and the duplicates rule to a bucket; write its rows, distinct ids and times.
 
+    Raises DataError if a file has a user in two forms.
+
     Args:
         plan: settings and folders.
         bucket: number of the user bucket.
-        chunks, first_rows: shuffle files, and the row id of the first row of each.
+        chunks, uris, first_rows: shuffle files, and of each the file that it is from and the id of its first row.
+        whole: columns in whose ids 17.0 is 17.
         known_items: ids in the item file as an Arrow array, or None without an item file.
         kept_items: ids of the items that pass the filter.
         window: calendar windows; rows outside are dropped before anything is computed from them.
@@ -119,7 +126,9 @@ def filter_bucket(
         parts.append(part.set_column(0, "row", pc.add(part.column("row"), first_row)))
     if plan.dataset.columns.timestamp is None:  # the order of the rows is all that is known
         parts = [part.set_column(3, "timestamp", part.column("row")) for part in parts]
-    table, dropped, examples = pa.concat_tables(parts), Counter[str](), dict[str, str]()
+    if "user_id" in whole:
+        check_forms(uris, [part.column("user_id") for part in parts], "user_id")
+    table, dropped, examples = unify_table(pa.concat_tables(parts), whole), Counter[str](), dict[str, str]()
     num_events = pc.value_counts(table.column("user_id")).field("counts")
     users = {"users": len(num_events), "single": pc.sum(pc.equal(num_events, 1)).as_py() or 0}
 

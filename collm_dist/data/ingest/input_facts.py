@@ -6,7 +6,7 @@ The preview and the data step make them by the same functions. All facts are of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.id_forms import (
+    drop_fractions,
+    find_whole_columns,
+    note_forms,
+    note_item_forms,
+    warn_of_forms,
+)
 from collm_dist.data.ingest.normalize import format_time
 
 MAX_SAMPLES = 3
@@ -39,6 +46,7 @@ class InputFacts:
         low, high: range of the ratings; None without ratings.
         samples: the first rows: user, item, time and label.
         users: the first distinct user ids.
+        forms: for user_id and item_id, see ``id_forms.note_forms``.
     """
 
     rows: int = 0
@@ -51,6 +59,7 @@ class InputFacts:
     high: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
+    forms: dict[str, dict[str, str]] = field(default_factory=lambda: {"user_id": {}, "item_id": {}})
 
     def add(self, table: Any, ratings: tuple[float, float] | None, *, has_times: bool) -> None:
         """Add usable rows.
@@ -80,6 +89,8 @@ class InputFacts:
         if len(self.users) < _MAX_USERS:
             part.users = table.column("user_id").unique().slice(0, _MAX_USERS).to_pylist()
         self.merge(part)
+        for name, forms in self.forms.items():
+            note_forms(table.column(name), forms)
 
     def merge(self, other: InputFacts) -> None:
         """Add the facts of later rows."""
@@ -90,6 +101,28 @@ class InputFacts:
             setattr(self, name, choose(values) if values else None)
         self.samples = (self.samples + other.samples)[:MAX_SAMPLES]
         self.users = list(dict.fromkeys(self.users + other.users))[:_MAX_USERS]
+        self.forms = {name: {**other.forms[name], **forms} for name, forms in self.forms.items()}
+
+    def settle_ids(self, items: Any, previous: Mapping[str, Sequence[str]]) -> frozenset[str]:
+        """Decide once all rows are read in which columns 17.0 is 17, and write it so in the facts.
+
+        Args:
+            items: table of the item file as it is written, or None.
+            previous: for user_id and item_id, the ids of the run that is extended.
+
+        Returns:
+            The names of these columns.
+        """
+        if items is not None:
+            note_item_forms(items.column("item_id"), self.forms["item_id"])
+        whole = find_whole_columns(self.forms, previous)
+        for name, key in (("user_id", "user"), ("item_id", "item")):
+            if name in whole:
+                for sample in self.samples:
+                    sample[key] = drop_fractions(pa.array([sample[key]]))[0].as_py()
+        if "user_id" in whole:
+            self.users = drop_fractions(pa.array(self.users, pa.string())).unique().to_pylist()
+        return whole
 
 
 def merge_facts(reads: Iterable[Mapping[str, Any]]) -> InputFacts:
@@ -148,7 +181,7 @@ def _find_titles(items: Any, wanted: list[str]) -> dict[str, str]:
 
 def list_warnings(facts: InputFacts, dataset: DatasetConfig, item_ids: Any, items: Any) -> list[str]:
     """Return a sentence for each fact that is probably a mistake; arguments as for ``describe_input``."""
-    warnings = []
+    warnings = warn_of_forms(facts.forms)
     if facts.first is not None and facts.last is not None:
         settings = "check dataset.columns.timestamp, dataset.timestamp_unit and dataset.time_format"
         if facts.early:

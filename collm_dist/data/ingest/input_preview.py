@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.data.ingest.file_format import BadRows
+from collm_dist.data.ingest.id_forms import describe_forms, unify_items, unify_table
 from collm_dist.data.ingest.input_facts import InputFacts, describe_input, format_dropped, format_facts
 from collm_dist.data.ingest.normalize import SCHEMA
 from collm_dist.data.ingest.source import ReadBatch, Source
@@ -39,7 +40,9 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
     item_bytes = sum(int(file["size"] or 0) for file in describe_files(list(source.items_uris)).values())
     item_file = source.read_items() if 0 < item_bytes <= MAX_ITEM_BYTES else None
     catalogue = None if item_file is None else item_file.table
-    ids = {name: pa.concat_tables(tables).column(name) for name in ("user_id", "item_id")}
+    whole = facts.settle_ids(catalogue, {})
+    ids = {name: unify_table(pa.concat_tables(tables), whole).column(name) for name in ("user_id", "item_id")}
+    catalogue = unify_items(catalogue) if catalogue is not None and "item_id" in whole else catalogue
     num_events = pc.value_counts(ids["user_id"]).field("counts")
     users = len(num_events), int(pc.sum(pc.equal(num_events, 1)).as_py() or 0)
     record = describe_input(facts, source.dataset, ids["item_id"].unique(), catalogue, users)
@@ -47,6 +50,7 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
     lines = [f"facts of {which}, {facts.rows:,} of them usable:", *format_facts(record, source.dataset)]
     if item_bytes > MAX_ITEM_BYTES:
         lines.append(f"titles: the item file has {item_bytes / 2**20:,.0f} MiB; only the data step reads it")
+    lines += describe_forms(facts.forms, whole)
     lines += format_dropped(bad_rows.counts + notes, bad_rows.first)
     if item_file is not None:
         lines += [f"item file, {line}" for line in format_dropped(item_file.bad_rows.counts, item_file.bad_rows.first)]

@@ -97,5 +97,11 @@ def _build_column(values: list[Any]) -> Any:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
-        texts = [value if isinstance(value, str) or value is None else json.dumps(value) for value in values]
+        texts = [value if isinstance(value, str) or value is None else _to_text(value) for value in values]
         return pa.array([None if text is None else text.encode("utf-8", "replace") for text in texts], pa.binary())
+
+
+def _to_text(value: Any) -> str:
+    """Return a value that is not a string as text: a number without a fraction of zero, as in a column of numbers."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2.0**53
+    return json.dumps(int(value) if is_whole else value)

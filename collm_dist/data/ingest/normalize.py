@@ -30,7 +30,6 @@ SPLIT_NAMES = {
 
 ROW_COLUMN = "__row"
 MAX_SHOWN = 60
-_WHOLE = r"^-?[0-9]{1,16}\.0+$"
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -70,11 +69,12 @@ def to_text(column: Any) -> Any:
 
 
 def to_ids(column: Any) -> Any:
-    """Return a column of ids as strings: the same text for 17, 17.0 and " 17 ", whatever the column's type and file."""
+    """Return a column of ids as strings without spaces around them.
+
+    Numbers have no fraction of zero, whatever their type; texts such as 17.0 are kept: ``id_forms`` decides on them.
+    """
     ids = pc.utf8_trim_whitespace(to_text(column))
-    if pc.any(pc.ends_with(ids, "0")).as_py() and pc.any(matches := pc.match_substring_regex(ids, _WHOLE)).as_py():
-        ids = pc.if_else(matches, pc.replace_substring_regex(ids, r"\.0+$", ""), ids)
-    return ids
+    return pc.replace_substring_regex(ids, r"\.0+$", "") if pa.types.is_decimal(column.type) else ids
 
 
 def to_numbers(column: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.column_checks import require_column
 from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
+from collm_dist.data.ingest.id_forms import drop_fractions, match_forms
 from collm_dist.data.ingest.id_tables import compute_ids_hash, sort_naturally
 from collm_dist.data.ingest.item_texts import clean_text, fill_template, list_template_columns
 from collm_dist.data.ingest.normalize import to_ids, to_text
@@ -47,15 +48,18 @@ class UserFile:
         """Return the entries of the files for fingerprints."""
         return describe_files(sorted(self.uris))
 
-    def read(self) -> tuple[dict[str, str], dict[str, int], dict[str, str]]:
+    def read(self, known: Any) -> tuple[dict[str, str], dict[str, int], dict[str, str]]:
         """Return the text of each user who has one, counts of rows by what is unusual, and examples where there are.
+
+        Args:
+            known: Arrow array of the ids of the log, whose form decides whether 17.0 is 17.
 
         Raises:
             DataError: a file cannot be read, or lacks a column.
         """
         bad_rows = BadRows()
         tables = (table for uri in self.uris for table in self._read_file(uri, bad_rows))
-        texts, counts = build_user_texts(tables, self.id_column, self.template)
+        texts, counts = build_user_texts(tables, self.id_column, self.template, known)
         return texts, dict(sorted((counts + bad_rows.counts).items())), bad_rows.first
 
     def _read_file(self, uri: str, bad_rows: BadRows) -> Iterator[Any]:
@@ -102,7 +106,9 @@ def open_user_file(dataset: DatasetConfig) -> UserFile | None:
     return file
 
 
-def build_user_texts(tables: Iterable[Any], id_column: str, template: str) -> tuple[dict[str, str], Counter[str]]:
+def build_user_texts(
+    tables: Iterable[Any], id_column: str, template: str, known: Any
+) -> tuple[dict[str, str], Counter[str]]:
     """Return the text of each user by id, from the user's first row, and counts of rows by what is unusual.
 
     A user without any value in the template's columns has no text.
@@ -111,11 +117,12 @@ def build_user_texts(tables: Iterable[Any], id_column: str, template: str) -> tu
         tables: raw rows of users, consumed one by one.
         id_column: name of the column of ids.
         template: user text.
+        known: Arrow array of the ids of the log.
     """
     counts, texts = Counter[str](), dict[str, str | None]()
     columns = list_template_columns(template, "dataset.user_text")
     for table in tables:
-        ids = to_ids(table.column(id_column))
+        ids = match_forms(to_ids(table.column(id_column)), known)
         missing = pc.is_in(ids, pa.array([*NULLS, None])).to_pylist()
         values = {name: to_text(table.column(name)).to_pylist() for name in columns}
         for position, user_id in enumerate(ids.to_pylist()):
@@ -149,9 +156,10 @@ def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[
     """
     if (file := open_user_file(dataset)) is None:
         return {}
-    texts, rows, examples = file.read()
-    ignored = {*forgotten.to_pylist(), *user_ids}
-    others = sort_naturally([user_id for user_id in texts if user_id not in ignored])
+    texts, rows, examples = file.read(pa.array(user_ids, pa.string()))
+    all_ids = pa.array(list(texts), pa.string())
+    others = all_ids.filter(pc.invert(pc.is_in(drop_fractions(all_ids), forgotten.cast(pa.string())))).to_pylist()
+    others = sort_naturally(list(set(others).difference(user_ids)))
     ids = [*user_ids, *others]
     values = [texts.get(user_id) for user_id in ids]
     table = pa.table({"user_id": pa.array(ids, pa.string()), "text": pa.array(values, pa.string())})
@@ -197,7 +205,7 @@ def preview_users(dataset: DatasetConfig, user_ids: Any) -> list[str]:
     size = sum(int(entry["size"] or 0) for entry in file.inputs().values())
     if size > MAX_PREVIEW_BYTES:
         return [f"user texts: the user file has {size / 2**20:,.0f} MiB; only the data step reads it"]
-    texts, rows, examples = file.read()
+    texts, rows, examples = file.read(user_ids)
     known = [user_id for user_id in user_ids.to_pylist() if user_id in texts]
     counts = {
         "users_with_text": len(known),
