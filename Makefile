@@ -59,7 +59,7 @@ lock: environment
 
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; its search needs a server: python -m http.server --directory build/site"
 
 ifeq ($(origin VENV),file)
 environment: $(STAMP)

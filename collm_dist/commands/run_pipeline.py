@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   python launch/run_pipeline.py --config configs/ml100k_demo.yaml stage2.learning_rate=3e-3 --force stage2
   ray job submit --working-dir . -- python launch/run_pipeline.py --config configs/ml1m_official.yaml run.dir=/shared/a
 
+`ray job submit` needs the same RAY_AUTH_MODE (token or disabled) as the cluster's `ray start`: docs/cluster.md.
 The last line of the output is <run.dir>/status.json: state, step, error, exit code, remedy.
 """
 
