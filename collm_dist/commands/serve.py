@@ -16,9 +16,10 @@ EXAMPLES = """examples:
   curl -H 'content-type: application/json' -d '{"history": ["B004", "B011"], "top_k": 5}' http://127.0.0.1:8000/rank
 
 exposing it:
-  The service listens on the loopback address. It has neither authentication nor TLS, and anyone who reaches it can read
-  what the users of the log like. With --host 0.0.0.0 it is reachable from the network: put a proxy with authentication
-  and TLS in front. Ray opens further ports on the machine's address; keep them behind a firewall.
+  The service listens on the loopback address, where all users of this machine may ask. With --host 0.0.0.0 it is
+  reachable from the network and demands a token: set COLLM_DIST_TOKEN, and send 'Authorization: Bearer TOKEN'. It has
+  no TLS, so put a proxy with TLS in front. Ray opens further ports on the machine's address; keep them behind a
+  firewall.
 """
 
 

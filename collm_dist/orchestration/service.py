@@ -26,6 +26,7 @@ from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
+from collm_dist.serving.access import ACCESS_VARIABLE, check_token
 from collm_dist.serving.batching import Batcher
 from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage
 from collm_dist.serving.gateway import IMPORT_PATH, build_environment
@@ -108,15 +109,18 @@ def run_service(
     Raises:
         ArtifactError: the run is unfinished, inconsistent or damaged; the port was not opened.
         LaunchError: the port is in use, devices are missing, Ray does not start, or Serve already runs on the cluster.
+        RequestError: the address is not a loopback address and there is no token, or the token is too short.
         KeyboardInterrupt: it was stopped twice, or before the models started.
     """
     run_dir = RunDir(run_dir.path.resolve())
     config = check_settings(config, run_dir, trust_code=trust_code, accept_stage1=accept_stage1)
     model = read_model_id(run_dir)
     port = find_port(options.host, options.port)
+    token = os.environ.get(ACCESS_VARIABLE)
+    check_token(options.host, token)
     owns_ray = not ray.is_initialized() and not (config.cluster.ray_address or os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)
-    with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(port, options, owns_ray):
+    with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(port, options, token, owns_ray):
         replicas, devices = plan_replicas(options.replicas)
         try:
             with show_phase("loading the model"):
@@ -187,7 +191,7 @@ def plan_replicas(requested: int | None) -> tuple[int, dict[str, int]]:
 
 
 @contextmanager
-def _serving(port: int, options: ServiceOptions, owns_ray: bool) -> Iterator[None]:
+def _serving(port: int, options: ServiceOptions, token: str | None, owns_ray: bool) -> Iterator[None]:
     """Run Serve for the duration of the block. A Ray of our own ends with all its processes; it needs no shutdown.
 
     Raises:
@@ -198,7 +202,7 @@ def _serving(port: int, options: ServiceOptions, owns_ray: bool) -> Iterator[Non
         raise LaunchError("Ray Serve already runs on this cluster, with its own port; stop it there: serve shutdown")
     # Serve's own time limit is set for each request, by the gateway.
     http = {"host": options.host, "port": port}
-    gateway = {"runtime_env": {"env_vars": {_CALLBACK: IMPORT_PATH, **build_environment(options)}}}
+    gateway = {"runtime_env": {"env_vars": {_CALLBACK: IMPORT_PATH, **build_environment(options, token)}}}
     try:
         try:
             with show_phase("starting Ray Serve"):

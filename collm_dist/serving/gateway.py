@@ -10,14 +10,14 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
 
-import uvicorn.protocols.http.auto
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from collm_dist.serving.access import Access, hash_token
+from collm_dist.serving.header_time import limit_header_time
+from collm_dist.serving.http_errors import RETRY_AFTER, answer_error, answer_slow
 from collm_dist.serving.service_options import ServiceOptions
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 # For Ray Serve, which imports the function in the process of each proxy.
 IMPORT_PATH = "collm_dist.serving.gateway:build_middlewares"
 _ENVIRONMENT = "COLLM_DIST_GATEWAY"
-RETRY_AFTER = {"Retry-After": "1"}
-_CLOSE = {"Connection": "close"}
 # Serve's time limit lies above the application's, which answers with more detail.
 _GRACE_S = 5.0
 # A request that killed two replicas would kill the third.
@@ -36,12 +34,17 @@ _TIMEOUT_HEADER = b"x-request-timeout-seconds"
 _SERVE_HEADERS = (_TIMEOUT_HEADER, b"x-request-disconnect-disabled")
 
 
-def build_environment(options: ServiceOptions) -> dict[str, str]:
-    """Return the environment variable that carries the gateway's limits into the processes of the proxies."""
+def build_environment(options: ServiceOptions, token: str | None) -> dict[str, str]:
+    """Return the environment variable that carries the gateway's limits into the processes of the proxies.
+
+    Ray shows environment variables to whoever may use the cluster, so it has the hash of the token.
+    """
     limits = {
         "receive_timeout_s": options.receive_timeout_s,
         "request_timeout_s": options.request_timeout_s + _GRACE_S,
         "max_body_kib": options.max_body_kib,
+        "token_hash": None if token is None else hash_token(token),
+        "max_requests_per_minute": options.max_requests_per_minute,
     }
     return {_ENVIRONMENT: json.dumps(limits)}
 
@@ -50,28 +53,32 @@ def build_middlewares() -> list[Middleware]:
     """Return the middlewares of the proxy in this process, and limit the time for request headers there."""
     limits = json.loads(os.environ[_ENVIRONMENT])
     limit_header_time(limits["receive_timeout_s"])
-    return [Middleware(Gateway, **limits)]
-
-
-def answer_error(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an error as JSON."""
-    # ASCII, because a client may send lone surrogates, which UTF-8 cannot encode.
-    return Response(json.dumps({"detail": detail}), status, headers, media_type="application/json")
+    access = Access(limits.pop("token_hash"), limits.pop("max_requests_per_minute"))
+    return [Middleware(Gateway, access=access, **limits)]
 
 
 class Gateway:
     """ASGI middleware: reads the body within limits, forwards the request, repeats it if its replica dies."""
 
-    def __init__(self, app: ASGIApp, *, receive_timeout_s: float, request_timeout_s: float, max_body_kib: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        receive_timeout_s: float,
+        request_timeout_s: float,
+        max_body_kib: int,
+    ) -> None:
         """Store the application and the limits.
 
         Args:
             app: application that may answer in plain text, or not at all if a process died.
+            access: decides who may ask, and how often.
             receive_timeout_s: seconds for receiving the body.
             request_timeout_s: seconds from there to the answer, over all attempts.
             max_body_kib: largest body in KiB.
         """
-        self._app, self._max_body_kib = app, max_body_kib
+        self._app, self._access, self._max_body_kib = app, access, max_body_kib
         self._receive_timeout_s, self._request_timeout_s = receive_timeout_s, request_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +86,7 @@ class Gateway:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await self._read_body(scope, receive)
+        body = self._access.refuse(scope) or await self._read_body(scope, receive)
         if body is None:  # the client is gone
             return
         if isinstance(body, Response):
@@ -111,7 +118,6 @@ class Gateway:
         too_large = answer_error(
             413,
             f"the body exceeds {self._max_body_kib} KiB; send less, or start the service with a larger --max-body-kib",
-            _CLOSE,
         )
         if declared.isdigit() and int(declared) > max_bytes:
             return too_large
@@ -126,7 +132,7 @@ class Gateway:
                     if len(body) > max_bytes:
                         return too_large
         except TimeoutError:
-            return _answer_slow(f"the body did not arrive within {self._receive_timeout_s:g} s")
+            return answer_slow(f"the body did not arrive within {self._receive_timeout_s:g} s")
         return body
 
     def _explain(self, messages: list[Message]) -> Response | None:
@@ -187,53 +193,3 @@ class _Exchange:
             logger.exception("a request failed in the proxy")
         if sent and sent[-1]["type"] == "http.response.body" and not sent[-1].get("more_body", False):
             self.messages = sent
-
-
-def limit_header_time(limit_s: float) -> None:
-    """Let uvicorn servers that start later in this process close connections whose headers arrive too slowly.
-
-    Uvicorn has no such option, and Serve no option for another protocol class.
-    """
-    base: Any = uvicorn.protocols.http.auto.AutoHTTPProtocol
-
-    class ImpatientProtocol(base):  # type: ignore[misc]
-        """HTTP protocol with a time limit for request headers."""
-
-        _header_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self._watch()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
-
-        def connection_lost(self, error: Exception | None) -> None:
-            super().connection_lost(error)
-            self._unwatch()
-
-        def _watch(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._unwatch()
-            elif self._header_timer is None:
-                self._header_timer = self.loop.call_later(limit_s, self._close)
-
-        def _unwatch(self) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
-
-        def _close(self) -> None:
-            answer = _answer_slow(f"the headers did not arrive within {limit_s:g} s")
-            lines = [b"HTTP/1.1 408 Request Timeout", *(name + b": " + value for name, value in answer.raw_headers)]
-            self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
-            self.transport.close()
-
-    uvicorn.protocols.http.auto.AutoHTTPProtocol = ImpatientProtocol
-
-
-def _answer_slow(reason: str) -> Response:
-    return answer_error(
-        408, f"{reason}; send it faster, or start the service with a larger --receive-timeout-s", _CLOSE
-    )

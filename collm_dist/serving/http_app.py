@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from collm_dist.errors import CollmError, QueueFullError, RequestError
 from collm_dist.serving.batching import Pass
 from collm_dist.serving.docs_page import render_docs_page
-from collm_dist.serving.gateway import RETRY_AFTER, answer_error
+from collm_dist.serving.http_errors import RETRY_AFTER, answer_error
 from collm_dist.serving.http_schemas import (
     ErrorAnswer,
     HealthAnswer,
@@ -37,10 +37,12 @@ logger = logging.getLogger(__name__)
 Ranked = Ranking | RequestError
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON."},
+    401: {"description": "The service has a token, and the request lacks it."},
     408: {"description": "The body arrived too slowly."},
     413: {"description": "The body is too large."},
     415: {"description": "The content type is not JSON."},
     422: {"description": "A field is invalid; the message names it, its value and the remedy."},
+    429: {"description": "Too many requests from this address; retry after the seconds in Retry-After."},
     503: {"description": "Overloaded, or a model is restarting; retry after the seconds in Retry-After."},
     504: {"description": "The request exceeded the service's time limit."},
 }

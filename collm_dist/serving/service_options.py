@@ -32,6 +32,9 @@ class ServiceOptions(BaseModel):
     max_waiting: int = Field(
         64, ge=1, description="most waiting requests per replica; further requests are answered 503"
     )
+    max_requests_per_minute: int | None = Field(
+        None, ge=1, description="most requests per minute from one client address, else 429; by default no limit"
+    )
     receive_timeout_s: float = Field(
         10, gt=0, description="seconds within which the headers of a request, and then its body, must arrive; else 408"
     )

@@ -3,6 +3,7 @@
 import http.client
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.serving.http_schemas import HealthAnswer, RankAnswer
+from tests.doc_blocks import read_blocks
 
 ROOT = Path(__file__).parents[2]
 # Float32 sums in another order, with other requests in the pass: the largest measured difference is 1.2e-6.
@@ -30,6 +32,7 @@ TOLERANCE = 1e-5
 LIKED = ["3", "17", "40"]
 LIMITS = ["--max-candidates", "60", "--max-history", "20", "--max-body-kib", "4", "--batch-wait-ms", "100"]
 LIMITS += ["--receive-timeout-s", "3"]
+TOKEN = "a-token-for-the-tests"
 
 
 class Service:
@@ -42,7 +45,8 @@ class Service:
         """Return status, headers and decoded answer of a request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = json.dumps(body).encode() if isinstance(body, dict | list) else body
-        connection.request(method, path, data, {"Content-Type": "application/json"} if headers is None else headers)
+        sent = {"Content-Type": "application/json"} if headers is None else headers
+        connection.request(method, path, data, {"Authorization": f"Bearer {TOKEN}"} | sent)
         answer = connection.getresponse()
         text = answer.read()
         connection.close()
@@ -52,7 +56,10 @@ class Service:
 @contextmanager
 def serving(run_dir, *options):
     command = [sys.executable, "launch/serve.py", "--config", str(run_dir / "config.yaml"), "--port", "0", *options]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    environment = os.environ | {"COLLM_DIST_TOKEN": TOKEN}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             line = next((text for text in process.stdout if text.startswith("serving ")), "")
             found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
@@ -190,8 +197,16 @@ def test_other_requests_that_cannot_be_answered(service):
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
 
 
+def test_who_lacks_the_token_learns_only_that_the_service_is_there(service):
+    for wrong in ("", "Bearer none", f"Basic {TOKEN}"):
+        for method, path in (("POST", "/rank"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/-/routes")):
+            status, headers, answer = service.ask({}, method=method, path=path, headers={"Authorization": wrong})
+            assert (status, headers["WWW-Authenticate"], list(answer)) == (401, "Bearer", ["detail"])
+    assert service.ask(None, method="GET", path="/healthz", headers={"Authorization": ""})[0] == 200
+
+
 def test_what_arrives_too_slowly_is_cut_off(service):
-    beginning = b"POST /rank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    beginning = f"POST /rank HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
     for sent, missing in ((beginning, "headers"), (beginning + b"Content-Length: 9\r\n\r\n{", "body")):
         with socket.create_connection(("127.0.0.1", service.port), timeout=30) as raw:
             raw.sendall(sent)
@@ -199,6 +214,26 @@ def test_what_arrives_too_slowly_is_cut_off(service):
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ")
         assert f"the {missing} did not arrive within 3 s" in json.loads(body)["detail"]
+
+
+def test_the_documented_answers_are_those_of_today(service):
+    """docs/serving.md shows a request with its answer, and /healthz, of the run of these tests."""
+    blocks = [block for block in read_blocks(ROOT / "docs" / "serving.md") if block.language in ("text", "json")]
+    exchange = next(block.text for block in blocks if block.text.startswith("POST /rank"))
+    request, head, shown = exchange.removeprefix("POST /rank\n").rstrip().split("\n\n")
+    status, headers, answer = service.ask(json.loads(request))
+    assert head.startswith(f"HTTP/1.1 {status} OK\n")
+    for line in head.splitlines()[1:]:
+        name, _, value = line.partition(": ")
+        assert re.sub(r"[\d.]+", "N", headers[name]) == re.sub(r"[\d.]+", "N", value)
+    documented = json.loads(shown)
+    assert list(answer) == list(documented)
+    for row, shown_row in zip(answer["ranked"], documented["ranked"], strict=True):
+        assert row == shown_row | {"score": pytest.approx(shown_row["score"], abs=1e-3)}, "renew docs/serving.md"
+    health = next(json.loads(block.text) for block in blocks if block.text.startswith('{"ready"'))
+    other = {"model": service.ask(None, method="GET", path="/healthz")[2]["model"]}  # differs between machines
+    assert service.ask(None, method="GET", path="/healthz")[2] == health | other
+    assert health["model"] == documented["model"]
 
 
 def test_health_and_openapi(finished_run, service, recommender):
@@ -217,8 +252,8 @@ def test_health_and_openapi(finished_run, service, recommender):
     for example in schema["examples"]:
         assert service.ask(example)[0] == 200
     page = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
-    page.request("GET", "/docs")
-    assert b"/openapi.json" in page.getresponse().read()
+    page.request("GET", "/docs", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert b"openapi.json" in page.getresponse().read()
 
 
 def test_it_stops_in_order(finished_run, service):
@@ -251,6 +286,7 @@ def test_the_command_stops_before_anything_starts(finished_run, tmp_path, monkey
         for more, code, message in (
             (["--port", taken.getsockname()[1]], 3, "cannot listen there (Address already in use)"),
             (["--host", "203.0.113.1"], 3, "cannot listen there"),
+            (["--host", "0.0.0.0", "--port", "0"], 2, "Set COLLM_DIST_TOKEN to a token"),
             (["--port", "80x", "--max-batch-size", "0"], 2, "--max-batch-size 0: Input should be greater than"),
             ([f"run.dir={tmp_path}"], 2, "neither stage 2 nor stage 1 is done"),
             (["llm.dtype=bfloat16"], 2, "config.llm.dtype: float32 -> bfloat16"),
@@ -321,7 +357,7 @@ def test_the_death_of_a_model_is_hidden_or_answered_503(finished_run):
         assert running.ask(query)[0] == 200
     counts = Counter(found)
     print(counts)
-    ok = (200, "application/json", None, ("ranked", "model"))
+    ok = (200, "application/json", None, ("ranked", "warnings", "model"))
     assert counts[ok] >= 60
     assert set(counts) <= {ok, (503, "application/json", "1", ("detail",))}
 

@@ -8,9 +8,11 @@ import pytest
 import uvicorn
 import uvicorn.protocols.http.auto
 
-from collm_dist.serving.gateway import Gateway, limit_header_time
+from collm_dist.serving.access import Access, hash_token
+from collm_dist.serving.gateway import Gateway
+from collm_dist.serving.header_time import limit_header_time
 
-LIMITS = {"receive_timeout_s": 0.1, "request_timeout_s": 1.0, "max_body_kib": 1}
+LIMITS = {"access": Access(None, None), "receive_timeout_s": 0.1, "request_timeout_s": 1.0, "max_body_kib": 1}
 OK = (200, b"application/json", b'{"ranked": []}')
 
 
@@ -51,7 +53,7 @@ def ask(proxy, *pieces, headers=()):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Gateway(proxy, **LIMITS)({"type": "http", "headers": list(headers)}, receive, send))
+    asyncio.run(Gateway(proxy, **LIMITS)({"type": "http", "path": "/rank", "headers": list(headers)}, receive, send))
     return sent
 
 
@@ -108,6 +110,14 @@ def test_clients_do_not_set_serves_limits():
     ask(proxy, headers=[(b"x-request-timeout-seconds", b"9999"), (b"x-request-disconnect-disabled", b"1")])
     assert float(proxy.headers[b"x-request-timeout-seconds"]) <= 1
     assert b"x-request-disconnect-disabled" not in proxy.headers
+
+
+def test_without_the_token_nothing_is_read_or_forwarded(monkeypatch):
+    monkeypatch.setitem(LIMITS, "access", Access(hash_token("secret" * 4), None))
+    proxy = Proxy(OK)
+    status, headers, _ = read(ask(proxy, None))
+    assert (status, headers[b"www-authenticate"], proxy.seen) == (401, b"Bearer", [])
+    assert read(ask(proxy, headers=[(b"authorization", b"Bearer " + b"secret" * 4)]))[0] == 200
 
 
 def test_a_slow_body_is_cut_off():

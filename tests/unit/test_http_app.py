@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm_dist.errors import ArtifactError, QueueFullError, RequestError
+from collm_dist.serving.access import Access
 from collm_dist.serving.batching import Pass
 from collm_dist.serving.gateway import Gateway
 from collm_dist.serving.http_app import build_app
@@ -18,7 +19,7 @@ from collm_dist.serving.service_options import ServiceOptions
 
 HEALTH = HealthAnswer(ready=True, run="mine", stage="stage2", model="abc", device="cpu", users=2, items=3)
 OPTIONS = ServiceOptions(max_candidates=4, max_history=3, request_timeout_s=0.2)
-LIMITS = {"receive_timeout_s": 5, "request_timeout_s": 5, "max_body_kib": 1}
+LIMITS = {"access": Access(None, None), "receive_timeout_s": 5, "request_timeout_s": 5, "max_body_kib": 1}
 GOOD = {"history": ["1"], "candidates": ["2", 3]}
 JSON = "application/json"
 
@@ -192,16 +193,8 @@ def test_health_and_openapi():
     assert body["examples"] == [GOOD]
     assert all("description" in schema for schema in body["properties"].values())
     assert body["properties"]["candidates"]["anyOf"][0]["maxItems"] == 4
-    assert set(document["paths"]["/rank"]["post"]["responses"]) == {
-        "200",
-        "400",
-        "408",
-        "413",
-        "415",
-        "422",
-        "503",
-        "504",
-    }
+    statuses = "200 400 401 408 413 415 422 429 503 504"
+    assert set(document["paths"]["/rank"]["post"]["responses"]) == set(statuses.split())
 
 
 def test_the_docs_page_lists_everything_and_loads_nothing():
