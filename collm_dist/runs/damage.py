@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,25 @@ def name_damage(path: Path, remedy: str) -> Iterator[None]:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{path} is damaged or missing ({reason}); {remedy}") from error
+
+
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+
+
+@contextmanager
+def explain_read_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the system into an ArtifactError if the block cannot read a file of a folder that it names."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        is_read = named is not None and (not named.exists() or named.is_dir() or not os.access(named, os.R_OK))
+        if error.errno not in _UNREADABLE or named is None or not is_read or folder not in named.parents:
+            raise
+        raise ArtifactError(
+            f"{named} cannot be read ({error.strerror}): allow reading it, restore it from a copy, or redo its step "
+            "with --force"
+        ) from error
 
 
 def read_json_file(path: Path, *names: str, remedy: str) -> dict[str, Any]:

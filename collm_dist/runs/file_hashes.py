@@ -14,20 +14,21 @@ from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
 from collm_dist.runs.run_dir import RunDir, Step
 
 # Files of a step that later steps and recommenders read; logs and checkpoints are not among them.
-_FOLDERS = ("adapter", "merged")
+_FOLDERS = ("adapter", "merged", "scores")
+_PATTERNS = ("*.safetensors", "*.md", "*.csv", "*.png")
 # Release 0.1 recorded the hash of one file of a stage, as the stage's content hash.
 _HASHED_BY_0_1: dict[Step, str] = {
     "stage1": "adapter/adapter_model.safetensors",
     "stage2": "mapping.safetensors",
 }
 _CACHE = ".hashes.json"
-# (path, size, modification time) of the files that this process has read, and their hashes.
-_known: dict[tuple[str, int, int], str] = {}
+# State of the files that this process has read, and their hashes.
+_known: dict[tuple[str | int, ...], str] = {}
 
 
 def hash_products(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the product files in a step's folder by relative path, for its record."""
-    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith(".")]
+    files = [path for pattern in _PATTERNS for path in folder.glob(pattern) if not path.name.startswith(".")]
     files += [path for name in _FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
     with show_phase(f"{folder.name}: hashing", sum(path.stat().st_size for path in files), "B") as phase:
         return {path.relative_to(folder).as_posix(): compute_file_hash(path, phase.advance) for path in sorted(files)}
@@ -60,8 +61,8 @@ def check_files(run_dir: RunDir, step: Step, *parts: str, keep: bool = False) ->
     Args:
         run_dir, step: the step; nothing is checked if it is not done.
         parts: beginnings of the relative paths to check; default all.
-        keep: remember the result in the run directory, so that files of the same size and modification time are not
-            read again by the next process. Otherwise each process reads every file once.
+        keep: remember the result in the run directory, so that the next process reads only files that have changed
+            since (``read_state``). Otherwise each process reads every file once.
 
     Raises:
         ArtifactError: a file is missing or has other bytes; the message names it and the remedy.
@@ -76,10 +77,9 @@ def check_files(run_dir: RunDir, step: Step, *parts: str, keep: bool = False) ->
             path = run_dir.step_dir(step) / name
             key = f"{step}/{name}"
             try:
-                status = path.stat()
-                state = [status.st_size, status.st_mtime_ns]
+                state = read_state(path)
                 is_known = key in cache and cache[key][0] == state
-                actual = cache[key][1] if is_known else _hash_once(path, phase.advance)
+                actual = cache[key][1] if is_known else hash_once(path, phase.advance)
             except OSError as error:
                 raise ArtifactError(f"{path} cannot be read ({error.strerror or error}): {_advise(step)}") from None
             if actual != expected:
@@ -94,9 +94,25 @@ def _advise(step: Step) -> str:
     return f"restore it from a copy, or redo the step with --force {step}"
 
 
-def _hash_once(path: Path, on_read: Callable[[int], object]) -> str:
+def read_state(path: Path) -> list[int]:
+    """Return numbers of a file that change with its bytes: a key for the cache of its hash, never its identity.
+
+    The time of the last change (ctime) is among them, since no program can set it back.
+
+    Raises:
+        OSError: there is no such file.
+    """
     status = path.stat()
-    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def hash_once(path: Path, on_read: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file, which is read once by this process, and again if it changes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    key: tuple[str | int, ...] = (str(path.resolve()), *read_state(path))
     if key not in _known:
         _known[key] = compute_file_hash(path, on_read)
     return _known[key]

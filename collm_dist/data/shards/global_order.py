@@ -28,8 +28,6 @@ WINDOW_SHARDS = 4
 # Hash keys of independent draws.
 _SHARD_DRAW, _CONTEXT_DRAW = 1, 2
 
-_verified: set[tuple[Path, str, int]] = set()
-
 
 def read_verified(data_dir: Path, shard: ShardInfo, local_shards: LocalShards | None = None) -> ContextBlock:
     """Read a whole shard. Its checksum is verified once per process, and again if the file changes.
@@ -43,15 +41,13 @@ def read_verified(data_dir: Path, shard: ShardInfo, local_shards: LocalShards | 
         ArtifactError: the shard is missing or damaged, or does not match the manifest.
     """
     path = data_dir / shard.path if local_shards is None else local_shards.fetch(shard)
-    key = (path, shard.sha256, path.stat().st_mtime_ns if path.exists() else 0)
-    blocks = list(read_shard(path, None if key in _verified else shard.sha256))
+    blocks = list(read_shard(path, shard.sha256))
     block = concatenate_blocks(blocks) if blocks else None
     if block is None or (block.num_contexts, block.num_targets) != (shard.contexts, shard.rows):
         raise ArtifactError(
             f"{path}: the manifest says {shard.contexts} contexts and {shard.rows} rows, the shard has "
             f"{(block.num_contexts, block.num_targets) if block else 'none'}; redo the data step with --force data"
         )
-    _verified.add(key)
     return block
 
 

@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 
 from collm_dist.data.shards.manifest import USER_TEXTS, BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
-from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.file_hashes import hash_once
 
 REMEDY = "restore it from the copy that it came from, or redo the data step with --force data"
-_verified: set[tuple[Path, str, int, int]] = set()
 
 COLUMNS = pa.schema(
     [
@@ -78,14 +77,12 @@ def _read_verified(path: Path, sha256: str | None, columns: list[str] | None = N
     """Read a Parquet file. Its checksum is verified once per process, and again if the file changes."""
     if not path.is_file():
         raise ArtifactError(f"{path} is missing or no file; {REMEDY}")
-    key = (path, sha256 or "", path.stat().st_mtime_ns, path.stat().st_size)
-    if sha256 is not None and key not in _verified and (actual := compute_file_hash(path)) != sha256:
-        raise ArtifactError(
-            f"{path} is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
-            f"{path.stat().st_size} bytes); {REMEDY}"
-        )
-    _verified.add(key)
     try:
+        if sha256 is not None and (actual := hash_once(path)) != sha256:
+            raise ArtifactError(
+                f"{path} is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
+                f"{path.stat().st_size} bytes); {REMEDY}"
+            )
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {REMEDY}") from error

@@ -15,7 +15,8 @@ import pyarrow as pa
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import ShardInfo
 from collm_dist.errors import ArtifactError, CollmError, DiskError
-from collm_dist.runs.atomic_files import compute_file_hash, open_atomic
+from collm_dist.runs.atomic_files import open_atomic
+from collm_dist.runs.file_hashes import hash_once, read_state
 from collm_dist.runs.run_dir import normalize
 from collm_dist.storage import join_uri, open_filesystem
 
@@ -42,7 +43,7 @@ class LocalShards:
             published: URI of a published copy of it, for shards that are missing or damaged there.
         """
         self._folder, self._data_dir, self._published = folder, data_dir, published
-        self._verified: set[tuple[Path, int]] = set()
+        self._verified: set[tuple[Path | int, ...]] = set()
 
     def fetch(self, shard: ShardInfo) -> Path:
         """Return the path of a shard's verified copy. One process copies while the others wait.
@@ -53,12 +54,12 @@ class LocalShards:
             LaunchError: an object store is unreachable or denies access.
         """
         path = self._folder / f"{shard.sha256}.tar"
-        if path.exists() and (path, path.stat().st_mtime_ns) in self._verified:
+        if path.exists() and (path, *read_state(path)) in self._verified:
             return path
         with self._explain(shard), self._lock():
-            if not path.exists() or compute_file_hash(path) != shard.sha256:
+            if not path.exists() or hash_once(path) != shard.sha256:
                 self._copy(shard, path)
-            self._verified.add((path, path.stat().st_mtime_ns))
+            self._verified.add((path, *read_state(path)))
         return path
 
     @contextmanager

@@ -13,7 +13,7 @@ import webdataset
 
 from collm_dist.data.shards.context_block import OPTIONAL_FIELDS, TARGET_FIELDS, ContextBlock
 from collm_dist.errors import ArtifactError
-from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.file_hashes import hash_once
 
 _SUFFIX = "contexts.safetensors"
 
@@ -50,7 +50,8 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
 
     Args:
         path: the tar file.
-        sha256: its checksum from the manifest; None = do not verify.
+        sha256: its checksum from the manifest, verified once per process and again if the file changes; None = do not
+            verify.
 
     Raises:
         ArtifactError: the shard is missing, truncated or altered.
@@ -58,17 +59,17 @@ def read_shard(path: Path, sha256: str | None = None) -> Iterator[ContextBlock]:
     remedy = "restore it from the copy that it came from, or redo the data step with --force data"
     if not path.is_file():
         raise ArtifactError(f"{path}: the shard is missing or no file; {remedy}")
-    if sha256 is not None and (actual := compute_file_hash(path)) != sha256:
-        raise ArtifactError(
-            f"{path}: the shard is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
-            f"{path.stat().st_size} bytes); {remedy}"
-        )
-    # Opened here as a path: WebDataset would run a URL that starts with "pipe:" as a command.
-    with path.open("rb") as stream:
-        try:
+    try:
+        if sha256 is not None and (actual := hash_once(path)) != sha256:
+            raise ArtifactError(
+                f"{path}: the shard is damaged (SHA-256 {actual[:16]}..., the manifest says {sha256[:16]}...; "
+                f"{path.stat().st_size} bytes); {remedy}"
+            )
+        # Opened here as a path: WebDataset would run a URL that starts with "pipe:" as a command.
+        with path.open("rb") as stream:
             source = {"url": str(path), "stream": stream}
             for sample in webdataset.tariterators.tar_file_expander([source], eof_value=None):
                 if sample["fname"].endswith(_SUFFIX):
                     yield decode_block(sample["data"])
-        except (ValueError, OSError, tarfile.TarError, safetensors.SafetensorError) as error:
-            raise ArtifactError(f"{path}: the shard cannot be read ({error}); {remedy}") from error
+    except (ValueError, OSError, tarfile.TarError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path}: the shard cannot be read ({error}); {remedy}") from error
