@@ -20,7 +20,7 @@ from typing import IO
 import psutil
 
 from collm_dist.errors import LaunchError
-from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.atomic_files import explain_disk_errors, write_json
 from collm_dist.runs.empty_folders import list_missing, remove_empty, remove_empty_below
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,21 @@ class Holder:
         host, pid, started: the process; the start time (seconds since 1970) distinguishes it from a later process with
             the same pid.
         token: unique id of this lock.
+
+    Raises:
+        ValueError: a value is not what it should be. Processes are ended by token: null would mean all that have none.
     """
 
     host: str
     pid: int
     started: float
     token: str
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        is_valid = type(self.pid) is int and 0 < self.pid < 1 << 31 and type(self.started) in (int, float)
+        if not is_valid or not isinstance(self.host, str) or not (isinstance(self.token, str) and self.token):
+            raise ValueError("this is not a process that holds a lock")
 
 
 @contextmanager
@@ -94,12 +103,17 @@ def hold_run_lock(
 
 @contextmanager
 def _guard(path: Path) -> Iterator[IO[str]]:
-    """Open the file beside a lock that only one process at a time may have open here."""
+    """Open the file beside a lock that only one process at a time may have open here.
+
+    Raises:
+        ArtifactError: it is a link, as it may be in a received run.
+    """
     guard_path = path.with_name(f"{path.name}.guard")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another process may have removed the folder meanwhile
-            guard = guard_path.open("w")
+        # Another process may have removed the folder meanwhile.
+        with suppress(FileNotFoundError), explain_disk_errors(guard_path):
+            guard = open(guard_path, "a", opener=_open_no_link)
             fcntl.flock(guard, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(guard.fileno()), guard_path.stat()):
                 break
@@ -137,6 +151,10 @@ def _take(path: Path) -> Holder:
             end_processes(TOKEN_VARIABLE, holder.token)
         write_json(path, asdict(new_holder))
     return new_holder
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def end_processes(variable: str, value: str) -> None:

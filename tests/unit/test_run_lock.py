@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from collm_dist.errors import LaunchError
+from collm_dist.errors import ArtifactError, LaunchError
 from collm_dist.runs import lock as run_lock
 from collm_dist.runs.lock import LOCK_NAME, STALE_SECONDS, TOKEN_VARIABLE, hold_run_lock
 
@@ -150,3 +150,26 @@ def test_who_loses_the_lock_stops_where_interrupts_are_ignored(tmp_path):
     assert holder.wait(30) == LaunchError.exit_code
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert (tmp_path / LOCK_NAME).read_text() == THEIRS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"token": None}, {"token": ""}, {"token": 3}, {"pid": "1"}, {"pid": -1}, {"pid": 1 << 40}, {"started": "x"},
+     {"started": None}, {"host": None}],
+)  # fmt: skip
+def test_a_lock_that_no_process_wrote_ends_no_process(tmp_path, change):
+    """A token of null would be that of every process without a lock."""
+    holder = {"host": "elsewhere", "pid": 1, "started": 0.0, "token": "0" * 32} | change
+    (tmp_path / LOCK_NAME).write_text(json.dumps(holder))
+    os.utime(tmp_path / LOCK_NAME, (0, 0))
+    assert run_lock._read_holder(tmp_path / LOCK_NAME) is None
+    with hold_run_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+
+
+def test_a_guard_that_is_a_link_writes_nothing_elsewhere(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f"{LOCK_NAME}.guard").symlink_to(tmp_path / "mine")
+    with pytest.raises(ArtifactError, match=r"guard.* move away"), hold_run_lock(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
