@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collm_dist.errors import CollmError, DataError
+from collm_dist.errors import DataError
 from collm_dist.runs.atomic_files import compute_file_hash, set_file_mode
 
 logger = logging.getLogger(__name__)
@@ -281,13 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
             settings = "  ".join(f"{key}={value:g}" for key, value in asset.settings.items())
             print(f"{asset_name:28} {asset.hub_id or 'package index':28} {asset.licence:28} {settings}".rstrip())
         return 0
-    try:
-        location = resolve_dataset(name)[0] if name in DATASETS else resolve_backbone(name).location
-    except CollmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(location)
-    return 0
+    from collm_dist.cli import run_reporting  # late, since it imports this module
+
+    return run_reporting(
+        lambda: print(resolve_dataset(name)[0] if name in DATASETS else resolve_backbone(name).location)
+    )
 
 
 if __name__ == "__main__":

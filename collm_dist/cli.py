@@ -20,6 +20,7 @@ from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.code_trust import FLAG
 from collm_dist.runs.error_file import write_error
 from collm_dist.runs.run_dir import STEPS, RunDir
+from collm_dist.runs.stop_signals import preemptible
 
 _HOW_SETTINGS_WORK = """settings:
   Settings missing from the config file have defaults; configs/README.md lists every setting. section.key=value after
@@ -69,7 +70,8 @@ def run_command(
         return int(stop.code or 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments.force = tuple(step for steps in arguments.force for step in steps)
-    try:
+
+    def run_checked() -> int | None:
         config = load_config(arguments.config_path, arguments.overrides)
         _check_run_dir(Path(config.run.dir))
         _check_place(arguments.config_path, config, arguments.overrides)
@@ -78,7 +80,19 @@ def run_command(
             return 0
         show_phases(config.monitoring.progress_bar and os.environ.get("RANK", "0") == "0")
         with explain_disk_errors(Path(config.run.dir)):
-            return run(config, arguments) or 0
+            return run(config, arguments)
+
+    return run_reporting(run_checked)
+
+
+def run_reporting(run: Callable[[], int | None]) -> int:
+    """Run a command's work, report its error if it fails, and return the exit code.
+
+    SIGTERM and SIGUSR1 end it as Ctrl-C does, with the exit code of ``Preempted``, unless the work handles them itself.
+    """
+    try:
+        with preemptible():
+            return run() or 0
     except (Exception, KeyboardInterrupt) as error:
         return report_error(error).exit_code
 

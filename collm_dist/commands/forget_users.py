@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.cli import report_error
+from collm_dist.cli import run_reporting
 
 DESCRIPTION = """List the run directories that hold users who must be forgotten, and remove these runs with --apply.
 A run made without these users (dataset.forget) is kept. If it reuses stage 1 of a removed run, it gets a copy of the
@@ -53,11 +53,7 @@ def main() -> int:
         arguments = parser.parse_args()
     except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
-    try:
-        _run(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_error(error).exit_code
-    return 0
+    return run_reporting(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

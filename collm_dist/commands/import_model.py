@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from collm_dist.cli import add_trust_argument, report_error
+from collm_dist.cli import add_trust_argument, run_reporting
 from collm_dist.runs.run_dir import RunDir
 
 DESCRIPTION = """Make a run directory from an export of launch/export_model.py. collm_dist.load_recommender and
@@ -33,13 +33,13 @@ def main() -> int:
         arguments = parser.parse_args()
     except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
-    from collm_dist.serving.export import import_model
 
-    try:
+    def run() -> None:
+        from collm_dist.serving.export import import_model
+
         print(import_model(arguments.input, RunDir(arguments.run_dir), trust_code=arguments.trust_code).path)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_error(error).exit_code
-    return 0
+
+    return run_reporting(run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pandas.compat.pickle_compat import Unpickler as PandasUnpickler
 
-from collm_dist.errors import CollmError, DataError
+from collm_dist.cli import run_reporting
+from collm_dist.errors import DataError
 from collm_dist.runs.atomic_files import open_atomic
 
 # The authors' rows are in time order.
@@ -212,13 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="FOLDER_OR_ZIP", help=f"holds {', '.join(SPLIT_FILES.values())}")
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where to write; created if missing")
     options = parser.parse_args(arguments)
-    try:
-        paths = convert_release(options.source, options.output_dir)
-    except CollmError as error:
-        print(f"{error.name}: {error}", file=sys.stderr)
-        return error.exit_code
-    print("\n".join(str(path) for path in paths))
-    return 0
+    return run_reporting(
+        lambda: print("\n".join(str(path) for path in convert_release(options.source, options.output_dir)))
+    )
 
 
 if __name__ == "__main__":

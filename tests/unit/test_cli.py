@@ -1,8 +1,11 @@
 """Commands: arguments, dry run, exit codes and errors."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -150,3 +153,18 @@ def test_a_process_ends_with_its_output_and_without_taking_the_interpreter_down(
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (3, "done\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_signals_end_any_command_in_words(run, number, code):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+
+    def work(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    actual, _, printed = run(work=work)
+    assert actual == code
+    assert "Traceback" not in printed.err
+    assert "the same command" in printed.err
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
