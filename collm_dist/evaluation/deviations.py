@@ -13,6 +13,7 @@ from collm_dist.assets import BACKBONES
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.config.yaml_file import read_yaml
+from collm_dist.runs.local_paths import shorten_path
 
 Recipe = Literal["ML-1M", "Amazon-Book"]
 
@@ -98,7 +99,7 @@ def _compare_data(config: Config, paper: Config, recipe: Recipe) -> Iterator[Dev
 
 def _compare_models(config: Config) -> Iterator[Deviation]:
     if _find_backbone(config.llm.backbone) is None:
-        yield Deviation("llm.backbone", config.llm.backbone, "vicuna-7b or qwen2-1.5b")
+        yield Deviation("llm.backbone", shorten_path(config.llm.backbone), "vicuna-7b or qwen2-1.5b")
     if config.cf.model not in _PAPER_CF_MODELS:
         yield Deviation("cf.model", config.cf.model, ", ".join(_PAPER_CF_MODELS))
 

@@ -9,6 +9,7 @@ from collm_dist.config import Config
 from collm_dist.evaluation.report_markdown import list_metrics
 from collm_dist.monitoring import RunSettings
 from collm_dist.runs.fingerprints import flatten_config
+from collm_dist.runs.local_paths import shorten_path
 
 SETTINGS = (
     "run.seed",
@@ -54,8 +55,8 @@ def build_run_settings(config: Config, report: Mapping[str, Any]) -> RunSettings
         if row["model"] in _MODELS and row.get(name) is not None
     }
     settings = {"dataset": report["data"]["name"], **{name: flat[name] for name in SETTINGS}}
-    return RunSettings(config.run.dir, {name: _show(value) for name, value in settings.items()}, metrics)
+    return RunSettings(shorten_path(config.run.dir), {name: _show(value) for name, value in settings.items()}, metrics)
 
 
 def _show(value: Any) -> float | bool | str:
-    return value if isinstance(value, int | float) else " ".join(str(value).split())[:_MAX_TEXT]
+    return value if isinstance(value, int | float) else " ".join(shorten_path(str(value)).split())[:_MAX_TEXT]

@@ -32,6 +32,7 @@ from collm_dist.evaluation.verdict import list_verdicts
 from collm_dist.metrics import compute_auc, compute_ndcg
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_json_hash, open_atomic
+from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.run_dir import RunDir
 
@@ -248,6 +249,7 @@ def write_report(
     if config.monitoring.tensorboard:
         paths = {name: folder / name for name in figures}
         monitoring.log_report(folder / "tensorboard", markdown, paths, build_run_settings(config, report))
+    report["files"] = hash_products(folder)
     run_dir.write_record("eval", report)
     for split_name in config.evaluation.splits:
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split_name, "all")]

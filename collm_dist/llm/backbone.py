@@ -70,6 +70,7 @@ def load_backbone(
     attention: str = "sdpa",
     quantization: Quantization = "none",
     trust_remote_code: bool = False,
+    may_be_pickled: bool = True,
 ) -> Backbone:
     """Load a backbone, frozen, and its tokenizer.
 
@@ -80,6 +81,7 @@ def load_backbone(
         quantization: of the weights of linear layers other than the head, done while loading; arithmetic stays in
             ``dtype``.
         trust_remote_code: run code that comes with a hub model.
+        may_be_pickled: whether weights other than safetensors are read.
 
     Raises:
         ConfigError: the model is not a causal language model, or bitsandbytes is not installed.
@@ -99,6 +101,7 @@ def load_backbone(
             source.location,
             dtype=number_type,
             attn_implementation=attention,
+            use_safetensors=None if may_be_pickled else True,
             **options,
             **_build_quantization(quantization, number_type),
         )

@@ -16,28 +16,40 @@ from __future__ import annotations
 
 import glob
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from collm_dist.config import Config
-from collm_dist.config.loader import dump_config, load_config
+from collm_dist.config.loader import change_settings, dump_config
 from collm_dist.data.shards.manifest import USER_TEXTS, load_manifest
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, DiskError
 from collm_dist.phases import follow, show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
-from collm_dist.runs.damage import name_damage, read_json_file
+from collm_dist.runs.damage import explain_read_errors, name_damage, read_json_file
 from collm_dist.runs.empty_folders import list_missing, remove_empty
 from collm_dist.runs.file_hashes import read_hashes
-from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, add_record_hash, normalize
-from collm_dist.serving.finished_run import check_settings, find_stage
-from collm_dist.serving.local_paths import PathRemover
+from collm_dist.runs.local_paths import PathRemover, check_link
+from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, normalize
+from collm_dist.serving.finished_run import check_settings, find_stage, load_run_config
 from collm_dist.serving.model_card import Licences, write_card
 
 FORMAT_VERSION = 1
 INDEX = "export.json"
+_MAX_INDEX_BYTES = 64 << 20
+_CARD = "adapter/README.md"
+# Settings that say where else a run reads and writes: those of a received run must not decide that here.
+_OF_ONE_MACHINE: dict[str, Any] = {
+    "run.reuse": [],
+    "run.publish_to": None,
+    "promotion.pointer": None,
+    "monitoring.prometheus_dir": None,
+    "cluster.local_scratch": None,
+    "cluster.ray_address": None,
+}
 # Place of each part of an export in a run directory. Folders end with a slash.
 PLACES = {
     "adapter/": "stage1/adapter/",
@@ -66,7 +78,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
     stage = find_stage(run_dir)
     config = check_settings(config, run_dir, trust_code=True, accept_stage1=True)  # nothing is loaded
     recorded = _list_recorded(run_dir)
-    with _make_whole(folder) as part:
+    with explain_read_errors(run_dir.path), _make_whole(folder) as part:
         for source, name in follow(list(_list_sources(run_dir)), "export: copying and checking", "files"):
             target = part / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,15 +116,21 @@ def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> 
             ``load_recommender`` then runs it.
 
     Raises:
-        ArtifactError: the export is incomplete, damaged, of another version, or names code that is not trusted; or the
-            run directory exists.
+        ArtifactError: the export is incomplete, damaged, of another version, names code that is not trusted, or has a
+            link or a name that leads out of it; or the run directory exists.
         ConfigError: its settings are not valid in this version.
+        DiskError: its files do not fit on the disk.
     """
-    index = _read_index(folder)
-    config = load_config(folder / "config.yaml")
+    with explain_read_errors(folder):
+        return _import_model(folder, run_dir, trust_code)
+
+
+def _import_model(folder: Path, run_dir: RunDir, trust_code: bool) -> RunDir:
+    index = _read_index(folder, run_dir.path)
+    config = load_run_config(folder / "config.yaml")
     if (code := list_code(config, folder / "config.yaml", folder / "cf")) and not trust_code:
         refuse_code(code, folder)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir.path)})})
+    config = change_settings(config, _OF_ONE_MACHINE | {"run.dir": str(run_dir.path)})
     with _make_whole(run_dir.path) as part:
         for name, expected in follow(list(index.items()), "import: copying and checking", "files"):
             place = _find_place(name)
@@ -131,9 +149,8 @@ def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> 
 def _remove_paths(part: Path, config: Config, run_dir: RunDir) -> None:
     """Remove this machine's paths from the settings, the records and the cards of an export."""
     remover = PathRemover(config, run_dir)
-    settings = Config.model_validate(remover.clean(config.model_dump(mode="json")))
-    (part / "config.yaml").write_text(dump_config(settings), encoding="utf-8")
-    for name in ("README.md", "adapter/README.md"):
+    (part / "config.yaml").write_text(dump_config(remover.clean_config(config)), encoding="utf-8")
+    for name in ("README.md", _CARD):
         path = part / name
         if path.exists():
             path.write_text(remover.clean_text(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -141,10 +158,10 @@ def _remove_paths(part: Path, config: Config, run_dir: RunDir) -> None:
         path = part / "records" / f"{step}.json"
         if not path.exists():
             continue
-        record = remover.clean(run_dir.read_record(step))
-        if "adapter/README.md" in record.get("files", {}):
-            record["files"]["adapter/README.md"] = compute_file_hash(part / "adapter" / "README.md")
-        write_json(path, add_record_hash(record))
+        record, card = run_dir.read_record(step), part / _CARD
+        if step == "eval":  # an export has the report alone, in its card
+            record.pop("files", None)
+        write_json(path, remover.clean_record(record, {_CARD: compute_file_hash(card)} if card.exists() else {}))
 
 
 def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
@@ -157,10 +174,12 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
         source = run_dir.path / place
         if not place.endswith("/"):
             if source.exists():
+                check_link(source, run_dir.path / PurePosixPath(place).parts[0])
                 yield source, name
             continue
         for path in sorted(source.rglob("*")):
             if path.is_file() and (name in ("adapter/", "model/", "anchor/") or path in needed):
+                check_link(path, run_dir.path / PurePosixPath(place).parts[0])
                 yield path, name + path.relative_to(source).as_posix()
 
 
@@ -173,7 +192,7 @@ def _list_recorded(run_dir: RunDir) -> dict[Path, str]:
         run_dir.step_dir(step) / name: value
         for step in STEPS
         for name, value in read_hashes(run_dir, step).items()
-        if not name.startswith("shards/")
+        if not name.startswith("shards/") and (step != "eval" or name == "report.md")
     }
     for path in recorded:
         if not path.is_file():
@@ -189,25 +208,40 @@ def _find_place(name: str) -> str | None:
     return PLACES[f"{head}/"] + rest if f"{head}/" in PLACES else None
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """Return the files of an export with their hashes, after checking each hash."""
+def _read_index(folder: Path, target: Path) -> dict[str, str]:
+    """Return the files of an export with their hashes, after checking names, sizes and hashes."""
     path = folder / INDEX
     if not path.exists():
         raise ArtifactError(f"{path} is missing: give the folder that launch/export_model.py wrote")
     remedy = "copy the export again"
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+        raise ArtifactError(f"{path} has more than {_MAX_INDEX_BYTES >> 20} MiB, so it is not an index; {remedy}")
     record = read_json_file(path, "format_version", "files", remedy=remedy)
     with name_damage(path, remedy):
         version, files = record["format_version"], {str(name): str(value) for name, value in record["files"].items()}
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
-    for name, expected in follow(list(files.items()), "import: checking", "files"):
+    for name in files:
         path_in_export = PurePosixPath(name)
         if path_in_export.is_absolute() or ".." in path_in_export.parts:
             raise ArtifactError(f"{path} names {name!r}, which is outside the export; obtain the export again")
         source = folder / name
-        if source.is_symlink() or not source.is_file() or compute_file_hash(source) != expected:
-            raise ArtifactError(f"{source} is missing or damaged (its SHA-256 is not that of {INDEX}): copy it again")
+        if not source.is_file() or not source.resolve().is_relative_to(folder.resolve() / path_in_export):
+            raise ArtifactError(f"{source} is missing, or a link: copy the export again, with files in place of links")
+    _check_space(sum((folder / name).stat().st_size for name in files), target)  # sparse files may claim any size
+    for name, expected in follow(list(files.items()), "import: checking", "files"):
+        if compute_file_hash(folder / name) != expected:
+            raise ArtifactError(f"{folder / name} is damaged (its SHA-256 is not that of {INDEX}): copy it again")
     return files
+
+
+def _check_space(size: int, target: Path) -> None:
+    parent = next(path for path in normalize(target).parents if path.exists())
+    if size > (free := shutil.disk_usage(parent).free):
+        raise DiskError(
+            f"{target}: the export has {size / 2**20:,.1f} MiB, but {parent} has {free / 2**20:,.1f} MiB free; make "
+            "space there, or choose another folder"
+        )
 
 
 @contextmanager
@@ -223,10 +257,15 @@ def _make_whole(folder: Path) -> Iterator[Path]:
         for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*part"):  # of a killed export or import
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-        # A new name, so that nobody can have put a link or a file in its place.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as name:
-            part = Path(name) / "whole"
+        # A new name, so that nobody can have put a link or a file in its place; known before the folder is there, so
+        # that it is removed whenever an interruption comes.
+        scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.part"
+        try:
+            scratch.mkdir(mode=0o700)
+            part = scratch / "whole"
             part.mkdir()
             yield part
             sync_files(part)
             part.replace(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

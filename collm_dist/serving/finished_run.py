@@ -8,8 +8,10 @@ import torch
 
 from collm_dist.config import Config
 from collm_dist.config.loader import load_config
+from collm_dist.config.yaml_file import BASE_KEY, read_yaml
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.code_trust import check_code
+from collm_dist.runs.damage import explain_read_errors
 from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
 from collm_dist.runs.run_dir import STAGES, RunDir, StageName
 from collm_dist.serving.recommender import Recommender
@@ -43,10 +45,24 @@ def load_recommender(
         raise ArtifactError(
             f"{run.path / 'config.yaml'} is missing; launch/run_pipeline.py writes it and skips steps that are done"
         )
-    config = check_settings(
-        load_config(run.path / "config.yaml"), run, trust_code=trust_code, accept_stage1=accept_stage1
-    )
-    return build_recommender(config, run, device)
+    with explain_read_errors(run.path):
+        config = load_run_config(run.path / "config.yaml")
+        config = check_settings(config, run, trust_code=trust_code, accept_stage1=accept_stage1)
+        return build_recommender(config, run, device)
+
+
+def load_run_config(path: Path) -> Config:
+    """Load the settings of a finished run or an export, which may come from someone else.
+
+    Raises:
+        ArtifactError: they build on another file, which no run's own settings do.
+        ConfigError: they are not valid in this version.
+    """
+    if BASE_KEY in read_yaml(path):
+        raise ArtifactError(
+            f"{path}: {BASE_KEY}: a run's settings are complete; remove this line if you trust the rest"
+        )
+    return load_config(path)
 
 
 def build_recommender(config: Config, run_dir: RunDir, device: torch.device | str | None = None) -> Recommender:

@@ -67,6 +67,7 @@ def load_llm(llm: LlmConfig, folder: Path | None = None, *, may_quantize: bool =
             attention=llm.attention,
             quantization=llm.quantization if may_quantize else "none",
             trust_remote_code=llm.trust_remote_code,
+            may_be_pickled=folder is None,
         )
 
 

@@ -12,11 +12,11 @@ from collm_dist import RankingRequest, load_recommender
 from collm_dist.config.loader import change_settings, dump_config, load_config
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.runs.file_hashes import check_files
+from collm_dist.runs.local_paths import PathRemover
 from collm_dist.runs.promotion import find_pointer
 from collm_dist.runs.publish import build_publisher
 from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.local_paths import PathRemover
 from collm_dist.serving.model_card import Licences
 from tests.conftest import REPOSITORY
 from tests.integration.byte_search import find_text

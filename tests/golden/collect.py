@@ -196,7 +196,7 @@ def collect_evaluation(run: Path) -> dict[str, Any]:
         rows = np.stack([table[name].to_numpy() for name in ("row_id", "user_idx", "item_idx", "label")])
         scores[path.name] = {"rows": describe_array(rows), "score": describe_array(table["score"].to_numpy(), 8)}
     # The report's hash is left out: it is also of the backbone's path, which is another one each time.
-    return {"report": _leave_out(report, ("fingerprint", "content_hash", "record_hash")), "scores": scores}
+    return {"report": _leave_out(report, ("fingerprint", "content_hash", "files", "record_hash")), "scores": scores}
 
 
 def collect_rankings(run: Path) -> dict[str, Any]:

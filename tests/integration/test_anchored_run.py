@@ -16,6 +16,7 @@ from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
+from collm_dist.runs.publish import Publisher
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
@@ -116,3 +117,13 @@ def test_the_report_compares_with_the_anchor(anchored_run):
     assert {("stage1", "blend"), ("stage2", "blend")} <= compared
     inputs = {row["model"]: row["inputs"] for row in report["rows"]}
     assert inputs["stage1"] == inputs["blend"] == "all earlier feedback"
+
+
+def test_a_published_run_has_the_anchor(anchored_run, tmp_path):
+    publisher = Publisher(str(tmp_path / "published"), RunDir(anchored_run), show_progress=False)
+    publisher.publish_file("config.yaml")
+    for step in ("data", "cf", "stage1", "stage2"):
+        publisher.publish_step(step)
+    ours, theirs = (collm_dist.load_recommender(run, "cpu") for run in (anchored_run, tmp_path / "published"))
+    request = RankingRequest(None, ours.item_ids[:3], ours.item_ids)
+    assert ours.score([request])[0].tolist() == theirs.score([request])[0].tolist()

@@ -1,16 +1,38 @@
-"""Removal of this machine's paths from what leaves it: of an absolute path only the last name stays."""
+"""What leaves this machine holds neither its paths, of which only the last names stay, nor files that links lead to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from collm_dist.config import Config
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.run_dir import RunDir, add_record_hash
 
-_PATH = re.compile(r"[/~][^\n<>]*")
+_PATH = re.compile(r"(?:file:/{0,2})?[/~][^\n<>]*")
+
+
+def shorten_path(text: str) -> str:
+    """Return the last name of an absolute path; any other text as it is."""
+    return Path(text).name if _PATH.fullmatch(text) and "/" in text else text
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Check that links at or above a file of a step lead to the same part of that step, here or in another run.
+
+    Raises:
+        ArtifactError: it leads elsewhere, so that what leaves this machine would hold a file that is not the run's.
+    """
+    part = (folder.name, *path.relative_to(folder).parts)
+    while path != folder:
+        end = path.resolve()
+        if path.is_symlink() and not end.is_relative_to(folder.resolve()) and end.parts[-len(part) :] != part:
+            raise ArtifactError(
+                f"{path} is a link to {end}, which is not the same part of a run: replace it with a copy, or remove it"
+            )
+        path, part = path.parent, part[:-1]
 
 
 class PathRemover:
@@ -44,12 +66,28 @@ class PathRemover:
         if isinstance(value, list):
             return [self.clean(item) for item in value]
         if isinstance(value, str):
-            return Path(value).name if _PATH.fullmatch(value) and "/" in value else self.clean_text(value)
+            return shorten_path(value) if _PATH.fullmatch(value) else self.clean_text(value)
         return value
+
+    def clean_config(self, config: Config) -> Config:
+        """Return settings without the paths."""
+        return Config.model_validate(self.clean(config.model_dump(mode="json")))
+
+    def clean_record(self, record: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
+        """Return the record of a step without the paths, with the hash of its content.
+
+        Args:
+            record: the record.
+            hashes: SHA-256 of files of the step from which paths were removed.
+        """
+        cleaned: dict[str, Any] = self.clean(dict(record))
+        files = cleaned.get("files", {})
+        files.update({name: value for name, value in hashes.items() if name in files})
+        return add_record_hash(cleaned)
 
     def _clean_key(self, key: str) -> str:
         prefix, is_input, path = key.partition("input.")
-        if is_input and not prefix and path.startswith("/"):
+        if is_input and not prefix and _PATH.fullmatch(path):
             return f"input.{Path(path).name}"
         return self.clean_text(key)
 
