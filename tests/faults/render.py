@@ -86,14 +86,15 @@ def render_corruption(results: dict[str, Any]) -> str:
         "not run yet"
         if found is None
         else (
-            "{corruptions:,} cases: {refused:,} refused with a message, {without_effect:,} without effect, "
-            "{silently_different:,} silently different, {tracebacks:,} tracebacks".format(**found)
+            "{corruptions:,} cases: {refused:,} refused with a message, {healed:,} healed, {without_effect:,} without "
+            "effect, {silently_different:,} silently different, {tracebacks:,} tracebacks".format(**found)
         )
     )
+    uses = ", ".join(f"{sum(counts.values()):,} {use}" for use, counts in sorted((found or {}).get("uses", {}).items()))
     return (
-        "| A damaged file of a finished run or of an export is refused with its name, or has no effect on scores "
+        "| A damaged file of a finished, a published or an exported run is refused, healed, or changes no result "
         "| `python -m tests.faults.corruption`: each file cut, emptied, one bit flipped, replaced by junk, a directory "
-        f"or a dangling link, or removed; then loaded, or imported and loaded | {result} |"
+        f"or a dangling link, removed or made unreadable; then used ({uses}) | {result} |"
     )
 
 
