@@ -58,11 +58,12 @@ class Job:
         return self.checkpoints / "result.json"
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the metrics, None if the job is not done."""
-        if not self.result_path.exists():
+        """Return the metrics, None if the job is not done or its result is damaged."""
+        try:
+            result = json.loads(self.result_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
-        result: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
-        return result if result["key"] == self.key else None
+        return result if isinstance(result, dict) and result.get("key") == self.key else None
 
     def load_item_text(self) -> NDArray[np.float32] | None:
         """Return the (I, K) text vectors of the items, None without texts."""

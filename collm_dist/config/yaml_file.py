@@ -79,3 +79,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected sections such as 'run:' and 'dataset:', found {type(document).__name__}")
     return document
+
+
+def get_text(document: dict[str, Any], section: str, name: str) -> str | None:
+    """Return a string of a section in a mapping that need not be valid settings; None for anything else."""
+    values = document.get(section)
+    value = values.get(name) if isinstance(values, dict) else None
+    return value if isinstance(value, str) else None

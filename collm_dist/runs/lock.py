@@ -188,7 +188,7 @@ def _is_alive(holder: Holder, age_seconds: float) -> bool:
 def _read_holder(path: Path) -> Holder | None:
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

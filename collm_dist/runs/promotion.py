@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collm_dist.config import Config
-from collm_dist.config.yaml_document import parse_yaml
+from collm_dist.config.yaml_file import get_text, read_yaml
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.runs.atomic_files import explain_disk_errors, write_json
 from collm_dist.runs.run_dir import RunDir, normalize
@@ -31,7 +31,8 @@ def pin_previous(config: Config) -> Config:
     yet, this is the first run and extends nothing.
 
     Raises:
-        ConfigError: the link leads to this run, which did not start as an extension of another run.
+        ConfigError: the link leads to this run, which did not start as an extension of another run; or the run's
+            config.yaml is damaged.
     """
     name, run_dir = config.dataset.extend_from, Path(config.run.dir)
     if name is None:
@@ -41,7 +42,7 @@ def pin_previous(config: Config) -> Config:
     if not path.is_symlink() and not (is_pointer and not path.exists()):
         return config
     if recorded.exists():
-        previous = parse_yaml(recorded.read_text(encoding="utf-8"))["dataset"]["extend_from"]
+        previous = get_text(read_yaml(recorded), "dataset", "extend_from")
     elif path.exists():
         previous = str(path.resolve())
     else:
@@ -110,7 +111,7 @@ def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
     if path.exists():
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):  # a damaged record is written again
+        except (OSError, ValueError, RecursionError):  # a damaged record is written again
             recorded = None
         if recorded == decision:
             return decision

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from collm_dist.config.yaml_document import parse_yaml
+from collm_dist.config.yaml_file import get_text, read_yaml
 from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.lock import hold_run_lock
@@ -51,14 +51,16 @@ def find_held_users(
         runs: run directories; other paths, and links to runs, are skipped.
         forgotten: user ids, an Arrow array of strings.
         load_user_ids: function that returns the id table of a data folder.
+
+    Raises:
+        ConfigError: a run's config.yaml is damaged, so that it does not say where the run was published.
     """
     runs_held = []
     for path in runs:
         if path.is_symlink() or not (path / "data").is_dir():
             continue
         settings = path / "config.yaml"
-        document = (parse_yaml(settings.read_text(encoding="utf-8")) if settings.exists() else None) or {}
-        published_to = (document.get("run") or {}).get("publish_to")
+        published_to = get_text(read_yaml(settings), "run", "publish_to") if settings.exists() else None
         try:
             count = int(pc.is_in(pa.array(load_user_ids(path / "data"), pa.string()), forgotten).to_numpy(False).sum())
         except CollmError:

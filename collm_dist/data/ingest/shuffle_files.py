@@ -88,8 +88,11 @@ def finish_task(marker: Path, stats: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_finished(marker: Path, *outputs: Path) -> dict[str, Any] | None:
-    """Return a finished task's statistics, or None if its marker or an output is missing, so that it has to run."""
-    if not all(path.exists() for path in (marker, *outputs)):
+    """Return a finished task's statistics, or None if its marker is missing or damaged or an output is missing."""
+    if not all(path.exists() for path in outputs):
         return None
-    stats: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
-    return stats
+    try:
+        stats = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stats if isinstance(stats, dict) else None

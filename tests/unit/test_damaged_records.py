@@ -1,0 +1,67 @@
+"""Small records beside a run that are damaged: made again, or refused with their name."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pytest
+
+from collm_dist.cf.jobs import Job
+from collm_dist.config import CfConfig, Config
+from collm_dist.data.ingest.shuffle_files import find_finished
+from collm_dist.errors import CollmError
+from collm_dist.runs.promotion import pin_previous
+from collm_dist.runs.user_deletion import find_held_users
+
+DAMAGE = {"cut": '{"key": ', "list": "[1]", "text": "3", "junk": "\x00{[", "deep": "[" * 100_000, "folder": None}
+
+
+def put(path, text):
+    """Write a text; None makes a folder in the place of the file."""
+    if path.is_file():
+        path.unlink()
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_a_task_or_job_with_a_damaged_result_runs_again(tmp_path, way):
+    marker = tmp_path / "result.json"
+    marker.write_text(json.dumps({"key": "k", "rows": 3}))
+    job = Job(tmp_path, tmp_path, "k", CfConfig(), seed=0)
+    assert find_finished(marker) == job.read_result() == {"key": "k", "rows": 3}
+    put(marker, DAMAGE[way])
+    assert find_finished(marker) is None
+    assert job.read_result() is None
+    if marker.is_dir():
+        shutil.rmtree(marker)
+    marker.unlink(missing_ok=True)
+    assert find_finished(marker) is None
+    assert job.read_result() is None
+
+
+@pytest.mark.parametrize("way", ["cut", "list", "junk", "deep", "folder"])
+def test_damaged_settings_of_a_run_are_named(tmp_path, way):
+    run = tmp_path / "run"
+    (run / "data").mkdir(parents=True)
+    (tmp_path / "current").symlink_to(tmp_path / "elsewhere")
+    config = Config.model_validate(
+        {"run": {"dir": str(run)},
+         "dataset": {"path": "a.csv", "columns": {"rating": "r"}, "extend_from": str(tmp_path / "current")}}
+    )  # fmt: skip
+    put(run / "config.yaml", DAMAGE[way])
+    with pytest.raises(CollmError, match=r"config\.yaml") as caught:
+        find_held_users([run], pa.array(["u"]), lambda _: ["u"])
+    assert caught.value.exit_code == 2
+    with pytest.raises(CollmError, match=r"config\.yaml"):
+        pin_previous(config)
+
+
+@pytest.mark.parametrize("text", ["run: [1]", "run: {publish_to: [1]}", "dataset: 3", ""])
+def test_settings_of_another_shape_name_no_place(tmp_path, text):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "config.yaml").write_text(text)
+    (held,) = find_held_users([tmp_path], pa.array(["u"]), lambda _: ["u"])
+    assert (held.count, held.published_to) == (1, None)
