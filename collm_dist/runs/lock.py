@@ -113,7 +113,7 @@ def _guard(path: Path) -> Iterator[IO[str]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may have removed the folder meanwhile.
         with suppress(FileNotFoundError), explain_disk_errors(guard_path):
-            guard = open(guard_path, "a", opener=_open_no_link)
+            guard = open(guard_path, "a", opener=_open_no_link)  # noqa: SIM115 - closed below
             fcntl.flock(guard, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(guard.fileno()), guard_path.stat()):
                 break
