@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from collm_dist.runs.empty_folders import list_missing, remove_empty, remove_emp
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+# Settings of a run, which its first command writes before its work.
+_SETTINGS = "config.yaml"
 # Child processes of the holder find its token here and share its lock.
 TOKEN_VARIABLE = "COLLM_RUN_LOCK"  # noqa: S105 - no password
 BEAT_SECONDS = 10.0
@@ -67,7 +69,8 @@ def hold_run_lock(
     Does nothing in child processes of the holder, or in a launcher's processes other than rank 0.
 
     Args:
-        run_dir: created if missing, and removed again if nothing is written to it.
+        run_dir: created if missing, and removed again if nothing is written to it, or if the block fails when nothing
+            but the settings is written.
         on_beat: called with every heartbeat, from another thread.
         beat_seconds: seconds between heartbeats.
 
@@ -87,8 +90,10 @@ def hold_run_lock(
     outer_token = os.environ.get(TOKEN_VARIABLE)
     os.environ[TOKEN_VARIABLE] = holder.token
     beats.start()
+    worthless = {_SETTINGS}
     try:
         yield
+        worthless = set()
     finally:
         stop.set()
         beats.join()
@@ -98,7 +103,7 @@ def hold_run_lock(
             os.environ[TOKEN_VARIABLE] = outer_token
         if _read_holder(path) == holder:
             remove_empty_below(run_dir)
-            _release(path, missing)
+            _release(path, missing, worthless)
 
 
 @contextmanager
@@ -122,12 +127,16 @@ def _guard(path: Path) -> Iterator[IO[str]]:
         yield guard
 
 
-def _release(path: Path, missing: Sequence[Path]) -> None:
-    """Remove a lock, and its folder if that was missing before and has nothing else."""
+def _release(path: Path, missing: Sequence[Path], worthless: Collection[str]) -> None:
+    """Remove a lock, and its folder if that was missing before and has at most worthless files."""
     with _guard(path) as guard:
         path.unlink(missing_ok=True)
-        if missing and {entry.name for entry in path.parent.iterdir()} == {Path(guard.name).name}:
-            Path(guard.name).unlink()
+        if not missing:
+            return
+        left = list(path.parent.iterdir())
+        if {entry.name for entry in left} <= {Path(guard.name).name, *worthless}:
+            for entry in left:
+                entry.unlink()
             remove_empty(missing)
 
 

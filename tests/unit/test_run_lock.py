@@ -50,6 +50,18 @@ def test_nothing_empty_stays(tmp_path):
     assert (tmp_path / "runs" / "new" / "record").exists()
 
 
+@pytest.mark.parametrize(("name", "stays"), [("config.yaml", False), ("status.json", True)])
+def test_settings_alone_are_not_left_by_a_failure(tmp_path, name, stays):
+    def fail():
+        with hold_run_lock(tmp_path / "new"):
+            (tmp_path / "new" / name).touch()
+            raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        fail()
+    assert (tmp_path / "new").exists() == stays
+
+
 @pytest.mark.slow
 def test_processes_that_come_and_go_leave_one_holder_at_a_time(tmp_path):
     """Each removes the folder that the others wait for."""
