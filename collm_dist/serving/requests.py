@@ -238,7 +238,8 @@ class RequestReader:
             RequestError: a field has the wrong type.
         """
         user = None if request.user is None else _to_id(request.user, "user")
-        given = {field: _to_ids(getattr(request, field) or (), field) for field in _SKIPPING_FIELDS}
+        lists = {field: getattr(request, field) for field in _SKIPPING_FIELDS}
+        given = {field: _to_ids(ids, field) for field, ids in lists.items() if ids is not None}
         unknown = {
             field: [item_id for item_id in ids if self.item_index.find(item_id) is None] for field, ids in given.items()
         }

@@ -10,6 +10,7 @@ import pytest
 import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.config.loader import load_config
+from collm_dist.data.ingest.id_forms import IdIndex
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.runs.run_dir import RunDir
@@ -248,8 +249,8 @@ def test_the_log_counts_strictly_before():
 def test_what_a_request_says_of_likes_and_dislikes(every_event_is_a_like):
     events = EventLog(*(np.array(column) for column in ([0, 0, 0], [1, 2, 3], [10, 20, 30])),
                       np.array([1, 0, 0], dtype=np.int8), num_users=1, num_items=9)  # fmt: skip
-    ids = {str(number): number for number in range(9)}
-    reader = RequestReader({"u": 0}, ids, events, max_history_length=5, max_dislikes=2,
+    ids = IdIndex([str(number) for number in range(9)])
+    reader = RequestReader(IdIndex(["u"]), ids, events, max_history_length=5, max_dislikes=2,
                            every_event_is_a_like=every_event_is_a_like)  # fmt: skip
 
     def read(**fields):

@@ -2,10 +2,13 @@
 
 import pickle
 
+import numpy as np
+
+from collm_dist.data.ingest.id_forms import IdIndex
 from collm_dist.serving.requests import RankedItem, Ranking, RankingRequest, RequestReader
 
 READER = RequestReader(
-    {"u": 0}, {str(item): item for item in range(9)}, None, max_history_length=5, max_dislikes=2,
+    IdIndex(["u"]), IdIndex([str(item) for item in range(9)]), None, max_history_length=5, max_dislikes=2,
     every_event_is_a_like=False,
 )  # fmt: skip
 
@@ -15,7 +18,7 @@ def warn(**request):
 
 
 def test_users_and_ids_of_lists_are_named():
-    assert warn(user="u", history=[1, "2"], disliked=[]) == warn() == warn(history=None) == []
+    assert warn(user="u", history=[1, "2"], disliked=[]) == warn() == warn(history=np.array([1, 2])) == []
     assert warn(user=7) == ["user: '7' is not in the run's log; the items are ranked for an unknown user"]
     found = warn(user="u", history=["1", "x", *"abcdef"], disliked=["y"])
     assert found == [
