@@ -10,11 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collm_dist.serving.event_store import Event, EventStore
     from collm_dist.serving.finished_run import load_recommender
     from collm_dist.serving.recommender import Recommender
     from collm_dist.serving.requests import RankedItem, RankingRequest
 
-__all__ = ["RankedItem", "RankingRequest", "Recommender", "load_recommender"]
+__all__ = ["Event", "EventStore", "RankedItem", "RankingRequest", "Recommender", "load_recommender"]
 
 # Threads that wait for each other spin. Beside another process the default, 300,000 rounds, makes everything many times
 # slower (benchmarks/busy_threads.py); 1,000 rounds cost nothing on a quiet machine. Read when torch is first imported.
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> Any:
     """Import the Python API on first use, because torch and transformers take seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from collm_dist.serving import finished_run, requests
+    from collm_dist.serving import event_store, requests
 
-    return getattr(finished_run if hasattr(finished_run, name) else requests, name)
+    if name in ("load_recommender", "Recommender"):
+        from collm_dist.serving import finished_run
+
+        return getattr(finished_run, name)
+    return getattr(event_store if hasattr(event_store, name) else requests, name)

@@ -136,6 +136,12 @@ class QueueFullError(CollmError):
     retryable = True
 
 
+class EventStoreError(CollmError):
+    """Store of fresh events that does not answer: the client must try again later."""
+
+    retryable = True
+
+
 class StepError(CollmError):
     """Error of a step that ran in processes of its own, which have printed it."""
 

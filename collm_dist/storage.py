@@ -112,11 +112,12 @@ def join_uri(uri: str, *parts: str) -> str:
     return "/".join([head.rstrip("/"), *parts]) + query
 
 
-def list_files(uri: str, key: str) -> list[str]:
+def list_files(uri: str, key: str, *, may_be_empty: bool = False) -> list[str]:
     """Return the files behind a URI (file, folder or glob) in sorted order, without hidden files.
 
     Raises:
-        DataError: there are no files, or they cannot be listed; the message names the setting.
+        DataError: there is nothing, no file in a folder that may not be empty, or it cannot be listed; the message
+            names the setting.
         LaunchError: an object store is unreachable or denies access.
     """
     filesystem, path = open_filesystem(uri, key)
@@ -139,7 +140,7 @@ def list_files(uri: str, key: str) -> list[str]:
     paths = [file for file in paths if not any(part[0] in "._" for part in PurePosixPath(file[len(base) :]).parts[1:])]
     if magic:
         paths = [file for file in paths if fnmatch.fnmatch(file, path)]
-    if not paths:
+    if not paths and not may_be_empty:
         raise DataError(f"{key}: '{uri}' holds no files")
     return [prefix + file + query for file in sorted(paths)]
 

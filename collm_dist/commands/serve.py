@@ -27,8 +27,24 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     options = read_options(arguments)
     from collm_dist.orchestration.service import run_service
 
-    permissions = {"trust_code": arguments.trust_code, "accept_stage1": arguments.accept_stage_1}
-    run_service(config, RunDir(Path(config.run.dir)), options, **permissions)
+    run_service(
+        config,
+        RunDir(Path(config.run.dir)),
+        options,
+        pointer=_find_pointer(config, Path(arguments.config_path)),
+        overrides=[override for override in arguments.overrides if not override.startswith("run.dir=")],
+        trust_code=arguments.trust_code,
+        accept_stage1=arguments.accept_stage_1,
+    )
+
+
+def _find_pointer(config: Config, config_path: Path) -> Path | None:
+    """Return the link by which the run was named: ``run.dir``, or the folder of its config.yaml; None without one."""
+    run_dir, folder = Path(config.run.dir), config_path.absolute().parent
+    for link in (run_dir, folder):
+        if link.is_symlink() and link.resolve() == run_dir.resolve():
+            return link
+    return None
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -168,6 +168,10 @@ class DatasetConfig(Section):
     extend_from: str | None = Field(
         None, description="Earlier run directory: its user and item indices are kept, and new ids are appended."
     )
+    new_events: Uri | None = optional(
+        "URI of further interactions with the same columns (format table): the folder parquet of the ranking service's "
+        "--events. It may be empty. Parts that arrive after the data step do not make it stale.",
+    )
     forget: Uri | None = Field(
         None,
         description="URI of a list of users to forget (Parquet or CSV, column user_id): their rows are skipped, and "
@@ -212,7 +216,7 @@ class DatasetConfig(Section):
         if (self.names is not None) != (self.header is False):
             raise ValueError("header: false and names, the list of the columns, need each other")
         is_table = self.format == "table" and self.asset is None
-        for_tables = ("delimiter", "item_delimiter", "header", "names", "item_names")
+        for_tables = ("delimiter", "item_delimiter", "header", "names", "item_names", "new_events")
         given = [name for name in for_tables if getattr(self, name) is not None]
         if given and not is_table:
             raise ValueError(f"{given[0]} is for format: table; the other formats are fixed")

@@ -7,7 +7,8 @@ from typing import Any
 
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.ingest.id_tables import describe_previous
-from collm_dist.data.ingest.source import open_source
+from collm_dist.data.ingest.new_events import leave_out_later_parts
+from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.ingest.user_texts import open_user_file
 from collm_dist.data.prompt_needs import check_prompt_needs
 from collm_dist.data.prompts.prompt_template import load_prompt_text
@@ -18,13 +19,17 @@ from collm_dist.runs.run_dir import STAGES, RunDir, Step
 from collm_dist.storage import describe_files, list_files
 
 
-def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dict[str, Any]:
+def compute_step_fingerprint(
+    config: Config, run_dir: RunDir, step: Step, source: Source | None = None
+) -> dict[str, Any]:
     """Return a step's fingerprint.
 
     Args:
         config: the experiment.
         run_dir: holds the finished earlier steps; missing ones are skipped for evaluation.
         step: the step to describe.
+        source: the log that a data step is about to read. Without it, a finished data step is described, and parts of
+            ``dataset.new_events`` that have arrived since are left out.
 
     Raises:
         ArtifactError: an earlier step is not done.
@@ -33,12 +38,14 @@ def compute_step_fingerprint(config: Config, run_dir: RunDir, step: Step) -> dic
     """
     if step == "data":
         check_prompt_needs(config)
-        states = open_source(config.dataset).inputs()
+        states, recorded = (source or open_source(config.dataset)).inputs(), _read_fingerprint(run_dir, "data")
+        if source is None:
+            states = leave_out_later_parts(config.dataset, states, recorded)
         if (user_file := open_user_file(config.dataset)) is not None:
             states |= user_file.inputs()
         if config.dataset.forget is not None:
             states |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
-        inputs = describe_inputs(states, _read_fingerprint(run_dir, "data"))
+        inputs = describe_inputs(states, recorded)
         return compute_fingerprint(config, step, run_dir, inputs | describe_previous(config.dataset.extend_from))
     if step == "cf":
         vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}

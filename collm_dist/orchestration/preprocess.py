@@ -63,12 +63,12 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         ArtifactError: the step was done with other settings or inputs.
         LaunchError: Ray is missing, or its nodes do not share the run directory.
     """
-    source = open_source(config.dataset)
-    fingerprint = compute_step_fingerprint(config, run_dir, "data")
     data_dir = run_dir.step_dir("data")
-    if not force and is_step_current(run_dir, "data", fingerprint):
+    if not force and is_step_current(run_dir, "data", compute_step_fingerprint(config, run_dir, "data")):
         print(f"data: done already ({data_dir})")
         return run_dir.read_record("data")
+    source = open_source(config.dataset)
+    fingerprint = compute_step_fingerprint(config, run_dir, "data", source)
     for guess in source.list_guesses():
         print(f"data: {guess}")
     forgotten = load_forgotten(config.dataset.forget)

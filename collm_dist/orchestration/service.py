@@ -7,8 +7,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,20 @@ from ray.util.queue import Queue
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.event_actor import EventClient, EventWriter, start_event_actor
 from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
 from collm_dist.serving.access import ACCESS_VARIABLE, check_token
 from collm_dist.serving.batching import Batcher
-from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage
+from collm_dist.serving.event_parts import describe_columns
+from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage, load_run_config
 from collm_dist.serving.gateway import IMPORT_PATH, build_environment
 from collm_dist.serving.http_app import Ranked, build_app
-from collm_dist.serving.http_schemas import HealthAnswer
+from collm_dist.serving.http_events import add_event_routes
 from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
+from collm_dist.serving.run_follower import RunFollower, read_model_id
 from collm_dist.serving.service_options import ServiceOptions
 
 APP_NAME = "collm-dist"
@@ -47,43 +51,87 @@ _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _STOP_S, _POLL_S = 30.0, 0.1
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """How a replica, whose working directory is another, finds the settings of a run.
+
+    Attributes:
+        config: settings of the run that the service was started with.
+        run_dir: that run.
+        overrides: settings of other runs, in place of those in their config.yaml.
+        folder: working directory of the command, for relative paths.
+        trust_code, accept_stage1: see ``load_recommender``.
+    """
+
+    config: Config
+    run_dir: RunDir
+    overrides: tuple[str, ...]
+    folder: Path
+    trust_code: bool
+    accept_stage1: bool
+
+    def read_config(self, run_dir: RunDir) -> Config:
+        """Return the settings of a run, with an absolute path to a local backbone.
+
+        Raises:
+            ArtifactError, ConfigError: see ``load_recommender``.
+        """
+        config = self.config
+        if run_dir != self.run_dir:
+            config = load_run_config(run_dir.path / "config.yaml", [*self.overrides, f"run.dir={run_dir.path}"])
+        permissions = {"trust_code": self.trust_code, "accept_stage1": self.accept_stage1}
+        config = check_settings(config, run_dir, **permissions)
+        backbone = self.folder / Path(config.llm.backbone).expanduser()
+        if not backbone.exists():
+            return config
+        return config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone)})})
+
+
 @serve.ingress()
 class _Ranker:
     """Replica: the model of a run on one device, behind HTTP."""
 
-    def __init__(self, config: Config, run_dir: RunDir, model: str, options: ServiceOptions, errors: Queue) -> None:
+    def __init__(
+        self, plan: RunPlan, pointer: Path | None, model: str, options: ServiceOptions, events: Any, errors: Queue
+    ) -> None:
+        run_dir, client = plan.run_dir, None if events is None else EventClient(events)
         try:
-            if read_model_id(run_dir) != model:
+            if pointer is None and read_model_id(run_dir) != model:
                 raise ArtifactError(
                     f"{run_dir.path} has changed since the service was started; stop it and start it again"
                 )
-            self._recommender = build_recommender(config, run_dir)
+            self._follower = RunFollower(
+                run_dir,
+                lambda target: build_recommender(plan.read_config(target), target, events=client),
+                pointer,
+                options.follow_every_s,
+            )
         except CollmError as error:  # Serve reports the text of a traceback only
             errors.put(error.to_dict())
             raise
-        self._model, self._options = model, options
-        self._health = HealthAnswer(
-            ready=True,
-            run=run_dir.path.name,
-            stage=self._recommender.stage,
-            model=model,
-            device=str(self._recommender.device),
-            users=len(self._recommender.user_ids),
-            items=len(self._recommender.item_ids),
-        )
+        self._options, self._events = options, events
         self._sizes = Histogram("collm_requests_per_pass", "Requests scored together.", [1, 2, 4, 8, 16, 32, 64, 128])
         self._seconds = Histogram("collm_pass_seconds", "Seconds of a pass.", [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._options
         batcher: Batcher[RankingQuery, Ranked] = Batcher(
-            self._recommender.rank_many,
+            lambda queries: self._follower.served.rank_many(queries),
             max_size=options.max_batch_size,
             wait_s=options.batch_wait_ms / 1000,
             max_waiting=options.max_waiting,
             report=self._report,
         )
-        return build_app(batcher.submit, self._health, options, list_examples(self._recommender))
+        recommender = self._follower.served.recommender
+        app = build_app(batcher.submit, self._follower.describe, options, list_examples(recommender))
+        add_event_routes(
+            app,
+            None if self._events is None else EventWriter(self._events),
+            get_items=lambda: self._follower.served.recommender.item_index,
+            every_event_is_a_like=recommender.config.dataset.feedback == "implicit",
+            options=options,
+        )
+        return app
 
     def _report(self, size: int, took_s: float) -> None:
         self._sizes.observe(size)
@@ -95,6 +143,8 @@ def run_service(
     run_dir: RunDir,
     options: ServiceOptions,
     *,
+    pointer: Path | None = None,
+    overrides: Sequence[str] = (),
     trust_code: bool = False,
     accept_stage1: bool = False,
 ) -> None:
@@ -104,6 +154,8 @@ def run_service(
         config: the experiment.
         run_dir: run directory; a link is resolved once, at the start.
         options: address and limits.
+        pointer: link to the run that is served, and from then on to whichever run it leads to.
+        overrides: ``section.key=value`` settings for the runs that the link leads to.
         trust_code, accept_stage1: see ``load_recommender``.
 
     Raises:
@@ -113,7 +165,9 @@ def run_service(
         KeyboardInterrupt: it was stopped twice, or before the models started.
     """
     run_dir = RunDir(run_dir.path.resolve())
-    config = check_settings(config, run_dir, trust_code=trust_code, accept_stage1=accept_stage1)
+    pointer = None if pointer is None else pointer.absolute()
+    plan = RunPlan(config, run_dir, tuple(overrides), Path.cwd(), trust_code, accept_stage1)
+    plan.read_config(run_dir)
     model = read_model_id(run_dir)
     port = find_port(options.host, options.port)
     token = os.environ.get(ACCESS_VARIABLE)
@@ -122,25 +176,22 @@ def run_service(
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", _START_S)
     with connect_ray(config.cluster), handle_stop_signals(_interrupt), _serving(port, options, token, owns_ray):
         replicas, devices = plan_replicas(options.replicas)
+        events = None if options.events is None else _start_events(config, options)
         try:
             with show_phase("loading the model"):
-                _start_replicas(_make_paths_absolute(config), run_dir, model, options, replicas, devices)
+                _start_replicas(plan, pointer, model, options, events, replicas, devices)
             metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
             _say(
                 f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
                 f"http://{_spell_host(options.host)}:{port} - POST /rank, GET /healthz, /docs; metrics for Prometheus "
                 f"at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it"
+                + ("" if pointer is None else f". It follows {pointer}")
             )
             threading.Event().wait()
         except KeyboardInterrupt:
             # Also raised between the first answer and the moment when Serve reports that it is ready.
             _say("stopping: new requests are refused, accepted ones are answered")
             _drain(options.shutdown_timeout_s)
-
-
-def read_model_id(run_dir: RunDir) -> str:
-    """Return the first 12 digits of the scoring stage's content hash."""
-    return run_dir.read_content_hash(find_stage(run_dir))[:12]
 
 
 def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
@@ -248,8 +299,25 @@ def _stop_serve() -> None:
     serve.shutdown()
 
 
+def _start_events(config: Config, options: ServiceOptions) -> Any:
+    """Start the owner of the store of events, in the columns of the run's log."""
+    return start_event_actor(
+        Path(options.events or ""),
+        describe_columns(config.dataset),
+        part_minutes=options.part_minutes,
+        part_rows=options.part_rows,
+        keep_days=options.keep_days,
+    )
+
+
 def _start_replicas(
-    config: Config, run_dir: RunDir, model: str, options: ServiceOptions, replicas: int, devices: dict[str, int]
+    plan: RunPlan,
+    pointer: Path | None,
+    model: str,
+    options: ServiceOptions,
+    events: Any,
+    replicas: int,
+    devices: dict[str, int],
 ) -> None:
     """Start the replicas and wait until they have loaded their models.
 
@@ -274,7 +342,7 @@ def _start_replicas(
         max_constructor_retry_count=1,
     )
     try:
-        serve.run(deployment.bind(config, run_dir, model, options, errors), name=APP_NAME)
+        serve.run(deployment.bind(plan, pointer, model, options, events, errors), name=APP_NAME)
     except (RuntimeError, RayError) as error:
         applications = serve.status().applications.values()
         messages = [state.message for application in applications for state in application.deployments.values()]
@@ -283,14 +351,6 @@ def _start_replicas(
         raise LaunchError(
             "the process that serves the model does not start: " + "\n".join([*messages, str(error)])
         ) from None
-
-
-def _make_paths_absolute(config: Config) -> Config:
-    """Return the configuration with an absolute path to a local backbone."""
-    backbone = Path(config.llm.backbone).expanduser()
-    if not backbone.exists():
-        return config
-    return config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
 
 
 def _explain(error: OSError) -> str:

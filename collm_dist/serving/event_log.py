@@ -57,11 +57,13 @@ class EventLog:
 
         An unknown user (-1) has no events.
         """
-        if user_idx < 0:
-            return np.zeros(0, np.int64), np.zeros(0, np.int8)
-        first, last = self._user_offsets[user_idx], self._user_offsets[user_idx + 1]
+        return self.find_user_rows(user_idx, as_of)[1:]
+
+    def find_user_rows(self, user_idx: int, as_of: int) -> tuple[IntArray, IntArray, NDArray[np.int8]]:
+        """Return times in seconds since 1970, items and labels; otherwise as ``find_user_events``."""
+        first, last = (0, 0) if user_idx < 0 else (self._user_offsets[user_idx], self._user_offsets[user_idx + 1])
         last = first + np.searchsorted(self._times[first:last], as_of)
-        return self._items[first:last], self._labels[first:last]
+        return self._times[first:last], self._items[first:last], self._labels[first:last]
 
     def count_item_events(self, item_idx: IntArray, as_of: int) -> tuple[IntArray, IntArray]:
         """Return (N,) likes and (N,) events of items strictly before a time (seconds since 1970)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from collm_dist.runs.code_trust import check_code
 from collm_dist.runs.damage import explain_read_errors
 from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
 from collm_dist.runs.run_dir import STAGES, RunDir, StageName
+from collm_dist.serving.fresh_events import EventSource
 from collm_dist.serving.recommender import Recommender
 from collm_dist.tuning.stage import load_stage_model
 
@@ -24,6 +26,7 @@ def load_recommender(
     *,
     trust_code: bool = False,
     accept_stage1: bool = False,
+    events: EventSource | None = None,
 ) -> Recommender:
     """Load a finished run.
 
@@ -33,6 +36,7 @@ def load_recommender(
         trust_code: run code that the run names (``llm.trust_remote_code``, a ``cf.model`` of its own). Runs that were
             trained by this account need no permission.
         accept_stage1: rank with stage 1 if stage 2 is not done.
+        events: an ``EventStore``, whose events count as if they were in the run's log, unless the run has read them.
 
     Raises:
         ArtifactError: stage 2 is not done, or neither stage is; an artifact is missing, damaged or made from other
@@ -48,10 +52,10 @@ def load_recommender(
     with explain_read_errors(run.path):
         config = load_run_config(run.path / "config.yaml")
         config = check_settings(config, run, trust_code=trust_code, accept_stage1=accept_stage1)
-        return build_recommender(config, run, device)
+        return build_recommender(config, run, device, events)
 
 
-def load_run_config(path: Path) -> Config:
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Load the settings of a finished run or an export, which may come from someone else.
 
     Raises:
@@ -62,15 +66,21 @@ def load_run_config(path: Path) -> Config:
         raise ArtifactError(
             f"{path}: {BASE_KEY}: a run's settings are complete; remove this line if you trust the rest"
         )
-    return load_config(path)
+    return load_config(path, overrides)
 
 
-def build_recommender(config: Config, run_dir: RunDir, device: torch.device | str | None = None) -> Recommender:
+def build_recommender(
+    config: Config,
+    run_dir: RunDir,
+    device: torch.device | str | None = None,
+    events: EventSource | None = None,
+) -> Recommender:
     """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``."""
     stage = find_stage(run_dir)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Recommender(config, run_dir, stage, load_stage_model(config, run_dir, stage, torch.device(device)))
+    loaded = load_stage_model(config, run_dir, stage, torch.device(device))
+    return Recommender(config, run_dir, stage, loaded, events)
 
 
 def find_stage(run_dir: RunDir) -> StageName:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from email.message import Message as Header
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
@@ -22,6 +24,7 @@ from collm_dist.serving.batching import Pass
 from collm_dist.serving.docs_page import render_docs_page
 from collm_dist.serving.http_errors import RETRY_AFTER, answer_error
 from collm_dist.serving.http_schemas import (
+    BODIES,
     ErrorAnswer,
     HealthAnswer,
     RankAnswer,
@@ -34,7 +37,21 @@ from collm_dist.serving.service_options import ServiceOptions
 
 logger = logging.getLogger(__name__)
 
-Ranked = Ranking | RequestError
+
+@dataclass(frozen=True)
+class ModelAnswer:
+    """Answer to a query.
+
+    Attributes:
+        ranking: the items.
+        model: model that scored them, as in ``/healthz``.
+    """
+
+    ranking: Ranking
+    model: str
+
+
+Ranked = ModelAnswer | RequestError
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON."},
     401: {"description": "The service has a token, and the request lacks it."},
@@ -50,7 +67,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def build_app(
     rank: Callable[[RankingQuery], Awaitable[Pass[Ranked]]],
-    health: HealthAnswer,
+    read_health: Callable[[], HealthAnswer],
     options: ServiceOptions,
     examples: Sequence[Mapping[str, Any]],
 ) -> FastAPI:
@@ -58,7 +75,7 @@ def build_app(
 
     Args:
         rank: coroutine that answers a query or raises ``QueueFullError``.
-        health: answer of ``/healthz``.
+        read_health: returns the answer of ``/healthz``.
         options: limits and timeouts.
         examples: request bodies for the OpenAPI page.
     """
@@ -88,9 +105,9 @@ def build_app(
             "Server-Timing": f"queue;dur={1000 * result.waited_s:.1f}, score;dur={1000 * result.took_s:.1f}",
             "X-Scored-Together": str(result.size),
         }
-        ranked = [vars(item) for item in result.answer]
-        content = {"ranked": ranked, "warnings": result.answer.warnings, "model": health.model}
-        return JSONResponse(content, headers=headers)
+        ranking = result.answer.ranking
+        content = {"ranked": [vars(item) for item in ranking], "warnings": ranking.warnings}
+        return JSONResponse(content | {"model": result.answer.model}, headers=headers)
 
     # The limits are only known at run time, so the body's type cannot be a static annotation.
     rank_items.__annotations__["body"] = Annotated[body_type, Body()]
@@ -98,9 +115,9 @@ def build_app(
     app.post("/rank", response_model=RankAnswer, responses=errors)(rank_items)
 
     @app.get("/healthz")
-    async def read_health() -> HealthAnswer:
+    async def report_health() -> HealthAnswer:
         """Report that the service is ready, and its model."""
-        return health
+        return read_health()
 
     @app.get("/docs", include_in_schema=False)
     async def read_docs() -> Response:
@@ -119,13 +136,14 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
         is_empty = error.body is None
         if not is_empty and not _is_json(request.headers.get("content-type")):
             return answer_error(415, "content-type: send the body as application/json")
-        return answer_error(400 if mistakes[0]["type"] == "json_invalid" else 422, describe_mistakes(mistakes))
+        status, body = 400 if mistakes[0]["type"] == "json_invalid" else 422, BODIES.get(request.url.path, RankBody)
+        return answer_error(status, describe_mistakes(mistakes, body))
 
     @app.exception_handler(HTTPException)
     async def answer_http(request: Request, error: HTTPException) -> Response:
         detail = error.detail
-        if error.status_code == 404:
-            detail = "unknown path; the service has POST /rank, GET /healthz and /docs"
+        if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
+            detail = "unknown path; the service has POST /rank, POST /events, GET /healthz and /docs"
         return answer_error(error.status_code, detail, error.headers)
 
     @app.exception_handler(QueueFullError)

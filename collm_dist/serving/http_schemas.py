@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, create_model
 from pydantic_core import PydanticCustomError
@@ -28,6 +28,7 @@ class RankBody(BaseModel):
     """User and items to rank. A user, a history or a list of disliked items is required."""
 
     model_config = ConfigDict(extra="forbid")
+    example: ClassVar[str] = '{"history": ["B004"], "candidates": ["B001"]}'
 
     user: ItemId | None = Field(
         None,
@@ -92,6 +93,55 @@ def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -
     return body
 
 
+class EventBody(BaseModel):
+    """A user's like or dislike of an item."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    event_id: ItemId = Field(description="The same for every attempt to send this event, different for all others.")
+    user: ItemId = Field(description="Id of the user, of the run's log or new.")
+    item: ItemId = Field(description="Id of the item. Items that the run does not know are kept for the next run.")
+    time: StrictInt = Field(description="Seconds since 1970.")
+    label: Literal["like", "dislike"] | None = Field(
+        None, description="Required, unless every event of the run's log is a like (dataset.feedback: implicit)."
+    )
+
+
+class EventsBody(BaseModel):
+    """A batch of events: all are stored, or none."""
+
+    model_config = ConfigDict(extra="forbid")
+    example: ClassVar[str] = '{"events": [{"event_id": "1", "user": "u1", "item": "B004", "time": 1767225600}]}'
+
+    events: list[EventBody] = Field(min_length=1, description="Events in any order.")
+
+
+class EventsAnswer(BaseModel):
+    """Numbers of events; all of them are on the disk."""
+
+    stored: int = Field(description="Number of new events.")
+    duplicates: int = Field(description="Number of events that had been received before, or twice in this batch.")
+    unknown_items: list[str] = Field(description="Items that this run cannot rank; the next run may know them.")
+
+
+class PartsAnswer(BaseModel):
+    """Parquet parts that were written."""
+
+    parts: list[str] = Field(description="Names of the new files in the folder parquet of --events.")
+
+
+# Bodies by path, for messages.
+BODIES: dict[str, type[RankBody | EventsBody]] = {"/rank": RankBody, "/events": EventsBody}
+
+
+class RefusedRun(BaseModel):
+    """A run that was promoted and could not take over."""
+
+    run: str = Field(description="Name of the run's directory.")
+    reason: str
+    since: str = Field(description="Time of the refusal, in UTC.")
+
+
 class RankedItemBody(BaseModel):
     """An item of a ranking."""
 
@@ -119,6 +169,9 @@ class HealthAnswer(BaseModel):
     device: str
     users: int = Field(description="Number of users in the run.")
     items: int = Field(description="Number of items in the run.")
+    since: str | None = Field(None, description="Time from which this run has served, in UTC.")
+    follows: str | None = Field(None, description="Link that the service follows.")
+    refused: RefusedRun | None = Field(None, description="Run that the link leads to and that cannot be served.")
 
 
 class ErrorAnswer(BaseModel):
@@ -127,14 +180,14 @@ class ErrorAnswer(BaseModel):
     detail: str
 
 
-def describe_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> str:
+def describe_mistakes(mistakes: Sequence[Mapping[str, Any]], body: type[RankBody | EventsBody] = RankBody) -> str:
     """Return pydantic's errors of a body in a single line, each with field, value and remedy."""
-    lines = [_describe_mistake(mistake) for mistake in mistakes[:_MAX_NAMED]]
+    lines = [_describe_mistake(mistake, body) for mistake in mistakes[:_MAX_NAMED]]
     num_hidden = len(mistakes) - len(lines)
     return "; ".join(lines) + (f"; and {num_hidden} more" if num_hidden else "")
 
 
-def _describe_mistake(mistake: Mapping[str, Any]) -> str:
+def _describe_mistake(mistake: Mapping[str, Any], body: type[RankBody | EventsBody]) -> str:
     kind, context = mistake["type"], mistake.get("ctx") or {}
     field = ".".join(str(part) for part in mistake["loc"][1:]) or "body"
     value = ascii(mistake.get("input"))
@@ -142,9 +195,14 @@ def _describe_mistake(mistake: Mapping[str, Any]) -> str:
     if kind == "json_invalid":
         return f"body: not JSON at character {field}: {context.get('error')}"
     if field == "body":
-        return 'body: not a JSON object; send an object such as {"history": ["B004"], "candidates": ["B001"]}'
+        return f"body: not a JSON object; send an object such as {body.example}"
     if kind == "extra_forbidden":
-        return f"{field}: unknown field; the fields are {', '.join(RankBody.model_fields)}"
+        owner = EventBody if field.startswith("events.") else body
+        return f"{field}: unknown field; the fields are {', '.join(owner.model_fields)}"
+    if kind == "missing":
+        return f"{field}: is missing"
+    if kind == "model_attributes_type":
+        return f"{field}: {value} is not a JSON object"
     if kind == "too_long":
         flag = "--max-candidates" if field == "candidates" else "--max-history"
         return (

@@ -10,7 +10,7 @@ split gets the score from which the report was made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -22,14 +22,17 @@ from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
 from collm_dist.data.ingest.id_forms import IdIndex
-from collm_dist.data.shards.context_block import IntArray
+from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids, load_user_texts
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import RequestError
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.serving.block_scorer import BlockScorer, Scores
 from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.event_parts import list_read_parts
+from collm_dist.serving.fresh_events import EventSource, FreshEvents
 from collm_dist.serving.item_index import ItemIndex
+from collm_dist.serving.received_event import Event
 from collm_dist.serving.requests import (
     Id,
     RankedItem,
@@ -63,7 +66,14 @@ class Recommender:
         user_ids, item_ids: raw ids of all users and items of the run.
     """
 
-    def __init__(self, config: Config, run_dir: RunDir, stage: StageName, loaded: LoadedStage) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        stage: StageName,
+        loaded: LoadedStage,
+        events: EventSource | None = None,
+    ) -> None:
         """Load the id tables, the log and the collaborative model.
 
         Args:
@@ -71,6 +81,7 @@ class Recommender:
             run_dir: the run's directory.
             stage: stage of the model.
             loaded: the model.
+            events: store of events that the run has not read; they count as if they were in its log.
 
         Raises:
             ArtifactError: an artifact is missing or damaged.
@@ -80,14 +91,20 @@ class Recommender:
         items, texts = load_item_table(data_dir), load_user_texts(data_dir)
         self.config, self.stage = config, stage
         self.user_ids, self.item_ids, self._titles = load_user_ids(data_dir), items["item_id"], items["title"]
+        item_index = IdIndex(self.item_ids)
+        fresh = None
+        if events is not None:
+            parts, duplicates = list_read_parts(run_dir), config.dataset.duplicates
+            fresh = FreshEvents(events, self.item_ids, item_index, read_parts=parts, duplicates=duplicates)
         self._reader = RequestReader(
             IdIndex(self.user_ids),
-            IdIndex(self.item_ids),
+            item_index,
             EventLog.load(data_dir, manifest),
             max_history_length=manifest.max_history_length,
             max_dislikes=config.preprocessing.max_dislikes,
             every_event_is_a_like=manifest.feedback == "implicit",
             text_rows=None if texts is None else IdIndex(texts["user_id"]),
+            fresh=fresh,
         )
         cf: SlotVectors | None = loaded.model.cf_model
         if config.cf.model == "none":  # id tokens cannot order items by themselves
@@ -103,6 +120,14 @@ class Recommender:
     def device(self) -> torch.device:
         """Device of the model."""
         return self._scorer.device
+
+    def spell_ids(self, event: Event) -> Event:
+        """Return an event with its ids as the run has them."""
+        return self._reader.spell_ids(event)
+
+    def knows_item(self, item_id: str) -> bool:
+        """Return whether an item, as the run spells it, can be ranked."""
+        return item_id in self._reader.item_index
 
     @property
     def has_cf(self) -> bool:
@@ -152,6 +177,10 @@ class Recommender:
         Raises:
             ArtifactError: a score is not finite.
         """
+        with self._reader.reading(queries):
+            return self._rank_many(queries)
+
+    def _rank_many(self, queries: Sequence[RankingQuery]) -> list[Ranking | RequestError]:
         answers: list[Ranking | RequestError] = [Ranking() for _ in queries]
         valid: dict[int, RankingRequest] = {}
         for index, query in enumerate(queries):
@@ -223,11 +252,7 @@ class Recommender:
             RequestError: a request is invalid; the message names its index in the list.
             ArtifactError: a score is not finite.
         """
-        scores: list[Scores] = []
-        for users, candidates in self._read_in_parts(requests):
-            block = self._reader.build_block(users, candidates)
-            scores += np.split(self._scorer.score(block), block.target_offsets[1:-1])
-        return scores
+        return self._score_in_parts(requests, self._scorer.score)
 
     def score_cf(self, requests: Sequence[RankingRequest]) -> list[Scores]:
         """Score the candidates of many requests by the collaborative model alone; otherwise as ``score``.
@@ -235,10 +260,16 @@ class Recommender:
         Raises:
             RequestError: a request is invalid, or the run has no collaborative model.
         """
+        return self._score_in_parts(requests, self._scorer.score_by_cf)
+
+    def _score_in_parts(
+        self, requests: Sequence[RankingRequest], score: Callable[[ContextBlock], Scores]
+    ) -> list[Scores]:
         scores: list[Scores] = []
-        for users, candidates in self._read_in_parts(requests):
-            block = self._reader.build_block(users, candidates)
-            scores += np.split(self._scorer.score_by_cf(block), block.target_offsets[1:-1])
+        with self._reader.reading(requests):
+            for users, candidates in self._read_in_parts(requests):
+                block = self._reader.build_block(users, candidates)
+                scores += np.split(score(block), block.target_offsets[1:-1])
         return scores
 
     def retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
@@ -256,6 +287,10 @@ class Recommender:
         """
         if count < 1:
             raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
+        with self._reader.reading(requests):
+            return self._retrieve(requests, count)
+
+    def _retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
         retrieved: list[list[str]] = []
         for index, request in enumerate(requests):
             with _naming(index, len(requests)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from collm_dist.data.samples.pair_features import compute_count_features
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.fresh_events import FreshEvents
 
 _MAX_SHOWN_IDS = 5
 # Lists of items of which unknown ids are skipped.
@@ -70,6 +72,9 @@ class RankingQuery:
     disliked: Sequence[Id] | None = None
     allowed: Sequence[Id] | None = None
     blocked: Sequence[Id] | None = None
+
+
+HasUser = RankingRequest | RankingQuery
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ class RequestReader:
         max_dislikes: int,
         every_event_is_a_like: bool,
         text_rows: IdIndex | None = None,
+        fresh: FreshEvents | None = None,
     ) -> None:
         """Store the run's id tables and log.
 
@@ -183,11 +189,22 @@ class RequestReader:
             every_event_is_a_like: ``dataset.feedback`` is implicit.
             text_rows: row of each raw user id in the user texts, which begin with the users of the log; None = the same
                 as ``user_index``.
+            fresh: events that count as if they were in the log.
         """
         self._user_index, self.item_index, self._events = user_index, item_index, events
         self._max_history_length, self._max_dislikes = max_history_length, max_dislikes
-        self._every_event_is_a_like = every_event_is_a_like
+        self._every_event_is_a_like, self._fresh = every_event_is_a_like, fresh
         self._text_rows = user_index if text_rows is None else text_rows
+
+    def reading(self, requests: Iterable[HasUser]) -> AbstractContextManager[None]:
+        """Return a context in which the requests can be read, with the fresh events of their users.
+
+        Within another such context, which must have these users as well, it does nothing.
+        """
+        if self._fresh is None:
+            return nullcontext()
+        users = (request.user for request in requests)
+        return self._fresh.reading(str(user) for user in users if _is_id(user))
 
     def read_user(self, request: RankingRequest) -> UserContext:
         """Return the context of the request's user.
@@ -200,7 +217,11 @@ class RequestReader:
         found = None if user_id is None else self._user_index.find(user_id)
         row = self._text_rows.find(user_id) if user_id is not None and found is None else found
         user_idx, text_row = (-1 if number is None else number for number in (found, row))
-        items, labels = self._events.find_user_events(user_idx, as_of)
+        times, items, labels = self._events.find_user_rows(user_idx, as_of)
+        if self._fresh is not None and user_id is not None:
+            user_id = self._user_index.spell(user_id)
+            times, items, labels = self._fresh.add_user_events(user_id, as_of, (times, items, labels))
+        is_known = user_idx >= 0 or len(items) > 0
         likes, rows = int(labels.sum()), len(labels)
         history, seen = items[labels == 1], items
         dislikes = items[labels == 0]
@@ -210,7 +231,7 @@ class RequestReader:
         if request.disliked is not None:
             dislikes = self._find_items(request.disliked, "disliked")
             seen = np.concatenate([seen, dislikes])
-        if user_idx < 0 and request.history is not None:
+        if not is_known and request.history is not None:
             if self._every_event_is_a_like:
                 likes = rows = len(history)
             elif request.disliked is not None:
@@ -277,7 +298,7 @@ class RequestReader:
 
     def _read_time(self, as_of: int | None) -> int:
         if as_of is None:
-            return self._events.end
+            return self._events.end if self._fresh is None else max(self._events.end, self._fresh.end)
         if isinstance(as_of, bool) or not isinstance(as_of, int | np.integer):
             raise RequestError(f"as_of: {as_of!r} is not an integer; give seconds since 1970")
         return int(np.clip(as_of, -(2**62), 2**62))
@@ -295,8 +316,7 @@ class RequestReader:
         """
         sizes = np.array([len(item_idx) for item_idx in candidates], dtype=np.int64)
         counts = [
-            self._events.count_item_events(item_idx, user.as_of)
-            for user, item_idx in zip(users, candidates, strict=True)
+            self._count_item_events(item_idx, user.as_of) for user, item_idx in zip(users, candidates, strict=True)
         ]
         rows = np.arange(sizes.sum())
         zeros = np.zeros(len(rows), dtype=np.int64)
@@ -324,6 +344,13 @@ class RequestReader:
                 [np.tile(user.dislikes, size) for user, size in zip(users, sizes, strict=True)]
             ),
         )
+
+    def _count_item_events(self, item_idx: IntArray, as_of: int) -> tuple[IntArray, IntArray]:
+        likes, rows = self._events.count_item_events(item_idx, as_of)
+        if self._fresh is None:
+            return likes, rows
+        more_likes, more_rows = self._fresh.count_item_events(item_idx, as_of)
+        return likes + more_likes, rows + more_rows
 
 
 def _show_ids(ids: Sequence[str]) -> str:

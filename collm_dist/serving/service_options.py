@@ -38,6 +38,21 @@ class ServiceOptions(BaseModel):
     receive_timeout_s: float = Field(
         10, gt=0, description="seconds within which the headers of a request, and then its body, must arrive; else 408"
     )
+    events: str | None = Field(
+        None,
+        description="folder, outside of runs and on a disk of this machine, of the events that POST /events receives; "
+        "without it none are accepted",
+    )
+    part_minutes: float = Field(
+        60, gt=0, description="age of an event at which the events that have arrived are written to a Parquet part"
+    )
+    part_rows: int = Field(100_000, ge=1, description="number of events at which they are")
+    keep_days: float = Field(
+        30, gt=0, description="age at which events that the served run has read are deleted, and their ids forgotten"
+    )
+    follow_every_s: float = Field(
+        30, gt=0, description="time between looks at the link to the run, if the service was given a link"
+    )
     request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is answered 504")
     shutdown_timeout_s: float = Field(60, gt=0, description="seconds that a shutdown waits for requests in progress")
 

@@ -12,7 +12,7 @@ from collm_dist.errors import ArtifactError, QueueFullError, RequestError
 from collm_dist.serving.access import Access
 from collm_dist.serving.batching import Pass
 from collm_dist.serving.gateway import Gateway
-from collm_dist.serving.http_app import build_app
+from collm_dist.serving.http_app import ModelAnswer, build_app
 from collm_dist.serving.http_schemas import HealthAnswer, RankBody
 from collm_dist.serving.requests import RankedItem, Ranking, RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
@@ -36,7 +36,7 @@ async def rank(query):
         raise KeyError("secret")
     if query.user == "wrong":
         return Pass(RequestError("candidates: 'x\ud800' is unknown"), 1, 0.001, 0.002)
-    return Pass(Ranking([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], ["user: '7' is new"]), 3, 0.001, 0.002)
+    return Pass(ModelAnswer(Ranking([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], ["user: '7' is new"]), "abc"), 3, 0.001, 0.002)
 
 
 def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, length=None):
@@ -59,7 +59,7 @@ def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, le
         sent.append(message)
 
     async def run():
-        await Gateway(build_app(rank, HEALTH, OPTIONS, [GOOD]), **LIMITS)(scope, receive, send)
+        await Gateway(build_app(rank, lambda: HEALTH, OPTIONS, [GOOD]), **LIMITS)(scope, receive, send)
 
     asyncio.run(run())
     start, *bodies = sent

@@ -28,6 +28,7 @@ from collm_dist.data.ingest.file_readers import (
     read_tables,
 )
 from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table
+from collm_dist.data.ingest.new_events import list_new_events
 from collm_dist.data.ingest.normalize import (
     DATE_DIGITS,
     FIRST_SECOND,
@@ -240,7 +241,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         path, format_name = str(folder), asset_format  # type: ignore[assignment]
     if format_name == "table":
         layout = DatasetLayout(
-            interactions=tuple(list_files(path, "dataset.path")),
+            interactions=(*list_files(path, "dataset.path"), *list_new_events(dataset)),
             items=tuple(list_files(dataset.items_path, "dataset.items_path")) if dataset.items_path else (),
             columns=_select_columns(dataset),
             item_id=dataset.item_columns.item_id,

@@ -1,0 +1,390 @@
+"""Store of events that arrived after the log of the served run: SQLite in a folder of its own.
+
+    store = EventStore("events")
+    store.add([Event("click-1", user="u17", item="B004", time=1_767_225_600)])
+    collm_dist.load_recommender("runs/mine", events=store).rank(user="u17")
+
+An event is on the disk before ``add`` returns, and counts once, however often its id is sent. What arrived leaves the
+store as Parquet parts, each event in exactly one, which the next run reads together with its log. Several processes of
+one machine may open the same store; only the part of it that they read is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from collm_dist.data.ingest.file_format import NULLS
+from collm_dist.data.ingest.normalize import FIRST_SECOND, LAST_SECOND, find_control_characters, to_ids
+from collm_dist.errors import ArtifactError, DiskError, RequestError
+from collm_dist.serving.event_parts import list_missing_parts, write_part_file
+
+FILE_NAME, PARTS_FOLDER = "events.sqlite", "parquet"
+# Events of a user that a request reads, the latest; and events that one call of ``read`` summarizes.
+MAX_USER_EVENTS, _WINDOW = 10_000, 100_000
+MAX_PART_ROWS = 200_000
+_BUSY_SECONDS = 60.0
+_SCHEMA = """
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, user TEXT NOT NULL, item TEXT NOT NULL,
+    time INTEGER NOT NULL, label INTEGER NOT NULL, received INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS events_by_user ON events (user, time);
+CREATE INDEX IF NOT EXISTS events_by_item ON events (item, time);
+CREATE TABLE IF NOT EXISTS parts (
+    number INTEGER PRIMARY KEY, name TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+    columns TEXT NOT NULL, is_written INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+INSERT OR IGNORE INTO facts VALUES ('store', '{store}');
+COMMIT;
+"""
+
+# Numbers of events, first and last, that a run's log already holds.
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A user's like or dislike of an item.
+
+    Attributes:
+        event_id: the same for every attempt to send this event, different for all other events.
+        user, item: raw ids, as a log has them.
+        time: seconds since 1970.
+        label: 1 = like, 0 = dislike.
+    """
+
+    event_id: str
+    user: str
+    item: str
+    time: int
+    label: int = 1
+
+
+@dataclass(frozen=True)
+class Added:
+    """Number of events that ``EventStore.add`` stored, and of those that were there already."""
+
+    stored: int
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What ``EventStore.read`` found.
+
+    Attributes:
+        users: (item, time, label) of each asked user's events, in the order of their times.
+        items: likes and events of each item among the events after ``since``.
+        last: number of the last event that ``items`` counts.
+        end: first second after those events.
+        is_complete: whether there are no events after ``last``.
+    """
+
+    users: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
+    items: dict[str, tuple[int, int]] = field(default_factory=dict)
+    last: int = 0
+    end: int = FIRST_SECOND
+    is_complete: bool = True
+
+
+class EventStore:
+    """Events in ``events.sqlite`` of a folder, and their Parquet parts in its folder ``parquet``. It is thread-safe."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open the store, make it if there is none, and finish parts that a killed process left unwritten.
+
+        Raises:
+            ArtifactError: the file is damaged.
+            DiskError: it cannot be written.
+        """
+        self.folder = Path(folder)
+        self.parts_folder = self.folder / PARTS_FOLDER
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        with self._explaining():
+            self.parts_folder.mkdir(parents=True, exist_ok=True)
+            self._writer, self._reader = self._connect(), self._connect()
+            self._writer.executescript(_SCHEMA.format(store=uuid.uuid4().hex[:12]))
+            self.store_id = str(self._writer.execute("SELECT value FROM facts WHERE name = 'store'").fetchone()[0])
+        self._finish_parts()
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(
+            self.folder / FILE_NAME, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        return database
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
+        self._reader.close()
+
+    def add(self, events: Sequence[Event]) -> Added:
+        """Store a batch: all of it, or nothing if an event is refused. It is on the disk when this returns.
+
+        Raises:
+            RequestError: an event is not valid, or its id was used for another event; the message names it.
+            DiskError: the store cannot be written.
+        """
+        _check_events(events)
+        now, stored = int(time.time()), 0
+        with self._writing() as database:
+            for index, event in enumerate(events):
+                row = (event.user, event.item, event.time, event.label)
+                known = database.execute(
+                    "SELECT user, item, time, label FROM events WHERE event_id = ?", (event.event_id,)
+                ).fetchone()
+                if known is None:
+                    database.execute(
+                        "INSERT INTO events (event_id, user, item, time, label, received) VALUES (?, ?, ?, ?, ?, ?)",
+                        (event.event_id, *row, now),
+                    )
+                    stored += 1
+                elif known != row:
+                    raise RequestError(
+                        f"events.{index}.event_id: {event.event_id!a} was received before with another user, item, "
+                        "time or label; give every event an id of its own"
+                    )
+        return Added(stored, len(events) - stored)
+
+    def read(self, users: Iterable[str], since: int = 0, ranges: Ranges = ()) -> Changes:
+        """Return the events of users, and what has been added for all items since an earlier call.
+
+        Args:
+            users: raw ids.
+            since: ``last`` of the earlier call.
+            ranges: events to leave out.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        rest, bounds = _leave_out(ranges)
+        with self._reading() as database:
+            (newest,) = database.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()
+            last = min(newest, since + _WINDOW)
+            counts = database.execute(
+                "SELECT item, SUM(label), COUNT(*), MAX(time) FROM events "  # noqa: S608 - the parts are constants
+                f"WHERE seq > ? AND seq <= ?{rest} GROUP BY item",
+                (since, last, *bounds),
+            ).fetchall()
+            found = {user: self._read_user(database, user, rest, bounds) for user in dict.fromkeys(users)}
+        return Changes(
+            users=found,
+            items={item: (likes, rows) for item, likes, rows, _ in counts},
+            last=max(last, since),
+            end=max((latest + 1 for *_, latest in counts), default=FIRST_SECOND),
+            is_complete=last >= newest,
+        )
+
+    def _read_user(
+        self, database: sqlite3.Connection, user: str, rest: str, bounds: list[int]
+    ) -> list[tuple[str, int, int]]:
+        if not _is_text(user):  # no such user can have been stored
+            return []
+        rows = database.execute(
+            f"SELECT item, time, label FROM events WHERE user = ?{rest} ORDER BY time DESC, seq DESC LIMIT ?",  # noqa: S608
+            (user, *bounds, MAX_USER_EVENTS),
+        ).fetchall()
+        return rows[::-1]
+
+    def count_items(self, items: Iterable[str], before: int, ranges: Ranges = ()) -> dict[str, tuple[int, int]]:
+        """Return the likes and events of items strictly before a time (seconds since 1970); items without any are
+        left out.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        rest, bounds = _leave_out(ranges)
+        counts = {}
+        with self._reading() as database:
+            for item in items:
+                likes, rows = database.execute(
+                    f"SELECT SUM(label), COUNT(*) FROM events WHERE item = ? AND time < ?{rest}",  # noqa: S608
+                    (item, before, *bounds),
+                ).fetchone()
+                if rows:
+                    counts[item] = (likes, rows)
+        return counts
+
+    def write_parts(self, columns: Mapping[str, Any]) -> list[Path]:
+        """Write all events that are in no part yet to Parquet parts, and return the new files.
+
+        Args:
+            columns: see ``event_parts.describe_columns``.
+
+        Raises:
+            DiskError: a file cannot be written; its events will be in the part of this name once it can.
+        """
+        written: list[Path] = []
+        while True:
+            with self._writing() as database:
+                first = database.execute("SELECT COALESCE(MAX(last), 0) + 1 FROM parts").fetchone()[0]
+                last, rows = database.execute(
+                    "SELECT MAX(seq), COUNT(*) FROM (SELECT seq FROM events WHERE seq >= ? ORDER BY seq LIMIT ?)",
+                    (first, MAX_PART_ROWS),
+                ).fetchone()
+                if rows:
+                    number = database.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM parts").fetchone()[0]
+                    name = f"part-{number:06d}-{self.store_id}.parquet"
+                    database.execute(
+                        "INSERT INTO parts VALUES (?, ?, ?, ?, ?, 0)", (number, name, first, last, json.dumps(columns))
+                    )
+            # The range is decided before the file exists, so that a kill in between cannot put an event in two parts.
+            self._finish_parts()
+            if not rows:
+                return written
+            written.append(self.parts_folder / name)
+
+    def _finish_parts(self) -> None:
+        with self._reading() as database:
+            waiting = database.execute(
+                "SELECT number, name, first, last, columns FROM parts WHERE is_written = 0"
+            ).fetchall()
+        for number, name, first, last, columns in waiting:
+            with self._reading() as database:
+                rows = database.execute(
+                    "SELECT user, item, time, label FROM events WHERE seq BETWEEN ? AND ? ORDER BY seq", (first, last)
+                ).fetchall()
+            write_part_file(self.parts_folder / name, rows, json.loads(columns))
+            with self._writing() as database:
+                database.execute("UPDATE parts SET is_written = 1 WHERE number = ?", (number,))
+
+    def count_waiting(self) -> tuple[int, int]:
+        """Return the number of events that are in no part, and when the first of them arrived (seconds since 1970)."""
+        with self._reading() as database:
+            rows, received = database.execute(
+                "SELECT COUNT(*), COALESCE(MIN(received), 0) FROM events "
+                "WHERE seq > (SELECT COALESCE(MAX(last), 0) FROM parts)"
+            ).fetchone()
+        return rows, received
+
+    def find_ranges(self, names: Iterable[str]) -> Ranges:
+        """Return the events that a run's log holds: those of the parts that it has read, by file name, and of parts
+        that were removed from the folder since.
+        """
+        read = set(names)
+        with self._reading() as database:
+            parts = database.execute(
+                "SELECT name, first, last FROM parts WHERE is_written = 1 ORDER BY first"
+            ).fetchall()
+        gone = list_missing_parts(self.parts_folder, [name for name, _, _ in parts])
+        ranges: list[tuple[int, int]] = []
+        for name, first, last in parts:
+            if name not in read and name not in gone:
+                continue
+            if ranges and ranges[-1][1] + 1 == first:
+                ranges[-1] = (ranges[-1][0], last)
+            else:
+                ranges.append((first, last))
+        return tuple(ranges)
+
+    def prune(self, ranges: Ranges, received_before: int) -> int:
+        """Delete events in ranges that arrived before a time (seconds since 1970), and return their number.
+
+        Their ids are forgotten: an event that is sent again after that is stored again.
+        """
+        deleted = 0
+        with self._writing() as database:
+            for first, last in ranges:
+                deleted += database.execute(
+                    "DELETE FROM events WHERE seq BETWEEN ? AND ? AND received < ?", (first, last, received_before)
+                ).rowcount
+        return deleted
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Hold a transaction, which is durable at the end of the block and undone by an error."""
+        with self._write_lock, self._explaining():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Read in one state of the store."""
+        with self._read_lock, self._explaining():
+            self._reader.execute("BEGIN")
+            try:
+                yield self._reader
+            finally:
+                self._reader.execute("COMMIT")
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        path = self.folder / FILE_NAME
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # full or read-only disk, no permission, locked for a minute
+            raise DiskError(
+                f"{path} cannot be used: {error}; make space or allow writing there, and keep the folder on a disk of "
+                "this machine"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise ArtifactError(
+                f"{path} is damaged ({error}); restore it from a copy, or move the folder away to start an empty store"
+            ) from error
+        except OSError as error:
+            raise DiskError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
+
+
+def _leave_out(ranges: Ranges) -> tuple[str, list[int]]:
+    """Return SQL that leaves ranges of events out, and its parameters."""
+    return " AND NOT seq BETWEEN ? AND ?" * len(ranges), [bound for bounds in ranges for bound in bounds]
+
+
+def _check_events(events: Sequence[Event]) -> None:
+    """Refuse events that a log could not hold.
+
+    Raises:
+        RequestError: the message names the first such event, the field and the value.
+    """
+    for name in ("event_id", "user", "item"):
+        values = [getattr(event, name) for event in events]
+        for index, value in enumerate(values):
+            if not isinstance(value, str) or not value or not _is_text(value):
+                raise RequestError(f"events.{index}.{name}: {value!a} is not an id; ids are strings that are not empty")
+        ids = pa.array(values, pa.string())
+        broken = find_control_characters(ids).tolist()
+        for index, (value, read, is_broken) in enumerate(zip(values, to_ids(ids).to_pylist(), broken, strict=True)):
+            if is_broken or value in NULLS:
+                raise RequestError(
+                    f"events.{index}.{name}: {value!a} stands for no value in a log, or has control characters; send "
+                    "the id of the log"
+                )
+            if value != read and name != "event_id":
+                raise RequestError(f"events.{index}.{name}: {value!a} would be read as {read!a} in a log; send it so")
+    for index, event in enumerate(events):
+        if isinstance(event.time, bool) or not isinstance(event.time, int):
+            raise RequestError(f"events.{index}.time: {event.time!a} is not an integer; give seconds since 1970")
+        if not FIRST_SECOND <= event.time <= LAST_SECOND:
+            raise RequestError(
+                f"events.{index}.time: {event.time} is outside the years 1 to 9999; give seconds since 1970, not "
+                "milliseconds"
+            )
+        if event.label not in (0, 1):
+            raise RequestError(f"events.{index}.label: {event.label!a} is neither 1, a like, nor 0, a dislike")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True

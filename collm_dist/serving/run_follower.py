@@ -1,0 +1,191 @@
+"""The run that a service serves, and its replacement by the run that a link leads to, without a pause."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from collm_dist.errors import ArtifactError, CollmError
+from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.serving.finished_run import find_stage
+from collm_dist.serving.http_app import ModelAnswer, Ranked
+from collm_dist.serving.http_schemas import HealthAnswer, RefusedRun
+from collm_dist.serving.recommender import Recommender
+from collm_dist.serving.requests import RankingQuery
+
+logger = logging.getLogger(__name__)
+
+_STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2")
+_PROBED = 8
+
+
+@dataclass(frozen=True)
+class ServedRun:
+    """A loaded run.
+
+    Attributes:
+        recommender: the run's recommender.
+        run_dir: its directory.
+        model: see ``read_model_id``.
+        state: see ``describe_files``; None if the run is not compared with what is on the disk.
+        since: time from which it serves, in UTC.
+    """
+
+    recommender: Recommender
+    run_dir: RunDir
+    model: str
+    state: str | None
+    since: str
+
+    def rank_many(self, queries: Sequence[RankingQuery]) -> list[Ranked]:
+        """Answer queries; see ``Recommender.rank_many``."""
+        answers = self.recommender.rank_many(queries)
+        return [answer if isinstance(answer, Exception) else ModelAnswer(answer, self.model) for answer in answers]
+
+    def describe(self) -> HealthAnswer:
+        """Return the answer of ``/healthz``."""
+        return HealthAnswer(
+            ready=True,
+            run=self.run_dir.path.name,
+            stage=self.recommender.stage,
+            model=self.model,
+            device=str(self.recommender.device),
+            users=len(self.recommender.user_ids),
+            items=len(self.recommender.item_ids),
+            since=self.since,
+        )
+
+
+def read_model_id(run_dir: RunDir) -> str:
+    """Return the first 12 digits of the scoring stage's content hash."""
+    return run_dir.read_content_hash(find_stage(run_dir))[:12]
+
+
+def load_served_run(run_dir: RunDir, load: Callable[[RunDir], Recommender], state: str | None = None) -> ServedRun:
+    """Load a run, whose files are checked against their hashes, and rank with it once.
+
+    Args:
+        run_dir: the run.
+        load: returns its recommender.
+        state: see ``describe_files``.
+
+    Raises:
+        ArtifactError: a file is damaged, or a score is not finite.
+    """
+    recommender = load(run_dir)
+    items = recommender.item_ids
+    ranked = recommender.rank(history=items[:2], candidates=items[:_PROBED])
+    if recommender.has_cf:
+        ranked += recommender.rank(user=recommender.user_ids[0], num_retrieved=_PROBED)
+    if len(ranked) < min(_PROBED, len(items)):
+        raise ArtifactError(f"{run_dir.path}: {len(ranked)} items were ranked, expected at least {_PROBED}")
+    return ServedRun(recommender, run_dir, read_model_id(run_dir), state, _now())
+
+
+def describe_files(run_dir: RunDir) -> str:
+    """Return a hash of names, sizes and times of the files of a run's steps, which changes if any of them changes."""
+    entries = []
+    for step in _STEPS:
+        for folder, folders, names in os.walk(run_dir.step_dir(step), followlinks=True):
+            if "shards" in folders:  # only training reads them
+                folders.remove("shards")
+            for name in names:
+                status = Path(folder, name).stat()
+                entries.append([folder, name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()
+
+
+class RunFollower:
+    """The served run. Given a link, it loads the run that the link leads to beside the served one, then changes over.
+
+    A run that cannot be loaded, or does not rank, is refused until its files change, and the served run stays. While a
+    run is loaded, both are in memory.
+    """
+
+    def __init__(
+        self, run_dir: RunDir, load: Callable[[RunDir], Recommender], pointer: Path | None, every_s: float
+    ) -> None:
+        """Load the run.
+
+        Args:
+            run_dir: the run. With a pointer, the run that it leads to is tried first.
+            load: loads the recommender of a run.
+            pointer: link to runs; None = the run stays.
+            every_s: seconds between looks at the link.
+
+        Raises:
+            CollmError: the run cannot be loaded.
+        """
+        self._load, self._pointer, self._every_s = load, pointer, every_s
+        self._refused: tuple[Path, str, RefusedRun] | None = None
+        self._served: ServedRun | None = None
+        self._stop = threading.Event()
+        if pointer is not None:
+            self.look()
+        if self._served is None:
+            self._served = load_served_run(run_dir, load)
+        if pointer is not None:
+            threading.Thread(target=self._follow, daemon=True).start()
+
+    @property
+    def served(self) -> ServedRun:
+        """The served run. Hold it for the duration of a pass: it may be replaced at any time."""
+        assert self._served is not None
+        return self._served
+
+    def describe(self) -> HealthAnswer:
+        """Return the answer of ``/healthz``."""
+        refused = self._refused
+        pointer = None if self._pointer is None else str(self._pointer)
+        return self.served.describe().model_copy(
+            update={"follows": pointer, "refused": None if refused is None else refused[2]}
+        )
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stop.set()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.look()
+
+    def look(self) -> None:
+        """Change over to the run that the link leads to, if it is another one and can be served."""
+        assert self._pointer is not None
+        target, state = self._pointer, ""
+        try:
+            target = self._pointer.resolve(strict=True)
+            run_dir, state = RunDir(target), describe_files(RunDir(target))
+            if self._served is not None and (self._served.run_dir.path, self._served.state) == (target, state):
+                self._refused = None
+                return
+            if self._refused is not None and self._refused[:2] == (target, state):
+                return
+            served = load_served_run(run_dir, self._load, state)
+            if describe_files(run_dir) != state:
+                raise ArtifactError(f"{target}: its files changed while they were read; it is tried again")
+        except Exception as error:  # whatever is wrong with the new run, the old one serves
+            if self._refused is not None and self._refused[:2] == (target, state):
+                return
+            reason = str(error) if isinstance(error, CollmError) else f"{type(error).__name__}: {error}"
+            logger.error("%s is not served: %s", target, reason)
+            self._refused = target, state, RefusedRun(run=target.name, reason=reason, since=_now())
+        else:
+            self._served, self._refused = served, None
+        gc.collect()  # of the run that serves no longer, or was refused
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
