@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collm_dist.serving.event_store import Event, EventStore
+    from collm_dist.serving.event_store import EventStore
     from collm_dist.serving.finished_run import load_recommender
+    from collm_dist.serving.received_event import Event
     from collm_dist.serving.recommender import Recommender
     from collm_dist.serving.requests import RankedItem, RankingRequest
 

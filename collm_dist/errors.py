@@ -136,10 +136,8 @@ class QueueFullError(CollmError):
     retryable = True
 
 
-class EventStoreError(CollmError):
+class EventStoreError(LaunchError):
     """Store of fresh events that does not answer: the client must try again later."""
-
-    retryable = True
 
 
 class StepError(CollmError):

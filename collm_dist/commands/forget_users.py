@@ -28,18 +28,34 @@ def _run(arguments: argparse.Namespace) -> None:
     def load_ids(data_dir: Path) -> list[str]:  # as in the list
         return [str(user) for user in drop_fractions(pa.array(load_known_users(data_dir), pa.string())).to_pylist()]
 
-    runs = find_held_users(arguments.runs, load_forgotten(arguments.users, "--users"), load_ids)
+    users = load_forgotten(arguments.users, "--users")
+    runs = find_held_users(arguments.runs, users, load_ids)
     for run in runs:
         count = "unknown: its data step is unfinished" if run.count is None else f"{run.count:,} listed users"
         print(f"{run.path}: {count}")
     removed = remove_runs(runs) if arguments.apply else []
     for path in removed:
         print(f"removed {path}")
+    events = _forget_events(arguments.events, users.to_pylist(), arguments.apply) if arguments.events else 0
     for run in runs:
         if run.count and run.published_to is not None:
             print(f"also published, remove it there yourself: {run.path.name} in {run.published_to}")
-    if not arguments.apply and any(run.count for run in runs):
-        print("--apply removes the runs that hold listed users")
+    if not arguments.apply and (events or any(run.count for run in runs)):
+        print("--apply removes the runs that hold listed users" + ", and these events" * bool(events))
+
+
+def _forget_events(folder: Path, users: list[str], apply: bool) -> int:
+    from collm_dist.serving.event_store import EventStore
+
+    store = EventStore(folder)
+    count = store.forget(users, apply=apply)
+    print(f"{folder}: {count:,} events of listed users{' removed' * apply}")
+    if parts := len(list(store.parts_folder.glob("*.parquet"))):
+        print(
+            f"{folder}: {parts} parts are files of the log; remove the rows there, or name the list in dataset.forget"
+        )
+    store.close()
+    return count
 
 
 def main() -> int:
@@ -48,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--users", required=True, metavar="URI", help="Parquet or CSV with a column user_id")
     parser.add_argument("--runs", required=True, nargs="+", type=Path, metavar="R", help="run directories, all of them")
+    parser.add_argument("--events", type=Path, metavar="DIR", help="store of the service's events, to remove theirs")
     parser.add_argument("--apply", action="store_true", help="remove the runs; by default they are only listed")
     try:
         arguments = parser.parse_args()

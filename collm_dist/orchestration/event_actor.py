@@ -14,7 +14,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from collm_dist.errors import CollmError, EventStoreError
-from collm_dist.serving.event_store import Added, Changes, Event, EventStore, Ranges
+from collm_dist.serving.event_store import Added, Changes, EventStore, Ranges
+from collm_dist.serving.received_event import Event
 
 logger = logging.getLogger(__name__)
 

@@ -127,7 +127,7 @@ class _Ranker:
         add_event_routes(
             app,
             None if self._events is None else EventWriter(self._events),
-            get_items=lambda: self._follower.served.recommender.item_index,
+            get_recommender=lambda: self._follower.served.recommender,
             every_event_is_a_like=recommender.config.dataset.feedback == "implicit",
             options=options,
         )

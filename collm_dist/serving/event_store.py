@@ -24,10 +24,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from collm_dist.data.ingest.file_format import NULLS
-from collm_dist.data.ingest.normalize import FIRST_SECOND, LAST_SECOND, find_control_characters, to_ids
+from collm_dist.data.ingest.id_forms import drop_fractions
+from collm_dist.data.ingest.normalize import FIRST_SECOND
 from collm_dist.errors import ArtifactError, DiskError, RequestError
 from collm_dist.serving.event_parts import list_missing_parts, write_part_file
+from collm_dist.serving.received_event import Event, check_events, is_text
 
 FILE_NAME, PARTS_FOLDER = "events.sqlite", "parquet"
 # Events of a user that a request reads, the latest; and events that one call of ``read`` summarizes.
@@ -51,24 +52,6 @@ COMMIT;
 
 # Numbers of events, first and last, that a run's log already holds.
 Ranges = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Event:
-    """A user's like or dislike of an item.
-
-    Attributes:
-        event_id: the same for every attempt to send this event, different for all other events.
-        user, item: raw ids, as a log has them.
-        time: seconds since 1970.
-        label: 1 = like, 0 = dislike.
-    """
-
-    event_id: str
-    user: str
-    item: str
-    time: int
-    label: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +107,7 @@ class EventStore:
         )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA secure_delete = ON")
         return database
 
     def close(self) -> None:
@@ -138,7 +122,7 @@ class EventStore:
             RequestError: an event is not valid, or its id was used for another event; the message names it.
             DiskError: the store cannot be written.
         """
-        _check_events(events)
+        check_events(events)
         now, stored = int(time.time()), 0
         with self._writing() as database:
             for index, event in enumerate(events):
@@ -191,7 +175,7 @@ class EventStore:
     def _read_user(
         self, database: sqlite3.Connection, user: str, rest: str, bounds: list[int]
     ) -> list[tuple[str, int, int]]:
-        if not _is_text(user):  # no such user can have been stored
+        if not is_text(user):  # no such user can have been stored
             return []
         rows = database.execute(
             f"SELECT item, time, label FROM events WHERE user = ?{rest} ORDER BY time DESC, seq DESC LIMIT ?",  # noqa: S608
@@ -303,6 +287,26 @@ class EventStore:
                 ).rowcount
         return deleted
 
+    def forget(self, users: Iterable[str], *, apply: bool = True) -> int:
+        """Delete all events of users from the store, not from its parts, and return their number.
+
+        Args:
+            users: raw ids; 17 also stands for 17.0.
+            apply: False = only count them.
+        """
+        count, listed = 0, set(users)
+        with self._writing() as database:
+            stored = [user for (user,) in database.execute("SELECT DISTINCT user FROM events")]
+            unified = drop_fractions(pa.array(stored, pa.string())).to_pylist()
+            for user in (user for user, plain in zip(stored, unified, strict=True) if {user, plain} & listed):
+                count += database.execute("SELECT COUNT(*) FROM events WHERE user = ?", (user,)).fetchone()[0]
+                if apply:
+                    database.execute("DELETE FROM events WHERE user = ?", (user,))
+        if apply:  # also from free pages of the file and from its log
+            with self._write_lock, self._explaining():
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return count
+
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """Hold a transaction, which is durable at the end of the block and undone by an error."""
@@ -347,44 +351,3 @@ class EventStore:
 def _leave_out(ranges: Ranges) -> tuple[str, list[int]]:
     """Return SQL that leaves ranges of events out, and its parameters."""
     return " AND NOT seq BETWEEN ? AND ?" * len(ranges), [bound for bounds in ranges for bound in bounds]
-
-
-def _check_events(events: Sequence[Event]) -> None:
-    """Refuse events that a log could not hold.
-
-    Raises:
-        RequestError: the message names the first such event, the field and the value.
-    """
-    for name in ("event_id", "user", "item"):
-        values = [getattr(event, name) for event in events]
-        for index, value in enumerate(values):
-            if not isinstance(value, str) or not value or not _is_text(value):
-                raise RequestError(f"events.{index}.{name}: {value!a} is not an id; ids are strings that are not empty")
-        ids = pa.array(values, pa.string())
-        broken = find_control_characters(ids).tolist()
-        for index, (value, read, is_broken) in enumerate(zip(values, to_ids(ids).to_pylist(), broken, strict=True)):
-            if is_broken or value in NULLS:
-                raise RequestError(
-                    f"events.{index}.{name}: {value!a} stands for no value in a log, or has control characters; send "
-                    "the id of the log"
-                )
-            if value != read and name != "event_id":
-                raise RequestError(f"events.{index}.{name}: {value!a} would be read as {read!a} in a log; send it so")
-    for index, event in enumerate(events):
-        if isinstance(event.time, bool) or not isinstance(event.time, int):
-            raise RequestError(f"events.{index}.time: {event.time!a} is not an integer; give seconds since 1970")
-        if not FIRST_SECOND <= event.time <= LAST_SECOND:
-            raise RequestError(
-                f"events.{index}.time: {event.time} is outside the years 1 to 9999; give seconds since 1970, not "
-                "milliseconds"
-            )
-        if event.label not in (0, 1):
-            raise RequestError(f"events.{index}.label: {event.label!a} is neither 1, a like, nor 0, a dislike")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # lone surrogates
-        return False
-    return True

@@ -88,6 +88,10 @@ class FreshEvents:
         items, times, labels = np.array(known, np.int64).reshape(-1, 3).T
         return times, items, labels.astype(np.int8)
 
+    def has_events(self, user: str) -> bool:
+        """Return whether a user, one of those of ``reading``, has events of items that the run knows."""
+        return self._users is not None and user in self._users and len(self._users[user][0]) > 0
+
     def add_user_events(self, user: str, as_of: int, logged: UserEvents) -> UserEvents:
         """Return times, items and labels of a user's logged and fresh events before a time, oldest first.
 

@@ -52,7 +52,7 @@ class ModelAnswer:
 
 
 Ranked = ModelAnswer | RequestError
-_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON."},
     401: {"description": "The service has a token, and the request lacks it."},
     408: {"description": "The body arrived too slowly."},
@@ -111,7 +111,7 @@ def build_app(
 
     # The limits are only known at run time, so the body's type cannot be a static annotation.
     rank_items.__annotations__["body"] = Annotated[body_type, Body()]
-    errors = {status: {"model": ErrorAnswer, **about} for status, about in _ERRORS.items()}
+    errors = {status: {"model": ErrorAnswer, **about} for status, about in ERRORS.items()}
     app.post("/rank", response_model=RankAnswer, responses=errors)(rank_items)
 
     @app.get("/healthz")

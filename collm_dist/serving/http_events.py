@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -11,8 +11,11 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from collm_dist.errors import DiskError, EventStoreError, RequestError
-from collm_dist.serving.event_store import Added, Event
+from collm_dist.serving.event_store import Added
+from collm_dist.serving.http_app import ERRORS
 from collm_dist.serving.http_schemas import ErrorAnswer, EventsAnswer, EventsBody, PartsAnswer
+from collm_dist.serving.received_event import Event
+from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.service_options import ServiceOptions
 
 _NO_STORE = "this service keeps no events; start it with --events DIR"
@@ -34,7 +37,7 @@ def add_event_routes(
     app: FastAPI,
     sink: EventSink | None,
     *,
-    get_items: Callable[[], Container[str]],
+    get_recommender: Callable[[], Recommender],
     every_event_is_a_like: bool,
     options: ServiceOptions,
 ) -> None:
@@ -43,26 +46,29 @@ def add_event_routes(
     Args:
         app: the application.
         sink: store of the events; None = the paths answer that there is none.
-        get_items: returns the raw ids of the items that can be ranked.
+        get_recommender: returns the recommender of the served run.
         every_event_is_a_like: ``dataset.feedback`` is implicit.
         options: the time limit.
     """
 
     async def receive_events(body: EventsBody) -> Response:
         """Store events. They are on the disk when this answers, and the user's next ranking reads them."""
+        recommender = get_recommender()
         events = [
-            Event(
-                str(event.event_id),
-                str(event.user),
-                str(event.item),
-                event.time,
-                _read_label(index, event.label, every_event_is_a_like),
+            recommender.spell_ids(
+                Event(
+                    str(event.event_id),
+                    str(event.user),
+                    str(event.item),
+                    event.time,
+                    _read_label(index, event.label, every_event_is_a_like),
+                )
             )
             for index, event in enumerate(body.events)
         ]
         added = await _answer_in_time(lambda store: store.add(events))
-        items = get_items()
-        unknown = [item for item in dict.fromkeys(event.item for event in events) if item not in items]
+        items = dict.fromkeys(event.item for event in events)
+        unknown = [item for item in items if not recommender.knows_item(item)]
         return JSONResponse({"stored": added.stored, "duplicates": added.duplicates, "unknown_items": unknown})
 
     async def write_parts() -> Response:
@@ -78,8 +84,9 @@ def add_event_routes(
         except RequestError as error:
             raise HTTPException(422, str(error)) from None
 
-    answers = (400, 404, 413, 415, 422, 503, 504)
-    responses: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in answers}
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer, **about} for status, about in {**ERRORS, 404: {"description": _NO_STORE}}.items()
+    }
     app.post("/events", response_model=EventsAnswer, responses=responses)(receive_events)
     app.post("/events/parts", response_model=PartsAnswer, responses=responses)(write_parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -110,10 +111,14 @@ class EventBody(BaseModel):
 class EventsBody(BaseModel):
     """A batch of events: all are stored, or none."""
 
-    model_config = ConfigDict(extra="forbid")
     example: ClassVar[str] = '{"events": [{"event_id": "1", "user": "u1", "item": "B004", "time": 1767225600}]}'
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [json.loads(example)]})
 
-    events: list[EventBody] = Field(min_length=1, description="Events in any order.")
+    events: list[EventBody] = Field(
+        min_length=1,
+        description="Events in any order, each with event_id, user, item, time (seconds since 1970) and label, like or "
+        "dislike; the label may be missing if every event of the run's log is a like.",
+    )
 
 
 class EventsAnswer(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.fresh_events import FreshEvents
+from collm_dist.serving.received_event import Event
 
 _MAX_SHOWN_IDS = 5
 # Lists of items of which unknown ids are skipped.
@@ -203,8 +204,13 @@ class RequestReader:
         """
         if self._fresh is None:
             return nullcontext()
-        users = (request.user for request in requests)
-        return self._fresh.reading(str(user) for user in users if _is_id(user))
+        users = [request.user for request in requests]
+        ids = [_to_id(user, "user") for user in users if isinstance(user, str) or to_whole_number(user) is not None]
+        return self._fresh.reading(map(self._user_index.spell, ids))
+
+    def spell_ids(self, event: Event) -> Event:
+        """Return an event with its ids as the run has them."""
+        return replace(event, user=self._user_index.spell(event.user), item=self.item_index.spell(event.item))
 
     def read_user(self, request: RankingRequest) -> UserContext:
         """Return the context of the request's user.
@@ -265,10 +271,13 @@ class RequestReader:
             field: [item_id for item_id in ids if self.item_index.find(item_id) is None] for field, ids in given.items()
         }
         return UnknownIds(
-            None if user is None or self._user_index.find(user) is not None else user,
+            None if user is None or self._user_index.find(user) is not None or self._has_fresh_events(user) else user,
             {field: ids for field, ids in unknown.items() if ids},
             {field: len(ids) for field, ids in given.items()},
         )
+
+    def _has_fresh_events(self, user: str) -> bool:
+        return self._fresh is not None and self._fresh.has_events(self._user_index.spell(user))
 
     def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
         """Return the dense indices of the items in a list of ids that the run knows."""

@@ -36,7 +36,12 @@ async def rank(query):
         raise KeyError("secret")
     if query.user == "wrong":
         return Pass(RequestError("candidates: 'x\ud800' is unknown"), 1, 0.001, 0.002)
-    return Pass(ModelAnswer(Ranking([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], ["user: '7' is new"]), "abc"), 3, 0.001, 0.002)
+    return Pass(
+        ModelAnswer(Ranking([RankedItem(repr(query), 0.1 + 0.2, 1, "千と千尋")], ["user: '7' is new"]), "abc"),
+        3,
+        0.001,
+        0.002,
+    )
 
 
 def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, length=None):

@@ -204,7 +204,11 @@ class IdIndex(dict[str, int]):
 
     def find(self, raw_id: str) -> int | None:
         """Return the index of an id from outside the log, or None. If all ids are whole numbers, 17.0 is 17."""
-        index = self.get(raw_id)
-        if index is None and self._are_whole and ".0" in raw_id:
-            index = self.get(drop_fractions(pa.array([raw_id]))[0].as_py())
-        return index
+        return self.get(self.spell(raw_id))
+
+    def spell(self, raw_id: str) -> str:
+        """Return an id from outside the log as the run has it; an unknown id as it is."""
+        if raw_id in self or not self._are_whole or ".0" not in raw_id:
+            return raw_id
+        unified: str = drop_fractions(pa.array([raw_id]))[0].as_py()
+        return unified if unified in self else raw_id
