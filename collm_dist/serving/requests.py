@@ -204,7 +204,7 @@ class RequestReader:
         """
         if self._fresh is None:
             return nullcontext()
-        users = [request.user for request in requests]
+        users = [request.user for request in requests if request.user is not None]
         ids = [_to_id(user, "user") for user in users if isinstance(user, str) or to_whole_number(user) is not None]
         return self._fresh.reading(map(self._user_index.spell, ids))
 
