@@ -91,6 +91,6 @@ def _follow(phase: Phase, over: threading.Event, text: str, total: int | None, u
         while True:
             is_over = over.wait(refresh_seconds)
             bar.update(phase.done - bar.n)
-            bar.refresh()
             if is_over:
                 return
+            bar.refresh()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,9 @@ def _score_on_ray(
     cores = 1 if gpus else max(int(resources.get("CPU", 1)) // max(actors, nodes), 1)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the terminal; Ray's log files keep everything
+            handler.setLevel(logging.ERROR)
     # A relative path to a local backbone may not resolve in a worker's working directory.
     backbone = Path(config.llm.backbone).expanduser()
     if backbone.exists():
@@ -203,19 +207,17 @@ def _score_on_ray(
     )
     done = sum(sizes) - sum(sizes[part] for part in waiting)
     hidden = not config.monitoring.progress_bar
-    with (
-        ExitStack() as start,
-        tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar,
-    ):
-        start.enter_context(show_phase("loading the model and scoring the first users"))
-        try:
-            for row in dataset.iter_rows():
-                start.close()
+    try:
+        rows = iter(dataset.iter_rows())
+        with show_phase("loading the model and scoring the first users"):
+            first = list(islice(rows, 1))
+        with tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar:
+            for row in chain(first, rows):
                 if row["error"]:
                     raise CollmError.from_dict(json.loads(row["error"]))
                 bar.update(int(row["users"]))
-        except ray.exceptions.RayError as error:
-            raise explain_task_error(error, "scoring") from None
+    except ray.exceptions.RayError as error:
+        raise explain_task_error(error, "scoring") from None
     return actors
 
 
