@@ -15,8 +15,9 @@ EXAMPLES = """examples:
   python launch/score_candidates.py --config C --input users.parquet --output ranked
   python launch/score_candidates.py --config C --input users.parquet --output ranked --candidates cf:200
 
-input: Parquet with user_id, candidates and optionally history, disliked, labels, as_of. A user_id outside the log is
-valid. With --candidates cf:N the collaborative model retrieves N items that are new to each user.
+input: Parquet with user_id, candidates and optionally history, history_labels, disliked, labels, as_of. A
+user_id outside the log is valid. With --candidates cf:N the collaborative model retrieves N items that are new to each
+user.
 """
 
 

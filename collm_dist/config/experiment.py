@@ -57,6 +57,12 @@ class Config(Section):
                 f"prompt.disliked_length {shown} exceeds preprocessing.max_dislikes {self.preprocessing.max_dislikes}, "
                 "the most dislikes in the shards: raise the latter"
             )
+        most = min(stored, self.preprocessing.max_dislikes)
+        if (rated := self.prompt.rated_length) is not None and rated > most:
+            raise ValueError(
+                f"prompt.rated_length {rated} exceeds {most}, the most likes and dislikes in the shards: raise "
+                "preprocessing.max_history_length and preprocessing.max_dislikes to it"
+            )
         if (cf_length := self.cf.history_length) is not None and cf_length > stored:
             raise ValueError(
                 f"cf.history_length {cf_length} exceeds preprocessing.max_history_length {stored}, the longest "

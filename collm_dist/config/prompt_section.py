@@ -15,7 +15,7 @@ class PromptConfig(Section):
     stage1: str = Field(
         "configs/prompts/stage1.txt",
         description="Prompt of stage 1: a file, or the text itself. Fields: <ItemTitleList> "
-        "<DislikedTitleList> <UserText> <TargetItemTitle>.",
+        "<DislikedTitleList> <RatedTitleList> <UserText> <TargetItemTitle>.",
     )
     stage2: str = Field(
         "configs/prompts/stage2.txt",
@@ -44,6 +44,14 @@ class PromptConfig(Section):
     )
     empty_dislikes_text: str | None = optional(
         "Text in place of an empty list of dislikes; default: empty_history_text."
+    )
+    rated_length: int | None = optional(
+        "Most recent liked and disliked items in a prompt with <RatedTitleList>, oldest first; default: 10, or as many "
+        "as preprocessing stores. They get the room that the history leaves; the oldest are dropped to fit.",
+        ge=1,
+    )
+    rated_marks: tuple[str, str] | None = optional(
+        "Texts after a liked and after a disliked title of <RatedTitleList>; default: ' (liked)' and ' (disliked)'."
     )
     max_user_text_tokens: int | None = optional(
         "Longest text of a user in tokens, in a prompt with <UserText>; longer texts are cut. Default: 48.", ge=1

@@ -77,6 +77,7 @@ def build_manifest_record(
         "items_hash": compute_ids_hash(tables.item_ids),
         "texts_hash": tables.texts_hash,
         **({"user_texts_hash": stats.user_texts["hash"]} if stats.user_texts else {}),
+        **({"has_order": True} if plan.stores_order else {}),
         "ties": plan.preprocessing.ties,
         "feedback": plan.dataset.feedback,
         "max_history_length": plan.preprocessing.max_history_length,

@@ -49,6 +49,7 @@ class PreprocessPlan:
         work_dir: folder of the intermediate files.
         data_dir: folder of the final files.
         dataset, preprocessing, seed, num_candidates: settings, with the counts of buckets and shards resolved.
+        stores_order: whether shards hold the order of a user's likes and dislikes.
     """
 
     work_dir: Path
@@ -57,6 +58,7 @@ class PreprocessPlan:
     preprocessing: PreprocessingConfig
     seed: int
     num_candidates: int
+    stores_order: bool = False
 
     @property
     def num_buckets(self) -> int:

@@ -20,8 +20,11 @@ def list_prompt_fields(config: Config) -> dict[str, str]:
     return {field: name for field in FIELDS for name, text in texts.items() if field in text}
 
 
-def check_prompt_needs(config: Config) -> None:
+def check_prompt_needs(config: Config) -> bool:
     """Check that the settings give the data that the prompts show.
+
+    Returns:
+        Whether a prompt shows the order of likes and dislikes, which shards then have to hold.
 
     Raises:
         ConfigError: they do not; the message names the prompt, the field and the settings.
@@ -32,3 +35,9 @@ def check_prompt_needs(config: Config) -> None:
             f"{fields['<UserText>']} has the field <UserText>, which shows texts of users: set dataset.users_path to a "
             "file of users and dataset.user_text to a template over its columns, or use a prompt without the field"
         )
+    if "<RatedTitleList>" in fields and config.preprocessing.max_dislikes == 0:
+        raise ConfigError(
+            f"preprocessing.max_dislikes=0: {fields['<RatedTitleList>']} has the field <RatedTitleList>, which shows "
+            "dislikes too; set it to at least prompt.rated_length (10)"
+        )
+    return "<RatedTitleList>" in fields

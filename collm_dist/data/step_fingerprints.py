@@ -18,6 +18,9 @@ from collm_dist.runs.previous_run import describe_previous_step
 from collm_dist.runs.run_dir import STAGES, RunDir, Step
 from collm_dist.storage import describe_files, list_files
 
+# Entry of the data step whose shards hold the order of likes and dislikes.
+ORDER_INPUT = "input.order of likes and dislikes"
+
 
 def compute_step_fingerprint(
     config: Config, run_dir: RunDir, step: Step, source: Source | None = None
@@ -37,7 +40,7 @@ def compute_step_fingerprint(
         ConfigError: a prompt file is missing.
     """
     if step == "data":
-        check_prompt_needs(config)
+        needs_order = check_prompt_needs(config)
         states, recorded = (source or open_source(config.dataset)).inputs(), _read_fingerprint(run_dir, "data")
         if source is None:
             states = leave_out_later_parts(config.dataset, states, recorded)
@@ -46,6 +49,8 @@ def compute_step_fingerprint(
         if config.dataset.forget is not None:
             states |= describe_files(list_files(config.dataset.forget, "dataset.forget"))
         inputs = describe_inputs(states, recorded)
+        if needs_order or ORDER_INPUT in recorded:  # shards with more than the prompts need stay valid
+            inputs |= {ORDER_INPUT.removeprefix("input."): True}
         return compute_fingerprint(config, step, run_dir, inputs | describe_previous(config.dataset.extend_from))
     if step == "cf":
         vectors = _describe_vectors(config.cf) if config.cf.model == "table" else {}

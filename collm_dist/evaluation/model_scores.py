@@ -119,7 +119,7 @@ def _describe_information(
     """Return the training labels that a model was fitted to, and the inputs that it reads, in words."""
     labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
     reads_counts = (name != "stage1" and "MatchID" in slots) or anchor in ("as_of", "blend")
-    if reads_counts or "<DislikedTitleList>" in prompt:
+    if reads_counts or "<DislikedTitleList>" in prompt or "<RatedTitleList>" in prompt:
         inputs = "all earlier feedback" if feedback == "explicit" else "all earlier likes"
     else:
         inputs = "ids, earlier likes" if name == "cf" else "earlier likes"

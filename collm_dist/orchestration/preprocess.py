@@ -39,7 +39,7 @@ from collm_dist.data.samples.sample_tasks import build_bucket, count_items, join
 from collm_dist.data.samples.split_cuts import build_split_rule
 from collm_dist.data.samples.splits import SPLITS, build_calendar_rule
 from collm_dist.data.shards.manifest import load_manifest, remove_unlisted_files
-from collm_dist.data.step_fingerprints import compute_step_fingerprint
+from collm_dist.data.step_fingerprints import ORDER_INPUT, compute_step_fingerprint
 from collm_dist.orchestration.cluster import ByteProgress, check_nodes, connect_ray, run_tasks
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_json_hash
@@ -86,6 +86,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         preprocessing=preprocessing,
         seed=config.run.seed,
         num_candidates=config.evaluation.num_candidates,
+        stores_order=ORDER_INPUT in fingerprint,
     )
     run = partial(
         run_tasks,

@@ -42,6 +42,10 @@ class RankBody(BaseModel):
     disliked: list[ItemId] | None = Field(
         None, description="Ids of disliked items, oldest first; by default from the log. Unknown ids are skipped."
     )
+    history_labels: list[Annotated[StrictInt, Field(ge=0, le=1)]] | None = Field(
+        None,
+        description="1 = liked, 0 = disliked, for each item of history; replaces disliked. By default all are liked.",
+    )
     candidates: list[ItemId] | None = Field(
         None,
         min_length=1,
@@ -217,7 +221,7 @@ def _describe_mistake(mistake: Mapping[str, Any], body: type[RankBody | EventsBo
     if kind == "too_short":
         return f"{field}: the list is empty; give at least one item, or omit the field"
     if kind == "list_type":
-        return f"{field}: {value} is not a list of ids"
+        return f"{field}: {value} is not a list of {'0 and 1' if field == 'history_labels' else 'ids'}"
     if kind == "int_type":
         return f"{field}: {value} is not an integer"
     if kind in ("greater_than_equal", "less_than_equal"):

@@ -40,9 +40,9 @@ from collm_dist.serving.requests import (
     RankingQuery,
     RankingRequest,
     RequestReader,
-    UnknownIds,
     UserContext,
 )
+from collm_dist.serving.unknown_ids import UnknownIds
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.scoring import AUTO_TOKENS
 from collm_dist.tuning.stage import get_stage
@@ -145,6 +145,7 @@ class Recommender:
         disliked: Sequence[Id] | None = None,
         allowed: Sequence[Id] | None = None,
         blocked: Sequence[Id] | None = None,
+        history_labels: Sequence[int] | None = None,
     ) -> Ranking:
         """Rank items for a user, best first.
 
@@ -152,15 +153,17 @@ class Recommender:
         answer.
 
         Args:
-            history, candidates, user, as_of, disliked, allowed, blocked: see ``RankingRequest``; without candidates,
-                ``retrieve`` finds them.
+            history, candidates, user, as_of, disliked, allowed, blocked, history_labels: see ``RankingRequest``;
+                without candidates, ``retrieve`` finds them.
             top_k: most items to return; None = all.
             num_retrieved: number of candidates to retrieve if none are given.
 
         Raises:
             RequestError: the request is invalid; the message names the field, the value and the remedy.
         """
-        query = RankingQuery(user, history, candidates, as_of, top_k, num_retrieved, disliked, allowed, blocked)
+        query = RankingQuery(
+            user, history, candidates, as_of, top_k, num_retrieved, disliked, allowed, blocked, history_labels
+        )
         answer = self.rank_many([query])[0]
         if isinstance(answer, RequestError):
             raise answer
@@ -219,6 +222,7 @@ class Recommender:
             disliked=query.disliked,
             allowed=query.allowed,
             blocked=query.blocked,
+            history_labels=query.history_labels,
         )
         if query.candidates is None:
             return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])

@@ -1,7 +1,7 @@
 """Files of ranking requests, checked completely before scoring starts and divided into parts.
 
-A row is ``user_id, candidates[, history, disliked, labels, as_of]``: an id, lists of ids, a list of 0 and 1 for the
-candidates, and a time (seconds since 1970, or an Arrow timestamp). Null means not given.
+A row is ``user_id, candidates[, history, history_labels, disliked, labels, as_of]``: an id, lists of ids, lists of 0
+and 1 for history and candidates, and a time (seconds since 1970, or an Arrow timestamp). Null means not given.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ REQUEST_SCHEMA = pa.schema(
         ("user_id", pa.string()),
         ("candidates", _IDS),
         ("history", _IDS),
+        ("history_labels", _LABELS),
         ("disliked", _IDS),
         ("labels", _LABELS),
         ("as_of", pa.int64()),
@@ -98,7 +99,14 @@ def read_part(folder: Path, number: int) -> tuple[list[RankingRequest], list[lis
     """Return a part's requests, and the labels of their candidates or None."""
     rows = pq.read_table(folder / f"{name_part(number)}.parquet").to_pylist()
     requests = [
-        RankingRequest(row["user_id"], row["history"], row["candidates"] or (), row["as_of"], row["disliked"])
+        RankingRequest(
+            row["user_id"],
+            row["history"],
+            row["candidates"] or (),
+            row["as_of"],
+            row["disliked"],
+            history_labels=row.get("history_labels"),
+        )
         for row in rows
     ]
     return requests, [row["labels"] for row in rows]
@@ -141,7 +149,10 @@ def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> An
                "an id in the list is null; remove it")  # fmt: skip
     columns["candidates"] = _unify(columns["candidates"], known)
     _check_candidates(columns["candidates"], known, refuse, retrieves)
-    _check_labels(columns["labels"], columns["candidates"], refuse)
+    _check_labels("labels", columns["labels"], "candidates", columns["candidates"], refuse)
+    _check_labels("history_labels", columns["history_labels"], "history", columns["history"], refuse)
+    both = pc.and_(pc.is_valid(columns["history_labels"]), pc.is_valid(columns["disliked"]))
+    refuse("history_labels", both, "it labels the history's items as liked or disliked, so leave out disliked")
     return pa.table(columns, schema=REQUEST_SCHEMA)
 
 
@@ -183,13 +194,14 @@ def _check_candidates(candidates: Any, known: Any, refuse: _Refusal, retrieves: 
     refuse("candidates", _mark(rows[repeated], count), "an item occurs twice; list each item once")
 
 
-def _check_labels(labels: Any, candidates: Any, refuse: _Refusal) -> None:
-    lengths = [pc.list_value_length(lists) for lists in (labels, candidates)]
+def _check_labels(name: str, labels: Any, items_name: str, items: Any, refuse: _Refusal) -> None:
+    lengths = [pc.list_value_length(lists) for lists in (labels, items)]
     differs = pc.fill_null(pc.not_equal(*lengths), pc.is_valid(labels))
-    refuse("labels", differs, "the number of labels differs from the number of candidates")
+    count = "candidates" if items_name == "candidates" else f"items in {items_name}"
+    refuse(name, differs, f"the number of labels differs from the number of {count}")
     rows, values = _flatten(labels)
     wrong = pc.invert(pc.fill_null(pc.is_in(values, pa.array([0, 1], pa.int8())), False))
-    refuse("labels", _mark(rows[wrong.to_numpy(zero_copy_only=False)], len(labels)), "a label is not 0 or 1")
+    refuse(name, _mark(rows[wrong.to_numpy(zero_copy_only=False)], len(labels)), "a label is not 0 or 1")
 
 
 def _flatten(lists: Any) -> tuple[NDArray[np.int64], Any]:
@@ -208,7 +220,7 @@ def _convert(column: Any, field: Any, path: str) -> Any:
     if isinstance(inner, pa.DictionaryType):
         inner = inner.value_type
     fits = pa.types.is_null(inner) or pa.types.is_integer(inner)
-    if field.name == "labels":
+    if field.type == _LABELS:
         fits = fits or pa.types.is_boolean(inner) or pa.types.is_floating(inner)
     elif field.name == "as_of":
         fits = fits or pa.types.is_timestamp(inner)
@@ -229,6 +241,7 @@ def _convert(column: Any, field: Any, path: str) -> Any:
             raise RequestError(f"{path}, field '{field.name}': {error}; correct the value") from None
     expected = {
         "labels": "lists of 0 and 1",
+        "history_labels": "lists of 0 and 1",
         "as_of": "integer seconds since 1970, or timestamps",
         "user_id": "ids: strings or integers",
     }.get(field.name, "lists of ids: strings or integers")

@@ -18,8 +18,8 @@ from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.fresh_events import FreshEvents
 from collm_dist.serving.received_event import Event
+from collm_dist.serving.unknown_ids import UnknownIds, show_ids
 
-_MAX_SHOWN_IDS = 5
 # Lists of items of which unknown ids are skipped.
 _SKIPPING_FIELDS = ("history", "disliked", "allowed", "blocked")
 Id = str | int | float
@@ -39,9 +39,12 @@ class RankingRequest:
         candidates: raw ids of the run's items, without repetition. Items without ratings are valid; ids outside the
             run's item table are not.
         as_of: seconds since 1970; only earlier events of the log count; None = all events.
-        disliked: raw ids of disliked items, oldest first; otherwise as ``history``.
+        disliked: raw ids of disliked items, oldest first; otherwise as ``history``. Where a prompt shows the order of
+            likes and dislikes, these are spread evenly between the likes.
         allowed: raw ids among which ``Recommender.retrieve`` finds candidates; None = all items. It skips unknown ids.
         blocked: raw ids that it leaves out; None = none.
+        history_labels: 1 = liked, 0 = disliked, for each item of ``history``, which then has both in their order and
+            replaces ``disliked``; None = all are liked.
     """
 
     user: Id | None = None
@@ -51,6 +54,7 @@ class RankingRequest:
     disliked: Sequence[Id] | None = None
     allowed: Sequence[Id] | None = None
     blocked: Sequence[Id] | None = None
+    history_labels: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class RankingQuery:
     """Arguments of ``Recommender.rank``, with optional candidates; ``Recommender`` turns it into a ``RankingRequest``.
 
     Attributes:
-        user, history, as_of, disliked, allowed, blocked: see ``RankingRequest``.
+        user, history, as_of, disliked, allowed, blocked, history_labels: see ``RankingRequest``.
         candidates: see there; None = the collaborative model retrieves them.
         top_k: most items to return; None = all.
         num_retrieved: number of candidates to retrieve if none are given.
@@ -73,6 +77,7 @@ class RankingQuery:
     disliked: Sequence[Id] | None = None
     allowed: Sequence[Id] | None = None
     blocked: Sequence[Id] | None = None
+    history_labels: Sequence[int] | None = None
 
 
 HasUser = RankingRequest | RankingQuery
@@ -109,33 +114,6 @@ class Ranking(list[RankedItem]):
 
 
 @dataclass(frozen=True)
-class UnknownIds:
-    """Ids of a request that the run does not know.
-
-    Attributes:
-        user: the user's id; None = it is known, or none is given.
-        items: unknown item ids, by field of the request.
-        given: number of ids in each of these fields.
-    """
-
-    user: str | None
-    items: dict[str, list[str]]
-    given: dict[str, int]
-
-    def list_warnings(self) -> list[str]:
-        """Return a sentence for each field with unknown ids."""
-        warnings = []
-        if self.user is not None:
-            warnings.append(f"user: {self.user!r} is not in the run's log; the items are ranked for an unknown user")
-        for field, ids in self.items.items():
-            warnings.append(
-                f"{field}: {len(ids)} of {self.given[field]} ids are not in the run's item table and are skipped "
-                f"({_show_ids(ids)})"
-            )
-        return warnings
-
-
-@dataclass(frozen=True)
 class UserContext:
     """A request's user, as the model sees them.
 
@@ -143,6 +121,7 @@ class UserContext:
         user_idx: dense index; -1 = not in the log.
         history: dense indices of liked items, oldest first.
         dislikes: dense indices of the last disliked items, oldest first.
+        likes_since: for each of ``dislikes``, the number of items of the whole history after it.
         num_likes, num_rows: number of the user's likes and events in the log.
         seen: dense indices of the items in the request and in the user's events.
         as_of: seconds since 1970.
@@ -152,6 +131,7 @@ class UserContext:
     user_idx: int
     history: IntArray
     dislikes: IntArray
+    likes_since: IntArray
     num_likes: int
     num_rows: int
     seen: IntArray
@@ -228,22 +208,28 @@ class RequestReader:
             user_id = self._user_index.spell(user_id)
             times, items, labels = self._fresh.add_user_events(user_id, as_of, (times, items, labels))
         is_known = user_idx >= 0 or len(items) > 0
-        likes, rows = int(labels.sum()), len(labels)
-        history, seen = items[labels == 1], items
-        dislikes = items[labels == 0]
-        if request.history is not None:
+        likes, rows, seen = int(labels.sum()), len(labels), items
+        if request.history_labels is not None:
+            items, labels = self._read_labelled(request, request.history_labels)
+            seen = np.concatenate([seen, items])
+        history, dislikes = items[labels == 1], items[labels == 0]
+        likes_since = len(history) - np.cumsum(labels, dtype=np.int64)[labels == 0]
+        if request.history_labels is None and request.history is not None:
             history = self._find_items(request.history, "history")
             seen = np.concatenate([seen, history])
         if request.disliked is not None:
             dislikes = self._find_items(request.disliked, "disliked")
             seen = np.concatenate([seen, dislikes])
+        if request.history_labels is None and (request.history is not None or request.disliked is not None):
+            likes_since = _spread(len(dislikes), len(history))
         if not is_known and request.history is not None:
             if self._every_event_is_a_like:
                 likes = rows = len(history)
-            elif request.disliked is not None:
+            elif request.disliked is not None or request.history_labels is not None:
                 likes, rows = len(history), len(history) + len(dislikes)
-        dislikes = dislikes[max(0, len(dislikes) - self._max_dislikes) :]
-        return UserContext(user_idx, history[-self._max_history_length :], dislikes, likes, rows, seen, as_of, text_row)
+        kept = slice(max(0, len(dislikes) - self._max_dislikes), None)
+        shown = history[-self._max_history_length :]
+        return UserContext(user_idx, shown, dislikes[kept], likes_since[kept], likes, rows, seen, as_of, text_row)
 
     def read_pool(self, request: RankingRequest, seen: IntArray) -> tuple[IntArray | None, IntArray]:
         """Return the dense indices of a request's allowed items, None for all, and those of items to leave out.
@@ -271,13 +257,32 @@ class RequestReader:
             field: [item_id for item_id in ids if self.item_index.find(item_id) is None] for field, ids in given.items()
         }
         return UnknownIds(
-            None if user is None or self._user_index.find(user) is not None or self._has_fresh_events(user) else user,
+            None if user is None or self._knows_user(user) else user,
             {field: ids for field, ids in unknown.items() if ids},
             {field: len(ids) for field, ids in given.items()},
         )
 
-    def _has_fresh_events(self, user: str) -> bool:
+    def _knows_user(self, user: str) -> bool:
+        if any(ids.find(user) is not None for ids in (self._user_index, self._text_rows)):
+            return True
         return self._fresh is not None and self._fresh.has_events(self._user_index.spell(user))
+
+    def _read_labelled(self, request: RankingRequest, values: Sequence[int]) -> tuple[IntArray, NDArray[np.int8]]:
+        """Return the dense indices of the items in a request's history that the run knows, and their labels."""
+        if request.history is None or request.disliked is not None:
+            raise RequestError(
+                "history_labels: they say which items of history are liked, so give history and leave out disliked"
+            )
+        item_ids = _to_ids(request.history, "history")
+        labels = list(values) if hasattr(values, "__iter__") else [values]
+        if wrong := [label for label in labels if not isinstance(label, int | np.integer) or label not in (0, 1)]:
+            raise RequestError(f"history_labels: {wrong[0]!r} is neither 1 (liked) nor 0 (disliked)")
+        if len(labels) != len(item_ids):
+            raise RequestError(
+                f"history_labels: {len(labels)} labels for {len(item_ids)} items of history; give one for each"
+            )
+        known = np.array([self.item_index.find(item_id) is not None for item_id in item_ids], dtype=bool)
+        return self._find_items(item_ids, "history"), np.array(labels, dtype=np.int8)[known]
 
     def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
         """Return the dense indices of the items in a list of ids that the run knows."""
@@ -297,7 +302,7 @@ class RequestReader:
         if unknown := [item_id for item_id, index in zip(item_ids, indices, strict=True) if index is None]:
             raise RequestError(
                 f"candidates: {len(unknown)} of {len(item_ids)} ids are not in the run's item table "
-                f"({_show_ids(unknown)}); remove them, or add the items to dataset.items_path and extend the run with "
+                f"({show_ids(unknown)}); remove them, or add the items to dataset.items_path and extend the run with "
                 "dataset.extend_from"
             )
         if len(set(indices)) < len(indices):
@@ -352,6 +357,9 @@ class RequestReader:
             dislike_items=np.concatenate(
                 [np.tile(user.dislikes, size) for user, size in zip(users, sizes, strict=True)]
             ),
+            likes_since=np.concatenate(
+                [np.tile(user.likes_since, size) for user, size in zip(users, sizes, strict=True)]
+            ),
         )
 
     def _count_item_events(self, item_idx: IntArray, as_of: int) -> tuple[IntArray, IntArray]:
@@ -362,8 +370,9 @@ class RequestReader:
         return likes + more_likes, rows + more_rows
 
 
-def _show_ids(ids: Sequence[str]) -> str:
-    return ", ".join(map(repr, ids[:_MAX_SHOWN_IDS])) + (", ..." if len(ids) > _MAX_SHOWN_IDS else "")
+def _spread(num_dislikes: int, num_likes: int) -> IntArray:
+    """Return the likes since each dislike if dislikes are spread evenly between likes."""
+    return num_likes - (2 * np.arange(num_dislikes) + 1) * num_likes // (2 * max(num_dislikes, 1))
 
 
 def _to_ids(values: Sequence[Id], field: str) -> list[str]:

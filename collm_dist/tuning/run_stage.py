@@ -108,6 +108,11 @@ def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage
         "max_tokens_per_micro_batch": loop.max_tokens,
         "dropped_history_items": loaded.collator.num_dropped_history,
         **(
+            {"dropped_rated_items": loaded.collator.num_dropped_ratings}
+            if loaded.collator.template.has("<RatedTitleList>")
+            else {}
+        ),
+        **(
             {"dropped_disliked_items": loaded.collator.num_dropped_dislikes}
             if loaded.collator.template.has("<DislikedTitleList>")
             else {}

@@ -7,16 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 from collm_dist.config import Config
+from collm_dist.data.ingest.id_forms import IdIndex
+from collm_dist.data.prompts.title_lists import take_context_ratings
 from collm_dist.data.samples.splits import SPLITS
+from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import DataError
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.runs.run_dir import RunDir
+from collm_dist.serving.event_log import EventLog
+from collm_dist.serving.requests import RankingRequest, RequestReader
+from tests.reference.plain_samples import Row
 
 
 def make_config(dataset: dict, folder: Path | str, **sections) -> Config:
@@ -97,3 +104,31 @@ def complain(number: int) -> None:
     """Raise an error, the later the smaller the number."""
     time.sleep(1 / number)
     raise DataError(f"read me {number}")
+
+
+def list_rated(block: ContextBlock, items: list[str]) -> list[tuple[str, int]]:
+    """Return (item, 1 = liked) of the last three items in a block of one context."""
+    return [(items[value // 2], value % 2) for value in take_context_ratings(block, 3).values.tolist()]
+
+
+@cache
+def read_requests(data: Path) -> RequestReader:
+    """Return the reader of requests of a data folder, for six likes and three dislikes."""
+    manifest = load_manifest(data)
+    users, items = load_user_ids(data), load_item_table(data)["item_id"]
+    return RequestReader(
+        IdIndex(users), IdIndex(items), EventLog.load(data, manifest),
+        max_history_length=6, max_dislikes=3, every_event_is_a_like=False,
+    )  # fmt: skip
+
+
+def ask_rated(data: Path, row: Row, rated: list[tuple[str, int]], items: list[str]) -> list:
+    """Return what ``list_rated`` does of two requests: by user and time, and of an unknown user by all ratings."""
+    reader = read_requests(data)
+    history, labels = ([event[place] for event in rated] for place in (0, 1))
+    requests = (
+        RankingRequest(row.user, None, [row.item], row.time),
+        RankingRequest(None, history, [row.item], history_labels=labels),
+    )
+    blocks = [reader.build_block([reader.read_user(one)], [reader.read_candidates(one)]) for one in requests]
+    return [list_rated(block, items) for block in blocks]

@@ -1,4 +1,5 @@
-"""The data step on logs as people have them: without times, with ids in several forms, with lost item rows."""
+"""The data step on logs as people have them: without times, with ids in several forms, with lost item rows; what is
+stored for prompts alone."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ import pytest
 
 from collm_dist.data.samples.splits import SPLITS
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
-from collm_dist.errors import DataError
+from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.errors import ArtifactError, ConfigError, DataError
 from collm_dist.orchestration.cluster import connect_ray
-from tests.integration.preprocess_runs import list_samples, make_config, preprocess, write_csv
+from tests.integration.preprocess_runs import GOOD, list_samples, make_config, preprocess, write_csv
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,3 +95,21 @@ def test_lost_item_rows_stop_the_step(tmp_path):
     (tmp_path / "items.csv").write_text('item_id,title\n10,"A\n11,B\n12,"C"\n')
     with pytest.raises(DataError, match=r"items_path: 2 of 3 item rows.*(.|\n)*items\.csv:2"):
         preprocess(make_config(dataset | {"items_path": str(tmp_path / "items.csv")}, tmp_path / "run"))
+
+
+def test_the_order_of_likes_and_dislikes_is_stored_for_prompts_that_show_it(tmp_path):
+    dataset = write_csv(tmp_path, GOOD)
+    plain = preprocess(make_config(dataset, tmp_path / "run"))
+    assert not load_manifest(tmp_path / "run" / "data").has_order
+    rated = {"prompt": {"stage2": "<RatedTitleList> <UserID> <TargetItemTitle>?"}}
+    with pytest.raises(ArtifactError, match=r"input\.order of likes and dislikes: \(absent\) -> True"):
+        preprocess(make_config(dataset, tmp_path / "run", **rated))
+    manifest = preprocess(make_config(dataset, tmp_path / "run", **rated), force=True)
+    assert load_manifest(tmp_path / "run" / "data").has_order
+    assert manifest["content_hash"] != plain["content_hash"]
+    # These shards serve other prompts too; made again elsewhere, they are the plain ones.
+    assert preprocess(make_config(dataset, tmp_path / "run")) == manifest
+    assert preprocess(make_config(dataset, tmp_path / "other"))["content_hash"] == plain["content_hash"]
+    none = make_config(dataset, tmp_path / "none", pre={"max_dislikes": 0}, **rated)
+    with pytest.raises(ConfigError, match=r"max_dislikes=0: prompt.stage2 has the field <RatedTitleList>"):
+        preprocess(none)

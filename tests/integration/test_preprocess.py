@@ -19,8 +19,10 @@ from collm_dist.errors import ArtifactError, CollmError, DataError
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from tests.integration.preprocess_runs import (
     GOOD,
+    ask_rated,
     complain,
     die_once,
+    list_rated,
     list_samples,
     make_config,
     preprocess,
@@ -75,7 +77,8 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
     dataset = {"path": str(tmp_path / "log"), "columns": {"label": "label", "split": "split"},
                "split": {"method": "column"}}  # fmt: skip
     limits = {"ties": ties, "max_history_length": 6, "max_dislikes": 3}
-    preprocess(make_config(dataset, tmp_path / "run", pre=limits, prompt={"history_length": 6}))
+    prompt = {"history_length": 6, "stage1": "<RatedTitleList> <TargetItemTitle>?"}
+    preprocess(make_config(dataset, tmp_path / "run", pre=limits, prompt=prompt))
     known = compute_known_before(rows, ties)
     counts = ("user_likes", "user_rows", "item_likes", "item_rows", "user_in_train", "item_in_train")
     data = tmp_path / "run" / "data"
@@ -89,6 +92,10 @@ def test_shards_and_tables_equal_a_plain_loop_over_the_log(tmp_path, ties):
                 assert [items[item] for item in history] == expected["history"][-6:]
                 assert [items[dislike] for dislike in dislikes] == expected["dislikes"][-3:]
                 assert block.num_likes[context] == len(expected["history"])
+                rated = expected["rated"]
+                assert list_rated(block.take_targets(np.array([target])), items) == rated[-3:]
+                if ties == "strict":
+                    assert ask_rated(data, row, rated, items) == [rated[-3:]] * 2
                 found = (users[block.user_idx[context]], items[block.item_idx[target]], block.label[target],
                          block.timestamp[target])  # fmt: skip
                 assert (*found, split) == (row.user, row.item, row.label, row.time, row.split)

@@ -11,6 +11,7 @@ import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.config.loader import load_config
 from collm_dist.data.ingest.id_forms import IdIndex
+from collm_dist.data.prompts.title_lists import take_context_ratings
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.runs.run_dir import RunDir
@@ -269,3 +270,45 @@ def test_what_a_request_says_of_likes_and_dislikes(every_event_is_a_like):
     assert read(disliked=["6"]) == ([], [6], 0, 0, {6})
     with pytest.raises(RequestError, match="disliked: 'ab' is not a list of ids"):
         read(disliked="ab")
+
+
+def test_a_request_orders_likes_and_dislikes():
+    events = EventLog(*(np.array(column) for column in ([0] * 5, [1, 2, 3, 4, 5], [10, 20, 30, 40, 40])),
+                      np.array([1, 0, 1, 0, 1], dtype=np.int8), num_users=1, num_items=9)  # fmt: skip
+    ids = IdIndex([str(number) for number in range(9)])
+    reader = RequestReader(
+        IdIndex(["u"]), ids, events, max_history_length=5, max_dislikes=2, every_event_is_a_like=False
+    )
+
+    def read(**fields):
+        user = reader.read_user(RankingRequest(**fields))
+        block = reader.build_block([user], [np.array([7, 8])])
+        rated = take_context_ratings(block, 4).values.tolist()
+        return [f"{'+' if value % 2 else '-'}{value // 2}" for value in rated], user.num_likes, user.num_rows
+
+    assert read(user="u") == (["-2", "+3", "-4", "+5"], 3, 5)
+    assert read(user="u", as_of=40) == (["+1", "-2", "+3"], 2, 3)
+    labelled = {"history": ["8", "?", "6", "7", "1"], "history_labels": [1, 1, 0, 1, 0]}
+    assert read(user="u", **labelled) == (["+8", "-6", "+7", "-1"], 3, 5)
+    assert read(**labelled) == (["+8", "-6", "+7", "-1"], 2, 4)
+    # Two lists do not say what was when: dislikes are spread between the likes.
+    assert read(history=["1", "2"], disliked=["6", "7"]) == (["-6", "+1", "-7", "+2"], 2, 4)
+    assert read(user="u", history=["8"]) == (["-2", "-4", "+8"], 3, 5)
+    assert read(user="u", disliked=["8"]) == (["+1", "-8", "+3", "+5"], 3, 5)
+    assert read(history=["1"], disliked=[]) == (["+1"], 1, 1)
+    assert read() == ([], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"history_labels": [1]}, "history_labels: .* give history"),
+        ({"history": ["1"], "history_labels": [1], "disliked": []}, "leave out disliked"),
+        ({"history": ["1"], "history_labels": [1, 0]}, "2 labels for 1 items of history"),
+        ({"history": ["1"], "history_labels": ["1"]}, r"'1' is neither 1 \(liked\) nor 0 \(disliked\)"),
+        ({"history": ["1"], "history_labels": 2}, "2 is neither 1"),
+    ],
+)
+def test_wrong_labels_of_a_history_are_refused(recommender, fields, message):
+    with pytest.raises(RequestError, match=message):
+        recommender.rank(candidates=["41"], **fields)

@@ -25,7 +25,7 @@ from collm_dist.orchestration import batch_ranking as scoring
 from collm_dist.orchestration.batch_ranking import score_candidates
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.part_scoring import OutputFolder, score_part
-from collm_dist.serving.request_files import write_parts
+from collm_dist.serving.request_files import read_part, write_parts
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -152,6 +152,7 @@ GOOD = {
     "candidates": ["5", "6"],
     "labels": [1, 0],
     "history": ["7"],
+    "history_labels": None,
     "disliked": ["7"],
     "as_of": 5,
 }
@@ -170,6 +171,10 @@ GOOD = {
         ({"user_id": None}, "row 1, field 'user_id': the id is missing"),
         ({"history": [None]}, "row 1, field 'history': an id in the list is null"),
         ({"disliked": [None]}, "row 1, field 'disliked': an id in the list is null"),
+        ({"history_labels": [1, 0], "disliked": None}, "row 1, field 'history_labels': .* number of items in history"),
+        ({"history_labels": [3], "disliked": None}, "row 1, field 'history_labels': a label is not 0 or 1"),
+        ({"history_labels": [1], "disliked": None, "history": None}, "row 1, field 'history_labels': the number of"),
+        ({"history_labels": [1]}, "row 1, field 'history_labels': .* leave out disliked"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, message):
@@ -212,10 +217,20 @@ def test_ids_as_numbers_and_times_as_dates(tmp_path):
         "user_id": "1",
         "candidates": ["5", "6"],
         "history": None,
+        "history_labels": None,
         "disliked": None,
         "labels": [1, 0],
         "as_of": 7,
     }
+
+
+def test_a_labelled_history_arrives_as_it_was_sent(tmp_path):
+    rows = [GOOD | {"history": ["7", "6"], "history_labels": [0, 1], "disliked": None}, GOOD]
+    path = write_requests(tmp_path / "x.parquet", rows)
+    write_parts([path], tmp_path / "parts", ["5", "6", "7"], retrieves=False, rows_per_part=10)
+    labelled, other = read_part(tmp_path / "parts", 0)[0]
+    assert (labelled.history, labelled.history_labels, labelled.disliked) == (["7", "6"], [0, 1], None)
+    assert (other.history_labels, other.disliked) == (None, ["7"])
 
 
 def test_the_command_stops_before_any_work(finished_run, rows, tmp_path, monkeypatch, capsys):

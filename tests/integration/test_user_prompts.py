@@ -1,4 +1,4 @@
-"""A run whose prompts show texts of users: the same prompts in training, reports and requests."""
+"""A run whose prompts show texts of users and the order of ratings: the same in training, reports and requests."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.config.loader import load_config
 from collm_dist.data.prompts.prompt_preview import print_preview
+from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
@@ -37,7 +38,8 @@ def user_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
         "dataset.columns.user=id",
         f"llm.backbone={tiny_backbone_dir}",
         "prompt.stage1=configs/prompts/stage1_user.txt",
-        "prompt.stage2=configs/prompts/stage2_user.txt",
+        "prompt.stage2=Of <UserText>: <RatedTitleList>. By <UserID>. Like <TargetItemTitle> <TargetItemID>? Answer:",
+        "prompt.rated_length=4",
         "evaluation.splits=[valid,test]",
     ]
     return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
@@ -51,7 +53,27 @@ def recommender(user_run):
 def test_requests_get_the_scores_of_the_report(user_run, recommender):
     requests, reported = read_reported(user_run, "stage2")
     assert np.abs(np.concatenate(recommender.score(requests)) - reported).max() < TOLERANCE
-    assert "earlier likes, user texts" in (user_run / "eval" / "report.md").read_text()
+    assert "all earlier feedback, user texts" in (user_run / "eval" / "report.md").read_text()
+
+
+def test_a_labelled_history_is_that_of_the_log(user_run, recommender):
+    """Counts and vectors are those of the log's user in both, so only the order in the prompt could differ."""
+    log = load_interactions(user_run / "data", ("user_idx", "item_idx", "label", "timestamp"))
+    items, users = load_item_table(user_run / "data")["item_id"], load_user_ids(user_run / "data")
+    for number in (0, 7, 30):
+        own = log["user_idx"] == number
+        history = [items[item] for item in log["item_idx"][own]]
+        labels = log["label"][own].tolist()
+        assert len(set(labels)) == 2
+        logged, given, other = recommender.score(
+            [
+                RankingRequest(users[number], None, ITEMS),
+                RankingRequest(users[number], history, ITEMS, history_labels=labels),
+                RankingRequest(users[number], history[::-1], ITEMS, history_labels=labels[::-1]),
+            ]
+        )
+        assert np.abs(given - logged).max() < TOLERANCE
+        assert np.abs(other - logged).max() > TOLERANCE
 
 
 def test_a_user_without_rows_has_a_text_and_an_unknown_user_does_not(recommender):
@@ -65,6 +87,8 @@ def test_a_user_without_rows_has_a_text_and_an_unknown_user_does_not(recommender
     ranked = recommender.rank(user="1000", history=history, candidates=ITEMS)
     assert [item.score for item in ranked] == pytest.approx(sorted(registered, reverse=True), abs=TOLERANCE)
     assert recommender.rank_many([RankingQuery("1000", history, ITEMS)])[0] == ranked
+    assert ranked.warnings == []
+    assert len(recommender.rank(user="nobody", history=history, candidates=ITEMS).warnings) == 1
 
 
 def test_an_export_has_what_its_prompts_show(user_run, recommender, tmp_path):
@@ -103,3 +127,5 @@ def test_the_preview_shows_texts_and_prompts(user_run, capsys):
     printed = capsys.readouterr().out
     assert "user texts: 59 users of the log have one, 1 have none; 1 users of the file are not in the log" in printed
     assert "years old, from city" in printed.split("stage2, row")[1]
+    assert '" (liked)' in printed
+    assert '" (disliked)' in printed

@@ -7,7 +7,7 @@ and appended to a list, and a slot notes the length of that list.
 from dataclasses import dataclass, field
 
 SLOT_NAMES = ("UserID", "ItemIDList", "TargetItemID", "MatchID")
-FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "DislikedTitleList", "UserText", "TargetItemTitle")
+FIELD_NAMES = (*SLOT_NAMES, "ItemTitleList", "DislikedTitleList", "RatedTitleList", "UserText", "TargetItemTitle")
 
 
 @dataclass
@@ -18,6 +18,7 @@ class PlainPrompt:
     slots: dict[str, list[int]] = field(default_factory=dict)
     history: list[int] = field(default_factory=list)
     dislikes: list[int] = field(default_factory=list)
+    rated: list[tuple[int, int]] = field(default_factory=list)
 
 
 def split_template(text: str) -> list[tuple[str, str]]:
@@ -66,12 +67,13 @@ def build_plain_prompt(
     empty_dislikes_text: str | None = None,
     user_text: str = "",
     max_user_text_tokens: int = 48,
+    rated: list[tuple[int, int]] = (),
 ) -> PlainPrompt:
     """Build one sample's prompt; drops the oldest items until the prompt with the longest title as target fits."""
     longest = max(len(tokenize_title(tokenizer, title, max_title_tokens)) for title in titles)
 
-    def build(shown: list[int], disliked: list[int] = ()) -> PlainPrompt:
-        prompt = PlainPrompt(input_ids=list(bos), history=shown, dislikes=list(disliked))
+    def build(shown: list[int], ratings: list[tuple[int, int]] = (), disliked: list[int] = ()) -> PlainPrompt:
+        prompt = PlainPrompt(input_ids=list(bos), history=shown, dislikes=list(disliked), rated=list(ratings))
         for kind, text in split_template(template):
             ids = prompt.input_ids
             if kind == "text":
@@ -85,6 +87,14 @@ def build_plain_prompt(
                 if not listed:
                     is_default = kind == "ItemTitleList" or empty_dislikes_text is None
                     ids += tokenize(tokenizer, empty_history_text if is_default else empty_dislikes_text)
+            elif kind == "RatedTitleList":
+                for number, (item, liked) in enumerate(ratings):
+                    ids += (tokenize(tokenizer, ", ") if number else []) + tokenize_title(
+                        tokenizer, titles[item], max_title_tokens
+                    )
+                    ids += tokenize(tokenizer, " (liked)" if liked else " (disliked)")
+                if not ratings:
+                    ids += tokenize(tokenizer, empty_history_text)
             elif kind == "UserText":
                 ids += tokenize(tokenizer, user_text, is_data=True)[:max_user_text_tokens]
             elif kind == "TargetItemTitle":
@@ -104,11 +114,25 @@ def build_plain_prompt(
         if worst <= max_prompt_tokens or not shown:
             break
         shown = shown[1:]
-    # Dislikes get the room that the history leaves.
+
+    # Rated items get the room that the history leaves, and dislikes the rest.
+    def fits(prompt: PlainPrompt) -> bool:
+        return len(prompt.input_ids) - own + (longest if own else 0) <= max_prompt_tokens
+
+    ratings = list(rated) if "<RatedTitleList>" in template else []
+    while ratings and not fits(build(shown, ratings)):
+        ratings = ratings[1:]
     disliked = list(dislikes)
-    while disliked:
-        prompt = build(shown, disliked)
-        if len(prompt.input_ids) - own + (longest if own else 0) <= max_prompt_tokens:
-            break
+    while disliked and not fits(build(shown, ratings, disliked)):
         disliked = disliked[1:]
-    return prompt if disliked else build(shown)
+    return build(shown, ratings, disliked)
+
+
+def merge_events(history: list[int], dislikes: list[int], likes_since: list[int]) -> list[tuple[int, int]]:
+    """Return (item, 1 = liked) in order, given the number of likes after each dislike."""
+    waiting, events = list(zip(dislikes, likes_since, strict=True)), []
+    for number, item in enumerate(history):
+        while waiting and waiting[0][1] > len(history) - 1 - number:
+            events.append((waiting.pop(0)[0], 0))
+        events.append((item, 1))
+    return events + [(item, 0) for item, _ in waiting]

@@ -29,6 +29,11 @@ def compute_known_before(rows: list[Row], ties: str) -> dict[int, dict]:
         known[one.row] = {
             "history": [other.item for other in seen if other.user == one.user and other.label],
             "dislikes": [other.item for other in of_user if not other.label],
+            "rated": [
+                (other.item, other.label)
+                for other in in_time
+                if other.user == one.user and other in (seen if other.label else earlier)
+            ],
             "user_likes": sum(other.label for other in of_user),
             "user_rows": len(of_user),
             "item_likes": sum(other.label for other in of_item),

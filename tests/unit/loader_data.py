@@ -44,6 +44,7 @@ def make_contexts(
     dislikes = rng.integers(0, 3, num_targets)
     counts = {name: rng.integers(0, 9, num_targets) for name in ("user_likes", "item_likes")}
     row_id = first_row + np.arange(num_targets)
+    since = np.random.default_rng(seed)
     return ContextBlock(
         user_idx=np.arange(num_contexts) // 2,
         num_likes=np.arange(num_contexts) % 2 * 3,
@@ -52,6 +53,7 @@ def make_contexts(
         target_offsets=np.concatenate([[0], np.cumsum(targets_per_context)]).astype(np.int64),
         dislike_offsets=np.concatenate([[0], np.cumsum(dislikes)]),
         dislike_items=rng.integers(0, num_items, dislikes.sum()),
+        likes_since=np.concatenate([np.zeros(0, int), *(-np.sort(-since.integers(0, 5, count)) for count in dislikes)]),
         item_idx=rng.integers(0, num_items, num_targets),
         label=rng.integers(0, 2, num_targets),
         timestamp=np.arange(num_targets),

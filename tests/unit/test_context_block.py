@@ -25,6 +25,7 @@ def make_block(targets_per_context: list[int], seed: int = 0) -> ContextBlock:
         target_offsets=np.concatenate([[0], np.cumsum(targets_per_context)]).astype(np.int64),
         dislike_offsets=np.concatenate([[0], np.cumsum(dislikes)]),
         dislike_items=rng.integers(0, 10**6, dislikes.sum()),
+        likes_since=rng.integers(0, 10**6, dislikes.sum()),
         **{name: rng.integers(0, 10**6, num_targets) for name in TARGET_FIELDS},
     )
 
@@ -35,10 +36,12 @@ def list_samples(block: ContextBlock) -> list[tuple]:
     for context in range(block.num_contexts):
         history = block.history_items[block.history_offsets[context] : block.history_offsets[context + 1]]
         for target in range(block.target_offsets[context], block.target_offsets[context + 1]):
-            dislikes = block.dislike_items[block.dislike_offsets[target] : block.dislike_offsets[target + 1]]
+            places = slice(*block.dislike_offsets[target : target + 2])
+            dislikes = block.dislike_items[places]
+            since = () if block.likes_since is None else tuple(block.likes_since[places].tolist())
             values = [int(getattr(block, name)[target]) for name in TARGET_FIELDS]
             state = (int(block.user_idx[context]), int(block.num_likes[context]), tuple(history.tolist()))
-            samples.append((state, tuple(dislikes.tolist()), *values))
+            samples.append((state, tuple(dislikes.tolist()), since, *values))
     return samples
 
 

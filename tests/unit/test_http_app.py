@@ -76,6 +76,7 @@ def ask(body, *, method="POST", path="/rank", content_type=JSON, chunks=None, le
 
 def test_a_query_arrives_as_it_was_sent():
     sent = {"user": 7, "history": ["a", 1], "candidates": ["2"], "as_of": 5, "top_k": 1, "num_retrieved": 4}
+    sent["history_labels"] = [0, 1]
     status, headers, answer, _ = ask(sent)
     assert status == 200
     assert (answer["model"], answer["warnings"]) == ("abc", ["user: '7' is new"])
@@ -106,7 +107,10 @@ def test_a_query_arrives_as_it_was_sent():
         ("text", 422, "body: not a JSON object"),
         ({}, 422, "user: give a user or a history"),
         ({"candidates": ["1"]}, 422, "user: give a user or a history"),
-        (GOOD | {"color": "red"}, 422, "color: unknown field; the fields are user, history, disliked, candidates"),
+        (GOOD | {"color": "red"}, 422, "color: unknown field; the fields are user, history, disliked, history_la"),
+        (GOOD | {"history_labels": [2]}, 422, "history_labels.0: 2 is out of range; it must be at most 1"),
+        (GOOD | {"history_labels": ["1"]}, 422, "history_labels.0: '1' is not an integer"),
+        (GOOD | {"history_labels": 1}, 422, "history_labels: 1 is not a list of"),
         (GOOD | {"history": "1"}, 422, "history: '1' is not a list of ids"),
         (GOOD | {"history": {"1": 2}}, 422, "history: {'1': 2} is not a list of ids"),
         (GOOD | {"history": [1.5]}, 422, "history.0: 1.5 is not an id; ids are strings or integers"),

@@ -18,7 +18,7 @@ from collm_dist.data.samples.pair_features import PAIR_FEATURES, compute_pair_fe
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import Mirrored, Segments, Slots
-from tests.reference.plain_prompts import build_plain_prompt
+from tests.reference.plain_prompts import build_plain_prompt, merge_events
 from tests.unit.loader_data import make_contexts, make_tokenizer
 
 STAGE1 = "Liked so far: <ItemTitleList>.\nWould this person like <TargetItemTitle> as well?\nAnswer:"
@@ -34,6 +34,8 @@ TEMPLATES = {
     "feedback_alone": "Not: <DislikedTitleList>. By <UserID>. Like <TargetItemTitle>?",
     "user_text": "Of <UserText>. Liked: <ItemTitleList>. By <UserID>. Like <TargetItemTitle>?",
     "user_text_after_slot": "By <UserID>: <UserText><DislikedTitleList>. Like <TargetItemTitle>?",
+    "rated": "Rated: <RatedTitleList>. By <UserID>. Like <TargetItemTitle>?",
+    "rated_and_all": "<UserText> <RatedTitleList> <DislikedTitleList> <ItemTitleList> <TargetItemTitle>?",
     "user_first": "<UserID><TargetItemID><MatchID> good?",
 }
 ODD_TITLES = [
@@ -76,6 +78,15 @@ def find_user_text(row):
 
 def list_dislikes(block, target, length):
     return block.dislike_items[slice(*block.dislike_offsets[target : target + 2])].tolist()[-length:]
+
+
+def list_rated(block, target, length):
+    """Return (item, 1 = liked) of the last items before a target."""
+    context = block.target_contexts[target]
+    history = block.history_items[slice(*block.history_offsets[context : context + 2])].tolist()
+    places = slice(*block.dislike_offsets[target : target + 2])
+    dislikes, since = block.dislike_items[places].tolist(), block.likes_since[places].tolist()
+    return merge_events(history, dislikes, since)[-length:]
 
 
 def read_back(batch, tokens_per_slot):
@@ -123,11 +134,12 @@ def read_back(batch, tokens_per_slot):
     user_depends_on_target=st.booleans(),
     scores=st.booleans(),
     disliked_length=st.integers(1, 3),
+    rated_length=st.integers(1, 4),
     no_dislikes=st.sampled_from([None, "nothing at all"]),
 )
 def test_every_prompt_equals_the_plain_one(
     titles, name, counts, seed, tokens_per_slot, slack, adds_bos, user_depends_on_target, scores,
-    disliked_length, no_dislikes,
+    disliked_length, rated_length, no_dislikes,
 ):  # fmt: skip
     template, tokenizer = TEMPLATES[name], make_tokenizer(adds_bos=adds_bos)
     if user_depends_on_target and name in ("slots_first", "feedback_after_slot", "user_text_after_slot"):
@@ -137,7 +149,7 @@ def test_every_prompt_equals_the_plain_one(
         block = dataclasses.replace(block, text_rows=np.arange(seed - 2, seed - 2 + len(counts)) % 4 - 1)
     options = {"tokenizer": tokenizer, "user_depends_on_target": user_depends_on_target}
     options["tokens_per_slot"] = tokens_per_slot
-    options |= {"disliked_length": disliked_length, "empty_dislikes_text": no_dislikes}
+    options |= {"disliked_length": disliked_length, "empty_dislikes_text": no_dislikes, "rated_length": rated_length}
     try:
         make_collator(template, titles, max_prompt_tokens=1, **options)
         pytest.fail("a prompt of one token")
@@ -149,7 +161,7 @@ def test_every_prompt_equals_the_plain_one(
         assert not collator.template.tail
     block = collator.cut_contexts(block)
     batch = collator.collate(block, block)
-    dropped = dropped_dislikes = 0
+    dropped = dropped_dislikes = dropped_ratings = 0
     for target, (ids, slots) in enumerate(read_back(batch, tokens_per_slot)):
         context = block.target_contexts[target]
         history = block.history_items[slice(*block.history_offsets[context : context + 2])].tolist()
@@ -169,6 +181,7 @@ def test_every_prompt_equals_the_plain_one(
             empty_dislikes_text=no_dislikes,
             user_text=find_user_text((block.user_idx if block.text_rows is None else block.text_rows)[context]),
             max_user_text_tokens=15,
+            rated=(rated := list_rated(block, target, rated_length)),
         )
         assert ids == plain.input_ids
         assert len(ids) <= least + slack
@@ -185,7 +198,9 @@ def test_every_prompt_equals_the_plain_one(
         if target == block.target_offsets[context]:
             dropped += min(len(history), 4) - len(plain.history)
             dropped_dislikes += len(dislikes) - len(plain.dislikes) if "<Disliked" in template else 0
-    assert (collator.num_dropped_history, collator.num_dropped_dislikes) == (dropped, dropped_dislikes)
+            dropped_ratings += len(rated) - len(plain.rated) if "<Rated" in template else 0
+    counts = collator.num_dropped_history, collator.num_dropped_dislikes, collator.num_dropped_ratings
+    assert counts == (dropped, dropped_dislikes, dropped_ratings)
     tokens = collator.count_tokens(block)
     assert tokens.header == len(batch.header_ids)
     assert tokens.prefix.tolist() == batch.prefix_lengths.numbers[batch.prefix_rows.numbers].tolist()
@@ -330,3 +345,18 @@ def test_prefixes_with_other_dislikes_are_distinct():
     assert len(set(batch.prefix_keys.tolist())) == len(set(lists))
     numbers = batch.prefix_rows.numbers.tolist()
     assert len(set(zip(lists, numbers, strict=True))) == len(set(lists)) == len(set(numbers))
+
+
+def test_contexts_are_cut_only_where_the_rated_titles_change():
+    block = make_contexts([6, 5, 1])
+    collator = make_collator(TEMPLATES["rated"], ["a"] * 20, rated_length=2)
+    with pytest.raises(AssertionError, match="cut contexts"):
+        collator.collate(block, block)
+    cut = collator.cut_contexts(block)
+    offsets, owner = block.dislike_offsets, block.target_contexts
+    lists = [
+        [(int(block.dislike_items[n]), int(block.likes_since[n])) for n in range(*offsets[target : target + 2])][-2:]
+        for target in range(block.num_targets)
+    ]
+    starts = [n for n in range(12) if n == 0 or owner[n] != owner[n - 1] or lists[n] != lists[n - 1]]
+    assert cut.target_offsets.tolist() == [*starts, 12]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from collm_dist.data.prompts.title_lists import take_context_ratings
 from collm_dist.data.samples.user_samples import (
     compute_user_state,
     count_before,
@@ -12,6 +13,7 @@ from collm_dist.data.samples.user_samples import (
     gather_last,
     locate,
 )
+from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 from tests.reference.plain_samples import Row, compute_known_before
 
 
@@ -102,6 +104,54 @@ def test_a_label_changes_nothing_at_its_own_second_or_before():
         same = arrays["timestamps"] <= arrays["timestamps"][index]
         for name in ("num_likes", "user_likes", "user_rows", "dislike_counts"):
             np.testing.assert_array_equal(getattr(before, name)[same], getattr(after, name)[same])
+
+
+def list_rated(state, length: int) -> np.ndarray:
+    """Return (N, length) the last rated items before each row, as the prompt has them; -1 = none."""
+    count = len(state.num_likes)
+    history_offsets, history = gather_last(state.liked_items, state.history_ends, state.num_likes, length)
+    offsets, dislikes = gather_last(state.disliked_items, state.dislike_ends, state.dislike_counts, length)
+    _, before = gather_last(state.disliked_likes, state.dislike_ends, state.dislike_counts, length)
+    zeros = np.zeros(count, dtype=np.int64)
+    block = ContextBlock(
+        user_idx=zeros, num_likes=state.num_likes, history_offsets=history_offsets, history_items=history,
+        target_offsets=np.arange(count + 1), dislike_offsets=offsets, dislike_items=dislikes,
+        likes_since=np.repeat(state.num_likes, np.diff(offsets)) - before, **dict.fromkeys(TARGET_FIELDS, zeros),
+    )  # fmt: skip
+    rated = take_context_ratings(block, length)
+    lists = np.full((count, length), -1)
+    lists[rated.rows, rated.columns] = rated.values
+    return lists
+
+
+@pytest.mark.parametrize("ties", ["strict", "order"])
+def test_rated_items_are_in_their_order(ties):
+    rows = make_log(5)
+    known, arrays = compute_known_before(rows, ties), to_arrays(rows)
+    state = compute_user_state(**arrays, sampled=np.zeros(len(rows), np.int8), group_ids=arrays["row_ids"], ties=ties)
+    for row, rated in zip(arrays["row_ids"].tolist(), list_rated(state, 4).tolist(), strict=True):
+        found = [(f"i{value // 2}", value % 2) for value in rated if value >= 0]
+        assert found == known[row]["rated"][-4:]
+
+
+def test_a_flipped_label_shows_in_no_rated_list_of_its_second_or_before():
+    arrays = to_arrays(make_log(3))
+    zeros = np.zeros(len(arrays["labels"]), np.int8)
+
+    def compute(labels: np.ndarray) -> np.ndarray:
+        columns = {**arrays, "labels": labels}
+        state = compute_user_state(**columns, sampled=zeros, group_ids=arrays["row_ids"], ties="strict")
+        return list_rated(state, 10)
+
+    before, num_changed = compute(arrays["labels"]), 0
+    for index in range(0, len(zeros), 7):
+        flipped = arrays["labels"].copy()
+        flipped[index] ^= 1
+        changed = (compute(flipped) != before).any(axis=1)
+        later = (arrays["timestamps"] > arrays["timestamps"][index]) & (arrays["user_idx"] == arrays["user_idx"][index])
+        assert not changed[~later].any()
+        num_changed += changed[later].sum()
+    assert num_changed > 100
 
 
 def test_no_rows():

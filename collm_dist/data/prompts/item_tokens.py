@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from collm_dist.data.prompts.ragged import Ragged
 from collm_dist.data.shards.context_block import IntArray
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import open_atomic
@@ -36,6 +37,10 @@ class TextTokens:
     offsets: IntArray
     ids: IntArray
     num_cut: int
+
+    def to_ragged(self) -> Ragged:
+        """Return the texts as rows."""
+        return Ragged(np.asarray(self.offsets), np.asarray(self.ids))
 
 
 def load_item_tokens(folder: Path, texts: Sequence[str], tokenizer: Any, max_tokens: int) -> TextTokens:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from collm_dist.data.prompts import title_lists
+from collm_dist.data.prompts.context_texts import ContextTexts, ShownItems
 from collm_dist.data.prompts.item_tokens import TextTokens
 from collm_dist.data.prompts.prompt_template import PromptTemplate, Segment
 from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repeat_values, take_distinct
@@ -51,7 +52,8 @@ class PromptCollator:
         has_anchors: whether scores start from anchors.
         num_cut_titles, num_cut_users: numbers of item texts cut at ``prompt.max_title_tokens``, and of user texts cut
             at ``prompt.max_user_text_tokens``.
-        num_dropped_history, num_dropped_dislikes: items dropped so far because a prompt was too long.
+        num_dropped_history, num_dropped_ratings, num_dropped_dislikes: items dropped so far because a prompt was too
+            long.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class PromptCollator:
         disliked_length: int = title_lists.DEFAULT_DISLIKED_LENGTH,
         empty_dislikes_text: str | None = None,
         user_tokens: TextTokens | None = None,
+        rated_length: int = title_lists.DEFAULT_RATED_LENGTH,
+        rated_marks: tuple[str, str] = title_lists.DEFAULT_RATED_MARKS,
     ) -> None:
         """Tokenize the template.
 
@@ -90,19 +94,18 @@ class PromptCollator:
             empty_dislikes_text: text in place of an empty list of dislikes; None = ``empty_history_text``.
             user_tokens: token ids of the users' texts; the last text is that of a user without one. None = the template
                 has no user text.
+            rated_length: maximum number of items in the list of rated items.
+            rated_marks: texts after a liked and a disliked title in that list.
 
         Raises:
             ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
         """
         self.template = template
-        self.num_dropped_history = self.num_dropped_dislikes = 0
+        self.num_dropped_history = self.num_dropped_ratings = self.num_dropped_dislikes = 0
         self.num_cut_titles = item_tokens.num_cut
-        self._titles = Ragged(np.asarray(item_tokens.offsets), np.asarray(item_tokens.ids))
-        self._users, self.num_cut_users = None, 0
-        if user_tokens is not None:
-            self._users = Ragged(np.asarray(user_tokens.offsets), np.asarray(user_tokens.ids))
-            self.num_cut_users = user_tokens.num_cut
-        self._history_length, self._cf_history_length = history_length, cf_history_length
+        self.num_cut_users = 0 if user_tokens is None else user_tokens.num_cut
+        self._titles, users = item_tokens.to_ragged(), None if user_tokens is None else user_tokens.to_ragged()
+        self._cf_history_length = cf_history_length
         self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
         self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
@@ -111,11 +114,19 @@ class PromptCollator:
         def tokenize(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        self._disliked_length = disliked_length if template.has("<DislikedTitleList>") else 0
-        no_dislikes = empty_history_text if empty_dislikes_text is None else empty_dislikes_text
-        self._no_dislikes = tokenize(no_dislikes) if template.has("<DislikedTitleList>") else []
-        self._separator = tokenize(", ")
-        self._empty = tokenize(empty_history_text) if template.has("<ItemTitleList>") else []
+        self._context = ContextTexts(
+            template,
+            self._titles,
+            users,
+            tokenize,
+            tokens_per_slot=tokens_per_slot,
+            history_length=history_length,
+            disliked_length=disliked_length,
+            rated_length=rated_length,
+            empty_history_text=empty_history_text,
+            empty_dislikes_text=empty_dislikes_text,
+            rated_marks=rated_marks,
+        )
         self._texts = {segment.text: tokenize(segment.text) for segment in template.segments if not segment.is_field}
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -123,9 +134,11 @@ class PromptCollator:
         self._header = self._find_header()
         self._filler_id = bos if bos is not None else 0
         self._budget = max_prompt_tokens - self._count_fixed_tokens()
-        longest = 0 if self._users is None else int(self._users.lengths.max())
-        if (room := self._budget - longest - len(self._empty)) < 0:
-            settings = "prompt.max_title_tokens" + (" or prompt.max_user_text_tokens" if longest else "")
+        self._check_room(max_prompt_tokens, has_user_text=users is not None)
+
+    def _check_room(self, max_prompt_tokens: int, *, has_user_text: bool) -> None:
+        if (room := self._budget - self._context.num_least) < 0:
+            settings = "prompt.max_title_tokens" + (" or prompt.max_user_text_tokens" if has_user_text else "")
             raise ConfigError(
                 f"prompt.max_prompt_tokens={max_prompt_tokens}: the prompt needs {max_prompt_tokens - room} tokens "
                 f"before any history is shown; raise it, or lower {settings}"
@@ -140,11 +153,11 @@ class PromptCollator:
         return self._bos + [token for segment in texts for token in self._texts[segment.text]]
 
     def _count_fixed_tokens(self) -> int:
-        """Return the number of tokens besides the user's text, history and dislikes, assuming the longest target title.
+        """Return the number of tokens besides the user's text and lists of items, assuming the longest target title.
 
         So the history in a prompt does not depend on which targets share the context.
         """
-        total = len(self._bos) + len(self._no_dislikes)
+        total = len(self._bos) + self._context.num_fixed
         for segment in self.template.segments:
             if segment.text == "<TargetItemTitle>":
                 total += int(self._titles.lengths.max(initial=0))
@@ -170,20 +183,17 @@ class PromptCollator:
         return scoring
 
     def cut_contexts(self, block: ContextBlock) -> ContextBlock:
-        """Return the block with contexts cut at time cuts, and where the dislikes in the prompt change.
+        """Return the block with contexts cut at time cuts, and where the rated or disliked items in the prompt change.
 
         All targets of a context then use the vectors of one time and one prompt, however a batch is divided later.
         """
         if len(self._time_cuts):
             block = block.cut_where_changed(np.searchsorted(self._time_cuts, block.timestamp, side="right"))
-        if self._disliked_length:
-            block = block.cut_where_changed(title_lists.hash_dislikes(block, self._disliked_length))
-        return block
+        return self._context.cut(block)
 
     def count_tokens(self, block: ContextBlock) -> TokenCounts:
         """Return the token counts of the block's prompts."""
-        shown = self._show_history(block)[0]
-        prefix, tail, branch = self._lay_out(block, shown, self._show_dislikes(block, shown)[0])
+        prefix, tail, branch = self._lay_out(block, self._context.choose(block, self._budget))
         return TokenCounts(prefix.lengths, tail.lengths, branch.lengths, len(self._header))
 
     def collate(
@@ -204,11 +214,11 @@ class PromptCollator:
         weight = 0.0 if block is None else 1.0
         if block is None:
             block = example.take_targets(np.arange(1))
-        shown, dropped = self._show_history(block)
-        self.num_dropped_history += dropped
-        disliked, dropped = self._show_dislikes(block, shown)
-        self.num_dropped_dislikes += dropped
-        prefix, tail, branch = self._lay_out(block, shown, disliked)
+        shown = self._context.choose(block, self._budget)
+        self.num_dropped_history += shown.dropped["<ItemTitleList>"]
+        self.num_dropped_ratings += shown.dropped["<RatedTitleList>"]
+        self.num_dropped_dislikes += shown.dropped["<DislikedTitleList>"]
+        prefix, tail, branch = self._lay_out(block, shown)
         branches = branch.merge(block.target_offsets)
         tree = join_columns([tail, branches], block.num_contexts)
 
@@ -232,7 +242,9 @@ class PromptCollator:
             np.concatenate([firsts[prefix.rows], tree.rows]),
             np.concatenate([np.full(len(prefix.values), TAIL), targets]),
         )
-        slots = find_slots(block, tokens, shown, contexts, masking, user_depends_on_target=self._user_depends_on_target)
+        slots = find_slots(
+            block, tokens, shown.history, contexts, masking, user_depends_on_target=self._user_depends_on_target
+        )
         arrays: dict[str, Any] = {
             "header_ids": np.array(self._header, dtype=np.int64),
             "prefix_ids": np.where(prefix.values < 0, self._filler_id, prefix.values),
@@ -277,49 +289,14 @@ class PromptCollator:
         time = np.searchsorted(self._time_cuts, block.timestamp[block.target_offsets[:-1]], side="right")
         return hash_integers(0, history, block.user_idx, block.num_likes, time).view(np.int64)
 
-    def _show_history(self, block: ContextBlock) -> tuple[Ragged, int]:
-        """Return the history items in each prompt, and the number of items dropped because prompts were too long."""
-        history = Ragged(block.history_offsets, block.history_items)
-        shown = history.take_last(np.full(block.num_contexts, self._history_length))
-        cost, first = self._count_history_tokens(shown)
-        return title_lists.take_newest(shown, cost, self._get_budget(block) + first)
-
-    def _get_budget(self, block: ContextBlock) -> IntArray:
-        """Return the (C,) tokens that each context has for history and dislikes."""
-        budget = np.full(block.num_contexts, self._budget)
-        return budget if self._users is None else budget - self._users.lengths[self._find_texts(block, self._users)]
-
-    def _find_texts(self, block: ContextBlock, texts: Ragged) -> IntArray:
-        """Return the (C,) rows of the contexts' user texts."""
-        rows = block.user_idx if block.text_rows is None else block.text_rows
-        return np.where(rows < 0, len(texts.offsets) - 2, rows)
-
-    def _count_history_tokens(self, shown: Ragged) -> tuple[IntArray, int]:
-        """Return the tokens of each item, and the surplus of each context: there is one separator fewer than items."""
-        cost = np.full(len(shown.values), self.tokens_per_slot if self.template.has("<ItemIDList>") else 0)
-        if not self.template.has("<ItemTitleList>"):
-            return cost, 0
-        return cost + self._titles.lengths[shown.values] + len(self._separator), len(self._separator)
-
-    def _show_dislikes(self, block: ContextBlock, shown: Ragged) -> tuple[Ragged, int]:
-        """Return the dislikes in each prompt, which get the room that the history leaves, and the number dropped."""
-        if not self._disliked_length:
-            return Ragged(np.zeros(block.num_contexts + 1, dtype=np.int64), np.zeros(0, dtype=np.int64)), 0
-        cost, first = self._count_history_tokens(shown)
-        used = np.bincount(shown.rows, cost, minlength=block.num_contexts).astype(np.int64)
-        used = np.where(shown.lengths > 0, used - first, len(self._empty))
-        disliked = title_lists.take_context_dislikes(block, self._disliked_length)
-        room = self._get_budget(block) - used + len(self._no_dislikes) + len(self._separator)
-        return title_lists.take_newest(disliked, self._titles.lengths[disliked.values] + len(self._separator), room)
-
-    def _lay_out(self, block: ContextBlock, shown: Ragged, disliked: Ragged) -> tuple[Ragged, Ragged, Ragged]:
+    def _lay_out(self, block: ContextBlock, shown: ShownItems) -> tuple[Ragged, Ragged, Ragged]:
         """Return token ids and slot codes after the header: prefixes (C rows), tails (C rows), branches (N rows)."""
         contexts, targets = block.num_contexts, block.num_targets
         first = self.template.prefix or self.template.tail
         start = [repeat_values(self._bos, np.ones(contexts, dtype=bool))] if self._bos and not self._header else []
         rest = list(itertools.dropwhile(lambda segment: not segment.is_field, first)) if self._header else first
-        laid = [*start, *(self._lay_out_context(segment, block, shown, disliked) for segment in rest)] if first else []
-        head, tail = laid, [self._lay_out_context(segment, block, shown, disliked) for segment in self.template.tail]
+        laid = [*start, *(self._lay_out_context(segment, block, shown) for segment in rest)] if first else []
+        head, tail = laid, [self._lay_out_context(segment, block, shown) for segment in self.template.tail]
         if not self.template.prefix:
             head, tail = [], laid
         branch = [self._lay_out_target(segment, block) for segment in self.template.branch]
@@ -327,17 +304,13 @@ class PromptCollator:
             branch.insert(0, repeat_values(self._bos, np.ones(targets, dtype=bool)))
         return join_columns(head, contexts), join_columns(tail, contexts), join_columns(branch, targets)
 
-    def _lay_out_context(self, segment: Segment, block: ContextBlock, shown: Ragged, disliked: Ragged) -> Ragged:
-        if segment.text == "<UserText>" and self._users is not None:
-            return self._users.take(self._find_texts(block, self._users))
-        if segment.text == "<ItemTitleList>":
-            return title_lists.list_titles(shown, self._titles, self._separator, self._empty)
-        if segment.text == "<DislikedTitleList>":
-            return title_lists.list_titles(disliked, self._titles, self._separator, self._no_dislikes)
+    def _lay_out_context(self, segment: Segment, block: ContextBlock, shown: ShownItems) -> Ragged:
+        if segment.is_field and not segment.is_slot:
+            return self._context.lay_out(segment.text, block, shown)
         if segment.text == "<ItemIDList>":
             codes = [HISTORY] + [CONTINUED] * (self.tokens_per_slot - 1)
-            return repeat_values(codes, np.ones(len(shown.values), dtype=bool)).merge(shown.offsets)
-        return repeat_values(self._get_constant(segment), np.ones(len(shown.lengths), dtype=bool))
+            return repeat_values(codes, np.ones(len(shown.history.values), dtype=bool)).merge(shown.history.offsets)
+        return repeat_values(self._get_constant(segment), np.ones(block.num_contexts, dtype=bool))
 
     def _lay_out_target(self, segment: Segment, block: ContextBlock) -> Ragged:
         if segment.text == "<TargetItemTitle>":

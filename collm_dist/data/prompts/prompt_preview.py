@@ -86,5 +86,7 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
               f"{collator.num_dropped_history} history items were dropped in these prompts")  # fmt: skip
         if collator.num_cut_users:
             print(f"{stage}: {collator.num_cut_users} user texts are cut at prompt.max_user_text_tokens")
+        if collator.num_dropped_ratings:
+            print(f"{stage}: {collator.num_dropped_ratings} rated items were dropped as well")
         if collator.num_dropped_dislikes:
             print(f"{stage}: {collator.num_dropped_dislikes} disliked items were dropped as well")

@@ -20,6 +20,7 @@ Depends = Literal["nothing", "context", "target"]
 FIELDS: dict[str, tuple[Depends, bool]] = {
     "<ItemTitleList>": ("context", False),
     "<DislikedTitleList>": ("context", False),  # contexts are cut where the dislikes change
+    "<RatedTitleList>": ("context", False),  # the same
     "<UserText>": ("context", False),
     "<TargetItemTitle>": ("target", False),
     "<UserID>": ("context", True),
@@ -29,7 +30,7 @@ FIELDS: dict[str, tuple[Depends, bool]] = {
 }
 # Prefix of the names of shipped templates; in a checkout this folder links to them.
 SHIPPED = "configs/prompts/"
-_USER_FIELDS = frozenset({"<ItemTitleList>", "<DislikedTitleList>", "<ItemIDList>", "<UserText>"})
+_USER_FIELDS = frozenset({"<ItemTitleList>", "<DislikedTitleList>", "<RatedTitleList>", "<ItemIDList>", "<UserText>"})
 _FIELD = re.compile(r"(<[A-Za-z_]+>)")
 # Resembles a field, so it is probably a typo; other markup, such as <s> or <b>, is text.
 _LIKE_A_FIELD = re.compile(r"<[A-Za-z_]*(ID|IDs|List|Text|Title|Titles)>")

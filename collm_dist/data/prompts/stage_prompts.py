@@ -16,6 +16,7 @@ from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.prompt_template import PromptTemplate, load_prompt_text
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.interactions import load_item_table, load_user_texts
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.run_dir import RunDir
 
@@ -52,6 +53,12 @@ def build_collator(
         user_depends_on_target=user_depends_on_target,
     )
     data_dir: Path = run_dir.step_dir("data")
+    if template.has("<RatedTitleList>") and not load_manifest(data_dir).has_order:
+        raise ArtifactError(
+            f"{data_dir} does not hold the order of likes and dislikes, which the prompt's <RatedTitleList> needs: "
+            "redo the data step with --force data"
+        )
+    stored = config.preprocessing
     texts, folder = load_item_table(data_dir)["text"], run_dir.path / "item_tokens"
     return PromptCollator(
         template,
@@ -67,6 +74,9 @@ def build_collator(
         compute_anchors=compute_anchors,
         disliked_length=config.prompt.disliked_length or title_lists.DEFAULT_DISLIKED_LENGTH,
         empty_dislikes_text=config.prompt.empty_dislikes_text,
+        rated_length=config.prompt.rated_length
+        or min(title_lists.DEFAULT_RATED_LENGTH, stored.max_history_length, stored.max_dislikes),
+        rated_marks=config.prompt.rated_marks or title_lists.DEFAULT_RATED_MARKS,
         user_tokens=_load_users(config, data_dir, folder, tokenizer) if template.has("<UserText>") else None,
     )
 

@@ -38,7 +38,7 @@ from collm_dist.data.samples.user_samples import (
     gather_last,
 )
 from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock, IntArray
-from collm_dist.data.shards.context_table import CONTEXTS, from_table, to_table
+from collm_dist.data.shards.context_table import from_table, to_table
 from collm_dist.data.shards.interactions import COLUMNS
 from collm_dist.data.shards.shard_writer import write_shard
 from collm_dist.random_keys import hash_integers
@@ -215,7 +215,7 @@ def join_bucket(plan: PreprocessPlan, bucket: int, parts: int) -> dict[str, Any]
     with open_atomic(target, "wb") as file:
         pq.write_table(pa.table({name: interactions[name] for name in COLUMNS.names}, schema=COLUMNS), file)
     contexts, shards = _assign_shards(plan, rows, user)
-    with PartitionWriter(path, CONTEXTS, len(SPLITS) * plan.num_shards) as writer:
+    with PartitionWriter(path, contexts.schema, len(SPLITS) * plan.num_shards) as writer:
         writer.write(contexts, shards)
     return finish_task(path.with_suffix(".json"), {"rows": len(table), "sha256": compute_file_hash(target)})
 
@@ -238,6 +238,12 @@ def _assign_shards(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) 
     dislike_offsets, dislikes = gather_last(
         user.disliked_items, user.dislike_ends[order], user.dislike_counts[order], limits.max_dislikes
     )
+    likes_since = None
+    if plan.stores_order:
+        _, before = gather_last(
+            user.disliked_likes, user.dislike_ends[order], user.dislike_counts[order], limits.max_dislikes
+        )
+        likes_since = np.repeat(user.num_likes[order], np.diff(dislike_offsets)) - before
     block = ContextBlock(
         user_idx=rows["user_idx"][starts],
         num_likes=user.num_likes[starts],
@@ -246,6 +252,7 @@ def _assign_shards(plan: PreprocessPlan, rows: dict[str, Any], user: UserState) 
         target_offsets=np.append(firsts, len(order)),
         dislike_offsets=dislike_offsets,
         dislike_items=dislikes,
+        likes_since=likes_since,
         **{name: rows[name][order] for name in TARGET_FIELDS},
     )
     return to_table(block), parts[starts]

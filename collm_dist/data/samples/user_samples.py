@@ -54,6 +54,7 @@ class UserState:
         liked_items: (L,) liked items of all users, in order.
         user_likes, user_rows: (N,) real events strictly before the row's timestamp.
         dislike_counts, dislike_ends, disliked_items: the same for dislikes, strictly before the timestamp.
+        disliked_likes: for each of ``disliked_items``, likes of the user before it, by time and row id.
     """
 
     num_likes: IntArray
@@ -64,6 +65,7 @@ class UserState:
     dislike_counts: IntArray
     dislike_ends: IntArray
     disliked_items: IntArray
+    disliked_likes: IntArray
 
 
 def compute_user_state(
@@ -101,6 +103,7 @@ def compute_user_state(
         dislike_counts=dislikes_before[strict_starts] - dislikes_before[user_starts],
         dislike_ends=dislikes_before[strict_starts],
         disliked_items=item_idx[dislikes == 1],
+        disliked_likes=(likes_before[:-1] - likes_before[user_starts])[dislikes == 1],
     )
 
 

@@ -44,6 +44,8 @@ class ContextBlock:
         user_in_train, item_in_train: (N,) 1 = occurs in a training row. Warm = both.
         dislike_offsets, dislike_items: (N + 1,), (K,) the last items that the user disliked strictly before, oldest
             first.
+        likes_since: (K,) likes of the user between each dislike and the context, which order likes and dislikes. None =
+            not stored, since no prompt shows that order.
         text_rows: (C,) rows of the contexts' users in ``user_texts.parquet``, in requests, where users without rows in
             the log have one; -1 = none. None = ``user_idx``.
     """
@@ -67,6 +69,7 @@ class ContextBlock:
     item_in_train: IntArray
     dislike_offsets: IntArray
     dislike_items: IntArray
+    likes_since: IntArray | None = None
     text_rows: IntArray | None = None
 
     @property
@@ -114,8 +117,12 @@ class ContextBlock:
             "num_likes": self.num_likes[contexts],
         }
         flat = {name: getattr(self, name)[targets] for name in TARGET_FIELDS}
-        text_rows = None if self.text_rows is None else self.text_rows[contexts]
-        return ContextBlock(**ragged, **flat, text_rows=text_rows)
+        return ContextBlock(
+            **ragged,
+            **flat,
+            likes_since=None if self.likes_since is None else self.likes_since[dislikes],
+            text_rows=None if self.text_rows is None else self.text_rows[contexts],
+        )
 
     def take_contexts(self, contexts: IntArray) -> ContextBlock:
         """Return the block of these contexts with all their targets, in this order. Neighbours must be distinct."""
@@ -138,7 +145,7 @@ TARGET_FIELDS: tuple[str, ...] = (
     "item_in_train",
 )
 # Fields that may be None.
-OPTIONAL_FIELDS: tuple[str, ...] = ("text_rows",)
+OPTIONAL_FIELDS: tuple[str, ...] = ("likes_since", "text_rows")
 OFFSET_FIELDS: tuple[str, ...] = ("history_offsets", "target_offsets", "dislike_offsets")
 
 

@@ -57,6 +57,7 @@ def slice_targets(block: ContextBlock, start: int, stop: int) -> ContextBlock:
     last = int(np.searchsorted(block.target_offsets, stop, side="left"))
     likes = block.history_offsets[first : last + 1]
     dislikes = block.dislike_offsets[start : stop + 1]
+    kept = slice(dislikes[0], dislikes[-1])
     return ContextBlock(
         user_idx=block.user_idx[first:last],
         num_likes=block.num_likes[first:last],
@@ -64,7 +65,8 @@ def slice_targets(block: ContextBlock, start: int, stop: int) -> ContextBlock:
         history_items=block.history_items[likes[0] : likes[-1]],
         target_offsets=np.clip(block.target_offsets[first : last + 1], start, stop) - start,
         dislike_offsets=dislikes - dislikes[0],
-        dislike_items=block.dislike_items[dislikes[0] : dislikes[-1]],
+        dislike_items=block.dislike_items[kept],
+        likes_since=None if block.likes_since is None else block.likes_since[kept],
         **{name: getattr(block, name)[start:stop] for name in TARGET_FIELDS},
     )
 

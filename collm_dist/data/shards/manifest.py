@@ -24,6 +24,7 @@ HASHED_FIELDS = (
     "items_hash",
     "texts_hash",
     "user_texts_hash",
+    "has_order",
     "ties",
     "feedback",
     "max_history_length",
@@ -74,6 +75,7 @@ class Manifest:
         users_hash, items_hash: hashes of the raw ids in the order of their indices.
         tables: SHA-256 of users.parquet, items.parquet and, with user texts, user_texts.parquet.
         user_texts_hash: hash of the user texts; None without ``dataset.users_path``.
+        has_order: whether the shards hold the order of a user's likes and dislikes.
         extends: sizes and hashes of the id tables that these extend (tombstones aside); empty if none.
         content_hash: hash of ``HASHED_FIELDS``; identifies the data in the records of later steps.
     """
@@ -93,6 +95,7 @@ class Manifest:
     tables: Mapping[str, str] = field(default_factory=dict)
     extends: Mapping[str, Any] = field(default_factory=dict)
     user_texts_hash: str | None = None
+    has_order: bool = False
 
     def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
         """Return a split's shards in order."""
@@ -159,6 +162,7 @@ def _build_manifest(record: Mapping[str, Any]) -> Manifest:
         tables=record.get("tables", {}),
         extends=record.get("extends") or {},
         user_texts_hash=record.get("user_texts_hash"),
+        has_order=bool(record.get("has_order")),
         **{name: record[name] for name in _PLAIN_FIELDS},
     )
 

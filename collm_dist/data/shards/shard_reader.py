@@ -29,10 +29,14 @@ def decode_block(data: bytes) -> ContextBlock:
     except KeyError as error:
         raise ValueError(f"arrays of type {error}") from None
     names = {field.name for field in fields(ContextBlock)} - set(OPTIONAL_FIELDS)
-    if arrays.keys() != names or any(array.ndim != 1 or array.dtype.kind != "i" for array in arrays.values()):
+    if arrays.keys() - {"likes_since"} != names or any(
+        array.ndim != 1 or array.dtype.kind != "i" for array in arrays.values()
+    ):
         raise ValueError("the arrays are not those of contexts")
     block = ContextBlock(**{name: array.astype(np.int64) for name, array in arrays.items()})
     sizes = dict.fromkeys(TARGET_FIELDS, block.num_targets) | {"num_likes": block.num_contexts}
+    if block.likes_since is not None:
+        sizes["likes_since"] = len(block.dislike_items)
     if any(len(arrays[name]) != size for name, size in sizes.items()):
         raise ValueError("arrays of different lengths")
     for offsets, count, size in (

@@ -58,6 +58,7 @@ def _slice_contexts(block: ContextBlock, start: int, stop: int) -> ContextBlock:
         num_likes=block.num_likes[start:stop],
         history_items=block.history_items[history],
         dislike_items=block.dislike_items[dislikes],
+        likes_since=None if block.likes_since is None else block.likes_since[dislikes],
         **{f"{name}_offsets": values - values[0] for name, values in offsets.items()},
         **{name: getattr(block, name)[targets] for name in TARGET_FIELDS},
     )
