@@ -47,4 +47,5 @@ def log_report(folder: Path, markdown: str, figures: Mapping[str, Path], setting
 
 
 def _name_image(file_name: str) -> str:
-    return f"report/{Path(file_name).stem}"
+    # The tab Time series has images too, sorted by name: after losses and validation metrics.
+    return f"views/{Path(file_name).stem}"

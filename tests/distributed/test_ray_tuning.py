@@ -72,6 +72,7 @@ def test_two_nodes_equal_one_process(cluster, copy_run, one_process):
     folder, overrides = copy_run("two")
     output = run(PIPELINE, [*overrides, *ON_RAY, *LONGER, f"cluster.ray_address={ray_cluster.address}"])
     assert "stage2: 30 steps" in output
+    assert output.count("\nreport: ") == 1
     assert json.loads((folder / "stage2" / "summary.json").read_text())["world_size"] == 2
     assert_same_training(folder, one_process)
     assert_same_report(folder, one_process)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.image import imsave
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -111,12 +112,14 @@ def test_runs_are_rows_of_the_hyperparameter_table(tmp_path):
 def test_every_chart_is_a_curve_and_quality_comes_first(tmp_path):
     log_training(tmp_path / "stage1", [{getattr(monitoring, name): 0.5 for name in LOGGED}] * 2)
     settings = monitoring.RunSettings("runs/0", {"run.seed": 1}, {"final/stage2_test_auc": 0.6})
-    monitoring.log_report(tmp_path / "eval", "# Report", {}, settings)
-    scalars = open_board(tmp_path).multiplexer.PluginRunToTagToContent("scalars")
-    assert "eval/tensorboard" not in scalars
-    assert "eval" not in scalars
-    groups = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted(scalars["stage1/tensorboard"])))
-    assert groups == ["train", "valid", "work"]
+    imsave(tmp_path / "auc-test.png", np.zeros((4, 4, 3)))
+    monitoring.log_report(tmp_path / "eval", "# Report", {"auc-test.png": tmp_path / "auc-test.png"}, settings)
+    board = open_board(tmp_path).multiplexer
+    scalars, images = (board.PluginRunToTagToContent(kind) for kind in ("scalars", "images"))
+    assert list(scalars) == ["stage1/tensorboard"]
+    assert list(images) == ["eval"]
+    cards = sorted([*scalars["stage1/tensorboard"], *images["eval"]])
+    assert list(dict.fromkeys(tag.partition("/")[0] for tag in cards)) == ["train", "valid", "views", "work"]
     assert len(scalars["stage1/tensorboard"]) == len(LOGGED)
 
 
@@ -138,7 +141,7 @@ def test_texts_are_wrapped_and_pictures_named(tmp_path):
     assert max(map(len, lines)) <= 100
     assert " ".join(lines[1:-3]).split() == ["word"] * 100
     assert "![" not in report
-    assert "tab Images, `report/auc-test`" in report
+    assert "tab Images, `views/auc-test`" in report
 
 
 def test_projector_titles_stay_in_their_cells(tmp_path):
@@ -171,7 +174,7 @@ def test_a_finished_run_in_tensorboard(finished_run):
     text = board.multiplexer.Tensors("stage1/tensorboard", "prompt/text_summary")
     assert b"Answer:" in text[0].tensor_proto.string_val[0]
     images = board.multiplexer.PluginRunToTagToContent("images")["eval/tensorboard"]
-    assert {"report/calibration-valid", "report/calibration-test", "report/training"} <= set(images)
+    assert {"views/calibration-valid", "views/calibration-test", "views/training"} <= set(images)
     _, groups = list_sessions(board)
     report = json.loads((finished_run / "eval" / "report.json").read_text())
     expected = {
