@@ -22,7 +22,7 @@ from ray.serve.metrics import Histogram
 from ray.util.queue import Queue
 
 from collm_dist.config import Config
-from collm_dist.errors import ArtifactError, CollmError, LaunchError
+from collm_dist.errors import ArtifactError, CollmError, LaunchError, RequestError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.event_actor import EventClient, EventWriter, start_event_actor
 from collm_dist.phases import show_phase
@@ -161,7 +161,8 @@ def run_service(
     Raises:
         ArtifactError: the run is unfinished, inconsistent or damaged; the port was not opened.
         LaunchError: the port is in use, devices are missing, Ray does not start, or Serve already runs on the cluster.
-        RequestError: the address is not a loopback address and there is no token, or the token is too short.
+        RequestError: the address is not a loopback address and there is no token, the token is too short, or the folder
+            of events lies in the run.
         KeyboardInterrupt: it was stopped twice, or before the models started.
     """
     run_dir = RunDir(run_dir.path.resolve())
@@ -169,6 +170,8 @@ def run_service(
     plan = RunPlan(config, run_dir, tuple(overrides), Path.cwd(), trust_code, accept_stage1)
     plan.read_config(run_dir)
     model = read_model_id(run_dir)
+    if options.events is not None and Path(options.events).resolve().is_relative_to(run_dir.path):
+        raise RequestError(f"--events {options.events}: lies in the run, which events outlive; choose another folder")
     port = find_port(options.host, options.port)
     token = os.environ.get(ACCESS_VARIABLE)
     check_token(options.host, token)

@@ -179,7 +179,7 @@ class HealthAnswer(BaseModel):
     users: int = Field(description="Number of users in the run.")
     items: int = Field(description="Number of items in the run.")
     since: str | None = Field(None, description="Time from which this run has served, in UTC.")
-    follows: str | None = Field(None, description="Link that the service follows.")
+    follows: str | None = Field(None, description="Name of the link that the service follows.")
     refused: RefusedRun | None = Field(None, description="Run that the link leads to and that cannot be served.")
 
 

@@ -146,7 +146,7 @@ class RunFollower:
     def describe(self) -> HealthAnswer:
         """Return the answer of ``/healthz``."""
         refused = self._refused
-        pointer = None if self._pointer is None else str(self._pointer)
+        pointer = None if self._pointer is None else self._pointer.name
         return self.served.describe().model_copy(
             update={"follows": pointer, "refused": None if refused is None else refused[2]}
         )
@@ -179,6 +179,7 @@ class RunFollower:
                 return
             reason = str(error) if isinstance(error, CollmError) else f"{type(error).__name__}: {error}"
             logger.error("%s is not served: %s", target, reason)
+            reason = reason.replace(f"{target.parent}/", "")  # anyone may read /healthz
             self._refused = target, state, RefusedRun(run=target.name, reason=reason, since=_now())
         else:
             self._served, self._refused = served, None

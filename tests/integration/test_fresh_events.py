@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import collm_dist
 from collm_dist import Event, EventStore
@@ -104,6 +105,18 @@ def test_a_new_user_is_known_by_events(finished_run, tmp_path):
     assert found == ours.rank(history=liked, disliked=disliked, candidates=candidates)
     assert not {item.item_id for item in ours.rank(user="newcomer")} & {*liked, *disliked}
     assert ours.rank(user="another", candidates=candidates) == before
+
+
+def test_scores_do_not_depend_on_the_default_type_of_tensors(finished_run):
+    """Loading a backbone sets it for the whole process, also for a run that serves meanwhile."""
+    recommender = collm_dist.load_recommender(finished_run, "cpu")
+    queries = list_queries(finished_run)[::3]
+    before = [recommender.rank(**query) for query in queries]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert [recommender.rank(**query) for query in queries] == before
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 WRITER = """
