@@ -1,7 +1,7 @@
 """Gateway: ASGI middleware around the HTTP proxy of Ray Serve, and limits on how slowly a client may send.
 
 The proxy answers some errors itself, in plain text. The gateway turns them into JSON, and repeats a request whose
-replica died: rankings change nothing, so they may run twice.
+replica died: rankings change nothing, and events count once, so they may run twice.
 """
 
 from __future__ import annotations
