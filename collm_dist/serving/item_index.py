@@ -107,7 +107,7 @@ class ItemIndex:
 def _import_faiss() -> Any:
     """Return the module faiss, or None if it is not installed: the search is exact then, and slower."""
     try:
-        import faiss  # type: ignore[import-untyped]
+        import faiss
     except ImportError:
         return None
     return faiss
