@@ -5,8 +5,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 import re
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,8 +183,10 @@ def test_json_values_of_another_type(tmp_path, change):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"PK\x03\x04rest", "a zip archive"), (b"\xfd7zXZ\x00rest", "an xz archive"), (b"PAR1rest", "a Parquet file")],
-)
+    [(b"PK\x03\x04rest", "a zip archive"), (b"\xfd7zXZ\x00rest", "an xz archive"), (b"PAR1rest", "a Parquet file"),
+     (b"7z\xbc\xaf'", "a 7z archive"), (b"Rar!rest", "a rar archive"), (b"\x89HDF", "an HDF5 file"),
+     (b"\x80\x04\x95rest", "a Python pickle"), (b"\xd0\xcf\x11\xe0", "an Excel file")],
+)  # fmt: skip
 def test_archives_are_named(tmp_path, data, message):
     (tmp_path / "log.csv").write_bytes(data)
     with pytest.raises(DataError, match=rf"log\.csv: .*{message}"):
@@ -195,6 +199,18 @@ def test_a_packed_tar_archive_is_named(tmp_path):
         archive.add(tmp_path / "log.csv", "log.csv")
     with pytest.raises(DataError, match=r"log\.tar\.gz: the file is a tar archive"):
         read(path=str(tmp_path / "log.tar.gz"), **RATINGS)
+
+
+@pytest.mark.parametrize("change", [{"path": "log.csv"}, {"path": "good.csv", "items_path": "log.csv"}])
+@pytest.mark.parametrize("lines", [["a,b,c", "1,2"], ["user_id,item_id,timestamp", "1,2"], ["PK\x03\x04"]])
+def test_a_refused_file_is_closed(tmp_path, change, lines):
+    """What is still being read when the process ends could abort it."""
+    write(tmp_path / "log.csv", *lines)
+    write(tmp_path / "good.csv", "user_id,item_id,timestamp", "u,i,7")
+    with pytest.raises(DataError):
+        read(**{key: str(tmp_path / name) for key, name in change.items()}, **CLICKS)
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])
