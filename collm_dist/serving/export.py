@@ -31,7 +31,7 @@ from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors,
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
 from collm_dist.runs.damage import explain_read_errors, name_damage, read_json_file
 from collm_dist.runs.empty_folders import list_missing, remove_empty
-from collm_dist.runs.file_hashes import read_hashes
+from collm_dist.runs.file_hashes import check_files, read_hashes
 from collm_dist.runs.local_paths import PathRemover, check_link
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, normalize
 from collm_dist.serving.finished_run import check_settings, find_stage, load_run_config
@@ -78,6 +78,7 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
     stage = find_stage(run_dir)
     config = check_settings(config, run_dir, trust_code=True, accept_stage1=True)  # nothing is loaded
     recorded = _list_recorded(run_dir)
+    check_files(run_dir, "eval", "report.md")  # not copied, but part of the card
     with explain_read_errors(run_dir.path), _make_whole(folder) as part:
         for source, name in follow(list(_list_sources(run_dir)), "export: copying and checking", "files"):
             target = part / name

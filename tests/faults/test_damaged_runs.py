@@ -11,7 +11,7 @@ from collm_dist import load_recommender
 from collm_dist.config.loader import load_config
 from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.orchestration.pipeline import _is_done_or_linked
-from collm_dist.runs.file_hashes import check_files, read_hashes, read_state
+from collm_dist.runs.file_hashes import check_files, hash_products, read_hashes, read_state
 from collm_dist.runs.publish import Publisher
 from collm_dist.runs.reuse import find_reusable
 from collm_dist.runs.run_dir import RunDir
@@ -188,3 +188,15 @@ def test_what_is_in_the_place_of_a_file_is_named_or_replaced(run, way):
     assert not run_dir.is_done("stage2")
     run_dir.write_record("stage2", record)
     assert run_dir.read_record("stage2") == record
+
+
+def test_a_damaged_report_does_not_become_part_of_a_card(run, tmp_path):
+    report = run.step_dir("eval") / "report.md"
+    report.parent.mkdir()
+    report.write_text("# Report\n\nAUC 0.75\n")
+    run.write_record("eval", {"fingerprint": {}, "files": hash_products(report.parent)})
+    config = load_config(run.path / "config.yaml")
+    export_model(config, run, tmp_path / "export", Licences("a", "b", "c"))
+    report.write_text("# Report\n\nAUC 0.95\n")
+    with pytest.raises(ArtifactError, match=r"report\.md is damaged"):
+        export_model(config, run, tmp_path / "again", Licences("a", "b", "c"))
