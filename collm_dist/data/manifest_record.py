@@ -59,7 +59,7 @@ def sum_split_rows(sample_stats: TaskStats) -> dict[str, Counter[str]]:
 def build_manifest_record(
     plan: PreprocessPlan, source: Source, previous: PreviousTables, tables: IdTables, stats: PreprocessStats
 ) -> dict[str, Any]:
-    """Return the manifest's record without its fingerprint.
+    """Return the manifest's record without its fingerprint, with examples of rows for ``format_summary``.
 
     Args:
         plan: settings and folders.
@@ -104,6 +104,13 @@ def build_manifest_record(
             "facts": stats.facts,
         },
     }
+
+
+def drop_examples(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without examples of rows, as it is written: a user's id stands only in the tables of users."""
+    facts = {key: value for key, value in record["input"]["facts"].items() if key != "sample_rows"}
+    kept = {key: value for key, value in record["input"].items() if key != "dropped_examples"}
+    return record | {"input": kept | {"facts": facts}}
 
 
 def _describe_split(name: str, rows: Counter[str], shards: TaskStats) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def format_summary(manifest: dict[str, Any], dataset: DatasetConfig) -> list[str
     """Return the lines that summarize a manifest on the terminal.
 
     Args:
-        manifest: its record.
+        manifest: its record, with examples.
         dataset: the settings.
     """
     lines = [f"data: {manifest['num_users']:,} users, {manifest['num_items']:,} items"]

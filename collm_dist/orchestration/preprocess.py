@@ -32,7 +32,13 @@ from collm_dist.data.ingest.interaction_filters import count_unknown_items, sele
 from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.ingest.user_texts import write_user_texts
-from collm_dist.data.manifest_record import PreprocessStats, build_manifest_record, format_summary, sum_split_rows
+from collm_dist.data.manifest_record import (
+    PreprocessStats,
+    build_manifest_record,
+    drop_examples,
+    format_summary,
+    sum_split_rows,
+)
 from collm_dist.data.preprocess_plan import PreprocessPlan, resolve_counts
 from collm_dist.data.samples.event_pool import draw_event_pool
 from collm_dist.data.samples.sample_tasks import build_bucket, count_items, join_bucket, write_split_shard
@@ -96,11 +102,12 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     with connect_ray(config.cluster):
         check_nodes(plan.data_dir)
         manifest = _preprocess(plan, source, inputs, previous, forgotten, run)
-    manifest["fingerprint"] = fingerprint
+    summary = format_summary(manifest, config.dataset)
+    manifest = drop_examples(manifest) | {"fingerprint": fingerprint}
     remove_unlisted_files(data_dir, manifest)
     run_dir.write_record("data", manifest)
     shutil.rmtree(work_dir)
-    print("\n".join([*format_summary(manifest, config.dataset), f"  {data_dir / 'manifest.json'}"]))
+    print("\n".join([*summary, f"  {data_dir / 'manifest.json'}"]))
     return manifest
 
 
