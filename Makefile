@@ -20,6 +20,9 @@ export DS_BUILD_OPS := 0
 
 demo: environment
 	$(PYTHON) launch/run_pipeline.py --config configs/ml100k_demo.yaml
+	@echo
+	@echo "To look at its rankings:  $(PYTHON) launch/serve.py --config runs/ml100k_demo/config.yaml"
+	@echo "and open http://127.0.0.1:8000 in a browser."
 
 # Two processes; each test file stays in one process, so that its fixtures are built once.
 PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadfile

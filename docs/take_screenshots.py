@@ -1,9 +1,10 @@
-"""The pictures of docs/monitoring.md, from a real TensorBoard in a real browser.
+"""The pictures of docs/monitoring.md and docs/serving.md, from a real TensorBoard and service in a real browser.
 
     python docs/take_screenshots.py RUNS [--output docs/images]
+    python docs/take_screenshots.py RUNS --only page --run runs/ml100k_demo
 
-RUNS is a folder of finished runs. Needed: ``pip install 'collm-dist[docs]'``, Chromium and its driver (Debian: packages
-chromium and chromium-driver). Nothing but this machine's loopback interface is used.
+RUNS is a folder of finished runs; the page is that of ``--run``. Needed: ``pip install 'collm-dist[docs]'``, Chromium
+and its driver (Debian: packages chromium and chromium-driver). Nothing but this machine's loopback interface is used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
+ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 180
 BROWSERS, DRIVERS = ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
 BROWSER_FLAGS = (
@@ -125,6 +128,49 @@ def _await_runs(server: subprocess.Popen[bytes], address: str) -> None:
 
 
 @contextmanager
+def serve_run(run: Path) -> Iterator[str]:
+    """Start the ranking service of a finished run on a free loopback port; yields its address once it answers."""
+    command = [sys.executable, "launch/serve.py", "--config", str(run / "config.yaml"), f"run.dir={run}", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:  # noqa: S603
+        try:
+            assert server.stdout is not None
+            lines = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in server.stdout)
+            found = next(filter(None, lines), None)
+            if found is None:
+                raise SystemExit(f"the service of {run} did not start")
+            yield found[0]
+        finally:
+            server.terminate()
+
+
+def take_page(window: Any, address: str, liked: Sequence[str]) -> dict[str, Image.Image]:
+    """Return pictures of the ranking service's page, for a new user who likes titles, by name."""
+    window.set_window_size(1400, 1040)
+    window.get(address)
+    wait = WebDriverWait(window, TIMEOUT_SECONDS)
+    first = "return document.querySelector('#results li .title')?.textContent ?? ''"
+    for title in liked:
+        box = window.find_element("id", "search")
+        box.clear()
+        box.send_keys(title)
+        wait.until(lambda _, title=title: window.execute_script(first).startswith(title), f"no title '{title}'")
+        window.find_element("css selector", "#results .liked").click()
+    window.find_element("id", "ask").click()
+    rows = "[aria-labelledby=list-language_model] .row"
+    wait.until(lambda _: window.find_elements("css selector", rows), "no rankings")
+    moved = [row for row in window.find_elements("css selector", rows) if row.find_elements("css selector", ".move.up")]
+    (moved or window.find_elements("css selector", rows))[0].click()
+    window.execute_script("window.scrollTo(0, 0)")
+    pictures = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        time.sleep(0.5)
+        pictures[scheme] = Image.open(io.BytesIO(window.get_screenshot_as_png())).convert("RGB")
+    return pictures
+
+
+@contextmanager
 def open_browser() -> Iterator[Any]:
     """Start a headless browser with a profile of its own, which is removed afterwards."""
     browser, driver = (next(filter(None, map(shutil.which, names)), None) for names in (BROWSERS, DRIVERS))
@@ -173,10 +219,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, help="folder of finished runs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images", help="where pictures go")
     parser.add_argument("--search", default="Star ", help="what to mark in the projector")
-    parser.add_argument("--only", choices=[one.name for one in PICTURES], help="take this one alone")
+    parser.add_argument("--only", choices=[*(one.name for one in PICTURES), "page"], help="take this one alone")
+    parser.add_argument("--run", type=Path, help="finished run whose ranking service shows its page")
+    parser.add_argument("--liked", nargs="+", default=["Star Wars", "Alien", "Blade Runner"], help="titles to like")
     given = parser.parse_args(arguments)
     if not given.runs.is_dir():
         parser.error(f"there is no folder '{given.runs}'")
+    if given.only == "page" and given.run is None:
+        parser.error("--only page needs --run")
+    if given.run is not None:
+        with serve_run(given.run.resolve()) as address, open_browser() as window:
+            for name, image in take_page(window, address, given.liked).items():
+                save_small(image, given.output / f"page_{name}.png")
+    if given.only == "page":
+        return 0
     with serve_tensorboard(given.runs) as address, open_browser() as window:
         for picture in PICTURES:
             if given.only in (None, picture.name):

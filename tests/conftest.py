@@ -76,6 +76,24 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, t
 
 
 @pytest.fixture(scope="session")
+def anchored_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
+    """Run directory of a complete pipeline on the tiny ratings, with an anchor of all simple scores. Read-only."""
+    from tests.integration.finished_run import build_run
+
+    overrides = [
+        f"run.dir={tmp_path_factory.mktemp('anchored') / 'run'}",
+        f"dataset.path={tiny_ratings}/ratings.csv",
+        f"dataset.items_path={tiny_ratings}/items.csv",
+        f"llm.backbone={tiny_backbone_dir}",
+        "cf.cross_fit=2",
+        "anchor.kind=blend",
+        "evaluation.splits=[valid,test]",
+        "promotion.baseline=anchor",
+    ]
+    return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+
+
+@pytest.fixture(scope="session")
 def finished_clicks_run(tmp_path_factory: pytest.TempPathFactory, tiny_clicks: Path, tiny_backbone_dir: Path) -> Path:
     """Run directory of a complete pipeline on the clicks, with features that ``finished_run`` lacks: sampled negatives,
     target-dependent user vectors, history slots, dropout, and training of the collaborative model. Read-only."""

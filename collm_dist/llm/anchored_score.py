@@ -32,6 +32,10 @@ class AnchoredScore(nn.Module):
         """Return the (N,) float32 scores of (N,) anchors and (N,) scores of the language model."""
         return anchors_N + _RATE * (self.gain.float() * scores_N + self.bias.float())
 
+    def compute_bias(self) -> float:
+        """Return the part of every score that depends on neither user nor item."""
+        return float(_RATE * self.bias.float())
+
 
 def save_anchored_score(path: Path, weights: dict[str, Tensor]) -> None:
     """Write gain and bias, among the trained weights of a ``CollmModel`` by parameter name."""

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from collm_dist.runs.stop_signals import handle_stop_signals
 from collm_dist.serving.access import ACCESS_VARIABLE, check_token
 from collm_dist.serving.batching import Batcher
 from collm_dist.serving.event_parts import describe_columns
+from collm_dist.serving.exploration import Compared, add_comparison, add_search
 from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage, load_run_config
 from collm_dist.serving.gateway import IMPORT_PATH, build_environment
 from collm_dist.serving.http_app import Ranked, build_app
@@ -39,6 +41,7 @@ from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.run_follower import RunFollower, read_model_id
 from collm_dist.serving.service_options import ServiceOptions
+from collm_dist.serving.web_page import add_page
 
 APP_NAME = "collm-dist"
 # Requests and clients are not logged; internal errors are.
@@ -115,15 +118,25 @@ class _Ranker:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._options
+        thread = ThreadPoolExecutor(max_workers=1)  # the model is not thread-safe
         batcher: Batcher[RankingQuery, Ranked] = Batcher(
             lambda queries: self._follower.served.rank_many(queries),
             max_size=options.max_batch_size,
             wait_s=options.batch_wait_ms / 1000,
             max_waiting=options.max_waiting,
             report=self._report,
+            thread=thread,
+        )
+        comparer: Batcher[RankingQuery, Compared] = Batcher(
+            lambda queries: self._follower.served.compare_many(queries),
+            max_size=1,
+            wait_s=0,
+            max_waiting=options.max_waiting,
+            thread=thread,
         )
         recommender = self._follower.served.recommender
-        app = build_app(batcher.submit, self._follower.describe, options, list_examples(recommender))
+        examples = list_examples(recommender)
+        app = build_app(batcher.submit, self._follower.describe, options, examples)
         add_event_routes(
             app,
             None if self._events is None else EventWriter(self._events),
@@ -131,6 +144,9 @@ class _Ranker:
             every_event_is_a_like=recommender.config.dataset.feedback == "implicit",
             options=options,
         )
+        add_search(app, lambda: self._follower.served.search)
+        add_comparison(app, comparer.submit, options, examples)
+        add_page(app)
         return app
 
     def _report(self, size: int, took_s: float) -> None:
@@ -186,8 +202,8 @@ def run_service(
             metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
             _say(
                 f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
-                f"http://{_spell_host(options.host)}:{port} - POST /rank, GET /healthz, /docs; metrics for Prometheus "
-                f"at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it"
+                f"http://{_spell_host(options.host)}:{port} - open it in a browser; POST /rank, GET /healthz, /docs; "
+                f"metrics for Prometheus at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it"
                 + ("" if pointer is None else f". It follows {pointer}")
             )
             threading.Event().wait()

@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from collm_dist.errors import RequestError
 from collm_dist.serving.http_errors import answer_error
+from collm_dist.serving.web_page import FILES
 
 ACCESS_VARIABLE = "COLLM_DIST_TOKEN"
 _MIN_TOKEN = 16
@@ -48,7 +49,10 @@ def hash_token(token: str) -> str:
 
 
 class Access:
-    """Decision on each request by its token and by the number of requests of its client address."""
+    """Decision on each request by its token and by the number of requests of its client address.
+
+    The files of the page need no token: they are the same for every run, and the page asks its reader for the token.
+    """
 
     def __init__(self, token_hash: str | None, max_requests_per_minute: int | None) -> None:
         """Store what is required; None = nothing.
@@ -69,7 +73,7 @@ class Access:
         if wait_s > 0:
             headers = {"Retry-After": str(math.ceil(wait_s))}
             return answer_error(429, f"more than {self._per_minute} requests per minute from this address", headers)
-        if self._token_hash is None:
+        if self._token_hash is None or scope["path"] in FILES:
             return None
         kind, _, token = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         # Digests of equal length: the time of the comparison tells nothing about the token.

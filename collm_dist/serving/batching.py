@@ -56,6 +56,7 @@ class Batcher(Generic[Query, Answer]):
         wait_s: float,
         max_waiting: int,
         report: Callable[[int, float], None] = lambda size, took_s: None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         """Store the function and the limits.
 
@@ -65,13 +66,14 @@ class Batcher(Generic[Query, Answer]):
             wait_s: seconds that the first query at an idle device waits for more.
             max_waiting: most waiting queries, without those of the running pass.
             report: called after each pass with its size and its duration in seconds.
+            thread: executor with one thread, which several queues may share; None = an own thread.
         """
         self._work, self._report = work, report
         self._max_size, self._wait_s, self._max_waiting = max_size, wait_s, max_waiting
         self._waiting: deque[_Waiting[Query, Answer]] = deque()
         self._is_full = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._thread = thread or ThreadPoolExecutor(max_workers=1)
 
     async def submit(self, query: Query) -> Pass[Answer]:
         """Return the answer to a query. If the caller is cancelled, the query leaves the queue.

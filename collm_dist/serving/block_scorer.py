@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,23 @@ from collm_dist.tuning.loaded_stage import LoadedStage
 _CACHE_BYTES = 2 << 30
 
 Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ScoreParts:
+    """Scores of B targets and what they consist of: scores = anchors + llm + bias.
+
+    Attributes:
+        scores: (B,) logits of a like.
+        anchors: (B,) anchors; None if the run has no anchor.
+        llm: (B,) shares of the language model, its score times the gain.
+        bias: the same for all targets; 0 without an anchor.
+    """
+
+    scores: Scores
+    anchors: Scores | None
+    llm: Scores
+    bias: float
 
 
 class BlockScorer:
@@ -52,13 +70,31 @@ class BlockScorer:
         """Whether the run has a collaborative model that orders items."""
         return self._cf is not None
 
-    @torch.inference_mode()
     def score(self, block: ContextBlock) -> Scores:
         """Return (B,) logits of a block's targets by the language model.
 
         Raises:
             ArtifactError: a score is not finite.
         """
+        return self._score(block)[0]
+
+    def score_parts(self, block: ContextBlock) -> ScoreParts:
+        """Return the scores of ``score`` and their parts.
+
+        Raises:
+            ArtifactError: a score is not finite.
+        """
+        scores, anchors = self._score(block)
+        anchored_score = self._loaded.model.anchored_score
+        if anchored_score is None:
+            return ScoreParts(scores, None, scores, 0.0)
+        # Scores and anchors are float32 numbers, so their float64 differences are exact.
+        bias = anchored_score.compute_bias()
+        return ScoreParts(scores, anchors, scores - anchors - bias, bias)
+
+    @torch.inference_mode()
+    def _score(self, block: ContextBlock) -> tuple[Scores, Scores]:
+        """Return (B,) scores and the (B,) anchors in them."""
         model = self._loaded.model
         planned = plan_micro_batches(block, self._collator.count_tokens(block), 0, 1, self._max_tokens)
         micro_batches = [micro_batch for micro_batch in planned if micro_batch is not None]
@@ -66,17 +102,19 @@ class BlockScorer:
         contexts = [np.unique(block.target_contexts[micro_batch.row_id]) for micro_batch in micro_batches]
         is_divided = sum(map(len, contexts)) > block.num_contexts
         model.prefix_cache = PrefixCache(_CACHE_BYTES) if is_divided else None
-        logits = [model(self._collator.collate(micro_batch, block).to(self.device)) for micro_batch in micro_batches]
+        batches = (self._collator.collate(micro_batch, block).to(self.device) for micro_batch in micro_batches)
+        found = [(model(batch), batch.anchors) for batch in batches]
         model.prefix_cache = None
-        scores = np.empty(block.num_targets)
-        for micro_batch, values in zip(micro_batches, logits, strict=True):
-            scores[micro_batch.row_id] = values.double().cpu().numpy()
+        scores, anchors = np.empty(block.num_targets), np.empty(block.num_targets)
+        for micro_batch, (logits, batch_anchors) in zip(micro_batches, found, strict=True):
+            scores[micro_batch.row_id] = logits.double().cpu().numpy()
+            anchors[micro_batch.row_id] = batch_anchors.double().cpu().numpy()
         if not np.isfinite(scores).all():
             raise ArtifactError(
                 f"{self._stage}: the score of item {self._item_ids[block.item_idx[~np.isfinite(scores)][0]]!r} is not "
                 "finite, because of the weights or the precision; try llm.dtype: float32, or train again"
             )
-        return scores
+        return scores, anchors
 
     @torch.inference_mode()
     def compute_item_vectors(self, features: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -54,6 +54,9 @@ def _render_operation(
         schema = _resolve(document, body["content"]["application/json"]["schema"])
         examples = schema.get("examples", [{}])
         yield from _render_table("field", {name: _describe(field) for name, field in schema["properties"].items()})
+    if parameters := operation.get("parameters"):
+        described = {field["name"]: _describe({**field["schema"], **field}) for field in parameters}
+        yield from _render_table("parameter", described)
     for example in examples:
         yield _render_example(path, method, example)
     yield from _render_table(

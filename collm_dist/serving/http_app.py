@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message as Header
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,8 @@ from collm_dist.serving.requests import Ranking, RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -93,26 +95,13 @@ def build_app(
         Headers describe the pass: `Server-Timing` has the waiting time and the duration of the pass in milliseconds,
         `X-Scored-Together` the number of requests in the pass.
         """
-        if body.user is None and body.history is None and body.disliked is None:
-            raise HTTPException(
-                422, "user: give a user or a history; an empty history means that nothing is known about the user"
-            )
-        async with asyncio.timeout(options.request_timeout_s):
-            result = await rank(body.to_query())
-        if isinstance(result.answer, RequestError):
-            raise HTTPException(422, str(result.answer))
-        headers = {
-            "Server-Timing": f"queue;dur={1000 * result.waited_s:.1f}, score;dur={1000 * result.took_s:.1f}",
-            "X-Scored-Together": str(result.size),
-        }
-        ranking = result.answer.ranking
-        content = {"ranked": [vars(item) for item in ranking], "warnings": ranking.warnings}
-        return JSONResponse(content | {"model": result.answer.model}, headers=headers)
+        answer, headers = await answer_query(rank, body, options)
+        content = {"ranked": [vars(item) for item in answer.ranking], "warnings": answer.ranking.warnings}
+        return JSONResponse(content | {"model": answer.model}, headers=headers)
 
     # The limits are only known at run time, so the body's type cannot be a static annotation.
     rank_items.__annotations__["body"] = Annotated[body_type, Body()]
-    errors = {status: {"model": ErrorAnswer, **about} for status, about in ERRORS.items()}
-    app.post("/rank", response_model=RankAnswer, responses=errors)(rank_items)
+    app.post("/rank", response_model=RankAnswer, responses=describe_errors())(rank_items)
 
     @app.get("/healthz")
     async def report_health() -> HealthAnswer:
@@ -125,6 +114,35 @@ def build_app(
 
     _add_error_handlers(app, options)
     return app
+
+
+async def answer_query(
+    answer: Callable[[RankingQuery], Awaitable[Pass[Answer | RequestError]]], body: RankBody, options: ServiceOptions
+) -> tuple[Answer, dict[str, str]]:
+    """Return the answer to a body, and headers that describe its pass.
+
+    Raises:
+        HTTPException: the request is invalid.
+        TimeoutError: the time limit is exceeded.
+    """
+    if body.user is None and body.history is None and body.disliked is None:
+        raise HTTPException(
+            422, "user: give a user or a history; an empty history means that nothing is known about the user"
+        )
+    async with asyncio.timeout(options.request_timeout_s):
+        result = await answer(body.to_query())
+    if isinstance(result.answer, RequestError):
+        raise HTTPException(422, str(result.answer))
+    headers = {
+        "Server-Timing": f"queue;dur={1000 * result.waited_s:.1f}, score;dur={1000 * result.took_s:.1f}",
+        "X-Scored-Together": str(result.size),
+    }
+    return result.answer, headers
+
+
+def describe_errors() -> dict[int | str, dict[str, Any]]:
+    """Return the errors of a request that the model answers, for the OpenAPI document."""
+    return {status: {"model": ErrorAnswer, **about} for status, about in ERRORS.items()}
 
 
 def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
@@ -143,7 +161,10 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
     async def answer_http(request: Request, error: HTTPException) -> Response:
         detail = error.detail
         if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
-            detail = "unknown path; the service has POST /rank, POST /events, GET /healthz and /docs"
+            detail = (
+                "unknown path; the service has POST /rank, /compare and /events, GET /items, /healthz, /docs and a page "
+                "at /"
+            )
         return answer_error(error.status_code, detail, error.headers)
 
     @app.exception_handler(QueueFullError)

@@ -70,9 +70,11 @@ class RankBody(BaseModel):
         return RankingQuery(**dict(self))
 
 
-def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -> type[RankBody]:
-    """Return the body's type with the service's limits and with examples from its run."""
-    fields = RankBody.model_fields
+def limit_body(
+    options: ServiceOptions, examples: Sequence[Mapping[str, Any]], base: type[RankBody] = RankBody
+) -> type[RankBody]:
+    """Return a body's type with the service's limits and with examples from its run."""
+    fields = base.model_fields
     candidates, num_retrieved = fields["candidates"], fields["num_retrieved"]
     limited: dict[str, Any] = {
         **{
@@ -93,7 +95,7 @@ def limit_body(options: ServiceOptions, examples: Sequence[Mapping[str, Any]]) -
             ),
         ),
     }
-    body: type[RankBody] = create_model("RankBody", __base__=RankBody, __doc__=RankBody.__doc__, **limited)
+    body: type[RankBody] = create_model(base.__name__, __base__=base, __doc__=base.__doc__, **limited)
     body.model_config["json_schema_extra"] = {"examples": [dict(example) for example in examples]}
     return body
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.event_parts import list_read_parts
 from collm_dist.serving.fresh_events import EventSource, FreshEvents
 from collm_dist.serving.item_index import ItemIndex
+from collm_dist.serving.item_search import ItemSearch
+from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem
 from collm_dist.serving.received_event import Event
 from collm_dist.serving.requests import (
     Id,
@@ -188,7 +191,7 @@ class Recommender:
         valid: dict[int, RankingRequest] = {}
         for index, query in enumerate(queries):
             try:
-                request = self._to_request(query)
+                request = self._to_request(query, lambda request, count: self.retrieve([request], count)[0])
             except RequestError as error:
                 answers[index] = error
                 continue
@@ -209,8 +212,55 @@ class Recommender:
         """
         return self._reader.find_unknown(request)
 
-    def _to_request(self, query: RankingQuery) -> RankingRequest:
-        """Check a query and return it as a request, with retrieved candidates if none are given."""
+    def compare(self, query: RankingQuery) -> Comparison:
+        """Rank items by popularity, by the collaborative model and by the language model, with the parts of its scores.
+
+        Args:
+            query: as for ``rank``. Without candidates, the best items by the collaborative model and the most liked
+                items take turns, and ``top_k`` counts for each ranking.
+
+        Raises:
+            RequestError: the query is invalid; the message names the field, the value and the remedy.
+            ArtifactError: a score is not finite.
+        """
+        with self._reader.reading([query]):
+            request = self._to_request(query, self._propose)
+            return Comparer(self._reader, self._scorer, self._name_item).compare(request, query.top_k)
+
+    def compare_many(self, queries: Sequence[RankingQuery]) -> list[Comparison | RequestError]:
+        """Answer each query as ``compare``, or with the error that it causes."""
+        answers: list[Comparison | RequestError] = []
+        for query in queries:
+            try:
+                answers.append(self.compare(query))
+            except RequestError as error:
+                answers.append(error)
+        return answers
+
+    def _name_item(self, index: int) -> NamedItem:
+        return NamedItem(self.item_ids[index], self._titles[index])
+
+    def build_search(self) -> ItemSearch:
+        """Build an index of the titles, whose searches may run in any thread."""
+        likes, _ = self._reader.count_item_events(np.arange(len(self.item_ids)), None)
+        return ItemSearch(self.item_ids, self._titles, likes, self._reader.item_index)
+
+    def _propose(self, request: RankingRequest, count: int) -> list[str]:
+        """Return items for a comparison: the best by the collaborative model and the most liked in turns."""
+        _check_count(count)
+        user = self._reader.read_user(request)
+        allowed, excluded = self._reader.read_pool(request, user.seen)
+        pool = np.setdiff1d(np.arange(len(self.item_ids)) if allowed is None else allowed, excluded)
+        likes, _ = self._reader.count_item_events(pool, request.as_of)
+        popular = [self.item_ids[index] for index in pool[np.argsort(-likes, kind="stable")[:count]].tolist()]
+        best = self.retrieve([request], count)[0] if self.has_cf else popular
+        turns = chain.from_iterable(zip_longest(best, popular))
+        return [item_id for item_id in dict.fromkeys(turns) if item_id is not None][:count]
+
+    def _to_request(
+        self, query: RankingQuery, find_candidates: Callable[[RankingRequest, int], list[str]]
+    ) -> RankingRequest:
+        """Check a query and return it as a request, with the candidates that are found if none are given."""
         if query.top_k is not None and query.top_k < 1:
             raise RequestError(
                 f"top_k: {query.top_k} is less than 1; give the number of items to return, or None for all"
@@ -225,7 +275,7 @@ class Recommender:
             history_labels=query.history_labels,
         )
         if query.candidates is None:
-            return replace(request, candidates=self.retrieve([request], query.num_retrieved)[0])
+            return replace(request, candidates=find_candidates(request, query.num_retrieved))
         if query.allowed is not None or query.blocked:
             raise RequestError("candidates: allowed and blocked limit what is retrieved; omit them, or candidates")
         indices = self._reader.read_candidates(replace(request, candidates=query.candidates))
@@ -289,8 +339,7 @@ class Recommender:
         Raises:
             RequestError: a request or the count is invalid, or the run has no collaborative model.
         """
-        if count < 1:
-            raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
+        _check_count(count)
         with self._reader.reading(requests):
             return self._retrieve(requests, count)
 
@@ -347,6 +396,11 @@ class Recommender:
             candidates.append(item_idx)
         if users:
             yield users, candidates
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
 
 
 @contextmanager

@@ -323,6 +323,10 @@ class RequestReader:
         nobody = np.zeros_like(likes)
         return compute_count_features(nobody, nobody, likes, rows)
 
+    def count_item_events(self, item_idx: IntArray, as_of: int | None) -> tuple[IntArray, IntArray]:
+        """Return (N,) likes and (N,) events of items before a time (seconds since 1970); None = all events."""
+        return self._events.count_item_events(item_idx, self._read_time(as_of))
+
     def build_block(self, users: Sequence[UserContext], candidates: Sequence[IntArray]) -> ContextBlock:
         """Build the block of contexts and their candidates, in the given order, in the form of the shards.
 

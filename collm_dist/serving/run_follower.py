@@ -11,15 +11,18 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.serving.exploration import Compared, ModelComparison
 from collm_dist.serving.finished_run import find_stage
 from collm_dist.serving.http_app import ModelAnswer, Ranked
 from collm_dist.serving.http_schemas import HealthAnswer, RefusedRun
+from collm_dist.serving.item_search import ItemSearch
 from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
 
@@ -51,6 +54,16 @@ class ServedRun:
         """Answer queries; see ``Recommender.rank_many``."""
         answers = self.recommender.rank_many(queries)
         return [answer if isinstance(answer, Exception) else ModelAnswer(answer, self.model) for answer in answers]
+
+    def compare_many(self, queries: Sequence[RankingQuery]) -> list[Compared]:
+        """Answer queries; see ``Recommender.compare_many``."""
+        answers = self.recommender.compare_many(queries)
+        return [answer if isinstance(answer, Exception) else ModelComparison(answer, self.model) for answer in answers]
+
+    @cached_property
+    def search(self) -> ItemSearch:
+        """Index of the titles."""
+        return self.recommender.build_search()
 
     def describe(self) -> HealthAnswer:
         """Return the answer of ``/healthz``."""
@@ -89,7 +102,9 @@ def load_served_run(run_dir: RunDir, load: Callable[[RunDir], Recommender], stat
         ranked += recommender.rank(user=recommender.user_ids[0], num_retrieved=_PROBED)
     if len(ranked) < min(_PROBED, len(items)):
         raise ArtifactError(f"{run_dir.path}: {len(ranked)} items were ranked, expected at least {_PROBED}")
-    return ServedRun(recommender, run_dir, read_model_id(run_dir), state, _now())
+    served = ServedRun(recommender, run_dir, read_model_id(run_dir), state, _now())
+    _ = served.search  # built before the first search
+    return served
 
 
 def describe_files(run_dir: RunDir) -> str:

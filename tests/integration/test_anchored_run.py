@@ -20,27 +20,10 @@ from collm_dist.runs.publish import Publisher
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
-from tests.conftest import REPOSITORY
+from collm_dist.serving.requests import RankingQuery
 
 # Float32 sums in another order: the largest measured difference is 1e-6, at scores of about 1.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def anchored_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
-    from tests.integration.finished_run import build_run
-
-    overrides = [
-        f"run.dir={tmp_path_factory.mktemp('anchored') / 'run'}",
-        f"dataset.path={tiny_ratings}/ratings.csv",
-        f"dataset.items_path={tiny_ratings}/items.csv",
-        f"llm.backbone={tiny_backbone_dir}",
-        "cf.cross_fit=2",
-        "anchor.kind=blend",
-        "evaluation.splits=[valid,test]",
-        "promotion.baseline=anchor",
-    ]
-    return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
 
 
 def load_config_of(run):
@@ -98,6 +81,34 @@ def test_requests_get_the_scores_of_the_report(anchored_run):
     print("largest difference", difference, "of", len(scores), "rows")
     assert len(scores) > 400
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("max_tokens", [None, 256], ids=["one pass", "several micro-batches"])
+def test_the_parts_of_a_score_add_up(anchored_run, max_tokens):
+    recommender = collm_dist.load_recommender(anchored_run, device="cpu")
+    if max_tokens is not None:
+        recommender._scorer._max_tokens = max_tokens
+    for query in (RankingQuery(history=["3", "17", "40"], num_retrieved=40), RankingQuery(user="7", num_retrieved=30)):
+        items = recommender.compare(query).items
+        for item in items:
+            assert item.anchor.score + item.llm + item.bias == item.language_model.score  # exactly
+        assert len({item.bias for item in items}) == 1
+        # The shares are those of the model: without its gain, the language model says nothing.
+        model = recommender._scorer._loaded.model
+        gain = model.anchored_score.gain.detach().clone()
+        model.anchored_score.gain.data.zero_()
+        silent = {item.item_id: item for item in recommender.compare(query).items}
+        model.anchored_score.gain.data.copy_(gain)
+        for item in items:
+            assert abs(silent[item.item_id].llm) < 1e-6
+            assert silent[item.item_id].anchor.score == item.anchor.score
+        assert max(abs(item.llm) for item in items) > 1e-4
+    block = recommender._reader.build_block(
+        [recommender._reader.read_user(RankingRequest("7"))], [np.arange(len(recommender.item_ids))]
+    )
+    anchors = load_anchor(load_config_of(anchored_run), RunDir(anchored_run)).score(block)
+    by_id = dict(zip(recommender.item_ids, anchors.tolist(), strict=True))
+    assert max(abs(by_id[item.item_id] - item.anchor.score) for item in items) < TOLERANCE
 
 
 def test_an_exported_model_takes_its_anchor_along(anchored_run, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from collm_dist.serving.web_page import FILES
 from tests.conftest import write_items, write_ratings
 
 SUBCOMMANDS = [
@@ -57,11 +58,12 @@ def test_help_lists_the_subcommands_in_the_order_of_the_data(collm_dist):
     assert "invalid choice: 'trian'" in refused.stderr
 
 
-def test_it_is_typed_and_ships_prompts_and_recipes(installed):
+def test_it_is_typed_and_ships_prompts_recipes_and_the_page(installed):
     package = installed / "collm_dist"
     assert (package / "py.typed").exists()
     assert (package / "data" / "prompts" / "texts" / "question_last" / "stage2.txt").exists()
     assert (package / "evaluation" / "recipes" / "paper_ml1m_mf.yaml").exists()
+    assert {path.name for path in (package / "serving" / "page").iterdir()} == {name for name, _ in FILES.values()}
 
 
 @pytest.fixture

@@ -1,21 +1,30 @@
 """Screenshots of the documentation: reproducible if a browser is installed."""
 
-import importlib
+import importlib.util
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
+from tests.conftest import REPOSITORY
 
-@pytest.fixture
-def script(repository, monkeypatch):
-    """docs/take_screenshots.py as a module."""
+
+def load_script():
+    """Return docs/take_screenshots.py as a module."""
     pytest.importorskip("selenium", reason="needs pip install 'collm-dist[docs]'")
-    monkeypatch.syspath_prepend(repository / "docs")
-    module = importlib.import_module("take_screenshots")
+    spec = importlib.util.spec_from_file_location("take_screenshots", REPOSITORY / "docs" / "take_screenshots.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
     if not any(map(shutil.which, module.BROWSERS)) or not any(map(shutil.which, module.DRIVERS)):
         pytest.skip("needs Chromium and its driver")
     return module
+
+
+@pytest.fixture
+def script():
+    return load_script()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import http.client
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -24,7 +22,9 @@ import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.serving.http_schemas import HealthAnswer, RankAnswer
+from collm_dist.serving.requests import RankingQuery
 from tests.doc_blocks import read_blocks
+from tests.integration.ranking_service import TOKEN, serving
 
 ROOT = Path(__file__).parents[2]
 # Float32 sums in another order, with other requests in the pass: the largest measured difference is 1.2e-6.
@@ -32,45 +32,6 @@ TOLERANCE = 1e-5
 LIKED = ["3", "17", "40"]
 LIMITS = ["--max-candidates", "60", "--max-history", "20", "--max-body-kib", "4", "--batch-wait-ms", "100"]
 LIMITS += ["--receive-timeout-s", "3"]
-TOKEN = "a-token-for-the-tests"
-
-
-class Service:
-    """A running ``launch/serve.py``."""
-
-    def __init__(self, process, port):
-        self.process, self.port = process, port
-
-    def ask(self, body, *, method="POST", path="/rank", headers=None):
-        """Return status, headers and decoded answer of a request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = json.dumps(body).encode() if isinstance(body, dict | list) else body
-        sent = {"Content-Type": "application/json"} if headers is None else headers
-        connection.request(method, path, data, {"Authorization": f"Bearer {TOKEN}"} | sent)
-        answer = connection.getresponse()
-        text = answer.read()
-        connection.close()
-        return answer.status, answer.headers, json.loads(text)
-
-
-@contextmanager
-def serving(run_dir, *options):
-    command = [sys.executable, "launch/serve.py", "--config", str(run_dir / "config.yaml"), "--port", "0", *options]
-    environment = os.environ | {"COLLM_DIST_TOKEN": TOKEN}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            line = next((text for text in process.stdout if text.startswith("serving ")), "")
-            found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
-            assert found, "the service did not start"
-            yield Service(process, int(found.group(1)))
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            finally:
-                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +150,7 @@ def test_other_requests_that_cannot_be_answered(service):
     assert service.ask({"user": "1"}, headers={"Content-Type": "text/plain"})[0] == 415
     assert service.ask({"user": "1"}, headers={})[0] == 415
     assert service.ask(None, method="GET")[0] == 405
-    assert "POST /rank" in service.ask(None, method="GET", path="/")[2]["detail"]
+    assert "POST /rank" in service.ask(None, method="GET", path="/nowhere")[2]["detail"]
     long = (b" " * 1024 for _ in range(100))  # without a declared length
     assert service.ask(long)[0] == 413
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as raw:
@@ -254,6 +215,28 @@ def test_health_and_openapi(finished_run, service, recommender):
     page = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
     page.request("GET", "/docs", headers={"Authorization": f"Bearer {TOKEN}"})
     assert b"openapi.json" in page.getresponse().read()
+
+
+def test_the_page_and_what_it_asks(service, recommender):
+    page = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    page.request("GET", "/")  # the page itself needs no token
+    answer = page.getresponse()
+    assert b"page.js" in answer.read()
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    status, _, found = service.ask(None, method="GET", path="/items?search=AMELIE&limit=1")
+    assert (status, found["items"][0]["title"]) == (200, "Amélie — 2001")
+    query = {"history": LIKED, "num_retrieved": 20}
+    status, _, comparison = service.ask(query, path="/compare")
+    assert status == 200, comparison
+    expected = recommender.compare(RankingQuery(**query))
+    assert {item["item_id"] for item in comparison["items"]} == {item.item_id for item in expected.items}
+    scores = {item.item_id: item.language_model.score for item in expected.items}
+    assert all(
+        abs(item["language_model"]["score"] - scores[item["item_id"]]) < TOLERANCE for item in comparison["items"]
+    )
+    with ThreadPoolExecutor(6) as pool:  # rankings and comparisons share the model, one pass at a time
+        answers = list(pool.map(lambda path: service.ask(query, path=path)[0], ["/rank", "/compare"] * 3))
+    assert set(answers) == {200}
 
 
 def test_it_stops_in_order(finished_run, service):

@@ -55,6 +55,15 @@ def test_the_token_is_demanded(authorization, status):
     assert answer is None or answer.headers["www-authenticate"] == "Bearer"
 
 
+def test_the_files_of_the_page_need_no_token_but_count():
+    access = Access(hash_token(TOKEN), 2)
+    assert [access.refuse(request(path=path)) for path in ("/", "/page.js")] == [None, None]
+    assert access.refuse(request(path="/page.css")).status_code == 429
+    access = Access(hash_token(TOKEN), None)
+    for path in ("/items", "/compare", "/docs", "/openapi.json", "//", "/page.js/", "/page.js/../items", ""):
+        assert access.refuse(request(path=path)).status_code == 401, path
+
+
 def test_probes_need_no_token():
     assert Access(hash_token(TOKEN), 1).refuse(request(path="/healthz")) is None
 

@@ -1,0 +1,52 @@
+"""A running ranking service."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+from tests.conftest import REPOSITORY
+
+TOKEN = "a-token-for-the-tests"
+
+
+class Service:
+    """A running ``launch/serve.py``."""
+
+    def __init__(self, process, port):
+        self.process, self.port = process, port
+
+    def ask(self, body, *, method="POST", path="/rank", headers=None):
+        """Return status, headers and decoded answer of a request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = json.dumps(body).encode() if isinstance(body, dict | list) else body
+        sent = {"Content-Type": "application/json"} if headers is None else headers
+        connection.request(method, path, data, {"Authorization": f"Bearer {TOKEN}"} | sent)
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        return answer.status, answer.headers, json.loads(text)
+
+
+@contextmanager
+def serving(run_dir, *options):
+    command = [sys.executable, "launch/serve.py", "--config", str(run_dir / "config.yaml"), "--port", "0", *options]
+    environment = os.environ | {"COLLM_DIST_TOKEN": TOKEN}
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            line = next((text for text in process.stdout if text.startswith("serving ")), "")
+            found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
+            assert found, "the service did not start"
+            yield Service(process, int(found.group(1)))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
