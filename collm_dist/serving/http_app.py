@@ -162,8 +162,8 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
         detail = error.detail
         if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
             detail = (
-                "unknown path; the service has POST /rank, /compare and /events, GET /items, /healthz, /docs and a page "
-                "at /"
+                "unknown path; the service has POST /rank, /compare and /events, GET /items, /healthz, /docs, and a "
+                "page at /"
             )
         return answer_error(error.status_code, detail, error.headers)
 

@@ -6,14 +6,15 @@ between its ranking and the anchor's can be explained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
+from collm_dist.errors import RequestError
 from collm_dist.serving.block_scorer import BlockScorer, ScoreParts, Scores
-from collm_dist.serving.requests import RankingRequest, RequestReader
+from collm_dist.serving.requests import RankingQuery, RankingRequest, RequestReader
 
 
 @dataclass(frozen=True)
@@ -149,3 +150,16 @@ def rank_scores(item_idx: IntArray, scores: Scores) -> list[Place]:
     ranks = np.empty(len(scores), dtype=np.int64)
     ranks[np.lexsort((item_idx, -scores))] = np.arange(1, len(scores) + 1)
     return [Place(score, rank) for score, rank in zip(scores.tolist(), ranks.tolist(), strict=True)]
+
+
+def compare_each(
+    compare: Callable[[RankingQuery], Comparison], queries: Sequence[RankingQuery]
+) -> list[Comparison | RequestError]:
+    """Answer each query by ``Recommender.compare``, or with the error that it causes."""
+    answers: list[Comparison | RequestError] = []
+    for query in queries:
+        try:
+            answers.append(compare(query))
+        except RequestError as error:
+            answers.append(error)
+    return answers

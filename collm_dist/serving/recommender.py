@@ -227,16 +227,6 @@ class Recommender:
             request = self._to_request(query, self._propose)
             return Comparer(self._reader, self._scorer, self._name_item).compare(request, query.top_k)
 
-    def compare_many(self, queries: Sequence[RankingQuery]) -> list[Comparison | RequestError]:
-        """Answer each query as ``compare``, or with the error that it causes."""
-        answers: list[Comparison | RequestError] = []
-        for query in queries:
-            try:
-                answers.append(self.compare(query))
-            except RequestError as error:
-                answers.append(error)
-        return answers
-
     def _name_item(self, index: int) -> NamedItem:
         return NamedItem(self.item_ids[index], self._titles[index])
 

@@ -23,6 +23,7 @@ from collm_dist.serving.finished_run import find_stage
 from collm_dist.serving.http_app import ModelAnswer, Ranked
 from collm_dist.serving.http_schemas import HealthAnswer, RefusedRun
 from collm_dist.serving.item_search import ItemSearch
+from collm_dist.serving.ranking_comparison import compare_each
 from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
 
@@ -56,8 +57,8 @@ class ServedRun:
         return [answer if isinstance(answer, Exception) else ModelAnswer(answer, self.model) for answer in answers]
 
     def compare_many(self, queries: Sequence[RankingQuery]) -> list[Compared]:
-        """Answer queries; see ``Recommender.compare_many``."""
-        answers = self.recommender.compare_many(queries)
+        """Answer queries one after the other; see ``Recommender.compare``."""
+        answers = compare_each(self.recommender.compare, queries)
         return [answer if isinstance(answer, Exception) else ModelComparison(answer, self.model) for answer in answers]
 
     @cached_property

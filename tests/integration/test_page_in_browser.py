@@ -16,6 +16,7 @@ from collm_dist.serving.batching import Batcher
 from collm_dist.serving.exploration import ModelComparison, add_comparison, add_search
 from collm_dist.serving.http_app import build_app
 from collm_dist.serving.http_schemas import HealthAnswer
+from collm_dist.serving.ranking_comparison import compare_each
 from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 from collm_dist.serving.web_page import add_page
@@ -44,7 +45,13 @@ class Server:
         self.delay_s = 0.0
         thread = ThreadPoolExecutor(max_workers=1)
         rank = Batcher(recommender.rank_many, max_size=8, wait_s=0, max_waiting=8, thread=thread)
-        compare = Batcher(recommender.compare_many, max_size=1, wait_s=0, max_waiting=8, thread=thread)
+        compare = Batcher(
+            lambda queries: compare_each(recommender.compare, queries),
+            max_size=1,
+            wait_s=0,
+            max_waiting=8,
+            thread=thread,
+        )
 
         async def compare_later(query):
             await asyncio.sleep(self.delay_s)

@@ -17,6 +17,7 @@ from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.finished_run import check_settings
+from collm_dist.serving.ranking_comparison import compare_each
 from collm_dist.serving.requests import RankingQuery, RequestReader
 
 # Float32 sums in another order: the largest measured difference is 1.3e-6, at scores of about 1.
@@ -248,13 +249,14 @@ def test_comparisons_by_stage_1_and_of_nothing(recommender, text_recommender):
     assert "user: 'nobody' is not in the run's log" in stranger.warnings[0]
     few = recommender.compare(RankingQuery(history=LIKED, allowed=["41", "42", "43"], blocked=["42"]))
     assert {item.item_id for item in few.items} == {"41", "43"}
-    answers = recommender.compare_many(
+    answers = compare_each(
+        recommender.compare,
         [
             RankingQuery(history=LIKED, candidates=["none"]),
             RankingQuery(history=LIKED, candidates=CANDIDATES, top_k=0),
             RankingQuery(history=LIKED, num_retrieved=0),
             RankingQuery(history=LIKED, candidates=CANDIDATES),
-        ]
+        ],
     )
     messages = ["not in the run's item table", "top_k: 0 is less than 1", "candidates: 0 items cannot be retrieved"]
     for answer, message in zip(answers, messages, strict=False):
