@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -150,6 +151,12 @@ def rank_scores(item_idx: IntArray, scores: Scores) -> list[Place]:
     ranks = np.empty(len(scores), dtype=np.int64)
     ranks[np.lexsort((item_idx, -scores))] = np.arange(1, len(scores) + 1)
     return [Place(score, rank) for score, rank in zip(scores.tolist(), ranks.tolist(), strict=True)]
+
+
+def take_turns(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Return the ids of two lists alternately, each once."""
+    turns = chain.from_iterable(zip_longest(first, second))
+    return [item_id for item_id in dict.fromkeys(turns) if item_id is not None]
 
 
 def compare_each(

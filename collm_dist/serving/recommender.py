@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from collm_dist.serving.event_parts import list_read_parts
 from collm_dist.serving.fresh_events import EventSource, FreshEvents
 from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.item_search import ItemSearch
-from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem
+from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem, take_turns
 from collm_dist.serving.received_event import Event
 from collm_dist.serving.requests import (
     Id,
@@ -215,9 +214,8 @@ class Recommender:
     def compare(self, query: RankingQuery) -> Comparison:
         """Rank items by popularity, by the collaborative model and by the language model, with the parts of its scores.
 
-        Args:
-            query: as for ``rank``. Without candidates, the best items by the collaborative model and the most liked
-                items take turns, and ``top_k`` counts for each ranking.
+        Without candidates, the best items by the collaborative model and the most liked take turns. ``top_k`` counts
+        for each ranking.
 
         Raises:
             RequestError: the query is invalid; the message names the field, the value and the remedy.
@@ -244,8 +242,7 @@ class Recommender:
         likes, _ = self._reader.count_item_events(pool, request.as_of)
         popular = [self.item_ids[index] for index in pool[np.argsort(-likes, kind="stable")[:count]].tolist()]
         best = self.retrieve([request], count)[0] if self.has_cf else popular
-        turns = chain.from_iterable(zip_longest(best, popular))
-        return [item_id for item_id in dict.fromkeys(turns) if item_id is not None][:count]
+        return take_turns(best, popular)[:count]
 
     def _to_request(
         self, query: RankingQuery, find_candidates: Callable[[RankingRequest, int], list[str]]

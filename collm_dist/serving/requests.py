@@ -320,8 +320,7 @@ class RequestReader:
     def compute_item_features(self) -> NDArray[np.float32]:
         """Return (I, F) statistics of all items after all events, each with an unknown user."""
         likes, rows = self._events.count_item_events(np.arange(len(self.item_index)), self._events.end)
-        nobody = np.zeros_like(likes)
-        return compute_count_features(nobody, nobody, likes, rows)
+        return compute_count_features(np.zeros_like(likes), np.zeros_like(likes), likes, rows)
 
     def count_item_events(self, item_idx: IntArray, as_of: int | None) -> tuple[IntArray, IntArray]:
         """Return (N,) likes and (N,) events of items before a time (seconds since 1970); None = all events."""
