@@ -11,10 +11,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A shell lets processes in the background ignore Ctrl-C, and their children inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 ML1M_PLACE = REPOSITORY.parent / "shared" / "data" / "ml-1m-collm"

@@ -189,7 +189,7 @@ def _score_on_ray(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the terminal; Ray's log files keep everything
+        if type(handler).__name__ == "PlainRayHandler":  # the terminal; Ray's log files keep everything
             handler.setLevel(logging.ERROR)
     # A relative path to a local backbone may not resolve in a worker's working directory.
     backbone = Path(config.llm.backbone).expanduser()

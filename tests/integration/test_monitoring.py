@@ -189,7 +189,12 @@ def test_a_finished_run_in_tensorboard(finished_run):
     assert groups[0].hparams["lora.rank"].number_value == 2
     assert groups[0].hparams["prompt.stage1"].string_value.startswith("Liked: <ItemTitleList>")
     for stage in ("stage1", "stage2"):
-        assert [step for step, _ in read_scalars(finished_run / stage, tags.STEP_SECONDS)] == [1, 2, 3, 4]
+        assert [step for step, _ in read_scalars(finished_run / stage, tags.name_scalar(tags.STEP_SECONDS))] == [
+            1,
+            2,
+            3,
+            4,
+        ]
 
 
 def test_projector_shows_mapped_items_of_stage_2(finished_run):
