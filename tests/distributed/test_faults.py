@@ -100,6 +100,7 @@ def test_a_full_disk_then_space(copy_run, whole, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time(copy_run, whole):
     """Checkpoints due by time alone, by rank 0's clock on both ranks."""
     folder, overrides = copy_run("run")
@@ -126,6 +127,7 @@ def find_tuning(pipeline) -> psutil.Process:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_pipeline_restarts_killed_stages_and_forwards_signals(copy_run, whole):
     """The stage is killed, then stopped; then the pipeline is stopped, then killed."""
     folder, overrides = copy_run("run")

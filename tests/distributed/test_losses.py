@@ -86,6 +86,7 @@ def test_two_processes_and_a_smaller_limit_equal_one_process(copy_clicks):
     assert_same_training(small, one)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(copy_clicks):
     settings = [*WEIGHTS, "lora.dropout=0.3", "--stage", "1", "stage1.max_steps=12"]
     whole, overrides = copy_clicks("whole")

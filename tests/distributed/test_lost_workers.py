@@ -42,6 +42,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute(copy_run, whole, launcher):
     assert_same_training(folder, whole, stages=("stage1",))
 
 
+@pytest.mark.slow
 def test_the_first_of_several_errors_is_reported(copy_run, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "raise:1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))

@@ -58,9 +58,7 @@ def test_stops_before_the_update(copy_run, poisoned_row):
     assert json.loads((folder / "stage1" / "summary.json").read_text())["nonfinite_skips"] == 1
 
 
-@pytest.mark.parametrize(
-    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("zero_stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3)])
 def test_skips_alike_on_any_number_of_processes(copy_run, poisoned_row, zero_stage):
     skip = [*SETTINGS, "stage1.on_nonfinite=skip"]
     one, overrides = copy_run("one")

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from collm_dist import monitoring
 from tests.distributed.conftest import read_series, run, start
@@ -22,6 +23,7 @@ def read_summary(folder):
     return json.loads((folder / "stage1" / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_guard_restricts_the_choice_also_after_a_kill(copy_run):
     whole, overrides = copy_run("whole")
     run(PYTHON, [*overrides, *SETTINGS])

@@ -58,7 +58,12 @@ def test_two_processes_equal_one_and_products_load(copy_run):
 
 
 @pytest.mark.parametrize(
-    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3]
+    "zero_stage",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
 )
 def test_zero_stages_train_alike(copy_run, zero_stage):
     plain, overrides = copy_run("plain")

@@ -22,6 +22,8 @@ from collm_dist.serving.service_options import ServiceOptions
 from collm_dist.serving.web_page import add_page
 from tests.integration.test_screenshots import load_script
 
+pytest.importorskip("selenium", reason="needs pip install 'collm-dist[docs]'")
+
 HOSTILE = '<img src=x onerror="document.title=\'owned\'"> & \u202e"quoted"'
 WAIT_S = 60
 OPTIONS = ServiceOptions(max_history=3, max_candidates=100)

@@ -147,9 +147,8 @@ def test_bfloat16_values_stay_bfloat16(tmp_path):
     assert dropped.unique().tolist() == [0, torch.tensor(1 / 0.95, dtype=torch.bfloat16).item()]
 
 
-@pytest.mark.parametrize(
-    "checkpointing", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="checkpointed")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_compiled_layers_drop_the_same_from_few_graphs(tmp_path, checkpointing):
     torch._dynamo.reset()
     model, collator, block = build(0.3, tmp_path)
