@@ -45,7 +45,7 @@ def show_phase(text: str, total: int | None = None, unit: str = "") -> Iterator[
     """Show a phase on standard error while the block runs, from its third second on.
 
     Args:
-        text: what is done, for example ``anchor: features``.
+        text: name of the phase, for example ``anchor: features``.
         total: amount of work; None = unknown, then only the time is shown.
         unit: of the amount; ``B`` for bytes.
     """

@@ -12,6 +12,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,15 @@ NUM_USERS, NUM_ITEMS = 60, 80
 def repository() -> Path:
     """Root of the source tree."""
     return REPOSITORY
+
+
+@pytest.fixture
+def same_environment() -> Iterator[None]:
+    """Remove new environment variables: a process group of one may stay, but child processes must not inherit it."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
@@ -66,34 +76,28 @@ def tiny_ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
     """Run directory of a complete pipeline on the tiny ratings. Read-only."""
-    # Late: the pipeline's libraries take seconds to import.
-    from tests.integration.finished_run import build_run
-
-    overrides = [
-        f"run.dir={tmp_path_factory.mktemp('finished') / 'run'}",
-        f"dataset.path={tiny_ratings}/ratings.csv",
-        f"dataset.items_path={tiny_ratings}/items.csv",
-        f"llm.backbone={tiny_backbone_dir}",
-        "cf.cross_fit=2",
-        "evaluation.splits=[valid,test]",
-    ]
-    return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+    return _build_ratings_run(tmp_path_factory.mktemp("finished"), tiny_ratings, tiny_backbone_dir)
 
 
 @pytest.fixture(scope="session")
 def anchored_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
     """Run directory of a complete pipeline on the tiny ratings, with an anchor of all simple scores. Read-only."""
+    anchor = ("anchor.kind=blend", "promotion.baseline=anchor")
+    return _build_ratings_run(tmp_path_factory.mktemp("anchored"), tiny_ratings, tiny_backbone_dir, *anchor)
+
+
+def _build_ratings_run(folder: Path, ratings: Path, backbone: Path, *settings: str) -> Path:
+    # Late: the pipeline's libraries take seconds to import.
     from tests.integration.finished_run import build_run
 
     overrides = [
-        f"run.dir={tmp_path_factory.mktemp('anchored') / 'run'}",
-        f"dataset.path={tiny_ratings}/ratings.csv",
-        f"dataset.items_path={tiny_ratings}/items.csv",
-        f"llm.backbone={tiny_backbone_dir}",
+        f"run.dir={folder / 'run'}",
+        f"dataset.path={ratings}/ratings.csv",
+        f"dataset.items_path={ratings}/items.csv",
+        f"llm.backbone={backbone}",
         "cf.cross_fit=2",
-        "anchor.kind=blend",
         "evaluation.splits=[valid,test]",
-        "promotion.baseline=anchor",
+        *settings,
     ]
     return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
 

@@ -1,4 +1,4 @@
-"""What the prompts of an experiment need of the data step."""
+"""Data that the prompts of an experiment require from the data step."""
 
 from __future__ import annotations
 

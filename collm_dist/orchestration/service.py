@@ -378,7 +378,7 @@ def _explain(error: OSError) -> str:
 
 
 def _say(text: str) -> None:
-    with suppress(BrokenPipeError):  # whoever read the first lines may be gone
+    with suppress(BrokenPipeError):  # the reader of the output may have closed it
         print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What leaves this machine holds neither its paths, of which only the last names stay, nor files that links lead to."""
+"""Removal of local paths and linked files from runs that leave this machine; of a path only its last name stays."""
 
 from __future__ import annotations
 

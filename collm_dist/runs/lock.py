@@ -45,7 +45,7 @@ class Holder:
         token: unique id of this lock.
 
     Raises:
-        ValueError: a value is not what it should be. Processes are ended by token: null would mean all that have none.
+        ValueError: a value has the wrong type. Processes are found by token; null would match all without one.
     """
 
     host: str

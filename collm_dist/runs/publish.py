@@ -120,7 +120,7 @@ class Publisher:
         """
         check_files(self._run_dir, step)
         folder = self._run_dir.step_dir(step)
-        if step in STAGES:  # the anchor, which both stages read, is no step of its own
+        if step in STAGES:  # the anchor, which both stages read, is not a step of its own
             for path in sorted(self._run_dir.anchor_dir.glob("*")):
                 check_link(path, self._run_dir.anchor_dir)
                 self.publish_file(path.relative_to(self._run_dir.path).as_posix())

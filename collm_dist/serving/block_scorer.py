@@ -133,7 +133,7 @@ class BlockScorer:
 
     @torch.inference_mode()
     def compute_queries(self, block: ContextBlock) -> NDArray[np.float32] | None:
-        """Return the (C, E + 1) query vectors of a block's contexts; None if the scores are no inner products."""
+        """Return the (C, E + 1) query vectors of a block's contexts; None if the scores are not inner products."""
         if self._cf is None:
             return None
         final = self._cf.final

@@ -358,7 +358,7 @@ class Recommender:
 
     @cached_property
     def _index(self) -> ItemIndex | None:
-        """Index of all items; None if the collaborative model's scores are no inner products."""
+        """Index of all items; None if the collaborative model's scores are not inner products."""
         some = self.user_ids[:: max(1, len(self.user_ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
         contexts = [self._reader.read_user(RankingRequest(user_id)) for user_id in some]
         queries = self._scorer.compute_queries(

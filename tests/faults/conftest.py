@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from collm_dist.config.loader import load_config
+from collm_dist.config.loader import change_settings, dump_config, load_config
 from collm_dist.runs.atomic_files import compute_file_hash
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.tuning.run_stage import run_stage
 from tests.golden.make_run import ASSET, set_input_times
 
@@ -34,3 +34,23 @@ def finished(tmp_path_factory):
         "cf", record | {"files": {"model.safetensors": compute_file_hash(run.step_dir("cf") / "model.safetensors")}}
     )
     return folder
+
+
+def relocate(finished, folder, changes):
+    """Copy a finished run to ``folder``, with absolute paths of it in settings and records.
+
+    Args:
+        finished: folder with ``run`` and ``backbone``.
+        folder: new folder.
+        changes: further settings.
+    """
+    shutil.copytree(finished, folder)
+    run, backbone = RunDir(folder / "run"), str(folder / "backbone")
+    config = load_config(run.path / "config.yaml")
+    paths = {"llm.backbone": backbone, "run.dir": str(run.path), "dataset.path": str(folder / "ratings.csv")}
+    (run.path / "config.yaml").write_text(dump_config(change_settings(config, paths | changes)))
+    for stage in STAGES:
+        record = run.read_record(stage)
+        record["fingerprint"]["config.llm.backbone"] = backbone
+        run.write_record(stage, record)
+    return run

@@ -1,4 +1,4 @@
-"""What is done with a damaged run, publication or export, and what it comes to.
+"""Uses of a damaged run, publication or export, and their outcomes.
 
 A use returns a description of its result, which must be that of the whole folder, or it raises.
 """

@@ -1,7 +1,6 @@
 """Exports and publications: no paths of the machine that made them, and no way to write elsewhere."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from collm_dist import RankingRequest, load_recommender
-from collm_dist.config.loader import change_settings, dump_config, load_config
+from collm_dist.config.loader import change_settings, load_config
 from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.local_paths import PathRemover
@@ -19,6 +18,7 @@ from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
 from tests.conftest import REPOSITORY
+from tests.faults.conftest import relocate
 from tests.integration.byte_search import find_text
 
 LICENCES = Licences("a", "b", "c")
@@ -27,16 +27,8 @@ LICENCES = Licences("a", "b", "c")
 @pytest.fixture
 def run(finished, tmp_path):
     """A finished run whose settings and records have absolute paths."""
-    folder = shutil.copytree(finished, tmp_path / "secret-place")
-    run, backbone = RunDir(folder / "run"), str(folder / "backbone")
-    config = load_config(run.path / "config.yaml")
-    changes = {"llm.backbone": backbone, "run.dir": str(run.path), "dataset.path": str(folder / "ratings.csv"),
-               "run.reuse": [str(folder / "other")]}  # fmt: skip
-    (run.path / "config.yaml").write_text(dump_config(change_settings(config, changes)))
-    for stage in STAGES:
-        record = run.read_record(stage)
-        record["fingerprint"]["config.llm.backbone"] = backbone
-        run.write_record(stage, record)
+    folder = tmp_path / "secret-place"
+    run = relocate(finished, folder, {"run.reuse": [str(folder / "other")]})
     record = run.read_record("data")
     record["fingerprint"] |= {
         f"input.{folder}/ratings.csv": {"size": 1},

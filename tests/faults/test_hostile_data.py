@@ -103,7 +103,7 @@ def test_null_in_the_place_of_an_object(tmp_path, content, row, good):
         ([f"1,a,{10**12},5"] * 3 + ["1,a,1000000000,5", "1,a,0,5"], {}, {IN_MS: 2}, [10**9] * 3),
         ([*LINES, f"1,a,{10**12},5"], {"timestamp_unit": "s"}, {YEARS: 1}, [10**9 + number for number in range(5)]),
         (["1,a,-62135596801,5", "1,a,253402300800,5"], {"timestamp_unit": "s"}, {YEARS: 2}, []),
-        (["1,a,9223372036854775807,5"], {"timestamp_unit": "s"}, {"timestamp is no time": 1}, []),
+        (["1,a,9223372036854775807,5"], {"timestamp_unit": "s"}, {"timestamp is not a time": 1}, []),
         (['1,"a', *LINES, '2,b",1000000000,5', "3,c,7,5"], {}, {BREAKS: 1, JOINED: 6}, [7]),
         (["1,a\x00b,1000000000,5", "1,a\x1b[2Jb,7,5"], {}, {BREAKS: 2}, []),
         (["1,\u202ea,7,5"], {}, {}, [7]),
@@ -218,7 +218,7 @@ def test_parquet_values_of_every_type_are_read_or_counted(tmp_path):
     columns = GOOD | {"user_id": pa.array([2**63, 2**64 - 1], pa.uint64()), "rating": pa.array([float("nan"), None])}
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")
     rows, bad, _ = read(path=str(tmp_path / "log.parquet"), **RATINGS)
-    assert (len(rows), bad) == (0, {"rating is no number": 2})
+    assert (len(rows), bad) == (0, {"rating is not a number": 2})
     columns["rating"] = GOOD["rating"]
     columns["item_id"] = pa.array([b"\xff\xfe", b"ok"])
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")

@@ -12,9 +12,10 @@ from collm_dist.config.loader import change_settings, dump_config, load_config
 from collm_dist.errors import ArtifactError, DiskError
 from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.publish import build_publisher
-from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
+from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
+from tests.faults.conftest import relocate
 from tests.integration.byte_search import find_text
 
 LICENCES = Licences("a", "b", "c")
@@ -22,18 +23,8 @@ LICENCES = Licences("a", "b", "c")
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A finished run whose settings and records have absolute paths of a folder, of which strangers must not hear."""
-    folder = shutil.copytree(finished, tmp_path / "secret-place")
-    run, backbone = RunDir(folder / "run"), str(folder / "backbone")
-    config = load_config(run.path / "config.yaml")
-    changes = {"llm.backbone": backbone, "run.dir": str(run.path), "run.publish_to": str(tmp_path / "published"),
-               "dataset.path": str(folder / "ratings.csv")}  # fmt: skip
-    (run.path / "config.yaml").write_text(dump_config(change_settings(config, changes)))
-    for stage in STAGES:
-        record = run.read_record(stage)
-        record["fingerprint"]["config.llm.backbone"] = backbone
-        run.write_record(stage, record)
-    return run
+    """A finished run with absolute paths in settings and records, which must not leave this machine."""
+    return relocate(finished, tmp_path / "secret-place", {"run.publish_to": str(tmp_path / "published")})
 
 
 def publish(run):

@@ -106,7 +106,7 @@ def server(recommender):
 
 
 class Page:
-    """What a person does on the page."""
+    """Actions of a person on the page."""
 
     def __init__(self, window, address):
         self.window, self.address = window, address

@@ -341,7 +341,7 @@ def test_damaged_shard_is_named(tiny_ratings, tmp_path):
 @pytest.mark.parametrize(
     ("change", "lines", "message"),
     [
-        ({}, [*GOOD, "1,2,never,3", ",2,1000000000,3"], r"2 of 56 rows.*timestamp is no time(.|\n)*log\.csv:56"),
+        ({}, [*GOOD, "1,2,never,3", ",2,1000000000,3"], r"2 of 56 rows.*timestamp is not a time(.|\n)*log\.csv:56"),
         ({"expect": {"min_rows": 1000}}, GOOD, r"expect\.min_rows.*54 rows"),
         ({"expect": {"max_age_hours": 1}}, GOOD, r"max_age_hours"),
         ({"min_user_interactions": 100}, GOOD, r"no interaction is left"),

@@ -1,11 +1,7 @@
 """Three rankings of the same items, with the parts of each score, and the search of titles."""
 
-import shutil
-
 import numpy as np
-import pytest
 
-import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.errors import RequestError
@@ -13,18 +9,6 @@ from collm_dist.serving.ranking_comparison import compare_each
 from collm_dist.serving.requests import RankingQuery
 
 LIKED, CANDIDATES = ["3", "17", "40"], [str(number) for number in range(41, 71)]
-
-
-@pytest.fixture(scope="module")
-def recommender(finished_run):
-    return collm_dist.load_recommender(finished_run, device="cpu")
-
-
-@pytest.fixture
-def text_recommender(finished_run, tmp_path):
-    """Recommender of a run without stage 2."""
-    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("stage2", "eval"))
-    return collm_dist.load_recommender(tmp_path / "run", device="cpu", accept_stage1=True)
 
 
 def check_comparison(comparison, recommender):

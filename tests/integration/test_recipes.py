@@ -1,6 +1,5 @@
 """Variants in which stage 2 also trains the CF model: training, report, ranking and export."""
 
-import os
 import threading
 
 import numpy as np
@@ -29,6 +28,8 @@ from collm_dist.serving.model_card import Licences
 from collm_dist.tuning.run_stage import run_stage
 from tests.conftest import REPOSITORY
 from tests.unit.evaluation_run import NUM_ITEMS, write_data_step
+
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 # Float32 sums in another order.
 TOLERANCE = 1e-5
@@ -67,15 +68,6 @@ def fit_cf(config, run_dir):
     content_hash = export_models(job, run_dir.step_dir("cf"), load_manifest(data_dir))
     fingerprint = compute_step_fingerprint(config, run_dir, "cf")
     write_json(run_dir.record_path("cf"), {"content_hash": content_hash, "fingerprint": fingerprint})
-
-
-@pytest.fixture(autouse=True)
-def same_environment():
-    """A process group of one may stay; what says so to child processes may not."""
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

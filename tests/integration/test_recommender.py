@@ -24,18 +24,9 @@ TOLERANCE = 1e-5
 LIKED, CANDIDATES = ["3", "17", "40"], [str(number) for number in range(41, 71)]
 
 
-@pytest.fixture(scope="module")
-def recommender(finished_run):
-    return collm_dist.load_recommender(finished_run, device="cpu")
-
-
-@pytest.fixture
-def text_recommender(finished_run, tmp_path):
-    """Recommender of a run without stage 2."""
-    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("stage2", "eval"))
+def test_stage_1_ranks_only_where_it_is_accepted(run_of_stage_1):
     with pytest.raises(ArtifactError, match=r"stage 2 is not done, so stage 1 would rank.*accept_stage1=True"):
-        collm_dist.load_recommender(tmp_path / "run", device="cpu")
-    return collm_dist.load_recommender(tmp_path / "run", device="cpu", accept_stage1=True)
+        collm_dist.load_recommender(run_of_stage_1, device="cpu")
 
 
 def read_reported(run_dir, model):

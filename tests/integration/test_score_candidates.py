@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.config.loader import load_config
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
@@ -54,11 +53,6 @@ def rows(finished_run):
         })  # fmt: skip
     new = {"candidates": items[20:50], "labels": None, "as_of": None}
     return [*found, {"user_id": "new-1", "history": items[:3], **new}, {"user_id": "new-2", "history": [], **new}]
-
-
-@pytest.fixture(scope="module")
-def recommender(finished_run):
-    return collm_dist.load_recommender(finished_run, device="cpu")
 
 
 def prepare(finished_run, source, output, **options):

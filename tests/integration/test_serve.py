@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.serving.http_schemas import HealthAnswer, RankAnswer
@@ -38,11 +37,6 @@ LIMITS += ["--receive-timeout-s", "3"]
 def service(finished_run):
     with serving(finished_run, *LIMITS) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def recommender(finished_run):
-    return collm_dist.load_recommender(finished_run, device="cpu")
 
 
 def compare(answer, expected):

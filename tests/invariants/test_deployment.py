@@ -67,7 +67,7 @@ def check_form(value, form, place):
     if isinstance(form, dict):
         assert isinstance(value, dict), place
         for key, entry in value.items():
-            assert key in form or "*" in form, f"{place}.{key} is no field that is known here"
+            assert key in form or "*" in form, f"{place}.{key} is not a field that is known here"
             check_form(entry, form.get(key, form.get("*")), f"{place}.{key}")
     elif isinstance(form, list):
         assert isinstance(value, list), place

@@ -1,7 +1,5 @@
 """A validation with other weights, such as those before training, leaves no trace in the training."""
 
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -12,13 +10,7 @@ from collm_dist.tuning.engine import TuningEngine, copy_trainable, init_distribu
 INPUTS = torch.arange(12.0).reshape(3, 4) / 10
 
 
-@pytest.fixture(autouse=True)
-def same_environment():
-    """A process group of one may stay; what says so to child processes may not."""
-    before = dict(os.environ)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 
 def build(zero_stage, dtype):

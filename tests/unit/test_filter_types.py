@@ -73,10 +73,10 @@ def test_rows_whose_filter_depends_on_no_number_are_bad(tmp_path, row_filter, ke
     rows, counts, examples, notes = count_misfits(path, row_filter)
     assert (rows, counts.total()) == (kept, bad)
     if row_filter == "price > 0":
-        assert counts == {"price is no number (dataset.row_filter)": 2}
-        assert examples == [f"{path}:3: price is no number (dataset.row_filter) ('-')"]
+        assert counts == {"price is not a number (dataset.row_filter)": 2}
+        assert examples == [f"{path}:3: price is not a number (dataset.row_filter) ('-')"]
     if row_filter == "number(price) > 0":
-        assert notes == {"price is no number (dataset.row_filter)": 2}
+        assert notes == {"price is not a number (dataset.row_filter)": 2}
 
 
 def test_typed_columns_keep_their_meaning(tmp_path):

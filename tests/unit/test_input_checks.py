@@ -13,7 +13,7 @@ from collm_dist.data.ingest.input_checks import check_reads, check_splits
 from collm_dist.errors import DataError
 
 NOW = int(time.time())
-READ = {"rows_read": 100, "usable": 98, "bad": {"time is no time": 2}, "examples": ["a.csv:7: time is no time"],
+READ = {"rows_read": 100, "usable": 98, "bad": {"time is not a time": 2}, "examples": ["a.csv:7: time is not a time"],
         "last": NOW - 7200}  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def test_good_data_passes():
 @pytest.mark.parametrize(
     ("settings", "unknown", "previous", "message"),
     [
-        ({}, {}, 0, r"2 of 100 rows .*2 x time is no time.*max_bad_row_share=0.01[^$]*a.csv:7"),
+        ({}, {}, 0, r"2 of 100 rows .*2 x time is not a time.*max_bad_row_share=0.01[^$]*a.csv:7"),
         ({"max_bad_row_share": 0.03}, {"q": 5}, 0, r"7 of 100 rows .*5 x unknown item[^$]*item 'q'"),
         ({"expect": {"min_rows": 101}}, {}, 0, r"expect.min_rows: the input has 100 rows"),
         (

@@ -34,7 +34,7 @@ def test_a_log_at_a_glance(tmp_path):
         "row: user u1 | item a | 2001-09-09 01:46:40 | like | Alien",
         "row: user u1 | item b | 2001-09-09 01:47:40 | dislike | Brazil",
         "row: user u2 | item a | 2001-09-10 01:46:40 | like | Alien",
-        f"left out: 1 rows, rating is no number (for example {tmp_path}/log.csv:6 ('x'))",
+        f"left out: 1 rows, rating is not a number (for example {tmp_path}/log.csv:6 ('x'))",
     ]
 
 

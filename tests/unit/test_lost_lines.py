@@ -107,7 +107,7 @@ def test_texts_of_several_lines_are_no_lost_rows(tmp_path):
     rows, bad, examples = read(path=path, **RATINGS)
     assert rows["user_id"].tolist() == ["u1", "u2", "u4"]
     assert rows["row"].tolist() == [1, 2, 3]
-    assert bad == {"rating is no number": 1, WIDTH: 1}
+    assert bad == {"rating is not a number": 1, WIDTH: 1}
     assert [re.search(r":(\d+): ", example).group(1) for example in examples] == ["11", "2"]
     assert "1 rows have 6 columns, the header 5" in examples[0]
     assert "('x')" in examples[1]
@@ -204,7 +204,7 @@ def test_a_packed_tar_archive_is_named(tmp_path):
 @pytest.mark.parametrize("change", [{"path": "log.csv"}, {"path": "good.csv", "items_path": "log.csv"}])
 @pytest.mark.parametrize("lines", [["a,b,c", "1,2"], ["user_id,item_id,timestamp", "1,2"], ["PK\x03\x04"]])
 def test_a_refused_file_is_closed(tmp_path, change, lines):
-    """What is still being read when the process ends could abort it."""
+    """A file that is still open when the process ends could abort it."""
     write(tmp_path / "log.csv", *lines)
     write(tmp_path / "good.csv", "user_id,item_id,timestamp", "u,i,7")
     with pytest.raises(DataError):

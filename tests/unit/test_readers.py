@@ -58,8 +58,8 @@ def test_csv_with_everything_wrong_that_happens(tmp_path):
     assert rows["label"].tolist() == [1, 0, 1, 1]
     assert bad == {
         "missing user_id": 1,
-        "timestamp is no time": 1,
-        "rating is no number": 1,
+        "timestamp is not a time": 1,
+        "rating is not a number": 1,
         "wrong number of columns": 1,
     }
     assert any("log.csv:3: missing user_id (empty)" in example for example in examples)

@@ -47,10 +47,10 @@ def test_days_in_digits(tmp_path):
 
 def test_ambiguous_times_need_a_format(tmp_path):
     rows, bad, examples = read_times(tmp_path, "01/10/2019 12:00")
-    assert (rows, bad) == ([], {"timestamp is no time": 1})
-    assert "log.csv:2: timestamp is no time ('01/10/2019 12:00')" in examples[0]
+    assert (rows, bad) == ([], {"timestamp is not a time": 1})
+    assert "log.csv:2: timestamp is not a time ('01/10/2019 12:00')" in examples[0]
     assert read_times(tmp_path, "01/10/2019 12:00", "x", time_format="%d/%m/%Y %H:%M")[:2] == (
-        [NOON], {"timestamp is no time": 1})  # fmt: skip
+        [NOON], {"timestamp is not a time": 1})  # fmt: skip
 
 
 def test_the_order_stands_for_missing_times(tmp_path):

@@ -62,7 +62,7 @@ def require_column(name: str, table: Any, uri: str, key: str) -> None:
         key: the setting that names the column, for messages.
 
     Raises:
-        DataError: there is no such column, or several.
+        DataError: the column is missing or ambiguous.
     """
     available = [column for column in table.column_names if column != LINE_COLUMN]
     if available.count(name) > 1:

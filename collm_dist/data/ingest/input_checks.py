@@ -77,7 +77,7 @@ def _check_bad_rows(
     if bad.total() > dataset.max_bad_row_share * total:
         hints = (
             ("is no time", " (dates in another form: set dataset.time_format)"),
-            ("(dataset.row_filter)", " (write number(column) in the filter to leave out values that are no numbers)"),
+            ("(dataset.row_filter)", " (write number(column) in the filter to leave out values that are not numbers)"),
         )
         hint = "".join(text for part, text in hints if any(part in cause for cause in bad))
         raise DataError(

@@ -222,7 +222,7 @@ def normalize_batch(
     if columns.timestamp is not None:
         times, name = table.column(columns.timestamp), columns.timestamp
         seconds, valid = to_seconds(times, unit, time_format)
-        drop(~valid, f"{name} is no time", name)
+        drop(~valid, f"{name} is not a time", name)
         if unit_is_guessed and unit in UNITS and time_format is None and not has_dates(times):
             other = find_other_units(to_numbers(times), unit)
             drop(other, f"{name} is not in {unit} as in the first rows (dataset.timestamp_unit)", name)
@@ -231,7 +231,7 @@ def normalize_batch(
     labels, ratings = np.ones(table.num_rows, dtype=np.int8), np.empty(0)
     if columns.rating is not None:
         ratings = to_numbers(table.column(columns.rating))
-        drop(~np.isfinite(ratings), f"{columns.rating} is no number", columns.rating)
+        drop(~np.isfinite(ratings), f"{columns.rating} is not a number", columns.rating)
         labels = (ratings >= like_threshold).astype(np.int8)
     elif columns.label is not None:
         values = _to_labels(table.column(columns.label))

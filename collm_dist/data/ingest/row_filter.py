@@ -256,7 +256,7 @@ def drop_misfits(table: Any, row_filter: RowFilter, place: str, notes: Counter[s
     """
     usable = np.ones(table.num_rows, bool)
     for name, misfits in row_filter.find_misfits(table).items():
-        count, cause = pc.sum(misfits).as_py() or 0, f"{name} is no number (dataset.row_filter)"
+        count, cause = pc.sum(misfits).as_py() or 0, f"{name} is not a number (dataset.row_filter)"
         if name in row_filter.asked:
             notes[cause] = count
         elif count:
