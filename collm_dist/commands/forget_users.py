@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from collm_dist.cli import run_reporting
+from collm_dist.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collm_dist.serving.event_store import EventStore
 
 DESCRIPTION = """List the run directories that hold users who must be forgotten, and remove these runs with --apply.
 A run made without these users (dataset.forget) is kept. If it reuses stage 1 of a removed run, it gets a copy of the
@@ -28,6 +33,7 @@ def _run(arguments: argparse.Namespace) -> None:
     def load_ids(data_dir: Path) -> list[str]:  # as in the list
         return [str(user) for user in drop_fractions(pa.array(load_known_users(data_dir), pa.string())).to_pylist()]
 
+    store = None if arguments.events is None else _open_store(arguments.events)
     users = load_forgotten(arguments.users, "--users")
     runs = find_held_users(arguments.runs, users, load_ids)
     for run in runs:
@@ -36,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
     removed = remove_runs(runs) if arguments.apply else []
     for path in removed:
         print(f"removed {path}")
-    events = _forget_events(arguments.events, users.to_pylist(), arguments.apply) if arguments.events else 0
+    events = 0 if store is None else _forget_events(store, users.to_pylist(), arguments.apply)
     for run in runs:
         if run.count and run.published_to is not None:
             print(f"also published, remove it there yourself: {run.path.name} in {run.published_to}")
@@ -44,15 +50,24 @@ def _run(arguments: argparse.Namespace) -> None:
         print("--apply removes the runs that hold listed users" + ", and these events" * bool(events))
 
 
-def _forget_events(folder: Path, users: list[str], apply: bool) -> int:
-    from collm_dist.serving.event_store import EventStore
+def _open_store(folder: Path) -> EventStore:
+    from collm_dist.serving.event_store import FILE_NAME, EventStore
 
-    store = EventStore(folder)
+    if not (folder / FILE_NAME).exists():  # opening would make one
+        raise ArtifactError(
+            f"--events {folder}: there is no store of events; give the folder of the service's --events"
+        )
+    return EventStore(folder)
+
+
+def _forget_events(store: EventStore, users: list[str], apply: bool) -> int:
     count = store.forget(users, apply=apply)
-    print(f"{folder}: {count:,} events of listed users{' removed' * apply}")
+    done = " removed; restart the service if it runs, it has them in its counts" if apply and count else ""
+    print(f"{store.folder}: {count:,} events of listed users{done}")
     if parts := len(list(store.parts_folder.glob("*.parquet"))):
         print(
-            f"{folder}: {parts} parts are files of the log; remove the rows there, or name the list in dataset.forget"
+            f"{store.folder}: {parts} parts are files of the log; remove the rows there, or name the list in "
+            "dataset.forget"
         )
     store.close()
     return count

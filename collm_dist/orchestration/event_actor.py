@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 ACTOR_NAME = "collm-dist-events"
 _DAY_S = 86_400
 _CHECK_S = 60.0
+# A model in memory tells the store which events its log holds; after the silence it is taken for dead.
+_TELL_S, _SILENCE_S = 15.0, 300.0
 # Beyond the time in which Ray restarts a process.
 _PATIENCE_S = 60.0
 
@@ -32,7 +37,7 @@ class _EventActor:
     def __init__(self, folder: Path, columns: Mapping[str, Any], part_s: float, part_rows: int, keep_s: float) -> None:
         self._store, self._columns = EventStore(folder), dict(columns)
         self._part_s, self._part_rows, self._keep_s = part_s, part_rows, keep_s
-        self._ranges: Ranges = ()
+        self._told: dict[str, tuple[Ranges, float]] = {}
         threading.Thread(target=self._keep_house, daemon=True).start()
 
     def add(self, events: Sequence[Event]) -> Added:
@@ -45,30 +50,47 @@ class _EventActor:
         return self._store.count_items(items, before, ranges)
 
     def find_ranges(self, names: Sequence[str]) -> Ranges:
-        self._ranges = self._store.find_ranges(names)
-        return self._ranges
+        return self._store.find_ranges(names)
+
+    def tell(self, reader: str, ranges: Ranges) -> None:
+        """Note which events a model that is in memory leaves out."""
+        self._told[reader] = ranges, time.monotonic()
 
     def write_parts(self) -> list[str]:
         return [path.name for path in self._store.write_parts(self._columns)]
 
     def _keep_house(self) -> None:
-        """Write parts when they are due, and delete events that the served run read long ago."""
+        """Write parts when they are due, and delete old events that no model reads any more."""
         while True:
             time.sleep(min(_CHECK_S, self._part_s))
             try:
                 rows, received = self._store.count_waiting()
                 if rows and (rows >= self._part_rows or time.time() - received >= self._part_s):
                     self.write_parts()
-                self._store.prune(self._ranges, int(time.time() - self._keep_s))
+                self._prune()
             except CollmError as error:  # a full disk: tried again in a minute
                 logger.error("%s: %s", error.name, error)
 
+    def _prune(self) -> None:
+        # Replicas change over one by one, and may refuse a run after it was loaded.
+        now = time.monotonic()
+        told = [ranges for ranges, at in list(self._told.values()) if now - at < _SILENCE_S]
+        if told:
+            self._store.prune(reduce(_intersect, told), int(time.time() - self._keep_s))
+
+
+def _intersect(one: Ranges, other: Ranges) -> Ranges:
+    """Return the events in both."""
+    pairs = ((max(a, c), min(b, d)) for a, b in one for c, d in other)
+    return tuple((first, last) for first, last in pairs if first <= last)
+
 
 class EventClient:
-    """Access of a replica to the store, in the forms of ``EventSource`` and ``EventSink``."""
+    """Access of a loaded run to the store, in the form of ``EventSource``; it tells the store as long as it exists."""
 
     def __init__(self, actor: Any) -> None:
-        self._actor = actor
+        self._actor, self._name = actor, uuid.uuid4().hex
+        self._ranges: Ranges | None = None
 
     def read(self, users: Iterable[str], since: int = 0, ranges: Ranges = ()) -> Changes:
         """See ``EventStore.read``."""
@@ -83,7 +105,25 @@ class EventClient:
     def find_ranges(self, names: Iterable[str]) -> Ranges:
         """See ``EventStore.find_ranges``."""
         ranges: Ranges = _wait(self._actor.find_ranges.remote(list(names)))
+        _wait(self._actor.tell.remote(self._name, ranges))
+        if self._ranges is None:
+            threading.Thread(target=_keep_telling, args=(weakref.ref(self),), daemon=True).start()
+        self._ranges = ranges
         return ranges
+
+    def tell(self) -> None:
+        """Tell the store again which events are left out, without waiting for it."""
+        self._actor.tell.remote(self._name, self._ranges or ())
+
+
+def _keep_telling(reference: weakref.ref[EventClient]) -> None:
+    while True:
+        time.sleep(_TELL_S)
+        client = reference()
+        if client is None:
+            return
+        client.tell()
+        del client
 
 
 class EventWriter:
@@ -118,7 +158,7 @@ def start_event_actor(
         folder: of the store.
         columns: see ``event_parts.describe_columns``.
         part_minutes, part_rows: a part is written when its first event is this old, or when it has this many.
-        keep_days: age from which events that the served run has read are deleted.
+        keep_days: age from which events that all loaded runs have read are deleted.
 
     Raises:
         CollmError: the store cannot be opened.

@@ -97,18 +97,18 @@ class _Ranker:
     def __init__(
         self, plan: RunPlan, pointer: Path | None, model: str, options: ServiceOptions, events: Any, errors: Queue
     ) -> None:
-        run_dir, client = plan.run_dir, None if events is None else EventClient(events)
+        run_dir = plan.run_dir
+
+        def load(target: RunDir) -> Recommender:
+            client = None if events is None else EventClient(events)
+            return build_recommender(plan.read_config(target), target, events=client)
+
         try:
             if pointer is None and read_model_id(run_dir) != model:
                 raise ArtifactError(
                     f"{run_dir.path} has changed since the service was started; stop it and start it again"
                 )
-            self._follower = RunFollower(
-                run_dir,
-                lambda target: build_recommender(plan.read_config(target), target, events=client),
-                pointer,
-                options.follow_every_s,
-            )
+            self._follower = RunFollower(run_dir, load, pointer, options.follow_every_s)
         except CollmError as error:  # Serve reports the text of a traceback only
             errors.put(error.to_dict())
             raise

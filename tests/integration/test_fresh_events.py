@@ -14,9 +14,12 @@ import torch
 
 import collm_dist
 from collm_dist import Event, EventStore
+from collm_dist.commands import forget_users
 from collm_dist.config.loader import change_settings, load_config
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
+from collm_dist.orchestration import event_actor
 from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.event_actor import _EventActor
 from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_parts import describe_columns, list_read_parts
@@ -105,6 +108,58 @@ def test_a_new_user_is_known_by_events(finished_run, tmp_path):
     assert found == ours.rank(history=liked, disliked=disliked, candidates=candidates)
     assert not {item.item_id for item in ours.rank(user="newcomer")} & {*liked, *disliked}
     assert ours.rank(user="another", candidates=candidates) == before
+
+
+def test_events_are_deleted_once_every_loaded_run_has_read_them(tmp_path, monkeypatch):
+    """A replica changes over before the other, or loads a run and refuses it: the other run still reads the events."""
+    columns = {"user_id": "u", "item_id": "i", "timestamp": "t", "rating": None, "label": "l"}
+    actor = _EventActor(tmp_path, columns, part_s=60, part_rows=100, keep_s=-60)
+    names = []
+    for number in range(3):
+        actor.add([Event(str(number), "u", "a", number)])
+        names += actor.write_parts()
+    actor._prune()  # nobody has said anything yet
+    actor.tell("one", actor.find_ranges(names[:1]))
+    actor.tell("two", actor.find_ranges(names[1:]))
+    actor._prune()
+    assert actor.read(["u"], 0, ()).items == {"a": (3, 3)}
+    actor.tell("one", actor.find_ranges(names[:2]))
+    actor._prune()
+    assert [time for _, time, _ in actor.read(["u"], 0, ()).users["u"]] == [0, 2]
+    monkeypatch.setattr(event_actor, "_SILENCE_S", 0.0)
+    actor.tell("three", actor.find_ranges(names))
+    actor._prune()  # all are silent
+    assert actor.read(["u"], 0, ()).items == {"a": (2, 2)}
+
+
+def test_events_of_listed_users_are_counted_and_then_deleted(finished_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_run / "data", tmp_path / "run" / "data")
+    store = EventStore(tmp_path / "events")
+    users = ["7", "a visitor", "8", "7"]
+    store.add([Event(str(number), user, "3", 1_030_000_000 + number) for number, user in enumerate(users)])
+    store.write_parts(describe_columns(load_config(finished_run / "config.yaml").dataset))
+    (tmp_path / "forget.csv").write_text("user_id\n7\na visitor\nnobody\n")
+
+    def run(events, *more):
+        command = ["forget_users", "--users", tmp_path / "forget.csv", "--runs", tmp_path / "run", "--events", events]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (*command, *more)])
+        return forget_users.main(), "".join(capsys.readouterr())
+
+    code, shown = run(store.folder)
+    assert code == 0
+    assert f"{store.folder}: 3 events of listed users\n" in shown
+    assert f"{store.folder}: 1 parts are files of the log; remove the rows there" in shown
+    assert "--apply removes the runs that hold listed users, and these events" in shown
+    assert store.read([]).items == {"3": (4, 4)}
+    code, shown = run(tmp_path / "evnets", "--apply")
+    assert code == 2
+    assert "evnets: there is no store of events" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "events", "forget.csv"}
+    code, shown = run(store.folder, "--apply")
+    assert (code, (tmp_path / "run").exists()) == (0, False)
+    assert f"{store.folder}: 3 events of listed users removed; restart the service if it runs" in shown
+    assert store.read(users).users == {"7": [], "a visitor": [], "8": [("3", 1_030_000_002, 1)]}
+    assert not any(b"a visitor" in path.read_bytes() for path in store.folder.glob("events*"))
 
 
 def test_scores_do_not_depend_on_the_default_type_of_tensors(finished_run):

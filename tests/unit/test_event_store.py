@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.data.ingest.id_forms import IdIndex
-from collm_dist.errors import ArtifactError, RequestError
+from collm_dist.data.ingest.source import open_source
+from collm_dist.errors import ArtifactError, DataError, RequestError
 from collm_dist.serving import event_store
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.event_parts import describe_columns
@@ -77,6 +78,44 @@ def test_a_store_is_a_dictionary_by_event_id(tmp_path_factory, actions):
     ]  # each once, in the order of arrival
     assert store.write_parts(COLUMNS) == []
     store.close()
+
+
+@pytest.fixture
+def log_of_kinds(tmp_path):
+    """Settings of a log with columns that parts of events lack, and of a part beside it."""
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,timestamp,rating,kind,fold\nu,a,1,5,sale,train\nu,b,2,2,sale,valid\nv,a,3,5,view,test\n"
+    )
+    columns = ColumnsConfig(rating="rating", split="fold")
+    dataset = DatasetConfig(path=str(tmp_path / "log.csv"), columns=columns, new_events=str(tmp_path / "parquet"))
+    store = EventStore(tmp_path)
+    store.add([Event("1", "w", "c", 4, 1), Event("2", "w", "d", 5, 0)])
+    store.write_parts(describe_columns(dataset))
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("row_filter", "items", "shown"),
+    [
+        ("kind == 'sale'", ["a", "b", "c", "d"], ["parts of dataset.new_events have no kind, so dataset.row_filter"]),
+        ("kind == 'sale' and rating > 3", ["a", "c", "d"], ["parts of dataset.new_events have no kind"]),
+        ("rating > 3", ["a", "a", "c"], []),
+    ],
+)
+def test_a_filter_on_a_column_that_parts_lack_keeps_their_rows(log_of_kinds, row_filter, items, shown):
+    source = open_source(log_of_kinds.model_copy(update={"row_filter": row_filter}))
+    batches = [batch for chunk in source.chunks for batch in source.read_chunk(chunk)]
+    assert [item for batch in batches for item in batch.table.column("item_id").to_pylist()] == items
+    assert [guess[: len(text)] for guess, text in zip(source.list_guesses(), shown, strict=True)] == shown
+    assert sum(batch.rows_read for batch in batches) == 5
+
+
+def test_parts_are_refused_by_a_split_of_the_log(log_of_kinds):
+    split = log_of_kinds.split.model_copy(update={"method": "column"})
+    with pytest.raises(
+        DataError, match=r"part-000001-\w+\.parquet: events have no column 'fold' .*to ratio or calendar"
+    ):
+        open_source(log_of_kinds.model_copy(update={"split": split}))
 
 
 def test_changes_come_in_windows(tmp_path, monkeypatch):

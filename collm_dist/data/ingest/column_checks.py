@@ -17,8 +17,14 @@ from collm_dist.errors import DataError
 _MAX_SHOWN = 50
 
 
-def check_columns(table: Any, uri: str, columns: ColumnsConfig, dataset: DatasetConfig) -> None:
+def check_columns(table: Any, uri: str, columns: ColumnsConfig, filtered: Sequence[str] = ()) -> None:
     """Check that a table of interactions has the columns that are read, with one value per row.
+
+    Args:
+        table: rows of a file.
+        uri: the file, for messages.
+        columns: names of the columns.
+        filtered: columns of the row filter.
 
     Raises:
         DataError: the message names the file, the column and the setting.
@@ -26,9 +32,8 @@ def check_columns(table: Any, uri: str, columns: ColumnsConfig, dataset: Dataset
     for key, name in columns.model_dump().items():
         if name is not None:
             require_column(name, table, uri, f"dataset.columns.{key}")
-    if dataset.row_filter:
-        for name in parse_row_filter(dataset.row_filter).names:
-            require_column(name, table, uri, "dataset.row_filter")
+    for name in filtered:
+        require_column(name, table, uri, "dataset.row_filter")
 
 
 def check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: DatasetConfig) -> None:

@@ -28,7 +28,7 @@ from collm_dist.data.ingest.file_readers import (
     read_tables,
 )
 from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table
-from collm_dist.data.ingest.new_events import list_new_events
+from collm_dist.data.ingest.new_events import check_parts, find_missing, list_new_events
 from collm_dist.data.ingest.normalize import (
     DATE_DIGITS,
     FIRST_SECOND,
@@ -106,6 +106,8 @@ class Source:
         column_types: Arrow types of the first file, for the preview.
         first_rows: delimiter and times of the first rows, for the preview.
         numeric_columns: columns of numbers, if the row filter compares columns with each other.
+        part_uris: the chunks' files of ``dataset.new_events``.
+        unfiltered: columns of the row filter that the parts lack.
     """
 
     chunks: tuple[FileChunk, ...]
@@ -120,6 +122,8 @@ class Source:
     column_types: dict[str, str] = field(default_factory=dict)
     first_rows: dict[str, str] = field(default_factory=dict)
     numeric_columns: frozenset[str] = frozenset()
+    part_uris: frozenset[str] = frozenset()
+    unfiltered: tuple[str, ...] = ()
 
     def split_chunks(self, inputs: Mapping[str, Any]) -> Iterator[FileChunk]:
         """Yield the chunks, large text files in parts. The parts depend on the files alone, not on the workers.
@@ -143,11 +147,13 @@ class Source:
         Raises:
             DataError: the file cannot be read, or lacks a column.
         """
-        row_filter = _parse_filter(self.dataset, self.numeric_columns)
+        configured = _parse_filter(self.dataset, self.numeric_columns)
         first_row, bad_rows = 0, BadRows()
         for raw in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups, chunk.part):
             table, rows = raw, raw.num_rows
-            check_columns(table, chunk.uri, self.columns, self.dataset)
+            is_part = chunk.uri in self.part_uris
+            row_filter = None if is_part and find_missing(table, configured) else configured
+            check_columns(table, chunk.uri, self.columns, row_filter.names if row_filter else ())
             try:
                 notes = Counter[str]()
                 if row_filter is not None:
@@ -211,6 +217,9 @@ class Source:
                 guesses.append(f"cells are separated by {delimiter} (dataset.delimiter)")
         if self.timestamp_unit == DATE_DIGITS:
             guesses.append(f"{self.columns.timestamp} holds dates in digits, YYYYMMDD (dataset.timestamp_unit)")
+        if self.unfiltered:
+            columns = ", ".join(self.unfiltered)
+            guesses.append(f"parts of dataset.new_events have no {columns}, so dataset.row_filter keeps all their rows")
         return guesses
 
     def describe(self) -> dict[str, Any]:
@@ -233,15 +242,16 @@ def open_source(dataset: DatasetConfig) -> Source:
         DataError: a file is missing or lacks a column; the message names the file, the column and the setting.
         ConfigError: the row filter or the item text does not parse.
     """
-    path, format_name = dataset.path or "", dataset.format
+    path, format_name, parts = dataset.path or "", dataset.format, list[str]()
     if dataset.asset is not None:
         from collm_dist.assets import resolve_dataset
 
         folder, asset_format = resolve_dataset(dataset.asset)
         path, format_name = str(folder), asset_format  # type: ignore[assignment]
     if format_name == "table":
+        parts = list_new_events(dataset)
         layout = DatasetLayout(
-            interactions=(*list_files(path, "dataset.path"), *list_new_events(dataset)),
+            interactions=(*list_files(path, "dataset.path"), *parts),
             items=tuple(list_files(dataset.items_path, "dataset.items_path")) if dataset.items_path else (),
             columns=_select_columns(dataset),
             item_id=dataset.item_columns.item_id,
@@ -264,7 +274,9 @@ def open_source(dataset: DatasetConfig) -> Source:
             items_format=replace(layout.items_format, encoding=dataset.encoding),
         )
     uri, first = read_first(layout.interactions, layout.file_format)
-    check_columns(first, uri, layout.columns, dataset)
+    row_filter = _parse_filter(dataset, frozenset())
+    check_columns(first, uri, layout.columns, row_filter.names if row_filter else ())
+    unfiltered = check_parts(parts, layout.file_format, layout.columns, row_filter)
     numeric_columns = _check_filter(dataset, uri, first)
     unit = _find_unit(dataset, layout.columns, uri, first)
     if layout.items:
@@ -285,6 +297,8 @@ def open_source(dataset: DatasetConfig) -> Source:
         column_types={column.name: str(column.type) for column in first.schema if column.name != LINE_COLUMN},
         first_rows=_describe_first_rows(first, layout.columns, unit, dataset.time_format),
         numeric_columns=numeric_columns,
+        part_uris=frozenset(parts),
+        unfiltered=unfiltered,
     )
 
 
