@@ -7,17 +7,21 @@ collaborative vector, K soft tokens a slot, D model width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
+from collm_dist.llm.packed.kept_contexts import KeptContexts
 from collm_dist.llm.packed.passes import Prefix, run_prefix, run_tree
-from collm_dist.llm.packed.prefix_cache import PrefixCache
+from collm_dist.llm.packed.prefix_cache import PrefixCache, RunPrefixes
 from collm_dist.llm.slot_mapping import SlotMapper
+from collm_dist.llm.token_keys import key_tokens
 from collm_dist.prompt_batch import Mirrored, PromptBatch, Slots
 
 
@@ -47,6 +51,9 @@ class CollmModel(nn.Module):
 
     The logits of the full vocabulary never exist: a score is a dot product of the target's last hidden state with the
     head's rows of the two answers.
+
+    Attributes:
+        kept_contexts: keeps constant prefixes between requests; only for a model that does not train.
     """
 
     answer_rows: Tensor
@@ -93,6 +100,7 @@ class CollmModel(nn.Module):
         else:
             self.cf_model = cf_model
         self.detach_cf, self.prefix_cache = detach_cf, prefix_cache
+        self.kept_contexts: KeptContexts | None = None
         self._kept_header: tuple[int, Prefix] | None = None
         self._dropout_masks = install_keyed_dropout(backbone)
         self.score = score
@@ -106,11 +114,17 @@ class CollmModel(nn.Module):
     def _backbone_trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
+    def drop_kept(self) -> None:
+        """Drop all keys and values that are kept between passes."""
+        self._kept_header = None
+        if self.kept_contexts is not None:
+            self.kept_contexts.drop()
+
     def train(self, mode: bool = True) -> CollmModel:
         """Switch dropout on or off; it stays off in parts that do not train."""
         # Weights may have changed since the header was computed, except between steps of a frozen backbone.
         if mode != self.training or self._backbone_trains:
-            self._kept_header = None
+            self.drop_kept()
         super().train(mode)
         for part in (self.backbone, self.cf_model):
             if isinstance(part, nn.Module) and not any(parameter.requires_grad for parameter in part.parameters()):
@@ -128,9 +142,10 @@ class CollmModel(nn.Module):
             self._dropout_masks.draw(batch, dropout_key)
         embed = self.backbone.get_input_embeddings()
         header = embed(batch.header_ids) if len(batch.header_ids) else None
-        tokens = self._insert_slots(embed(torch.cat([batch.prefix_ids, batch.tree_ids])), batch)
+        slots, vectors = self._read_vectors(batch)
+        tokens = self._insert_slots(embed(torch.cat([batch.prefix_ids, batch.tree_ids])), batch, slots, vectors)
         prefix_tokens, tree_tokens = torch.split(tokens, [len(batch.prefix_ids), len(batch.tree_ids)])
-        prefix = self._run_prefix(prefix_tokens, batch, header) if len(prefix_tokens) else None
+        prefix = self._run_prefix(prefix_tokens, batch, header, slots, vectors) if len(prefix_tokens) else None
         hidden = run_tree(
             self.decoder,
             tree_tokens,
@@ -146,16 +161,38 @@ class CollmModel(nn.Module):
         return scores if self.anchored_score is None else self.anchored_score(batch.anchors, scores)
 
     @torch.no_grad()
-    def _run_prefix(self, embeds: Tensor, batch: PromptBatch, header: Tensor | None) -> Prefix:
+    def _run_prefix(
+        self, embeds: Tensor, batch: PromptBatch, header: Tensor | None, slots: Slots, vectors: Tensor | None
+    ) -> Prefix:
         """Return the keys and values of each row's prefix; equal prefixes are computed once."""
         header_prefix = None if header is None else self._run_header(header, batch.header_key)
+        compute = self._reuse_contexts(batch, slots, vectors)
+        lengths = batch.prefix_lengths
         if self.prefix_cache is not None:
             prefix = self.prefix_cache.run(
-                self.decoder, embeds, batch.prefix_lengths, batch.prefix_keys.tolist(), header_prefix
+                self.decoder, embeds, lengths, batch.prefix_keys.tolist(), header_prefix, compute
             )
+        elif compute is not None:
+            prefix = compute(self.decoder, embeds, lengths, header_prefix, range(len(lengths)))
         else:
-            prefix = run_prefix(self.decoder, embeds, batch.prefix_lengths, header_prefix)
+            prefix = run_prefix(self.decoder, embeds, lengths, header_prefix)
         return dataclasses.replace(prefix, rows=batch.prefix_rows)
+
+    def _reuse_contexts(self, batch: PromptBatch, slots: Slots, vectors: Tensor | None) -> RunPrefixes | None:
+        """Return a function that computes only what is not kept of a batch's prefixes; None if nothing is kept."""
+        kept = self.kept_contexts
+        if kept is None:
+            return None
+        tokens_per_slot = 1 if self.slot_mapper is None else self.slot_mapper.tokens_per_slot
+        keys = key_tokens(batch.prefix_ids, slots.places, vectors, tokens_per_slot)
+        divided = np.split(keys, np.cumsum(batch.prefix_lengths.numbers)[:-1])
+
+        def run(
+            decoder: PackedDecoder, embeds: Tensor, lengths: Mirrored, header: Prefix | None, rows: Sequence[int]
+        ) -> Prefix:
+            return kept.run(decoder, embeds, lengths, [divided[row] for row in rows], header, batch.header_key)
+
+        return run
 
     def _run_header(self, embeds: Tensor, key: int) -> Prefix:
         """Return the keys and values of a (U, D) header; kept while the weights cannot change."""
@@ -166,20 +203,26 @@ class CollmModel(nn.Module):
             self._kept_header = key, header
         return header
 
-    def _insert_slots(self, embeds: Tensor, batch: PromptBatch) -> Tensor:
+    def _read_vectors(self, batch: PromptBatch) -> tuple[Slots, Tensor | None]:
+        """Return the slots of collaborative vectors, and these as the mapping reads them, (S, E); None without."""
+        slots = _join_slots(batch.user_slots, batch.item_slots)
+        if self.slot_mapper is None or self.slot_mapper.cf is None or self.cf_model is None:
+            return slots, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_cf):
+            users = self.cf_model.user_vectors(
+                batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps
+            )
+            items = self.cf_model.item_vectors(batch.item_slots.sources, batch.item_timestamps)
+            vectors = torch.cat([users[batch.user_slots.sources], items])
+            vectors = vectors.to(self.slot_mapper.cf.hidden.weight.dtype)
+        return slots, _mask(vectors, slots.masked)
+
+    def _insert_slots(self, embeds: Tensor, batch: PromptBatch, slots: Slots, vectors: Tensor | None) -> Tensor:
         """Put soft tokens into their slots: (M, D) -> (M, D)."""
         if self.slot_mapper is None:
             return embeds
-        if self.slot_mapper.cf is not None and self.cf_model is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_cf):
-                users = self.cf_model.user_vectors(
-                    batch.user_idx, batch.user_history, batch.user_target, batch.user_timestamps
-                )
-                items = self.cf_model.item_vectors(batch.item_slots.sources, batch.item_timestamps)
-                vectors = torch.cat([users[batch.user_slots.sources], items])
-                vectors = vectors.to(self.slot_mapper.cf.hidden.weight.dtype)
-            slots = _join_slots(batch.user_slots, batch.item_slots)
-            embeds = _place(embeds, slots, self.slot_mapper.cf(_mask(vectors, slots.masked)))
+        if self.slot_mapper.cf is not None and vectors is not None:
+            embeds = _place(embeds, slots, self.slot_mapper.cf(vectors))
         if self.slot_mapper.pair is not None:
             features = batch.pair_features[batch.pair_slots.sources].to(self.slot_mapper.pair.hidden.weight.dtype)
             embeds = _place(embeds, batch.pair_slots, self.slot_mapper.pair(_mask(features, batch.pair_slots.masked)))

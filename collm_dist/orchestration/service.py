@@ -7,25 +7,25 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.metrics import Histogram
 from ray.util.queue import Queue
 
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError, RequestError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.event_actor import EventClient, EventWriter, start_event_actor
+from collm_dist.orchestration.pass_metrics import PassMetrics
 from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
@@ -39,11 +39,12 @@ from collm_dist.serving.http_app import Ranked, build_app
 from collm_dist.serving.http_events import add_event_routes
 from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
-from collm_dist.serving.run_follower import RunFollower, read_model_id
+from collm_dist.serving.run_follower import RunFollower, ServedRun, read_model_id
 from collm_dist.serving.service_options import ServiceOptions
 from collm_dist.serving.web_page import add_page
 
 APP_NAME = "collm-dist"
+Answer = TypeVar("Answer")
 # Requests and clients are not logged; internal errors are.
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 # Ray Serve's default of 5 seconds is too short for its proxy to start on a busy machine.
@@ -101,7 +102,8 @@ class _Ranker:
 
         def load(target: RunDir) -> Recommender:
             client = None if events is None else EventClient(events)
-            return build_recommender(plan.read_config(target), target, events=client)
+            config = plan.read_config(target)
+            return build_recommender(config, target, events=client, reuse_bytes=options.reuse_bytes)
 
         try:
             if pointer is None and read_model_id(run_dir) != model:
@@ -113,22 +115,21 @@ class _Ranker:
             errors.put(error.to_dict())
             raise
         self._options, self._events = options, events
-        self._sizes = Histogram("collm_requests_per_pass", "Requests scored together.", [1, 2, 4, 8, 16, 32, 64, 128])
-        self._seconds = Histogram("collm_pass_seconds", "Seconds of a pass.", [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30])
+        self._metrics = PassMetrics()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._options
         thread = ThreadPoolExecutor(max_workers=1)  # the model is not thread-safe
         batcher: Batcher[RankingQuery, Ranked] = Batcher(
-            lambda queries: self._follower.served.rank_many(queries),
+            lambda queries: self._answer(lambda served: served.rank_many(queries)),
             max_size=options.max_batch_size,
             wait_s=options.batch_wait_ms / 1000,
             max_waiting=options.max_waiting,
-            report=self._report,
+            report=self._metrics.report_pass,
             thread=thread,
         )
         comparer: Batcher[RankingQuery, Compared] = Batcher(
-            lambda queries: self._follower.served.compare_many(queries),
+            lambda queries: self._answer(lambda served: served.compare_many(queries)),
             max_size=1,
             wait_s=0,
             max_waiting=options.max_waiting,
@@ -149,9 +150,12 @@ class _Ranker:
         add_page(app)
         return app
 
-    def _report(self, size: int, took_s: float) -> None:
-        self._sizes.observe(size)
-        self._seconds.observe(took_s)
+    def _answer(self, answer: Callable[[ServedRun], list[Answer]]) -> list[Answer]:
+        """Return a pass's answers by the run that is served when it begins."""
+        served = self._follower.served
+        answers = answer(served)
+        self._metrics.report_reuse(served.recommender.kept_contexts)
+        return answers
 
 
 def run_service(

@@ -72,6 +72,7 @@ class Changes:
         last: number of the last event that ``items`` counts.
         end: first second after those events.
         is_complete: whether there are no events after ``last``.
+        forgotten: number of times that users have been forgotten.
     """
 
     users: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Changes:
     last: int = 0
     end: int = FIRST_SECOND
     is_complete: bool = True
+    forgotten: int = 0
 
 
 class EventStore:
@@ -163,6 +165,7 @@ class EventStore:
                 f"WHERE seq > ? AND seq <= ?{rest} GROUP BY item",
                 (since, last, *bounds),
             ).fetchall()
+            forgotten = database.execute("SELECT value FROM facts WHERE name = 'forgotten'").fetchone()
             found = {user: self._read_user(database, user, rest, bounds) for user in dict.fromkeys(users)}
         return Changes(
             users=found,
@@ -170,6 +173,7 @@ class EventStore:
             last=max(last, since),
             end=max((latest + 1 for *_, latest in counts), default=FIRST_SECOND),
             is_complete=last >= newest,
+            forgotten=0 if forgotten is None else int(forgotten[0]),
         )
 
     def _read_user(
@@ -302,6 +306,11 @@ class EventStore:
                 count += database.execute("SELECT COUNT(*) FROM events WHERE user = ?", (user,)).fetchone()[0]
                 if apply:
                     database.execute("DELETE FROM events WHERE user = ?", (user,))
+            if apply:
+                database.execute(
+                    "INSERT INTO facts VALUES ('forgotten', '1') "
+                    "ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1"
+                )
         if apply:  # also from free pages of the file and from its log
             with self._write_lock, self._explaining():
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -11,6 +11,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.config.yaml_file import BASE_KEY, read_yaml
 from collm_dist.errors import ArtifactError
+from collm_dist.llm.packed.kept_contexts import KeptContexts
 from collm_dist.runs.code_trust import check_code
 from collm_dist.runs.damage import explain_read_errors
 from collm_dist.runs.fingerprints import compute_fingerprint, find_changes
@@ -27,6 +28,7 @@ def load_recommender(
     trust_code: bool = False,
     accept_stage1: bool = False,
     events: EventSource | None = None,
+    reuse_bytes: int = 0,
 ) -> Recommender:
     """Load a finished run.
 
@@ -37,6 +39,8 @@ def load_recommender(
             trained by this account need no permission.
         accept_stage1: rank with stage 1 if stage 2 is not done.
         events: an ``EventStore``, whose events count as if they were in the run's log, unless the run has read them.
+        reuse_bytes: memory, on the device, for what the model has computed of the users' contexts; a user who returns
+            is then ranked faster. 0 = nothing is kept.
 
     Raises:
         ArtifactError: stage 2 is not done, or neither stage is; an artifact is missing, damaged or made from other
@@ -52,7 +56,7 @@ def load_recommender(
     with explain_read_errors(run.path):
         config = load_run_config(run.path / "config.yaml")
         config = check_settings(config, run, trust_code=trust_code, accept_stage1=accept_stage1)
-        return build_recommender(config, run, device, events)
+        return build_recommender(config, run, device, events, reuse_bytes)
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -74,12 +78,15 @@ def build_recommender(
     run_dir: RunDir,
     device: torch.device | str | None = None,
     events: EventSource | None = None,
+    reuse_bytes: int = 0,
 ) -> Recommender:
     """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``."""
     stage = find_stage(run_dir)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_stage_model(config, run_dir, stage, torch.device(device))
+    if reuse_bytes:
+        loaded.model.kept_contexts = KeptContexts(reuse_bytes, run_dir.read_content_hash(stage))
     return Recommender(config, run_dir, stage, loaded, events)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
@@ -45,6 +45,7 @@ class FreshEvents:
     def __init__(
         self, source: EventSource, item_ids: list[str], item_index: Mapping[str, int], *,
         read_parts: Iterable[str], duplicates: Duplicates,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Store the run's item table, and find which parts of the store its log holds.
 
@@ -54,12 +55,13 @@ class FreshEvents:
             read_parts: names of the parts that the run has read.
             duplicates: ``dataset.duplicates``; with ``first`` and ``collapse`` a user's repeated events count once in
                 the user's own history. Counts of items have all of them.
+            forget: called when users have been forgotten since the last reading.
         """
         self._source, self._item_ids, self._item_index = source, item_ids, item_index
         self._duplicates, self._ranges = duplicates, source.find_ranges(read_parts)
         self._likes, self._rows = np.zeros((2, len(item_ids)), np.int64)
         self._users: dict[str, UserEvents] | None = None
-        self._last = 0
+        self._forget, self._last, self._forgotten = forget, 0, 0
         self.end = -(2**62)
 
     @contextmanager
@@ -75,6 +77,9 @@ class FreshEvents:
                     self._likes[index] += likes
                     self._rows[index] += rows
             self._last, self.end = changes.last, max(self.end, changes.end)
+            if changes.forgotten != self._forgotten:
+                self._forgotten = changes.forgotten
+                self._forget()
             if changes.is_complete:
                 break
         self._users = {user: self._to_arrays(rows) for user, rows in changes.users.items()}

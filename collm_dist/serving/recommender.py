@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -35,6 +34,7 @@ from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.item_search import ItemSearch
 from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem, take_turns
 from collm_dist.serving.received_event import Event
+from collm_dist.serving.request_errors import check_count, naming_request
 from collm_dist.serving.requests import (
     Id,
     RankedItem,
@@ -66,6 +66,7 @@ class Recommender:
         stage: stage of the model: stage2, or stage1 if stage 2 is not done.
         config: the run's settings.
         user_ids, item_ids: raw ids of all users and items of the run.
+        kept_contexts: what is kept between requests; None = nothing.
     """
 
     def __init__(
@@ -92,12 +93,20 @@ class Recommender:
         manifest = load_manifest(data_dir)
         items, texts = load_item_table(data_dir), load_user_texts(data_dir)
         self.config, self.stage = config, stage
+        self.kept_contexts = loaded.model.kept_contexts
         self.user_ids, self.item_ids, self._titles = load_user_ids(data_dir), items["item_id"], items["title"]
         item_index = IdIndex(self.item_ids)
         fresh = None
         if events is not None:
             parts, duplicates = list_read_parts(run_dir), config.dataset.duplicates
-            fresh = FreshEvents(events, self.item_ids, item_index, read_parts=parts, duplicates=duplicates)
+            fresh = FreshEvents(
+                events,
+                self.item_ids,
+                item_index,
+                read_parts=parts,
+                duplicates=duplicates,
+                forget=loaded.model.drop_kept,
+            )
         self._reader = RequestReader(
             IdIndex(self.user_ids),
             item_index,
@@ -235,7 +244,7 @@ class Recommender:
 
     def _propose(self, request: RankingRequest, count: int) -> list[str]:
         """Return items for a comparison: the best by the collaborative model and the most liked in turns."""
-        _check_count(count)
+        check_count(count)
         user = self._reader.read_user(request)
         allowed, excluded = self._reader.read_pool(request, user.seen)
         pool = np.setdiff1d(np.arange(len(self.item_ids)) if allowed is None else allowed, excluded)
@@ -326,14 +335,14 @@ class Recommender:
         Raises:
             RequestError: a request or the count is invalid, or the run has no collaborative model.
         """
-        _check_count(count)
+        check_count(count)
         with self._reader.reading(requests):
             return self._retrieve(requests, count)
 
     def _retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
         retrieved: list[list[str]] = []
         for index, request in enumerate(requests):
-            with _naming(index, len(requests)):
+            with naming_request(index, len(requests)):
                 user = self._reader.read_user(request)
                 allowed, excluded = self._reader.read_pool(request, user.seen)
             pool = self._find_pool(user, allowed, excluded, count)
@@ -373,7 +382,7 @@ class Recommender:
         users: list[UserContext] = []
         candidates: list[IntArray] = []
         for index, request in enumerate(requests):
-            with _naming(index, len(requests)):
+            with naming_request(index, len(requests)):
                 item_idx = self._reader.read_candidates(request)
                 user = self._reader.read_user(request)
             if users and sum(map(len, candidates)) + len(item_idx) > _MAX_ROWS:
@@ -383,17 +392,3 @@ class Recommender:
             candidates.append(item_idx)
         if users:
             yield users, candidates
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise RequestError(f"candidates: {count} items cannot be retrieved; give a number of at least 1")
-
-
-@contextmanager
-def _naming(place: int, count: int) -> Iterator[None]:
-    """Prefix errors with the index of the request, if there are several."""
-    try:
-        yield
-    except RequestError as error:
-        raise RequestError(f"request {place}: {error}" if count > 1 else str(error)) from None

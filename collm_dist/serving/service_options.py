@@ -38,6 +38,12 @@ class ServiceOptions(BaseModel):
     receive_timeout_s: float = Field(
         10, gt=0, description="seconds within which the headers of a request, and then its body, must arrive; else 408"
     )
+    reuse_bytes: int = Field(
+        1 << 30,
+        ge=0,
+        description="memory per replica, on its device, in bytes, for what was computed of users' contexts, so that "
+        "returning users are ranked faster; 0 keeps nothing",
+    )
     events: str | None = Field(
         None,
         description="folder, outside of runs and on a disk of this machine, of the events that POST /events receives; "

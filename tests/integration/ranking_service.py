@@ -17,8 +17,8 @@ TOKEN = "a-token-for-the-tests"
 class Service:
     """A running ``launch/serve.py``."""
 
-    def __init__(self, process, port):
-        self.process, self.port = process, port
+    def __init__(self, process, port, metrics_port):
+        self.process, self.port, self.metrics_port = process, port, metrics_port
 
     def ask(self, body, *, method="POST", path="/rank", headers=None):
         """Return status, headers and decoded answer of a request."""
@@ -41,9 +41,9 @@ def serving(run_dir, *options):
     ) as process:
         try:
             line = next((text for text in process.stdout if text.startswith("serving ")), "")
-            found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
+            found = re.search(r"http://127\.0\.0\.1:(\d+) .* at port (\d+)", line)
             assert found, "the service did not start"
-            yield Service(process, int(found.group(1)))
+            yield Service(process, *map(int, found.groups()))
         finally:
             process.send_signal(signal.SIGTERM)
             try:

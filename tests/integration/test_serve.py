@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,6 +232,34 @@ def test_the_page_and_what_it_asks(service, recommender):
     with ThreadPoolExecutor(6) as pool:  # rankings and comparisons share the model, one pass at a time
         answers = list(pool.map(lambda path: service.ask(query, path=path)[0], ["/rank", "/compare"] * 3))
     assert set(answers) == {200}
+
+
+def read_metrics(port):
+    """Return the service's own metrics by name and first tag, as Ray exports them for Prometheus."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, tags, value in re.findall(r"^ray_(collm_\w+)\{(.*)\} ([\d.e+-]+)$", text, re.MULTILINE):
+        tag = re.search(r'(?:reused|source)="(\w+)"', tags)
+        found[name, tag and tag.group(1)] = float(value)
+    return found
+
+
+def test_returning_users_are_in_the_metrics(service):
+    """Ray exports them every few seconds; those of the tests above may be there already."""
+    for _ in range(2):
+        service.ask({"history": LIKED, "candidates": ["41", "42"]})
+    end = time.monotonic() + 60
+    while ("collm_contexts_total", "whole") not in (found := read_metrics(service.metrics_port)):
+        assert time.monotonic() < end, found
+        time.sleep(1)
+    assert found["collm_contexts_total", "whole"] >= 1
+    assert found["collm_contexts_total", "none"] >= 1
+    kept, computed = (found["collm_context_tokens_total", source] for source in ("kept", "computed"))
+    assert found["collm_context_hit_rate", None] == pytest.approx(kept / (kept + computed))
+    assert 0 < found["collm_kept_context_bytes", None] < 1 << 30
+    assert found["collm_saved_milliseconds_total", None] > 0
+    assert found["collm_requests_per_pass_count", None] >= 2
 
 
 def test_it_stops_in_order(finished_run, service):

@@ -10,6 +10,7 @@ Reading order, which is also the order of a forward pass:
 5. ``packing``: gathers and scatters between packed tokens and cells, with their gradients.
 6. ``lean_modules``: leaner forward functions of MLPs and norms.
 7. ``prefix_cache``: prefixes kept from one epoch to the next.
+8. ``kept_contexts``: prefixes kept from one request to the next, and extended.
 
 Words: *packed* tokens stand one after the other without padding. A *row* is a context's tail with the branches of its
 targets. A *cell* is an entry of a layout that holds a token or padding. The *header* is the text that all prompts begin

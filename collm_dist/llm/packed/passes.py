@@ -91,6 +91,36 @@ def run_prefix(decoder: PackedDecoder, embeds: Tensor, lengths: Mirrored, header
     )
 
 
+@torch.no_grad()
+def extend_prefixes(
+    decoder: PackedDecoder, embeds: Tensor, lengths: Mirrored, kept: Prefix
+) -> list[tuple[Tensor, Tensor]]:
+    """Run the tokens after the kept beginnings of prefixes, and return their keys and values.
+
+    Args:
+        decoder: runs them.
+        embeds: (P, D) input embeddings of the tokens to run.
+        lengths: (S,) tokens to run of each prefix.
+        kept: beginnings of the S prefixes, which may be empty, after their header.
+
+    Returns:
+        By layer, (P, G, W) each.
+    """
+    rows, past = lengths.list_rows(), kept.list_past()
+    own = torch.arange(len(rows), device=rows.device) - lengths.list_starts()[rows]
+    positions = kept.header + past.lengths.tensor[rows] + own
+    layout: RowLayout | SequenceLayout
+    if decoder.uses_sequences(embeds):
+        numbers = Mirrored.of(np.arange(len(lengths)), rows.device)
+        segments = Segments(lengths, numbers, Mirrored.of(np.zeros_like(lengths.numbers), rows.device))
+        layout = lay_out_sequences(segments, lengths, kept.header, past, _get_kernel(decoder))
+    else:
+        cost = _find_block_cost(decoder, embeds.device)
+        layout = lay_out_tree(decoder.config, torch.full_like(rows, TAIL), positions, lengths, cost, embeds.dtype, kept)
+    needed = rows.new_zeros(1)  # see ``run_prefix``
+    return decoder.run(embeds, positions, layout, past=kept.layers, needed=needed, record=True)[1]
+
+
 def run_tree(
     decoder: PackedDecoder,
     embeds: Tensor,

@@ -15,6 +15,9 @@ from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.passes import Prefix, run_prefix
 from collm_dist.prompt_batch import Mirrored
 
+# Runs prefixes as ``run_prefix`` does, given their numbers in the micro-batch as well.
+RunPrefixes = Callable[[PackedDecoder, Tensor, Mirrored, Prefix | None, Sequence[int]], Prefix]
+
 
 class PrefixCache:
     """Keys and values of prefixes in host memory, added as they are computed until the memory granted is full.
@@ -47,12 +50,14 @@ class PrefixCache:
         lengths: Mirrored,
         keys: Sequence[int],
         header: Prefix | None = None,
+        compute: RunPrefixes | None = None,
     ) -> Prefix:
         """Return the result of ``run_prefix``, computing only the prefixes that are not in the cache.
 
         Args:
             decoder, embeds, lengths, header: see ``run_prefix``.
             keys: (S,) identifiers of the prefixes.
+            compute: runs the missing prefixes; None = ``run_prefix``.
         """
         missing = [row for row, key in enumerate(keys) if key not in self._entries]
         self.hits += len(keys) - len(missing)
@@ -62,7 +67,11 @@ class PrefixCache:
             rows = missing or [0]
             row_embeds = torch.split(embeds, lengths.numbers.tolist())
             row_lengths = Mirrored.of(lengths.numbers[rows], embeds.device)
-            prefix = run_prefix(decoder, torch.cat([row_embeds[row] for row in rows]), row_lengths, header)
+            packed = torch.cat([row_embeds[row] for row in rows])
+            if compute is None:
+                prefix = run_prefix(decoder, packed, row_lengths, header)
+            else:
+                prefix = compute(decoder, packed, row_lengths, header, rows)
             if len(missing) < len(keys) or self.num_bytes < self._max_bytes:
                 computed = dict(zip(missing, _divide(prefix), strict=False))
             self._add({keys[row]: entry for row, entry in computed.items()})
@@ -90,5 +99,8 @@ class PrefixCache:
 
 def _divide(prefix: Prefix) -> list[Tensor]:
     """Return the keys and values of each prefix without the header's, (L, 2, p, G, W) each."""
-    whole = torch.stack([torch.stack([keys[-1], values[-1]]) for keys, values in prefix.layers])
+    first = 1 if prefix.header else 0
+    whole = torch.stack(
+        [torch.stack([torch.cat(keys[first:]), torch.cat(values[first:])]) for keys, values in prefix.layers]
+    )
     return [part.clone() for part in torch.split(whole, prefix.lengths.numbers.tolist(), dim=2)]
