@@ -54,7 +54,7 @@ class ServiceOptions(BaseModel):
     )
     part_rows: int = Field(100_000, ge=1, description="number of events at which they are")
     keep_days: float = Field(
-        30, gt=0, description="age at which events that the served run has read are deleted, and their ids forgotten"
+        30, gt=0, description="age at which events that all loaded runs have read are deleted, and their ids forgotten"
     )
     follow_every_s: float = Field(
         30, gt=0, description="time between looks at the link to the run, if the service was given a link"

@@ -34,10 +34,17 @@ class Service:
 
 @contextmanager
 def serving(run_dir, *options):
+    """Start the service of a run, with a token, and stop it after the block."""
     command = [sys.executable, "launch/serve.py", "--config", str(run_dir / "config.yaml"), "--port", "0", *options]
-    environment = os.environ | {"COLLM_DIST_TOKEN": TOKEN}
+    with running(command, REPOSITORY, os.environ | {"COLLM_DIST_TOKEN": TOKEN}) as service:
+        yield service
+
+
+@contextmanager
+def running(command, folder, environment):
+    """Start a command that serves, in a folder, and stop it after the block."""
     with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             line = next((text for text in process.stdout if text.startswith("serving ")), "")

@@ -1,13 +1,19 @@
-"""A new user's first two days: their own CSV file and the commands of README, verbatim."""
+"""A new user's first two days: the demo and its page, their own CSV file, and the commands of README, verbatim."""
 
 import json
+import os
 import re
+import shlex
+import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+import yaml
 
 from tests.doc_blocks import ROOT, read_blocks
-from tests.integration.docs_folder import append_ratings, prepare_folder, run_block
+from tests.integration.docs_folder import append_ratings, prepare_folder, run_block, shrink_config
+from tests.integration.ranking_service import running
 
 FIRST_ROWS, NEW_ROWS = 1000, 100
 RANKED_LINE = re.compile(r"(\d+) (B\d{3}) ([+-]\d+\.\d+) (.+)")
@@ -53,3 +59,55 @@ def test_from_a_csv_to_a_ranked_list_and_the_next_night(tiny_backbone_dir, tmp_p
     pointer = folder / "runs" / "current"
     assert pointer.is_symlink() == passes
     assert not passes or pointer.resolve() == folder / "runs" / "night-2"
+
+
+SERVE = re.compile(r"`(python launch/serve\.py\s[^`]*)`, then open <(http://127\.0\.0\.1:\d+)>")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_from_make_demo_to_the_page(tiny_backbone_dir, tmp_path, monkeypatch):
+    """The demo's configuration with a tiny backbone and invented ratings; a person looks at the page in a browser."""
+    pytest.importorskip("selenium", reason="needs pip install 'collm-dist[docs]'")
+    from tests.integration.test_page_in_browser import Page
+    from tests.integration.test_screenshots import load_script
+
+    script = load_script()
+    folder = prepare_folder(tmp_path / "newcomer", tiny_backbone_dir)
+    replace_data(folder / "configs" / "ml100k_demo.yaml")
+    (block,) = (block for block in read_blocks(ROOT / "README.md") if block.heading == "Two commands")
+    (demo,) = (line for line in block.text.splitlines() if line.startswith("make demo"))
+    monkeypatch.setenv("VENV", sys.prefix)  # the environment is there
+    printed = run_block(replace(block, text=f"{demo}\n"), folder)
+    command, address = SERVE.search((ROOT / "README.md").read_text(encoding="utf-8")).groups()
+    command = " ".join(command.split())
+    assert command in printed.replace(f"{sys.prefix}/bin/", "")  # the demo ends with the same hint
+    assert f"open {address} in a browser" in printed
+    assert address.endswith(":8000")  # elsewhere in this test, as others may listen there
+    words = [sys.executable, *shlex.split(command)[1:], "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with running(words, folder, environment) as service, script.open_browser() as window:
+        page = Page(window, f"http://127.0.0.1:{service.port}/")
+        page.open()
+        page.like("Film 17 ")
+        page.search("Film 40 ")
+        page.find("#results .disliked").click()
+        assert page.read("#picks-liked bdi") == "Film 17 (1977)"
+        assert page.read("#picks-disliked bdi") == "Film 40 (1960)"
+        page.compare()
+        page.await_lists()
+        lists = [page.read_list(key) for key in ("popularity", "collaborative", "language_model")]
+        for rows in lists:
+            assert [int(rank) for rank, _, _ in rows] == list(range(1, 11))
+            assert not {"Film 17 (1977)", "Film 40 (1960)"} & {title for _, title, _ in rows}
+        assert len({tuple(title for _, title, _ in rows) for rows in lists}) == 3
+        assert window.get_log("browser") == []
+
+
+def replace_data(path):
+    """Let the demo's configuration read the ratings of the folder with a tiny backbone."""
+    shrink_config(path)
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del config["dataset"]["asset"]
+    config["dataset"] |= {"path": "ratings.csv", "items_path": "items.csv", "columns": {"rating": "rating"}}
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
