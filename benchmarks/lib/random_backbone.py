@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,6 +35,7 @@ class Shape:
 # Published shapes, and small shapes for a CPU.
 SHAPES = {
     "llama-7b": Shape("llama", 4096, 11008, 32, 32, 32, 32000, tied=False),
+    "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 151936),
     "qwen2-1.5b": Shape("qwen2", 1536, 8960, 28, 12, 2, 151936),
     "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3),
     "40m": Shape("llama", 512, 1376, 8, 8, 8),
@@ -43,9 +45,16 @@ SHAPES = {
 }
 
 
-def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch.dtype) -> None:
-    """Write config, weights and tokenizer."""
-    sizes, tokens = SHAPES[shape], load_tokenizer(tokenizer)
+def build_random_model(shape: str, dtype: torch.dtype, least_vocabulary: int = 0, **special: int | None) -> Any:
+    """Return a causal language model with random weights, on the first GPU if there is one.
+
+    Args:
+        shape: name of its shape.
+        dtype: of its weights.
+        least_vocabulary: entries that the vocabulary has at least.
+        special: ids of special tokens, by the name of the setting.
+    """
+    sizes = SHAPES[shape]
     config = AutoConfig.for_model(
         sizes.kind,
         hidden_size=sizes.width,
@@ -53,13 +62,20 @@ def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.key_heads,
-        vocab_size=max(sizes.vocabulary, len(tokens)),
+        vocab_size=max(sizes.vocabulary, least_vocabulary),
         tie_word_embeddings=sizes.tied,
-        **{name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **special,
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def write_random_backbone(folder: Path, shape: str, tokenizer: str, dtype: torch.dtype) -> None:
+    """Write config, weights and tokenizer."""
+    tokens = load_tokenizer(tokenizer)
+    special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    build_random_model(shape, dtype, len(tokens), **special).save_pretrained(folder)
     tokens.save_pretrained(folder)
 
 

@@ -30,6 +30,9 @@ from collm_dist.prompt_batch import Mirrored
 TokenKeys = NDArray[np.int64]
 # Passes whose median gives the time of a context token: enough that the first, slow ones do not count.
 _TIMED_PASSES = 32
+# Fewer kept tokens are computed again: contexts of different users begin with the same quotation mark, and attention
+# after kept tokens needs a mask.
+LEAST_KEPT_TOKENS = 8
 
 
 @dataclass
@@ -128,6 +131,10 @@ class KeptContexts:
         """
         root = self._roots.setdefault((self._version, start), _Node(None, np.zeros((0, 2), np.int64), embeds[:0]))
         paths = [_find(root, row_keys) for row_keys in keys]
+        paths = [
+            path if sum(count for _, count in path) >= min(LEAST_KEPT_TOKENS, len(row_keys)) else []
+            for path, row_keys in zip(paths, keys, strict=True)
+        ]
         self._use(node for path in paths for node, _ in path)
         states = [[node.states[:, :, :count] for node, count in path] for path in paths]
         found = [sum(count for _, count in path) for path in paths]
