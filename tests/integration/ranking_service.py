@@ -54,6 +54,6 @@ def running(command, folder, environment):
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(60)
+                process.wait(180)
             finally:
                 process.kill()

@@ -369,9 +369,9 @@ def test_the_death_of_a_model_is_hidden_or_answered_503(finished_run):
     assert set(counts) <= {ok, (503, "application/json", "1", ("detail",))}
 
 
-def wait_for_replicas(running, number, without=()):
+def wait_for_replicas(running, number, without=(), patience_s=240):
     """Return the processes of that many replicas, once they run."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         found = [
             process
