@@ -83,12 +83,14 @@ def test_an_event_extends_a_context_and_a_forgotten_user_empties_the_store(finis
         query = {"user": "newcomer", "candidates": ITEMS}
         largest = max(largest, find_largest_difference([ours.rank(**query)], [plain.rank(**query)]))
         counts = ours.kept_contexts.take_counts()
-        assert (counts.whole, counts.part) == (0, int(number > 0))
+        # The prompt shows three titles: the fourth event moves all of them.
+        assert (counts.whole, counts.part) == (0, int(0 < number < 3))
     print(f"largest difference {largest:.1e}")
     assert largest < TOLERANCE
     held = ours.kept_contexts.num_bytes
     ours.rank(history=["9"], candidates=ITEMS)
     assert ours.kept_contexts.num_bytes > held
+    ours.kept_contexts.take_counts()
     store.forget(["newcomer"])
     ours.rank(history=["40"], candidates=ITEMS)  # of anyone
     counts = ours.kept_contexts.take_counts()
