@@ -69,8 +69,6 @@ def _start_ray(address: str | None, options: Mapping[str, Any]) -> None:
     try:
         # Without "local", Ray would join any cluster on this machine and refuse these options.
         ray.init(address=address or "local", **options)
-    except CollmError:  # Preempted, from the signal handler
-        raise
     except SystemExit as error:  # from Ray's handler of SIGTERM
         raise build_preempted(signal.SIGTERM) from error
     except Exception as error:  # Ray raises plain exceptions if its processes do not start in time

@@ -29,13 +29,24 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Ite
 
 @contextmanager
 def preemptible() -> Iterator[None]:
-    """Raise ``Preempted`` inside the block when SIGTERM or SIGUSR1 arrives."""
+    """Raise ``Preempted`` from the block when SIGTERM or SIGUSR1 arrives.
+
+    Inside the block the signal raises KeyboardInterrupt: compiled code that waits, as that of ``ray.wait``, passes no
+    other exception of a signal handler on, and no ``except Exception`` swallows it.
+    """
+    received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise build_preempted(number)
+        received.append(number)
+        raise KeyboardInterrupt
 
     with handle_stop_signals(stop):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            if received:
+                raise build_preempted(received[0]) from None
+            raise
 
 
 def build_preempted(number: int) -> Preempted:
