@@ -7,6 +7,7 @@ from pathlib import Path
 
 from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
+from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import RunDir
 
@@ -23,6 +24,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path):
+        check_links(run_dir.path)
         run_evaluation(config, run_dir, force="eval" in arguments.force)
     leave_process_group()
 

@@ -9,6 +9,7 @@ from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import compute_fingerprint, is_step_current
+from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 
 CONFIG_FILE = "config.yaml"
@@ -39,8 +40,10 @@ def accept_config(
         on_step: called with each step before it is checked.
 
     Raises:
-        ArtifactError: a step is done with other settings or inputs; the message names them, and nothing is written.
+        ArtifactError: a step is done with other settings or inputs, or a link leads out of the run; the message names
+            them, and nothing is written.
     """
+    check_links(run_dir.path)
     for step in list_steps(config):
         if step in force or not run_dir.is_done(step):
             break

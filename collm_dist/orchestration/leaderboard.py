@@ -22,9 +22,11 @@ from collm_dist.monitoring import read_metrics
 from collm_dist.runs.atomic_files import open_atomic, write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes
+from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.run_dir import Step
 from collm_dist.runs.status import RunStatus
+from collm_dist.runs.stop_signals import preemptible
 
 _SHOWN = 10
 _REMEDY = "delete it, then run the same command again"
@@ -171,6 +173,7 @@ def run_once(
     """
     status = RunStatus(folder / "status.json")
     with hold_run_lock(run, status.beat):
+        check_links(run)
         summary = _read_summary(folder, fingerprint)
         if summary is not None:
             print(f"search: done already ({folder})")
@@ -179,7 +182,8 @@ def run_once(
         status.begin()
         status.enter(step)
         try:
-            summary = search()
+            with preemptible():
+                summary = search()
         except (Exception, KeyboardInterrupt) as error:
             status.end(as_collm_error(error))
             raise

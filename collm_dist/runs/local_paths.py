@@ -1,7 +1,8 @@
-"""Removal of local paths and linked files from runs that leave this machine; of a path only its last name stays."""
+"""Links in runs, and removal of local paths from runs that leave this machine; of a path only its last name stays."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError
-from collm_dist.runs.run_dir import RunDir, add_record_hash
+from collm_dist.runs.run_dir import STEPS, RunDir, add_record_hash
 
 _PATH = re.compile(r"(?:file:/{0,2})?[/~][^\n<>]*")
 
@@ -33,6 +34,36 @@ def check_link(path: Path, folder: Path) -> None:
                 f"{path} is a link to {end}, which is not the same part of a run: replace it with a copy, or remove it"
             )
         path, part = path.parent, part[:-1]
+
+
+def check_links(run: Path) -> None:
+    """Check that the links in a run lead to the same part of a run, so that work in it changes no other files.
+
+    A step's folder ``checkpoints`` may be a link to any folder, such as that of another disk.
+
+    Raises:
+        ArtifactError: a link leads elsewhere, as it may in a run from someone else.
+    """
+    root = run.resolve()
+    for path in _list_links(run):
+        part, end = path.relative_to(run).parts, Path(os.path.realpath(path))  # resolve() refuses circles
+        is_checkpoints = part[0] in STEPS and part[1:] == ("checkpoints",) and not end.is_file()
+        if not (is_checkpoints or end.is_relative_to(root) or end.parts[-len(part) :] == part):
+            raise ArtifactError(
+                f"{path} is a link to {end}, which is not the same part of a run, and work here would change it: "
+                "replace it with a copy, or remove it"
+            )
+
+
+def _list_links(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry.path)
+            elif entry.is_dir():
+                yield from _list_links(Path(entry.path))
 
 
 class PathRemover:

@@ -3,19 +3,24 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 from contextlib import suppress
 
 import pytest
 
 from collm_dist import RankingRequest, load_recommender
+from collm_dist.commands import evaluate_model
 from collm_dist.config.loader import change_settings, dump_config, load_config
+from collm_dist.data.accepted_config import accept_config
 from collm_dist.errors import ArtifactError, DiskError
+from collm_dist.orchestration.leaderboard import run_once
 from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.publish import build_publisher
 from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.model_card import Licences
 from tests.faults.conftest import relocate
+from tests.golden.make_run import ASSET
 from tests.integration.byte_search import find_text
 
 LICENCES = Licences("a", "b", "c")
@@ -108,6 +113,33 @@ def test_parts_of_another_run_leave_the_machine(run, tmp_path):
     assert score(publish(run)) == expected
     export = export_model(load_config(run.path / "config.yaml"), run, tmp_path / "export", LICENCES)
     assert score(import_model(export, RunDir(tmp_path / "imported")).path) == expected
+
+
+@pytest.mark.parametrize(
+    "place", ["metrics.jsonl", "stage1/metrics.jsonl", "stage1/tensorboard", "cf", "x/checkpoints"]
+)
+def test_training_and_searches_change_nothing_that_a_link_leads_to(tmp_path, place):
+    for name in ("away", "run/stage1", "run/x", "other/stage1"):
+        (tmp_path / name).mkdir(parents=True)
+    config = change_settings(load_config(ASSET / "run" / "config.yaml"), {"run.dir": str(tmp_path / "run")})
+    run = RunDir(tmp_path / "run")
+    (run.path / "stage1" / "adapter").symlink_to(tmp_path / "other" / "stage1" / "adapter")
+    (run.path / "stage1" / "checkpoints").symlink_to(tmp_path / "away")  # on another disk
+    (run.path / "data").symlink_to("../other/data")
+    (run.path / "circle").symlink_to("circle")
+    accept_config(config, run)
+    path = run.path / place
+    path.symlink_to(tmp_path / "away" / "notes")
+    (run.path / "config.yaml").unlink()
+    for work in (
+        lambda: accept_config(config, run),
+        lambda: evaluate_model._run(config, Namespace(force=())),
+        lambda: run_once(run.path / "cf_search", run.path, "cf", {}, print, dict),
+    ):
+        with pytest.raises(ArtifactError, match=rf"{path} is a link to .*/away/notes, which is not the same part"):
+            work()
+    assert not (run.path / "config.yaml").exists()
+    assert not (run.path / "cf_search").exists()
 
 
 @pytest.fixture
