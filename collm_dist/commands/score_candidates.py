@@ -47,7 +47,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the command and return its exit code."""
-    description = "Rank users' candidates with a finished run, on Ray Data."
+    description = "Rank users' candidates with a finished run, on Ray."
     return run_command(description, _run, EXAMPLES, _add_arguments)
 
 

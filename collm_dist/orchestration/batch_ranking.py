@@ -1,24 +1,21 @@
-"""Batch ranking: Ray Data over parts of a request file, with a pool of models, one per device."""
+"""Batch ranking: parts of a request file on a pool of Ray actors, a model per device."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
 from tqdm import tqdm
 
 from collm_dist.config import Config
 from collm_dist.data.shards.interactions import load_item_table
-from collm_dist.errors import ArtifactError, CollmError, RequestError
+from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, write_json
@@ -148,25 +145,20 @@ def _prepare(
 
 
 class _PartScorer:
-    """Actor of the pool: loads the model with its first part, then scores parts.
-
-    Errors that a user can act on are returned as data, because Ray Data would wrap an exception and lose its class.
-    """
+    """Actor of the pool: loads the model with its first part, then scores parts."""
 
     def __init__(self, config: Config, run_dir: RunDir, folder: OutputFolder, num_retrieved: int | None) -> None:
         self._config, self._run_dir, self._folder, self._num_retrieved = config, run_dir, folder, num_retrieved
         self._recommender: Recommender | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        (part,) = batch["part"].tolist()
-        users, error = 0, ""
-        try:
-            if self._recommender is None:
-                self._recommender = build_recommender(self._config, self._run_dir)
-            users = score_part(self._recommender, self._folder, part, self._num_retrieved)["users"]
-        except CollmError as failure:
-            error = json.dumps(failure.to_dict())
-        return {"users": [users], "error": [error]}
+    def start(self) -> None:
+        """Return once the actor has its resources."""
+
+    def score(self, part: int) -> int:
+        """Score a part, and return its number of users."""
+        if self._recommender is None:  # here, because the error of a constructor comes without its class
+            self._recommender = build_recommender(self._config, self._run_dir)
+        return int(score_part(self._recommender, self._folder, part, self._num_retrieved)["users"])
 
 
 def _score_on_ray(
@@ -186,39 +178,39 @@ def _score_on_ray(
     actors = min(num_actors or gpus or nodes, max(len(waiting), 1))
     # On CPUs the actors share the cores of the cluster; Ray gives each as many threads as cores.
     cores = 1 if gpus else max(int(resources.get("CPU", 1)) // max(actors, nodes), 1)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__name__ == "PlainRayHandler":  # the terminal; Ray's log files keep everything
-            handler.setLevel(logging.ERROR)
     # A relative path to a local backbone may not resolve in a worker's working directory.
     backbone = Path(config.llm.backbone).expanduser()
     if backbone.exists():
         config = config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
-    dataset = ray.data.from_items(
-        [{"part": part} for part in waiting], override_num_blocks=max(len(waiting), 1)
-    ).map_batches(
-        _PartScorer,
-        fn_constructor_args=(config, run_dir, folder, num_retrieved),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
-        num_cpus=cores,
-        num_gpus=1 if gpus else 0,
-    )
+    # Small arguments: those in the object store can be lost before an actor that died is restarted with them.
+    actor = ray.remote(num_cpus=cores, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=3)(_PartScorer)
+    scorers = [actor.remote(config, run_dir, folder, num_retrieved) for _ in range(actors)]
     done = sum(sizes) - sum(sizes[part] for part in waiting)
     hidden = not config.monitoring.progress_bar
     try:
-        rows = iter(dataset.iter_rows())
+        users = _score_parts(scorers, waiting)
         with show_phase("loading the model and scoring the first users"):
-            first = list(islice(rows, 1))
+            first = list(islice(users, 1))
         with tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar:
-            for row in chain(first, rows):
-                if row["error"]:
-                    raise CollmError.from_dict(json.loads(row["error"]))
-                bar.update(int(row["users"]))
+            for number in chain(first, users):
+                bar.update(number)
     except ray.exceptions.RayError as error:
         raise explain_task_error(error, "scoring") from None
     return actors
+
+
+def _score_parts(scorers: Sequence[Any], parts: Sequence[int]) -> Iterator[int]:
+    """Yield the number of users of each scored part. Actors that the cluster has no room for get no parts."""
+    running = {scorer.start.remote(): scorer for scorer in scorers}
+    waiting, num_open = iter(parts), len(parts)
+    while num_open:
+        (done,), _ = ray.wait(list(running))
+        scorer, users = running.pop(done), ray.get(done)
+        if (part := next(waiting, None)) is not None:
+            running[scorer.score.remote(part)] = scorer
+        if users is not None:
+            num_open -= 1
+            yield users
 
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
