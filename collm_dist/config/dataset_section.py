@@ -153,8 +153,8 @@ class DatasetConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="Stop if a larger share of the rows of the log, or of the item file, is unusable; they are counted "
-        "by cause.",
+        description="Stop if a larger share of the rows of the log, of the item file, or of the user file is unusable; "
+        "they are counted by cause.",
     )
     split: SplitConfig = Field(default_factory=SplitConfig, description="Division into train, valid and test.")
     negatives_per_positive: int = Field(3, ge=1, description="implicit: sampled dislikes per training like.")

@@ -29,7 +29,12 @@ def test_good_data_passes():
 @pytest.mark.parametrize(
     ("settings", "unknown", "previous", "message"),
     [
-        ({}, {}, 0, r"2 of 100 rows .*2 x time is not a time.*max_bad_row_share=0.01[^$]*a.csv:7"),
+        (
+            {},
+            {},
+            0,
+            r"2 of 100 rows .*2 x time is not a time.*max_bad_row_share=0.01.*set dataset.time_format\)[^$]*a.csv:7",
+        ),
         ({"max_bad_row_share": 0.03}, {"q": 5}, 0, r"7 of 100 rows .*5 x unknown item[^$]*item 'q'"),
         ({"expect": {"min_rows": 101}}, {}, 0, r"expect.min_rows: the input has 100 rows"),
         (

@@ -50,25 +50,29 @@ def write_users(path, **options):
 @pytest.mark.parametrize("name", ["users.csv", "users.tsv", "users.parquet", "users.jsonl"])
 def test_a_file_of_any_type_gives_the_same_texts(tmp_path, name):
     path = write_users(tmp_path / name, sep="\t" if name.endswith("tsv") else ",")
-    texts, rows, _ = open_users(path).read(NO_IDS)
-    assert texts == TEXTS
-    assert rows == {"rows without an id": 1, "rows of a user with another text": 1, "users without any value": 1}
+    users = open_users(path).read(NO_IDS)
+    assert users.texts == TEXTS
+    assert users.count() == {
+        "rows without an id": 1,
+        "rows of a user with another text": 1,
+        "users without any value": 1,
+    }
 
 
 def test_unusual_files_have_the_same_settings_as_items(tmp_path):
     path = tmp_path / "users.txt.gz"
     path.write_bytes(gzip.compress("u1::24::K\xf6ln\nu2::61::Bonn\n".encode("latin1")))
     file = open_users(path, delimiter="::", encoding="latin1", user_names=["member", "age", "city"])
-    assert file.read(NO_IDS)[0] == {"u1": "24 years, K\u00f6ln", "u2": "61 years, Bonn"}
+    assert file.read(NO_IDS).texts == {"u1": "24 years, K\u00f6ln", "u2": "61 years, Bonn"}
     path = tmp_path / "users.csv"
     path.write_text("member|age|city\nu1|24|Bonn\nu2|25\n")
-    texts, rows, examples = open_users(path, user_delimiter="|", delimiter=",").read(NO_IDS)
-    assert (texts, list(rows.values())) == ({"u1": "24 years, Bonn"}, [1])
-    assert "users.csv:3" in next(iter(examples.values()))
+    users = open_users(path, user_delimiter="|", delimiter=",").read(NO_IDS)
+    assert (users.texts, list(users.count().values())) == ({"u1": "24 years, Bonn"}, [1])
+    assert "users.csv:3" in next(iter(users.bad_rows.first.values()))
     folder = tmp_path / "country=NL"
     folder.mkdir()
     write_users(folder / "part.parquet")
-    assert open_users(folder, user_text="{country}").read(NO_IDS)[0]["u4"] == "NL"
+    assert open_users(folder, user_text="{country}").read(NO_IDS).texts["u4"] == "NL"
 
 
 @pytest.mark.parametrize(
@@ -142,11 +146,27 @@ def test_a_number_is_the_same_user_as_in_the_log(tmp_path):
     assert (record["users_with_text"], record["users_without_rows"]) == (1, 1)
 
 
-def open_dataset(path, log="log.csv"):
+def open_dataset(path, log="log.csv", max_bad_row_share=0.5):
     return DatasetConfig.model_validate(
-        {"path": str(log), "users_path": str(path), "user_text": TEMPLATE,
+        {"path": str(log), "users_path": str(path), "user_text": TEMPLATE, "max_bad_row_share": max_bad_row_share,
          "columns": {"rating": "rating", "user": "member"}}
     )  # fmt: skip
+
+
+def test_lost_rows_of_users_are_limited(tmp_path):
+    path = write_users(tmp_path / "users.csv")
+    path.write_text(path.read_text() + "u8,12\nu9,1,Ulm\n")
+    rows = {"rows of a user with another text": 1, "rows without an id": 1, "wrong number of columns": 1}
+    record = write_user_texts(tmp_path, open_dataset(path, max_bad_row_share=3 / 8), ["u1"], NO_IDS)
+    assert record["rows"] == {**rows, "users without any value": 1}
+    with pytest.raises(DataError) as caught:
+        write_user_texts(tmp_path, open_dataset(path, max_bad_row_share=0.37), ["u1"], NO_IDS)
+    message = str(caught.value)
+    assert "dataset.users_path: 3 of 8 user rows cannot be used (" in message
+    assert "more than dataset.max_bad_row_share=0.37 allows; fix the file or raise the limit" in message
+    assert f"{path}:5: rows without an id" in message
+    assert f"{path}:6: rows of a user with another text ('u1')" in message
+    assert f"{path}:8: wrong number of columns" in message
 
 
 def test_the_preview_shows_the_texts_as_they_are_understood(tmp_path):
@@ -155,8 +175,8 @@ def test_the_preview_shows_the_texts_as_they_are_understood(tmp_path):
     lines = preview_rows(open_source(dataset))
     assert lines[-5:] == [
         "user texts: 1 users of the log have one, 1 have none; 2 users of the file are not in the log",
-        "user file: 1 x rows of a user with another text",
-        "user file: 1 x rows without an id",
+        f"user file: 1 x rows of a user with another text (for example {tmp_path}/users.csv:6 ('u1'))",
+        f"user file: 1 x rows without an id (for example {tmp_path}/users.csv:5)",
         "user file: 1 x users without any value",
         "user u1: 24 years, Delft & Leiden",
     ]

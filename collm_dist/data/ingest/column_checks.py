@@ -17,7 +17,9 @@ from collm_dist.errors import DataError
 _MAX_SHOWN = 50
 
 
-def check_columns(table: Any, uri: str, columns: ColumnsConfig, filtered: Sequence[str] = ()) -> None:
+def check_columns(
+    table: Any, uri: str, columns: ColumnsConfig, filtered: Sequence[str] = (), path: str | None = None
+) -> None:
     """Check that a table of interactions has the columns that are read, with one value per row.
 
     Args:
@@ -25,13 +27,15 @@ def check_columns(table: Any, uri: str, columns: ColumnsConfig, filtered: Sequen
         uri: the file, for messages.
         columns: names of the columns.
         filtered: columns of the row filter.
+        path: setting by which the file was found; None = it is the only file.
 
     Raises:
         DataError: the message names the file, the column and the setting.
     """
+    or_other = "" if path in (None, uri) else ", or leave this file out (dataset.path may be a glob)"
     for key, name in columns.model_dump().items():
         if name is not None:
-            require_column(name, table, uri, f"dataset.columns.{key}")
+            require_column(name, table, uri, f"dataset.columns.{key}{or_other}")
     for name in filtered:
         require_column(name, table, uri, "dataset.row_filter")
 
@@ -88,9 +92,16 @@ def explain_missing_column(uri: str, name: str, available: Sequence[str], key: s
         available: names of its columns.
         key: the setting that names the column.
     """
-    matches = difflib.get_close_matches(name, available, n=1)
-    hint = f"; did you mean '{matches[0]}'?" if matches else ""
     # In a file that is not a table, names may consist of any bytes.
     cut = [column[:_MAX_SHOWN] for column in available[:_MAX_SHOWN]]
     shown = [column if column.isprintable() else ascii(column) for column in cut]
+    lower = {column.lower(): column for column in available}
+    if matches := difflib.get_close_matches(name.lower(), lower, n=1):
+        nearest = lower[matches[0]]
+        match = f"'{nearest}'" if nearest.isprintable() else ascii(nearest)
+        hint = f"; did you mean {match}?"
+    elif len(available) == 1 and not uri.lower().endswith((".parquet", ".pq", ".json", ".jsonl", ".ndjson")):
+        hint = "; if its cells are separated otherwise, set the delimiter (dataset.delimiter)."
+    else:
+        hint = "."
     return DataError(f"{uri}: there is no column '{name}' (has {', '.join(shown)}){hint} Set {key}.")

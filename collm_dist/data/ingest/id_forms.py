@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from collm_dist.errors import DataError
 
 FRACTION, TEXT = "fraction", "text"
+UNDECODED, INVISIBLE, DENORMAL = "undecoded", "invisible", "denormal"
+_ODD = {UNDECODED: "\ufffd", INVISIBLE: r"[\x{AD}\x{200B}-\x{200F}\x{202A}-\x{202E}\x{2060}-\x{2064}\x{FEFF}]"}
 _DIGITS = r"-?(0|[1-9][0-9]*)"
 _PLAIN, _WITH_FRACTION = rf"^{_DIGITS}$", rf"^{_DIGITS}\.0+$"
 _TOMBSTONE_MARK = "\x1a"  # ids of logs have no control characters
@@ -30,19 +32,34 @@ def drop_fractions(ids: Any) -> Any:
 
 
 def note_forms(ids: Any, forms: dict[str, str]) -> None:
-    """Note in ``forms`` the first id with a fraction of zero, and the first that is not a whole number.
+    """Note in ``forms`` the first id with a fraction of zero, the first that is not a whole number, and odd ids.
 
     Args:
         ids: Arrow array of strings without missing values.
-        forms: the ids found so far, by ``FRACTION`` and ``TEXT``.
+        forms: the ids found so far, by ``FRACTION``, ``TEXT``, ``UNDECODED``, ``INVISIBLE`` and ``DENORMAL``.
     """
     ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    _note_odd(ids, forms)
     if len(ids) == 0 or (TEXT in forms and not _may_have_fractions(ids, forms)) or _are_plain(ids):
         return
     has_fraction = pc.match_substring_regex(ids, _WITH_FRACTION)
     is_text = pc.invert(pc.or_(has_fraction, pc.match_substring_regex(ids, _PLAIN)))
     for name, matches in ((FRACTION, has_fraction), (TEXT, is_text)):
         if name not in forms and (first := pc.index(matches, True).as_py()) >= 0:
+            forms[name] = ids[first].as_py()
+
+
+def _note_odd(ids: Any, forms: dict[str, str]) -> None:
+    """Note the first id with bytes that are not text, with invisible characters, and not in the normal form NFC."""
+    offsets = np.frombuffer(ids.buffers()[1] or b"", np.int32)[ids.offset : ids.offset + len(ids) + 1]
+    data = np.frombuffer(ids.buffers()[2] or b"", np.uint8)
+    if len(ids) == 0 or not (data[offsets[0] : offsets[-1]] > 127).any():  # nearly always ASCII
+        return
+    odd = {name: pc.match_substring_regex(ids, pattern) for name, pattern in _ODD.items() if name not in forms}
+    if DENORMAL not in forms:
+        odd[DENORMAL] = pc.not_equal(pc.utf8_normalize(ids, form="NFC"), ids)
+    for name, matches in odd.items():
+        if (first := pc.index(matches, True).as_py()) >= 0:
             forms[name] = ids[first].as_py()
 
 
@@ -165,13 +182,28 @@ def describe_forms(forms: Mapping[str, Mapping[str, str]], whole: Iterable[str])
 
 
 def warn_of_forms(forms: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return a sentence for each column in which ids with fractions were kept."""
-    return [
-        f"{_KINDS[name]} ids such as '{found[FRACTION]}' are kept as they are written, because not all are whole "
-        f"numbers ({found[TEXT]!a}); without the fraction it would be another {_KINDS[name]}"
-        for name, found in forms.items()
-        if FRACTION in found and TEXT in found
-    ]
+    """Return a sentence for each column in which ids with fractions were kept, and for each kind of odd ids."""
+    sentences = []
+    for name, found in forms.items():
+        kind = _KINDS[name]
+        other = f"written otherwise it would be another {kind}"
+        if FRACTION in found and TEXT in found:
+            sentences.append(
+                f"{kind} ids such as '{found[FRACTION]}' are kept as they are written, because not all are whole "
+                f"numbers ({found[TEXT]!a}); without the fraction it would be another {kind}"
+            )
+        if UNDECODED in found:
+            sentences.append(
+                f"{kind} ids such as {found[UNDECODED]!a} have bytes that do not fit the encoding, so several {kind}s "
+                "may be read as one; set dataset.encoding, for example latin1"
+            )
+        if INVISIBLE in found:
+            sentences.append(f"{kind} ids such as {found[INVISIBLE]!a} have invisible characters; {other}")
+        if DENORMAL in found:
+            sentences.append(
+                f"{kind} ids such as {found[DENORMAL]!a} are not in the normal form NFC of Unicode; {other}"
+            )
+    return sentences
 
 
 def are_whole(ids: Any) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.file_format import BadRows
 from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.errors import DataError
+from collm_dist.storage import split_query
+
+# Of file types, of packed files, and of the copies that editors make.
+_SUFFIXES = re.compile(r"(\.(csv|tsv|txt|jsonl?|ndjson|parquet|pq|gz|bz2|zstd?|lz4|br|bak|orig)|~)+$", re.IGNORECASE)
 
 
 def check_reads(
@@ -76,7 +82,10 @@ def _check_bad_rows(
         ]
     if bad.total() > dataset.max_bad_row_share * total:
         hints = (
-            ("is no time", " (dates in another form: set dataset.time_format)"),
+            ("is not a time", " (dates in another form: set dataset.time_format)"),
+            ("in scientific notation", " (ids lose digits in it: write them in full)"),
+            ("is not a number", " (numbers are written as 4.5, without other marks)"),
+            ("is neither 0 nor 1", " (labels are 0 and 1, or true and false)"),
             ("(dataset.row_filter)", " (write number(column) in the filter to leave out values that are not numbers)"),
         )
         hint = "".join(text for part, text in hints if any(part in cause for cause in bad))
@@ -90,17 +99,49 @@ def _check_bad_rows(
 
 
 def check_items(dataset: DatasetConfig, catalogue: ItemCatalogue) -> None:
-    """Check the share of unusable rows of the item files.
+    """Check the share of unusable rows of the item files; see ``check_rows``."""
+    check_rows(dataset, "dataset.items_path", "item", catalogue.rows_read, catalogue.bad_rows)
+
+
+def refuse_copies(uris: Sequence[str], key: str) -> None:
+    """Refuse files whose names differ only in the suffix, as those of a table and of its packed copy.
+
+    Args:
+        uris: the files of one table.
+        key: the setting that names them, for the message.
 
     Raises:
-        DataError: it exceeds ``dataset.max_bad_row_share``; the message has counts and the first examples.
+        DataError: two files probably have the same rows.
     """
-    bad = catalogue.bad_rows
-    if bad.counts.total() > dataset.max_bad_row_share * catalogue.rows_read:
+    names: dict[str, str] = {}
+    for uri in uris:
+        other = names.setdefault(_SUFFIXES.sub("", split_query(uri)[0]), uri)
+        if other != uri:
+            raise DataError(
+                f"{key}: '{other}' and '{uri}' are probably copies of the same rows, which would count twice; remove "
+                f"one of them, or set {key} to a file or a glob that leaves it out"
+            )
+
+
+def check_rows(dataset: DatasetConfig, key: str, kind: str, rows_read: int, bad_rows: BadRows) -> None:
+    """Check the share of unusable rows of the files of items or users.
+
+    Args:
+        dataset: the settings.
+        key: the setting that names the files, for the message.
+        kind: item or user.
+        rows_read: number of rows.
+        bad_rows: those that cannot be used.
+
+    Raises:
+        DataError: the share exceeds ``dataset.max_bad_row_share``; the message has counts and the first examples.
+    """
+    bad = bad_rows.counts
+    if bad.total() > dataset.max_bad_row_share * rows_read:
         raise DataError(
-            f"dataset.items_path: {bad.counts.total()} of {catalogue.rows_read} item rows cannot be used "
-            f"({_list_causes(bad.counts)}), more than dataset.max_bad_row_share={dataset.max_bad_row_share} allows; "
-            "fix the file or raise the limit. The first ones:\n  " + "\n  ".join(bad.examples)
+            f"{key}: {bad.total()} of {rows_read} {kind} rows cannot be used ({_list_causes(bad)}), more than "
+            f"dataset.max_bad_row_share={dataset.max_bad_row_share} allows; fix the file or raise the limit. The first "
+            "ones:\n  " + "\n  ".join(bad_rows.examples)
         )
 
 

@@ -204,9 +204,8 @@ def list_warnings(facts: InputFacts, dataset: DatasetConfig, item_ids: Any, item
                 f"{dataset.like_threshold:g}; change the threshold, or set dataset.feedback=implicit"
             )
         warnings.append(f"{which}: {about}")
-    if (swapped := _describe_swapped(facts, item_ids, items)) is not None:
-        warnings.append(swapped)
-    return warnings
+    found = (_describe_swapped(facts, item_ids, items), _describe_other_spelling(item_ids, items))
+    return [*warnings, *(sentence for sentence in found if sentence is not None)]
 
 
 def _describe_swapped(facts: InputFacts, item_ids: Any, items: Any) -> str | None:
@@ -223,6 +222,27 @@ def _describe_swapped(facts: InputFacts, item_ids: Any, items: Any) -> str | Non
         f"{of_users:.0%} of the user ids are ids of the item file, and {of_items:.0%} of the item ids: "
         "dataset.columns.user_id and dataset.columns.item_id are probably swapped"
     )
+
+
+def _describe_other_spelling(item_ids: Any, items: Any) -> str | None:
+    """Return a sentence with an example if the item file has most items that it seems to lack, spelled otherwise."""
+    if items is None:
+        return None
+    known = items.column("item_id").combine_chunks()
+    unknown = item_ids.filter(pc.invert(pc.is_in(item_ids, known)))
+    places = pc.index_in(_simplify(unknown), _simplify(known))
+    if 2 * places.null_count > len(unknown) or len(unknown) == 0:
+        return None
+    first = pc.index(places.is_valid(), True).as_py()
+    return (
+        f"{len(unknown) - places.null_count:,} of {len(unknown):,} items that the item file lacks are there in another "
+        f"spelling, as {known[places[first].as_py()].as_py()!a} instead of {unknown[first].as_py()!a}; write ids alike"
+    )
+
+
+def _simplify(ids: Any) -> Any:
+    """Return ids in lower case and normal form, without quotes around them and zeros before them."""
+    return pc.utf8_ltrim(pc.utf8_trim(pc.utf8_lower(pc.utf8_normalize(ids, form="NFC")), " '\""), "0")
 
 
 def describe_row(row: Mapping[str, Any], *, has_time: bool) -> str:

@@ -54,6 +54,7 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
     lines += format_dropped(bad_rows.counts + notes, bad_rows.first)
     if item_file is not None:
         lines += [f"item file, {line}" for line in format_dropped(item_file.bad_rows.counts, item_file.bad_rows.first)]
+        lines += [f"items: {count:,} x {cause}" for cause, count in sorted(item_file.mended.items())]
     return lines + preview_users(source.dataset, ids["user_id"].unique())
 
 

@@ -35,6 +35,7 @@ _TAG = re.compile(
 _SPACES = re.compile(r"\s+")
 MAX_TEXT_CHARACTERS = 1000
 WITHOUT_ID = "items without an id"
+UNDECODED_TITLES = "titles with bytes that do not fit the encoding (dataset.encoding)"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class ItemCatalogue:
     repairs: Counter[str]
     rows_read: int
     bad_rows: BadRows
+
+    @property
+    def mended(self) -> dict[str, int]:
+        """The repairs without the rows that cannot be used."""
+        lost = {WITHOUT_ID, *(f"item rows: {cause}" for cause in self.bad_rows.counts)}
+        return {cause: count for cause, count in self.repairs.items() if cause not in lost}
 
 
 def clean_text(text: str | None) -> str:
@@ -130,6 +137,7 @@ def build_item_table(
             counts["items without a text"] += not text
             counts["titles with HTML entities or tags"] += has_html(raw_titles[position] or "")
             counts["titles with invisible characters"] += bool(_INVISIBLE.search(raw_titles[position] or ""))
+            counts[UNDECODED_TITLES] += "\ufffd" in (raw_titles[position] or "")
             counts[f"titles cut at {MAX_TEXT_CHARACTERS} characters"] += len(title) == MAX_TEXT_CHARACTERS
     return pa.table(
         {

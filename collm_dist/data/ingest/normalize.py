@@ -29,6 +29,8 @@ SPLIT_NAMES = {
 }
 
 ROW_COLUMN = "__row"
+# As table programs write long numbers; 1e5 may be an id.
+_SCIENTIFIC = r"^-?[0-9]+(\.[0-9]+[eE]\+?|[eE]\+)[0-9]+$"
 MAX_SHOWN = 60
 SCHEMA = pa.schema(
     [
@@ -218,6 +220,8 @@ def normalize_batch(
         drop(missing.to_numpy(zero_copy_only=False), f"missing {column}", column)
         broken = find_control_characters(ids[name])
         drop(broken, f"line breaks or control characters in {column}", column)
+        scientific = pc.match_substring_regex(ids[name], _SCIENTIFIC).fill_null(False)
+        drop(scientific.to_numpy(zero_copy_only=False), f"{column} is in scientific notation", column)
     seconds = np.zeros(table.num_rows, np.int64)  # without timestamps, row numbers take their place later
     if columns.timestamp is not None:
         times, name = table.column(columns.timestamp), columns.timestamp

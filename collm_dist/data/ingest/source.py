@@ -27,6 +27,7 @@ from collm_dist.data.ingest.file_readers import (
     find_kind,
     read_tables,
 )
+from collm_dist.data.ingest.input_checks import refuse_copies
 from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table
 from collm_dist.data.ingest.new_events import check_parts, find_missing, list_new_events
 from collm_dist.data.ingest.normalize import (
@@ -45,6 +46,7 @@ from collm_dist.data.ingest.normalize import (
     to_text,
 )
 from collm_dist.data.ingest.row_filter import RowFilter, convert, drop_misfits, parse_row_filter
+from collm_dist.data.ingest.text_rows import WRONG_WIDTH
 from collm_dist.errors import DataError
 from collm_dist.storage import describe_files, list_files
 
@@ -153,7 +155,8 @@ class Source:
             table, rows = raw, raw.num_rows
             is_part = chunk.uri in self.part_uris
             row_filter = None if is_part and find_missing(table, configured) else configured
-            check_columns(table, chunk.uri, self.columns, row_filter.names if row_filter else ())
+            filtered = row_filter.names if row_filter else ()
+            check_columns(table, chunk.uri, self.columns, filtered, self.dataset.path)
             try:
                 notes = Counter[str]()
                 if row_filter is not None:
@@ -273,9 +276,11 @@ def open_source(dataset: DatasetConfig) -> Source:
             file_format=replace(layout.file_format, encoding=dataset.encoding),
             items_format=replace(layout.items_format, encoding=dataset.encoding),
         )
+    refuse_copies(layout.interactions, "dataset.path")
+    refuse_copies(layout.items, "dataset.items_path")
     uri, first = read_first(layout.interactions, layout.file_format)
     row_filter = _parse_filter(dataset, frozenset())
-    check_columns(first, uri, layout.columns, row_filter.names if row_filter else ())
+    check_columns(first, uri, layout.columns, row_filter.names if row_filter else (), dataset.path)
     unfiltered = check_parts(parts, layout.file_format, layout.columns, row_filter)
     numeric_columns = _check_filter(dataset, uri, first)
     unit = _find_unit(dataset, layout.columns, uri, first)
@@ -385,6 +390,9 @@ def read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any
     where = f"{uris[0]}: " if len(uris) == 1 else f"{uris[0]} and {len(uris) - 1} more: "
     if bad_rows.counts:
         causes = ", ".join(f"{count} x {cause}" for cause, count in bad_rows.counts.most_common())
-        raise DataError(f"{where}cannot be read, no row can be used: {causes}. The first ones:\n  "
+        hint = ""
+        if WRONG_WIDTH in bad_rows.counts:
+            hint = "; check that the first line names the columns, and dataset.delimiter"
+        raise DataError(f"{where}cannot be read, no row can be used: {causes}{hint}. The first ones:\n  "
                         + "\n  ".join(bad_rows.examples))  # fmt: skip
     raise DataError(f"{where}there are no rows, nothing or only a header; bring a file with data")

@@ -25,6 +25,8 @@ _OTHER = {
 # Encodings, by Python's names, in which each byte is a character, and the lower half is ASCII.
 _ONE_BYTE = r"ascii|iso8859-\d+|cp125\d|koi8-[ru]"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Files that were put together from several have marks in the middle.
+_MARKS = re.compile(rb"^(?:\xef\xbb\xbf)+", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -59,6 +61,8 @@ def find_compression(uri: str, filesystem: Any, path: str, kind: str) -> str | N
             raise DataError(f"{uri}: cannot be read as {kind}: the file is {name}")
     packed = next((name for magic, name in _READABLE.items() if head.startswith(magic)), None)
     claimed = next((name for name, suffixes in _SUFFIXES.items() if path.lower().endswith(suffixes)), None)
+    if claimed is not None and not head:
+        raise DataError(f"{uri}: cannot be read as {kind}: the file has no bytes; remove it, or bring it again")
     if claimed is not None and packed != claimed:
         raise DataError(
             f"{uri}: cannot be read as {kind}: in spite of its suffix the file is not {claimed}, but "
@@ -99,7 +103,7 @@ def read_blocks(
             if not cut and not is_end:
                 raise DataError(f"{uri}: cannot be read as {kind}: line {line} is longer than {BLOCK_BYTES >> 20} MB; "
                                 "split or remove it")  # fmt: skip
-            lines, held, start = _clean(data[:cut], encoding, start == 0), data[cut:], start + cut
+            lines, held, start = _clean(data[:cut], encoding), data[cut:], start + cut
             if lines:
                 yield Block(line, lines, start)
             line += lines.count(b"\n")
@@ -130,19 +134,22 @@ def _find_line_end(data: bytes) -> int:
 def _check_start(uri: str, data: bytes, encoding: str) -> None:
     if _is_utf8(encoding) and data[:2] in _UTF16:
         raise DataError(f"{uri}: the file is UTF-16 text; save it as UTF-8, or set dataset.encoding=utf-16")
+    if _is_utf8(encoding) and b"\0" in data[:2]:
+        guess = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+        raise DataError(f"{uri}: the file is probably UTF-16 text; save it as UTF-8, or set dataset.encoding={guess}")
     if data[257:262] == b"ustar":
         raise DataError(f"{uri}: the file is a tar archive; unpack it")
 
 
-def _clean(data: bytes, encoding: str, is_start: bool) -> bytes:
-    r"""Return whole lines in UTF-8 without a byte order mark, with ``\n`` at the end of each."""
+def _clean(data: bytes, encoding: str) -> bytes:
+    r"""Return whole lines in UTF-8 without byte order marks at their starts, with ``\n`` at the end of each."""
     if not (data.isascii() or encoding == UTF8_OR_LATIN1):
         is_decoded = _is_utf8(encoding) or not can_start_at_any_line(encoding)
         data = data.decode("utf-8" if is_decoded else encoding, "replace").encode("utf-8", "replace")
-    if is_start:
-        data = data.removeprefix(codecs.BOM_UTF8)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if codecs.BOM_UTF8 in data:
+        data = _MARKS.sub(b"", data)
     if data and not data.endswith(b"\n"):
         data += b"\n"
     return _fix_latin1(data) if encoding == UTF8_OR_LATIN1 else data

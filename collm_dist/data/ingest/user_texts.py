@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 
 from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.column_checks import require_column
+from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.id_forms import drop_fractions, match_forms
 from collm_dist.data.ingest.id_tables import compute_ids_hash, sort_naturally
+from collm_dist.data.ingest.input_checks import check_rows, refuse_copies
 from collm_dist.data.ingest.item_texts import clean_text, fill_template, list_template_columns
 from collm_dist.data.ingest.normalize import to_ids, to_text
 from collm_dist.data.ingest.source import read_first
@@ -25,7 +27,29 @@ from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.storage import describe_files, list_files
 
 MAX_PREVIEW_BYTES, MAX_SAMPLES = 256 << 20, 3
+WITHOUT_ID, OTHER_TEXT = "rows without an id", "rows of a user with another text"
 NO_MATCH = "no user of the log has a text in dataset.users_path: check dataset.columns.user and dataset.user_text"
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """The users of a user file.
+
+    Attributes:
+        texts: text of each user who has one, by id.
+        notes: numbers of users by what is unusual.
+        rows_read: number of rows of the files, with those that are lost.
+        bad_rows: rows that are lost.
+    """
+
+    texts: dict[str, str]
+    notes: Counter[str]
+    rows_read: int
+    bad_rows: BadRows
+
+    def count(self) -> dict[str, int]:
+        """Return numbers of rows and users by what is unusual."""
+        return dict(sorted((self.notes + self.bad_rows.counts).items()))
 
 
 @dataclass(frozen=True)
@@ -48,8 +72,8 @@ class UserFile:
         """Return the entries of the files for fingerprints."""
         return describe_files(sorted(self.uris))
 
-    def read(self, known: Any) -> tuple[dict[str, str], dict[str, int], dict[str, str]]:
-        """Return the text of each user who has one, counts of rows by what is unusual, and examples where there are.
+    def read(self, known: Any) -> UserRows:
+        """Return the users of the files.
 
         Args:
             known: Arrow array of the ids of the log, whose form decides whether 17.0 is 17.
@@ -58,14 +82,8 @@ class UserFile:
             DataError: a file cannot be read, or lacks a column.
         """
         bad_rows = BadRows()
-        tables = (table for uri in self.uris for table in self._read_file(uri, bad_rows))
-        texts, counts = build_user_texts(tables, self.id_column, self.template, known)
-        return texts, dict(sorted((counts + bad_rows.counts).items())), bad_rows.first
-
-    def _read_file(self, uri: str, bad_rows: BadRows) -> Iterator[Any]:
-        for table in read_tables(uri, self.file_format, bad_rows):
-            self.check(table, uri)
-            yield table
+        tables = ((uri, table) for uri in self.uris for table in read_tables(uri, self.file_format, bad_rows))
+        return build_user_texts(tables, self, known, bad_rows)
 
     def check(self, table: Any, uri: str) -> None:
         """Check the columns of a table.
@@ -101,42 +119,49 @@ def open_user_file(dataset: DatasetConfig) -> UserFile | None:
         id_column,
         dataset.user_text,
     )
+    refuse_copies(file.uris, "dataset.users_path")
     uri, first = read_first(file.uris, file.file_format)
     file.check(first, uri)
     return file
 
 
-def build_user_texts(
-    tables: Iterable[Any], id_column: str, template: str, known: Any
-) -> tuple[dict[str, str], Counter[str]]:
-    """Return the text of each user by id, from the user's first row, and counts of rows by what is unusual.
+def build_user_texts(tables: Iterable[tuple[str, Any]], file: UserFile, known: Any, bad_rows: BadRows) -> UserRows:
+    """Return the text of each user by id, from the user's first row.
 
     A user without any value in the template's columns has no text.
 
     Args:
-        tables: raw rows of users, consumed one by one.
-        id_column: name of the column of ids.
-        template: user text.
+        tables: raw rows of users and the file that they are from, consumed one by one.
+        file: their columns and the template.
         known: Arrow array of the ids of the log.
+        bad_rows: has the lines that do not parse once the tables are consumed; gets the other rows that are lost.
+
+    Raises:
+        DataError: a table lacks a column.
     """
-    counts, texts = Counter[str](), dict[str, str | None]()
-    columns = list_template_columns(template, "dataset.user_text")
-    for table in tables:
-        ids = match_forms(to_ids(table.column(id_column)), known)
+    texts, num_rows, without_value = dict[str, str | None](), 0, 0
+    columns = list_template_columns(file.template, "dataset.user_text")
+    for uri, table in tables:
+        file.check(table, uri)
+        num_rows += table.num_rows
+        ids = match_forms(to_ids(table.column(file.id_column)), known)
         missing = pc.is_in(ids, pa.array([*NULLS, None])).to_pylist()
         values = {name: to_text(table.column(name)).to_pylist() for name in columns}
+        lines = table.column(LINE_COLUMN)
         for position, user_id in enumerate(ids.to_pylist()):
             if missing[position]:
-                counts["rows without an id"] += 1
+                bad_rows.add(WITHOUT_ID, 1, f"{uri}:{lines[position]}")
                 continue
             cleaned = {name: clean_text(column[position]) for name, column in values.items()}
-            text = clean_text(fill_template(template, cleaned)) if any(cleaned.values()) else None
-            if user_id in texts:
-                counts["rows of a user with another text"] += texts[user_id] != text
-                continue
-            texts[user_id] = text
-            counts["users without any value"] += not text
-    return {user_id: text for user_id, text in texts.items() if text}, +counts
+            text = clean_text(fill_template(file.template, cleaned)) if any(cleaned.values()) else None
+            if user_id not in texts:
+                texts[user_id] = text
+                without_value += not text
+            elif texts[user_id] != text:
+                bad_rows.add(OTHER_TEXT, 1, f"{uri}:{lines[position]}", ascii(user_id))
+    num_rows += bad_rows.counts.total() - bad_rows.counts[WITHOUT_ID] - bad_rows.counts[OTHER_TEXT]
+    kept = {user_id: text for user_id, text in texts.items() if text}
+    return UserRows(kept, +Counter({"users without any value": without_value}), num_rows, bad_rows)
 
 
 def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[str], forgotten: Any) -> dict[str, Any]:
@@ -152,11 +177,13 @@ def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[
         Hash of ids and texts, numbers of users, and of rows by what is unusual, with examples; empty without a file.
 
     Raises:
-        DataError: a file cannot be read, or lacks a column.
+        DataError: a file cannot be read, lacks a column, or loses more rows than ``dataset.max_bad_row_share`` allows.
     """
     if (file := open_user_file(dataset)) is None:
         return {}
-    texts, rows, examples = file.read(pa.array(user_ids, pa.string()))
+    users = file.read(pa.array(user_ids, pa.string()))
+    check_rows(dataset, "dataset.users_path", "user", users.rows_read, users.bad_rows)
+    texts = users.texts
     all_ids = pa.array(list(texts), pa.string())
     others = all_ids.filter(pc.invert(pc.is_in(drop_fractions(all_ids), forgotten.cast(pa.string())))).to_pylist()
     others = sort_naturally(list(set(others).difference(user_ids)))
@@ -171,8 +198,8 @@ def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[
         "users_with_text": with_text,
         "users_without_text": len(user_ids) - with_text,
         "users_without_rows": len(others),
-        "rows": rows,
-        "examples": examples,
+        "rows": users.count(),
+        "examples": users.bad_rows.first,
     }
 
 
@@ -205,13 +232,14 @@ def preview_users(dataset: DatasetConfig, user_ids: Any) -> list[str]:
     size = sum(int(entry["size"] or 0) for entry in file.inputs().values())
     if size > MAX_PREVIEW_BYTES:
         return [f"user texts: the user file has {size / 2**20:,.0f} MiB; only the data step reads it"]
-    texts, rows, examples = file.read(user_ids)
+    users = file.read(user_ids)
+    texts = users.texts
     known = [user_id for user_id in user_ids.to_pylist() if user_id in texts]
     counts = {
         "users_with_text": len(known),
         "users_without_text": len(user_ids) - len(known),
         "users_without_rows": len(texts) - len(known),
-        "rows": rows,
-        "examples": examples,
+        "rows": users.count(),
+        "examples": users.bad_rows.first,
     }
     return [*format_user_texts(counts), *(f"user {user_id}: {texts[user_id]}" for user_id in known[:MAX_SAMPLES])]
