@@ -18,7 +18,7 @@ from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.phases import show_phase
-from collm_dist.runs.atomic_files import compute_file_hash, write_json
+from collm_dist.runs.atomic_files import clear_unfinished, compute_file_hash, write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.run_dir import RunDir, Step
@@ -95,7 +95,7 @@ def score_candidates(
     else:
         started = time.perf_counter()
         waiting = [part for part in range(len(sizes)) if folder.read_record(part) is None]
-        with connect_ray(config.cluster):
+        with clear_unfinished(folder.path), connect_ray(config.cluster):
             actors = _score_on_ray(config, run_dir, folder, sizes, waiting, num_retrieved, num_actors)
         summary = _summarize([folder.read_record(part) or {} for part in range(len(sizes))])
         summary |= {"actors": actors, "seconds": time.perf_counter() - started, "resumed_at": len(sizes) - len(waiting)}

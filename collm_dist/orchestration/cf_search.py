@@ -34,7 +34,7 @@ from collm_dist.orchestration.leaderboard import (
     run_once,
     write_results,
 )
-from collm_dist.runs.atomic_files import compute_json_hash, write_json
+from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash, write_json
 from collm_dist.runs.fingerprints import flatten_config
 from collm_dist.runs.input_files import drop_times
 from collm_dist.runs.run_dir import RunDir
@@ -99,7 +99,7 @@ def _search(
         seed = config.cf.seeds[0] if config.cf.seeds else config.run.seed
         jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
         jobs[-1].checkpoints.mkdir(parents=True, exist_ok=True)
-    with connect_ray(config.cluster):
+    with clear_unfinished(folder), connect_ray(config.cluster):
         outcomes = _run_trials(config, jobs, trials, folder)
     ranked = rank_trials(outcomes, config.cf.select_metric)
     result = _describe_result(config, folder)

@@ -48,7 +48,7 @@ from collm_dist.data.shards.manifest import load_manifest, remove_unlisted_files
 from collm_dist.data.step_fingerprints import ORDER_INPUT, compute_step_fingerprint
 from collm_dist.orchestration.cluster import ByteProgress, check_nodes, connect_ray, run_tasks
 from collm_dist.phases import show_phase
-from collm_dist.runs.atomic_files import compute_json_hash
+from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.run_dir import RunDir
 
@@ -99,7 +99,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         parallelism=config.cluster.preprocess_parallelism,
         progress_bar=config.monitoring.progress_bar,
     )
-    with connect_ray(config.cluster):
+    with clear_unfinished(data_dir), connect_ray(config.cluster):
         check_nodes(plan.data_dir)
         manifest = _preprocess(plan, source, inputs, previous, forgotten, run)
     summary = format_summary(manifest, config.dataset)

@@ -26,7 +26,7 @@ from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.cf_summary import print_summary, summarize
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from collm_dist.phases import show_phase
-from collm_dist.runs.atomic_files import compute_json_hash
+from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
@@ -119,7 +119,7 @@ def _train(jobs: Sequence[Job], folder: Path, config: Config) -> None:
     has_bar = config.monitoring.progress_bar and len(config.cf.seeds) < 2  # of several seeds, run_tasks shows one
     folds = [jobs[0].checkpoints / name for name in jobs[0].list_models()[:-1]]
     progress = show_progress(folder / "metrics.jsonl", config.cf.num_epochs, folds) if has_bar else nullcontext()
-    with connect_ray(config.cluster), progress:
+    with clear_unfinished(folder), connect_ray(config.cluster), progress:
         _train_on_ray([(job, _choose_log(job, jobs, folder, config)) for job in pending], config, len(jobs))
 
 

@@ -38,7 +38,7 @@ from collm_dist.orchestration.leaderboard import (
     write_results,
 )
 from collm_dist.orchestration.stage_trial import StageName, StageTrial, TrialPlan, TrialReport
-from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.atomic_files import clear_unfinished, write_json
 from collm_dist.runs.fingerprints import compute_fingerprint, flatten_config
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.tuning.checkpoints import Progress
@@ -144,7 +144,7 @@ def _search(
     configs: TrialConfigs, run_dir: RunDir, folder: Path, stage: StageName, fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
     study = _open_study(configs, folder)
-    with connect_ray(configs.config.cluster):
+    with clear_unfinished(folder), connect_ray(configs.config.cluster):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         plan = TrialPlan(RunDir(run_dir.path.absolute()), stage, num_gpus=min(gpus, 1), working_dir=Path.cwd())
         _Runner(

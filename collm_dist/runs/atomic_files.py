@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from collm_dist.errors import ArtifactError, CollmError, DiskError
+from collm_dist.errors import ArtifactError, CollmError, DiskError, Preempted
 
 
 @contextmanager
@@ -43,6 +43,17 @@ def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> I
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def clear_unfinished(folder: Path) -> Iterator[None]:
+    """Delete the temporary files below a folder if the block is stopped; worker processes that are killed leave them."""
+    try:
+        yield
+    except (KeyboardInterrupt, Preempted):
+        for path in folder.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def set_file_mode(path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from collm_dist.config import Config
 from collm_dist.config.loader import list_fields
-from collm_dist.errors import ArtifactError
-from collm_dist.runs.atomic_files import compute_json_hash, open_atomic, write_json
+from collm_dist.errors import ArtifactError, LaunchError, Preempted
+from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash, open_atomic, write_json
 from collm_dist.runs.fingerprints import STEP_FIELDS, compute_fingerprint, find_changes, is_step_current
 from collm_dist.runs.run_dir import STEPS, RunDir
 
@@ -126,3 +126,13 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
 def test_json_hash_does_not_see_the_order_of_keys():
     assert compute_json_hash({"a": 1, "b": [2]}) == compute_json_hash({"b": [2], "a": 1})
     assert compute_json_hash({"a": 1}) != compute_json_hash({"a": 2})
+
+
+@pytest.mark.parametrize(("error", "is_kept"), [(KeyboardInterrupt, False), (Preempted, False), (LaunchError, True)])
+def test_files_that_killed_workers_leave_are_deleted_when_a_step_is_stopped(tmp_path, error, is_kept):
+    write_json(tmp_path / "work" / "done.json", {})
+    unfinished = tmp_path / "work" / ".state.x7.tmp"
+    unfinished.touch()
+    with pytest.raises(error), clear_unfinished(tmp_path):
+        raise error("stop")
+    assert (unfinished.exists(), (tmp_path / "work" / "done.json").exists()) == (is_kept, True)
