@@ -47,7 +47,7 @@ def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> I
 
 @contextmanager
 def clear_unfinished(folder: Path) -> Iterator[None]:
-    """Delete the temporary files below a folder if the block is stopped; worker processes that are killed leave them."""
+    """Delete the temporary files below a folder if the block is stopped: killed worker processes leave them."""
     try:
         yield
     except (KeyboardInterrupt, Preempted):
