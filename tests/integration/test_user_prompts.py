@@ -16,7 +16,9 @@ from collm_dist.serving.model_card import Licences
 from collm_dist.serving.requests import RankingQuery
 from tests.conftest import NUM_USERS, REPOSITORY
 from tests.integration.finished_run import build_run
+from tests.integration.ranking_service import serving
 from tests.integration.test_recommender import TOLERANCE, read_reported
+from tests.integration.test_serve import compare
 from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -89,6 +91,39 @@ def test_a_user_without_rows_has_a_text_and_an_unknown_user_does_not(recommender
     assert recommender.rank_many([RankingQuery("1000", history, ITEMS)])[0] == ranked
     assert ranked.warnings == []
     assert len(recommender.rank(user="nobody", history=history, candidates=ITEMS).warnings) == 1
+
+
+def test_a_service_takes_labelled_histories(user_run, recommender):
+    """The order of likes and dislikes reaches the prompt as in Python, and mistakes are answered 422."""
+    liked, both = {"history": ["3", "17", "40", "9"]}, {"history_labels": [1, 0, 0, 1]}
+    queries = [liked | both, liked | {"history_labels": [0, 1, 0, 1]}, liked]
+    queries += [query | {"user": user} for query in queries for user in ("5", "1000", "nobody")]
+    queries += [liked | both | {"user": "5", "num_retrieved": 9}, {"history": [], "history_labels": []}]
+    mistakes = [
+        (liked | {"history_labels": [1, 0]}, "history_labels: 2 labels for 4 items of history; give one for each"),
+        (liked | both | {"disliked": ["9"]}, "history_labels: they say which items of history are liked, so give"),
+        (both | {"user": "5"}, "history_labels: they say which items of history are liked, so give history"),
+        (liked | {"history_labels": [1, 0, 2, 1]}, "history_labels.2: 2 is out of range"),
+        (liked | {"history_labels": [1, 0, True, 1]}, "history_labels.2: True is not an integer"),
+        (liked | {"history_labels": 1}, "history_labels: 1 is not a list"),
+    ]
+    rankings = []
+    with serving(user_run) as service:
+        for query in queries:
+            query = {"candidates": ITEMS} | query if "num_retrieved" not in query else query
+            status, _, answer = service.ask(query)
+            assert status == 200, answer
+            expected = recommender.rank(**query)
+            assert compare(answer, expected) < TOLERANCE
+            assert answer["warnings"] == expected.warnings
+            rankings.append({item["item_id"]: item["score"] for item in answer["ranked"]})
+        found = [(status, answer["detail"]) for status, _, answer in (service.ask(body) for body, _ in mistakes)]
+    assert [(422, message) for _, message in mistakes] == [
+        (status, detail[: len(message)]) for (status, detail), (_, message) in zip(found, mistakes, strict=True)
+    ]
+    assert not {"3", "17", "40", "9"} & set(rankings[-2])  # all are known to the user
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert max(abs(rankings[first][item] - rankings[second][item]) for item in ITEMS) > TOLERANCE
 
 
 def test_an_export_has_what_its_prompts_show(user_run, recommender, tmp_path):
