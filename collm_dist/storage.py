@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.fs as pa_fs
@@ -112,12 +112,23 @@ def join_uri(uri: str, *parts: str) -> str:
     return "/".join([head.rstrip("/"), *parts]) + query
 
 
+def find_lake_table(filesystem: Any, folder: str) -> Literal["delta", "iceberg"] | None:
+    """Return which kind of lakehouse table a folder holds, or None for other folders."""
+    delta, iceberg = filesystem.get_file_info([f"{folder}/_delta_log", f"{folder}/metadata"])
+    if delta.type == pa_fs.FileType.Directory:
+        return "delta"
+    if iceberg.type != pa_fs.FileType.Directory:
+        return None
+    entries = filesystem.get_file_info(pa_fs.FileSelector(iceberg.path))
+    return "iceberg" if any(entry.path.endswith(".metadata.json") for entry in entries) else None
+
+
 def list_files(uri: str, key: str, *, may_be_empty: bool = False) -> list[str]:
     """Return the files behind a URI (file, folder or glob) in sorted order, without hidden files.
 
     Raises:
-        DataError: there is nothing, no file in a folder that may not be empty, or it cannot be listed; the message
-            names the setting.
+        DataError: there is nothing, no file in a folder that may not be empty, a lakehouse table, or it cannot be
+            listed; the message names the setting.
         LaunchError: an object store is unreachable or denies access.
     """
     filesystem, path = open_filesystem(uri, key)
@@ -126,13 +137,21 @@ def list_files(uri: str, key: str, *, may_be_empty: bool = False) -> list[str]:
     try:
         with explain_store_errors(filesystem, f"{key}: '{uri}' cannot be listed"):
             info = filesystem.get_file_info(base)
-            paths = _list_folder(filesystem, base) if info.type == pa_fs.FileType.Directory else []
+            is_folder = info.type == pa_fs.FileType.Directory
+            lake = find_lake_table(filesystem, base) if is_folder and not uri.startswith(("http:", "https:")) else None
+            paths = _list_folder(filesystem, base) if is_folder and lake is None else []
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{key}: {uri!r} cannot be listed: {error}") from None
     if info.type == pa_fs.FileType.NotFound:
         raise DataError(f"{key}: there is no file or folder '{uri}'")
     if info.type == pa_fs.FileType.Unknown:
         raise DataError(f"{key}: '{uri}' is neither a file nor a folder, but a pipe or a device: save it as a file")
+    if lake is not None:
+        remedy = f"set dataset.format to {lake}" if key == "dataset.path" else "write the rows that are meant to files"
+        raise DataError(
+            f"{key}: '{uri}' holds {'a Delta' if lake == 'delta' else 'an Iceberg'} table, whose files also have "
+            f"deleted and outdated rows: {remedy}"
+        )
     if info.type == pa_fs.FileType.File:
         return [uri]
     head, query = split_query(uri)

@@ -40,6 +40,21 @@ class ItemColumnsConfig(Section):
     title: str = Field("title", description="Column of the item's title.")
 
 
+class CatalogConfig(Section):
+    """Catalog of Iceberg tables, with pyiceberg's names.
+
+    Other properties, and credentials, stand in ~/.pyiceberg.yaml or in variables of the environment such as
+    PYICEBERG_CATALOG__PROD__TOKEN.
+    """
+
+    name: str | None = optional("Name of the catalog; default: pyiceberg's default catalog.")
+    type: Literal["rest", "sql", "hive", "glue", "dynamodb", "bigquery"] | None = optional(
+        "Kind of the catalog, unless pyiceberg's own configuration has it."
+    )
+    uri: Uri | None = optional("URI of the catalog, for example https://catalog:8181 or sqlite:////data/catalog.db.")
+    warehouse: Uri | None = optional("Warehouse of the catalog.")
+
+
 class SplitConfig(Section):
     """Division of the interactions into train, valid and test."""
 
@@ -85,19 +100,43 @@ class DatasetConfig(Section):
     """The raw logs: their location and columns, and the rows to use."""
 
     format: Literal[
-        "table", "movielens_100k", "movielens_1m", "movielens_32m", "recbole", "amazon_2018", "amazon_2023"
+        "table",
+        "delta",
+        "iceberg",
+        "movielens_100k",
+        "movielens_1m",
+        "movielens_32m",
+        "recbole",
+        "amazon_2018",
+        "amazon_2023",
     ] = Field(
         "table",
-        description="table: CSV, TSV or Parquet with the columns named below. recbole: atomic files. The "
-        "others: the publishers' own layouts.",
+        description="table: CSV, TSV or Parquet with the columns named below. delta, iceberg: tables of a lakehouse. "
+        "recbole: atomic files. The others: the publishers' own layouts.",
     )
     path: Uri | None = Field(
-        None, description="URI of the interactions: file, folder, glob, s3://, gs://. Fixed layouts: their folder."
+        None,
+        description="URI of the interactions: file, folder, glob, s3://, gs://. Fixed layouts: their folder. delta: "
+        "the table's folder. iceberg: namespace.table, or the URI of a table's folder or metadata.json.",
+    )
+    version: int | None = optional(
+        "delta: version of the table. Without it, the newest when the data step begins; the run keeps it.", ge=0
+    )
+    snapshot_id: int | None = optional("iceberg: snapshot of the table. Without it, the current one, as for version.")
+    item_version: int | None = optional("The same as version for items_path, if it is a Delta table.", ge=0)
+    item_snapshot_id: int | None = optional("The same as snapshot_id for items_path, if it is an Iceberg table.")
+    user_version: int | None = optional("The same as version for users_path, if it is a Delta table.", ge=0)
+    user_snapshot_id: int | None = optional("The same as snapshot_id for users_path, if it is an Iceberg table.")
+    catalog: CatalogConfig = Field(
+        default_factory=CatalogConfig, description="Catalog of Iceberg tables that are given as namespace.table."
     )
     asset: str | None = Field(None, description="Name of a known dataset to fetch instead of path: movielens-100k.")
-    items_path: Uri | None = Field(None, description="URI of the item file (table format).")
+    items_path: Uri | None = Field(
+        None, description="URI of the item file (table, delta, iceberg): files, or a Delta or Iceberg table."
+    )
     users_path: Uri | None = optional(
-        "URI of the user file: CSV, TSV, Parquet or JSON lines, with a row per user and columns for user_text."
+        "URI of the user file: CSV, TSV, Parquet or JSON lines, or a Delta or Iceberg table, with a row per user and "
+        "columns for user_text."
     )
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="Columns of the interactions.")
     item_columns: ItemColumnsConfig = Field(default_factory=ItemColumnsConfig, description="Columns of the items.")
@@ -215,11 +254,17 @@ class DatasetConfig(Section):
     def _check_text_tables(self) -> DatasetConfig:
         if (self.names is not None) != (self.header is False):
             raise ValueError("header: false and names, the list of the columns, need each other")
-        is_table = self.format == "table" and self.asset is None
-        for_tables = ("delimiter", "item_delimiter", "header", "names", "item_names", "new_events")
-        given = [name for name in for_tables if getattr(self, name) is not None]
-        if given and not is_table:
+        for_tables = ("delimiter", "header", "names", "new_events")
+        for_items = ("item_delimiter", "item_names")
+        allowed = {"table": (*for_tables, *for_items), "delta": for_items, "iceberg": for_items}.get(
+            self.format if self.asset is None else "", ()
+        )
+        given = [name for name in (*for_tables, *for_items) if getattr(self, name) is not None and name not in allowed]
+        if given:
             raise ValueError(f"{given[0]} is for format: table; the other formats are fixed")
+        for name, kind in (("version", "delta"), ("snapshot_id", "iceberg")):
+            if getattr(self, name) is not None and self.format != kind:
+                raise ValueError(f"{name} is for format: {kind}, not for {self.format}")
         if self.columns.timestamp is None and (
             self.split.method in ("calendar", "amazon_book") or self.expect.max_age_hours is not None
         ):
@@ -250,7 +295,7 @@ class DatasetConfig(Section):
     def _check(self) -> DatasetConfig:
         if (self.path is None) == (self.asset is None):
             raise ValueError("give exactly one of dataset.path and dataset.asset")
-        reads_columns = self.format == "table" and self.asset is None
+        reads_columns = self.format in ("table", "delta", "iceberg") and self.asset is None
         has_one_target = (self.columns.rating is None) != (self.columns.label is None)
         if reads_columns and self.feedback == "explicit" and not has_one_target:
             raise ValueError("feedback: explicit needs exactly one of columns.rating and columns.label")

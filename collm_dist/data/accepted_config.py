@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
+from collm_dist.data.table_pins import describe_wanted
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import compute_fingerprint, is_step_current
 from collm_dist.runs.local_paths import check_links
@@ -58,6 +59,8 @@ def accept_config(
             fingerprint = {
                 key: settings.get(key, value) if key.startswith("config.") else value for key, value in recorded.items()
             }
+            if step == "data":
+                fingerprint |= describe_wanted(config.dataset, recorded)
         is_step_current(run_dir, step, fingerprint)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with open_atomic(run_dir.path / CONFIG_FILE) as file:

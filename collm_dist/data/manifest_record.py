@@ -69,6 +69,7 @@ def build_manifest_record(
         stats: statistics of the tasks.
     """
     shards = [shard for shard in stats.shards if shard]
+    tables_read = {key: {"location": table.location} | table.describe() for key, table in source.tables.items()}
     hashed = {
         "format_version": FORMAT_VERSION,
         "num_users": len(tables.user_ids),
@@ -102,6 +103,7 @@ def build_manifest_record(
             "bad_examples": [example for read in stats.reads for example in read["examples"]][:5],
             "dropped_examples": _find_examples(stats),
             "facts": stats.facts,
+            **({"tables": tables_read} if tables_read else {}),
         },
     }
 

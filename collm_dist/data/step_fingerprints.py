@@ -12,6 +12,7 @@ from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.ingest.user_texts import open_user_file
 from collm_dist.data.prompt_needs import check_prompt_needs
 from collm_dist.data.prompts.prompt_template import load_prompt_text
+from collm_dist.data.table_pins import pin_tables
 from collm_dist.runs.fingerprints import compute_fingerprint
 from collm_dist.runs.input_files import describe_file, describe_inputs, keep_old_entries
 from collm_dist.runs.previous_run import describe_previous_step
@@ -31,8 +32,8 @@ def compute_step_fingerprint(
         config: the experiment.
         run_dir: holds the finished earlier steps; missing ones are skipped for evaluation.
         step: the step to describe.
-        source: the log that a data step is about to read. Without it, a finished data step is described, and parts of
-            ``dataset.new_events`` that have arrived since are left out.
+        source: the log that a data step is about to read. Without it, a finished data step is described: parts of
+            ``dataset.new_events`` that have arrived since are left out, and tables have the versions that it read.
 
     Raises:
         ArtifactError: an earlier step is not done.
@@ -41,10 +42,11 @@ def compute_step_fingerprint(
     """
     if step == "data":
         needs_order = check_prompt_needs(config)
-        states, recorded = (source or open_source(config.dataset)).inputs(), _read_fingerprint(run_dir, "data")
+        opened = source or open_source(pin_tables(config.dataset, run_dir))
+        states, recorded = opened.describe_inputs(), _read_fingerprint(run_dir, "data")
         if source is None:
             states = leave_out_later_parts(config.dataset, states, recorded)
-        if (user_file := open_user_file(config.dataset)) is not None:
+        if (user_file := open_user_file(opened.dataset)) is not None:
             states |= user_file.inputs()
         if config.dataset.forget is not None:
             states |= describe_files(list_files(config.dataset.forget, "dataset.forget"))

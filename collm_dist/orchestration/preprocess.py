@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from collm_dist.config import Config
+from collm_dist.config import Config, DatasetConfig
 from collm_dist.data.ingest.file_parts import PART_BYTES
 from collm_dist.data.ingest.filtered_buckets import load_filtered_ids, load_item_counts
 from collm_dist.data.ingest.forgotten_users import load_forgotten
@@ -30,6 +30,7 @@ from collm_dist.data.ingest.input_checks import check_filtered_rows, check_items
 from collm_dist.data.ingest.input_facts import InputFacts, describe_input, list_warnings, merge_facts
 from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_over_months
 from collm_dist.data.ingest.item_texts import ItemCatalogue
+from collm_dist.data.ingest.lake_tables import open_tables
 from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.ingest.user_texts import write_user_texts
 from collm_dist.data.manifest_record import (
@@ -46,6 +47,7 @@ from collm_dist.data.samples.split_cuts import build_split_rule
 from collm_dist.data.samples.splits import SPLITS, build_calendar_rule
 from collm_dist.data.shards.manifest import load_manifest, remove_unlisted_files
 from collm_dist.data.step_fingerprints import ORDER_INPUT, compute_step_fingerprint
+from collm_dist.data.table_pins import drop_pins, find_versions, list_moved, pin_tables
 from collm_dist.orchestration.cluster import ByteProgress, check_nodes, connect_ray, run_tasks
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash
@@ -72,8 +74,11 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     data_dir = run_dir.step_dir("data")
     if not force and is_step_current(run_dir, "data", compute_step_fingerprint(config, run_dir, "data")):
         print(f"data: done already ({data_dir})")
+        _show_moved_tables(config.dataset, pin_tables(config.dataset, run_dir))
         return run_dir.read_record("data")
-    source = open_source(config.dataset)
+    dataset = find_versions(config.dataset, run_dir, force=force)
+    _show_moved_tables(config.dataset, dataset)
+    source = open_source(dataset)
     fingerprint = compute_step_fingerprint(config, run_dir, "data", source)
     for guess in source.list_guesses():
         print(f"data: {guess}")
@@ -88,7 +93,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     plan = PreprocessPlan(
         work_dir=work_dir.absolute(),
         data_dir=data_dir.absolute(),
-        dataset=config.dataset,
+        dataset=dataset,
         preprocessing=preprocessing,
         seed=config.run.seed,
         num_candidates=config.evaluation.num_candidates,
@@ -106,9 +111,16 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     manifest = drop_examples(manifest) | {"fingerprint": fingerprint}
     remove_unlisted_files(data_dir, manifest)
     run_dir.write_record("data", manifest)
+    drop_pins(run_dir)
     shutil.rmtree(work_dir)
     print("\n".join([*summary, f"  {data_dir / 'manifest.json'}"]))
     return manifest
+
+
+def _show_moved_tables(dataset: DatasetConfig, pinned: DatasetConfig) -> None:
+    """Print which lakehouse tables have moved on from the versions that the run keeps."""
+    for line in list_moved(dataset, open_tables(pinned)):
+        print(f"data: {line}")
 
 
 def _open_work_dir(run_dir: RunDir, key: str) -> Path:
@@ -184,7 +196,7 @@ def _preprocess(
 ) -> dict[str, Any]:
     """Run the tasks in order and return the manifest's record without its fingerprint."""
     buckets = range(plan.num_buckets)
-    plan_ref, source_ref, forgotten_ref = ray.put(plan), ray.put(source), ray.put(forgotten)
+    plan_ref, source_ref, forgotten_ref = ray.put(plan), ray.put(source.for_workers()), ray.put(forgotten)
 
     # Read the raw files and check them as a whole. The next parts of a large file are found while others are read.
     chunks = enumerate(source.split_chunks(inputs))

@@ -23,9 +23,15 @@ STEP_FIELDS: dict[Step, tuple[str, ...]] = {
 }
 
 
-# Exceptions below those prefixes: fields that the step does not read.
+# Versions of tables, which the entries of the inputs hold, whether they were set or found.
+TABLE_VERSIONS = tuple(
+    f"dataset.{prefix}{name}" for prefix in ("", "item_", "user_") for name in ("version", "snapshot_id")
+)
+
+
+# Exceptions below those prefixes: fields that the step does not read, or that stand among its inputs.
 STEP_FIELDS_EXCLUDED: dict[Step, tuple[str, ...]] = {
-    "data": ("dataset.expect",),
+    "data": ("dataset.expect", *TABLE_VERSIONS),
     "cf": (),
     "stage1": ("prompt.stage2",),
     "stage2": ("prompt.stage1",),

@@ -28,7 +28,8 @@ def describe_inputs(states: Mapping[str, Mapping[str, Any]], recorded: Mapping[s
     """Return the entries of a step's input files. Local files are read in parallel, and only if they are not known.
 
     Args:
-        states: size and modification time by URI, as ``storage.describe_files`` returns them.
+        states: size and modification time by URI, as ``storage.describe_files`` returns them; or other entries, such as
+            the version of a table, which are kept as they are.
         recorded: the step's fingerprint in its record, in which names begin with ``input.``; empty if it is not done.
 
     Raises:
@@ -39,7 +40,7 @@ def describe_inputs(states: Mapping[str, Mapping[str, Any]], recorded: Mapping[s
         old = recorded.get(f"input.{uri}")
         if isinstance(old, dict) and {name: old.get(name) for name in state} == state:
             entries[uri] = old
-        elif (path := find_local_path(uri)) is not None:
+        elif "size" in state and (path := find_local_path(uri)) is not None:
             entries[uri] = describe_file(path, _hash_blocks)
         else:
             entries[uri] = dict(state)

@@ -48,6 +48,8 @@ WALLS = {
     "webdataset": ("data/shards/",),
     "tensorboard": ("monitoring/",),
     "prometheus_client": ("monitoring/prometheus.py",),
+    "deltalake": ("data/ingest/delta_tables.py",),
+    "pyiceberg": ("data/ingest/iceberg_tables.py",),
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

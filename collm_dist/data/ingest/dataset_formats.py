@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
@@ -10,9 +11,13 @@ from collm_dist.data.ingest.column_checks import explain_missing_column
 from collm_dist.data.ingest.file_format import LINE_COLUMN, UTF8_OR_LATIN1
 from collm_dist.data.ingest.file_readers import BadRows, FileFormat, read_tables
 from collm_dist.data.ingest.item_texts import list_template_columns
+from collm_dist.data.ingest.lake_tables import open_lake_table
 from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.errors import DataError
 from collm_dist.storage import list_files, split_query
+
+# Formats whose columns the settings name; the others have columns of their own.
+TABLE_FORMATS = ("table", "delta", "iceberg")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,49 @@ def find_dataset_layout(name: str, folder: str, dataset: DatasetConfig) -> Datas
         items_format=_read_more(layout.items_format, _list_wanted_of_items(dataset)),
     )
     return _adopt_columns(layout, dataset)
+
+
+def find_table_layout(dataset: DatasetConfig, path: str, parts: Sequence[str] = ()) -> DatasetLayout:
+    """Return the files of a log in the columns that the settings name, or the data files of a lakehouse table.
+
+    Args:
+        dataset: the settings.
+        path: location of the interactions.
+        parts: files of ``dataset.new_events``.
+
+    Raises:
+        ConfigError: a library is not installed.
+        DataError: a file or table is missing.
+        LaunchError: an object store is unreachable or denies access.
+    """
+    log, catalogue = open_lake_table(dataset, "dataset.path"), open_lake_table(dataset, "dataset.items_path")
+    items = list_files(dataset.items_path, "dataset.items_path") if dataset.items_path and catalogue is None else ()
+    return DatasetLayout(
+        interactions=tuple(log.files) if log is not None else (*list_files(path, "dataset.path"), *parts),
+        items=tuple(items if catalogue is None else catalogue.files),
+        columns=_select_columns(dataset),
+        item_id=dataset.item_columns.item_id,
+        title=dataset.item_columns.title,
+        file_format=FileFormat(
+            delimiter=dataset.delimiter, names=dataset.names or (), delimiter_key="dataset.delimiter", table=log
+        ),
+        items_format=FileFormat(
+            delimiter=dataset.item_delimiter or dataset.delimiter,
+            names=dataset.item_names or (),
+            delimiter_key="dataset.item_delimiter" if dataset.item_delimiter is not None else None,
+            table=catalogue,
+        ),
+    )
+
+
+def _select_columns(dataset: DatasetConfig) -> ColumnsConfig:
+    """Return the configured columns without those that the feedback type and split method ignore."""
+    columns = dataset.columns.model_copy(update={"user": None})  # of another file
+    if dataset.feedback == "implicit":
+        columns = columns.model_copy(update={"rating": None, "label": None})
+    if dataset.split.method != "column":
+        columns = columns.model_copy(update={"split": None})
+    return columns
 
 
 def _list_wanted(dataset: DatasetConfig) -> set[str]:

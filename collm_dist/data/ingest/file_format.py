@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collm_dist.data.ingest.lake_tables import LakeTable
 
 BLOCK_BYTES = 8 << 20
 MAX_COLUMNS = 10_000
@@ -27,8 +30,10 @@ class FileFormat:
         delimiter_key: the setting that gave the delimiter; a header that lacks it is refused.
         schema: of JSON lines, the usual types of columns.
         has_more_columns: of JSON lines, whether columns that the schema lacks are read too.
-        expected: of JSON lines, columns that are missing values where a whole block lacks them.
+        expected: of JSON lines, columns that are missing values where a whole block lacks them; of tables, the columns
+            to read.
         typed_header: header cells look like ``name:type`` (RecBole atomic files).
+        table: the lakehouse table whose files these are.
     """
 
     kind: Literal["auto", "text", "parquet", "json"] = "auto"
@@ -40,6 +45,7 @@ class FileFormat:
     has_more_columns: bool = False
     expected: tuple[str, ...] = ()
     typed_header: bool = False
+    table: LakeTable | None = None
 
 
 @dataclass(frozen=True)

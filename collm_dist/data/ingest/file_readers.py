@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from collm_dist.data.ingest.file_format import (
     BLOCK_BYTES,
-    LINE_COLUMN,
     NULLS,
     WHOLE_FILE,
     BadRows,
@@ -20,16 +17,20 @@ from collm_dist.data.ingest.file_format import (
     FilePart,
 )
 from collm_dist.data.ingest.json_tables import read_json_tables
+from collm_dist.data.ingest.lake_tables import LakeFile
+from collm_dist.data.ingest.parquet_tables import read_parquet
 from collm_dist.data.ingest.text_blocks import read_blocks
 from collm_dist.data.ingest.text_tables import read_text_tables
 from collm_dist.errors import DataError
 from collm_dist.storage import explain_store_errors, open_filesystem, split_query
 
-__all__ = ["BLOCK_BYTES", "NULLS", "BadRows", "FileFormat", "count_row_groups", "find_kind", "read_tables"]
+__all__ = ["BLOCK_BYTES", "NULLS", "BadRows", "FileFormat", "find_kind", "read_tables"]
 
 
 def find_kind(uri: str, file_format: FileFormat) -> str:
-    """Return the file type: text, parquet or json."""
+    """Return the file type: text, parquet or json, or the kind of lakehouse table that the file belongs to."""
+    if file_format.table is not None:
+        return file_format.table.kind
     if file_format.kind != "auto":
         return file_format.kind
     name = split_query(uri)[0].lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
@@ -38,26 +39,13 @@ def find_kind(uri: str, file_format: FileFormat) -> str:
     return "json" if name.endswith((".json", ".jsonl", ".ndjson")) else "text"
 
 
-def count_row_groups(uri: str) -> int:
-    """Return the number of row groups of a Parquet file.
-
-    Raises:
-        DataError: it is not a Parquet file, or a damaged one.
-    """
-    filesystem, path = open_filesystem(uri)
-    try:
-        with explain_store_errors(filesystem, f"{uri}: cannot be read"):
-            return int(pq.read_metadata(path, filesystem=filesystem).num_row_groups)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri}: not a Parquet file, or a damaged one ({error})") from error
-
-
 def read_tables(
     uri: str,
     file_format: FileFormat,
     bad_rows: BadRows,
     row_groups: tuple[int, int] | None = None,
     part: FilePart = WHOLE_FILE,
+    lake_file: LakeFile | None = None,
 ) -> Iterator[Any]:
     """Stream a file as tables, in order, with the values of hive partitions (``key=value`` folders) as columns.
 
@@ -69,11 +57,15 @@ def read_tables(
         bad_rows: counts lines that do not parse.
         row_groups: of a Parquet file, the first and one past the last to read.
         part: of a text file, the rows to read.
+        lake_file: of a lakehouse table, the file, if the format does not list it.
 
     Raises:
         DataError: the file as a whole cannot be read.
         LaunchError: the object store is unreachable or denies access.
     """
+    if (lake := file_format.table) is not None:
+        yield from lake.read(lake_file or lake.files[uri], row_groups, file_format.expected)
+        return
     filesystem, path = open_filesystem(uri)
     partition = dict(part.split("=", 1) for part in PurePosixPath(path).parts[:-1] if part.count("=") == 1)
     try:
@@ -104,10 +96,4 @@ def _stream(
         else:
             yield from read_text_tables(uri, blocks, file_format, bad_rows, part.layout)
         return
-    with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
-        first, last = row_groups or (0, file.num_row_groups)
-        row = 1 + sum(file.metadata.row_group(group).num_rows for group in range(first))
-        for batch in file.iter_batches(batch_size=1 << 17, row_groups=list(range(first, last))):
-            table = pa.Table.from_batches([batch])
-            yield table.append_column(LINE_COLUMN, pa.array(np.arange(row, row + table.num_rows)))
-            row += table.num_rows
+    yield from read_parquet(filesystem, path, row_groups)

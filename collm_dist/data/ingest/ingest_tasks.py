@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from collm_dist.data.ingest.file_chunks import FileChunk
 from collm_dist.data.ingest.file_readers import BadRows
 from collm_dist.data.ingest.id_forms import check_forms, drop_fractions, unify_table
 from collm_dist.data.ingest.input_facts import InputFacts, describe_row
@@ -36,7 +37,7 @@ from collm_dist.data.ingest.shuffle_files import (
     read_partition,
     write_table,
 )
-from collm_dist.data.ingest.source import FileChunk, Source
+from collm_dist.data.ingest.source import Source
 from collm_dist.data.preprocess_plan import PreprocessPlan
 from collm_dist.data.samples.splits import OUTSIDE, SplitRule, get_amazon_book_window
 

@@ -15,7 +15,6 @@ from collm_dist.data.ingest.input_facts import InputFacts, describe_input, forma
 from collm_dist.data.ingest.normalize import SCHEMA
 from collm_dist.data.ingest.source import ReadBatch, Source
 from collm_dist.data.ingest.user_texts import preview_users
-from collm_dist.storage import describe_files
 
 # Small logs are read whole, which takes seconds; of larger ones whole blocks until there are so many rows.
 MAX_ROWS = 1_000_000
@@ -37,7 +36,8 @@ def preview_rows(source: Source, max_rows: int = MAX_ROWS) -> list[str]:
         facts.add(batch.table, batch.ratings, has_times=source.columns.timestamp is not None)
         tables.append(batch.table.select(SCHEMA.names))
     is_whole = next(batches, None) is None
-    item_bytes = sum(int(file["size"] or 0) for file in describe_files(list(source.items_uris)).values())
+    inputs = source.inputs()
+    item_bytes = sum(int(inputs[uri]["size"] or 0) for uri in source.items_uris)
     item_file = source.read_items() if 0 < item_bytes <= MAX_ITEM_BYTES else None
     catalogue = None if item_file is None else item_file.table
     whole = facts.settle_ids(catalogue, {})

@@ -17,18 +17,22 @@ from collm_dist.data.ingest.column_checks import (
     list_columns,
     list_item_columns,
 )
-from collm_dist.data.ingest.dataset_formats import DatasetLayout, find_dataset_layout
-from collm_dist.data.ingest.file_format import LINE_COLUMN, WHOLE_FILE, FilePart
+from collm_dist.data.ingest.dataset_formats import (
+    TABLE_FORMATS,
+    find_dataset_layout,
+    find_table_layout,
+)
+from collm_dist.data.ingest.file_chunks import FileChunk, list_chunks
+from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_parts import split_file
 from collm_dist.data.ingest.file_readers import (
     BadRows,
     FileFormat,
-    count_row_groups,
-    find_kind,
     read_tables,
 )
 from collm_dist.data.ingest.input_checks import refuse_copies
 from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table
+from collm_dist.data.ingest.lake_tables import LakeTable
 from collm_dist.data.ingest.new_events import check_parts, find_missing, list_new_events
 from collm_dist.data.ingest.normalize import (
     DATE_DIGITS,
@@ -48,26 +52,9 @@ from collm_dist.data.ingest.normalize import (
 from collm_dist.data.ingest.row_filter import RowFilter, convert, drop_misfits, parse_row_filter
 from collm_dist.data.ingest.text_rows import WRONG_WIDTH
 from collm_dist.errors import DataError
-from collm_dist.storage import describe_files, list_files
+from collm_dist.storage import describe_files
 
-ROW_GROUPS_PER_CHUNK = 16
 MAX_SHOWN = 50
-
-
-@dataclass(frozen=True)
-class FileChunk:
-    """Input of one read task: a file, a range of a Parquet file's row groups, or a part of a text file.
-
-    Attributes:
-        uri: the file.
-        row_groups, part: as in ``read_tables``.
-        num_bytes: size of the input, for progress; 0 = not known.
-    """
-
-    uri: str
-    row_groups: tuple[int, int] | None = None
-    part: FilePart = WHOLE_FILE
-    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +123,7 @@ class Source:
         num_chunks = Counter(chunk.uri for chunk in self.chunks)
         for chunk in self.chunks:
             size = inputs[chunk.uri]["size"]
-            if chunk.row_groups is not None:
+            if chunk.row_groups is not None or chunk.lake_file is not None:
                 yield replace(chunk, num_bytes=(size or 0) // num_chunks[chunk.uri])
                 continue
             for part in split_file(chunk.uri, self.file_format, size):
@@ -151,7 +138,7 @@ class Source:
         """
         configured = _parse_filter(self.dataset, self.numeric_columns)
         first_row, bad_rows = 0, BadRows()
-        for raw in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups, chunk.part):
+        for raw in read_tables(chunk.uri, self.file_format, bad_rows, chunk.row_groups, chunk.part, chunk.lake_file):
             table, rows = raw, raw.num_rows
             is_part = chunk.uri in self.part_uris
             row_filter = None if is_part and find_missing(table, configured) else configured
@@ -208,12 +195,36 @@ class Source:
             yield table
 
     def inputs(self) -> dict[str, Any]:
-        """Return size and modification time of every input file."""
-        return describe_files(sorted({chunk.uri for chunk in self.chunks} | set(self.items_uris)))
+        """Return size and modification time of every input file; of files of lakehouse tables the size."""
+        files = [chunk.lake_file for chunk in self.chunks if chunk.lake_file is not None]
+        if self.items_format.table is not None:
+            files += [self.items_format.table.files[uri] for uri in self.items_uris]
+        return describe_files(self._list_plain_files()) | {file.uri: {"size": file.num_bytes} for file in files}
+
+    def describe_inputs(self) -> dict[str, Any]:
+        """Return the entries of the inputs for fingerprints: of plain files, and of lakehouse tables as a whole."""
+        return describe_files(self._list_plain_files()) | {key: table.describe() for key, table in self.tables.items()}
+
+    @property
+    def tables(self) -> dict[str, LakeTable]:
+        """Lakehouse tables by setting."""
+        found = {"dataset.path": self.file_format.table, "dataset.items_path": self.items_format.table}
+        return {key: table for key, table in found.items() if table is not None}
+
+    def for_workers(self) -> Source:
+        """Return the source without its list of chunks, which workers are given one by one."""
+        return replace(self, chunks=())
+
+    def _list_plain_files(self) -> list[str]:
+        items = () if self.items_format.table is not None else self.items_uris
+        return sorted({chunk.uri for chunk in self.chunks if chunk.lake_file is None} | set(items))
 
     def list_guesses(self) -> list[str]:
         """Return unusual properties found in the first rows, with the settings that decide them."""
-        guesses = []
+        guesses = [
+            f"{table.show()}{', the newest' if table.version == table.newest else f'; the newest is {table.newest}'}"
+            for table in self.tables.values()
+        ]
         if "delimiter" in self.first_rows and self.dataset.delimiter is None:
             delimiter = self.first_rows["delimiter"]
             if delimiter not in ("','", r"'\t'"):
@@ -229,6 +240,7 @@ class Source:
         """Return files, columns, types and timestamp unit, for the preview."""
         return {
             "files": sorted({chunk.uri for chunk in self.chunks}),
+            **{key: table.show() for key, table in self.tables.items()},
             "columns": {key: value for key, value in self.columns.model_dump().items() if value is not None},
             # Text files are read as bytes, so that invalid UTF-8 can be counted.
             "types": {name: "text" if kind == "binary" else kind for name, kind in self.column_types.items()},
@@ -251,23 +263,9 @@ def open_source(dataset: DatasetConfig) -> Source:
 
         folder, asset_format = resolve_dataset(dataset.asset)
         path, format_name = str(folder), asset_format  # type: ignore[assignment]
-    if format_name == "table":
+    if format_name in TABLE_FORMATS:
         parts = list_new_events(dataset)
-        layout = DatasetLayout(
-            interactions=(*list_files(path, "dataset.path"), *parts),
-            items=tuple(list_files(dataset.items_path, "dataset.items_path")) if dataset.items_path else (),
-            columns=_select_columns(dataset),
-            item_id=dataset.item_columns.item_id,
-            title=dataset.item_columns.title,
-            file_format=FileFormat(
-                delimiter=dataset.delimiter, names=dataset.names or (), delimiter_key="dataset.delimiter"
-            ),
-            items_format=FileFormat(
-                delimiter=dataset.item_delimiter or dataset.delimiter,
-                names=dataset.item_names or (),
-                delimiter_key="dataset.item_delimiter" if dataset.item_delimiter is not None else None,
-            ),
-        )
+        layout = find_table_layout(dataset, path, parts)
     else:
         layout = find_dataset_layout(format_name, path, dataset)
     if dataset.encoding is not None:
@@ -288,9 +286,13 @@ def open_source(dataset: DatasetConfig) -> Source:
         uri, items = read_first(layout.items, layout.items_format)
         check_item_columns(items, uri, layout.item_id, layout.title, dataset)
     return Source(
-        chunks=tuple(_split_into_chunks(layout)),
+        chunks=tuple(list_chunks(layout.interactions, layout.file_format)),
         columns=layout.columns,
-        file_format=replace(layout.file_format, expected=list_columns(layout.columns, dataset)),
+        file_format=replace(
+            layout.file_format,
+            expected=list_columns(layout.columns, dataset),
+            table=layout.file_format.table and layout.file_format.table.without_files(),
+        ),
         items_format=replace(
             layout.items_format, expected=list_item_columns(layout.item_id, layout.title, dataset.item_text)
         ),
@@ -355,26 +357,6 @@ def _check_filter(dataset: DatasetConfig, uri: str, first: Any) -> frozenset[str
             )
     probe = {name: convert(first.column(name), "number").null_count for name in row_filter.names}
     return frozenset(name for name, nulls in probe.items() if nulls == first.column(name).null_count)
-
-
-def _select_columns(dataset: DatasetConfig) -> ColumnsConfig:
-    """Return the configured columns without those that the feedback type and split method ignore."""
-    columns = dataset.columns.model_copy(update={"user": None})  # of another file
-    if dataset.feedback == "implicit":
-        columns = columns.model_copy(update={"rating": None, "label": None})
-    if dataset.split.method != "column":
-        columns = columns.model_copy(update={"split": None})
-    return columns
-
-
-def _split_into_chunks(layout: DatasetLayout) -> Iterator[FileChunk]:
-    for uri in layout.interactions:
-        if find_kind(uri, layout.file_format) != "parquet":
-            yield FileChunk(uri)
-            continue
-        groups = count_row_groups(uri)
-        for start in range(0, max(groups, 1), ROW_GROUPS_PER_CHUNK):
-            yield FileChunk(uri, (start, min(start + ROW_GROUPS_PER_CHUNK, groups)))
 
 
 def read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any]:

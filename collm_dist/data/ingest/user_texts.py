@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from collm_dist.data.ingest.id_forms import drop_fractions, match_forms
 from collm_dist.data.ingest.id_tables import compute_ids_hash, sort_naturally
 from collm_dist.data.ingest.input_checks import check_rows, refuse_copies
 from collm_dist.data.ingest.item_texts import clean_text, fill_template, list_template_columns
+from collm_dist.data.ingest.lake_tables import LakeTable, open_lake_table
 from collm_dist.data.ingest.normalize import to_ids, to_text
 from collm_dist.data.ingest.source import read_first
 from collm_dist.data.shards.manifest import USER_TEXTS
@@ -68,9 +69,22 @@ class UserFile:
     id_column: str
     template: str
 
+    @property
+    def table(self) -> LakeTable | None:
+        """Lakehouse table whose files these are."""
+        return self.file_format.table
+
     def inputs(self) -> dict[str, Any]:
-        """Return the entries of the files for fingerprints."""
+        """Return the entries of the files, or of the lakehouse table, for fingerprints."""
+        if self.table is not None:
+            return {"dataset.users_path": self.table.describe()}
         return describe_files(sorted(self.uris))
+
+    def count_bytes(self) -> int:
+        """Return the size of all files."""
+        if self.table is not None:
+            return sum(file.num_bytes for file in self.table.files.values())
+        return sum(int(entry["size"] or 0) for entry in self.inputs().values())
 
     def read(self, known: Any) -> UserRows:
         """Return the users of the files.
@@ -107,20 +121,25 @@ def open_user_file(dataset: DatasetConfig) -> UserFile | None:
         return None
     id_column = dataset.columns.user or dataset.columns.user_id
     columns = list_template_columns(dataset.user_text, "dataset.user_text")
+    table = open_lake_table(dataset, "dataset.users_path")
+    uris = list_files(dataset.users_path, "dataset.users_path") if table is None else list(table.files)
     file = UserFile(
-        tuple(list_files(dataset.users_path, "dataset.users_path")),
+        tuple(uris),
         FileFormat(
             delimiter=dataset.user_delimiter or dataset.delimiter,
             delimiter_key="dataset.user_delimiter" if dataset.user_delimiter is not None else None,
             names=dataset.user_names or (),
             expected=(id_column, *columns),
             encoding=dataset.encoding or FileFormat().encoding,
+            table=table,
         ),
         id_column,
         dataset.user_text,
     )
-    refuse_copies(file.uris, "dataset.users_path")
-    uri, first = read_first(file.uris, file.file_format)
+    if table is None:
+        refuse_copies(file.uris, "dataset.users_path")
+    whole = file.file_format if table is None else replace(file.file_format, expected=())
+    uri, first = read_first(file.uris, whole)
     file.check(first, uri)
     return file
 
@@ -200,6 +219,7 @@ def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[
         "users_without_rows": len(others),
         "rows": users.count(),
         "examples": users.bad_rows.first,
+        **({"table": {"location": file.table.location} | file.table.describe()} if file.table is not None else {}),
     }
 
 
@@ -229,8 +249,7 @@ def preview_users(dataset: DatasetConfig, user_ids: Any) -> list[str]:
     """
     if (file := open_user_file(dataset)) is None:
         return []
-    size = sum(int(entry["size"] or 0) for entry in file.inputs().values())
-    if size > MAX_PREVIEW_BYTES:
+    if (size := file.count_bytes()) > MAX_PREVIEW_BYTES:
         return [f"user texts: the user file has {size / 2**20:,.0f} MiB; only the data step reads it"]
     users = file.read(user_ids)
     texts = users.texts
