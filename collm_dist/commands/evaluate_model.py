@@ -21,11 +21,13 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     # Late: DeepSpeed takes seconds to import and prints messages; --help and config errors do not need it.
     from collm_dist.distributed import leave_process_group
     from collm_dist.evaluation.report import run_evaluation
+    from collm_dist.monitoring import track_run
 
     run_dir = RunDir(Path(config.run.dir))
-    with hold_run_lock(run_dir.path):
+    with hold_run_lock(run_dir.path) as is_owner:
         check_links(run_dir.path)
-        run_evaluation(config, run_dir, force="eval" in arguments.force)
+        with track_run(config, run_dir, arguments.force, is_owner=is_owner):
+            run_evaluation(config, run_dir, force="eval" in arguments.force)
     leave_process_group()
 
 

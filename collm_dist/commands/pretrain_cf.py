@@ -9,6 +9,7 @@ from pathlib import Path
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.data.accepted_config import accept_config
+from collm_dist.monitoring import track_run
 from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import pin_previous
@@ -22,10 +23,11 @@ EXAMPLES = """examples:
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     run_dir = RunDir(Path(config.run.dir))
-    with hold_run_lock(run_dir.path):
+    with hold_run_lock(run_dir.path) as is_owner:
         config = pin_previous(config)
         accept_config(config, run_dir, arguments.force, own=["cf"])
-        run_pretrain(config, run_dir, force="cf" in arguments.force)
+        with track_run(config, run_dir, arguments.force, is_owner=is_owner):
+            run_pretrain(config, run_dir, force="cf" in arguments.force)
 
 
 def main() -> int:

@@ -31,6 +31,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     # late: --help needs neither torch nor DeepSpeed
     from collm_dist.data.accepted_config import accept_config
     from collm_dist.distributed import explain_lost_workers, get_rank, leave_process_group
+    from collm_dist.monitoring import track_run
     from collm_dist.tuning.deepspeed_config import check_extra
     from collm_dist.tuning.preflight import check_backbone
     from collm_dist.tuning.run_stage import run_stage
@@ -46,12 +47,13 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     check_extra(config.cluster.deepspeed_extra, config.cluster.zero_stage)
     check_backbone(config)
     config = pin_previous(config)
-    with hold_run_lock(run_dir.path):
+    with hold_run_lock(run_dir.path) as is_owner:
         if get_rank() == 0:
             accept_config(config, run_dir, arguments.force, own=_choose_stages(config, arguments.stage))
-        for stage in _choose_stages(config, arguments.stage):
-            with explain_lost_workers(lambda stage=stage: stage):  # type: ignore[misc]
-                run_stage(config, run_dir, stage, force=stage in arguments.force)
+        with track_run(config, run_dir, arguments.force, is_owner=is_owner):
+            for stage in _choose_stages(config, arguments.stage):
+                with explain_lost_workers(lambda stage=stage: stage):  # type: ignore[misc]
+                    run_stage(config, run_dir, stage, force=stage in arguments.force)
     leave_process_group()
 
 

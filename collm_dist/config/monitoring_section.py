@@ -5,11 +5,55 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from collm_dist.config.section import Section, operational
 
 MAX_PROFILED_STEPS = 50
+
+
+class MlflowConfig(Section):
+    """An MLflow server that gets the run. Its credentials come from the environment (MLFLOW_TRACKING_USERNAME, ...)."""
+
+    tracking_uri: str | None = operational(
+        None,
+        "http:// or https:// URI of an MLflow server that gets settings, metrics, report and model; default: nothing "
+        "is sent. Needs the extra mlflow. Credentials come from the environment: MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.",
+    )
+    experiment: str = operational("collm-dist", "MLflow experiment of the run; made if missing.", min_length=1)
+    registered_model: str | None = operational(
+        None,
+        "Model in MLflow's registry of which an evaluated run becomes a version that refers to the run; default: none.",
+        pattern=r"^[^/:%\x00-\x1f']{1,200}$",
+    )
+    alias: str = operational(
+        "production",
+        "Alias of the registered model that a promotion moves to the run's version.",
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]{1,99}$",
+    )
+
+    @field_validator("alias")
+    @classmethod
+    def _check_alias(cls, value: str) -> str:
+        if re.fullmatch(r"latest|[vV][0-9]+", value):
+            raise ValueError(f"'{value}' means a version to MLflow; choose another name, such as production")
+        return value
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _check_uri(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if "@" in value or "?" in value:  # also a token as the name alone; the value is not shown
+            raise ValueError(
+                "credentials and options in the URI would be written to records and logs: write the address alone, "
+                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the "
+                "environment"
+            )
+        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", value):
+            raise ValueError(f"{value!r:.60} is not the address of a server, such as http://mlflow.example.org:5000")
+        return value.rstrip("/")
 
 
 class MonitoringConfig(Section):
@@ -33,6 +77,7 @@ class MonitoringConfig(Section):
         "Folder, as an absolute path, of text files for node exporter's textfile collector: the state of "
         "the run and its training metrics; default: none.",
     )
+    mlflow: MlflowConfig = Field(default_factory=MlflowConfig, description="An MLflow server that gets the run.")
 
     @field_validator("profile_steps", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.data.table_pins import describe_wanted
+from collm_dist.monitoring import check_tracker
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import compute_fingerprint, is_step_current
 from collm_dist.runs.local_paths import check_links
@@ -43,7 +44,9 @@ def accept_config(
     Raises:
         ArtifactError: a step is done with other settings or inputs, or a link leads out of the run; the message names
             them, and nothing is written.
+        ConfigError: a library that a setting needs is not installed.
     """
+    check_tracker(config)
     check_links(run_dir.path)
     for step in list_steps(config):
         if step in force or not run_dir.is_done(step):

@@ -1,4 +1,4 @@
-"""Monitoring of a run: TensorBoard, metrics.jsonl, progress bar, peak memory, profiler traces, Prometheus text files.
+"""Monitoring: TensorBoard, metrics.jsonl, progress bar, peak memory, profiler traces, Prometheus text files, MLflow.
 
 Only numbers that are on the host already are logged. Nothing here waits for a GPU, except the end of a profiler trace.
 """
@@ -9,6 +9,7 @@ from collm_dist.monitoring.projector import VectorSet, write_projector
 from collm_dist.monitoring.prometheus import StateTextfile, TrainingTextfile, check_textfile_dir
 from collm_dist.monitoring.report_log import RunSettings, log_report
 from collm_dist.monitoring.run_log import RunLogger, read_metrics
+from collm_dist.monitoring.run_tracker import check_tracker, track_run
 from collm_dist.monitoring.tags import (
     DATA_WAIT_SHARE,
     EPOCH_SECONDS,
@@ -57,9 +58,11 @@ __all__ = [
     "TrainingTextfile",
     "VectorSet",
     "check_textfile_dir",
+    "check_tracker",
     "log_report",
     "measure_peak_gib",
     "measure_total_gib",
     "read_metrics",
+    "track_run",
     "write_projector",
 ]

@@ -16,7 +16,7 @@ from collm_dist.config import Config
 from collm_dist.data.accepted_config import CONFIG_FILE, accept_config, list_steps
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
-from collm_dist.monitoring import StateTextfile, check_textfile_dir
+from collm_dist.monitoring import StateTextfile, check_textfile_dir, track_run
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.file_hashes import check_files
@@ -51,13 +51,17 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
         _check_run_dir(config)
         check_textfile_dir(config.monitoring.prometheus_dir)
         config = pin_previous(config)
-        with hold_run_lock(run_dir.path, status.beat):
+        with hold_run_lock(run_dir.path, status.beat) as is_owner:
             with show_phase("checking the backbone and the collaborative model"):
                 _check_names(config, run_dir)
             accept_config(config, run_dir, force, on_step=status.enter)
             status.begin()
             try:
-                with preemptible(), explain_disk_errors(run_dir.path):
+                with (
+                    preemptible(),
+                    explain_disk_errors(run_dir.path),
+                    track_run(config, run_dir, force, is_owner=is_owner),
+                ):
                     publisher = build_publisher(config, run_dir)
                     _run_steps(config, run_dir, force, status, publisher)
                     decision = _promote(config, run_dir)

@@ -63,10 +63,11 @@ class Holder:
 @contextmanager
 def hold_run_lock(
     run_dir: Path, on_beat: Callable[[], None] | None = None, beat_seconds: float = BEAT_SECONDS
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Hold the lock of a run directory for the duration of the block, and leave no empty folder there.
 
-    Does nothing in child processes of the holder, or in a launcher's processes other than rank 0.
+    Yields whether this process took it. Does nothing in child processes of the holder, or in a launcher's processes
+    other than rank 0.
 
     Args:
         run_dir: created if missing, and removed again if nothing is written to it, or if the block fails when nothing
@@ -81,7 +82,7 @@ def hold_run_lock(
     holder = _read_holder(path)
     is_held = holder is not None and os.environ.get(TOKEN_VARIABLE) == holder.token
     if is_held or os.environ.get("RANK", "0") != "0":
-        yield
+        yield False
         return
     missing = list_missing(run_dir)
     holder = _take(path)
@@ -92,7 +93,7 @@ def hold_run_lock(
     beats.start()
     worthless = {_SETTINGS}
     try:
-        yield
+        yield True
         worthless = set()
     finally:
         stop.set()

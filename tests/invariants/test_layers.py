@@ -47,6 +47,8 @@ WALLS = {
     "peft": ("llm/lora.py",),
     "webdataset": ("data/shards/",),
     "tensorboard": ("monitoring/",),
+    "mlflow": ("monitoring/mlflow_run.py",),
+    "huggingface_hub": ("serving/hub.py",),
     "prometheus_client": ("monitoring/prometheus.py",),
     "deltalake": ("data/ingest/delta_tables.py",),
     "pyiceberg": ("data/ingest/iceberg_tables.py",),
