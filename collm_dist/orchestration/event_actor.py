@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from collm_dist.errors import CollmError, EventStoreError
@@ -38,6 +39,8 @@ class _EventActor:
         self._store, self._columns = EventStore(folder), dict(columns)
         self._part_s, self._part_rows, self._keep_s = part_s, part_rows, keep_s
         self._told: dict[str, tuple[Ranges, float]] = {}
+        self._waiting = Gauge("collm_events_waiting", "Events that are in no Parquet part yet.")
+        self._waiting.set(self._store.count_waiting()[0])
         threading.Thread(target=self._keep_house, daemon=True).start()
 
     def add(self, events: Sequence[Event]) -> Added:
@@ -67,6 +70,7 @@ class _EventActor:
                 rows, received = self._store.count_waiting()
                 if rows and (rows >= self._part_rows or time.time() - received >= self._part_s):
                     self.write_parts()
+                self._waiting.set(self._store.count_waiting()[0])
                 self._prune()
             except CollmError as error:  # a full disk: tried again in a minute
                 logger.error("%s: %s", error.name, error)

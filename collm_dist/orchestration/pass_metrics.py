@@ -21,12 +21,15 @@ class PassMetrics:
         self._saved = Counter("collm_saved_milliseconds", "Time that kept tokens would have taken, estimated.")
         self._bytes = Gauge("collm_kept_context_bytes", "Memory of kept contexts.")
         self._hit_rate = Gauge("collm_context_hit_rate", "Share of context tokens that were kept, since the start.")
+        self._waiting = Gauge("collm_waiting_requests", "Requests that wait for a pass.")
+        self._waiting.set(0)
         self._kept_tokens = self._all_tokens = 0
 
-    def report_pass(self, size: int, took_s: float) -> None:
-        """Report the number of requests of a pass, and its duration in seconds."""
+    def report_pass(self, size: int, took_s: float, num_waiting: int) -> None:
+        """Report the number of requests of a pass, its duration in seconds, and the requests that wait after it."""
         self._sizes.observe(size)
         self._seconds.observe(took_s)
+        self._waiting.set(num_waiting)
 
     def report_reuse(self, kept: KeptContexts | None) -> None:
         """Report what has been reused since the last report; None = the service keeps nothing."""

@@ -25,7 +25,7 @@ from collm_dist.config import Config
 from collm_dist.errors import ArtifactError, CollmError, LaunchError, RequestError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.event_actor import EventClient, EventWriter, start_event_actor
-from collm_dist.orchestration.pass_metrics import PassMetrics
+from collm_dist.orchestration.service_metrics import ServiceMetrics
 from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.stop_signals import handle_stop_signals
@@ -105,17 +105,17 @@ class _Ranker:
             config = plan.read_config(target)
             return build_recommender(config, target, events=client, reuse_bytes=options.reuse_bytes)
 
+        self._metrics = ServiceMetrics()
         try:
             if pointer is None and read_model_id(run_dir) != model:
                 raise ArtifactError(
                     f"{run_dir.path} has changed since the service was started; stop it and start it again"
                 )
-            self._follower = RunFollower(run_dir, load, pointer, options.follow_every_s)
+            self._follower = RunFollower(run_dir, load, pointer, options.follow_every_s, self._metrics.report_run)
         except CollmError as error:  # Serve reports the text of a traceback only
             errors.put(error.to_dict())
             raise
         self._options, self._events = options, events
-        self._metrics = PassMetrics()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._options
@@ -144,6 +144,7 @@ class _Ranker:
             get_recommender=lambda: self._follower.served.recommender,
             every_event_is_a_like=recommender.config.dataset.feedback == "implicit",
             options=options,
+            report=self._metrics.report_events,
         )
         add_search(app, lambda: self._follower.served.search)
         add_comparison(app, comparer.submit, options, examples)
@@ -221,7 +222,7 @@ def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
     """Return example request bodies for the OpenAPI page."""
     history, candidates = recommender.item_ids[:3], recommender.item_ids[3:8] or recommender.item_ids
     examples: list[dict[str, Any]] = [{"history": history, "candidates": candidates, "top_k": 3}]
-    if recommender.has_cf:
+    if recommender.has_cf and recommender.user_ids:
         examples.append({"user": recommender.user_ids[0], "num_retrieved": 50, "top_k": 10})
     return examples
 

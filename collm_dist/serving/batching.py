@@ -55,7 +55,7 @@ class Batcher(Generic[Query, Answer]):
         max_size: int,
         wait_s: float,
         max_waiting: int,
-        report: Callable[[int, float], None] = lambda size, took_s: None,
+        report: Callable[[int, float, int], None] = lambda size, took_s, num_waiting: None,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
         """Store the function and the limits.
@@ -65,7 +65,7 @@ class Batcher(Generic[Query, Answer]):
             max_size: most queries per pass.
             wait_s: seconds that the first query at an idle device waits for more.
             max_waiting: most waiting queries, without those of the running pass.
-            report: called after each pass with its size and its duration in seconds.
+            report: called after each pass with its size, its duration in seconds, and the number of waiting queries.
             thread: executor with one thread, which several queues may share; None = an own thread.
         """
         self._work, self._report = work, report
@@ -123,7 +123,7 @@ class Batcher(Generic[Query, Answer]):
                     waiting.future.set_exception(error)
             return
         took = time.perf_counter() - started
-        self._report(len(batch), took)
+        self._report(len(batch), took, len(self._waiting))
         for waiting, answer in zip(batch, answers, strict=True):
             if not waiting.future.done():  # cancelled meanwhile
                 waiting.future.set_result(Pass(answer, len(batch), started - waiting.arrived, took))

@@ -40,6 +40,7 @@ def add_event_routes(
     get_recommender: Callable[[], Recommender],
     every_event_is_a_like: bool,
     options: ServiceOptions,
+    report: Callable[[int, int, int], None] = lambda stored, duplicates, unknown_items: None,
 ) -> None:
     """Add the paths of events to an application.
 
@@ -49,6 +50,7 @@ def add_event_routes(
         get_recommender: returns the recommender of the served run.
         every_event_is_a_like: ``dataset.feedback`` is implicit.
         options: the time limit.
+        report: called with the numbers of stored events, of duplicates and of unknown items of a request.
     """
 
     async def receive_events(body: EventsBody) -> Response:
@@ -69,6 +71,7 @@ def add_event_routes(
         added = await _answer_in_time(lambda store: store.add(events))
         items = dict.fromkeys(event.item for event in events)
         unknown = [item for item in items if not recommender.knows_item(item)]
+        report(added.stored, added.duplicates, len(unknown))
         return JSONResponse({"stored": added.stored, "duplicates": added.duplicates, "unknown_items": unknown})
 
     async def write_parts() -> Response:

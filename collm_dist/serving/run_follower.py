@@ -100,7 +100,8 @@ def load_served_run(run_dir: RunDir, load: Callable[[RunDir], Recommender], stat
     items = recommender.item_ids
     ranked = recommender.rank(history=items[:2], candidates=items[:_PROBED])
     if recommender.has_cf:
-        ranked += recommender.rank(user=recommender.user_ids[0], num_retrieved=_PROBED)
+        user = recommender.user_ids[0] if recommender.user_ids else None  # None after an export without users
+        ranked += recommender.rank(user=user, num_retrieved=_PROBED)
     if len(ranked) < min(_PROBED, len(items)):
         raise ArtifactError(f"{run_dir.path}: {len(ranked)} items were ranked, expected at least {_PROBED}")
     served = ServedRun(recommender, run_dir, read_model_id(run_dir), state, _now())
@@ -129,7 +130,12 @@ class RunFollower:
     """
 
     def __init__(
-        self, run_dir: RunDir, load: Callable[[RunDir], Recommender], pointer: Path | None, every_s: float
+        self,
+        run_dir: RunDir,
+        load: Callable[[RunDir], Recommender],
+        pointer: Path | None,
+        every_s: float,
+        report: Callable[[HealthAnswer], None] = lambda health: None,
     ) -> None:
         """Load the run.
 
@@ -138,6 +144,7 @@ class RunFollower:
             load: loads the recommender of a run.
             pointer: link to runs; None = the run stays.
             every_s: seconds between looks at the link.
+            report: called with the answer of ``/healthz`` at the start and after each look.
 
         Raises:
             CollmError: the run cannot be loaded.
@@ -150,6 +157,8 @@ class RunFollower:
             self.look()
         if self._served is None:
             self._served = load_served_run(run_dir, load)
+        self._report = report
+        report(self.describe())
         if pointer is not None:
             threading.Thread(target=self._follow, daemon=True).start()
 
@@ -174,6 +183,7 @@ class RunFollower:
     def _follow(self) -> None:
         while not self._stop.wait(self._every_s):
             self.look()
+            self._report(self.describe())
 
     def look(self) -> None:
         """Change over to the run that the link leads to, if it is another one and can be served."""

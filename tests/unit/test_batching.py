@@ -35,7 +35,7 @@ async def let_start():
 def test_a_busy_device_gets_all_that_has_come_meanwhile():
     async def run():
         device, reports = Device(permits=0), []
-        batcher = build(device, report=lambda size, took: reports.append((size, took)))
+        batcher = build(device, report=lambda *values: reports.append(values))
         first = asyncio.create_task(batcher.submit(0))
         await let_start()
         others = [asyncio.create_task(batcher.submit(query)) for query in range(1, 7)]
@@ -47,7 +47,7 @@ def test_a_busy_device_gets_all_that_has_come_meanwhile():
         assert [result.size for result in results] == [1, 4, 4, 4, 4, 2, 2]
         assert results[1].waited_s > 0.04
         assert results[0].took_s > 0.04
-        assert [size for size, _ in reports] == [1, 4, 2]
+        assert [(size, num_waiting) for size, _, num_waiting in reports] == [(1, 6), (4, 2), (2, 0)]
         assert (await batcher.submit(8)).answer == 16  # works again after an idle time
 
     asyncio.run(run())
