@@ -136,6 +136,13 @@ class QueueFullError(CollmError):
     retryable = True
 
 
+class HubError(CollmError):
+    """Upload to the Hub that fails: no token, no network, no permission."""
+
+    retryable = True
+    remedy = "do what the message says, then run the same command again; it uploads the export that is there"
+
+
 class EventStoreError(LaunchError):
     """Store of fresh events that does not answer: the client must try again later."""
 

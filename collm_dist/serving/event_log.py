@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm_dist.data.shards.context_block import IntArray
-from collm_dist.data.shards.interactions import load_interactions
+from collm_dist.data.shards.interactions import load_interactions, load_item_counts
 from collm_dist.data.shards.manifest import Manifest
 
 
@@ -22,7 +22,10 @@ class EventLog:
 
     Attributes:
         end: first second after all events, the default as-of time.
+        first_as_of: earliest as-of time whose statistics are known; None = any.
     """
+
+    first_as_of: int | None = None
 
     def __init__(
         self, user_idx: IntArray, item_idx: IntArray, timestamps: IntArray, labels: NDArray[np.int8],
@@ -48,6 +51,8 @@ class EventLog:
         Raises:
             ArtifactError: a table is missing or damaged.
         """
+        if manifest.events_end is not None:
+            return ItemTotals(*load_item_counts(data_dir), end=manifest.events_end)
         names = ("user_idx", "item_idx", "timestamp", "label")
         columns = load_interactions(data_dir, names, include_sampled=False)
         return cls(*(columns[name] for name in names), num_users=manifest.num_users, num_items=manifest.num_items)
@@ -71,3 +76,18 @@ class EventLog:
         starts = self._item_starts[item_idx]
         ends = np.searchsorted(self._item_keys, item_idx * self._span + elapsed)
         return self._likes_before[ends] - self._likes_before[starts], ends - starts
+
+
+class ItemTotals(EventLog):
+    """What is left of a log in an export without users: likes and events of each item, after all events."""
+
+    def __init__(self, likes: IntArray, rows: IntArray, *, end: int) -> None:
+        """Store (I,) counts and the first second after all events."""
+        nothing = np.zeros(0, dtype=np.int64)
+        super().__init__(nothing, nothing, nothing, nothing.astype(np.int8), num_users=0, num_items=len(likes))
+        self._likes, self._rows = likes, rows
+        self.end = self.first_as_of = end
+
+    def count_item_events(self, item_idx: IntArray, as_of: int) -> tuple[IntArray, IntArray]:
+        """Return (N,) likes and (N,) events of items; ``as_of`` must not be before the end."""
+        return self._likes[item_idx], self._rows[item_idx]

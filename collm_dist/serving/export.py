@@ -6,7 +6,8 @@ model/                backbone with the adapter merged, for ``AutoModelForCausal
 mapping.safetensors   stage 2's mapping from collaborative vectors to soft tokens
 cf/                   collaborative models (safetensors)
 anchor/               simple score that the language model adds to; anchored_score.safetensors: its share in stage 1
-data/                 ids, titles, user texts and the log, the source of users' histories and statistics
+data/                 ids, titles, user texts and the log, the source of users' histories and statistics; without
+                      events, items alone, with the counts of their likes and events
 prompt/               prompts of the training
 records/, config.yaml records of all steps, and the settings
 export.json           SHA-256 of every file; written last
@@ -17,14 +18,14 @@ from __future__ import annotations
 import glob
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from collm_dist.config import Config
 from collm_dist.config.loader import change_settings, dump_config
-from collm_dist.data.shards.manifest import USER_TEXTS, load_manifest
+from collm_dist.data.shards.manifest import ITEM_COUNTS, USER_TEXTS, load_manifest
 from collm_dist.errors import ArtifactError, DiskError
 from collm_dist.phases import follow, show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
@@ -33,9 +34,10 @@ from collm_dist.runs.damage import explain_read_errors, name_damage, read_json_f
 from collm_dist.runs.empty_folders import list_missing, remove_empty
 from collm_dist.runs.file_hashes import check_files, read_hashes
 from collm_dist.runs.local_paths import PathRemover, check_link
-from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, normalize
+from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, Step, normalize
 from collm_dist.serving.finished_run import check_settings, find_stage, load_run_config
 from collm_dist.serving.model_card import Licences, write_card
+from collm_dist.serving.users_removed import is_of_users, remove_users
 
 FORMAT_VERSION = 1
 INDEX = "export.json"
@@ -47,6 +49,7 @@ _OF_ONE_MACHINE: dict[str, Any] = {
     "run.publish_to": None,
     "promotion.pointer": None,
     "monitoring.prometheus_dir": None,
+    "monitoring.mlflow.tracking_uri": None,
     "cluster.local_scratch": None,
     "cluster.ray_address": None,
 }
@@ -63,7 +66,9 @@ PLACES = {
 }
 
 
-def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licences) -> Path:
+def export_model(
+    config: Config, run_dir: RunDir, folder: Path, licences: Licences, *, with_events: bool = True
+) -> Path:
     """Write the export of a finished run and return its folder, which appears complete or not at all.
 
     Args:
@@ -71,16 +76,20 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
         run_dir: directory of the run, with stage 2 or stage 1 done.
         folder: new folder.
         licences: licences for the model card.
+        with_events: whether it holds the users' ids, events, texts and vectors; without them it ranks for new users.
 
     Raises:
         ArtifactError: the folder exists, or the run is unfinished, damaged, or made with other settings.
     """
     stage = find_stage(run_dir)
     config = check_settings(config, run_dir, trust_code=True, accept_stage1=True)  # nothing is loaded
+    has_events = load_manifest(run_dir.step_dir("data")).has_events
+    removes, with_events = has_events and not with_events, has_events and with_events
     recorded = _list_recorded(run_dir)
     check_files(run_dir, "eval", "report.md")  # not copied, but part of the card
     with explain_read_errors(run_dir.path), _make_whole(folder) as part:
-        for source, name in follow(list(_list_sources(run_dir)), "export: copying and checking", "files"):
+        sources = [file for file in _list_sources(run_dir) if not (removes and is_of_users(file[1]))]
+        for source, name in follow(sources, "export: copying and checking", "files"):
             target = part / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -96,13 +105,42 @@ def export_model(config: Config, run_dir: RunDir, folder: Path, licences: Licenc
                 prompt = run_dir.read_record(name)["fingerprint"]["input.prompt"]
                 (part / "prompt" / f"{name}.txt").write_text(prompt, encoding="utf-8")
         (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_card(part / "README.md", config, run_dir, stage, licences)
-        _remove_paths(part, config, run_dir)
+        write_card(part / "README.md", config, run_dir, stage, licences, with_events=with_events)
+        if removes:
+            config = change_settings(config, {"dataset.row_filter": None})  # it may name users
+        _remove_paths(part, config, run_dir, remove_users(part, config, run_dir) if removes else {})
         files = sorted(path for path in part.rglob("*") if path.is_file())
         with show_phase("export: hashing", sum(path.stat().st_size for path in files), "B") as phase:
             index = {path.relative_to(part).as_posix(): compute_file_hash(path, phase.advance) for path in files}
-        write_json(part / INDEX, {"format_version": FORMAT_VERSION, "stage": stage, "files": index})
+        about = {"format_version": FORMAT_VERSION, "stage": stage, "with_events": with_events}
+        write_json(part / INDEX, {**about, "files": index})
     return folder
+
+
+def check_export(folder: Path, run_dir: RunDir, *, with_events: bool) -> bool:
+    """Return whether a folder is a complete export of a run; False if it is empty or missing.
+
+    Raises:
+        ArtifactError: it is something else, damaged, or an export of another run or with other contents.
+    """
+    if not (folder / INDEX).exists():
+        return False
+    with explain_read_errors(folder):
+        _read_index(folder, run_dir.path, check_space=False)
+        about = read_json_file(folder / INDEX, "stage", remedy="export again to a new folder")
+        stage = find_stage(run_dir)
+        path = folder / "records" / f"{stage}.json"
+        is_same = about["stage"] == stage and path.exists() and _read_hash(path) == run_dir.read_content_hash(stage)
+    if not is_same or about.get("with_events", True) != with_events:
+        raise ArtifactError(
+            f"{folder} is an export of another run, or {'without' if with_events else 'with'} events; choose a new "
+            "folder, or remove it"
+        )
+    return True
+
+
+def _read_hash(path: Path) -> str:
+    return str(read_json_file(path, "content_hash", remedy="export again to a new folder")["content_hash"])
 
 
 def import_model(folder: Path, run_dir: RunDir, *, trust_code: bool = False) -> RunDir:
@@ -147,8 +185,11 @@ def _import_model(folder: Path, run_dir: RunDir, trust_code: bool) -> RunDir:
     return run_dir
 
 
-def _remove_paths(part: Path, config: Config, run_dir: RunDir) -> None:
-    """Remove this machine's paths from the settings, the records and the cards of an export."""
+def _remove_paths(part: Path, config: Config, run_dir: RunDir, records: Mapping[Step, dict[str, Any]]) -> None:
+    """Remove this machine's paths from the settings, the records and the cards of an export.
+
+    ``records`` has those that differ from the run's.
+    """
     remover = PathRemover(config, run_dir)
     (part / "config.yaml").write_text(dump_config(remover.clean_config(config)), encoding="utf-8")
     for name in ("README.md", _CARD):
@@ -159,7 +200,7 @@ def _remove_paths(part: Path, config: Config, run_dir: RunDir) -> None:
         path = part / "records" / f"{step}.json"
         if not path.exists():
             continue
-        record, card = run_dir.read_record(step), part / _CARD
+        record, card = records.get(step) or run_dir.read_record(step), part / _CARD
         if step == "eval":  # an export has the report alone, in its card
             record.pop("files", None)
         write_json(path, remover.clean_record(record, {_CARD: compute_file_hash(card)} if card.exists() else {}))
@@ -169,7 +210,7 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
     """Yield the files of an export and their names in it."""
     data_dir = run_dir.step_dir("data")
     needed = {data_dir / bucket.path for bucket in load_manifest(data_dir).buckets}
-    needed |= {data_dir / "users.parquet", data_dir / "items.parquet", data_dir / USER_TEXTS}
+    needed |= {data_dir / name for name in ("users.parquet", "items.parquet", USER_TEXTS, ITEM_COUNTS)}
     needed |= set(run_dir.step_dir("cf").glob("*.safetensors"))
     for name, place in PLACES.items():
         source = run_dir.path / place
@@ -187,13 +228,16 @@ def _list_sources(run_dir: RunDir) -> Iterator[tuple[Path, str]]:
 def _list_recorded(run_dir: RunDir) -> dict[Path, str]:
     """Return the recorded hashes of a run's files, after checking that none of the files is missing.
 
-    An imported run lacks the shards.
+    An imported run lacks the shards, and the events if it was exported without them.
     """
+    left_out: tuple[str, ...] = ("shards/",)
+    if not load_manifest(run_dir.step_dir("data")).has_events:
+        left_out += ("interactions/",)
     recorded = {
         run_dir.step_dir(step) / name: value
         for step in STEPS
         for name, value in read_hashes(run_dir, step).items()
-        if not name.startswith("shards/") and (step != "eval" or name == "report.md")
+        if not name.startswith(left_out) and (step != "eval" or name == "report.md")
     }
     for path in recorded:
         if not path.is_file():
@@ -209,7 +253,7 @@ def _find_place(name: str) -> str | None:
     return PLACES[f"{head}/"] + rest if f"{head}/" in PLACES else None
 
 
-def _read_index(folder: Path, target: Path) -> dict[str, str]:
+def _read_index(folder: Path, target: Path, *, check_space: bool = True) -> dict[str, str]:
     """Return the files of an export with their hashes, after checking names, sizes and hashes."""
     path = folder / INDEX
     if not path.exists():
@@ -229,7 +273,8 @@ def _read_index(folder: Path, target: Path) -> dict[str, str]:
         source = folder / name
         if not source.is_file() or not source.resolve().is_relative_to(folder.resolve() / path_in_export):
             raise ArtifactError(f"{source} is missing, or a link: copy the export again, with files in place of links")
-    _check_space(sum((folder / name).stat().st_size for name in files), target)  # sparse files may claim any size
+    if check_space:
+        _check_space(sum((folder / name).stat().st_size for name in files), target)  # sparse files may claim any size
     for name, expected in follow(list(files.items()), "import: checking", "files"):
         if compute_file_hash(folder / name) != expected:
             raise ArtifactError(f"{folder / name} is damaged (its SHA-256 is not that of {INDEX}): copy it again")

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, create_model
 from pydantic_core import PydanticCustomError
 
-from collm_dist.serving.requests import RankingQuery, to_whole_number
+from collm_dist.serving.given_ids import to_whole_number
+from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.service_options import ServiceOptions
 
 _MAX_NAMED = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ from collm_dist.runs.damage import name_damage, read_json_file
 from collm_dist.runs.run_dir import RunDir, StageName
 from collm_dist.tuning.stage import get_stage
 
+NOT_STATED = "not stated"
+
 
 @dataclass(frozen=True)
 class Licences:
@@ -22,6 +25,13 @@ class Licences:
     backbone: str
     data: str
 
+
+# Identifiers that the Hub accepts as a licence; it wants any other text as the name of another licence.
+_KNOWN_LICENSE = re.compile(
+    r"(apache|mit|bsd|cc|(a|l)?gpl|mpl|epl|eupl|osl|bsl|artistic|ecl|isc|ms-pl|ncsa|ofl|pddl|odc-by|odbl|postgresql|"
+    r"unlicense|wtfpl|zlib|openrail|bigscience|creativeml|llama|gemma|deepfloyd|intel-research|apple)"
+    r"[a-z0-9.+-]*|unknown|other",
+)
 
 _USE = """## Use
 
@@ -38,7 +48,9 @@ collm-dist turns the folder into a run directory, for the whole recommender with
 """
 
 
-def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, licences: Licences) -> None:
+def write_card(
+    path: Path, config: Config, run_dir: RunDir, stage: StageName, licences: Licences, *, with_events: bool = True
+) -> None:
     """Write the card of a finished run.
 
     Args:
@@ -47,9 +59,11 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
         run_dir: directory of the run; the card includes its report, if it has been evaluated.
         stage: stage whose model scores.
         licences: licences of the parts.
+        with_events: whether the export holds users and events.
     """
     base = _find_base(config, run_dir)
-    head = ["---", f"license: {json.dumps(licences.model)}", f"base_model: {json.dumps(base)}", "library_name: peft",
+    contents = "ids, titles and events" if with_events else "item ids, titles and counts; no users and no events"
+    head = ["---", *_describe_license(licences.model), f"base_model: {json.dumps(base)}", "library_name: peft",
             "tags: [recommendation, collm]", "---", ""]  # fmt: skip
     lines = [
         "# A recommender that reads titles and collaborative vectors",
@@ -73,7 +87,7 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
         "|:--|:--|",
         f"| this model | {licences.model} |",
         f"| backbone `{base}` | {licences.backbone} |",
-        f"| training data (`data/` has its ids, titles and events) | {licences.data} |",
+        f"| training data (`data/` has its {contents}) | {licences.data} |",
         "",
         "## Settings",
         "",
@@ -82,6 +96,16 @@ def write_card(path: Path, config: Config, run_dir: RunDir, stage: StageName, li
         *_describe_metrics(run_dir),
     ]
     path.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+
+
+def _describe_license(text: str) -> list[str]:
+    """Return the licence as metadata that the Hub accepts."""
+    if text == NOT_STATED:
+        return ['license: "unknown"']
+    if _KNOWN_LICENSE.fullmatch(text):
+        return [f"license: {json.dumps(text)}"]
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "other"
+    return ['license: "other"', f"license_name: {json.dumps(name)}"]
 
 
 def _find_base(config: Config, run_dir: RunDir) -> str:

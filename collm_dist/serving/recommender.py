@@ -30,13 +30,13 @@ from collm_dist.serving.block_scorer import BlockScorer, Scores
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.event_parts import list_read_parts
 from collm_dist.serving.fresh_events import EventSource, FreshEvents
+from collm_dist.serving.given_ids import Id
 from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.item_search import ItemSearch
 from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem, take_turns
 from collm_dist.serving.received_event import Event
 from collm_dist.serving.request_errors import check_count, naming_request
 from collm_dist.serving.requests import (
-    Id,
     RankedItem,
     Ranking,
     RankingQuery,
@@ -368,11 +368,12 @@ class Recommender:
     @cached_property
     def _index(self) -> ItemIndex | None:
         """Index of all items; None if the collaborative model's scores are not inner products."""
-        some = self.user_ids[:: max(1, len(self.user_ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
-        contexts = [self._reader.read_user(RankingRequest(user_id)) for user_id in some]
-        queries = self._scorer.compute_queries(
-            self._reader.build_block(contexts, [np.zeros(1, np.int64)] * len(contexts))
-        )
+        ids = self.user_ids or self.item_ids  # after an export without users, histories of one item
+        some = ids[:: max(1, len(ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
+        requests = [RankingRequest(one) if self.user_ids else RankingRequest(history=[one]) for one in some]
+        contexts = [self._reader.read_user(request) for request in requests]
+        block = self._reader.build_block(contexts, [np.zeros(1, np.int64)] * len(contexts))
+        queries = self._scorer.compute_queries(block)
         if queries is None:
             return None
         return ItemIndex(self._scorer.compute_item_vectors(self._reader.compute_item_features()), queries)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,12 @@ from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.errors import RequestError
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.fresh_events import FreshEvents
+from collm_dist.serving.given_ids import Id, to_id, to_ids, to_whole_number
 from collm_dist.serving.received_event import Event
 from collm_dist.serving.unknown_ids import UnknownIds, show_ids
 
 # Lists of items of which unknown ids are skipped.
 _SKIPPING_FIELDS = ("history", "disliked", "allowed", "blocked")
-Id = str | int | float
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class RequestReader:
         if self._fresh is None:
             return nullcontext()
         users = [request.user for request in requests if request.user is not None]
-        ids = [_to_id(user, "user") for user in users if isinstance(user, str) or to_whole_number(user) is not None]
+        ids = [to_id(user, "user") for user in users if isinstance(user, str) or to_whole_number(user) is not None]
         return self._fresh.reading(map(self._user_index.spell, ids))
 
     def spell_ids(self, event: Event) -> Event:
@@ -199,7 +198,7 @@ class RequestReader:
             RequestError: a field has the wrong type.
         """
         as_of = self._read_time(request.as_of)
-        user_id = None if request.user is None else _to_id(request.user, "user")
+        user_id = None if request.user is None else to_id(request.user, "user")
         found = None if user_id is None else self._user_index.find(user_id)
         row = self._text_rows.find(user_id) if user_id is not None and found is None else found
         user_idx, text_row = (-1 if number is None else number for number in (found, row))
@@ -208,6 +207,11 @@ class RequestReader:
             user_id = self._user_index.spell(user_id)
             times, items, labels = self._fresh.add_user_events(user_id, as_of, (times, items, labels))
         is_known = user_idx >= 0 or len(items) > 0
+        if self._events.first_as_of is not None and not is_known and user_id is not None and request.history is None:
+            raise RequestError(
+                f"user: {user_id!r} may be a user of the log, but this run was exported without users and events; give "
+                "history, or rank with the original run"
+            )
         likes, rows, seen = int(labels.sum()), len(labels), items
         if request.history_labels is not None:
             items, labels = self._read_labelled(request, request.history_labels)
@@ -250,9 +254,9 @@ class RequestReader:
         Raises:
             RequestError: a field has the wrong type.
         """
-        user = None if request.user is None else _to_id(request.user, "user")
+        user = None if request.user is None else to_id(request.user, "user")
         lists = {field: getattr(request, field) for field in _SKIPPING_FIELDS}
-        given = {field: _to_ids(ids, field) for field, ids in lists.items() if ids is not None}
+        given = {field: to_ids(ids, field) for field, ids in lists.items() if ids is not None}
         unknown = {
             field: [item_id for item_id in ids if self.item_index.find(item_id) is None] for field, ids in given.items()
         }
@@ -273,7 +277,7 @@ class RequestReader:
             raise RequestError(
                 "history_labels: they say which items of history are liked, so give history and leave out disliked"
             )
-        item_ids = _to_ids(request.history, "history")
+        item_ids = to_ids(request.history, "history")
         labels = list(values) if hasattr(values, "__iter__") else [values]
         if wrong := [label for label in labels if not isinstance(label, int | np.integer) or label not in (0, 1)]:
             raise RequestError(f"history_labels: {wrong[0]!r} is neither 1 (liked) nor 0 (disliked)")
@@ -286,7 +290,7 @@ class RequestReader:
 
     def _find_items(self, values: Sequence[Id], field: str) -> IntArray:
         """Return the dense indices of the items in a list of ids that the run knows."""
-        found = [self.item_index.find(item_id) for item_id in _to_ids(values, field)]
+        found = [self.item_index.find(item_id) for item_id in to_ids(values, field)]
         return np.array([index for index in found if index is not None], np.int64)
 
     def read_candidates(self, request: RankingRequest) -> IntArray:
@@ -295,7 +299,7 @@ class RequestReader:
         Raises:
             RequestError: the list is empty, or an item is unknown or repeated; the message names it.
         """
-        item_ids = _to_ids(request.candidates, "candidates")
+        item_ids = to_ids(request.candidates, "candidates")
         if not item_ids:
             raise RequestError("candidates: the list is empty; give at least one item")
         indices = [self.item_index.find(item_id) for item_id in item_ids]
@@ -315,6 +319,11 @@ class RequestReader:
             return self._events.end if self._fresh is None else max(self._events.end, self._fresh.end)
         if isinstance(as_of, bool) or not isinstance(as_of, int | np.integer):
             raise RequestError(f"as_of: {as_of!r} is not an integer; give seconds since 1970")
+        if self._events.first_as_of is not None and as_of < self._events.first_as_of:
+            raise RequestError(
+                f"as_of: {as_of} is before {self._events.first_as_of}, the end of the log; this run was exported "
+                "without events, so earlier counts are not known: leave as_of out"
+            )
         return int(np.clip(as_of, -(2**62), 2**62))
 
     def compute_item_features(self) -> NDArray[np.float32]:
@@ -376,25 +385,3 @@ class RequestReader:
 def _spread(num_dislikes: int, num_likes: int) -> IntArray:
     """Return the likes since each dislike if dislikes are spread evenly between likes."""
     return num_likes - (2 * np.arange(num_dislikes) + 1) * num_likes // (2 * max(num_dislikes, 1))
-
-
-def _to_ids(values: Sequence[Id], field: str) -> list[str]:
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        raise RequestError(f"{field}: {values!r} is not a list of ids")
-    return [_to_id(value, field) for value in values]
-
-
-def _to_id(value: Id, field: str) -> str:
-    if (number := to_whole_number(value)) is not None:
-        return str(number)
-    if not isinstance(value, str):
-        raise RequestError(f"{field}: {value!r} is not an id; ids are strings or integers")
-    return value
-
-
-def to_whole_number(value: Any) -> int | None:
-    """Return an id that is a whole number, also a float such as 17.0, as an integer; None for other values."""
-    if isinstance(value, float | np.floating):
-        number = float(value)
-        return int(number) if number.is_integer() and abs(number) < 2.0**53 else None
-    return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None

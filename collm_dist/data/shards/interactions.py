@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collm_dist.data.shards.manifest import USER_TEXTS, BucketInfo, load_manifest
+from collm_dist.data.shards.manifest import ITEM_COUNTS, USER_TEXTS, BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.file_hashes import hash_once
 
@@ -96,6 +96,12 @@ def load_item_table(data_dir: Path) -> dict[str, list[str]]:
 def load_user_ids(data_dir: Path) -> list[str]:
     """Return the raw ids of all users in the order of ``user_idx``."""
     return _load_table(data_dir, "users.parquet")["user_id"]
+
+
+def load_item_counts(data_dir: Path) -> tuple[Any, Any]:
+    """Return the (I,) likes and (I,) events of all items, of a data folder that has no events."""
+    counts = _load_table(data_dir, ITEM_COUNTS)
+    return tuple(np.array(counts[name], dtype=np.int64) for name in ("likes", "rows"))  # type: ignore[return-value]
 
 
 def load_user_texts(data_dir: Path) -> dict[str, list[str]] | None:

@@ -15,6 +15,8 @@ from collm_dist.runs.run_dir import check_record_hash
 
 FORMAT_VERSION = 1
 USER_TEXTS = "user_texts.parquet"
+# Likes and events of each item, in exports without users.
+ITEM_COUNTS = "item_counts.parquet"
 # Fields covered by the content hash: everything that determines the input of later steps.
 HASHED_FIELDS = (
     "format_version",
@@ -76,6 +78,8 @@ class Manifest:
         tables: SHA-256 of users.parquet, items.parquet and, with user texts, user_texts.parquet.
         user_texts_hash: hash of the user texts; None without ``dataset.users_path``.
         has_order: whether the shards hold the order of a user's likes and dislikes.
+        events_end: first second after all events, of an export without them, which also lacks users; None = all are
+            there.
         extends: sizes and hashes of the id tables that these extend (tombstones aside); empty if none.
         content_hash: hash of ``HASHED_FIELDS``; identifies the data in the records of later steps.
     """
@@ -96,6 +100,12 @@ class Manifest:
     extends: Mapping[str, Any] = field(default_factory=dict)
     user_texts_hash: str | None = None
     has_order: bool = False
+    events_end: int | None = None
+
+    @property
+    def has_events(self) -> bool:
+        """Whether the tables of users and events are there."""
+        return self.events_end is None
 
     def list_shards(self, split: str) -> tuple[ShardInfo, ...]:
         """Return a split's shards in order."""
@@ -163,6 +173,7 @@ def _build_manifest(record: Mapping[str, Any]) -> Manifest:
         extends=record.get("extends") or {},
         user_texts_hash=record.get("user_texts_hash"),
         has_order=bool(record.get("has_order")),
+        events_end=None if record.get("events_end") is None else int(record["events_end"]),
         **{name: record[name] for name in _PLAIN_FIELDS},
     )
 
