@@ -212,6 +212,7 @@ def test_settings_of_a_received_run_say_nothing_about_this_machine(export, tmp_p
     config = change_settings(
         load_config(export / "config.yaml"),
         {"run.publish_to": "s3://theirs", "run.reuse": ["/other"], "promotion.pointer": "/theirs/pointer",
+         "monitoring.mlflow.tracking_uri": "http://theirs",
          "monitoring.prometheus_dir": "/theirs/metrics", "cluster.local_scratch": "/theirs/scratch"},
     )  # fmt: skip
     (export / "config.yaml").write_text(dump_config(config))
@@ -219,6 +220,7 @@ def test_settings_of_a_received_run_say_nothing_about_this_machine(export, tmp_p
     imported = load_config(import_model(export, RunDir(tmp_path / "imported")).path / "config.yaml")
     assert (imported.run.publish_to, imported.run.reuse, imported.promotion.pointer) == (None, (), None)
     assert (imported.monitoring.prometheus_dir, imported.cluster.local_scratch) == (None, None)
+    assert imported.monitoring.mlflow.tracking_uri is None
 
 
 def test_settings_of_a_received_run_read_no_other_file(run, export, tmp_path):
