@@ -42,7 +42,8 @@ def remove_users(part: Path, config: Config, run_dir: RunDir) -> dict[Step, dict
         config, run_dir: the run, which has events.
     """
     manifest, data_dir = load_manifest(run_dir.step_dir("data")), run_dir.step_dir("data")
-    records = {step: run_dir.read_record(step) for step in ("data", "cf", "stage2") if run_dir.is_done(step)}
+    changed: tuple[Step, ...] = ("data", "cf", "stage2")
+    records = {step: run_dir.read_record(step) for step in changed if run_dir.is_done(step)}
     log = EventLog.load(data_dir, manifest)
     likes, rows = log.count_item_events(np.arange(manifest.num_items), log.end)
     pq.write_table(pa.table({"likes": likes, "rows": rows}), part / "data" / ITEM_COUNTS)
