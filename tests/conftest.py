@@ -83,7 +83,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, t
 def anchored_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
     """Run directory of a complete pipeline on the tiny ratings, with an anchor of all simple scores. Read-only."""
     anchor = ("anchor.kind=blend", "promotion.baseline=anchor")
-    return _build_ratings_run(tmp_path_factory.mktemp("anchored"), tiny_ratings, tiny_backbone_dir, *anchor)
+    losses = ("stage1.llm_loss_weight=1", "stage2.llm_loss_weight=0.5")
+    folder = tmp_path_factory.mktemp("anchored")
+    return _build_ratings_run(folder, tiny_ratings, tiny_backbone_dir, *anchor, *losses)
 
 
 def _build_ratings_run(folder: Path, ratings: Path, backbone: Path, *settings: str) -> Path:

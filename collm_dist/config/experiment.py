@@ -99,6 +99,12 @@ class Config(Section):
                 )
         if self.anchor.kind is None and self.promotion.baseline == "anchor":
             raise ValueError("promotion.baseline anchor: anchor.kind is none; set it, or choose the baseline blend")
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if self.anchor.kind is None and stage.llm_loss_weight is not None:
+                raise ValueError(
+                    f"{name}.llm_loss_weight {stage.llm_loss_weight} adds the loss of the language model alone to that "
+                    "of the anchored score, but anchor.kind is none: set it, or leave llm_loss_weight out"
+                )
         if self.promotion.min_paired_difference is not None:
             self._check_promotion()
         self._check_ranking_settings()

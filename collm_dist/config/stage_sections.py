@@ -48,6 +48,12 @@ class StageConfig(Section):
     listwise_weight: float | None = optional(
         "implicit: weight of the softmax cross-entropy of each like among its sampled dislikes; default: off.", gt=0
     )
+    llm_loss_weight: float | None = optional(
+        "With an anchor: weight of the same loss of the language model's score alone, besides that of the anchored "
+        "score. The gain starts at 0, where the language model has no gradient; with this term it learns from the "
+        "first step; default: off.",
+        gt=0,
+    )
     num_epochs: int = Field(10, ge=1, description="Maximum number of passes over the training contexts.")
     max_steps: int | None = Field(
         None, ge=1, description="Stop after this many steps; also the length of the cosine schedule."

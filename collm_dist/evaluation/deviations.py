@@ -36,7 +36,7 @@ _SETTINGS = (
 _STAGE_SETTINGS = (
     "global_batch_size", "warmup_steps", "weight_decay", "adam_betas", "max_grad_norm", "max_steps",
     "max_train_contexts", "eval_every_steps", "early_stop_patience", "select_metric",
-    "pairwise_weight", "listwise_weight", "guard_metric",
+    "pairwise_weight", "listwise_weight", "llm_loss_weight", "guard_metric",
 )  # fmt: skip
 # CF settings of a recipe file that are compared for every model, or limit the cost alone.
 _COMMON_CF_SETTINGS = {"model", "select_metric", "cross_fit", "num_epochs", "early_stop_patience"}

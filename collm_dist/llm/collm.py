@@ -131,12 +131,13 @@ class CollmModel(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: PromptBatch, dropout_key: int = 0) -> Tensor:
+    def forward(self, batch: PromptBatch, dropout_key: int = 0, with_llm_scores: bool = False) -> Tensor:
         """Return the (N,) float32 scores of a batch's targets.
 
         Args:
             batch: on the model's device.
             dropout_key: of seed and step; it and the batch determine the masks.
+            with_llm_scores: return (2, N): the anchored scores, and those of the language model alone.
         """
         if self._dropout_masks is not None and self.training:
             self._dropout_masks.draw(batch, dropout_key)
@@ -158,7 +159,10 @@ class CollmModel(nn.Module):
             segments=batch.tree_segments,
         )
         scores = self._compute_scores(hidden[batch.last])
-        return scores if self.anchored_score is None else self.anchored_score(batch.anchors, scores)
+        if self.anchored_score is None:
+            return scores
+        anchored: Tensor = self.anchored_score(batch.anchors, scores)
+        return torch.stack([anchored, scores.float()]) if with_llm_scores else anchored
 
     @torch.no_grad()
     def _run_prefix(

@@ -109,7 +109,7 @@ class TuningLoop:
         self.progress, self.best_weights, self.first_weights = progress, best_weights, first_weights
         self.logger, self.profiler, self.log_every_steps = logger, profiler, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
-        self.loss_weights = LossWeights(stage.pairwise_weight, stage.listwise_weight)
+        self.loss_weights = LossWeights(stage.pairwise_weight, stage.listwise_weight, stage.llm_loss_weight)
         self.selection = build_selection(stage)
         self.trained_rows, self.train_seconds = 0, 0.0
         self._stop, self._saved_at = stop, time.monotonic()
@@ -182,8 +182,7 @@ class TuningLoop:
     def iter_epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Return an epoch's global batches, from one of its steps on, prefetched."""
         masking = Masking(self.mask_probability, self.seed, epoch)
-        blocks = self.train_order.iter_batches(epoch, start_step)
-        keep_groups = self.loss_weights.keep_groups
+        blocks, keep_groups = self.train_order.iter_batches(epoch, start_step), self.loss_weights.keep_groups
         return iter_step_batches(
             blocks, self.collator, self.max_tokens, self.engine.device, masking, keep_groups=keep_groups
         )
@@ -205,7 +204,8 @@ class TuningLoop:
             batch = host_batch.to(self.engine.device)
             # The backbone's own random draws depend only on the position, so a resumed run draws the same.
             torch.manual_seed(int(hash_integers(self.seed, step, rank, index) >> np.uint64(1)))
-            loss = step_loss.add(self.engine(batch, dropout_key), batch, host_batch)
+            scores = self.engine(batch, dropout_key, self.loss_weights.llm is not None)
+            loss = step_loss.add(scores, batch, host_batch)
             # DeepSpeed averages over ranks, but the ranks' losses are parts of a sum: undo the division.
             self.engine.backward(loss * world_size, is_last=index == len(micro_batches) - 1)
             finite_flags.append(self.engine.take_finite())

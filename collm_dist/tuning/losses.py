@@ -7,6 +7,9 @@ micro-batches:
     pairwise   per pair of a like and a dislike in one group: softplus(dislike's score - like's score)
     listwise   per list of a positive and its sampled negatives: softmax cross-entropy of the positive
 
+With an anchor, the loss of the language model's score alone can be added: at a gain of 0 the anchored score gives the
+language model no gradient, and later only that of what the anchor leaves over.
+
 Groups and lists are those of ``data/prompts/target_groups.py``.
 """
 
@@ -37,10 +40,16 @@ LOSS_TAGS = (
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms besides the cross-entropy, whose weight is 1; None = off."""
+    """Weights of the terms besides the cross-entropy, whose weight is 1; None = off.
+
+    Attributes:
+        pairwise, listwise: terms that compare targets.
+        llm: the whole loss of the language model's score alone.
+    """
 
     pairwise: float | None = None
     listwise: float | None = None
+    llm: float | None = None
 
     @property
     def keep_groups(self) -> bool:
@@ -53,7 +62,8 @@ class StepLoss:
 
     Attributes:
         total: this rank's part of the loss of the global batch.
-        terms: (3,) its cross-entropy, pairwise and listwise term, without weights; empty if only the first is on.
+        terms: (3,) cross-entropy, pairwise and listwise term of the scores, without weights; empty if only the first is
+            on.
     """
 
     def __init__(self, weights: LossWeights, step_batch: StepBatch, device: torch.device) -> None:
@@ -75,23 +85,31 @@ class StepLoss:
         """Return a micro-batch's part of the loss, with gradients.
 
         Args:
-            scores: (N,) scores of the micro-batch.
+            scores: (N,) scores of the micro-batch; with ``LossWeights.llm`` (2, N): anchored, of the language model.
             batch: the micro-batch, on the device of the scores.
             host_batch: the same on the host.
         """
-        losses = binary_cross_entropy_with_logits(scores, batch.labels, reduction="none")
-        loss = (losses * batch.weights).sum() / self._num_targets
+        llm_weight = self._weights.llm
+        loss, terms = self._compute(scores if llm_weight is None else scores[0], batch, host_batch)
         if self._weights.keep_groups:
-            bce, pairwise, listwise = loss, torch.zeros_like(loss), torch.zeros_like(loss)
-            if self._weights.pairwise is not None and self._num_pairs:
-                pairwise = sum_pairs(scores, host_batch) / self._num_pairs
-                loss = loss + self._weights.pairwise * pairwise
-            if self._weights.listwise is not None and self._num_lists:
-                listwise = sum_lists(scores, host_batch) / self._num_lists
-                loss = loss + self._weights.listwise * listwise
-            self.terms += torch.stack([bce, pairwise, listwise]).detach()
+            self.terms += terms.detach()
+        if llm_weight is not None:
+            loss = loss + llm_weight * self._compute(scores[1], batch, host_batch)[0]
         self.total += loss.detach()
         return loss
+
+    def _compute(self, scores: Tensor, batch: PromptBatch, host_batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Return the loss of (N,) scores, and its (3,) terms without weights."""
+        losses = binary_cross_entropy_with_logits(scores, batch.labels, reduction="none")
+        loss = bce = (losses * batch.weights).sum() / self._num_targets
+        pairwise = listwise = torch.zeros_like(loss)
+        if self._weights.pairwise is not None and self._num_pairs:
+            pairwise = sum_pairs(scores, host_batch) / self._num_pairs
+            loss = loss + self._weights.pairwise * pairwise
+        if self._weights.listwise is not None and self._num_lists:
+            listwise = sum_lists(scores, host_batch) / self._num_lists
+            loss = loss + self._weights.listwise * listwise
+        return loss, torch.stack([bce, pairwise, listwise])
 
 
 def count_pairs_and_lists(labels: IntArray, groups: IntArray, lists: IntArray) -> tuple[int, int]:

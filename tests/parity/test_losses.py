@@ -14,6 +14,7 @@ from collm_dist.data.prompts.micro_batches import count_longest, plan_micro_batc
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.data.prompts.target_groups import find_groups
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
+from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
 from collm_dist.llm.slot_mapping import SlotMapper
@@ -184,6 +185,44 @@ def test_the_terms_of_scores_are_exact():
         assert math.isclose(ours.item(), plain.item(), rel_tol=TOLERANCE)
         (gradient,), (expected,) = torch.autograd.grad(ours, scores), torch.autograd.grad(plain, scores)
         assert (gradient - expected).abs().max() < TOLERANCE
+
+
+def test_the_language_models_own_loss_is_that_of_its_scores():
+    """Anchored and own scores of one model, in float64: the loss is the sum of both losses, gradients included."""
+    weights = dataclasses.replace(WEIGHTS, llm=0.3)
+    block = make_lists()
+    groups, step_batch = find_groups(block), StepBatch(block, [], find_groups(block))
+    scores = torch.randn(2, block.num_targets, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    scores.requires_grad_()
+    batch = _Batch(block, groups)
+    step_loss = StepLoss(weights, step_batch, torch.device("cpu"))
+    ours = step_loss.add(scores, batch, batch)
+    plain = [compute_plain_terms(row, block) for row in scores]
+    totals = [bce + 0.7 * pairwise + 0.4 * listwise for bce, pairwise, listwise in plain]
+    assert math.isclose(ours.item(), (totals[0] + 0.3 * totals[1]).item(), rel_tol=TOLERANCE)
+    expected = torch.autograd.grad(totals[0] + 0.3 * totals[1], scores)[0]
+    assert (torch.autograd.grad(ours, scores)[0] - expected).abs().max() < TOLERANCE
+    assert step_loss.terms.tolist() == pytest.approx([term.item() for term in plain[0]], rel=1e-6)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_the_model_returns_its_own_scores_beside_the_anchored_ones(gain, tmp_path):
+    model, collator, _ = build("stage1", tmp_path)
+    block = make_ratings()
+    batch = collator.collate(block, block)
+    alone = model(batch)
+    model.anchored_score = AnchoredScore()
+    model.anchored_score.gain.data.fill_(gain)
+    batch = dataclasses.replace(batch, anchors=torch.randn(len(batch.labels)))
+    anchored, own = model(batch, with_llm_scores=True)
+    assert torch.equal(own, alone.float())
+    assert torch.equal(anchored, model(batch))
+    (gradient,) = torch.autograd.grad(own.sum(), [model.backbone.get_parameter(find_lora(model.backbone))])
+    assert gradient.abs().max() > 0
+
+
+def find_lora(backbone):
+    return next(name for name, _ in backbone.named_parameters() if "lora_B" in name)
 
 
 class _Batch:

@@ -204,6 +204,14 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(write, key, uri):
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_language_models_own_loss_needs_an_anchor(write, stage):
+    setting = f"{stage}.llm_loss_weight=0.5"
+    with pytest.raises(ConfigError, match=rf"{stage}\.llm_loss_weight 0\.5 .*anchor\.kind is none"):
+        load_config(write(GOOD), [setting])
+    load_config(write(GOOD), [setting, "anchor.kind=as_of"])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stage):
     setting = f"{stage}.listwise_weight=0.5"
     with pytest.raises(ConfigError, match=rf"{stage}\.listwise_weight 0\.5 .*; use pairwise_weight"):
