@@ -61,6 +61,7 @@ _COMMON = {
         f"lora.target_modules={_LINEAR_LAYERS}",
         *(f"{stage}.learning_rate=5e-4" for stage in _STAGES),
         *(f"{stage}.listwise_weight=1.0" for stage in _STAGES),
+        *(f"{stage}.llm_loss_weight=1.0" for stage in _STAGES),
     ],
 }
 CONFIGS = {"ml1m": "ml1m_official", "amazon_industrial": "own_clicks"}
@@ -73,6 +74,7 @@ _LIKES = [
 _PAPER = ["anchor.kind=none", *(f"prompt.{stage}=configs/prompts/question_last/{stage}.txt" for stage in _STAGES)]
 _NO_PAIRS = [f"{stage}.pairwise_weight=null" for stage in _STAGES]
 _NO_LISTS = [f"{stage}.listwise_weight=null" for stage in _STAGES]
+_NO_LLM_LOSS = [f"{stage}.llm_loss_weight=null" for stage in _STAGES]
 # Settings of each variant beyond those of its data set, and the variant that it is compared with.
 VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
     "ml1m": {
@@ -86,7 +88,8 @@ VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
     },
     "amazon_industrial": {
         "full": ([], None),
-        "no_anchor": (["anchor.kind=none"], "full"),
+        "no_anchor": (["anchor.kind=none", *_NO_LLM_LOSS], "full"),
+        "no_llm_loss": (_NO_LLM_LOSS, "full"),
         "no_lists": (_NO_LISTS, "full"),
         "no_cf_text": (["cf.item_text=null"], "full"),
     },
