@@ -82,10 +82,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, t
 @pytest.fixture(scope="session")
 def anchored_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
     """Run directory of a complete pipeline on the tiny ratings, with an anchor of all simple scores. Read-only."""
-    anchor = ("anchor.kind=blend", "promotion.baseline=anchor")
-    losses = ("stage1.llm_loss_weight=1", "stage2.llm_loss_weight=0.5")
-    folder = tmp_path_factory.mktemp("anchored")
-    return _build_ratings_run(folder, tiny_ratings, tiny_backbone_dir, *anchor, *losses)
+    anchor = ("anchor.kind=blend", "promotion.baseline=anchor", "stage2.llm_loss_weight=0.1")
+    return _build_ratings_run(tmp_path_factory.mktemp("anchored"), tiny_ratings, tiny_backbone_dir, *anchor)
 
 
 def _build_ratings_run(folder: Path, ratings: Path, backbone: Path, *settings: str) -> Path:

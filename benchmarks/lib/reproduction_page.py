@@ -31,6 +31,7 @@ PARTS = {
     "no_anchor": "without the anchor",
     "no_pairs": "without the pairwise loss",
     "no_dislikes": "without disliked titles in the prompts",
+    "no_llm_loss": "without the language model's own loss",
     "no_lists": "without the listwise loss",
     "no_cf_text": "without item texts in the collaborative model",
 }

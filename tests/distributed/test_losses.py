@@ -105,6 +105,7 @@ def test_killed_run_resumes_bit_for_bit(copy_clicks):
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stage_selects_by_the_ranking_of_whole_candidate_lists(copy_clicks):
     folder, overrides = copy_clicks("ranked")
     settings = ["--stage", "1", "stage1.select_metric=ndcg@3", "stage1.eval_every_steps=1"]

@@ -47,6 +47,7 @@ def kill_during_the_second_trial(process, folder):
     return {path.parent.name: path.read_bytes() for path in ended}
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(copy_run):
     run, overrides = copy_run("searched")
     folder = run / "stage1_search"

@@ -143,7 +143,7 @@ def test_repairs_of_items_are_in_the_preview(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("copy", ["a.csv.gz", "a.csv~", "a.parquet", "a.csv.bak", "a.CSV"])
+@pytest.mark.parametrize("copy", ["a.csv.gz", "a.csv~", "a.csv.bak"])
 def test_copies_of_a_file_do_not_count_twice(tmp_path, copy):
     write(tmp_path / "log", HEADER + ROWS, "a.csv")
     write(tmp_path / "log", HEADER + ROWS, copy)

@@ -60,6 +60,7 @@ def test_a_private_repository_gets_the_export_and_later_its_successor(push, hub,
     assert len(repo.commits) == 2
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_off_goes_on(push, hub, tmp_path):
     hub.broken = True
     code, _, err = push()

@@ -14,8 +14,8 @@ from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.errors import DataError
 from collm_dist.storage import split_query
 
-# Of file types, of packed files, and of the copies that editors make.
-_SUFFIXES = re.compile(r"(\.(csv|tsv|txt|jsonl?|ndjson|parquet|pq|gz|bz2|zstd?|lz4|br|bak|orig)|~)+$", re.IGNORECASE)
+# Of packed files, and of the copies that editors make. Files of different types may well share a table: one a day, say.
+_SUFFIXES = re.compile(r"(\.(gz|bz2|zstd?|lz4|br|bak|orig)|~)+$", re.IGNORECASE)
 
 
 def check_reads(
