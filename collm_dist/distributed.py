@@ -143,27 +143,6 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _DifferentiableSum(torch.autograd.Function):
-    """All-reduce by sum. Every rank's loss reads it, so a term's gradient is the sum of all ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_over_workers(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # A copy: autograd may hold the gradient elsewhere too.
-        return sum_over_workers(gradients[0].clone(memory_format=torch.contiguous_format))
-
-
-def sum_differentiably(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks; gradients flow back to every rank."""
-    if get_world_size() == 1:
-        return tensor
-    summed: Tensor = _DifferentiableSum.apply(tensor)  # type: ignore[no-untyped-call]
-    return summed
-
-
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """All-reduce the gradients of replicated parameters by sum.
 

@@ -147,6 +147,8 @@ class Rows:
 
     def _gather_history(self, contexts: Tensor, length: int) -> Tensor:
         """Return (K, H), where H is the longest history, at most ``length``."""
+        if length == 0:
+            return contexts.new_empty(len(contexts), 0)
         counts = self.history_counts[contexts].clamp(max=length)
         length = int(counts.max()) if len(counts) else 0
         places = torch.arange(-length, 0, device=contexts.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from collm_dist.cf.item_text import ItemText
+from collm_dist.cf.weighted_sums import Occurrences
 from collm_dist.random_keys import hash_integers, to_unit_interval
 
 _INIT_ROWS = 1 << 14
@@ -71,6 +72,24 @@ class EmbeddingTable(nn.Module):
         squares = functional.embedding(index, self.weight, sparse=self.sparse).square()
         weighted = weight_decay * squares[:, :-1].sum(dim=-1) + bias_weight_decay * squares[:, -1]
         return weighted @ self.share[index] / 2
+
+    def set_gradient(
+        self, found: Occurrences, rows: Tensor, gradients: Tensor, weight_decay: float, bias_weight_decay: float
+    ) -> None:
+        """Set the sparse gradient of a batch's loss and penalty.
+
+        Args:
+            found: R distinct rows of the table that the batch refers to.
+            rows: (R, E + 1) their weights.
+            gradients: (R, E + 1) of the loss. Changed in place.
+            weight_decay, bias_weight_decay: see ``penalty``.
+        """
+        decays = rows.new_full((rows.shape[1],), weight_decay)
+        decays[-1] = bias_weight_decay
+        gradients.addcmul_(rows * decays, (found.counts * self.share[found.rows])[:, None])
+        self.weight.grad = torch.sparse_coo_tensor(
+            found.rows[None], gradients, self.weight.shape, is_coalesced=True, check_invariants=False
+        )
 
 
 class UserTable(EmbeddingTable):

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from collm_dist.cf.batches import CfBatch, Rows, count_batches, iter_batches
 from collm_dist.cf.item_text import keep_text
@@ -186,13 +185,12 @@ def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, pl
         batch, rows = train.take(contexts, length)
         numbers = contexts.cpu().numpy() + train.first_context
         batch = _mask_items(batch, numbers, plan, epoch, with_text=model.items.text is not None)
-        loss = functional.binary_cross_entropy_with_logits(model(batch), train.label[rows].float(), reduction="sum")
         optimizers.zero_grad()
-        penalty = model.penalty(batch, plan.weight_decay, plan.bias_weight_decay)
-        ((loss + penalty) / mean_rows).backward()  # type: ignore[no-untyped-call]
+        total += model.backpropagate(
+            batch, train.label[rows].float(), 1 / mean_rows, plan.weight_decay, plan.bias_weight_decay
+        )
         sum_gradients(shared)
         optimizers.step()
-        total += loss.detach()
     mean = float(sum_over_workers(total)) / max(train.total_rows, 1)
     if not np.isfinite(mean):
         raise ConfigError(f"cf.learning_rate {plan.learning_rate}: the loss is not finite in epoch {epoch}; lower it")
@@ -207,6 +205,8 @@ def _mask_items(
     With texts, a replaced item is known by its text alone.
     """
     keys = (hash_integers(plan.seed, epoch, numbers) >> np.uint64(1)).astype(np.int64)
+    if plan.unknown_item_share == 0:
+        return replace(batch, keys=torch.from_numpy(keys).to(batch.item_idx.device))
     contexts, items = batch.target_contexts.cpu().numpy(), batch.item_idx.cpu().numpy()
     is_masked = to_unit_interval(hash_integers(plan.seed, keys[contexts], items)) < plan.unknown_item_share
     device = batch.item_idx.device

@@ -8,6 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from collm_dist.cf.biases import fit_biases
+from collm_dist.cf.optimizer import RowAdam
 from collm_dist.cf.sharded_checkpoint import find_overlaps, read_state
 from collm_dist.cf.trainer import check_metric, compute_metrics, train_cf
 from collm_dist.cf.user_shards import UserRanges
@@ -97,6 +98,23 @@ def test_every_seed_learns_vectors_if_biases_carry_no_information(tastes, tmp_pa
     assert compute_metrics(model, data.splits["valid"])["auc"] < 0.6
     cf = make_cf(name, weight_decay=0.3, num_epochs=10 if name == "sasrec" else 20, early_stop_patience=20)
     assert run(tastes, tmp_path, cf, seed=seed)[2].best_metrics["valid_auc"] > 0.7
+
+
+def test_row_adam_equals_sparse_adam():
+    """Byte for byte, as checkpoints of either resume with the other."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(9, 5, generator=generator)
+    ours, theirs = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.clone())
+    optimizers = RowAdam([ours], 0.1), torch.optim.SparseAdam([theirs], 0.1)
+    for _ in range(5):
+        rows = torch.randint(0, 9, (1, 6), generator=generator)
+        gradient = torch.sparse_coo_tensor(rows, torch.randn(6, 5, generator=generator), (9, 5))
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizers[0].state[ours][moment], optimizers[1].state[theirs][moment])
 
 
 @pytest.mark.parametrize("name", MODELS)

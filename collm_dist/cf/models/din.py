@@ -68,13 +68,14 @@ class Din(TrainableCfModel):
 
     def _attend(self, batch: CfBatch, targets_BE: Tensor) -> Tensor:
         contexts, columns = (batch.history >= 0).nonzero(as_tuple=True)
-        items = self.items(batch.history[contexts, columns])[:, :-1]  # of all contexts, concatenated
+        distinct, places = torch.unique(batch.history[contexts, columns], return_inverse=True)
+        items = self.items(distinct)[:, :-1]  # an item of many histories is looked up and multiplied once
         counts = torch.bincount(contexts, minlength=len(batch.history))
         starts = counts.cumsum(0) - counts
         target_counts = counts[batch.target_contexts]
         targets = torch.arange(len(targets_BE), device=counts.device).repeat_interleave(target_counts)
         firsts = starts[batch.target_contexts] - (target_counts.cumsum(0) - target_counts)
-        pairs = torch.arange(len(targets), device=counts.device) + firsts[targets]
+        pairs = places[torch.arange(len(targets), device=counts.device) + firsts[targets]]
         # embedding() instead of indexing: its backward pass is much faster.
         items_PE = functional.embedding(pairs, items)
         states = functional.embedding(pairs, self.item_part(items))

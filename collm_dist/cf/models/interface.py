@@ -199,6 +199,25 @@ class TrainableCfModel(ABC, nn.Module):
         self.users.init_weights(user_counts, user_numbers, scale, 2 * seed)
         self.items.init_weights(item_counts, torch.arange(len(item_counts)), scale, 2 * seed + 1)
 
+    def backpropagate(
+        self, batch: CfBatch, labels: Tensor, scale: float, weight_decay: float, bias_weight_decay: float
+    ) -> Tensor:
+        """Add a batch's gradients to ``grad`` of the parameters.
+
+        Args:
+            batch: of training rows.
+            labels: (B,) float, 1 = like.
+            scale: factor of loss and penalty.
+            weight_decay, bias_weight_decay: see ``penalty``.
+
+        Returns:
+            The sum of the rows' losses () without scale and penalty.
+        """
+        loss = functional.binary_cross_entropy_with_logits(self(batch), labels, reduction="sum")
+        penalty = self.penalty(batch, weight_decay, bias_weight_decay)
+        ((loss + penalty) * scale).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
     def penalty(self, batch: CfBatch, weight_decay: float, bias_weight_decay: float) -> Tensor:
         """Return the batch's share of the weight-decay penalty (), see ``embedding_tables``."""
         users, items = batch.user_idx[batch.target_contexts], self.items.resolve(batch.item_idx)

@@ -8,35 +8,33 @@ Shapes: U users owned, I items, C contexts, B targets, E width of a vector, K la
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from collm_dist.cf.batches import CfBatch, Rows
 from collm_dist.cf.models.interface import TrainableCfModel
-from collm_dist.distributed import sum_differentiably, sum_over_workers
+from collm_dist.cf.weighted_sums import CompressedRows
+from collm_dist.distributed import get_world_size, sum_over_workers
 
 
-class _SparseMatmul(torch.autograd.Function):
-    """Sparse-dense matmul whose backward pass uses a precomputed transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, dense: Tensor) -> Tensor:
-        ctx.transposed = transposed
-        return matrix @ dense
+class _Smooth(torch.autograd.Function):
+    """Smoothing over the graph. It is linear and symmetric, so the backward pass smooths the gradients."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, ctx.transposed @ gradients[0].contiguous()
+    def forward(ctx: Any, model: LightGcn, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.model = model
+        users, items, below = model.smooth(users, items)
+        ctx.mark_non_differentiable(below)
+        return users, items, below
 
-
-def _build_csr(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
-        # PyTorch warns that CSR support is in beta; the matmul used here has been stable for years.
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False).to_sparse_csr()
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        # Each worker has the gradients of its own rows' losses. Its share of the result is what sums to the whole.
+        users, items, _ = ctx.model.smooth(gradients[0], sum_over_workers(gradients[1].clone()))
+        return None, users, items / get_world_size()
 
 
 class LightGcn(TrainableCfModel):
@@ -78,19 +76,23 @@ class LightGcn(TrainableCfModel):
         user_degrees = torch.bincount(users, minlength=shape[0]).float()
         self.item_degrees = sum_over_workers(torch.bincount(items, minlength=shape[1]).float())
         values = (user_degrees[users] * self.item_degrees[items]).rsqrt()
-        self.graph = _build_csr(users, items, values, shape)
-        self.transposed = _build_csr(items, users, values, shape[::-1])
+        self.graph = CompressedRows.from_sorted(users, items, values, shape[0])
+        order = items.argsort(stable=True)
+        self.transposed = CompressedRows.from_sorted(items[order], users[order], values[order], shape[1])
 
     def propagate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (U, E) and (I + 1, E) smoothed vectors, and (I + 1, E) sums of the item layers below the last."""
-        users, items = self.users.weight[:, :-1], self.items.compute_all()[:, :-1]
+        """Return the results of ``smooth`` for the tables; gradients flow back to them."""
+        tables = self.users.weight[:, :-1], self.items.compute_all()[:, :-1]
+        smoothed: tuple[Tensor, Tensor, Tensor] = _Smooth.apply(self, *tables)  # type: ignore[no-untyped-call]
+        return smoothed
+
+    @torch.no_grad()
+    def smooth(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(U, E), (I + 1, E) -> their smoothed vectors, and (I + 1, E) sums of the item layers below the last."""
         user_sum, item_sum, below = users, items, torch.zeros_like(items)
         for _ in range(self.num_layers):
-            below = below + items
-            users, items = (
-                _SparseMatmul.apply(self.graph, self.transposed, items),  # type: ignore[no-untyped-call]
-                sum_differentiably(_SparseMatmul.apply(self.transposed, self.graph, users)),  # type: ignore[no-untyped-call]
-            )
+            users, items = self.graph @ items, sum_over_workers(self.transposed @ users)
+            below = item_sum
             user_sum, item_sum = user_sum + users, item_sum + items
         count = self.num_layers + 1
         return user_sum / count, item_sum / count, below / count
@@ -100,8 +102,10 @@ class LightGcn(TrainableCfModel):
         if not self.training:
             return super().forward(batch)
         users, items, _ = self.propagate()
-        rows = self.items.locate(batch.item_idx)
-        matched = self.match(users[batch.user_idx], batch, items[rows])
+        # embedding() instead of indexing: its backward pass is much faster.
+        user_rows = functional.embedding(batch.user_idx, users)
+        item_rows = functional.embedding(self.items.locate(batch.item_idx), items)
+        matched = self.match(user_rows, batch, item_rows)
         biases = self.user_biases(batch)[batch.target_contexts] + self.items(batch.item_idx)[:, -1]
         logits: Tensor = self.global_bias + biases + matched + self.feature_logits(batch)
         return logits
