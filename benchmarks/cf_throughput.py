@@ -10,11 +10,17 @@ Install RecBole once, in an environment of its own (1 GB; RecBole 1.2.1 needs ol
 The data are interactions.parquet and items.parquet as in configs/ml1m_official.yaml, or MovieLens-100K if they are
 missing; with --interactions N they are generated (benchmarks/lib/synthetic_logs.py), for a larger catalogue:
 
-    python -m benchmarks.cf_throughput --interactions 1e6 --models mf --out benchmarks/results/cf_throughput_1m_cpu.json
+    python -m benchmarks.cf_throughput --interactions 1e7 --models mf lightgcn din --max-batches 20 \
+        --out benchmarks/results/cf_throughput_10m_cpu.json
 
 A sample is one epoch of training without evaluation, on the same rows with the same dimensions and batch size: our
-trainer's ``train_epoch`` against RecBole's ``Trainer._train_epoch``. The sides take turns, each after a warm-up epoch.
-``ratios`` are RecBole's median over ours.
+trainer's ``train_epoch`` against RecBole's ``Trainer._train_epoch``. The sides take turns, each in a process of its own
+and after a warm-up epoch. ``ratios`` are RecBole's median over ours, for the same number of batches. With
+``--max-batches`` a sample is so many batches; one more batch before them, with the order of the epoch, is not counted
+on either side, and RecBole's sequential models get as many rows as they train on.
+
+``ratios_by_threads`` also has the ratios of CPU time, which depend less on other processes. ``share_of_limit`` is the
+least time of a batch on this machine (benchmarks/lib/cf_limits.py) over our median CPU time per thread.
 
     model     RecBole's     made equal
     mf        FM            fields user_id and item_id only: first-order terms are biases, second-order <user, item>
@@ -29,8 +35,8 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +44,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.lib.epoch_timing import TimedCall, list_operators
 from benchmarks.lib.machine import RESULTS, ROOT, describe_run
-from benchmarks.lib.side_process import SideProcess
+from benchmarks.lib.side_process import SideProcess, build_environment
 from benchmarks.lib.synthetic_logs import write_synthetic_logs
-from collm_dist.cf.batches import Rows, count_batches, iter_batches
-from collm_dist.cf.biases import fit_biases
-from collm_dist.cf.fitting import build_plan, build_untrained
-from collm_dist.cf.optimizer import Optimizers
-from collm_dist.cf.trainer import train_epoch
-from collm_dist.cf.user_shards import load_worker_data, number_globally
-from collm_dist.config import CfConfig
+from collm_dist.cf.batches import Rows
+from collm_dist.cf.user_shards import load_worker_data
 from collm_dist.config.loader import load_config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.orchestration.preprocess import run_preprocess
@@ -120,59 +120,28 @@ NOTES = [
 ]
 
 
-class OurSide:
-    """Epochs of one model with our trainer."""
+def start_ours(pair: Pair, name: str, data_dir: Path, threads: int, max_batches: int | None) -> SideProcess:
+    """Start our trainer with one model, in a process of its own."""
+    settings = {
+        "model": name,
+        "embedding_dim": 64,
+        "history_length": HISTORY_LENGTH,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "global_batch_size": BATCH_ROWS,
+        "unknown_item_share": 0.0,
+        **pair.ours,
+    }
+    command = [sys.executable, "-m", "benchmarks.lib.cf_epoch", "--data", str(data_dir), "--threads", str(threads)]
+    return SideProcess([*command, "--settings", json.dumps(settings), *_bound(max_batches)], build_environment())
 
-    def __init__(self, pair: Pair, name: str, data_dir: Path) -> None:
-        self.cf = CfConfig(
-            model=name,
-            embedding_dim=64,
-            history_length=HISTORY_LENGTH,
-            learning_rate=LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
-            global_batch_size=BATCH_ROWS,
-            unknown_item_share=0.0,
-            **pair.ours,
-        )
-        manifest = load_manifest(data_dir)
-        data = load_worker_data(data_dir, manifest)
-        self.train = number_globally(data.splits["train"])
-        self.model = build_untrained(self.cf, manifest, data.users, self.train, seed=0)
-        self.model.prepare(self.train)
-        fit_biases(self.model, self.train, self.cf.bias_weight_decay)
-        self.plan, self.epoch = build_plan(self.cf, seed=0), 0
-        self.optimizers = Optimizers(self.model, self.plan.learning_rate)
 
-    def train_epoch(self) -> dict[str, float]:
-        """Train one epoch and return its seconds, in all and by part."""
-        forward, step = TimedCall(self.model.forward), TimedCall(self.optimizers.step)
-        self.model.forward, self.optimizers.step = forward, step  # type: ignore[method-assign]
-        started = time.perf_counter()
-        loss = train_epoch(self.model, self.optimizers, self.train, self.plan, self.epoch)
-        seconds = time.perf_counter() - started
-        self.model.forward, self.optimizers.step = forward.function, step.function  # type: ignore[method-assign]
-        self.epoch += 1
-        parts = {"forward": forward.seconds, "optimizer": step.seconds}
-        parts["backward_load_and_rest"] = seconds - sum(parts.values())
-        return {"seconds": seconds, "mean_loss": loss, **parts}
-
-    def describe(self) -> dict[str, Any]:
-        """Return the heaviest operators, the seconds to build an epoch's batches, and the model's size."""
-        started = time.perf_counter()
-        length = self.model.history_length if self.model.trains_on_history else 0
-        for contexts in iter_batches(self.train, BATCH_ROWS, 0, self.epoch):
-            self.train.take(contexts, length)
-        seconds = time.perf_counter() - started
-        return {
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "contexts": self.train.total_contexts,
-            "load": seconds,
-            "operators": list_operators(self.train_epoch),
-        }
+def _bound(max_batches: int | None) -> list[str]:
+    return [] if max_batches is None else ["--max-batches", str(max_batches)]
 
 
 def start_recbole(
-    python: Path, pair: Pair, rows: Path, num_rows: int, threads: int, *, as_released: bool
+    python: Path, pair: Pair, rows: Path, num_rows: int, threads: int, max_batches: int | None, *, as_released: bool
 ) -> SideProcess:
     """Start RecBole with one model, in a process of its own."""
     settings = {
@@ -183,16 +152,18 @@ def start_recbole(
     }
     script = ROOT / "benchmarks" / "lib" / "recbole_epoch.py"
     command = [str(python), "-W", "ignore", str(script), "--rows", str(rows), "--model", pair.recbole]
-    command += ["--threads", str(threads), "--settings", json.dumps(settings)]
+    command += ["--threads", str(threads), "--settings", json.dumps(settings), *_bound(max_batches)]
     return SideProcess(command if as_released else [*command, "--no-anomaly-detection"])
 
 
 def prepare_data(data: Path, num_interactions: int | None, folder: Path) -> tuple[Path, str]:
-    """Preprocess the data and return their folder and name."""
+    """Preprocess the data, unless the folder has them, and return their folder and name."""
     quiet = [f"run.dir={folder}", "monitoring.progress_bar=false"]
     if num_interactions is not None:
-        logs = write_synthetic_logs(folder / "logs", num_interactions)
-        paths = [f"dataset.path={logs.interactions}", f"dataset.items_path={logs.items}"]
+        logs = folder / "logs"
+        if not (folder / "data").exists():
+            write_synthetic_logs(logs, num_interactions)
+        paths = [f"dataset.path={logs / 'interactions'}", f"dataset.items_path={logs / 'items.parquet'}"]
         length = f"preprocessing.max_history_length={HISTORY_LENGTH}"
         config, name = load_config("configs/own_ratings.yaml", [*quiet, *paths, length]), "generated logs"
     elif (data / "interactions.parquet").exists():
@@ -202,72 +173,99 @@ def prepare_data(data: Path, num_interactions: int | None, folder: Path) -> tupl
         length = f"preprocessing.max_history_length={HISTORY_LENGTH}"
         config, name = load_config("configs/ml100k_demo.yaml", [*quiet, length]), "MovieLens-100K"
     run_dir = RunDir(folder)
-    run_preprocess(config, run_dir)
+    if not (run_dir.step_dir("data") / "manifest.json").exists():
+        run_preprocess(config, run_dir)
     return run_dir.step_dir("data"), name
 
 
-def write_rows(data_dir: Path, path: Path) -> dict[str, int]:
-    """Write the training rows with their histories for RecBole, and return their counts."""
+def write_rows(data_dir: Path, path: Path, max_rows: int | None, *, with_histories: bool) -> int:
+    """Write training rows for RecBole and return their number.
+
+    Args:
+        data_dir: of the data step.
+        path: of the .npz file.
+        max_rows: write about so many rows, of random contexts; None = all.
+        with_histories: whether the model reads histories.
+    """
     manifest = load_manifest(data_dir)
-    rows: Rows = load_worker_data(data_dir, manifest).splits["train"]
-    batch, targets = rows.take(torch.arange(rows.num_contexts), HISTORY_LENGTH)
+    rows: Rows = load_worker_data(data_dir, manifest, splits=("train",)).splits["train"]
+    contexts = torch.arange(rows.num_contexts)
+    if max_rows is not None and max_rows < rows.total_rows:
+        chosen = torch.randperm(rows.num_contexts, generator=torch.Generator().manual_seed(0))
+        contexts = chosen[: max_rows * rows.num_contexts // rows.total_rows]
+    batch, targets = rows.take(contexts, HISTORY_LENGTH if with_histories else 0)
+    arrays = {
+        "user_idx": batch.user_idx[batch.target_contexts],
+        "item_idx": batch.item_idx,
+        "label": rows.label[targets],
+    }
+    if with_histories:
+        arrays["history"] = batch.history[batch.target_contexts].int()
     np.savez(
         path,
-        user_idx=rows.row_users.numpy(),
-        item_idx=rows.item_idx.numpy(),
-        label=rows.label.numpy(),
-        history=batch.history[rows.target_contexts].numpy(),
+        **{name: values.numpy() for name, values in arrays.items()},
+        history_length=HISTORY_LENGTH,
         num_users=manifest.num_users,
         num_items=manifest.num_items,
     )
-    assert torch.equal(targets, torch.arange(rows.total_rows)), "row numbers of all contexts in order"
-    return {"rows": rows.total_rows, "contexts": rows.total_contexts, "batches": count_batches(rows, BATCH_ROWS),
-            "users": manifest.num_users, "items": manifest.num_items}  # fmt: skip
+    return len(targets)
 
 
 def measure(
-    name: str, data_dir: Path, rows: Path, counts: dict[str, int], python: Path, threads: int, repeats: int
+    name: str, data_dir: Path, folder: Path, python: Path, threads: int, repeats: int, max_batches: int | None
 ) -> dict[str, Any]:
     """Measure both sides of a model in turn."""
-    torch.set_num_threads(threads)
-    pair = PAIRS[name]
-    ours = OurSide(pair, name, data_dir)
-    theirs = {"recbole": start_recbole(python, pair, rows, counts["rows"], threads, as_released=True)}
-    ready = theirs["recbole"].ready
-    if {key: ready[key] for key in ("rows", "batches")} != {key: counts[key] for key in ("rows", "batches")}:
-        raise ValueError(f"{name}: RecBole has {ready['rows']} rows in {ready['batches']} batches, we have {counts}")
+    pair, is_sequential = PAIRS[name], name in ("sasrec", "din")
+    rows = folder / f"{name}.npz"
+    max_rows = BATCH_ROWS * (max_batches + 2) if max_batches is not None and is_sequential else None
+    num_rows = write_rows(data_dir, rows, max_rows, with_histories=is_sequential)
+    ours = start_ours(pair, name, data_dir, threads, max_batches)
+    arguments = python, pair, rows, ours.ready["rows"], threads, max_batches
+    sides = {"ours": ours, "recbole": start_recbole(*arguments, as_released=True)}
+    ready = sides["recbole"].ready
+    if ready["rows"] != num_rows or (max_rows is None and ready["batches"] != ours.ready["batches"]):
+        raise ValueError(
+            f"{name}: RecBole has {ready['rows']} rows in {ready['batches']} batches, we have {ours.ready}"
+        )
     if ready["anomaly_detection"]:
-        faster = start_recbole(python, pair, rows, counts["rows"], threads, as_released=False)
-        theirs["recbole_without_anomaly_detection"] = faster
-    warm = [ours.train_epoch(), *(side.ask("epoch") for side in theirs.values())]
-    samples: dict[str, list[Any]] = {"ours": [], **{side: [] for side in theirs}}
-    loads = []
-    for _ in range(repeats * (SHORT_EPOCH_REPEATS if warm[1]["seconds"] < SHORT_EPOCH_SECONDS else 1)):
+        sides["recbole_without_anomaly_detection"] = start_recbole(*arguments, as_released=False)
+    warm = {side: process.ask("epoch") for side, process in sides.items()}
+    samples: dict[str, list[Any]] = {side: [] for side in sides}
+    loads, limits = [], []
+    for _ in range(repeats * (SHORT_EPOCH_REPEATS if warm["recbole"]["seconds"] < SHORT_EPOCH_SECONDS else 1)):
         loads.append(round(os.getloadavg()[0], 2))
-        samples["ours"].append(ours.train_epoch())
-        for side, process in theirs.items():
+        for side, process in sides.items():
             samples[side].append(process.ask("epoch"))
+        limits.append(ours.ask("limit"))
     result: dict[str, Any] = {side: summarize(values) for side, values in samples.items()}
-    result["ours"] |= ours.describe()
-    for side, process in theirs.items():
-        result[side] |= {"parameters": process.ready["parameters"], "operators": process.ask("profile")}
+    for side, process in sides.items():
+        peak = process.ask("memory")
+        result[side] |= {"peak_gib": peak, "operators": process.ask("profile"), **process.ready}
         process.close()
-    result |= {"differs": pair.differs, "load_average": loads, "recbole_versions": ready["versions"]}
-    return result
+    limit = min(limits, key=lambda limit: limit["seconds_of_a_batch"])
+    batch = result["ours"]["median_cpu"] / threads / result["ours"]["batches_of_a_sample"]
+    return result | {
+        "differs": pair.differs,
+        "limit": {**limit, "share": limit["seconds_of_a_batch"] / batch},
+        "load_average": loads,
+    }
 
 
-def summarize(samples: list[dict[str, float]]) -> dict[str, Any]:
-    """Return median and quartiles of the seconds, the mean of their parts, and every sample."""
+def summarize(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return median and quartiles of the seconds, the medians of their parts, and every sample."""
     seconds = [sample["seconds"] for sample in samples]
     low, middle, high = statistics.quantiles(seconds, n=4)
-    parts = [name for name in samples[0] if name not in ("seconds", "mean_loss")]
+    parts = {name: statistics.median(sample["parts"][name] for sample in samples) for name in samples[0]["parts"]}
     return {
         "median": middle,
+        "median_cpu": statistics.median(sample["cpu_seconds"] for sample in samples),
         "quartiles": [low, high],
         "smallest": min(seconds),
-        "parts": {name: statistics.median(sample[name] for sample in samples) for name in parts},
+        "parts": parts,
         "last_loss": samples[-1]["mean_loss"],
+        "batches_of_a_sample": samples[0]["batches"],
         "seconds": seconds,
+        "cpu_seconds": [sample["cpu_seconds"] for sample in samples],
     }
 
 
@@ -291,8 +289,6 @@ def describe_time(name: str, result: dict[str, Any]) -> str:
     texts = []
     for side in ("recbole", "ours"):
         median, parts = result[side]["median"], result[side]["parts"]
-        if side == "ours":
-            parts = {"load": result[side]["load"], **parts}
         shares = ", ".join(f"{part} {seconds / median:.0%}" for part, seconds in parts.items())
         operators = ", ".join(f"{entry['operator']} {entry['share']:.0%}" for entry in result[side]["operators"][:4])
         texts.append(f"{side} {median * 1e3:.0f} ms ({shares}; heaviest: {operators})")
@@ -310,6 +306,8 @@ def main() -> None:
     parser.add_argument(
         "--recbole-python", type=Path, default=Path("~/.cache/collm-dist/recbole-env/bin/python").expanduser()
     )
+    parser.add_argument("--max-batches", type=int, help="batches of a sample; default: an epoch")
+    parser.add_argument("--keep", type=Path, help="keep the preprocessed data in this folder, or use those in it")
     parser.add_argument("--out", type=Path, default=RESULTS / "cf_throughput_cpu.json")
     arguments = parser.parse_args()
     if not arguments.recbole_python.exists():
@@ -318,16 +316,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generated = int(arguments.interactions) if arguments.interactions else None
-        data_dir, data_name = prepare_data(arguments.data, generated, folder / "run")
-        counts = write_rows(data_dir, folder / "rows.npz")
+        data_dir, data_name = prepare_data(arguments.data, generated, arguments.keep or folder / "run")
+        manifest = load_manifest(data_dir)
         for threads in arguments.threads:
             results[str(threads)] = {}
             for model in arguments.models:
-                result = measure(model, data_dir, folder / "rows.npz", counts, arguments.recbole_python, threads,
-                                 arguments.repeats)  # fmt: skip
+                result = measure(model, data_dir, folder, arguments.recbole_python, threads, arguments.repeats,
+                                 arguments.max_batches)  # fmt: skip
                 results[str(threads)][model] = result
                 medians = {side: round(result[side]["median"], 4) for side in result if "median" in result[side]}
-                print(f"{threads} threads, {model}: {medians}", flush=True)
+                share = result["limit"]["share"]
+                print(f"{threads} threads, {model}: {medians}, {share:.0%} of the limit", flush=True)
     first = results[str(arguments.threads[0])]
     faster = "recbole_without_anomaly_detection"
     record = {
@@ -338,15 +337,22 @@ def main() -> None:
             threads: {
                 "median": compute_ratios(result, "recbole", "median"),
                 "smallest": compute_ratios(result, "recbole", "smallest"),
+                "median_cpu": compute_ratios(result, "recbole", "median_cpu"),
+                "median_cpu_without_anomaly_detection": compute_ratios(result, faster, "median_cpu"),
                 "median_without_anomaly_detection": compute_ratios(result, faster, "median"),
                 "smallest_without_anomaly_detection": compute_ratios(result, faster, "smallest"),
             }
             for threads, result in results.items()
         },
+        "share_of_limit": {
+            threads: {model: round(entry["limit"]["share"], 2) for model, entry in result.items()}
+            for threads, result in results.items()
+        },
         "ratio_quartiles": {model: compute_spread(result) for model, result in first.items()},
         "notes": [*NOTES, *(describe_time(model, result) for model, result in first.items())],
-        "config": {"data": data_name, **counts, "embedding_dim": 64, "history_length": HISTORY_LENGTH,
-                   "batch_rows": BATCH_ROWS, "threads": arguments.threads},
+        "config": {"data": data_name, "users": manifest.num_users, "items": manifest.num_items,
+                   "rows": manifest.splits["train"].rows, "embedding_dim": 64, "history_length": HISTORY_LENGTH,
+                   "batch_rows": BATCH_ROWS, "threads": arguments.threads, "max_batches": arguments.max_batches},
         **describe_run("numpy", "torch"),
         "results": results,
     }  # fmt: skip

@@ -5,10 +5,12 @@ RecBole needs older libraries, so this runs in an environment of its own and imp
     python3.11 -m venv ~/.cache/collm-dist/recbole-env && ~/.cache/collm-dist/recbole-env/bin/pip install \
         recbole==1.2.1 torch==2.13.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 "setuptools<81"
 
-The rows are an .npz file: user_idx, item_idx, label (N,), history (N, H) padded with -1, num_users, num_items. They are
-written as RecBole's own files, with finished sequences, and read by RecBole's Dataset. Training is RecBole's
-``Trainer._train_epoch`` with RecBole's loader, model and optimizer. The line ``epoch`` trains an epoch and answers with
-its seconds; ``profile`` trains an epoch under the profiler and answers with the heaviest operators.
+The rows are an .npz file: user_idx, item_idx, label (N,), history (N, H) padded with -1 for the sequential models,
+history_length, num_users, num_items. They are written as RecBole's own files, with finished sequences, and read by
+RecBole's Dataset. Training is RecBole's ``Trainer._train_epoch`` with RecBole's loader, model and optimizer.
+
+The line ``epoch`` trains an epoch and answers with its seconds; ``profile`` trains an epoch under the profiler and
+answers with the heaviest operators; ``memory`` answers with the peak since the start of training, in GiB.
 
 RecBole trains LightGCN on pairs and SASRec with a softmax over all items. Here both keep their forward pass, and the
 loss is that of FM and DIN: binary cross-entropy of each row's label.
@@ -25,8 +27,7 @@ import json
 import platform
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from epoch_timing import TimedCall, list_operators
+from epoch_timing import TimedBatches, TimedCall, list_operators, read_peak_memory, reset_peak_memory
 from recbole.config import Config
 from recbole.data import create_dataset
 from recbole.data.utils import get_dataloader
@@ -47,22 +48,7 @@ DATASET = "rows"
 LIBRARIES = ("recbole", "torch", "numpy", "pandas", "scipy")
 
 
-class TimedLoader:
-    """A loader with the total time of its batches."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.seconds = loader, 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        started = time.perf_counter()
-        for batch in self.loader:
-            self.seconds += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
-        self.seconds += time.perf_counter() - started
-
-
-def write_atomic_files(rows: Any, folder: Path) -> None:
+def write_atomic_files(rows: Any, folder: Path, *, with_histories: bool) -> None:
     """Write the rows as RecBole's files.
 
     A second file names every user and item, so that RecBole's tables are as large as ours.
@@ -70,8 +56,9 @@ def write_atomic_files(rows: Any, folder: Path) -> None:
     (folder / DATASET).mkdir()
     users, items = int(rows["num_users"]), int(rows["num_items"])
     count = max(users, items)
+    histories = rows["history"] if with_histories else [()] * len(rows["label"])
     parts = {
-        "train": zip(rows["user_idx"], rows["item_idx"], rows["label"], rows["history"], strict=True),
+        "train": zip(rows["user_idx"], rows["item_idx"], rows["label"], histories, strict=True),
         "tables": zip(np.arange(count) % users, np.arange(count) % items, [0] * count, [[0]] * count, strict=True),
     }
     for name, part in parts.items():
@@ -135,18 +122,19 @@ def _choose_loss(model_name: str, model: Any) -> Callable[[Any], torch.Tensor]:
     return {"LightGCN": compute_graph_loss, "SASRec": compute_sequence_loss}.get(model_name, default)
 
 
-def train_epoch(trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], epoch: int) -> dict[str, float]:
-    """Train one epoch and return its seconds, in all and by part."""
-    timed, forward = TimedLoader(loader), TimedCall(loss)
-    plain_step, step = trainer.optimizer.step, TimedCall(trainer.optimizer.step)
+def train_epoch(
+    trainer: Any, loader: Any, loss: Callable[[Any], torch.Tensor], epoch: int, max_batches: int | None
+) -> dict[str, Any]:
+    """Train one epoch, or the counted batches, and return the seconds, in all and by part."""
+    forward, step = TimedCall(loss), TimedCall(trainer.optimizer.step)
+    timed = TimedBatches(loader, max_batches, [forward, step])
     trainer.optimizer.step = step
-    started = time.perf_counter()
     total = trainer._train_epoch(timed, epoch, loss_func=forward)
-    seconds = time.perf_counter() - started
-    trainer.optimizer.step = plain_step
-    parts = {"load": timed.seconds, "forward": forward.seconds, "optimizer": step.seconds}
-    parts["backward_and_rest"] = seconds - sum(parts.values())
-    return {"seconds": seconds, "mean_loss": total / len(loader), **parts}
+    measured = timed.measure()
+    trainer.optimizer.step = step.function
+    parts = {"load": timed.loading, "forward": forward.seconds, "optimizer": step.seconds}
+    parts["backward_and_rest"] = measured["seconds"] - sum(parts.values())
+    return {**measured, "mean_loss": total / len(loader), "parts": parts}
 
 
 def main() -> None:
@@ -156,6 +144,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, choices=["FM", "LightGCN", *SEQUENTIAL])
     parser.add_argument("--settings", type=json.loads, default={}, help="RecBole settings as JSON")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--max-batches", type=int, help="batches of a sample; default: the epoch")
     parser.add_argument(
         "--no-anomaly-detection", action="store_true", help="turn off the anomaly detection that RecBole turned on"
     )
@@ -163,8 +152,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = np.load(arguments.rows)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # RecBole logs into the current folder
-        write_atomic_files(rows, Path(folder))
-        config = build_config(arguments.model, Path(folder), arguments.settings, rows["history"].shape[1])
+        write_atomic_files(rows, Path(folder), with_histories=arguments.model in SEQUENTIAL)
+        config = build_config(arguments.model, Path(folder), arguments.settings, int(rows["history_length"]))
         trainer, loader, loss = build_trainer(arguments.model, config)
         if arguments.no_anomaly_detection:
             torch.autograd.set_detect_anomaly(False)
@@ -176,12 +165,11 @@ def main() -> None:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         }
         print(json.dumps(ready), flush=True)
+        reset_peak_memory()
         for number, line in enumerate(sys.stdin):
-            if line.strip() == "profile":
-                answer: Any = list_operators(partial(trainer._train_epoch, loader, number, loss_func=loss))
-            else:
-                answer = train_epoch(trainer, loader, loss, number)
-            print(json.dumps(answer), flush=True)
+            train = partial(train_epoch, trainer, loader, loss, number, arguments.max_batches)
+            requests = {"epoch": train, "profile": lambda: list_operators(train), "memory": read_peak_memory}  # noqa: B023
+            print(json.dumps(requests[line.strip()]()), flush=True)
 
 
 if __name__ == "__main__":
