@@ -268,7 +268,7 @@ def test_a_server_that_hangs_costs_seconds_and_gets_everything_later(server, cli
 
     with server.hanging():
         seconds, errors = run()
-    assert seconds < 18  # measured: 16.0
+    assert seconds < 18
     assert errors.count(WARNING) == 1
     assert WARNING not in run()[1]
     sent = read_sent(client, find_run(client, folder).info.run_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.fs as pa_fs
 
 from collm_dist.data.ingest.file_format import LINE_COLUMN
-from collm_dist.data.ingest.lake_tables import LakeFile, LakeTable
+from collm_dist.data.ingest.lake_tables import LakeFile, LakeTable, explain_lake_errors
 from collm_dist.data.ingest.parquet_tables import read_parquet
-from collm_dist.errors import CollmError, ConfigError, DataError
+from collm_dist.errors import ConfigError, DataError
 from collm_dist.storage import explain_store_errors, open_filesystem
 
 # Features of the protocol that change nothing for this reader, or that it follows.
@@ -95,16 +94,16 @@ def open_delta_table(location: str, version: int | None, key: str) -> LakeTable:
         ) from None
     folder = str(Path(location).expanduser().absolute()) if "://" not in location else location.rstrip("/")
     _require_log(folder, location, key)
-    with _explain(f"{key}: '{location}'"):
+    with explain_lake_errors("a Delta table", f"{key}: '{location}'"):
         table = deltalake.DeltaTable(folder, storage_options=_build_storage_options())
         newest = table.version()
         if version is not None and version > newest:
             raise DataError(f"{key}: '{location}' has no version {version}; the newest is {newest}")
     if version is not None and version != newest:
         remedy = "; its log may have been cleaned up: choose a newer version"
-        with _explain(f"{key}: '{location}': version {version}", remedy):
+        with explain_lake_errors("a Delta table", f"{key}: '{location}': version {version}", remedy):
             table = deltalake.DeltaTable(folder, version=version, storage_options=_build_storage_options())
-    with _explain(f"{key}: '{location}'"):
+    with explain_lake_errors("a Delta table", f"{key}: '{location}'"):
         _check_protocol(table, f"{key}: '{location}'")
         schema = pa.schema(table.schema().to_arrow())
         names = {column.name: _find_physical_name(column) for column in schema}
@@ -136,17 +135,6 @@ def _build_storage_options() -> dict[str, str]:
     """Return what the environment of a store over plain HTTP needs; the library reads the rest there."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     return {"AWS_ALLOW_HTTP": "true", "AWS_ENDPOINT_URL": endpoint} if endpoint.startswith("http://") else {}
-
-
-@contextmanager
-def _explain(place: str, remedy: str = "") -> Iterator[None]:
-    """Raise DataError for any error of the library, whose classes share no base."""
-    try:
-        yield
-    except CollmError:
-        raise
-    except Exception as error:
-        raise DataError(f"{place} cannot be read as a Delta table: {error}{remedy}") from error
 
 
 def _check_protocol(table: Any, place: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import pyarrow.fs as pa_fs
 
 from collm_dist.config.dataset_section import CatalogConfig
 from collm_dist.data.ingest.file_format import LINE_COLUMN
-from collm_dist.data.ingest.lake_tables import LakeFile, LakeTable
-from collm_dist.errors import CollmError, ConfigError, DataError
+from collm_dist.data.ingest.lake_tables import LakeFile, LakeTable, explain_lake_errors
+from collm_dist.errors import ConfigError, DataError
 from collm_dist.storage import explain_store_errors, open_filesystem
 
 _MAX_SHOWN = 5
@@ -83,7 +82,7 @@ def open_iceberg_table(location: str, snapshot_id: int | None, key: str, catalog
     else:
         table = _load_from_catalog(location, key, catalog)
     place = f"{key}: '{location}'"
-    with _explain(place):
+    with explain_lake_errors("an Iceberg table", place):
         current = table.metadata.current_snapshot_id
         if snapshot_id is None and current is None:
             raise DataError(f"{place} has no snapshot and so no rows; bring a table with data")
@@ -103,19 +102,6 @@ def open_iceberg_table(location: str, snapshot_id: int | None, key: str, catalog
             files={file.uri: file for file in _list_files(table, scan)},
             reader=IcebergReader(metadata, table.io, scan.projection()),
         )
-
-
-@contextmanager
-def _explain(place: str, remedy: str = "") -> Iterator[None]:
-    """Raise DataError for any error of the library, whose classes share no base."""
-    try:
-        yield
-    except CollmError:
-        raise
-    except Exception as error:
-        if "equality deletes" in str(error):
-            remedy = "; rewrite the table's data files (rewrite_data_files in Spark), which applies these deletions"
-        raise DataError(f"{place} cannot be read as an Iceberg table: {error}{remedy}") from error
 
 
 def _list_files(table: Any, scan: Any) -> list[LakeFile]:
@@ -152,7 +138,7 @@ def _load_static_table(location: str, key: str) -> Any:
     folder = str(Path(location).expanduser().absolute()) if "://" not in location else location.rstrip("/")
     place = f"{key}: '{location}'"
     path = folder if folder.endswith(".metadata.json") else f"{folder}/metadata/{_read_hint(folder, place)}"
-    with _explain(place):
+    with explain_lake_errors("an Iceberg table", place):
         metadata = TableMetadataUtil.parse_raw(_read_text(path, place))
         io = load_file_io(_drop_code(metadata.properties), path)
         return Table(("static", path), metadata, path, io, NoopCatalog("static"))
@@ -204,7 +190,7 @@ def _load_from_catalog(identifier: str, key: str, settings: CatalogConfig) -> An
         ) from error
     open_files = catalog._load_file_io  # all catalogs open the files of tables by this method
     catalog._load_file_io = lambda properties=None, location=None: open_files(_drop_code(properties or {}), location)
-    with _explain(place):
+    with explain_lake_errors("an Iceberg table", place):
         try:
             return catalog.load_table(identifier)
         except NoSuchTableError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -33,6 +34,28 @@ class LakeFile:
     uri: str
     num_bytes: int
     details: Any = None
+
+
+@contextmanager
+def explain_lake_errors(kind: str, place: str, remedy: str = "") -> Iterator[None]:
+    """Raise DataError for any error of a table's library, whose classes share no base.
+
+    Args:
+        kind: what the place should be, with its article.
+        place: setting and location, as the beginning of the message.
+        remedy: end of the message.
+
+    Raises:
+        DataError: the library failed.
+    """
+    try:
+        yield
+    except CollmError:
+        raise
+    except Exception as error:
+        if "equality deletes" in str(error):
+            remedy = "; rewrite the table's data files (rewrite_data_files in Spark), which applies these deletions"
+        raise DataError(f"{place} cannot be read as {kind}: {error}{remedy}") from error
 
 
 class LakeReader(Protocol):
