@@ -20,7 +20,7 @@ from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.code_trust import FLAG
 from collm_dist.runs.error_file import write_error
 from collm_dist.runs.run_dir import STEPS, RunDir
-from collm_dist.runs.stop_signals import preemptible
+from collm_dist.runs.stop_signals import handle_stop_signals, preemptible
 
 _HOW_SETTINGS_WORK = """settings:
   Settings missing from the config file have defaults; configs/README.md lists every setting. section.key=value after
@@ -90,11 +90,14 @@ def run_reporting(run: Callable[[], int | None]) -> int:
 
     SIGTERM and SIGUSR1 end it as Ctrl-C does, with the exit code of ``Preempted``, unless the work handles them itself.
     """
-    try:
-        with preemptible():
-            return run() or 0
-    except (Exception, KeyboardInterrupt) as error:
-        return report_error(error).exit_code
+    # When one process of a job fails, its launcher stops the others. The outer handler keeps that from ending them
+    # before they have reported their own errors.
+    with handle_stop_signals(lambda *_: None):
+        try:
+            with preemptible():
+                return run() or 0
+        except (Exception, KeyboardInterrupt) as error:
+            return report_error(error).exit_code
 
 
 def _check_run_dir(path: Path) -> None:

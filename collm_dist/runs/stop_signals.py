@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from collm_dist.errors import Preempted
+from collm_dist.errors import Preempted, WorkerLostError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -32,7 +32,8 @@ def preemptible() -> Iterator[None]:
     """Raise ``Preempted`` from the block when SIGTERM or SIGUSR1 arrives.
 
     Inside the block the signal raises KeyboardInterrupt: compiled code that waits, as that of ``ray.wait``, passes no
-    other exception of a signal handler on, and no ``except Exception`` swallows it.
+    other exception of a signal handler on, and no ``except Exception`` swallows it. A ``WorkerLostError`` that the
+    signal meets on its way stays the reason: launchers stop the other processes of a job when one is lost.
     """
     received: list[int] = []
 
@@ -43,7 +44,9 @@ def preemptible() -> Iterator[None]:
     with handle_stop_signals(stop):
         try:
             yield
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt.__context__, WorkerLostError):
+                raise interrupt.__context__ from None
             if received:
                 raise build_preempted(received[0]) from None
             raise

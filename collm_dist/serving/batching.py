@@ -38,7 +38,7 @@ class Pass(Generic[Answer]):
     took_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two users may ask the same: each waits for an own answer
 class _Waiting(Generic[Query, Answer]):
     query: Query
     arrived: float

@@ -35,7 +35,7 @@ def test_a_killed_rank_ends_the_job_within_a_minute(copy_run, whole, launcher):
     killed_at = time.monotonic()
     output, _ = process.communicate(timeout=MINUTE)
     assert process.returncode != 0
-    print(f"ended after {time.monotonic() - killed_at:.1f} s")
+    print(f"ended after {time.monotonic() - killed_at:.1f} s", output)
     assert "WorkerLostError: process 0 of 2, stage1, step" in output
     assert "Run the same command again" in output
     run(launcher, [*overrides, *STAGE1])

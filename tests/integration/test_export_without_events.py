@@ -43,7 +43,7 @@ def compare_new_users(here, there, item_ids):
     assert type(here) is type(there)
 
 
-@pytest.mark.parametrize("which", ["finished_run", "finished_clicks_run"])
+@pytest.mark.parametrize("which", ["finished_run", pytest.param("finished_clicks_run", marks=pytest.mark.slow)])
 def test_new_users_get_the_same_scores_and_others_are_refused(request, which, tmp_path):
     """The clicks' stage 2 has trained the collaborative model, so its file has rows of users too."""
     run = request.getfixturevalue(which)

@@ -250,7 +250,12 @@ def test_returning_users_are_in_the_metrics(service):
     for _ in range(2):
         service.ask({"history": LIKED, "candidates": ["41", "42"]})
     end = time.monotonic() + 60
-    while ("collm_contexts_total", "whole") not in (found := read_metrics(service.metrics_port)):
+    names = {
+        ("collm_contexts_total", "whole"),
+        ("collm_context_hit_rate", None),
+        ("collm_saved_milliseconds_total", None),
+    }
+    while not names <= (found := read_metrics(service.metrics_port)).keys():
         assert time.monotonic() < end, found
         time.sleep(1)
     assert found["collm_contexts_total", "whole"] >= 1

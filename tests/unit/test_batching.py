@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 
 from collm_dist.errors import QueueFullError
@@ -100,5 +101,22 @@ def test_an_error_reaches_all_of_its_pass_and_no_other():
         results = await asyncio.gather(*(batcher.submit(query) for query in ("a", "wrong")), return_exceptions=True)
         assert [str(result) for result in results] == ["wrong", "wrong"]
         assert (await batcher.submit("b")).answer == "bb"
+
+    asyncio.run(run())
+
+
+def test_queries_that_cannot_be_compared_leave_the_queue():
+    """A comparison of arrays has no truth value, so whoever gives up must be found without one."""
+
+    async def run():
+        device = Device(permits=0)
+        batcher = build(device, max_size=1)
+        tasks = [asyncio.create_task(batcher.submit(np.arange(2))) for _ in range(4)]
+        await let_start()
+        tasks[2].cancel()
+        device.permits.release(4)
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [False, False, True, False]
+        assert len(device.passes) == 3
 
     asyncio.run(run())

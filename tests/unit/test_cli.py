@@ -10,7 +10,7 @@ import time
 import pytest
 
 from collm_dist import cli
-from collm_dist.errors import DataError, LaunchError
+from collm_dist.errors import DataError, LaunchError, WorkerLostError
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE
 
 
@@ -171,3 +171,22 @@ def test_signals_end_any_command_in_words(run, number, code):
     assert "Traceback" not in printed.err
     assert "the same command" in printed.err
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("when", ["while it is on its way", "while it is reported"])
+def test_a_stop_signal_does_not_hide_that_a_process_was_lost(monkeypatch, capsys, when):
+    """A launcher that sees a dead process sends SIGTERM to the others, which have just noticed it too."""
+
+    def fail():
+        try:
+            raise WorkerLostError("process 1 does not answer")
+        finally:
+            if when == "while it is on its way":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+
+    if when == "while it is reported":
+        report = cli.report_error
+        monkeypatch.setattr(cli, "report_error", lambda error: (os.kill(os.getpid(), signal.SIGTERM), report(error))[1])
+    assert cli.run_reporting(fail) == WorkerLostError.exit_code
+    assert "process 1 does not answer" in capsys.readouterr().err
