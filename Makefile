@@ -24,9 +24,8 @@ demo: environment
 	@echo "To look at its rankings:  $(PYTHON) launch/serve.py --config runs/ml100k_demo/config.yaml"
 	@echo "and open http://127.0.0.1:8000 in a browser."
 
-# Three processes, as a third of their time is spent waiting for Ray. Each test file stays in one process, so that its
-# fixtures are built once; files keep their order, as sorting them by number of tests would leave long ones to the end.
-PYTEST := $(PYTHON) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+# Two processes; each test file stays in one process, so that its fixtures are built once.
+PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-unit: environment
 	$(PYTEST) -m "not slow and not gpu" tests/unit tests/invariants
