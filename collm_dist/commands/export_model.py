@@ -24,8 +24,8 @@ directory from it that gives the same scores.
 The log contains users' events: consider who receives the folder. With --without-events no user id, event, text or
 vector of a user is in it. It then ranks for new users, whose history the request gives, and refuses others.
 
---push-to-hub uploads the folder to the Hugging Face Hub, in place of what the repository holds: to a private
-repository, unless you add --public. The token comes from HF_TOKEN or from: hf auth login. If the upload breaks off, the
+--push-to-hub uploads the folder to a repository of the Hugging Face Hub and replaces its contents. The repository is
+private unless you add --public. The token comes from HF_TOKEN or from: hf auth login. If the upload breaks off, the
 same command again uploads the folder that is there. HF_ENDPOINT names another server.
 """
 
@@ -47,19 +47,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    from collm_dist.data.shards.manifest import load_manifest
     from collm_dist.serving.export import check_export, export_model
     from collm_dist.serving.hub import HubTarget, prepare_repo, push_export
     from collm_dist.serving.model_card import Licences
 
     run_dir, folder, repo = RunDir(Path(config.run.dir)), arguments.output, arguments.push_to_hub
     licences = Licences(arguments.license, arguments.backbone_license, arguments.data_license)
-    with_events = not arguments.without_events
+    with_events = not arguments.without_events and load_manifest(run_dir.step_dir("data")).has_events
     if repo is None:
         if arguments.public or arguments.publish_events:
             raise ConfigError("--public and --publish-events say how to push: add --push-to-hub OWNER/NAME")
         print(export_model(config, run_dir, folder, licences, with_events=with_events))
         return
-    is_there = check_export(folder, run_dir, with_events=with_events)  # left by an upload that broke off
+    is_there = check_export(folder, run_dir, licences, with_events=with_events)  # left by an upload that broke off
     target = HubTarget(repo, arguments.public, arguments.publish_events)
     name = prepare_repo(target, with_events=with_events)
     if not is_there:

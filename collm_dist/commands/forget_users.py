@@ -55,7 +55,7 @@ def _open_store(folder: Path) -> EventStore:
 
     if not (folder / FILE_NAME).exists():  # opening would make one
         raise ArtifactError(
-            f"--events {folder}: there is no store of events; give the folder of the service's --events"
+            f"--events {folder}: the folder has no event store; give the folder of the service's --events"
         )
     return EventStore(folder)
 

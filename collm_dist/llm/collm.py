@@ -183,7 +183,7 @@ class CollmModel(nn.Module):
         return dataclasses.replace(prefix, rows=batch.prefix_rows)
 
     def _reuse_contexts(self, batch: PromptBatch, slots: Slots, vectors: Tensor | None) -> RunPrefixes | None:
-        """Return a function that computes only what is not kept of a batch's prefixes; None if nothing is kept."""
+        """Return a function that computes the tokens of prefixes that are not kept; None if no contexts are kept."""
         kept = self.kept_contexts
         if kept is None:
             return None

@@ -1,4 +1,4 @@
-"""A run on an MLflow server, found again by a key. What the server has already is not sent a second time."""
+"""Run on an MLflow server, found again by a key. Values that the server already has are not sent again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Point:
 
 
 class MlflowRun:
-    """Client of one run. Every method raises whatever MLflow's client raises."""
+    """Client of one run. Methods pass on the errors of MLflow's client."""
 
     def __init__(self, tracking_uri: str, experiment: str, *, key: str, name: str) -> None:
         """Find the run, or make it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -184,11 +184,10 @@ def _score_on_ray(
         config = config.model_copy(update={"llm": config.llm.model_copy(update={"backbone": str(backbone.absolute())})})
     # Small arguments: those in the object store can be lost before an actor that died is restarted with them.
     actor = ray.remote(num_cpus=cores, num_gpus=1 if gpus else 0, max_restarts=-1, max_task_retries=3)(_PartScorer)
-    scorers = [actor.remote(config, run_dir, folder, num_retrieved) for _ in range(actors)]
     done = sum(sizes) - sum(sizes[part] for part in waiting)
     hidden = not config.monitoring.progress_bar
     try:
-        users = _score_parts(scorers, waiting)
+        users = _score_parts((actor.remote(config, run_dir, folder, num_retrieved) for _ in range(actors)), waiting)
         with show_phase("loading the model and scoring the first users"):
             first = list(islice(users, 1))
         with tqdm(total=sum(sizes), initial=done, desc="scoring", unit=" users", disable=hidden) as bar:
@@ -199,8 +198,12 @@ def _score_on_ray(
     return actors
 
 
-def _score_parts(scorers: Sequence[Any], parts: Sequence[int]) -> Iterator[int]:
-    """Yield the number of users of each scored part. Actors that the cluster has no room for get no parts."""
+def _score_parts(scorers: Iterable[Any], parts: Sequence[int]) -> Iterator[int]:
+    """Yield the number of users of each scored part.
+
+    Actors that the cluster has no room for get no parts. An actor without a part is let go, so that it ends and leaves
+    its resources to an actor that has lost its node.
+    """
     running = {scorer.start.remote(): scorer for scorer in scorers}
     waiting, num_open = iter(parts), len(parts)
     while num_open:
@@ -208,6 +211,7 @@ def _score_parts(scorers: Sequence[Any], parts: Sequence[int]) -> Iterator[int]:
         scorer, users = running.pop(done), ray.get(done)
         if (part := next(waiting, None)) is not None:
             running[scorer.score.remote(part)] = scorer
+        del scorer
         if users is not None:
             num_open -= 1
             yield users

@@ -18,7 +18,7 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir, track_run
 from collm_dist.phases import show_phase
-from collm_dist.runs.atomic_files import explain_disk_errors
+from collm_dist.runs.atomic_files import clear_unfinished, explain_disk_errors
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes, is_step_current
 from collm_dist.runs.lock import hold_run_lock
@@ -130,7 +130,8 @@ def _run_steps(
     if publisher is not None:  # first, so that an unwritable destination is found before the work
         publisher.publish_file(CONFIG_FILE)
     forced = False
-    with ExitStack() as ray_session:
+    # The workers of a Ray session end with it, after the steps' own blocks.
+    with clear_unfinished(run_dir.path), ExitStack() as ray_session:
         for step in list_steps(config):
             status.enter(step)
             forced = forced or step in force

@@ -37,9 +37,10 @@ def check_link(path: Path, folder: Path) -> None:
 
 
 def check_links(run: Path) -> None:
-    """Check that the links in a run lead to the same part of a run, so that work in it changes no other files.
+    """Check that the links in a run are those that runs make, so that work in it changes no other files.
 
-    A step's folder ``checkpoints`` may be a link to any folder, such as that of another disk.
+    A step and an entry of its folder may be links to the same part of another run: ``RunDir.withdraw`` removes such
+    links before the step is redone. A step's ``checkpoints`` may be a link to any folder, such as one on another disk.
 
     Raises:
         ArtifactError: a link leads elsewhere, as it may in a run from someone else.
@@ -47,11 +48,12 @@ def check_links(run: Path) -> None:
     root = run.resolve()
     for path in _list_links(run):
         part, end = path.relative_to(run).parts, Path(os.path.realpath(path))  # resolve() refuses circles
-        is_checkpoints = part[0] in STEPS and part[1:] == ("checkpoints",) and not end.is_file()
-        if not (is_checkpoints or end.is_relative_to(root) or end.parts[-len(part) :] == part):
+        is_of_step = part[0] in STEPS and len(part) <= 2
+        is_checkpoints = is_of_step and part[1:] == ("checkpoints",) and not end.is_file()
+        is_same_part = is_of_step and end.parts[-len(part) :] == part
+        if not (is_checkpoints or is_same_part or end.is_relative_to(root)):
             raise ArtifactError(
-                f"{path} is a link to {end}, which is not the same part of a run, and work here would change it: "
-                "replace it with a copy, or remove it"
+                f"{path} is a link to {end}, and work here would change that: replace it with a copy, or remove it"
             )
 
 

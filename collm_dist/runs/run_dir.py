@@ -87,11 +87,15 @@ class RunDir:
     def withdraw(self, step: Step) -> None:
         """Delete a step's record before its files change.
 
-        A step that is linked from another run is unlinked, since the other run's files must not change.
+        What is linked from another run, the step or entries of its folder, is unlinked: those files must not change. A
+        link ``checkpoints`` stays; it leads to another disk.
         """
         folder = self.step_dir(step)
         if folder.is_symlink():
             folder.unlink()
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if entry.is_symlink() and entry.name != "checkpoints":
+                entry.unlink()
         path = self.record_path(step)
         if path.is_dir() and not path.is_symlink():  # damage
             shutil.rmtree(path)

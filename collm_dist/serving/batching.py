@@ -38,7 +38,7 @@ class Pass(Generic[Answer]):
     took_s: float
 
 
-@dataclass(frozen=True, eq=False)  # two users may ask the same: each waits for an own answer
+@dataclass(frozen=True, eq=False)  # two users may ask the same: each waits for its own answer
 class _Waiting(Generic[Query, Answer]):
     query: Query
     arrived: float
@@ -66,7 +66,7 @@ class Batcher(Generic[Query, Answer]):
             wait_s: seconds that the first query at an idle device waits for more.
             max_waiting: most waiting queries, without those of the running pass.
             report: called after each pass with its size, its duration in seconds, and the number of waiting queries.
-            thread: executor with one thread, which several queues may share; None = an own thread.
+            thread: executor with one thread, which several queues may share; None = its own thread.
         """
         self._work, self._report = work, report
         self._max_size, self._wait_s, self._max_waiting = max_size, wait_s, max_waiting

@@ -79,7 +79,7 @@ class EventLog:
 
 
 class ItemTotals(EventLog):
-    """What is left of a log in an export without users: likes and events of each item, after all events."""
+    """Item counts of an export without users: likes and events of each item, after all events."""
 
     def __init__(self, likes: IntArray, rows: IntArray, *, end: int) -> None:
         """Store (I,) counts and the first second after all events."""

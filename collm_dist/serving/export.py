@@ -20,6 +20,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +37,7 @@ from collm_dist.runs.file_hashes import check_files, read_hashes
 from collm_dist.runs.local_paths import PathRemover, check_link
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, Step, normalize
 from collm_dist.serving.finished_run import check_settings, find_stage, load_run_config
-from collm_dist.serving.model_card import Licences, write_card
+from collm_dist.serving.model_card import NOT_STATED, Licences, write_card
 from collm_dist.serving.users_removed import is_of_users, remove_users
 
 FORMAT_VERSION = 1
@@ -112,13 +113,20 @@ def export_model(
         files = sorted(path for path in part.rglob("*") if path.is_file())
         with show_phase("export: hashing", sum(path.stat().st_size for path in files), "B") as phase:
             index = {path.relative_to(part).as_posix(): compute_file_hash(path, phase.advance) for path in files}
-        about = {"format_version": FORMAT_VERSION, "stage": stage, "with_events": with_events}
-        write_json(part / INDEX, {**about, "files": index})
+        about = {
+            "format_version": FORMAT_VERSION,
+            "stage": stage,
+            "with_events": with_events,
+            "licences": asdict(licences),
+        }
+        write_json(part / INDEX, {**about, "report": _read_report_hash(run_dir), "files": index})
     return folder
 
 
-def check_export(folder: Path, run_dir: RunDir, *, with_events: bool) -> bool:
+def check_export(folder: Path, run_dir: RunDir, licences: Licences, *, with_events: bool) -> bool:
     """Return whether a folder is a complete export of a run; False if it is empty or missing.
+
+    Licences that are not stated may be any.
 
     Raises:
         ArtifactError: it is something else, damaged, or an export of another run or with other contents.
@@ -127,7 +135,7 @@ def check_export(folder: Path, run_dir: RunDir, *, with_events: bool) -> bool:
         return False
     with explain_read_errors(folder):
         _read_index(folder, run_dir.path, check_space=False)
-        about = read_json_file(folder / INDEX, "stage", remedy="export again to a new folder")
+        about = read_json_file(folder / INDEX, "stage", "licences", "report", remedy="export again to a new folder")
         stage = find_stage(run_dir)
         path = folder / "records" / f"{stage}.json"
         is_same = about["stage"] == stage and path.exists() and _read_hash(path) == run_dir.read_content_hash(stage)
@@ -136,7 +144,17 @@ def check_export(folder: Path, run_dir: RunDir, *, with_events: bool) -> bool:
             f"{folder} is an export of another run, or {'without' if with_events else 'with'} events; choose a new "
             "folder, or remove it"
         )
+    stated = {name: text for name, text in asdict(licences).items() if text != NOT_STATED}
+    if about["licences"] != about["licences"] | stated or about["report"] != _read_report_hash(run_dir):
+        raise ArtifactError(
+            f"{folder}: the model card of this export has other licences, or the report of an earlier evaluation; "
+            "choose a new folder, or remove it"
+        )
     return True
+
+
+def _read_report_hash(run_dir: RunDir) -> str | None:
+    return read_hashes(run_dir, "eval").get("report.md")
 
 
 def _read_hash(path: Path) -> str:

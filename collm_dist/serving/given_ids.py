@@ -13,14 +13,14 @@ Id = str | int | float
 
 
 def to_ids(values: Sequence[Id], field: str) -> list[str]:
-    """Return a list of ids as strings; ``RequestError`` if it is none."""
+    """Return a list of ids as strings; ``RequestError`` for any other value."""
     if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
         raise RequestError(f"{field}: {values!r} is not a list of ids")
     return [to_id(value, field) for value in values]
 
 
 def to_id(value: Id, field: str) -> str:
-    """Return an id as a string; ``RequestError`` if it is none."""
+    """Return an id as a string; ``RequestError`` for any other value."""
     if (number := to_whole_number(value)) is not None:
         return str(number)
     if not isinstance(value, str):

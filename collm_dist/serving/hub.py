@@ -38,8 +38,8 @@ def prepare_repo(target: HubTarget, *, with_events: bool) -> str:
         with_events: whether the export holds users' ids and events.
 
     Raises:
-        ConfigError: the name is invalid, the repository is public and ``target`` does not say so, or events would be
-            published.
+        ConfigError: the name is invalid, the repository is public and ``target`` private or the other way round, or
+            events would be published.
         HubError: there is no token, no network, or no permission.
     """
     _check_public(target, with_events)
@@ -47,13 +47,11 @@ def prepare_repo(target: HubTarget, *, with_events: bool) -> str:
     with _explaining(target.repo):
         name = str(api.create_repo(target.repo, private=not target.public, exist_ok=True).repo_id)
         about = api.repo_info(name)
-        if not about.private:
-            if not target.public:
-                raise ConfigError(
-                    f"--push-to-hub {name}: the repository exists and is public; add --public to publish the model, or "
-                    "name another repository"
-                )
-            _check_public(target, with_events)
+        if about.private == target.public:
+            is_now, remedy = ("private", "leave --public out") if target.public else ("public", "add --public")
+            raise ConfigError(
+                f"--push-to-hub {name}: the repository exists and is {is_now}; {remedy}, or name another repository"
+            )
         if not with_events and any(file.rfilename.startswith(_EVENTS) for file in about.siblings or ()):
             raise ConfigError(
                 f"--push-to-hub {name}: the repository holds users' events of an earlier export, and its history would "
@@ -63,10 +61,10 @@ def prepare_repo(target: HubTarget, *, with_events: bool) -> str:
 
 
 def push_export(folder: Path, repo: str) -> str:
-    """Upload an export in place of what the repository holds, and return the address of the commit.
+    """Replace the contents of a repository by an export, and return the address of the commit.
 
     Raises:
-        HubError: there is no token, no network, or no permission; the same command again goes on.
+        HubError: token, network or permission is missing; the same command can be run again.
         ArtifactError: the folder is not an export.
     """
     stage = read_json_file(folder / INDEX, "stage", remedy="export again to a new folder")["stage"]
@@ -121,11 +119,13 @@ def _explaining(repo: str) -> Iterator[None]:
         else:
             advice = "the Hub refuses it; correct what it names"
         raise HubError(f"{place}: HTTP {code}: {advice} ({_first_line(error)})") from None
-    except ValueError as error:  # of the model card
-        raise HubError(f"{place}: {' '.join(str(error).split())}; correct the licences or the card") from None
     except CollmError:
         raise
-    except Exception as error:  # of the HTTP library, or of the one that moves large files
+    except ValueError as error:  # of the model card, or of the storage of large files
+        text = " ".join(str(error).split())
+        advice = "; correct the licences" if text.startswith("Invalid metadata") else ""
+        raise HubError(f"{place}: {text[:500]}{advice}") from None
+    except Exception as error:  # of the HTTP library, or of hf_xet; the client changes the first between releases
         raise HubError(
             f"{place}: the Hub cannot be reached, or breaks off ({type(error).__name__}: {_first_line(error)}); check "
             "the network and HF_ENDPOINT, then run the same command again"

@@ -369,8 +369,8 @@ class Recommender:
     def _index(self) -> ItemIndex | None:
         """Index of all items; None if the collaborative model's scores are not inner products."""
         ids = self.user_ids or self.item_ids  # after an export without users, histories of one item
-        some = ids[:: max(1, len(ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
-        requests = [RankingRequest(one) if self.user_ids else RankingRequest(history=[one]) for one in some]
+        sampled = ids[:: max(1, len(ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
+        requests = [RankingRequest(name) if self.user_ids else RankingRequest(history=[name]) for name in sampled]
         contexts = [self._reader.read_user(request) for request in requests]
         block = self._reader.build_block(contexts, [np.zeros(1, np.int64)] * len(contexts))
         queries = self._scorer.compute_queries(block)

@@ -15,6 +15,7 @@ from collm_dist.data.accepted_config import accept_config
 from collm_dist.errors import ArtifactError, DiskError
 from collm_dist.orchestration.leaderboard import run_once
 from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.publish import build_publisher
 from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
@@ -136,10 +137,21 @@ def test_training_and_searches_change_nothing_that_a_link_leads_to(tmp_path, pla
         lambda: evaluate_model._run(config, Namespace(force=())),
         lambda: run_once(run.path / "cf_search", run.path, "cf", {}, print, dict),
     ):
-        with pytest.raises(ArtifactError, match=rf"{path} is a link to .*/away/notes, which is not the same part"):
+        with pytest.raises(ArtifactError, match=rf"{path} is a link to .*/away/notes, and work here would change that"):
             work()
     assert not (run.path / "config.yaml").exists()
     assert not (run.path / "cf_search").exists()
+
+
+@pytest.mark.parametrize("place", ["anchor", "data/shards/train", "stage1/adapter/key"])
+def test_links_that_no_run_makes_are_refused(tmp_path, place):
+    """They lead to the same part of another run, but nothing removes them before that part is written."""
+    (tmp_path / "other" / place).mkdir(parents=True)
+    path = tmp_path / "run" / place
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "other" / place)
+    with pytest.raises(ArtifactError, match=f"{path} is a link to"):
+        check_links(tmp_path / "run")
 
 
 @pytest.fixture

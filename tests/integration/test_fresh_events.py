@@ -153,7 +153,7 @@ def test_events_of_listed_users_are_counted_and_then_deleted(finished_run, tmp_p
     assert store.read([]).items == {"3": (4, 4)}
     code, shown = run(tmp_path / "evnets", "--apply")
     assert code == 2
-    assert "evnets: there is no store of events" in shown
+    assert "evnets: the folder has no event store" in shown
     assert {path.name for path in tmp_path.iterdir()} == {"run", "events", "forget.csv"}
     code, shown = run(store.folder, "--apply")
     assert (code, (tmp_path / "run").exists()) == (0, False)

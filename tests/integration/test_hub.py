@@ -58,6 +58,13 @@ def test_a_private_repository_gets_the_export_and_later_its_successor(push, hub,
     assert code == 0, err
     assert repo.files == exported
     assert len(repo.commits) == 2
+    code, _, err = push("--license", "mit")
+    assert code == 2
+    assert "has other licences" in err
+    code, _, err = push("--public", "--publish-events")
+    assert code == 2
+    assert "exists and is private; leave --public out" in err
+    assert len(repo.commits) == 2
 
 
 @pytest.mark.slow

@@ -296,7 +296,7 @@ REFUSED = {
         {"format": "iceberg", "path": "shop.clicks", "catalog": "{catalog}"}, "'test' has no such table; check",
     ),
     "catalog": ({"format": "iceberg", "path": "shop.events"}, "the catalog cannot be opened: URI missing"),
-    "no metadata": ({"format": "iceberg", "path": "{lake}/x.metadata.json"}, "there is no file"),
+    "no metadata": ({"format": "iceberg", "path": "{lake}/x.metadata.json"}, "x.metadata.json is missing"),
     "version of files": (
         {"path": "{log}", "items_path": "{log}", "item_version": 1}, "item_version is set, but .* is not a Delta table",
     ),

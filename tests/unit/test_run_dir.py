@@ -110,6 +110,21 @@ def test_withdrawing_a_linked_step_leaves_the_other_run_alone(run_dir, tmp_path)
     assert run_dir.is_done("cf")
 
 
+def test_withdrawing_a_step_unlinks_entries_that_are_taken_from_another_run(run_dir, tmp_path):
+    """As of stage 1, whose products a nightly run may take from the run before."""
+    adapter, checkpoints = tmp_path / "before" / "adapter", tmp_path / "disk"
+    for folder in (adapter, checkpoints):
+        folder.mkdir(parents=True)
+    stage = run_dir.step_dir("stage1")
+    stage.mkdir(exist_ok=True)
+    (stage / "adapter").symlink_to(adapter)
+    (stage / "checkpoints").symlink_to(checkpoints)
+    run_dir.withdraw("stage1")
+    assert not (stage / "adapter").exists()
+    assert adapter.exists()
+    assert (stage / "checkpoints").resolve() == checkpoints
+
+
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
     path = tmp_path / "deep" / "file.json"
     write_json(path, {"a": 1})

@@ -202,7 +202,7 @@ class TrainableCfModel(ABC, nn.Module):
     def backpropagate(
         self, batch: CfBatch, labels: Tensor, scale: float, weight_decay: float, bias_weight_decay: float
     ) -> Tensor:
-        """Add a batch's gradients to ``grad`` of the parameters.
+        """Compute ``grad`` of the parameters from one batch, after ``Optimizers.zero_grad``.
 
         Args:
             batch: of training rows.

@@ -83,7 +83,7 @@ def open_delta_table(location: str, version: int | None, key: str) -> LakeTable:
 
     Raises:
         ConfigError: the library is not installed.
-        DataError: there is no table or no such version, or it needs a feature that cannot be read.
+        DataError: table or version does not exist, or it needs a feature that cannot be read.
         LaunchError: an object store is unreachable or denies access.
     """
     try:
@@ -132,7 +132,7 @@ def _require_log(folder: str, location: str, key: str) -> None:
 
 
 def _build_storage_options() -> dict[str, str]:
-    """Return what the environment of a store over plain HTTP needs; the library reads the rest there."""
+    """Return options for an S3 endpoint over plain HTTP; the library itself reads all others from the environment."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     return {"AWS_ALLOW_HTTP": "true", "AWS_ENDPOINT_URL": endpoint} if endpoint.startswith("http://") else {}
 

@@ -67,7 +67,7 @@ def open_iceberg_table(location: str, snapshot_id: int | None, key: str, catalog
 
     Raises:
         ConfigError: the library or the catalog's library is not installed, or the catalog is not configured.
-        DataError: there is no table or no such snapshot, or it has rows or deletions that cannot be read.
+        DataError: table or snapshot does not exist, or it has rows or deletions that cannot be read.
         LaunchError: an object store is unreachable or denies access.
     """
     try:
@@ -162,7 +162,7 @@ def _read_text(uri: str, place: str) -> str:
     try:
         with explain_store_errors(filesystem, f"{place} cannot be opened"):
             if filesystem.get_file_info(path).type != pa_fs.FileType.File:
-                raise DataError(f"{place}: there is no file {uri}")
+                raise DataError(f"{place}: the file {uri} is missing")
             with filesystem.open_input_file(path) as file:
                 return file.read().decode("utf-8")  # type: ignore[no-any-return]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -37,7 +37,7 @@ LEAST_KEPT_TOKENS = 8
 
 @dataclass
 class ReuseCounts:
-    """What was found and computed.
+    """Counts of found and computed contexts and tokens.
 
     Attributes:
         whole, part, none: contexts of which all tokens were kept, some, and none.
@@ -70,7 +70,7 @@ class _Node:
 class KeptContexts:
     """Keys and values of the most recently used contexts, on the model's device. It is not thread-safe.
 
-    What was used least recently is dropped first, and shared beginnings after what follows them.
+    The least recently used nodes are dropped first, and children before their parents.
 
     Attributes:
         num_bytes: bytes held, never more than ``max_bytes`` between passes.
@@ -129,7 +129,9 @@ class KeptContexts:
             keys: (S,) token keys of each context.
             start: identifies the header.
         """
-        root = self._roots.setdefault((self._version, start), _Node(None, np.zeros((0, 2), np.int64), embeds[:0]))
+        root = self._roots.setdefault(
+            (self._version, start), _Node(None, np.zeros((0, 2), np.int64), embeds.new_empty(0))
+        )
         paths = [_find(root, row_keys) for row_keys in keys]
         paths = [
             path if sum(count for _, count in path) >= min(LEAST_KEPT_TOKENS, len(row_keys)) else []
