@@ -44,7 +44,7 @@ def read_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_private_repository_gets_the_export_and_later_its_successor(push, hub, tmp_path):
+def test_a_private_repository_gets_the_export(push, hub, tmp_path):
     code, out, err = push("--data-license", "internal use", "--license", "My Own Licence")
     assert code == 0, err
     repo = hub.repos["me/films"]
@@ -53,6 +53,14 @@ def test_a_private_repository_gets_the_export_and_later_its_successor(push, hub,
     exported = read_files(tmp_path / "exported")
     assert repo.files == exported
     assert b'license: "other"\nlicense_name: "my-own-licence"' in exported["README.md"]
+
+
+@pytest.mark.slow
+def test_a_repository_gets_the_successor_of_its_export(push, hub, tmp_path):
+    code, _, err = push()
+    assert code == 0, err
+    repo = hub.repos["me/films"]
+    exported = read_files(tmp_path / "exported")
     repo.files["left.over"] = b"x"
     code, _, err = push()  # the folder is there: it is pushed as it is
     assert code == 0, err

@@ -74,7 +74,9 @@ def assert_same(ours, plain):
 @pytest.mark.parametrize(
     ("architecture", "stage2", "checkpointing"),
     [
-        pytest.param(architecture, stage2, checkpointing, marks=[] if architecture == "llama" else pytest.mark.slow)
+        pytest.param(
+            architecture, stage2, checkpointing, marks=[] if architecture == "llama" and stage2 else pytest.mark.slow
+        )
         for architecture in ARCHITECTURES
         for stage2, checkpointing in ((False, False), (True, True))
     ],
