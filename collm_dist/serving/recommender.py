@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,9 +30,8 @@ from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.event_parts import list_read_parts
 from collm_dist.serving.fresh_events import EventSource, FreshEvents
 from collm_dist.serving.given_ids import Id
-from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.item_search import ItemSearch
-from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem, take_turns
+from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem
 from collm_dist.serving.received_event import Event
 from collm_dist.serving.request_errors import check_count, naming_request
 from collm_dist.serving.requests import (
@@ -44,6 +42,7 @@ from collm_dist.serving.requests import (
     RequestReader,
     UserContext,
 )
+from collm_dist.serving.retrieval import Retriever
 from collm_dist.serving.unknown_ids import UnknownIds
 from collm_dist.tuning.loaded_stage import LoadedStage
 from collm_dist.tuning.scoring import AUTO_TOKENS
@@ -53,10 +52,6 @@ logger = logging.getLogger(__name__)
 
 # Most candidates laid out at once. More would use host memory without better micro-batches.
 _MAX_ROWS = 4096
-# Items that an index finds beyond those asked for, to be put in order by the model itself.
-_SPARE = 100
-# Users whose retrieval shows how thoroughly an index must search.
-_SAMPLED_USERS = 64
 
 
 class Recommender:
@@ -126,6 +121,7 @@ class Recommender:
         tokens = config.evaluation.max_tokens_per_micro_batch
         max_tokens = AUTO_TOKENS[loaded.device.type] if tokens == "auto" else tokens
         self._scorer = BlockScorer(stage, loaded, cf, self.item_ids, max_tokens)
+        self._retriever = Retriever(self._reader, self._scorer, self.user_ids, self.item_ids)
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +227,7 @@ class Recommender:
             ArtifactError: a score is not finite.
         """
         with self._reader.reading([query]):
-            request = self._to_request(query, self._propose)
+            request = self._to_request(query, self._retriever.propose)
             return Comparer(self._reader, self._scorer, self._name_item).compare(request, query.top_k)
 
     def _name_item(self, index: int) -> NamedItem:
@@ -241,17 +237,6 @@ class Recommender:
         """Build an index of the titles, whose searches may run in any thread."""
         likes, _ = self._reader.count_item_events(np.arange(len(self.item_ids)), None)
         return ItemSearch(self.item_ids, self._titles, likes, self._reader.item_index)
-
-    def _propose(self, request: RankingRequest, count: int) -> list[str]:
-        """Return items for a comparison: the best by the collaborative model and the most liked in turns."""
-        check_count(count)
-        user = self._reader.read_user(request)
-        allowed, excluded = self._reader.read_pool(request, user.seen)
-        pool = np.setdiff1d(np.arange(len(self.item_ids)) if allowed is None else allowed, excluded)
-        likes, _ = self._reader.count_item_events(pool, request.as_of)
-        popular = [self.item_ids[index] for index in pool[np.argsort(-likes, kind="stable")[:count]].tolist()]
-        best = self.retrieve([request], count)[0] if self.has_cf else popular
-        return take_turns(best, popular)[:count]
 
     def _to_request(
         self, query: RankingQuery, find_candidates: Callable[[RankingRequest, int], list[str]]
@@ -337,46 +322,7 @@ class Recommender:
         """
         check_count(count)
         with self._reader.reading(requests):
-            return self._retrieve(requests, count)
-
-    def _retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
-        retrieved: list[list[str]] = []
-        for index, request in enumerate(requests):
-            with naming_request(index, len(requests)):
-                user = self._reader.read_user(request)
-                allowed, excluded = self._reader.read_pool(request, user.seen)
-            pool = self._find_pool(user, allowed, excluded, count)
-            if len(pool) == 0:
-                retrieved.append([])
-                continue
-            scores = self._scorer.score_by_cf(self._reader.build_block([user], [pool]))
-            best = pool[np.argsort(-scores, kind="stable")[:count]]
-            retrieved.append([self.item_ids[index] for index in best.tolist()])
-        return retrieved
-
-    def _find_pool(self, user: UserContext, allowed: IntArray | None, excluded: IntArray, count: int) -> IntArray:
-        """Return the items, ascending, that are worth scoring to find the ``count`` best ones."""
-        if allowed is None and self._index is not None:
-            query = self._scorer.compute_queries(self._reader.build_block([user], [np.zeros(1, np.int64)]))
-            assert query is not None
-            # Some more than asked for: statistics of another time, and the index, order them a little differently.
-            allowed = np.sort(self._index.search(query[0], 2 * count + _SPARE + len(excluded)))
-        elif allowed is None:
-            allowed = np.arange(len(self.item_ids))
-        return np.setdiff1d(allowed, excluded)
-
-    @cached_property
-    def _index(self) -> ItemIndex | None:
-        """Index of all items; None if the collaborative model's scores are not inner products."""
-        ids = self.user_ids or self.item_ids  # after an export without users, histories of one item
-        sampled = ids[:: max(1, len(ids) // _SAMPLED_USERS)][:_SAMPLED_USERS]
-        requests = [RankingRequest(name) if self.user_ids else RankingRequest(history=[name]) for name in sampled]
-        contexts = [self._reader.read_user(request) for request in requests]
-        block = self._reader.build_block(contexts, [np.zeros(1, np.int64)] * len(contexts))
-        queries = self._scorer.compute_queries(block)
-        if queries is None:
-            return None
-        return ItemIndex(self._scorer.compute_item_vectors(self._reader.compute_item_features()), queries)
+            return self._retriever.retrieve(requests, count)
 
     def _read_in_parts(self, requests: Sequence[RankingRequest]) -> Iterator[tuple[list[UserContext], list[IntArray]]]:
         """Yield contexts and candidates of consecutive requests, up to the rows that are laid out at once."""
