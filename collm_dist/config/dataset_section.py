@@ -38,6 +38,18 @@ class ItemColumnsConfig(Section):
 
     item_id: str = Field("item_id", description="Column of the item's id, as in the interactions.")
     title: str = Field("title", description="Column of the item's title.")
+    available_from: str | None = optional(
+        "Column of the time from which an item may be offered, in the forms of timestamps; an empty cell: always. "
+        "Rankings leave out items that are not available; training and evaluation do not read these times."
+    )
+    available_until: str | None = optional(
+        "Column of the time from which an item is no longer offered; an empty cell: never."
+    )
+
+    def list_windows(self) -> dict[str, str]:
+        """Return the columns of times by the name of their setting."""
+        found = {"available_from": self.available_from, "available_until": self.available_until}
+        return {name: column for name, column in found.items() if column is not None}
 
 
 class CatalogConfig(Section):

@@ -46,7 +46,7 @@ def check_item_columns(table: Any, uri: str, item_id: str, title: str, dataset: 
     Raises:
         DataError: the message names the file, the column and the settings.
     """
-    for name in list_item_columns(item_id, title, dataset.item_text):
+    for name in list_item_columns(item_id, title, dataset):
         require_column(name, table, uri, "dataset.item_columns or dataset.item_text")
 
 
@@ -56,9 +56,10 @@ def list_columns(columns: ColumnsConfig, dataset: DatasetConfig) -> tuple[str, .
     return (*names, *(parse_row_filter(dataset.row_filter).names if dataset.row_filter else ()))
 
 
-def list_item_columns(item_id: str, title: str, item_text: str) -> tuple[str, ...]:
+def list_item_columns(item_id: str, title: str, dataset: DatasetConfig) -> tuple[str, ...]:
     """Return the columns of items that are read."""
-    return (item_id, title, *(name for name in list_template_columns(item_text) if name != "title"))
+    in_text = (name for name in list_template_columns(dataset.item_text) if name != "title")
+    return (item_id, title, *in_text, *dataset.item_columns.list_windows().values())
 
 
 def require_column(name: str, table: Any, uri: str, key: str) -> None:

@@ -113,10 +113,10 @@ def unify_table(table: Any, columns: Iterable[str]) -> Any:
 
 
 def unify_items(items: Any) -> Any:
-    """Return a table ``item_id, title, text`` with 17 in place of 17.0, also as a title, and the first row of each."""
+    """Return a table of ``read_items`` with 17 in place of 17.0, also as a title, and the first row of each."""
     old = items.column("item_id")
     ids = drop_fractions(old)
-    columns = {"item_id": ids}
+    columns = dict(zip(items.column_names, items.columns, strict=True)) | {"item_id": ids}
     for name in ("title", "text"):
         columns[name] = pc.if_else(pc.equal(items.column(name), old), ids, items.column(name))
     is_first = ~ids.to_pandas().duplicated().to_numpy()

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.forgotten_users import write_tombstone
 from collm_dist.data.ingest.id_forms import drop_fractions
+from collm_dist.data.shards.availability import WINDOW_COLUMNS
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
@@ -193,6 +194,8 @@ def write_user_table(path: Path, tables: Sequence[Any]) -> list[str]:
 def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> tuple[int, str]:
     """Write ``items.parquet`` in the order of the indices; the id is the text of an item that ``items`` lacks.
 
+    Windows of items are written if ``items`` has them.
+
     Returns:
         Number of items that ``items`` lacks, and the hash of all texts.
     """
@@ -201,6 +204,8 @@ def write_item_table(path: Path, item_ids: Sequence[str], items: Any) -> tuple[i
     columns = {"item_idx": pa.array(range(len(item_ids)), pa.int64()), "item_id": ids}
     for name in ("title", "text"):
         columns[name] = pc.coalesce(items.column(name).combine_chunks().take(rows), ids)
+    for name in (name for name in WINDOW_COLUMNS if name in items.column_names):
+        columns[name] = items.column(name).combine_chunks().take(rows)
     with open_atomic(path, "wb") as file:
         pq.write_table(pa.table(columns), file)
     texts = (text for name in ("title", "text") for text in columns[name].to_pylist())

@@ -22,6 +22,7 @@ from collm_dist.data.ingest.id_forms import (
     note_item_forms,
     warn_of_forms,
 )
+from collm_dist.data.ingest.item_windows import read_windows
 from collm_dist.data.ingest.normalize import format_time
 
 MAX_SAMPLES = 3
@@ -160,6 +161,7 @@ def describe_input(
         "users_with_one_event_share": round(users[1] / max(users[0], 1), 4),
         "items": len(item_ids),
         "items_with_title_share": shares,
+        **_describe_windows(items),
         "sample_rows": [
             {
                 **sample,
@@ -170,6 +172,15 @@ def describe_input(
         ],
         "warnings": list_warnings(facts, dataset, item_ids, items),
     }
+
+
+def _describe_windows(items: Any) -> dict[str, int]:
+    """Return how many items of the item file have a time of availability, and how many are available now."""
+    availability = None if items is None else read_windows(items)
+    if availability is None:
+        return {}
+    available = availability.find_available(int(time.time()))
+    return {"items_with_window": int(availability.has_window.sum()), "items_available_now": int(available.sum())}
 
 
 def _find_titles(items: Any, wanted: list[str]) -> dict[str, str]:
@@ -204,6 +215,11 @@ def list_warnings(facts: InputFacts, dataset: DatasetConfig, item_ids: Any, item
                 f"{dataset.like_threshold:g}; change the threshold, or set dataset.feedback=implicit"
             )
         warnings.append(f"{which}: {about}")
+    if _describe_windows(items).get("items_available_now") == 0:
+        warnings.append(
+            "no item of the item file is available now, so rankings would be empty; check "
+            "dataset.item_columns.available_from and available_until, dataset.timestamp_unit and dataset.time_format"
+        )
     found = (_describe_swapped(facts, item_ids, items), _describe_other_spelling(item_ids, items))
     return [*warnings, *(sentence for sentence in found if sentence is not None)]
 
@@ -268,6 +284,11 @@ def format_facts(record: Mapping[str, Any], dataset: DatasetConfig) -> list[str]
     share = record["items_with_title_share"]
     titles = "no item file read, so no titles" if share is None else f"{share:.1%} of them with a title"
     lines.append(f"items: {record['items']:,}, {titles}")
+    if "items_with_window" in record:
+        lines.append(
+            f"availability: {record['items_with_window']:,} items of the item file have a time from or until which "
+            f"they are available; {record['items_available_now']:,} items are available now"
+        )
     for row in record["sample_rows"]:
         parts = [f"user {row['user']}", f"item {row['item']}", *([row["time"]] if row["time"] else [])]
         parts.append("like" if row["label"] else "dislike")

@@ -7,7 +7,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class ItemCatalogue:
     """The items of a source.
 
     Attributes:
-        table: ``item_id, title, text`` of each item.
+        table: ``item_id, title, text`` of each item, and its times of ``WINDOW_COLUMNS`` if the settings name them.
         repairs: numbers of repaired rows by cause.
         rows_read: number of rows of the files, without lines that do not parse.
         bad_rows: rows that cannot be used.
@@ -105,22 +105,26 @@ def list_template_columns(template: str, key: str = "dataset.item_text") -> list
 
 
 def build_item_table(
-    tables: Iterable[Any], id_column: str, title_column: str, template: str
+    tables: Iterable[tuple[Any, Mapping[str, Any]]], id_column: str, title_column: str, template: str
 ) -> tuple[Any, Counter[str]]:
     """Return a table ``item_id, title, text`` from the first row of each item, and counts of repairs by cause.
 
     Args:
-        tables: raw item rows, consumed one by one, so memory is bounded by the items, not by the files.
+        tables: raw item rows, consumed one by one, so memory is bounded by the items, not by the files; and for each
+            the further int64 columns that the result has, the same for all.
         id_column, title_column: names of these columns.
         template: item text; ``{title}`` stands for the title column, whatever its name.
     """
     counts: Counter[str] = Counter()
     columns = {name: title_column if name == "title" else name for name in list_template_columns(template)}
     rows: dict[str, tuple[str, str]] = {}
-    for table in follow(tables, "reading items", "blocks"):
+    windows: dict[str, dict[str, int | None]] = {}
+    for table, window_columns in follow(tables, "reading items", "blocks"):
         ids = to_ids(table.column(id_column)).to_pylist()
         raw_titles = to_text(table.column(title_column)).to_pylist()
         values = {name: to_text(table.column(column)).to_pylist() for name, column in columns.items()}
+        times = {name: column.to_pylist() for name, column in window_columns.items()}
+        windows = windows or {name: {} for name in times}
         for position, item_id in enumerate(ids):
             if not item_id:
                 counts[WITHOUT_ID] += 1
@@ -132,8 +136,12 @@ def build_item_table(
             row = (title or item_id, text or item_id)
             if item_id in rows:
                 counts["rows of an item with another text"] += rows[item_id] != row
+                differ = any(windows[name][item_id] != column[position] for name, column in times.items())
+                counts["rows of an item with other times of availability"] += differ
                 continue
             rows[item_id] = row
+            for name, column in times.items():
+                windows[name][item_id] = column[position]
             counts["items without a text"] += not text
             counts["titles with HTML entities or tags"] += has_html(raw_titles[position] or "")
             counts["titles with invisible characters"] += bool(_INVISIBLE.search(raw_titles[position] or ""))
@@ -144,6 +152,7 @@ def build_item_table(
             "item_id": pa.array(rows.keys(), pa.string()),
             "title": pa.array([title for title, _ in rows.values()], pa.string()),
             "text": pa.array([text for _, text in rows.values()], pa.string()),
+            **{name: pa.array(column.values(), pa.int64()) for name, column in windows.items()},
         }
     ), +counts
 

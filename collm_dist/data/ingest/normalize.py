@@ -165,7 +165,7 @@ def format_time(seconds: int) -> str:
     return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
-def _show(value: Any) -> str | None:
+def show_value(value: Any) -> str | None:
     """Return the only value of a column as it is shown in messages; None if it has no text."""
     try:
         text = to_text(value)[0].as_py()
@@ -208,7 +208,7 @@ def normalize_batch(
         dropped = bad & usable
         if dropped.any():
             first = int(dropped.argmax())
-            value = _show(table.column(column).slice(first, 1))
+            value = show_value(table.column(column).slice(first, 1))
             bad_rows.add(cause, int(dropped.sum()), f"{place}:{file_lines[first]}", value)
             usable[dropped] = False
 

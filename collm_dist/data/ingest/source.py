@@ -32,6 +32,7 @@ from collm_dist.data.ingest.file_readers import (
 )
 from collm_dist.data.ingest.input_checks import refuse_copies
 from collm_dist.data.ingest.item_texts import WITHOUT_ID, ItemCatalogue, build_item_table
+from collm_dist.data.ingest.item_windows import ItemWindows, find_windows
 from collm_dist.data.ingest.lake_tables import LakeTable
 from collm_dist.data.ingest.new_events import check_parts, find_missing, list_new_events
 from collm_dist.data.ingest.normalize import (
@@ -51,7 +52,7 @@ from collm_dist.data.ingest.normalize import (
 )
 from collm_dist.data.ingest.row_filter import RowFilter, convert, drop_misfits, parse_row_filter
 from collm_dist.data.ingest.text_rows import WRONG_WIDTH
-from collm_dist.errors import DataError
+from collm_dist.errors import ConfigError, DataError
 from collm_dist.storage import describe_files
 
 MAX_SHOWN = 50
@@ -97,6 +98,7 @@ class Source:
         numeric_columns: columns of numbers, if the row filter compares columns with each other.
         part_uris: the chunks' files of ``dataset.new_events``.
         unfiltered: columns of the row filter that the parts lack.
+        windows: columns of the times at which items are available; None = none.
     """
 
     chunks: tuple[FileChunk, ...]
@@ -113,6 +115,7 @@ class Source:
     numeric_columns: frozenset[str] = frozenset()
     part_uris: frozenset[str] = frozenset()
     unfiltered: tuple[str, ...] = ()
+    windows: ItemWindows | None = None
 
     def split_chunks(self, inputs: Mapping[str, Any]) -> Iterator[FileChunk]:
         """Yield the chunks, large text files in parts. The parts depend on the files alone, not on the workers.
@@ -184,15 +187,16 @@ class Source:
         lines = {f"item rows: {cause}": count for cause, count in bad_rows.counts.items() if cause != WITHOUT_ID}
         return ItemCatalogue(items, repairs + Counter(lines), rows_read, bad_rows)
 
-    def _read_item_file(self, uri: str, bad_rows: BadRows, sizes: list[int]) -> Iterator[Any]:
+    def _read_item_file(self, uri: str, bad_rows: BadRows, sizes: list[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
         for table in read_tables(uri, self.items_format, bad_rows):
             check_item_columns(table, uri, self.item_id_column, self.title_column, self.dataset)
             missing = pc.equal(pc.fill_null(to_ids(table.column(self.item_id_column)), ""), "")
             if count := pc.sum(missing).as_py():
                 line = table.column(LINE_COLUMN)[pc.index(missing, True).as_py()]
                 bad_rows.add(WITHOUT_ID, count, f"{uri}:{line}")
+            table, windows = (table, {}) if self.windows is None else self.windows.read(table, uri, bad_rows)
             sizes.append(table.num_rows)
-            yield table
+            yield table, windows
 
     def inputs(self) -> dict[str, Any]:
         """Return size and modification time of every input file; of files of lakehouse tables the size."""
@@ -281,10 +285,16 @@ def open_source(dataset: DatasetConfig) -> Source:
     check_columns(first, uri, layout.columns, row_filter.names if row_filter else (), dataset.path)
     unfiltered = check_parts(parts, layout.file_format, layout.columns, row_filter)
     numeric_columns = _check_filter(dataset, uri, first)
-    unit = _find_unit(dataset, layout.columns, uri, first)
+    unit, windows = _find_unit(dataset, layout.columns, uri, first), None
     if layout.items:
         uri, items = read_first(layout.items, layout.items_format)
         check_item_columns(items, uri, layout.item_id, layout.title, dataset)
+        windows = find_windows(dataset, items)
+    elif given := dataset.item_columns.list_windows():
+        raise ConfigError(
+            f"dataset.item_columns.{next(iter(given))}: it names a column of the item file, and there is none; set "
+            "dataset.items_path"
+        )
     return Source(
         chunks=tuple(list_chunks(layout.interactions, layout.file_format)),
         columns=layout.columns,
@@ -293,9 +303,7 @@ def open_source(dataset: DatasetConfig) -> Source:
             expected=list_columns(layout.columns, dataset),
             table=layout.file_format.table and layout.file_format.table.without_files(),
         ),
-        items_format=replace(
-            layout.items_format, expected=list_item_columns(layout.item_id, layout.title, dataset.item_text)
-        ),
+        items_format=replace(layout.items_format, expected=list_item_columns(layout.item_id, layout.title, dataset)),
         items_uris=layout.items,
         item_id_column=layout.item_id,
         title_column=layout.title,
@@ -306,6 +314,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         numeric_columns=numeric_columns,
         part_uris=frozenset(parts),
         unfiltered=unfiltered,
+        windows=windows,
     )
 
 
