@@ -14,7 +14,9 @@ import ray
 from tqdm import tqdm
 
 from collm_dist.config import Config
+from collm_dist.data.shards.availability import Availability
 from collm_dist.data.shards.interactions import load_item_table
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, RequestError
 from collm_dist.orchestration.cluster import check_nodes, connect_ray, explain_task_error
 from collm_dist.phases import show_phase
@@ -33,6 +35,8 @@ ROWS_PER_PART = 128
 _RETRIEVAL = "cf:"
 # Counts of what the run does not know; release 0.1 has not counted it.
 _UNKNOWN = ("unknown_users", "unknown_history_ids", "users_with_unknown_history_ids")
+# Counts of what is left out, of runs that know times of availability.
+_LEFT_OUT = ("unavailable_candidates", "users_with_unavailable_candidates", "users_without_candidates")
 _REMEDY = "set --output to a new folder, or delete this one"
 
 
@@ -126,6 +130,9 @@ def _prepare(
         "rows_per_part": rows_per_part,
         "cutoffs": list(config.evaluation.cutoffs),
     }
+    items = load_item_table(run_dir.step_dir("data"))
+    if Availability.read(items) is not None:  # windows are not part of the data's hash: no model depends on them
+        made_from["items"] = load_manifest(run_dir.step_dir("data")).tables["items.parquet"]
     if folder.plan.exists():
         plan = read_json_file(folder.plan, "made_from", "sizes", remedy=_REMEDY)
         if changes := find_changes(plan["made_from"], made_from):
@@ -136,12 +143,20 @@ def _prepare(
             )
         return list(plan["sizes"])
     shutil.rmtree(folder.requests, ignore_errors=True)
-    items = load_item_table(run_dir.step_dir("data"))["item_id"]
     retrieves = num_retrieved is not None
     with show_phase("checking the requests"):
-        sizes = write_parts(files, folder.requests, items, retrieves=retrieves, rows_per_part=rows_per_part)
-    write_json(folder.plan, {"made_from": made_from, "sizes": sizes})
+        sizes = write_parts(files, folder.requests, items["item_id"], retrieves=retrieves, rows_per_part=rows_per_part)
+    write_json(folder.plan, {"made_from": made_from, "sizes": sizes, "now": int(time.time())})
     return sizes
+
+
+def read_now(folder: OutputFolder) -> int | None:
+    """Return the time at which a job began, which stands for now until it is done: seconds since 1970.
+
+    Jobs of release 0.1 have no such time: None.
+    """
+    now = read_json_file(folder.plan, remedy=_REMEDY).get("now")
+    return None if now is None else int(now)
 
 
 class _PartScorer:
@@ -157,7 +172,8 @@ class _PartScorer:
     def score(self, part: int) -> int:
         """Score a part, and return its number of users."""
         if self._recommender is None:  # here, because the error of a constructor comes without its class
-            self._recommender = build_recommender(self._config, self._run_dir)
+            now = read_now(self._folder)
+            self._recommender = build_recommender(self._config, self._run_dir, now=now)
         return int(score_part(self._recommender, self._folder, part, self._num_retrieved)["users"])
 
 
@@ -219,7 +235,9 @@ def _score_parts(scorers: Iterable[Any], parts: Sequence[int]) -> Iterator[int]:
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return totals of the parts' records, means over users, and the standard error of the paired gain."""
-    names = ("users", "rows", "device_seconds", "retrieval_seconds", *_UNKNOWN)
+    names: tuple[str, ...] = ("users", "rows", "device_seconds", "retrieval_seconds", *_UNKNOWN)
+    if any(_LEFT_OUT[0] in record for record in records):
+        names += _LEFT_OUT
     total: dict[str, Any] = {name: sum(record.get(name, 0) for record in records) for name in names}
     total["device_seconds_per_1000_users"] = 1000 * total["device_seconds"] / total["users"]
     judged = [record for record in records if "judged_users" in record]
@@ -257,6 +275,12 @@ def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[s
         lines.append(
             f"WARNING: {summary['unknown_history_ids']:,} ids in lists of items of "
             f"{summary['users_with_unknown_history_ids']:,} users are not in the run's item table and are skipped"
+        )
+    if any(summary.get(name) for name in _LEFT_OUT):
+        lines.append(
+            f"WARNING: {summary['unavailable_candidates']:,} candidates of "
+            f"{summary['users_with_unavailable_candidates']:,} users were not available at as_of, or when the job "
+            f"began, and are left out; {summary['users_without_candidates']:,} users have no candidates, so no rows"
         )
     if "recall" in summary:
         lines.append(

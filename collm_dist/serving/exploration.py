@@ -94,7 +94,10 @@ class CompareAnswer(BaseModel):
     is_known_user: bool = Field(description="Whether `user` is a user of the log.")
     history: list[NamedItemBody] = Field(description="Liked items that the models read, oldest first.")
     disliked: list[NamedItemBody] = Field(description="Disliked items that the models read, oldest first.")
-    warnings: list[str] = Field(description="What the run does not know: the user, or ids in lists of items.")
+    warnings: list[str] = Field(
+        description="What the run does not know, the user or ids in lists of items; and candidates that are "
+        "left out because they are not available."
+    )
     model: str = Field(description="Model that scored, as in /healthz.")
 
 

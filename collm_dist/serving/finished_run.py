@@ -79,15 +79,19 @@ def build_recommender(
     device: torch.device | str | None = None,
     events: EventSource | None = None,
     reuse_bytes: int = 0,
+    now: int | None = None,
 ) -> Recommender:
-    """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``."""
+    """Build the recommender of settings that ``check_settings`` has returned; see ``load_recommender``.
+
+    Items are available or not at ``now``, in seconds since 1970; None = at the time of each request.
+    """
     stage = find_stage(run_dir)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_stage_model(config, run_dir, stage, torch.device(device))
     if reuse_bytes:
         loaded.model.kept_contexts = KeptContexts(reuse_bytes, run_dir.read_content_hash(stage))
-    return Recommender(config, run_dir, stage, loaded, events)
+    return Recommender(config, run_dir, stage, loaded, events, now)
 
 
 def find_stage(run_dir: RunDir) -> StageName:

@@ -59,7 +59,9 @@ class RankBody(BaseModel):
         None, description="Ids that are not retrieved, as well as the user's own. Unknown ids are skipped."
     )
     as_of: StrictInt | None = Field(
-        None, description="Seconds since 1970; only earlier events of the log count; by default all events."
+        None,
+        description="Seconds since 1970; only earlier events of the log count, and only items that are available then "
+        "are ranked; by default all events, and the items that are available now.",
     )
     top_k: StrictInt | None = Field(None, ge=1, description="Number of best items to return; by default all.")
     num_retrieved: StrictInt = Field(
@@ -167,7 +169,10 @@ class RankAnswer(BaseModel):
     """Ranked items, best first."""
 
     ranked: list[RankedItemBody]
-    warnings: list[str] = Field(description="What the run does not know: the user, or ids in lists of items.")
+    warnings: list[str] = Field(
+        description="What the run does not know, the user or ids in lists of items; and candidates that are "
+        "left out because they are not available."
+    )
     model: str = Field(description="Model that scored, as in /healthz.")
 
 

@@ -67,11 +67,18 @@ class ItemIndex:
             parameters.sel = self._faiss.IDSelectorBitmap(bits)
         _, found = self._cells.search(query[None], min(count, len(self._vectors)), params=parameters)
         items: IntArray = found[0][found[0] >= 0]
+        if len(items) < count and allowed is not None:  # the compared cells have too few allowed items
+            return self._search_exactly(query, count, allowed)
         return items
 
     def _search_exactly(self, query: Vectors, count: int, allowed: NDArray[np.bool_] | None) -> IntArray:
         items = np.arange(len(self._vectors)) if allowed is None else np.flatnonzero(allowed)
-        scores = (self._vectors if allowed is None else self._vectors[items]) @ query
+        if allowed is None:
+            scores = self._vectors @ query
+        elif 4 * len(items) < len(self._vectors):
+            scores = self._vectors[items] @ query
+        else:  # a copy of most vectors would take longer than products with all of them
+            scores = (self._vectors @ query)[items]
         if count < len(items):
             kept = np.argpartition(-scores, count)[:count]
             items, scores = items[kept], scores[kept]

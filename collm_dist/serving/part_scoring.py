@@ -79,14 +79,18 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
         return done
     original, labels = read_part(folder.requests, part)
     started = time.perf_counter()
-    requests = original
+    requests, left_out = original, list[list[str]]()
     if num_retrieved is not None:
         item_lists = recommender.retrieve(original, num_retrieved)
         requests = [replace(request, candidates=items) for request, items in zip(original, item_lists, strict=True)]
+    elif recommender.has_windows:
+        offered = [recommender.leave_out_unavailable(request) for request in original]
+        requests = [request for request, _ in offered]
+        left_out = [ids for _, ids in offered if ids]
     retrieved = time.perf_counter()
     filled = [
         index for index, request in enumerate(requests) if len(request.candidates)
-    ]  # some users have seen every item
+    ]  # some users have seen every item, or none of theirs is available
     scored = recommender.score([requests[index] for index in filled])
     record: dict[str, Any] = {
         "users": len(requests),
@@ -95,6 +99,12 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
         "retrieval_seconds": retrieved - started,
         **_count_unknown(recommender, original),
     }
+    if recommender.has_windows:
+        record |= {
+            "unavailable_candidates": sum(map(len, left_out)),
+            "users_with_unavailable_candidates": len(left_out),
+            "users_without_candidates": len(requests) - len(filled),
+        }
     scores = dict(zip(filled, scored, strict=True))
     labelled = [index for index in filled if labels[index] is not None and any(labels[index] or ())]
     if labelled and recommender.has_cf:

@@ -69,7 +69,7 @@ class Comparison:
         num_candidates: number of candidates that were ranked.
         is_known_user: whether the request names a user of the log.
         history, disliked: items that the models read as the user's likes and last dislikes, oldest first.
-        warnings: what the run does not know of the request, as in ``Ranking``.
+        warnings: what the run does not know of the request, and candidates that are left out, as in ``Ranking``.
     """
 
     items: list[ComparedItem]

@@ -20,6 +20,7 @@ from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
 from collm_dist.data.ingest.id_forms import IdIndex
+from collm_dist.data.shards.availability import Availability
 from collm_dist.data.shards.context_block import ContextBlock, IntArray
 from collm_dist.data.shards.interactions import load_item_table, load_user_ids, load_user_texts
 from collm_dist.data.shards.manifest import load_manifest
@@ -31,6 +32,7 @@ from collm_dist.serving.event_parts import list_read_parts
 from collm_dist.serving.fresh_events import EventSource, FreshEvents
 from collm_dist.serving.given_ids import Id
 from collm_dist.serving.item_search import ItemSearch
+from collm_dist.serving.offered_items import OfferedItems
 from collm_dist.serving.ranking_comparison import Comparer, Comparison, NamedItem
 from collm_dist.serving.received_event import Event
 from collm_dist.serving.request_errors import check_count, naming_request
@@ -71,6 +73,7 @@ class Recommender:
         stage: StageName,
         loaded: LoadedStage,
         events: EventSource | None = None,
+        now: int | None = None,
     ) -> None:
         """Load the id tables, the log and the collaborative model.
 
@@ -80,6 +83,7 @@ class Recommender:
             stage: stage of the model.
             loaded: the model.
             events: store of events that the run has not read; they count as if they were in its log.
+            now: seconds since 1970 at which items are available or not; None = the time of each request.
 
         Raises:
             ArtifactError: an artifact is missing or damaged.
@@ -121,7 +125,8 @@ class Recommender:
         tokens = config.evaluation.max_tokens_per_micro_batch
         max_tokens = AUTO_TOKENS[loaded.device.type] if tokens == "auto" else tokens
         self._scorer = BlockScorer(stage, loaded, cf, self.item_ids, max_tokens)
-        self._retriever = Retriever(self._reader, self._scorer, self.user_ids, self.item_ids)
+        self._offered = OfferedItems(Availability.read(items), now)
+        self._retriever = Retriever(self._reader, self._scorer, self.user_ids, self.item_ids, self._offered)
 
     @property
     def device(self) -> torch.device:
@@ -156,8 +161,8 @@ class Recommender:
     ) -> Ranking:
         """Rank items for a user, best first.
 
-        A user or ids of the history that the run does not know are logged as a warning, and are in ``warnings`` of the
-        answer.
+        A user or ids of the history that the run does not know, and candidates that are left out because they are not
+        available at ``as_of``, else now, are logged as a warning, and are in ``warnings`` of the answer.
 
         Args:
             history, candidates, user, as_of, disliked, allowed, blocked, history_labels: see ``RankingRequest``;
@@ -195,12 +200,12 @@ class Recommender:
         valid: dict[int, RankingRequest] = {}
         for index, query in enumerate(queries):
             try:
-                request = self._to_request(query, lambda request, count: self.retrieve([request], count)[0])
+                request, warnings = self._to_request(query, lambda request, count: self.retrieve([request], count)[0])
             except RequestError as error:
                 answers[index] = error
                 continue
-            answers[index] = Ranking(warnings=self.find_unknown(request).list_warnings())
-            if request.candidates:  # empty for a user who has seen everything
+            answers[index] = Ranking(warnings=self.find_unknown(request).list_warnings() + warnings)
+            if request.candidates:  # empty for a user who has seen everything that is available
                 valid[index] = request
         for (index, request), scores in zip(valid.items(), self.score(list(valid.values())), strict=True):
             answer = answers[index]
@@ -227,8 +232,9 @@ class Recommender:
             ArtifactError: a score is not finite.
         """
         with self._reader.reading([query]):
-            request = self._to_request(query, self._retriever.propose)
-            return Comparer(self._reader, self._scorer, self._name_item).compare(request, query.top_k)
+            request, warnings = self._to_request(query, self._retriever.propose)
+            comparison = Comparer(self._reader, self._scorer, self._name_item).compare(request, query.top_k)
+            return replace(comparison, warnings=comparison.warnings + warnings)
 
     def _name_item(self, index: int) -> NamedItem:
         return NamedItem(self.item_ids[index], self._titles[index])
@@ -240,8 +246,11 @@ class Recommender:
 
     def _to_request(
         self, query: RankingQuery, find_candidates: Callable[[RankingRequest, int], list[str]]
-    ) -> RankingRequest:
-        """Check a query and return it as a request, with the candidates that are found if none are given."""
+    ) -> tuple[RankingRequest, list[str]]:
+        """Check a query and return it as a request, with the candidates that are found if none are given, and warnings.
+
+        Given candidates that are not available are left out.
+        """
         if query.top_k is not None and query.top_k < 1:
             raise RequestError(
                 f"top_k: {query.top_k} is less than 1; give the number of items to return, or None for all"
@@ -256,12 +265,33 @@ class Recommender:
             history_labels=query.history_labels,
         )
         if query.candidates is None:
-            return replace(request, candidates=find_candidates(request, query.num_retrieved))
+            return replace(request, candidates=find_candidates(request, query.num_retrieved)), []
         if query.allowed is not None or query.blocked:
             raise RequestError("candidates: allowed and blocked limit what is retrieved; omit them, or candidates")
         indices = self._reader.read_candidates(replace(request, candidates=query.candidates))
         self._reader.read_user(request)  # only to check it
-        return replace(request, candidates=[self.item_ids[index] for index in indices.tolist()])
+        request = replace(request, candidates=[self.item_ids[index] for index in indices.tolist()])
+        offered, left_out = self.leave_out_unavailable(request)
+        return offered, self._offered.warn(left_out, len(indices), request.as_of)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the run knows times at which items are available."""
+        return self._offered.has_windows
+
+    def leave_out_unavailable(self, request: RankingRequest) -> tuple[RankingRequest, list[str]]:
+        """Return a request with those of its candidates that are available at its time, and the ids of the others.
+
+        Raises:
+            RequestError: a candidate is unknown or repeated.
+        """
+        available = self._offered.find(request.as_of)
+        if available is None:
+            return request, []
+        indices = self._reader.read_candidates(request)
+        kept, others = indices[available[indices]], indices[~available[indices]]
+        request = replace(request, candidates=[self.item_ids[index] for index in kept.tolist()])
+        return request, [self.item_ids[index] for index in others.tolist()]
 
     def order_items(self, candidates: Sequence[Id], scores: Scores) -> list[RankedItem]:
         """Return candidates with (N,) scores as ranked items. Equal scores keep the order of the item table."""
@@ -275,7 +305,8 @@ class Recommender:
     def score(self, requests: Sequence[RankingRequest]) -> list[Scores]:
         """Score the candidates of many requests. Each user's history is computed once for all candidates.
 
-        A score does not depend on the other candidates and requests, up to the rounding of matmuls.
+        A score does not depend on the other candidates and requests, up to the rounding of matmuls. Items are scored
+        whether they are available or not.
 
         Args:
             requests: any number of requests.
@@ -310,7 +341,8 @@ class Recommender:
     def retrieve(self, requests: Sequence[RankingRequest], count: int) -> list[list[str]]:
         """Return the best items by the collaborative model for the user of each request, best first.
 
-        Items of the history and of the user's events before ``as_of`` are left out. If the model's scores are inner
+        Items of the history and of the user's events before ``as_of`` are left out, and items that are not available
+        then; without ``as_of``, now. If the model's scores are inner
         products, an index finds the items, see ``ItemIndex``; otherwise every item of the run is scored.
 
         Args:

@@ -103,7 +103,8 @@ class Ranking(list[RankedItem]):
     """Ranked items, best first.
 
     Attributes:
-        warnings: what the run does not know of the request: its user, or ids of its history.
+        warnings: what the run does not know of the request, its user or ids of its history; and candidates that are
+            left out because they are not available.
     """
 
     def __init__(self, items: Iterable[RankedItem] = (), warnings: Sequence[str] = ()) -> None:

@@ -25,7 +25,7 @@ from collm_dist.serving.http_schemas import HealthAnswer, RefusedRun
 from collm_dist.serving.item_search import ItemSearch
 from collm_dist.serving.ranking_comparison import compare_each
 from collm_dist.serving.recommender import Recommender
-from collm_dist.serving.requests import RankingQuery
+from collm_dist.serving.requests import RankingQuery, RankingRequest
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +98,12 @@ def load_served_run(run_dir: RunDir, load: Callable[[RunDir], Recommender], stat
     """
     recommender = load(run_dir)
     items = recommender.item_ids
-    ranked = recommender.rank(history=items[:2], candidates=items[:_PROBED])
-    if recommender.has_cf:
+    (scores,) = recommender.score([RankingRequest(history=items[:2], candidates=items[:_PROBED])])
+    if recommender.has_cf:  # these may be few, or none if no item is available now
         user = recommender.user_ids[0] if recommender.user_ids else None  # None after an export without users
-        ranked += recommender.rank(user=user, num_retrieved=_PROBED)
-    if len(ranked) < min(_PROBED, len(items)):
-        raise ArtifactError(f"{run_dir.path}: {len(ranked)} items were ranked, expected at least {_PROBED}")
+        recommender.rank(user=user, num_retrieved=_PROBED)
+    if len(scores) < min(_PROBED, len(items)):
+        raise ArtifactError(f"{run_dir.path}: {len(scores)} items were scored, expected at least {_PROBED}")
     served = ServedRun(recommender, run_dir, read_model_id(run_dir), state, _now())
     _ = served.search  # built before the first search
     return served

@@ -67,3 +67,18 @@ def test_many_items_are_searched_in_cells_with_the_recall_that_is_reported():
     for query in queries:
         assert few[index.search(query, 10, few)].all()
         assert index.search(query, 10, few).tolist() == exact.search(query, 10, few).tolist()
+
+
+def test_an_index_returns_allowed_items_alone_and_as_many_as_an_exact_search():
+    """Measured: recall 0.99 if most items are allowed; if the compared cells have too few of them, all are searched."""
+    pytest.importorskip("faiss", reason="needs pip install 'collm-dist[retrieval]'")
+    items, queries = draw_vectors()
+    exact, index = ItemIndex(items, queries), ItemIndex(items, queries, exact_below=1000)
+    most = np.arange(len(items)) % 10 != 0
+    found = [index.search(query, 200, most) for query in queries]
+    assert all(most[best].all() for best in found)
+    best = [exact.search(query, 200, most) for query in queries]
+    shared = [len(set(ours) & set(theirs)) for ours, theirs in zip(found, best, strict=True)]
+    assert np.mean(shared) / 200 > MIN_RECALL - 0.05
+    far = items @ queries[0] < np.median(items @ queries[0])
+    assert index.search(queries[0], 1200, far).tolist() == exact.search(queries[0], 1200, far).tolist()

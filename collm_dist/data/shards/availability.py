@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,12 @@ class Availability:
         self.has_window: NDArray[np.bool_] = (starts > limits.min) | (ends < limits.max)
 
     @classmethod
-    def read(cls, items: Mapping[str, Sequence[int | None]]) -> Availability | None:
-        """Return the windows of an item table's columns, None if it has no column of ``WINDOW_COLUMNS``."""
+    def read(cls, items: Mapping[str, Sequence[Any]]) -> Availability | None:
+        """Return the windows of an item table, None if it has no column of ``WINDOW_COLUMNS``.
+
+        Args:
+            items: columns of the table; the times are integers and None.
+        """
         if not set(WINDOW_COLUMNS) & set(items):
             return None
         limits, arrays = np.iinfo(np.int64), []

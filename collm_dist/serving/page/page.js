@@ -223,7 +223,7 @@ function showError(text, canRetry) {
 
 function showAnswer() {
   const {items, warnings} = state.answer;
-  showState(...warnings, ...(items.length > 0 ? [] : ["No candidates are left: this user has seen every item."]));
+  showState(...warnings, ...(items.length > 0 ? [] : ["No candidates are left: this user has seen every item that is available."]));
   showAbout();
   showLists();
   find("announce").textContent = `${items.length} items ranked`;
