@@ -12,13 +12,13 @@ from collm_dist import RankingRequest
 from collm_dist.config.loader import load_config
 from collm_dist.errors import ArtifactError
 from collm_dist.orchestration import batch_ranking as scoring
-from collm_dist.runs.atomic_files import compute_file_hash
+from collm_dist.runs.atomic_files import compute_file_hash, write_json
+from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.finished_run import build_recommender, check_settings
 from collm_dist.serving.item_index import ItemIndex
 from collm_dist.serving.model_card import Licences
-from collm_dist.serving.part_scoring import score_part
 from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.run_follower import load_served_run
 from tests.integration.test_score_candidates import prepare, write_requests
@@ -101,7 +101,7 @@ def test_unavailable_items_are_not_retrieved(recommender, build, monkeypatch, ex
     assert {item.item_id for item in compared.items} == set(everything) - set(GONE)
 
 
-def test_a_file_is_ranked_at_the_time_when_its_job_began(run_with_windows, build, tmp_path):
+def test_a_file_is_ranked_at_the_time_when_its_job_began(run_with_windows, tmp_path):
     row = {"labels": None, "history": LIKED, "as_of": None}
     rows = [
         {**row, "user_id": "a", "candidates": CANDIDATES, "labels": [1, 1, 0, 0, 1, 0]},
@@ -113,7 +113,10 @@ def test_a_file_is_ranked_at_the_time_when_its_job_began(run_with_windows, build
     began = scoring.read_now(folder)
     prepare(run_with_windows, source, tmp_path / "out")
     assert scoring.read_now(folder) == began > 1_700_000_000
-    record = score_part(build(END), folder, 0, None)
+    write_json(folder.plan, read_json_file(folder.plan, remedy="") | {"now": END})
+    config = check_settings(load_config(run_with_windows / "config.yaml"), RunDir(run_with_windows))
+    assert scoring._PartScorer(config, RunDir(run_with_windows), folder, None).score(0) == 3
+    record = folder.read_record(0)
     table = pq.read_table(folder.scores(0)).to_pydict()
     assert table["user_id"] == ["a"] * 4 + ["c"] * 3
     assert not set(table["item_id"][:4]) & set(GONE)
