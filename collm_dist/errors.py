@@ -182,3 +182,8 @@ def as_collm_error(error: BaseException) -> CollmError:
         known = InternalError(f"internal error, please report it: {name}: {error}")
     known.name = name
     return known
+
+
+def is_interruption(error: CollmError) -> bool:
+    """Return whether an error, perhaps of another process, means that a signal ended the work."""
+    return error.exit_code in (Interrupted.exit_code, Preempted.exit_code)

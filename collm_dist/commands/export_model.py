@@ -31,7 +31,7 @@ same command again uploads the folder that is there. HF_ENDPOINT names another s
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    from collm_dist.serving.model_card import NOT_STATED
+    from collm_dist.serving.licences import NOT_STATED
 
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
     for name, part in (("license", "the model"), ("backbone-license", "the backbone"), ("data-license", "the data")):
@@ -50,7 +50,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.data.shards.manifest import load_manifest
     from collm_dist.serving.export import check_export, export_model
     from collm_dist.serving.hub import HubTarget, prepare_repo, push_export
-    from collm_dist.serving.model_card import Licences
+    from collm_dist.serving.licences import Licences
 
     run_dir, folder, repo = RunDir(Path(config.run.dir)), arguments.output, arguments.push_to_hub
     licences = Licences(arguments.license, arguments.backbone_license, arguments.data_license)

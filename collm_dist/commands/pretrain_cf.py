@@ -8,11 +8,6 @@ from pathlib import Path
 
 from collm_dist.cli import run_command
 from collm_dist.config import Config
-from collm_dist.data.accepted_config import accept_config
-from collm_dist.monitoring import track_run
-from collm_dist.orchestration.pretrain import run_pretrain
-from collm_dist.runs.lock import hold_run_lock
-from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
@@ -22,6 +17,12 @@ EXAMPLES = """examples:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    from collm_dist.data.accepted_config import accept_config
+    from collm_dist.monitoring import track_run
+    from collm_dist.orchestration.pretrain import run_pretrain
+    from collm_dist.runs.lock import hold_run_lock
+    from collm_dist.runs.promotion import pin_previous
+
     run_dir = RunDir(Path(config.run.dir))
     with hold_run_lock(run_dir.path) as is_owner:
         config = pin_previous(config)

@@ -21,7 +21,7 @@ from typing import Any
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
-from collm_dist.errors import ArtifactError, CollmError, ConfigError, Preempted
+from collm_dist.errors import ArtifactError, CollmError, ConfigError, is_interruption
 from collm_dist.monitoring.mlflow_run import MlflowRun, Point
 from collm_dist.monitoring.run_log import read_metrics
 from collm_dist.runs.atomic_files import write_json
@@ -81,11 +81,11 @@ def track_run(config: Config, run_dir: RunDir, force: Sequence[Step], *, is_owne
     try:
         yield
         status = "FINISHED"
-    except (KeyboardInterrupt, Preempted):
+    except KeyboardInterrupt:
         status = "KILLED"
         raise
     except CollmError as error:
-        status = "KILLED" if error.exit_code == Preempted.exit_code else status
+        status = "KILLED" if is_interruption(error) else status
         raise
     finally:
         tracker.close(status)

@@ -12,14 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from collm_dist.errors import CollmError, Interrupted, Preempted
+from collm_dist.errors import CollmError, is_interruption
 from collm_dist.monitoring import StateTextfile
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import Step
 
 logger = logging.getLogger(__name__)
-
-_INTERRUPTED_EXIT_CODES = (Interrupted.exit_code, Preempted.exit_code)
 
 
 class RunStatus:
@@ -88,7 +86,7 @@ class RunStatus:
             decided = decision or {"state": "done", "reason": None}
             self._update(state=decided["state"], exit_code=0, retryable=False, error=None, message=decided["reason"])
             return
-        state = "interrupted" if error.exit_code in _INTERRUPTED_EXIT_CODES else "failed"
+        state = "interrupted" if is_interruption(error) else "failed"
         self._update(state=state, **error.to_dict(), remedy=error.remedy)
 
     def _update(self, **values: Any) -> None:

@@ -37,7 +37,8 @@ from collm_dist.runs.file_hashes import check_files, read_hashes
 from collm_dist.runs.local_paths import PathRemover, check_link
 from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, Step, normalize
 from collm_dist.serving.finished_run import check_settings, find_stage, load_run_config
-from collm_dist.serving.model_card import NOT_STATED, Licences, write_card
+from collm_dist.serving.licences import NOT_STATED, Licences
+from collm_dist.serving.model_card import write_card
 from collm_dist.serving.users_removed import is_of_users, remove_users
 
 FORMAT_VERSION = 1

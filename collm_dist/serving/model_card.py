@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,26 +10,8 @@ from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.runs.damage import name_damage, read_json_file
 from collm_dist.runs.run_dir import RunDir, StageName
+from collm_dist.serving.licences import Licences, describe_license
 from collm_dist.tuning.stage import get_stage
-
-NOT_STATED = "not stated"
-
-
-@dataclass(frozen=True)
-class Licences:
-    """Licences of the parts, as stated by the person who exports them."""
-
-    model: str
-    backbone: str
-    data: str
-
-
-# Identifiers that the Hub accepts as a licence; it wants any other text as the name of another licence.
-_KNOWN_LICENSE = re.compile(
-    r"(apache|mit|bsd|cc|(a|l)?gpl|mpl|epl|eupl|osl|bsl|artistic|ecl|isc|ms-pl|ncsa|ofl|pddl|odc-by|odbl|postgresql|"
-    r"unlicense|wtfpl|zlib|openrail|bigscience|creativeml|llama|gemma|deepfloyd|intel-research|apple)"
-    r"[a-z0-9.+-]*|unknown|other",
-)
 
 _USE = """## Use
 
@@ -63,7 +43,7 @@ def write_card(
     """
     base = _find_base(config, run_dir)
     contents = "ids, titles and events" if with_events else "item ids, titles and counts; no users and no events"
-    head = ["---", *_describe_license(licences.model), f"base_model: {json.dumps(base)}", "library_name: peft",
+    head = ["---", *describe_license(licences.model), f"base_model: {json.dumps(base)}", "library_name: peft",
             "tags: [recommendation, collm]", "---", ""]  # fmt: skip
     lines = [
         "# A recommender that reads titles and collaborative vectors",
@@ -96,16 +76,6 @@ def write_card(
         *_describe_metrics(run_dir),
     ]
     path.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
-
-
-def _describe_license(text: str) -> list[str]:
-    """Return the licence as metadata that the Hub accepts."""
-    if text == NOT_STATED:
-        return ['license: "unknown"']
-    if _KNOWN_LICENSE.fullmatch(text):
-        return [f"license: {json.dumps(text)}"]
-    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "other"
-    return ['license: "other"', f"license_name: {json.dumps(name)}"]
 
 
 def _find_base(config: Config, run_dir: RunDir) -> str:

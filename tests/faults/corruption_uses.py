@@ -27,7 +27,7 @@ from collm_dist.runs.local_paths import PathRemover
 from collm_dist.runs.publish import INDEX, Publisher
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 
 # Written for people, or to resume a stage that is not done: their loss or damage changes no result.
 LOGS = ("checkpoints", "tensorboard", "item_tokens", "metrics.jsonl", "deepspeed_config.json", "status.json",

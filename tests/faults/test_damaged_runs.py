@@ -16,7 +16,7 @@ from collm_dist.runs.publish import Publisher
 from collm_dist.runs.reuse import find_reusable
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from collm_dist.tuning.loaded_stage import load_llm
 from collm_dist.tuning.run_stage import run_stage
 from tests.golden.make_run import set_input_times

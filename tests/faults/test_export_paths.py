@@ -16,7 +16,7 @@ from collm_dist.runs.promotion import find_pointer
 from collm_dist.runs.publish import build_publisher
 from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from tests.conftest import REPOSITORY
 from tests.faults.conftest import relocate
 from tests.integration.byte_search import find_text

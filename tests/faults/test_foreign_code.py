@@ -15,7 +15,7 @@ from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.code_trust import keep_trust, read_model_name
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from tests.conftest import REPOSITORY
 from tests.golden.make_run import ASSET
 

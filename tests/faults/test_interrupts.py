@@ -20,7 +20,7 @@ from collm_dist.config.loader import load_config
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model as write_export
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from tests.conftest import REPOSITORY
 
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75}

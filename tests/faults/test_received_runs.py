@@ -19,7 +19,7 @@ from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.publish import build_publisher
 from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from tests.faults.conftest import relocate
 from tests.golden.make_run import ASSET
 from tests.integration.byte_search import find_text

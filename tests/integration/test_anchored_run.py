@@ -19,7 +19,7 @@ from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.runs.publish import Publisher
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from collm_dist.serving.requests import RankingQuery
 
 # Float32 sums in another order: the largest measured difference is 1e-6, at scores of about 1.

@@ -18,7 +18,7 @@ from collm_dist.errors import ArtifactError
 from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from tests.conftest import REPOSITORY
 
 ITEMS = [str(number) for number in range(1, 41)]

@@ -14,7 +14,7 @@ from collm_dist.errors import RequestError
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_store import EventStore
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from collm_dist.serving.requests import RankingQuery
 from tests.conftest import REPOSITORY
 from tests.integration.byte_search import find_text

@@ -24,7 +24,7 @@ from collm_dist.orchestration.pretrain import run_pretrain
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from collm_dist.tuning.run_stage import run_stage
 from tests.conftest import REPOSITORY
 from tests.unit.evaluation_run import NUM_ITEMS, write_data_step

@@ -12,7 +12,7 @@ from collm_dist.data.prompts.prompt_preview import print_preview
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
-from collm_dist.serving.model_card import Licences
+from collm_dist.serving.licences import Licences
 from collm_dist.serving.requests import RankingQuery
 from tests.conftest import NUM_USERS, REPOSITORY
 from tests.integration.finished_run import build_run

@@ -86,9 +86,29 @@ def test_no_path_of_a_machine():
                 assert not MACHINE_PATH.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
 
 
-def test_a_finished_run_is_recognised_without_heavy_libraries():
-    code = "import sys, collm_dist.cli, collm_dist.orchestration.pipeline; print(*sys.modules)"
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "sklearn"}
+
+
+def list_loaded_modules(code):
+    """Return the names of the modules that Python code loads; the code may print other lines first."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    heavy = {"torch", "ray", "transformers", "deepspeed", "matplotlib", "sklearn"}
-    assert not heavy & set(loaded.stdout.split())
+    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_finished_run_is_recognised_without_heavy_libraries():
+    assert not HEAVY & list_loaded_modules("import collm_dist.cli, collm_dist.orchestration.pipeline")
+
+
+def test_help_comes_without_heavy_libraries():
+    scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.py"))
+    assert len(scripts) > 10
+    code = f"""
+import contextlib, runpy
+for script in {scripts}:
+    sys.argv = [script, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+"""
+    assert not HEAVY & list_loaded_modules(code)

@@ -61,6 +61,13 @@ def test_times_that_cannot_be_are_named(tmp_path):
     assert "1 of 5 rows have a time after tomorrow" in warnings(tmp_path, late)
 
 
+def test_times_without_their_last_digits_are_named(tmp_path):
+    cut = [f"u{number},a,1.{600001 + 10 * number}E+09,{number}" for number in range(1, 6)]
+    assert "5 of 5 times end with three zeros" in warnings(tmp_path, cut)
+    days = [f"u{number},a,2021-01-0{number},{number}" for number in range(1, 6)]
+    assert warnings(tmp_path, days) == ""
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

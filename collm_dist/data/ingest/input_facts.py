@@ -31,6 +31,8 @@ _MAX_TITLE = 60
 _DAY = 86_400
 # 1995: hardly any log of interactions is older. Other units and formats usually give 1970.
 EARLIEST_TIME = 788_918_400
+# By chance one time in a thousand ends with three zeros.
+_ROUNDED_SHARE = 0.5
 # User and item columns are probably swapped if this share of the user ids are ids of the item file, and clearly more
 # than of the item ids. Ids that are numbers from 1 occur in both tables.
 _SWAPPED_SHARE, _SWAPPED_MARGIN = 0.5, 0.1
@@ -44,6 +46,7 @@ class InputFacts:
         rows, likes: numbers of rows.
         first, last: earliest and latest time, seconds since 1970; None without times.
         early, late: rows before 1995, and after tomorrow.
+        rounded: rows whose time ends with three zeros and is no full hour.
         low, high: range of the ratings; None without ratings.
         samples: the first rows: user, item, time and label.
         users: the first distinct user ids.
@@ -56,6 +59,7 @@ class InputFacts:
     last: int | None = None
     early: int = 0
     late: int = 0
+    rounded: int = 0
     low: float | None = None
     high: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +84,7 @@ class InputFacts:
             part.first, part.last = int(times.min()), int(times.max())
             part.early = int((times < EARLIEST_TIME).sum())
             part.late = int((times > time.time() + _DAY).sum())
+            part.rounded = int((times % 1000 == 0)[times % 3600 != 0].sum())
         if len(self.samples) < MAX_SAMPLES:
             rows = table.slice(0, MAX_SAMPLES).to_pylist()
             part.samples = [
@@ -95,7 +100,7 @@ class InputFacts:
 
     def merge(self, other: InputFacts) -> None:
         """Add the facts of later rows."""
-        for name in ("rows", "likes", "early", "late"):
+        for name in ("rows", "likes", "early", "late", "rounded"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, choose in (("first", min), ("low", min), ("last", max), ("high", max)):
             values = [value for value in (getattr(self, name), getattr(other, name)) if value is not None]
@@ -204,6 +209,11 @@ def list_warnings(facts: InputFacts, dataset: DatasetConfig, item_ids: Any, item
             warnings.append(
                 f"{facts.late:,} of {facts.rows:,} rows have a time after tomorrow, the latest "
                 f"{format_time(facts.last)} (UTC); {settings}"
+            )
+        if facts.rounded > _ROUNDED_SHARE * facts.rows:
+            warnings.append(
+                f"{facts.rounded:,} of {facts.rows:,} times end with three zeros, as if a table program had cut their "
+                "digits (1.6E+09): the order of events is lost; export them as whole numbers or dates"
             )
     if dataset.feedback == "explicit" and facts.rows and facts.likes in (0, facts.rows):
         which = "no row is a like" if facts.likes == 0 else "every row is a like"
