@@ -100,9 +100,12 @@ class CfConfig(Section):
     @field_validator("cross_fit", mode="before")
     @classmethod
     def _read_off(cls, value: Any) -> Any:
-        if value is False or value == 0:  # other YAML tools write off as false
-            return "off"
-        if isinstance(value, int) and not isinstance(value, bool) and value < 2:
+        return "off" if value is False or value == 0 else value  # other YAML tools write off as false
+
+    @field_validator("cross_fit")
+    @classmethod
+    def _check_folds(cls, value: Any) -> Any:
+        if value != "off" and value < 2:
             raise ValueError("should be off or at least 2 folds")
         return value
 

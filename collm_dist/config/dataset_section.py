@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -260,6 +261,13 @@ class DatasetConfig(Section):
     def _check_time_format(cls, value: str | None) -> str | None:
         if value is not None and "%" not in value:
             raise ValueError("needs directives of strptime, for example '%d.%m.%Y %H:%M'")
+        if value is not None:
+            import pandas as pd  # late: other settings need no pandas
+
+            try:
+                pd.to_datetime(["x"], format=value, errors="coerce", utc=True)
+            except (ValueError, re.error) as error:
+                raise ValueError(f"{error}; use directives of strptime, for example '%d.%m.%Y %H:%M'") from None
         return value
 
     @model_validator(mode="after")

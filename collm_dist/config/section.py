@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
     """A group of settings: immutable, without unknown keys and infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_as_1(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is expected, which pydantic reads as 1 and 0."""
+        if any(isinstance(entry, bool) for entry in (value if isinstance(value, list | tuple) else [value])):
+            types = _list_types(cls.model_fields[str(info.field_name)].annotation)
+            if types & {int, float} and not types & {bool, Any}:
+                raise ValueError("should be a number, not true or false")
+        return value
+
+
+def _list_types(annotation: Any) -> set[Any]:
+    """Return the types in an annotation; for a Literal, those of its values."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {annotation}.union(*map(_list_types, get_args(annotation)))
 
 
 def operational(default: Any, description: str, **constraints: Any) -> Any:

@@ -122,6 +122,32 @@ def test_missing_and_conflicting_settings(write):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cf.cross_fit=true", r"cf\.cross_fit: should be a number, not true or false"),
+        ("cf.cross_fit='1'", r"cf\.cross_fit: should be off or at least 2 folds"),
+        ("cf.cross_fit=1", r"cf\.cross_fit: should be off or at least 2 folds"),
+        ("stage1.warmup_steps=true", r"stage1\.warmup_steps: should be a number, not true or false"),
+        ("stage1.learning_rate=true", r"stage1\.learning_rate: should be a number, not true or false"),
+        ("preprocessing.num_shards=true", r"preprocessing\.num_shards: should be a number, not true or false"),
+        ("cluster.zero_stage=true", r"cluster\.zero_stage: should be a number, not true or false"),
+        ("cf.seeds=[0, true]", r"cf\.seeds: should be a number, not true or false"),
+        ("dataset.time_format='%d/%m/%Y %Q'", r"dataset\.time_format: 'Q' is a bad directive .*; use directives"),
+        ("dataset.time_format=100%", r"dataset\.time_format: stray %"),
+        ("dataset.time_format='%d.%d.%Y'", r"dataset\.time_format: redefinition of group name 'd'.*; use directives"),
+    ],
+)
+def test_true_is_not_1_and_formats_are_tried(write, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(GOOD), [override])
+
+
+@pytest.mark.parametrize("override", ["cf.cross_fit=false", "cf.cross_fit=0", "cf.cross_fit=off"])
+def test_cross_fit_is_off_in_every_spelling(write, override):
+    assert load_config(write(GOOD), [override, "dataset.time_format='%d.%m.%Y %H:%M'"]).cf.cross_fit == "off"
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("run: {dir: x\ndataset: 3", r"config\.yaml:2: "),
