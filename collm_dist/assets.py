@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collm_dist.errors import DataError
-from collm_dist.runs.atomic_files import compute_file_hash, set_file_mode
+from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, set_file_mode
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,8 @@ def convert_gguf(gguf: Path, checksum: str) -> Path:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Lock a folder, creating it if needed, so that processes of this machine do not fetch the same files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with explain_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -73,13 +73,13 @@ def run_command(
 
     def run_checked() -> int | None:
         config = load_config(arguments.config_path, arguments.overrides)
-        _check_run_dir(Path(config.run.dir))
-        _check_place(arguments.config_path, config, arguments.overrides)
-        if arguments.dry_run:
-            print_plan(config, arguments, describe)
-            return 0
-        show_phases(config.monitoring.progress_bar and os.environ.get("RANK", "0") == "0")
         with explain_disk_errors(Path(config.run.dir)):
+            _check_run_dir(Path(config.run.dir))
+            _check_place(arguments.config_path, config, arguments.overrides)
+            if arguments.dry_run:
+                print_plan(config, arguments, describe)
+                return 0
+            show_phases(config.monitoring.progress_bar and os.environ.get("RANK", "0") == "0")
             return run(config, arguments)
 
     return run_reporting(run_checked)

@@ -28,14 +28,16 @@ def _run(arguments: argparse.Namespace) -> None:
     from collm_dist.data.ingest.forgotten_users import load_forgotten
     from collm_dist.data.ingest.id_forms import drop_fractions
     from collm_dist.data.shards.interactions import load_known_users
-    from collm_dist.runs.user_deletion import find_held_users, remove_runs
+    from collm_dist.runs.user_deletion import choose_runs, find_held_users, remove_runs
 
     def load_ids(data_dir: Path) -> list[str]:  # as in the list
         return [str(user) for user in drop_fractions(pa.array(load_known_users(data_dir), pa.string())).to_pylist()]
 
+    paths, skipped = choose_runs(arguments.runs)
     store = None if arguments.events is None else _open_store(arguments.events)
     users = load_forgotten(arguments.users, "--users")
-    runs = find_held_users(arguments.runs, users, load_ids)
+    runs = find_held_users(paths, users, load_ids)
+    print("\n".join(skipped), end="\n" * bool(skipped))
     for run in runs:
         count = "unknown: its data step is unfinished" if run.count is None else f"{run.count:,} listed users"
         print(f"{run.path}: {count}")

@@ -41,7 +41,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     sizes = {"num_actors": arguments.num_actors, "rows_per_part": arguments.rows_per_part}
     options = {"trust_code": arguments.trust_code, "accept_stage1": arguments.accept_stage_1, **sizes}
     run_dir, num_retrieved = RunDir(Path(config.run.dir)), parse_candidates(arguments.candidates)
-    with hold_run_lock(arguments.output):
+    with hold_run_lock(arguments.output, setting="--output"):
         score_candidates(config, run_dir, arguments.input, arguments.output, num_retrieved=num_retrieved, **options)
 
 

@@ -130,7 +130,7 @@ def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[N
         if code not in _FULL and not (code in _FORBIDDEN and related):
             raise
         needed = "" if size_bytes is None else f", {size_bytes / 2**20:,.1f} MiB needed"
-        remedy = "make space there" if code in _FULL else "allow writing there, or set run.dir to another directory"
+        remedy = "make space there" if code in _FULL else "allow writing there, or choose another directory"
         raise DiskError(
             f"{named or path} cannot be written: {os.strerror(code or 0)} ({_describe_free(named or path)}{needed}); "
             f"{remedy}, then run the same command again. Files that were complete before are unchanged"

@@ -62,7 +62,10 @@ class Holder:
 
 @contextmanager
 def hold_run_lock(
-    run_dir: Path, on_beat: Callable[[], None] | None = None, beat_seconds: float = BEAT_SECONDS
+    run_dir: Path,
+    on_beat: Callable[[], None] | None = None,
+    beat_seconds: float = BEAT_SECONDS,
+    setting: str = "run.dir",
 ) -> Iterator[bool]:
     """Hold the lock of a run directory for the duration of the block, and leave no empty folder there.
 
@@ -74,9 +77,12 @@ def hold_run_lock(
             but the settings is written.
         on_beat: called with every heartbeat, from another thread.
         beat_seconds: seconds between heartbeats.
+        setting: setting or argument that names the folder, for messages.
 
     Raises:
         LaunchError: a live process holds the lock; the message names host and process.
+        ArtifactError: a file is in the place of the folder.
+        DiskError: the folder cannot be written.
     """
     path = run_dir / LOCK_NAME
     holder = _read_holder(path)
@@ -84,8 +90,9 @@ def hold_run_lock(
     if is_held or os.environ.get("RANK", "0") != "0":
         yield False
         return
-    missing = list_missing(run_dir)
-    holder = _take(path)
+    with explain_disk_errors(path):
+        missing = list_missing(run_dir)
+    holder = _take(path, setting)
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, holder, stop, on_beat, beat_seconds), daemon=True)
     outer_token = os.environ.get(TOKEN_VARIABLE)
@@ -112,11 +119,13 @@ def _guard(path: Path) -> Iterator[IO[str]]:
     """Open the file beside a lock that only one process at a time may have open here.
 
     Raises:
-        ArtifactError: it is a link, as it may be in a received run.
+        ArtifactError: it is a link, as it may be in a received run, or a file is in the place of its folder.
+        DiskError: writing is not allowed.
     """
     guard_path = path.with_name(f"{path.name}.guard")
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with explain_disk_errors(guard_path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may have removed the folder meanwhile.
         with suppress(FileNotFoundError), explain_disk_errors(guard_path):
             guard = open(guard_path, "a", opener=_open_no_link)  # noqa: SIM115 - closed below
@@ -141,7 +150,7 @@ def _release(path: Path, missing: Sequence[Path], worthless: Collection[str]) ->
             remove_empty(missing)
 
 
-def _take(path: Path) -> Holder:
+def _take(path: Path, setting: str) -> Holder:
     process = psutil.Process()
     new_holder = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
     # Only one of two processes that find a stale lock may take it over.
@@ -151,8 +160,8 @@ def _take(path: Path) -> Holder:
         if holder is not None:
             if _is_alive(holder, os.fstat(guard.fileno()).st_mtime - _find_beat(path)):
                 raise LaunchError(
-                    f"run.dir: '{path.parent}' is being written by process {holder.pid} on {holder.host}; wait for it, "
-                    "stop it, or set run.dir to another directory"
+                    f"{setting}: '{path.parent}' is being written by process {holder.pid} on {holder.host}; wait for "
+                    f"it, stop it, or set {setting} to another directory"
                 )
             logger.warning(
                 "%s: taking over the lock of process %d on %s, which has ended", path.parent, holder.pid, holder.host

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from collm_dist.config.yaml_file import get_text, read_yaml
-from collm_dist.errors import ArtifactError, CollmError
+from collm_dist.errors import ArtifactError, CollmError, DataError
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.lock import hold_run_lock
 
@@ -42,13 +42,36 @@ class HeldUsers:
     published_to: str | None = None
 
 
+def choose_runs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Return the run directories among paths, and a line on each path that is skipped.
+
+    Raises:
+        DataError: a path does not exist, or none of them is a run directory.
+    """
+    runs, skipped = [], []
+    for path in paths:
+        if path.is_symlink():
+            skipped.append(f"{path}: skipped, a link to {path.resolve()}")
+        elif not path.exists():
+            leftover = path.with_name(f"{_REMOVED}{path.name}")
+            remedy = f"; its removal was interrupted: remove {leftover} too" if leftover.exists() else ""
+            raise DataError(f"--runs: there is no {path}; name run directories that exist{remedy}")
+        elif not (path / "data").is_dir():
+            skipped.append(f"{path}: skipped, not a run directory (it has no folder data)")
+        else:
+            runs.append(path)
+    if not runs:
+        raise DataError("--runs: none of these is a run directory:\n  " + "\n  ".join(skipped))
+    return runs, skipped
+
+
 def find_held_users(
     runs: Iterable[Path], forgotten: Any, load_user_ids: Callable[[Path], list[str]]
 ) -> list[HeldUsers]:
     """Look users up in the id tables of runs.
 
     Args:
-        runs: run directories; other paths, and links to runs, are skipped.
+        runs: run directories, see ``choose_runs``.
         forgotten: user ids, an Arrow array of strings.
         load_user_ids: function that returns the id table of a data folder.
 
@@ -57,8 +80,6 @@ def find_held_users(
     """
     runs_held = []
     for path in runs:
-        if path.is_symlink() or not (path / "data").is_dir():
-            continue
         settings = path / "config.yaml"
         published_to = get_text(read_yaml(settings), "run", "publish_to") if settings.exists() else None
         try:

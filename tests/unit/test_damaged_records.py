@@ -9,9 +9,9 @@ import pytest
 from collm_dist.cf.jobs import Job
 from collm_dist.config import CfConfig, Config
 from collm_dist.data.ingest.shuffle_files import find_finished
-from collm_dist.errors import CollmError
+from collm_dist.errors import CollmError, DataError
 from collm_dist.runs.promotion import pin_previous
-from collm_dist.runs.user_deletion import find_held_users
+from collm_dist.runs.user_deletion import choose_runs, find_held_users
 
 DAMAGE = {"cut": '{"key": ', "list": "[1]", "text": "3", "junk": "\x00{[", "deep": "[" * 100_000, "folder": None}
 
@@ -57,6 +57,23 @@ def test_damaged_settings_of_a_run_are_named(tmp_path, way):
     assert caught.value.exit_code == 2
     with pytest.raises(CollmError, match=r"config\.yaml"):
         pin_previous(config)
+
+
+def test_runs_to_search_for_users_exist_and_what_is_skipped_is_said(tmp_path):
+    (tmp_path / "one" / "data").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "current").symlink_to("one")
+    others = [tmp_path / "cache", tmp_path / "current"]
+    runs, skipped = choose_runs([tmp_path / "one", *others])
+    assert runs == [tmp_path / "one"]
+    assert [line.partition(": skipped, ")[0] for line in skipped] == list(map(str, others))
+    with pytest.raises(DataError, match=r"there is no .*typo/\*; name run directories that exist$"):
+        choose_runs([tmp_path / "one", tmp_path / "typo" / "*"])
+    with pytest.raises(DataError, match=r"none of these is a run directory:\n  .*cache: skipped.*\n  .*current: "):
+        choose_runs(others)
+    (tmp_path / ".removed-two").mkdir()
+    with pytest.raises(DataError, match=r"interrupted: remove .*\.removed-two too"):
+        choose_runs([tmp_path / "one", tmp_path / "two"])
 
 
 @pytest.mark.parametrize("text", ["run: [1]", "run: {publish_to: [1]}", "dataset: 3", ""])

@@ -82,6 +82,22 @@ def test_a_living_holder_is_named(tmp_path, stranger):
         pass
 
 
+def test_the_argument_that_names_the_folder_is_the_remedy(tmp_path, stranger):
+    with (
+        pytest.raises(LaunchError, match=r"^--output: .*, or set --output to another directory"),
+        hold_run_lock(tmp_path, setting="--output"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/deeper"])
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, name):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"taken.*move away what is in its place"), hold_run_lock(tmp_path / name):
+        pass
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_a_dead_holder_is_taken_over(tmp_path, stranger, caplog):
     stranger.kill()
     stranger.wait()
