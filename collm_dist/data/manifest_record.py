@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,18 @@ def drop_examples(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record without examples of rows, as it is written: a user's id stands only in the tables of users."""
     facts = {key: value for key, value in record["input"]["facts"].items() if key != "sample_rows"}
     kept = {key: value for key, value in record["input"].items() if key != "dropped_examples"}
-    return record | {"input": kept | {"facts": facts}}
+    kept["bad_examples"] = [_drop_value(example, record["dropped"]) for example in kept["bad_examples"]]
+    texts = {key: value for key, value in record.get("user_texts", {}).items() if key != "examples"}
+    return record | {"input": kept | {"facts": facts}} | ({"user_texts": texts} if texts else {})
+
+
+def _drop_value(example: str, causes: Iterable[str]) -> str:
+    """Return ``file:line: cause`` of an example of ``BadRows``, without what stands there: it may be a user's id."""
+    for cause in sorted(causes, key=len, reverse=True):
+        place, mark, _ = example.partition(f": {cause}")
+        if mark:
+            return place + mark
+    return example.partition(" (")[0]
 
 
 def _describe_split(name: str, rows: Counter[str], shards: TaskStats) -> dict[str, Any]:

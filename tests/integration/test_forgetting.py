@@ -150,7 +150,7 @@ def test_texts_of_users_are_forgotten_with_them(tmp_path, log):
     manifest = run(tmp_path, "one", log, **texts, **forget)
     assert manifest["user_texts"] == {
         "hash": manifest["user_texts_hash"], "users_with_text": 9, "users_without_text": 1, "users_without_rows": 1,
-        "rows": {}, "examples": {},
+        "rows": {},
     }  # fmt: skip
     assert not any(find_text(tmp_path / "one", user) for user in FORGOTTEN)
     table = load_user_texts(tmp_path / "one" / "data")

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.file_format import BadRows
 from collm_dist.data.ingest.input_checks import check_reads, check_splits
+from collm_dist.data.manifest_record import drop_examples
 from collm_dist.errors import DataError
 
 NOW = int(time.time())
+RECORD = {"dropped": {"user (id) is in scientific notation": 1}, "input": {"facts": {"rows": 1, "sample_rows": ["u7"]}}}
 READ = {"rows_read": 100, "usable": 98, "bad": {"time is not a time": 2}, "examples": ["a.csv:7: time is not a time"],
         "last": NOW - 7200}  # fmt: skip
 
@@ -77,3 +80,16 @@ def test_the_share_is_of_the_rows_that_are_used():
     lost = READ | {"rows_read": 0, "usable": 0, "bad": {"wrong number of columns": 12}}
     with pytest.raises(DataError, match="12 of 12 rows"):
         check_reads(dataset(), [lost], {}, 0)
+
+
+def test_a_users_id_is_in_no_example_of_a_record():
+    cause, bad_rows = next(iter(RECORD["dropped"])), BadRows()
+    bad_rows.add(cause, 1, "a: b (c).csv:7", "9.78E+12")
+    bad_rows.add("another cause", 1, "b.csv:8")
+    shown = {"bad_examples": bad_rows.examples, "dropped_examples": bad_rows.first, "rows": 2}
+    texts = {"rows": {cause: 1}, "examples": {cause: "b.csv:3 ('u7')"}}
+    written = drop_examples(RECORD | {"input": RECORD["input"] | shown, "user_texts": texts})
+    assert written["input"] == {
+        "bad_examples": [f"a: b (c).csv:7: {cause}", "b.csv:8: another cause"], "facts": {"rows": 1}, "rows": 2
+    }  # fmt: skip
+    assert written["user_texts"] == {"rows": {cause: 1}}

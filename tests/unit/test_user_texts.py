@@ -132,6 +132,10 @@ def test_the_table_has_the_logs_users_first_and_forgets(tmp_path):
         "user_id": ["u3", "u2", "u1"], "text": [None, TEXTS["u2"], TEXTS["u1"]]
     }  # fmt: skip
     assert record["users_with_text"] == record["users_without_text"] == record["users_without_rows"] == 1
+    assert record["examples"]["rows of a user with another text"].endswith("('u1')")
+    forgetting = write_user_texts(tmp_path, dataset, ["u3", "u2"], pa.array(["u1", "u7"]))
+    assert forgetting["rows"] == {"rows without an id": 1, "users without any value": 1}
+    assert "'u1'" not in str(forgetting["examples"])
     other = write_user_texts(tmp_path, dataset, ["u2", "u3"], pa.array(["u7"]))
     assert other["hash"] != record["hash"]
 

@@ -29,6 +29,8 @@ from collm_dist.storage import describe_files, list_files
 
 MAX_PREVIEW_BYTES, MAX_SAMPLES = 256 << 20, 3
 WITHOUT_ID, OTHER_TEXT = "rows without an id", "rows of a user with another text"
+# Ids of no users.
+NOBODY = pa.array([], pa.string())
 NO_MATCH = "no user of the log has a text in dataset.users_path: check dataset.columns.user and dataset.user_text"
 
 
@@ -86,18 +88,19 @@ class UserFile:
             return sum(file.num_bytes for file in self.table.files.values())
         return sum(int(entry["size"] or 0) for entry in self.inputs().values())
 
-    def read(self, known: Any) -> UserRows:
+    def read(self, known: Any, forgotten: Any = NOBODY) -> UserRows:
         """Return the users of the files.
 
         Args:
             known: Arrow array of the ids of the log, whose form decides whether 17.0 is 17.
+            forgotten: Arrow array of the ids of users whose rows are skipped.
 
         Raises:
             DataError: a file cannot be read, or lacks a column.
         """
         bad_rows = BadRows()
         tables = ((uri, table) for uri in self.uris for table in read_tables(uri, self.file_format, bad_rows))
-        return build_user_texts(tables, self, known, bad_rows)
+        return build_user_texts(tables, self, known, bad_rows, forgotten)
 
     def check(self, table: Any, uri: str) -> None:
         """Check the columns of a table.
@@ -144,7 +147,9 @@ def open_user_file(dataset: DatasetConfig) -> UserFile | None:
     return file
 
 
-def build_user_texts(tables: Iterable[tuple[str, Any]], file: UserFile, known: Any, bad_rows: BadRows) -> UserRows:
+def build_user_texts(
+    tables: Iterable[tuple[str, Any]], file: UserFile, known: Any, bad_rows: BadRows, forgotten: Any = NOBODY
+) -> UserRows:
     """Return the text of each user by id, from the user's first row.
 
     A user without any value in the template's columns has no text.
@@ -154,6 +159,7 @@ def build_user_texts(tables: Iterable[tuple[str, Any]], file: UserFile, known: A
         file: their columns and the template.
         known: Arrow array of the ids of the log.
         bad_rows: has the lines that do not parse once the tables are consumed; gets the other rows that are lost.
+        forgotten: Arrow array of the ids of users whose rows are skipped.
 
     Raises:
         DataError: a table lacks a column.
@@ -162,6 +168,8 @@ def build_user_texts(tables: Iterable[tuple[str, Any]], file: UserFile, known: A
     columns = list_template_columns(file.template, "dataset.user_text")
     for uri, table in tables:
         file.check(table, uri)
+        left_out = pc.is_in(drop_fractions(to_ids(table.column(file.id_column))), forgotten.cast(pa.string()))
+        table = table.filter(pc.invert(left_out))
         num_rows += table.num_rows
         ids = match_forms(to_ids(table.column(file.id_column)), known)
         missing = pc.is_in(ids, pa.array([*NULLS, None])).to_pylist()
@@ -200,12 +208,10 @@ def write_user_texts(data_dir: Path, dataset: DatasetConfig, user_ids: Sequence[
     """
     if (file := open_user_file(dataset)) is None:
         return {}
-    users = file.read(pa.array(user_ids, pa.string()))
+    users = file.read(pa.array(user_ids, pa.string()), forgotten)
     check_rows(dataset, "dataset.users_path", "user", users.rows_read, users.bad_rows)
     texts = users.texts
-    all_ids = pa.array(list(texts), pa.string())
-    others = all_ids.filter(pc.invert(pc.is_in(drop_fractions(all_ids), forgotten.cast(pa.string())))).to_pylist()
-    others = sort_naturally(list(set(others).difference(user_ids)))
+    others = sort_naturally(list(set(texts).difference(user_ids)))
     ids = [*user_ids, *others]
     values = [texts.get(user_id) for user_id in ids]
     table = pa.table({"user_id": pa.array(ids, pa.string()), "text": pa.array(values, pa.string())})
