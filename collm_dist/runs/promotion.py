@@ -15,6 +15,7 @@ from collm_dist.runs.atomic_files import explain_disk_errors, write_json
 from collm_dist.runs.run_dir import RunDir, normalize
 
 RECORD = "promotion.json"
+_FIRST = "no earlier run to compare with"
 
 
 def find_pointer(config: Config) -> Path:
@@ -31,8 +32,9 @@ def pin_previous(config: Config) -> Config:
     yet, this is the first run and extends nothing.
 
     Raises:
-        ConfigError: the link leads to this run, which did not start as an extension of another run; or the run's
-            config.yaml is damaged.
+        ConfigError: the link leads to this run, which did not start as an extension of another run; or to another run,
+            but this one began without an extension and is not known as the first run; or the run's config.yaml is
+            damaged.
     """
     name, run_dir = config.dataset.extend_from, Path(config.run.dir)
     if name is None:
@@ -43,6 +45,8 @@ def pin_previous(config: Config) -> Config:
         return config
     if recorded.exists():
         previous = get_text(read_yaml(recorded), "dataset", "extend_from")
+        if previous is None and path.exists() and path.resolve() != run_dir.resolve():
+            _check_first(config, path)
     elif path.exists():
         previous = str(path.resolve())
     else:
@@ -57,6 +61,29 @@ def pin_previous(config: Config) -> Config:
             f"dataset.extend_from: '{name}' leads to this very run, {run_dir}; set run.dir to a new directory"
         )
     return config.model_copy(update={"dataset": config.dataset.model_copy(update={"extend_from": previous})})
+
+
+def _check_first(config: Config, link: Path) -> None:
+    """Refuse a run that began without an extension while another run is in use, which it would never be compared with.
+
+    The first run was in use before. A decision that compares with another baseline needs no earlier run.
+    """
+    decision = _read_decision(Path(config.run.dir) / RECORD)
+    if decision is None or (config.promotion.baseline == "previous" and decision.get("reason") != _FIRST):
+        raise ConfigError(
+            f"dataset.extend_from: '{link}' leads to {link.resolve()}, but the run in {config.run.dir} was begun "
+            "without dataset.extend_from; set run.dir to a new directory to extend that run, or "
+            "dataset.extend_from=null to go on without a comparison"
+        )
+
+
+def _read_decision(path: Path) -> dict[str, Any] | None:
+    """Return a recorded decision; None if there is none, or it is damaged."""
+    try:
+        decision = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return decision if isinstance(decision, dict) else None
 
 
 def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +104,7 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
     decision: dict[str, Any] = {"metric": rule.metric, "baseline": rule.baseline,
                                 "min_paired_difference": rule.min_paired_difference}  # fmt: skip
     if rule.baseline == "previous" and config.dataset.extend_from is None:
-        return decision | {"state": "promoted", "reason": "no earlier run to compare with"}
+        return decision | {"state": "promoted", "reason": _FIRST}
     versus = report["anchor"] if rule.baseline == "anchor" else rule.baseline
     key = {"split": "test", "slice": "all", "model": "stage2", "versus": versus}
     difference: Mapping[str, Any] = next((row for row in report["differences"] if key.items() <= row.items()), {})
@@ -108,13 +135,8 @@ def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """
     report, path = run_dir.read_record("eval"), run_dir.path / RECORD
     decision = decide(config, report) | {"report": report["content_hash"]}
-    if path.exists():
-        try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # a damaged record is written again
-            recorded = None
-        if recorded == decision:
-            return decision
+    if _read_decision(path) == decision:  # a damaged record is written again
+        return decision
     if decision["state"] == "promoted":
         move_pointer(find_pointer(config), run_dir.path)
     write_json(path, decision)

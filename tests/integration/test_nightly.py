@@ -239,6 +239,32 @@ def test_a_link_is_pinned_once(tmp_path):
     assert pin_previous(elsewhere) is elsewhere
 
 
+@pytest.mark.parametrize(
+    ("decision", "overrides", "is_accepted"),
+    [(None, [], False), ("{", [], False), ('{"reason": "its lower end"}', [], False),
+     ('{"reason": "no earlier run to compare with"}', [], True), (None, ["promotion.baseline=cf"], False),
+     ('{"reason": "its lower end"}', ["promotion.baseline=cf"], True)],
+)  # fmt: skip
+def test_a_run_that_began_without_an_extension_is_not_compared_with_nothing(tmp_path, decision, overrides, is_accepted):
+    """Unless it is the run that was in use first, or an earlier run is not what it is compared with."""
+    today = tmp_path / "today"
+    for folder in (today, tmp_path / "one"):
+        folder.mkdir()
+    (today / "config.yaml").write_text("dataset: {extend_from: null}\n")
+    if decision is not None:
+        (today / "promotion.json").write_text(decision)
+    config = make_config(tmp_path, f"dataset.extend_from={tmp_path / 'current'}", *overrides)
+    assert pin_previous(config).dataset.extend_from is None  # nothing is in use yet
+    move_pointer(tmp_path / "current", today)
+    assert pin_previous(config).dataset.extend_from is None
+    move_pointer(tmp_path / "current", tmp_path / "one")
+    if is_accepted:
+        assert pin_previous(config).dataset.extend_from is None
+    else:
+        with pytest.raises(ConfigError, match=r"extend_from: .*current' leads to .*one, but .* begun without"):
+            pin_previous(config)
+
+
 def test_a_pointer_that_is_no_link_is_left_alone(tmp_path):
     (tmp_path / "current").mkdir()
     assert find_pointer(make_config(tmp_path)) == tmp_path / "current"
