@@ -7,8 +7,8 @@ from pathlib import Path
 
 from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
-from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
@@ -19,13 +19,16 @@ EXAMPLES = """examples:
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
     # Late: DeepSpeed takes seconds to import and prints messages; --help and config errors do not need it.
-    from collm_dist.distributed import leave_process_group
+    from collm_dist.data.accepted_config import accept_config
+    from collm_dist.distributed import get_rank, leave_process_group
     from collm_dist.evaluation.report import run_evaluation
     from collm_dist.monitoring import track_run
 
     run_dir = RunDir(Path(config.run.dir))
+    config = pin_previous(config)
     with hold_run_lock(run_dir.path) as is_owner:
-        check_links(run_dir.path)
+        if get_rank() == 0:
+            accept_config(config, run_dir, arguments.force, own=["eval"])
         with track_run(config, run_dir, arguments.force, is_owner=is_owner):
             run_evaluation(config, run_dir, force="eval" in arguments.force)
     leave_process_group()

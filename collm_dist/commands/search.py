@@ -8,6 +8,7 @@ from pathlib import Path
 
 from collm_dist.cli import run_command
 from collm_dist.config import Config
+from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
 
 EXAMPLES = """examples:
@@ -30,10 +31,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:
+    config, run_dir = pin_previous(config), RunDir(Path(config.run.dir))
     from collm_dist.orchestration.cf_search import run_search  # late: --help needs no Ray
     from collm_dist.orchestration.stage_search import run_stage_search
 
-    run_dir = RunDir(Path(config.run.dir))
     if arguments.step == "cf":
         run_search(config, run_dir)
     else:
@@ -46,7 +47,7 @@ def _describe(config: Config, run_dir: RunDir, arguments: argparse.Namespace) ->
 
     if arguments.step == "cf":
         return describe_search(config)
-    return describe_stage_search(config, run_dir, arguments.step)
+    return describe_stage_search(pin_previous(config), run_dir, arguments.step)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.data.table_pins import describe_wanted
 from collm_dist.monitoring import check_tracker
 from collm_dist.runs.atomic_files import open_atomic
-from collm_dist.runs.fingerprints import compute_fingerprint, is_step_current
+from collm_dist.runs.fingerprints import compute_fingerprint, is_report_current, is_step_current
 from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 
@@ -31,7 +31,8 @@ def accept_config(
 ) -> None:
     """Check that the steps that are done were made with these settings, then write the run's ``config.yaml``.
 
-    Steps after one that is not done are checked when their turn comes. The caller holds the run's lock.
+    Steps after one that is not done are checked when their turn comes, but the settings of a report at once. The caller
+    holds the run's lock.
 
     Args:
         config: the experiment.
@@ -49,22 +50,30 @@ def accept_config(
     check_tracker(config)
     check_links(run_dir.path)
     for step in list_steps(config):
-        if step in force or not run_dir.is_done(step):
+        if step in force:
             break
-        if step == "eval":  # an outdated report is made again
-            continue
+        if not run_dir.is_done(step):
+            if "eval" not in force and run_dir.is_done("eval"):
+                _check_step(config, run_dir, "eval", is_own=False)
+            break
         on_step(step)
-        if step in own:
-            fingerprint = compute_step_fingerprint(config, run_dir, step)
-        else:
-            recorded = run_dir.read_record(step).get("fingerprint", {})
-            settings = compute_fingerprint(config, step, run_dir)
-            fingerprint = {
-                key: settings.get(key, value) if key.startswith("config.") else value for key, value in recorded.items()
-            }
-            if step == "data":
-                fingerprint |= describe_wanted(config.dataset, recorded)
-        is_step_current(run_dir, step, fingerprint)
+        _check_step(config, run_dir, step, is_own=step in own)
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with open_atomic(run_dir.path / CONFIG_FILE) as file:
         file.write(dump_config(config))
+
+
+def _check_step(config: Config, run_dir: RunDir, step: Step, *, is_own: bool) -> None:
+    """Refuse other settings, and for a step of the command other inputs, than those that the step was made with."""
+    if is_own:
+        fingerprint = compute_step_fingerprint(config, run_dir, step)
+    else:
+        recorded = run_dir.read_record(step).get("fingerprint", {})
+        settings = compute_fingerprint(config, step, run_dir, skip_missing=True)
+        fingerprint = recorded | {key: value for key, value in settings.items() if key.startswith("config.")}
+        if step == "data":
+            fingerprint |= describe_wanted(config.dataset, recorded)
+    if step == "eval":
+        is_report_current(run_dir, fingerprint)
+    else:
+        is_step_current(run_dir, step, fingerprint)

@@ -33,7 +33,7 @@ from collm_dist.metrics import compute_auc, compute_ndcg
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_json_hash, open_atomic
 from collm_dist.runs.file_hashes import hash_products
-from collm_dist.runs.fingerprints import find_changes, is_step_current
+from collm_dist.runs.fingerprints import is_report_current
 from collm_dist.runs.run_dir import RunDir
 
 TRIVIAL = frozenset(
@@ -71,7 +71,7 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
     fingerprint = compute_step_fingerprint(config, run_dir, "eval")
-    if not force and _is_current(run_dir, fingerprint):
+    if not force and is_report_current(run_dir, fingerprint):
         report = run_dir.read_record("eval")
         if is_first:
             print(f"eval: up to date ({run_dir.record_path('eval')})", flush=True)
@@ -92,16 +92,6 @@ def run_evaluation(config: Config, run_dir: RunDir, force: bool = False) -> dict
         figures = build_figures(config, run_dir, splits, scores, report)
     write_report(config, run_dir, splits, scores, report, figures)
     return report
-
-
-def _is_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
-    """Return whether the report is up to date; if only steps have been added since, it is out of date but no error."""
-    if run_dir.is_done("eval"):
-        recorded = run_dir.read_record("eval").get("fingerprint", {})
-        added = {key for key in fingerprint if key not in recorded and key.startswith("upstream.")}
-        if added and not find_changes(recorded, {key: fingerprint[key] for key in fingerprint if key not in added}):
-            return False
-    return is_step_current(run_dir, "eval", fingerprint)
 
 
 def choose_best_trivial(

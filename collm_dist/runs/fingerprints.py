@@ -133,3 +133,17 @@ def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any])
             + f"\nEither redo it (--force {step}; later steps follow) or set run.dir to a new directory."
         )
     return True
+
+
+def is_report_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the report is done with this fingerprint; if only steps have been added since, it is out of date.
+
+    Raises:
+        ArtifactError: it is done with another fingerprint, see ``is_step_current``.
+    """
+    if run_dir.is_done("eval"):
+        recorded = run_dir.read_record("eval").get("fingerprint", {})
+        added = {key for key in fingerprint if key not in recorded and key.startswith("upstream.")}
+        if added and not find_changes(recorded, {key: fingerprint[key] for key in fingerprint if key not in added}):
+            return False
+    return is_step_current(run_dir, "eval", fingerprint)
