@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,7 @@ from collm_dist.phases import show_phases
 from collm_dist.runs.atomic_files import explain_disk_errors
 from collm_dist.runs.code_trust import FLAG
 from collm_dist.runs.error_file import write_error
-from collm_dist.runs.run_dir import STEPS, RunDir
+from collm_dist.runs.run_dir import STEPS, RunDir, Step
 from collm_dist.runs.stop_signals import handle_stop_signals, preemptible
 
 _HOW_SETTINGS_WORK = """settings:
@@ -47,6 +48,7 @@ def run_command(
     examples: str,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     describe: Describe | None = None,
+    steps: Sequence[Step] = (),
 ) -> int:
     """Parse the command line, load the configuration and run a command.
 
@@ -57,11 +59,12 @@ def run_command(
         examples: examples in ``--help``.
         add_arguments: function that adds the command's own arguments.
         describe: function that returns the plan's lines for ``--dry-run``.
+        steps: steps that the command runs, which ``--force`` may name; without any it has no ``--force``.
 
     Returns:
         The exit code.
     """
-    parser = build_parser(description, examples)
+    parser = build_parser(description, examples, steps)
     if add_arguments is not None:
         add_arguments(parser)
     try:
@@ -69,7 +72,7 @@ def run_command(
     except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    arguments.force = tuple(step for steps in arguments.force for step in steps)
+    arguments.force = tuple(step for forced in arguments.force for step in forced)
 
     def run_checked() -> int | None:
         config = load_config(arguments.config_path, arguments.overrides)
@@ -137,8 +140,8 @@ def end_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """Return the parser of the arguments that all commands take."""
+def build_parser(description: str, examples: str, steps: Sequence[Step]) -> argparse.ArgumentParser:
+    """Return the parser of the arguments that all commands take, with ``--force`` if the command runs steps."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"{examples.rstrip()}\n\n{_HOW_SETTINGS_WORK}",
@@ -148,14 +151,16 @@ def build_parser(description: str, examples: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", dest="config_path", metavar="FILE", required=True, help="the experiment, as YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file")
     parser.add_argument("--dry-run", action="store_true", help="print settings, plan and finished steps; needs no GPU")
-    parser.add_argument(
-        "--force",
-        type=_parse_steps,
-        action="append",
-        default=[],
-        metavar="STEP",
-        help=f"redo a finished step: {', '.join(STEPS)}; separate several with commas",
-    )
+    if steps:
+        several = "; separate several with commas" if len(steps) > 1 else ""
+        parser.add_argument(
+            "--force",
+            type=partial(_parse_steps, steps),
+            action="append",
+            metavar="STEP",
+            help=f"redo a finished step: {', '.join(steps)}{several}",
+        )
+    parser.set_defaults(force=[])
     # Launchers add this argument; the environment has the same value.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
@@ -179,11 +184,15 @@ def add_stage1_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parse_steps(text: str) -> tuple[str, ...]:
+def _parse_steps(own: Sequence[Step], text: str) -> tuple[str, ...]:
     steps = tuple(text.split(","))
-    unknown = [step for step in steps if step not in STEPS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown step '{unknown[0]}'; the steps are {', '.join(STEPS)}")
+    for step in steps:
+        if step not in STEPS:
+            raise argparse.ArgumentTypeError(f"unknown step '{step}'; this command runs {', '.join(own)}")
+        if step not in own:
+            raise argparse.ArgumentTypeError(
+                f"this command does not run step '{step}'; it runs {', '.join(own)}, and collm-dist run every step"
+            )
     return steps
 
 

@@ -49,7 +49,7 @@ def main(*, starts_processes: bool = False) -> int:
         return run_distributed(Path(__file__), config, lambda: _run(config, arguments))
 
     description = "Step 'eval': score every model of the run and the baselines, and write the report."
-    return run_command(description, run, EXAMPLES)
+    return run_command(description, run, EXAMPLES, steps=["eval"])
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command and return its exit code."""
     description = "Step 'data', the first: turn raw logs into samples, shards and a manifest, on Ray."
-    return run_command(description, _run, EXAMPLES, _add_arguments)
+    return run_command(description, _run, EXAMPLES, _add_arguments, steps=["data"])
 
 
 if __name__ == "__main__":

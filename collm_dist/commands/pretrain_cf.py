@@ -34,7 +34,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command and return its exit code."""
     description = "Step 'cf', after 'data': train the collaborative-filtering model, on Ray Train."
-    return run_command(description, _run, EXAMPLES)
+    return run_command(description, _run, EXAMPLES, steps=["cf"])
 
 
 if __name__ == "__main__":

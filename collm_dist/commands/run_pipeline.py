@@ -8,6 +8,7 @@ import sys
 from collm_dist.cli import run_command
 from collm_dist.config import Config
 from collm_dist.orchestration.pipeline import describe_plan, run_pipeline
+from collm_dist.runs.run_dir import STEPS
 
 EXAMPLES = """examples:
   python launch/run_pipeline.py --config configs/ml100k_demo.yaml
@@ -30,7 +31,9 @@ def main() -> int:
     description = (
         "Run every step of an experiment in order: data, cf, stage1, stage2, eval. Finished steps are skipped."
     )
-    return run_command(description, _run, EXAMPLES, describe=lambda config, run_dir, _: describe_plan(config, run_dir))
+    return run_command(
+        description, _run, EXAMPLES, describe=lambda config, run_dir, _: describe_plan(config, run_dir), steps=STEPS
+    )
 
 
 if __name__ == "__main__":

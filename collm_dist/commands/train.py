@@ -82,7 +82,7 @@ def main(*, starts_processes: bool = False) -> int:
 
         return describe_stage_plan(config, run_dir)
 
-    return run_command(DESCRIPTION, run, EXAMPLES, _add_arguments, describe)
+    return run_command(DESCRIPTION, run, EXAMPLES, _add_arguments, describe, steps=["stage1", "stage2"])
 
 
 if __name__ == "__main__":

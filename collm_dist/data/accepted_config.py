@@ -8,6 +8,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.data.table_pins import describe_wanted
+from collm_dist.errors import ConfigError
 from collm_dist.monitoring import check_tracker
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import compute_fingerprint, is_report_current, is_step_current
@@ -45,8 +46,13 @@ def accept_config(
     Raises:
         ArtifactError: a step is done with other settings or inputs, or a link leads out of the run; the message names
             them, and nothing is written.
-        ConfigError: a library that a setting needs is not installed.
+        ConfigError: a library that a setting needs is not installed, or ``force`` has a step that the command does not
+            run.
     """
+    steps = [step for step in list_steps(config) if step in own]
+    for step in force:
+        if step not in steps:
+            raise ConfigError(f"--force {step}: this command does not run {step}; it runs {', '.join(steps)}")
     check_tracker(config)
     check_links(run_dir.path)
     for step in list_steps(config):

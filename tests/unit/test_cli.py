@@ -10,8 +10,11 @@ import time
 import pytest
 
 from collm_dist import cli
-from collm_dist.errors import DataError, LaunchError, WorkerLostError
+from collm_dist.config.loader import load_config
+from collm_dist.data.accepted_config import accept_config
+from collm_dist.errors import ConfigError, DataError, LaunchError, WorkerLostError
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE
+from collm_dist.runs.run_dir import STEPS, RunDir
 
 
 @pytest.fixture
@@ -42,7 +45,8 @@ def fail(error):
 
 
 def test_arguments_reach_the_command_in_any_order(run):
-    code, calls, _ = run("cf.embedding_dim=8", "--local_rank=3", "--force", "cf,eval", "lora.rank=2", "--force", "data")
+    given = "cf.embedding_dim=8", "--local_rank=3", "--force", "cf,eval", "lora.rank=2", "--force", "data"
+    code, calls, _ = run(*given, steps=STEPS)
     (config, namespace) = calls[0]
     assert code == 0
     assert (config.cf.embedding_dim, config.lora.rank) == (8, 2)
@@ -66,9 +70,26 @@ def test_help_teaches(run):
 
 def test_wrong_arguments_end_with_2(run):
     for arguments in (("--forse", "cf"), ("--force", "cff")):
-        code, calls, printed = run(*arguments)
+        code, calls, printed = run(*arguments, steps=STEPS)
         assert (code, calls) == (2, [])
         assert "cff" in printed.err or "--forse" in printed.err
+
+
+def test_force_names_steps_of_the_command_alone(run, tmp_path):
+    code, calls, printed = run("--force", "stage2,data", steps=["stage1", "stage2"])
+    assert (code, calls) == (2, [])
+    assert "does not run step 'data'; it runs stage1, stage2" in printed.err
+    code, calls, printed = run("--force", "cf")  # a command without steps
+    assert (code, calls) == (2, [])
+    assert "unrecognized arguments: --force" in printed.err
+    assert run()[1][0][1].force == ()
+
+    config = load_config(tmp_path / "config.yaml", ["stage1.enabled=false"])
+    folder = RunDir(tmp_path / "run")
+    for own, runs in ((["stage2"], "stage2"), (STEPS, "data, cf, stage2, eval")):
+        with pytest.raises(ConfigError, match=f"--force stage1: this command does not run stage1; it runs {runs}$"):
+            accept_config(config, folder, ["stage1"], own)
+    assert not folder.path.exists()
 
 
 def test_a_mistake_in_the_settings_has_no_traceback(run):
