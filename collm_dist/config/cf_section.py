@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,10 +36,12 @@ class CfConfig(Section):
     )
     num_layers: int = Field(2, ge=1, description="lightgcn: graph layers. sasrec: attention layers.")
     num_heads: int = Field(1, ge=1, description="sasrec: attention heads; their number must divide embedding_dim.")
-    attention_sizes: tuple[int, ...] = Field(
+    attention_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (80, 40), min_length=1, description="din: hidden sizes of the MLP for the attention weights of the history."
     )
-    hidden_sizes: tuple[int, ...] = Field((200, 80), description="din: hidden sizes of the final MLP.")
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (200, 80), description="din: hidden sizes of the final MLP."
+    )
     dropout: float = Field(0.2, ge=0, lt=1, description="sasrec, din: dropout in training.")
     user_vectors: str | None = Field(
         None,

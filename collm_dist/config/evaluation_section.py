@@ -12,7 +12,9 @@ from collm_dist.config.section import Section, operational, optional
 class EvaluationConfig(Section):
     """The report."""
 
-    splits: tuple[Literal["valid", "test"], ...] = Field(("valid", "test"), description="Splits in the report.")
+    splits: tuple[Literal["valid", "test"], ...] = Field(
+        ("valid", "test"), min_length=1, description="Splits in the report."
+    )
     max_users: int | None = Field(None, ge=1, description="Evaluate this many users, chosen by hash; default: all.")
     max_contexts: int | None = optional(
         "Evaluate this many contexts of each split (a user after a number of likes, with all targets), chosen by hash "
@@ -31,7 +33,7 @@ class EvaluationConfig(Section):
     num_candidates: int = Field(
         100, ge=2, description="implicit: candidates among which each positive is ranked, itself included."
     )
-    cutoffs: tuple[int, ...] = Field((5, 10, 20), description="k of NDCG@k and HR@k.")
+    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = Field((5, 10, 20), description="k of NDCG@k and HR@k.")
     slots_ablation: bool = Field(
         True, description="Also report stage 2 with slots shuffled between rows, and the slots without the LLM."
     )

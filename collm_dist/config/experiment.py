@@ -77,10 +77,6 @@ class Config(Section):
                 f"anchor.kind {self.anchor.kind} reads a CF model that has not seen the labels of the training rows: "
                 "set cf.cross_fit to a number of time folds such as 8, or anchor.kind to as_of or none"
             )
-        if self.cf.model == "none" and self.promotion.baseline == "cf":
-            raise ValueError(
-                "promotion.baseline cf: cf.model 'none' has no CF model to compare with; choose another baseline"
-            )
         if self.stage2.train_cf and (self.cf.cross_fit != "off" or self.cf.model in ("lightgcn", "table")):
             raise ValueError(
                 "stage2.train_cf trains the weights of a single model: set cf.cross_fit to off, and cf.model to mf, "
@@ -97,8 +93,7 @@ class Config(Section):
                     f"llm.{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
                     "2 or less"
                 )
-        if self.anchor.kind is None and self.promotion.baseline == "anchor":
-            raise ValueError("promotion.baseline anchor: anchor.kind is none; set it, or choose the baseline blend")
+        self._check_baseline()
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             if self.anchor.kind is None and stage.llm_loss_weight is not None:
                 raise ValueError(
@@ -126,6 +121,29 @@ class Config(Section):
                         f"{name}.{setting} {metric} ranks a like among its sampled dislikes, which dataset.feedback: "
                         "explicit does not have; choose auc, uauc or logloss"
                     )
+
+    def _check_baseline(self) -> None:
+        """Refuse a baseline that the report cannot have."""
+        ratings_only = "it is reported for dataset.feedback: explicit only; choose popularity or blend"
+        is_implicit = self.dataset.feedback == "implicit"
+        obstacles = {
+            "cf": (self.cf.model == "none", "cf.model 'none' has no CF model to compare with; choose another baseline"),
+            "anchor": (self.anchor.kind is None, "anchor.kind is none; set it, or choose the baseline blend"),
+            "stage1": (not self.stage1.enabled, "stage1.enabled is false; set it to true, or choose another baseline"),
+            "slots_without_llm": (
+                not self.evaluation.slots_ablation,
+                "evaluation.slots_ablation is false; set it to true, or choose another baseline",
+            ),
+            "bias_logistic": (is_implicit, ratings_only),
+            "as_of_logistic": (is_implicit, ratings_only),
+            "popularity": (
+                not is_implicit,
+                "it is reported for dataset.feedback: implicit only; choose as_of_logistic or blend",
+            ),
+        }
+        is_impossible, reason = obstacles.get(self.promotion.baseline, (False, ""))
+        if is_impossible:
+            raise ValueError(f"promotion.baseline {self.promotion.baseline}: {reason}")
 
     def _check_promotion(self) -> None:
         evaluation, metric = self.evaluation, self.promotion.metric

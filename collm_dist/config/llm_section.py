@@ -44,7 +44,7 @@ class LoraConfig(Section):
     alpha: int = Field(16, ge=1, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"), description="Names of the linear layers that are adapted."
+        ("q_proj", "v_proj"), min_length=1, description="Names of the linear layers that are adapted."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from collm_dist.config.section import Section, operational
+from collm_dist.config.section import Section, holds_credentials, operational
 
 MAX_PROFILED_STEPS = 50
 
@@ -45,7 +45,7 @@ class MlflowConfig(Section):
     def _check_uri(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        if "@" in value or "?" in value:  # also a token as the name alone; the value is not shown
+        if holds_credentials(value) or "?" in value:  # the value is not shown
             raise ValueError(
                 "credentials and options in the URI would be written to records and logs: write the address alone, "
                 "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the "

@@ -38,8 +38,8 @@ class PromptConfig(Section):
     )
     empty_history_text: str = Field("(nothing yet)", description="Text in place of an empty history.")
     disliked_length: int | None = optional(
-        "Most recent disliked items in a prompt with <DislikedTitleList>, oldest first; default: 5. They get the room "
-        "that the history leaves; the oldest are dropped to fit.",
+        "Most recent disliked items in a prompt with <DislikedTitleList>, oldest first; default: 5, or as many as "
+        "preprocessing stores. They get the room that the history leaves; the oldest are dropped to fit.",
         ge=1,
     )
     empty_dislikes_text: str | None = optional(

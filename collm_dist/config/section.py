@@ -47,10 +47,24 @@ def optional(description: str, **constraints: Any) -> Any:
     return Field(None, description=description, json_schema_extra={"optional": True}, **constraints)
 
 
+# A user with a password, which may contain a slash; a port behind a host is none. Over HTTP a name alone is a token.
+_SECRET_IN_ADDRESS = re.compile(
+    r"[a-z][\w+.-]*://([^/?#@]*:[^/?#@]*@|[^/?#@\[\]]*:(?!\d*(?:[/?#]|$))[^?#]*@)|https?://[^/?#]*@", re.IGNORECASE
+)
+_SECRET_IN_OPTIONS = re.compile(
+    r"[?&;][\w.%-]*(secret|passw(or)?d|pwd|token|signature|credential|(access|account|api|private|shared)[\w-]*key(id)?)"
+    r"[\w-]*=|[?&;](sig|sas|key|auth)=",
+    re.IGNORECASE,
+)
+
+
+def holds_credentials(uri: str) -> bool:
+    """Return whether a URI has a password, token, key or signature in its address or its options."""
+    return bool(_SECRET_IN_ADDRESS.match(uri) or _SECRET_IN_OPTIONS.search(uri))
+
+
 def _refuse_credentials(uri: str) -> str:
-    if re.match(r"[a-zA-Z][\w+.-]*://[^/?#@]*:[^/?#@]*@", uri) or re.search(
-        r"[?&](access_key|secret_key|password|token)=", uri
-    ):
+    if holds_credentials(uri):
         raise ValueError(
             "credentials in a URI would be written to records and logs: set them in the environment instead "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"

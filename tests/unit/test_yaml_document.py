@@ -39,6 +39,11 @@ def test_literals(text, value):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
+        ("3", 3),
+        ("-.5", -0.5),
+        ("true", True),
+        ("null", None),
+        ("", None),
         ("yes", "yes"),
         ("1e-3", 0.001),
         ("007", "007"),
@@ -50,7 +55,10 @@ def test_literals(text, value):
         ("12:30", "12:30"),
         ("<<", "<<"),
         ("  [1, 2]", [1, 2]),
+        ("{a: 1}", {"a": 1}),
         ("'3'", "3"),
+        ("Liked: <ItemTitleList>. #Answer:", "Liked: <ItemTitleList>. #Answer:"),
+        ("s3://bucket/a.parquet", "s3://bucket/a.parquet"),
     ],
 )
 def test_values_of_overrides(text, value):
