@@ -21,7 +21,13 @@ EXAMPLES = """examples:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preview", type=int, metavar="N", help="show columns, types and N prompts, and stop")
+    parser.add_argument("--preview", type=_parse_count, metavar="N", help="show columns, types and N prompts, and stop")
+
+
+def _parse_count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of prompts, 0 or more")
+    return int(text)
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
@@ -37,10 +37,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.tuning.run_stage import run_stage
 
     if arguments.deepspeed_config is not None:
-        try:
-            extra = json.loads(arguments.deepspeed_config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--deepspeed_config {arguments.deepspeed_config}: {error}") from None
+        extra = read_deepspeed_config(arguments.deepspeed_config)
         merged = {**config.cluster.deepspeed_extra, **extra}
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"deepspeed_extra": merged})})
     run_dir = RunDir(Path(config.run.dir))
@@ -55,6 +52,24 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
                 with explain_lost_workers(lambda stage=stage: stage):  # type: ignore[misc]
                     run_stage(config, run_dir, stage, force=stage in arguments.force)
     leave_process_group()
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """Return the settings in the file of ``--deepspeed_config``.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        extra = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--deepspeed_config {path}: {error}") from None
+    if not isinstance(extra, dict):
+        raise ConfigError(
+            f"--deepspeed_config {path}: the file holds {json.dumps(extra):.40}, not a JSON object; write DeepSpeed's "
+            'settings by name, such as {"gradient_clipping": 1.0}'
+        )
+    return extra
 
 
 def _choose_stages(config: Config, number: int | None) -> Sequence[Literal["stage1", "stage2"]]:

@@ -10,8 +10,12 @@ import time
 import pytest
 
 from collm_dist import cli
+from collm_dist.commands import preprocess_data
+from collm_dist.commands.train import read_deepspeed_config
+from collm_dist.config import Config
 from collm_dist.config.loader import load_config
 from collm_dist.data.accepted_config import accept_config
+from collm_dist.data.prompts.prompt_preview import print_preview
 from collm_dist.errors import ConfigError, DataError, LaunchError, WorkerLostError
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE
 from collm_dist.runs.run_dir import STEPS, RunDir
@@ -116,6 +120,33 @@ def test_the_parent_process_is_told(run, tmp_path, monkeypatch):
     run(work=fail(LaunchError("no GPU")))
     told = json.loads((tmp_path / "error.json").read_text())
     assert told == {"error": "LaunchError", "message": "no GPU", "exit_code": 3, "retryable": True}
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"a"', "{", "[" * 100_000])
+def test_a_deepspeed_config_that_is_not_an_object_is_refused(tmp_path, text):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"--deepspeed_config .*deepspeed\.json: "):
+        read_deepspeed_config(path)
+    path.write_text('{"gradient_clipping": 1.0}')
+    assert read_deepspeed_config(path) == {"gradient_clipping": 1.0}
+
+
+@pytest.mark.parametrize("number", ["-1", "two", "1.5"])
+def test_a_preview_of_less_than_no_prompts_is_refused(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(sys, "argv", ["prog", "--config", str(tmp_path / "none.yaml"), f"--preview={number}"])
+    assert preprocess_data.main() == 2
+    assert f"--preview: '{number}' is not a number of prompts" in capsys.readouterr().err
+
+
+def test_a_preview_of_the_input_alone_needs_no_backbone(tmp_path, capsys):
+    rows = "".join(f"u,i{number},{number},5\n" for number in range(3))
+    (tmp_path / "a.csv").write_text(f"user_id,item_id,timestamp,rating\n{rows}")
+    dataset = {"path": str(tmp_path / "a.csv"), "columns": {"rating": "rating"}}
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.write_record("data", {})
+    print_preview(Config.model_validate({"run": {"dir": "run"}, "dataset": dataset}), run_dir, 0, pytest.fail)
+    assert "3" in capsys.readouterr().out
 
 
 def test_of_many_processes_one_says_what_is_wrong_alike(run, monkeypatch):

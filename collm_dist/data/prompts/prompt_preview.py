@@ -49,7 +49,7 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
     Args:
         config: the experiment.
         run_dir: its run directory.
-        num_prompts: number of prompts per stage.
+        num_prompts: number of prompts per stage; 0 = the input alone.
         load_tokenizer: returns the backbone's tokenizer; called only if there are prompts to show.
     """
     source = open_source(config.dataset)
@@ -58,6 +58,8 @@ def print_preview(config: Config, run_dir: RunDir, num_prompts: int, load_tokeni
     for key, value in described.items():
         print(f"{key}: {value}")
     print("\n".join(preview_rows(source)), flush=True)
+    if num_prompts == 0:
+        return
     if not run_dir.is_done("data"):
         print("prompts: shown once the data step is done; run this command without --preview first")
         return
