@@ -1,7 +1,7 @@
 """status.json: always complete, with the next action for the user."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -72,10 +72,11 @@ def test_readers_never_see_a_part(tmp_path):
     path = tmp_path / "status.json"
     status = RunStatus(path)
     status.begin()
-    threads = [threading.Thread(target=lambda: [status.beat() for _ in range(20)]) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        json.loads(path.read_text())
-    for thread in threads:
-        thread.join()
+    reads = 0
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(lambda: [status.beat() for _ in range(20)]) for _ in range(3)]
+        while reads < 20 or not all(writer.done() for writer in writers):
+            assert json.loads(path.read_text())["state"] == "running"
+            reads += 1
+    assert all(len(writer.result()) == 20 for writer in writers)
+    assert [found.name for found in tmp_path.iterdir()] == ["status.json"]
