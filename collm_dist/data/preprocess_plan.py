@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from collm_dist.config import DatasetConfig, PreprocessingConfig
+from collm_dist.data.ingest.file_format import PACKED_SUFFIXES, PARQUET_SUFFIXES
 
 # Bytes of text per user bucket and per shard with ``auto``: a bucket then takes a second, and small data few files.
 _BUCKET_BYTES, _SHARD_BYTES = 4 << 20, 16 << 20
 _MAX_BUCKETS, _MAX_SHARDS = 256, 16
-# Compressed files stand for about this many times their size as text.
-_COMPRESSED, _COMPRESSION = (".gz", ".bz2", ".zst", ".xz", ".parquet"), 4
+# Packed files stand for about this many times their size as text.
+_PACKED = (*PARQUET_SUFFIXES, *chain.from_iterable(PACKED_SUFFIXES.values()))
+_COMPRESSION = 4
 
 
 def resolve_counts(preprocessing: PreprocessingConfig, inputs: Mapping[str, Any], previous: int) -> PreprocessingConfig:
@@ -25,7 +28,7 @@ def resolve_counts(preprocessing: PreprocessingConfig, inputs: Mapping[str, Any]
         previous: user buckets of the run that is extended; 0 = none.
     """
     size = sum(
-        int(file["size"] or 0) * (_COMPRESSION if name.lower().endswith(_COMPRESSED) else 1)
+        int(file["size"] or 0) * (_COMPRESSION if name.lower().endswith(_PACKED) else 1)
         for name, file in inputs.items()
     )
     buckets, shards = preprocessing.num_user_buckets, preprocessing.num_shards

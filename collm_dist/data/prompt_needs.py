@@ -35,9 +35,13 @@ def check_prompt_needs(config: Config) -> bool:
             f"{fields['<UserText>']} has the field <UserText>, which shows texts of users: set dataset.users_path to a "
             "file of users and dataset.user_text to a template over its columns, or use a prompt without the field"
         )
-    if "<RatedTitleList>" in fields and config.preprocessing.max_dislikes == 0:
-        raise ConfigError(
-            f"preprocessing.max_dislikes=0: {fields['<RatedTitleList>']} has the field <RatedTitleList>, which shows "
-            "dislikes too; set it to at least prompt.rated_length (10)"
-        )
+    for field, shown, length in (
+        ("<RatedTitleList>", "dislikes too", "prompt.rated_length (10)"),
+        ("<DislikedTitleList>", "dislikes", "prompt.disliked_length (5)"),
+    ):
+        if field in fields and config.preprocessing.max_dislikes == 0:
+            raise ConfigError(
+                f"preprocessing.max_dislikes=0: {fields[field]} has the field {field}, which shows {shown}; set it to "
+                f"at least {length}"
+            )
     return "<RatedTitleList>" in fields

@@ -1,6 +1,9 @@
 """The store of fresh events: what is sent counts once, in the order of its times, and leaves in exactly one part."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -116,6 +119,15 @@ def test_parts_are_refused_by_a_split_of_the_log(log_of_kinds):
         DataError, match=r"part-000001-\w+\.parquet: events have no column 'fold' .*to ratio or calendar"
     ):
         open_source(log_of_kinds.model_copy(update={"split": split}))
+
+
+def test_a_part_without_a_column_is_named_with_its_own_setting(log_of_kinds):
+    folder = Path(log_of_kinds.new_events)
+    pq.write_table(pa.table({"user_id": ["w"], "item_id": ["c"], "timestamp": [6]}), folder / "later.parquet")
+    source = open_source(log_of_kinds)
+    (chunk,) = [chunk for chunk in source.chunks if chunk.uri.endswith("later.parquet")]
+    with pytest.raises(DataError, match=r"later\.parquet.*'rating'.*leave this file out \(dataset\.new_events may"):
+        list(source.read_chunk(chunk))
 
 
 def test_changes_come_in_windows(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm_dist.config import DatasetConfig
+from collm_dist.data.ingest.file_format import PACKED_SUFFIXES, FileFormat
+from collm_dist.data.ingest.file_readers import find_kind
 from collm_dist.data.ingest.item_texts import clean_text
 from collm_dist.data.ingest.normalize import guess_unit
 from collm_dist.data.ingest.row_filter import parse_row_filter
@@ -102,6 +104,18 @@ def test_other_file_systems(tmp_path):
     with fsspec.open("memory://logs/log.csv", "w") as file:
         file.write(Path(path).read_text())
     assert len(read(path="memory://logs/log.csv", **RATINGS)[0]) == 1
+
+
+@pytest.mark.parametrize(("codec", "suffixes"), PACKED_SUFFIXES.items())
+def test_the_type_of_a_packed_file_is_that_of_the_file_in_it(tmp_path, codec, suffixes):
+    for suffix in suffixes:
+        for name, kind in (("a.jsonl", "json"), ("a.CSV", "text"), ("a.pq", "parquet"), ("a.dat", "text")):
+            assert find_kind(f"s3://bucket/{name}{suffix}?region=x", FileFormat()) == kind
+        path = tmp_path / f"a.jsonl{suffix}"
+        with pa.output_stream(path, compression=codec) as file:
+            file.write(b'{"user_id": "u", "item_id": "i", "timestamp": 5, "rating": 4}\n')
+        assert read(path=str(path), **RATINGS)[0].columns.tolist()
+        assert open_source(DatasetConfig(path=str(path), **RATINGS)).describe()["types"]["rating"] == "int64"
 
 
 def test_gzip_and_row_filter_keep_the_order_and_the_numbers(tmp_path):

@@ -120,6 +120,18 @@ def test_a_prompt_that_shows_users_needs_their_file():
     check_prompt_needs(Config.model_validate(plain | with_users | {"dataset": dataset}))
 
 
+@pytest.mark.parametrize(("prompt", "field"), [("feedback", "Disliked"), ("rated", "Rated")])
+def test_a_prompt_that_shows_dislikes_needs_them_stored(prompt, field):
+    settings = {
+        "run": {"dir": "run"},
+        "dataset": {"path": "log.csv", "columns": {"rating": "rating"}},
+        "prompt": {"stage2": f"configs/prompts/stage2_{prompt}.txt"},
+    }
+    assert check_prompt_needs(Config.model_validate(settings)) == (prompt == "rated")
+    with pytest.raises(ConfigError, match=rf"max_dislikes=0: prompt.stage2 has the field <{field}TitleList>.*at least"):
+        check_prompt_needs(Config.model_validate(settings | {"preprocessing": {"max_dislikes": 0}}))
+
+
 def test_the_table_has_the_logs_users_first_and_forgets(tmp_path):
     path = write_users(tmp_path / "users.csv")
     dataset = open_dataset(path)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from collm_dist.config import ColumnsConfig, DatasetConfig
-from collm_dist.data.ingest.file_format import LINE_COLUMN
+from collm_dist.data.ingest.file_format import LINE_COLUMN, find_named_kind
 from collm_dist.data.ingest.item_texts import list_template_columns
 from collm_dist.data.ingest.row_filter import parse_row_filter
 from collm_dist.errors import DataError
@@ -18,7 +18,11 @@ _MAX_SHOWN = 50
 
 
 def check_columns(
-    table: Any, uri: str, columns: ColumnsConfig, filtered: Sequence[str] = (), path: str | None = None
+    table: Any,
+    uri: str,
+    columns: ColumnsConfig,
+    filtered: Sequence[str] = (),
+    found_by: tuple[str, str | None] = ("dataset.path", None),
 ) -> None:
     """Check that a table of interactions has the columns that are read, with one value per row.
 
@@ -27,12 +31,13 @@ def check_columns(
         uri: the file, for messages.
         columns: names of the columns.
         filtered: columns of the row filter.
-        path: setting by which the file was found; None = it is the only file.
+        found_by: name and value of the setting by which the file was found; value None = it is the only file.
 
     Raises:
         DataError: the message names the file, the column and the setting.
     """
-    or_other = "" if path in (None, uri) else ", or leave this file out (dataset.path may be a glob)"
+    setting, value = found_by
+    or_other = "" if value in (None, uri) else f", or leave this file out ({setting} may be a glob)"
     for key, name in columns.model_dump().items():
         if name is not None:
             require_column(name, table, uri, f"dataset.columns.{key}{or_other}")
@@ -101,7 +106,7 @@ def explain_missing_column(uri: str, name: str, available: Sequence[str], key: s
         nearest = lower[matches[0]]
         match = f"'{nearest}'" if nearest.isprintable() else ascii(nearest)
         hint = f"; did you mean {match}?"
-    elif len(available) == 1 and not uri.lower().endswith((".parquet", ".pq", ".json", ".jsonl", ".ndjson")):
+    elif len(available) == 1 and find_named_kind(uri) == "text":
         hint = "; if its cells are separated otherwise, set the delimiter (dataset.delimiter)."
     else:
         hint = "."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ MAX_COLUMNS = 10_000
 NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N"]
 # Column of the tables that readers return: the line of a row in its file, or its number in a Parquet file, from 1.
 LINE_COLUMN = "__line"
+# Suffixes of file types, and of text files that are packed, by the library's name of the packing.
+PARQUET_SUFFIXES, JSON_SUFFIXES = (".parquet", ".pq"), (".json", ".jsonl", ".ndjson")
+PACKED_SUFFIXES = {"gzip": (".gz",), "bz2": (".bz2",), "zstd": (".zst", ".zstd"), "lz4": (".lz4",), "brotli": (".br",)}
 # Files of before 2010 are in Latin-1, and some copies of them in UTF-8.
 UTF8_OR_LATIN1 = "utf8 or latin1"
 
@@ -46,6 +50,16 @@ class FileFormat:
     expected: tuple[str, ...] = ()
     typed_header: bool = False
     table: LakeTable | None = None
+
+
+def find_named_kind(name: str) -> Literal["text", "parquet", "json"]:
+    """Return the file type that a file's name stands for."""
+    plain = name.lower()
+    for suffix in chain.from_iterable(PACKED_SUFFIXES.values()):
+        plain = plain.removesuffix(suffix)
+    if plain.endswith(PARQUET_SUFFIXES):
+        return "parquet"
+    return "json" if plain.endswith(JSON_SUFFIXES) else "text"
 
 
 @dataclass(frozen=True)

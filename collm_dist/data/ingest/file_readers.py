@@ -15,6 +15,7 @@ from collm_dist.data.ingest.file_format import (
     BadRows,
     FileFormat,
     FilePart,
+    find_named_kind,
 )
 from collm_dist.data.ingest.json_tables import read_json_tables
 from collm_dist.data.ingest.lake_tables import LakeFile
@@ -33,10 +34,7 @@ def find_kind(uri: str, file_format: FileFormat) -> str:
         return file_format.table.kind
     if file_format.kind != "auto":
         return file_format.kind
-    name = split_query(uri)[0].lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
-    if name.endswith((".parquet", ".pq")):
-        return "parquet"
-    return "json" if name.endswith((".json", ".jsonl", ".ndjson")) else "text"
+    return find_named_kind(split_query(uri)[0])
 
 
 def read_tables(

@@ -146,7 +146,7 @@ class Source:
             is_part = chunk.uri in self.part_uris
             row_filter = None if is_part and find_missing(table, configured) else configured
             filtered = row_filter.names if row_filter else ()
-            check_columns(table, chunk.uri, self.columns, filtered, self.dataset.path)
+            check_columns(table, chunk.uri, self.columns, filtered, _find_setting(self.dataset, is_part))
             try:
                 notes = Counter[str]()
                 if row_filter is not None:
@@ -282,7 +282,8 @@ def open_source(dataset: DatasetConfig) -> Source:
     refuse_copies(layout.items, "dataset.items_path")
     uri, first = read_first(layout.interactions, layout.file_format)
     row_filter = _parse_filter(dataset, frozenset())
-    check_columns(first, uri, layout.columns, row_filter.names if row_filter else (), dataset.path)
+    filtered = row_filter.names if row_filter else ()
+    check_columns(first, uri, layout.columns, filtered, _find_setting(dataset, uri in parts))
     unfiltered = check_parts(parts, layout.file_format, layout.columns, row_filter)
     numeric_columns = _check_filter(dataset, uri, first)
     unit, windows = _find_unit(dataset, layout.columns, uri, first), None
@@ -316,6 +317,11 @@ def open_source(dataset: DatasetConfig) -> Source:
         unfiltered=unfiltered,
         windows=windows,
     )
+
+
+def _find_setting(dataset: DatasetConfig, is_part: bool) -> tuple[str, str | None]:
+    """Return name and value of the setting by which a file of interactions was found."""
+    return ("dataset.new_events", dataset.new_events) if is_part else ("dataset.path", dataset.path)
 
 
 def _find_unit(dataset: DatasetConfig, columns: ColumnsConfig, uri: str, first: Any) -> str:
@@ -386,4 +392,4 @@ def read_first(uris: tuple[str, ...], file_format: FileFormat) -> tuple[str, Any
             hint = "; check that the first line names the columns, and dataset.delimiter"
         raise DataError(f"{where}cannot be read, no row can be used: {causes}{hint}. The first ones:\n  "
                         + "\n  ".join(bad_rows.examples))  # fmt: skip
-    raise DataError(f"{where}there are no rows, nothing or only a header; bring a file with data")
+    raise DataError(f"{where}the file has no rows (it is empty or has only a header); give a file with data")

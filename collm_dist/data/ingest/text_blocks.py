@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from collm_dist.data.ingest.file_format import BLOCK_BYTES, UTF8_OR_LATIN1, WHOLE_FILE, FilePart
+from collm_dist.data.ingest.file_format import BLOCK_BYTES, PACKED_SUFFIXES, UTF8_OR_LATIN1, WHOLE_FILE, FilePart
 from collm_dist.errors import DataError
 
 _READABLE = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
-_SUFFIXES = {"gzip": (".gz",), "bz2": (".bz2",), "zstd": (".zst", ".zstd"), "lz4": (".lz4",)}
 _OTHER = {
     b"PK\x03\x04": "a zip archive (or an Excel file); unpack it, or save the table as CSV",
     b"\xfd7zXZ\x00": "an xz archive; unpack it, or pack it with gzip or zstd",
@@ -60,16 +59,16 @@ def find_compression(uri: str, filesystem: Any, path: str, kind: str) -> str | N
         if head.startswith(magic):
             raise DataError(f"{uri}: cannot be read as {kind}: the file is {name}")
     packed = next((name for magic, name in _READABLE.items() if head.startswith(magic)), None)
-    claimed = next((name for name, suffixes in _SUFFIXES.items() if path.lower().endswith(suffixes)), None)
+    claimed = next((name for name, suffixes in PACKED_SUFFIXES.items() if path.lower().endswith(suffixes)), None)
     if claimed is not None and not head:
         raise DataError(f"{uri}: cannot be read as {kind}: the file has no bytes; remove it, or bring it again")
+    if packed is None and claimed == "brotli":  # it has no signature
+        return claimed
     if claimed is not None and packed != claimed:
         raise DataError(
             f"{uri}: cannot be read as {kind}: in spite of its suffix the file is not {claimed}, but "
             f"{packed or 'not compressed'}; correct the suffix"
         )
-    if packed is None and path.lower().endswith(".br"):  # Brotli has no signature
-        packed = "brotli"
     return packed
 
 
