@@ -172,7 +172,7 @@ class InternalError(CollmError):
 
 
 def as_collm_error(error: BaseException) -> CollmError:
-    """Return the error itself, or what Ctrl-C or an unexpected exception means to the user of a command."""
+    """Return the error itself, or the error that reports Ctrl-C or an unexpected exception."""
     if isinstance(error, CollmError):
         return error
     name = type(error).__name__

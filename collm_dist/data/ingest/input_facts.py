@@ -46,7 +46,7 @@ class InputFacts:
         rows, likes: numbers of rows.
         first, last: earliest and latest time, seconds since 1970; None without times.
         early, late: rows before 1995, and after tomorrow.
-        rounded: rows whose time ends with three zeros and is no full hour.
+        rounded: rows whose time ends with three zeros and is not a full hour.
         low, high: range of the ratings; None without ratings.
         samples: the first rows: user, item, time and label.
         users: the first distinct user ids.

@@ -28,7 +28,7 @@ class LakeFile:
 
     Attributes:
         uri, num_bytes: the file and its size.
-        details: what its reader needs beside the file, such as deleted rows.
+        details: what its reader needs besides the file, such as deleted rows.
     """
 
     uri: str
@@ -224,7 +224,7 @@ def set_versions(dataset: DatasetConfig, versions: Mapping[str, Mapping[str, Any
 
 
 def to_plain_columns(table: Any) -> Any:
-    """Return a table with UUIDs as their text, and other extension types as what they are stored as."""
+    """Return a table with UUIDs as their text, and other extension types as their storage types."""
     for position, column in enumerate(table.schema):
         if isinstance(column.type, pa.BaseExtensionType):
             values = table.column(position)

@@ -40,7 +40,7 @@ class UserRows:
 
     Attributes:
         texts: text of each user who has one, by id.
-        notes: numbers of users by what is unusual.
+        notes: numbers of users by anomaly.
         rows_read: number of rows of the files, with those that are lost.
         bad_rows: rows that are lost.
     """
@@ -51,7 +51,7 @@ class UserRows:
     bad_rows: BadRows
 
     def count(self) -> dict[str, int]:
-        """Return numbers of rows and users by what is unusual."""
+        """Return numbers of rows and users by anomaly."""
         return dict(sorted((self.notes + self.bad_rows.counts).items()))
 
 
