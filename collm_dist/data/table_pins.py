@@ -25,8 +25,12 @@ def pin_tables(dataset: DatasetConfig, run_dir: RunDir) -> DatasetConfig:
     return set_versions(dataset, _read_pins(dataset, run_dir))
 
 
-def find_versions(dataset: DatasetConfig, run_dir: RunDir, *, force: bool = False) -> DatasetConfig:
-    """Return the settings with a version for each table, and record it for the time until the data step is done.
+def find_versions(
+    dataset: DatasetConfig, run_dir: RunDir, *, force: bool = False
+) -> tuple[DatasetConfig, dict[str, LakeTable]]:
+    """Return the settings with a version for each table, and the tables in these versions by setting.
+
+    The versions are recorded for the time until the data step is done.
 
     Args:
         dataset: the settings.
@@ -46,7 +50,7 @@ def find_versions(dataset: DatasetConfig, run_dir: RunDir, *, force: bool = Fals
         write_json(path, {key: {"location": table.location, **table.describe()} for key, table in tables.items()})
     else:
         path.unlink(missing_ok=True)
-    return set_versions(pinned, {key: table.describe() for key, table in tables.items()})
+    return set_versions(pinned, {key: table.describe() for key, table in tables.items()}), tables
 
 
 def drop_pins(run_dir: RunDir) -> None:

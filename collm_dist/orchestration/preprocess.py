@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from collm_dist.data.ingest.input_checks import check_filtered_rows, check_items
 from collm_dist.data.ingest.input_facts import InputFacts, describe_input, list_warnings, merge_facts
 from collm_dist.data.ingest.interaction_filters import count_unknown_items, select_ids, sum_over_months
 from collm_dist.data.ingest.item_texts import ItemCatalogue
-from collm_dist.data.ingest.lake_tables import open_tables
+from collm_dist.data.ingest.lake_tables import LakeTable, open_tables
 from collm_dist.data.ingest.source import Source, open_source
 from collm_dist.data.ingest.user_texts import write_user_texts
 from collm_dist.data.manifest_record import (
@@ -74,10 +74,10 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     data_dir = run_dir.step_dir("data")
     if not force and is_step_current(run_dir, "data", compute_step_fingerprint(config, run_dir, "data")):
         print(f"data: done already ({data_dir})")
-        _show_moved_tables(config.dataset, pin_tables(config.dataset, run_dir))
+        _show_moved_tables(config.dataset, open_tables(pin_tables(config.dataset, run_dir)))
         return run_dir.read_record("data")
-    dataset = find_versions(config.dataset, run_dir, force=force)
-    _show_moved_tables(config.dataset, dataset)
+    dataset, tables = find_versions(config.dataset, run_dir, force=force)
+    _show_moved_tables(config.dataset, tables)
     source = open_source(dataset)
     fingerprint = compute_step_fingerprint(config, run_dir, "data", source)
     for guess in source.list_guesses():
@@ -117,9 +117,9 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     return manifest
 
 
-def _show_moved_tables(dataset: DatasetConfig, pinned: DatasetConfig) -> None:
+def _show_moved_tables(dataset: DatasetConfig, tables: Mapping[str, LakeTable]) -> None:
     """Print which lakehouse tables have moved on from the versions that the run keeps."""
-    for line in list_moved(dataset, open_tables(pinned)):
+    for line in list_moved(dataset, tables):
         print(f"data: {line}")
 
 

@@ -28,7 +28,7 @@ def run(tmp_path) -> RunDir:
     """A run whose data step is done with version 0 of a table that is at version 1."""
     write_deltalake(tmp_path / "t", ROWS)
     run_dir = RunDir(tmp_path / "run")
-    assert find_versions(configure(tmp_path).dataset, run_dir).version == 0
+    assert find_versions(configure(tmp_path).dataset, run_dir)[0].version == 0
     fingerprint = compute_step_fingerprint(configure(tmp_path), run_dir, "data")
     run_dir.write_record("data", {"fingerprint": fingerprint, "content_hash": "x"})
     drop_pins(run_dir)
@@ -42,14 +42,16 @@ def test_the_version_found_is_kept_until_the_step_is_done(tmp_path):
     assert pin_tables(dataset, run_dir).version is None
     find_versions(dataset, run_dir)
     write_deltalake(tmp_path / "t", ROWS, mode="append")
-    assert find_versions(dataset, run_dir).version == 0
-    assert find_versions(configure(tmp_path, version=1).dataset, run_dir).version == 1
-    assert find_versions(dataset, run_dir).version == 1  # begun again
+    pinned, tables = find_versions(dataset, run_dir)
+    assert pinned.version == tables["dataset.path"].version == 0
+    assert len(list_moved(dataset, tables)) == 1
+    assert find_versions(configure(tmp_path, version=1).dataset, run_dir)[0].version == 1
+    assert find_versions(dataset, run_dir)[0].version == 1  # begun again
     (run_dir.path / "data/.tables.json").write_text("[")
     write_deltalake(tmp_path / "t", ROWS, mode="append")
-    assert find_versions(dataset, run_dir).version == 2
+    assert find_versions(dataset, run_dir)[0].version == 2
     write_deltalake(tmp_path / "t", ROWS, mode="append")
-    assert find_versions(dataset, run_dir, force=True).version == 3
+    assert find_versions(dataset, run_dir, force=True)[0].version == 3
 
 
 def test_a_finished_step_keeps_its_version(run, tmp_path):
