@@ -54,7 +54,7 @@ def test_a_report_with_other_settings_keeps_the_config(tmp_path, own, missing):
     with pytest.raises(ArtifactError, match=r"config\.evaluation\.confidence: 0\.95 -> 0\.9\n.*--force eval"):
         accept_config(changed, run_dir, own=own)
     assert (run_dir.path / CONFIG_FILE).read_text() == dump_config(config)
-    accept_config(changed, run_dir, force=["eval"], own=own)
+    accept_config(changed, run_dir, force=["eval"], own=("eval",))
     assert (run_dir.path / CONFIG_FILE).read_text() == dump_config(changed)
 
 
