@@ -89,7 +89,8 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
     preprocessing = resolve_counts(config.preprocessing, inputs, num_previous)
     assert isinstance(preprocessing.num_user_buckets, int)  # resolved
     previous = load_previous_tables(config.dataset, preprocessing.num_user_buckets, forgotten)
-    work_dir = _open_work_dir(run_dir, compute_json_hash([fingerprint, PART_BYTES])[:12])
+    counts = preprocessing.num_user_buckets, preprocessing.num_shards
+    work_dir = _open_work_dir(run_dir, compute_json_hash([fingerprint, PART_BYTES, counts])[:12])
     plan = PreprocessPlan(
         work_dir=work_dir.absolute(),
         data_dir=data_dir.absolute(),
