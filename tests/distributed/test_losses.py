@@ -69,7 +69,7 @@ def assert_same_training(ours, other, stages=("stage1", "stage2"), tolerance=TOL
             assert worst <= tolerance, f"{stage} {tag}: {worst:.1e}, tolerance {tolerance}"
 
 
-def test_two_processes_and_a_smaller_limit_equal_one_process(copy_clicks):
+def test_two_processes_with_a_smaller_limit_equal_one_process(copy_clicks):
     one, overrides = copy_clicks("one")
     run(PYTHON, [*overrides, *WEIGHTS])
     for stage in ("stage1", "stage2"):
@@ -78,12 +78,9 @@ def test_two_processes_and_a_smaller_limit_equal_one_process(copy_clicks):
         assert (listwise > 0).all()
         assert total == pytest.approx(bce + 0.5 * pairwise + 0.5 * listwise, rel=1e-6)
     two, overrides = copy_clicks("two")
-    run(DEEPSPEED, [*overrides, *WEIGHTS])
-    assert_same_training(two, one)
-    small, overrides = copy_clicks("small")
     limits = [f"stage{stage}.max_tokens_per_micro_batch=600" for stage in (1, 2)]
-    run(PYTHON, [*overrides, *WEIGHTS, *limits])
-    assert_same_training(small, one)
+    run(DEEPSPEED, [*overrides, *WEIGHTS, *limits])
+    assert_same_training(two, one)
 
 
 @pytest.mark.slow

@@ -87,7 +87,9 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(copy_run
     ("space", "message"),
     [
         ("{cf.embedding_dim: {choice: [4, 8]}}", "changes the step 'cf', which trials of stage1 share; search it with"),
-        ("{stage1.learning_rat: {uniform: [1, 2]}}", "stage1.learning_rat: no such setting"),
+        pytest.param(
+            "{stage1.learning_rat: {uniform: [1, 2]}}", "stage1.learning_rat: no such setting", marks=pytest.mark.slow
+        ),
         pytest.param("{stage1.learning_rate: {uniform: [-1, 2]}}", "should be greater than 0", marks=pytest.mark.slow),
         pytest.param("{lora.rank: {range: [1, 2]}}", "range", marks=pytest.mark.slow),
     ],

@@ -117,7 +117,9 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(search, 
     ("override", "message"),
     [
         ("cf_search.space={learning_rat: {uniform: [1, 2]}}", "did you mean learning_rate?"),
-        ("cf_search.grace_epochs=99", "cf_search.grace_epochs 99 exceeds cf.num_epochs 40"),
+        pytest.param(
+            "cf_search.grace_epochs=99", "cf_search.grace_epochs 99 exceeds cf.num_epochs 40", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_work_starts(search, override, message):

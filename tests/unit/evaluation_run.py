@@ -10,6 +10,7 @@ from collm_dist.data.shards.interactions import COLUMNS
 from collm_dist.data.shards.manifest import compute_content_hash
 from collm_dist.data.shards.shard_writer import write_shard
 from collm_dist.runs.atomic_files import compute_file_hash, write_json
+from collm_dist.runs.fingerprints import compute_fingerprint
 from collm_dist.runs.run_dir import RunDir
 from tests.unit.evaluation_data import build_block, count_strictly_before
 
@@ -147,6 +148,7 @@ def write_data_step(
         "users_hash": "users",
         "items_hash": "items",
         "ties": "strict",
+        "fingerprint": compute_fingerprint(build_config(path, feedback=feedback), "data", run_dir),
         "feedback": feedback,
         "max_history_length": 10,
         "splits": splits,

@@ -62,8 +62,8 @@ def test_times_that_cannot_be_are_named(tmp_path):
 
 
 def test_times_without_their_last_digits_are_named(tmp_path):
-    cut = [f"u{number},a,1.{600001 + 10 * number}E+09,{number}" for number in range(1, 6)]
-    assert "5 of 5 times end with three zeros" in warnings(tmp_path, cut)
+    cut = [f"u{number},a,1.{600001 + 10 * number}E+09,{number % 5}" for number in range(1, 31)]
+    assert "30 of 30 times end with three zeros" in warnings(tmp_path, cut)
     days = [f"u{number},a,2021-01-0{number},{number}" for number in range(1, 6)]
     assert warnings(tmp_path, days) == ""
 

@@ -147,7 +147,7 @@ def test_cells_of_the_header_that_nobody_reads(tmp_path):
 @pytest.mark.parametrize("text", ["user_id,item_id,timestamp,rating", "user_id,item_id,timestamp,rating\n\n\n"])
 def test_a_header_alone_is_refused_in_words(tmp_path, text):
     (tmp_path / "log.csv").write_text(text)
-    with pytest.raises(DataError, match=r"log\.csv: there are no rows, .* only a header"):
+    with pytest.raises(DataError, match=r"log\.csv: the file has no rows .* only a header"):
         read(path=str(tmp_path / "log.csv"), **RATINGS)
 
 

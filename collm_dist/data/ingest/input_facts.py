@@ -32,7 +32,7 @@ _DAY = 86_400
 # 1995: hardly any log of interactions is older. Other units and formats usually give 1970.
 EARLIEST_TIME = 788_918_400
 # By chance one time in a thousand ends with three zeros.
-_ROUNDED_SHARE = 0.5
+_ROUNDED_SHARE, _MIN_ROUNDED = 0.5, 20
 # User and item columns are probably swapped if this share of the user ids are ids of the item file, and clearly more
 # than of the item ids. Ids that are numbers from 1 occur in both tables.
 _SWAPPED_SHARE, _SWAPPED_MARGIN = 0.5, 0.1
@@ -210,7 +210,7 @@ def list_warnings(facts: InputFacts, dataset: DatasetConfig, item_ids: Any, item
                 f"{facts.late:,} of {facts.rows:,} rows have a time after tomorrow, the latest "
                 f"{format_time(facts.last)} (UTC); {settings}"
             )
-        if facts.rounded > _ROUNDED_SHARE * facts.rows:
+        if facts.rounded >= max(_MIN_ROUNDED, _ROUNDED_SHARE * facts.rows):
             warnings.append(
                 f"{facts.rounded:,} of {facts.rows:,} times end with three zeros, as if a table program had cut their "
                 "digits (1.6E+09): the order of events is lost; export them as whole numbers or dates"
