@@ -156,7 +156,7 @@ def test_files_that_are_not_parquet_are_refused(tmp_path):
         read_vectors(path, IDS, 1)
 
 
-@pytest.mark.parametrize("field", ["item_vectors", "user_vectors"])
+@pytest.mark.parametrize("field", ["item_vectors", pytest.param("user_vectors", marks=pytest.mark.slow)])
 def test_the_command_ends_with_code_2_and_no_traceback(tmp_path, repository, field):
     run_dir = write_data_step(tmp_path / "run")
     write_tables(run_dir, USERS, ITEMS)
