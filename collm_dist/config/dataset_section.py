@@ -40,11 +40,11 @@ class ItemColumnsConfig(Section):
     item_id: str = Field("item_id", description="Column of the item's id, as in the interactions.")
     title: str = Field("title", description="Column of the item's title.")
     available_from: str | None = optional(
-        "Column of the time from which an item may be offered, in the forms of timestamps; an empty cell: always. "
+        "Column of the time from which an item may be offered, in the forms of timestamps; an empty cell means always. "
         "Rankings leave out items that are not available; training and evaluation do not read these times."
     )
     available_until: str | None = optional(
-        "Column of the time from which an item is no longer offered; an empty cell: never."
+        "Column of the time from which an item is no longer offered; an empty cell means never."
     )
 
     def list_windows(self) -> dict[str, str]:

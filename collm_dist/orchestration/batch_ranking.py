@@ -35,7 +35,7 @@ ROWS_PER_PART = 128
 _RETRIEVAL = "cf:"
 # Counts of what the run does not know; release 0.1 has not counted it.
 _UNKNOWN = ("unknown_users", "unknown_history_ids", "users_with_unknown_history_ids")
-# Counts of what is left out, of runs that know times of availability.
+# Counts of left-out candidates and of their users, for runs with availability windows.
 _LEFT_OUT = ("unavailable_candidates", "users_with_unavailable_candidates", "users_without_candidates")
 _REMEDY = "set --output to a new folder, or delete this one"
 

@@ -55,7 +55,7 @@ def choose_runs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
         elif not path.exists():
             leftover = path.with_name(f"{_REMOVED}{path.name}")
             remedy = f"; its removal was interrupted: remove {leftover} too" if leftover.exists() else ""
-            raise DataError(f"--runs: there is no {path}; name run directories that exist{remedy}")
+            raise DataError(f"--runs: {path} does not exist; name existing run directories{remedy}")
         elif not (path / "data").is_dir():
             skipped.append(f"{path}: skipped, not a run directory (it has no folder data)")
         else:

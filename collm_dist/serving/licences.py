@@ -1,4 +1,4 @@
-"""Licences of an export's parts, and what the Hub calls them."""
+"""Licences of an export's parts, with their identifiers on the Hub."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_runs_to_search_for_users_exist_and_what_is_skipped_is_said(tmp_path):
     runs, skipped = choose_runs([tmp_path / "one", *others])
     assert runs == [tmp_path / "one"]
     assert [line.partition(": skipped, ")[0] for line in skipped] == list(map(str, others))
-    with pytest.raises(DataError, match=r"there is no .*typo/\*; name run directories that exist$"):
+    with pytest.raises(DataError, match=r"typo/\* does not exist; name existing run directories$"):
         choose_runs([tmp_path / "one", tmp_path / "typo" / "*"])
     with pytest.raises(DataError, match=r"none of these is a run directory:\n  .*cache: skipped.*\n  .*current: "):
         choose_runs(others)

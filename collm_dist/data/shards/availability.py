@@ -22,7 +22,7 @@ class Availability:
     """
 
     def __init__(self, starts: IntArray, ends: IntArray) -> None:
-        """Store (I,) seconds since 1970; the least and the largest int64 are no limit."""
+        """Store (I,) seconds since 1970; the smallest and the largest int64 mean no limit."""
         limits = np.iinfo(np.int64)
         self._starts, self._ends = starts, ends
         self.has_window: NDArray[np.bool_] = (starts > limits.min) | (ends < limits.max)
