@@ -63,7 +63,7 @@ lock: environment
 
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
-	@echo "open build/site/index.html; its search needs a server: python -m http.server --directory build/site"
+	@echo "open build/site/index.html"
 
 ifeq ($(origin VENV),file)
 environment: $(STAMP)

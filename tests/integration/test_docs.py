@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.doc_blocks import (
     strip_blocks,
 )
 from tests.integration.docs_folder import prepare_folder, run_block
+from tests.integration.test_screenshots import load_script
 
 PAGES = list_pages()
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
@@ -161,6 +163,19 @@ def test_the_site_asks_nobody_else_for_anything(site):
         assert found is None, f"{path.relative_to(site)}: {found[0]}"
     for path in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", path.read_text(encoding="utf-8")), path.name
+
+
+def test_the_search_works_from_a_folder(site):
+    with load_script().open_browser() as window:
+        window.get((site / "index.html").as_uri())
+        window.execute_script("document.querySelector('[data-md-toggle=search]').click()")
+        window.find_element("css selector", "[data-md-component=search-query]").send_keys("early_stop_patience")
+        deadline, found = time.monotonic() + 60, []
+        while not found and time.monotonic() < deadline:
+            time.sleep(0.2)
+            found = window.find_elements("css selector", ".md-search-result__link")
+        assert "recipes.html" in " ".join(link.get_attribute("href") for link in found)
+        assert window.get_log("browser") == []
 
 
 def test_figures_are_drawn_and_shown(tmp_path):
