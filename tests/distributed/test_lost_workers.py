@@ -75,16 +75,17 @@ def test_a_hanging_rank_ends_the_job_with_all_stack_traces(copy_run, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_suspended_rank_is_noticed_by_its_peers(copy_run, whole):
-    """No collective times out and no connection closes: only heartbeats show it."""
+@pytest.mark.parametrize(("launcher", "rank"), [(TORCHRUN, 1), (DEEPSPEED, 0)])
+def test_a_suspended_rank_is_noticed_by_its_peers(copy_run, whole, launcher, rank):
+    """No collective times out and no connection closes: only heartbeats show it. DeepSpeed's rank 0 keeps the store."""
     folder, overrides = copy_run("run")
-    process = start(TORCHRUN, [*overrides, *STAGE1])
+    process = start(launcher, [*overrides, *STAGE1])
     wait_for_step(process, folder, "stage1", 8)
-    find_worker(process, 1).send_signal(signal.SIGSTOP)
+    find_worker(process, rank).send_signal(signal.SIGSTOP)
     stopped_at = time.monotonic()
     output, _ = process.communicate(timeout=3 * MINUTE)  # torchrun waits 30 s for a process that ignores SIGTERM
     print(f"ended after {time.monotonic() - stopped_at:.1f} s")
-    assert "no heartbeat from process 1 for 30 seconds" in output
+    assert f"no heartbeat from process {rank} for 30 seconds" in output
     run(TORCHRUN, [*overrides, *STAGE1])
     assert_same_training(folder, whole, stages=("stage1",))
 
