@@ -28,12 +28,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from collm_dist.data.ingest.forgotten_users import load_forgotten
     from collm_dist.data.ingest.id_forms import drop_fractions
     from collm_dist.data.shards.interactions import load_known_users
-    from collm_dist.runs.user_deletion import choose_runs, find_held_users, remove_runs
+    from collm_dist.runs.user_deletion import choose_runs, find_held_users, remove_leftovers, remove_runs
 
     def load_ids(data_dir: Path) -> list[str]:  # as in the list
         return [str(user) for user in drop_fractions(pa.array(load_known_users(data_dir), pa.string())).to_pylist()]
 
-    paths, skipped = choose_runs(arguments.runs)
+    paths, skipped = choose_runs(arguments.runs) if arguments.runs else ([], [])
     store = None if arguments.events is None else _open_store(arguments.events)
     users = load_forgotten(arguments.users, "--users")
     runs = find_held_users(paths, users, load_ids)
@@ -41,9 +41,10 @@ def _run(arguments: argparse.Namespace) -> None:
     for run in runs:
         count = "unknown: its data step is unfinished" if run.count is None else f"{run.count:,} listed users"
         print(f"{run.path}: {count}")
-    removed = remove_runs(runs) if arguments.apply else []
-    for path in removed:
-        print(f"removed {path}")
+    if arguments.apply:
+        for path in remove_runs(runs):
+            print(f"removed {path}")
+        remove_leftovers(arguments.runs)
     events = 0 if store is None else _forget_events(store, users.to_pylist(), arguments.apply)
     for run in runs:
         if run.count and run.published_to is not None:
@@ -80,11 +81,13 @@ def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--users", required=True, metavar="URI", help="Parquet or CSV with a column user_id")
-    parser.add_argument("--runs", required=True, nargs="+", type=Path, metavar="R", help="run directories, all of them")
+    parser.add_argument("--runs", default=[], nargs="+", type=Path, metavar="R", help="run directories, all of them")
     parser.add_argument("--events", type=Path, metavar="DIR", help="store of the service's events, to remove theirs")
     parser.add_argument("--apply", action="store_true", help="remove the runs; by default they are only listed")
     try:
         arguments = parser.parse_args()
+        if not arguments.runs and arguments.events is None:
+            parser.error("name --runs, --events or both")
     except SystemExit as stop:  # argparse has printed the help or the error
         return int(stop.code or 0)
     return run_reporting(lambda: _run(arguments))

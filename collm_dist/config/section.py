@@ -47,7 +47,8 @@ def optional(description: str, **constraints: Any) -> Any:
     return Field(None, description=description, json_schema_extra={"optional": True}, **constraints)
 
 
-# A user with a password, which may contain a slash; a port behind a host is none. Over HTTP a name alone is a token.
+# A user with a password, which may contain a slash. A port after the host is not a password. Over HTTP, a user name
+# alone may be a token.
 _SECRET_IN_ADDRESS = re.compile(
     r"[a-z][\w+.-]*://([^/?#@]*:[^/?#@]*@|[^/?#@\[\]]*:(?!\d*(?:[/?#]|$))[^?#]*@)|https?://[^/?#]*@", re.IGNORECASE
 )

@@ -51,8 +51,10 @@ def accept_config(
     """
     steps = [step for step in list_steps(config) if step in own]
     for step in force:
+        if step not in own:
+            raise ConfigError(f"--force {step}: this command does not run {step}; it runs {', '.join(own)}")
         if step not in steps:
-            raise ConfigError(f"--force {step}: this command does not run {step}; it runs {', '.join(steps)}")
+            raise ConfigError(f"--force {step}: {step}.enabled is false; set it to true, or omit --force {step}")
     check_tracker(config)
     check_links(run_dir.path)
     for step in list_steps(config):
@@ -76,10 +78,12 @@ def _check_step(config: Config, run_dir: RunDir, step: Step, *, is_own: bool) ->
     else:
         recorded = run_dir.read_record(step).get("fingerprint", {})
         settings = compute_fingerprint(config, step, run_dir, skip_missing=True)
-        fingerprint = recorded | {key: value for key, value in settings.items() if key.startswith("config.")}
+        inputs = {key: value for key, value in recorded.items() if not key.startswith("config.")}
+        fingerprint = inputs | {key: value for key, value in settings.items() if key.startswith("config.")}
         if step == "data":
             fingerprint |= describe_wanted(config.dataset, recorded)
+    remedy = f"--force {step}" if is_own else f"collm-dist run --force {step}"
     if step == "eval":
-        is_report_current(run_dir, fingerprint)
+        is_report_current(run_dir, fingerprint, remedy)
     else:
-        is_step_current(run_dir, step, fingerprint)
+        is_step_current(run_dir, step, fingerprint, remedy)

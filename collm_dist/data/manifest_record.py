@@ -118,7 +118,7 @@ def drop_examples(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_value(example: str, causes: Iterable[str]) -> str:
-    """Return ``file:line: cause`` of an example of ``BadRows``, without what stands there: it may be a user's id."""
+    """Return ``file:line: cause`` of an example of ``BadRows``, without the cell's value, which may be a user's id."""
     for cause in sorted(causes, key=len, reverse=True):
         place, mark, _ = example.partition(f": {cause}")
         if mark:

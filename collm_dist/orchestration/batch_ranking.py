@@ -14,7 +14,7 @@ import ray
 from tqdm import tqdm
 
 from collm_dist.config import Config
-from collm_dist.data.shards.availability import Availability
+from collm_dist.data.shards.availability import WINDOW_COLUMNS
 from collm_dist.data.shards.interactions import load_item_table
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, RequestError
@@ -131,7 +131,7 @@ def _prepare(
         "cutoffs": list(config.evaluation.cutoffs),
     }
     items = load_item_table(run_dir.step_dir("data"))
-    if Availability.read(items) is not None:  # windows are not part of the data's hash: no model depends on them
+    if set(WINDOW_COLUMNS) & set(items):  # windows are not part of the data's hash: no model depends on them
         made_from["items"] = load_manifest(run_dir.step_dir("data")).tables["items.parquet"]
     if folder.plan.exists():
         plan = read_json_file(folder.plan, "made_from", "sizes", remedy=_REMEDY)
@@ -245,8 +245,9 @@ def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return total
     total["judged_users"] = sum(record["judged_users"] for record in judged)
     total["recall"] = sum(record["recall"] for record in judged) / total["judged_users"]
-    for name in [name for name in judged[0] if name.startswith("ndcg@")]:
-        sums = {key: sum(record[name][key] for record in judged) for key in ("users", "llm", "cf", "gain_squares")}
+    compared = [record for record in judged if any(name.startswith("ndcg@") for name in record)]
+    for name in [name for record in compared[:1] for name in record if name.startswith("ndcg@")]:
+        sums = {key: sum(record[name][key] for record in compared) for key in ("users", "llm", "cf", "gain_squares")}
         if users := sums["users"]:
             gain = (sums["llm"] - sums["cf"]) / users
             variance = max(sums["gain_squares"] / users - gain**2, 0.0)
@@ -276,12 +277,14 @@ def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[s
             f"WARNING: {summary['unknown_history_ids']:,} ids in lists of items of "
             f"{summary['users_with_unknown_history_ids']:,} users are not in the run's item table and are skipped"
         )
-    if any(summary.get(name) for name in _LEFT_OUT):
+    if summary.get("unavailable_candidates"):
         lines.append(
             f"WARNING: {summary['unavailable_candidates']:,} candidates of "
             f"{summary['users_with_unavailable_candidates']:,} users were not available at as_of, or when the job "
-            f"began, and are left out; {summary['users_without_candidates']:,} users have no candidates, so no rows"
+            "began, and are left out"
         )
+    if summary.get("users_without_candidates"):
+        lines.append(f"WARNING: {summary['users_without_candidates']:,} users have no candidates, so no rows")
     if "recall" in summary:
         lines.append(
             f"{summary['judged_users']:,} users with known likes, of which the candidates hold {summary['recall']:.1%}"

@@ -25,7 +25,7 @@ from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import RECORD, pin_previous, promote
 from collm_dist.runs.publish import Publisher, build_publisher
 from collm_dist.runs.reuse import find_reusable, link_step
-from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.runs.run_dir import STEPS, RunDir, Step
 from collm_dist.runs.status import RunStatus
 from collm_dist.runs.step_processes import build_command, build_environment, run_child
 from collm_dist.runs.stop_signals import preemptible
@@ -130,8 +130,8 @@ def _run_steps(
     if publisher is not None:  # first, so that an unwritable destination is found before the work
         publisher.publish_file(CONFIG_FILE)
     forced = False
-    # The workers of a Ray session end with it, after the steps' own blocks.
-    with clear_unfinished(run_dir.path), ExitStack() as ray_session:
+    # The workers of a Ray session end with it, after the steps' own blocks. The run's status is still being written.
+    with clear_unfinished(*map(run_dir.step_dir, STEPS)), ExitStack() as ray_session:
         for step in list_steps(config):
             status.enter(step)
             forced = forced or step in force

@@ -46,13 +46,14 @@ def open_atomic(path: Path, mode: str = "w", size_bytes: int | None = None) -> I
 
 
 @contextmanager
-def clear_unfinished(folder: Path) -> Iterator[None]:
-    """Delete the temporary files below a folder if the block is stopped: killed worker processes leave them."""
+def clear_unfinished(*folders: Path) -> Iterator[None]:
+    """Delete the temporary files below folders if the block is stopped: killed worker processes leave them."""
     try:
         yield
     except (KeyboardInterrupt, Preempted):
-        for path in folder.rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        for folder in folders:
+            for path in () if folder.is_symlink() else folder.rglob(".*.tmp"):  # a link leads to another run
+                path.unlink(missing_ok=True)
         raise
 
 

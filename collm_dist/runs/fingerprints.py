@@ -117,8 +117,14 @@ def find_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     ]
 
 
-def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any]) -> bool:
+def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any], remedy: str | None = None) -> bool:
     """Return whether the step is done with this fingerprint.
+
+    Args:
+        run_dir: the run.
+        step: the step.
+        fingerprint: what the step would be made with now.
+        remedy: command, or argument of this one, that redoes the step; default ``--force STEP``.
 
     Raises:
         ArtifactError: it is done with another fingerprint; the message names the differing keys and the remedies.
@@ -127,16 +133,19 @@ def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any])
         return False
     changes = find_changes(run_dir.read_record(step).get("fingerprint", {}), fingerprint)
     if changes:
+        remedy = (remedy or f"--force {step}") + ("" if step == "eval" else "; later steps follow")
         raise ArtifactError(
             f"step '{step}' in {run_dir.path} was made with other settings or inputs:\n  "
             + "\n  ".join(changes)
-            + f"\nEither redo it (--force {step}; later steps follow) or set run.dir to a new directory."
+            + f"\nEither redo it ({remedy}) or set run.dir to a new directory."
         )
     return True
 
 
-def is_report_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
+def is_report_current(run_dir: RunDir, fingerprint: Mapping[str, Any], remedy: str | None = None) -> bool:
     """Return whether the report is done with this fingerprint; if only steps have been added since, it is out of date.
+
+    Arguments as for ``is_step_current``.
 
     Raises:
         ArtifactError: it is done with another fingerprint, see ``is_step_current``.
@@ -146,4 +155,4 @@ def is_report_current(run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
         added = {key for key in fingerprint if key not in recorded and key.startswith("upstream.")}
         if added and not find_changes(recorded, {key: fingerprint[key] for key in fingerprint if key not in added}):
             return False
-    return is_step_current(run_dir, "eval", fingerprint)
+    return is_step_current(run_dir, "eval", fingerprint, remedy)

@@ -64,9 +64,9 @@ def pin_previous(config: Config) -> Config:
 
 
 def _check_first(config: Config, link: Path) -> None:
-    """Refuse a run that began without an extension while another run is in use, which it would never be compared with.
+    """Refuse a run that began without ``dataset.extend_from`` if another run is in use: it would not be compared.
 
-    The first run was in use before. A decision that compares with another baseline needs no earlier run.
+    The first run of all is accepted, and so is a run that was decided with another baseline than the previous run.
     """
     decision = _read_decision(Path(config.run.dir) / RECORD)
     if decision is None or (config.promotion.baseline == "previous" and decision.get("reason") != _FIRST):

@@ -87,8 +87,8 @@ class RunDir:
     def withdraw(self, step: Step) -> None:
         """Delete a step's record before its files change.
 
-        What is linked from another run, the step or entries of its folder, is unlinked: those files must not change. A
-        link ``checkpoints`` stays; it leads to another disk.
+        Links to another run, of the step's folder or its entries, are removed, so that the other run's files do not
+        change. A link ``checkpoints`` stays; it leads to another disk.
         """
         folder = self.step_dir(step)
         if folder.is_symlink():

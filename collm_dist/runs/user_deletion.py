@@ -46,21 +46,23 @@ def choose_runs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     """Return the run directories among paths, and a line on each path that is skipped.
 
     Raises:
-        DataError: a path does not exist, or none of them is a run directory.
+        DataError: a path does not exist, or none of them is a run directory. A path whose removal was interrupted is
+            skipped: ``remove_leftovers`` finishes it.
     """
-    runs, skipped = [], []
+    runs, skipped, unfinished = [], [], False
     for path in paths:
         if path.is_symlink():
             skipped.append(f"{path}: skipped, a link to {path.resolve()}")
+        elif path.with_name(f"{_REMOVED}{path.name}").exists() and not path.exists():
+            skipped.append(f"{path}: its removal was interrupted, and --apply finishes it")
+            unfinished = True
         elif not path.exists():
-            leftover = path.with_name(f"{_REMOVED}{path.name}")
-            remedy = f"; its removal was interrupted: remove {leftover} too" if leftover.exists() else ""
-            raise DataError(f"--runs: {path} does not exist; name existing run directories{remedy}")
+            raise DataError(f"--runs: {path} does not exist; name existing run directories")
         elif not (path / "data").is_dir():
             skipped.append(f"{path}: skipped, not a run directory (it has no folder data)")
         else:
             runs.append(path)
-    if not runs:
+    if not runs and not unfinished:
         raise DataError("--runs: none of these is a run directory:\n  " + "\n  ".join(skipped))
     return runs, skipped
 
@@ -122,10 +124,15 @@ def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
                 _copy_link_target(link)
     for path in targets:  # rename first: an incomplete run must not look like a run
         path.rename(path.with_name(f"{_REMOVED}{path.name}"))
-    for folder in {run.path.absolute().parent for run in held}:
+    remove_leftovers(run.path for run in held)
+    return targets
+
+
+def remove_leftovers(runs: Iterable[Path]) -> None:
+    """Delete what is left of removed runs beside the given ones, also of an interrupted removal."""
+    for folder in {path.absolute().parent for path in runs}:
         for leftover in folder.glob(f"{_REMOVED}*"):
             shutil.rmtree(leftover)
-    return targets
 
 
 def _find_links(run: Path) -> Iterator[Path]:

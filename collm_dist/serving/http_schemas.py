@@ -170,8 +170,8 @@ class RankAnswer(BaseModel):
 
     ranked: list[RankedItemBody]
     warnings: list[str] = Field(
-        description="What the run does not know, the user or ids in lists of items; and candidates that are "
-        "left out because they are not available."
+        description="An unknown user, unknown ids in lists of items, and candidates left out because they are not "
+        "available."
     )
     model: str = Field(description="Model that scored, as in /healthz.")
 

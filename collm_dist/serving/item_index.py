@@ -19,7 +19,8 @@ from collm_dist.data.shards.context_block import IntArray
 
 Vectors = NDArray[np.float32]
 
-# Below, products with all vectors take no longer than the index (benchmarks/results/retrieval_cpu.json).
+# Products with all vectors are faster than the index with one million items and slower with ten
+# (benchmarks/results/retrieval_cpu.json). Between them an index gains too little for its memory and its minutes.
 EXACT_BELOW = 5_000_000
 MIN_RECALL = 0.95
 # Items per query over which the recall is measured.

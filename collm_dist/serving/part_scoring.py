@@ -106,11 +106,14 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
             "users_without_candidates": len(requests) - len(filled),
         }
     scores = dict(zip(filled, scored, strict=True))
-    labelled = [index for index in filled if labels[index] is not None and any(labels[index] or ())]
+    labelled = [index for index in range(len(requests)) if any(labels[index] or ())]
     if labelled and recommender.has_cf:
         truths = [_list_truths(original[index], requests[index], labels[index] or []) for index in labelled]
-        by_cf = recommender.score_cf([requests[index] for index in labelled])
-        record |= _compare(truths, [scores[index] for index in labelled], by_cf, recommender.config.evaluation.cutoffs)
+        record |= {"judged_users": len(truths), "recall": float(sum(recall for _, recall in truths))}
+        if judged := [(index, truth) for index, (truth, _) in zip(labelled, truths, strict=True) if index in scores]:
+            by_cf = recommender.score_cf([requests[index] for index, _ in judged])
+            ours, cutoffs = [scores[index] for index, _ in judged], recommender.config.evaluation.cutoffs
+            record |= _compare([truth for _, truth in judged], ours, by_cf, cutoffs)
     _write_scores(folder.scores(part), recommender, requests, scores)
     write_json(folder.record(part), record)
     return record
@@ -149,15 +152,15 @@ def _list_truths(original: RankingRequest, request: RankingRequest, labels: Sequ
 
 
 def _compare(
-    truths: Sequence[tuple[list[int], float]], ours: Sequence[Scores], by_cf: Sequence[Scores], cutoffs: Sequence[int]
+    truths: Sequence[list[int]], ours: Sequence[Scores], by_cf: Sequence[Scores], cutoffs: Sequence[int]
 ) -> dict[str, Any]:
     """Return sums over the users with a known like, from which means and their standard errors follow.
 
     A list without a liked item has no correct order: it counts in the recall only.
     """
-    groups = np.repeat(np.arange(len(truths)), [len(labels) for labels, _ in truths])
-    flat = np.concatenate([labels for labels, _ in truths])
-    sums: dict[str, Any] = {"judged_users": len(truths), "recall": float(sum(recall for _, recall in truths))}
+    groups = np.repeat(np.arange(len(truths)), [len(labels) for labels in truths])
+    flat = np.concatenate(truths)
+    sums: dict[str, Any] = {}
     for k in cutoffs:
         llm, cf = (compute_group_ndcg(flat, np.concatenate(scores), groups, k).values for scores in (ours, by_cf))
         gain = llm - cf

@@ -105,7 +105,7 @@ def test_a_file_is_ranked_at_the_time_when_its_job_began(run_with_windows, tmp_p
     row = {"labels": None, "history": LIKED, "as_of": None}
     rows = [
         {**row, "user_id": "a", "candidates": CANDIDATES, "labels": [1, 1, 0, 0, 1, 0]},
-        {**row, "user_id": "b", "candidates": GONE},
+        {**row, "user_id": "b", "candidates": GONE, "labels": [0] * (len(GONE) - 1) + [1]},
         {**row, "user_id": "c", "candidates": GONE, "as_of": START},
     ]
     source = write_requests(tmp_path / "users.parquet", rows)
@@ -120,12 +120,14 @@ def test_a_file_is_ranked_at_the_time_when_its_job_began(run_with_windows, tmp_p
     table = pq.read_table(folder.scores(0)).to_pydict()
     assert table["user_id"] == ["a"] * 4 + ["c"] * 3
     assert not set(table["item_id"][:4]) & set(GONE)
-    assert record["recall"] == pytest.approx(2 / 3)  # of the likes, one is left out
+    assert (record["judged_users"], record["recall"]) == (2, pytest.approx(2 / 3))  # of 3 likes 2, and of 1 none
+    assert {record[name]["users"] for name in record if name.startswith("ndcg@")} == {1}
     summary = scoring._summarize([record]) | {"seconds": 1.0, "actors": 1}
-    assert (
-        "WARNING: 5 candidates of 2 users were not available at as_of, or when the job began, and are left out; "
-        "1 users have no candidates, so no rows"
-    ) in scoring.describe_summary(summary, folder)
+    assert summary["recall"] == pytest.approx(1 / 3)
+    assert scoring.describe_summary(summary, folder)[2:4] == [
+        "WARNING: 5 candidates of 2 users were not available at as_of, or when the job began, and are left out",
+        "WARNING: 1 users have no candidates, so no rows",
+    ]
     other = shutil.copytree(run_with_windows, tmp_path / "run")
     path = other / "data" / "items.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["available_from", "available_until"]), path)

@@ -158,6 +158,9 @@ def test_events_of_listed_users_are_counted_and_then_deleted(finished_run, tmp_p
     code, shown = run(store.folder, "--apply")
     assert (code, (tmp_path / "run").exists()) == (0, False)
     assert f"{store.folder}: 3 events of listed users removed; restart the service if it runs" in shown
+    assert run(store.folder)[0] == 2  # the run does not exist any more
+    monkeypatch.setattr(sys, "argv", ["x", "--users", str(tmp_path / "forget.csv"), "--events", str(store.folder)])
+    assert forget_users.main() == 0
     assert store.read(users).users == {"7": [], "a visitor": [], "8": [("3", 1_030_000_002, 1)]}
     assert not any(b"a visitor" in path.read_bytes() for path in store.folder.glob("events*"))
 

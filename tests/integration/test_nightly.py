@@ -150,8 +150,11 @@ def test_earlier_runs_that_hold_forgotten_users_are_found_and_removed(nights, tm
     assert "which is in use" in shown
     assert (folder / "two" / "stage1" / "merged").is_symlink()
     (folder / "in-use").unlink()
-    code, shown = run(folder / "one", folder / "two", "--apply")
+    (folder / ".removed-older" / "data").mkdir(parents=True)  # as if the command had been killed
+    code, shown = run(folder / "older", folder / "one", folder / "two", "--apply")
     assert code == 0, shown
+    assert f"{folder / 'older'}: its removal was interrupted, and --apply finishes it" in shown
+    assert not (folder / ".removed-older").exists()
     assert {path.name for path in folder.iterdir()} >= {"two", "current"}
     assert not [path for path in folder.iterdir() if "one" in path.name]
     assert not (folder / "two" / "stage1" / "merged").is_symlink()

@@ -51,7 +51,7 @@ def test_a_report_with_other_settings_keeps_the_config(tmp_path, own, missing):
         run_dir.withdraw(missing)
     accept_config(config, run_dir, own=own)
     changed = change_settings(config, {"evaluation.confidence": 0.9})
-    with pytest.raises(ArtifactError, match=r"config\.evaluation\.confidence: 0\.95 -> 0\.9\n.*--force eval"):
+    with pytest.raises(ArtifactError, match=r"config\.evaluation\.confidence: 0\.95 -> 0\.9\n.*--force eval\)"):
         accept_config(changed, run_dir, own=own)
     assert (run_dir.path / CONFIG_FILE).read_text() == dump_config(config)
     accept_config(changed, run_dir, force=["eval"], own=("eval",))
@@ -70,8 +70,12 @@ def test_a_report_of_fewer_steps_is_made_again(tmp_path):
 def test_a_setting_that_was_not_set_is_compared_by_commands_of_other_steps(tmp_path):
     config = configure(tmp_path / "run")
     run_dir = finish(config)
-    with pytest.raises(ArtifactError, match=r"config\.cf\.item_text: \(absent\) -> 16"):
-        accept_config(change_settings(config, {"cf.item_text": 16}), run_dir, own=("eval",))
+    with_texts = change_settings(config, {"cf.item_text": 16})
+    with pytest.raises(ArtifactError, match=r"config\.cf\.item_text: \(absent\) -> 16\n.*collm-dist run --force cf;"):
+        accept_config(with_texts, run_dir, own=("eval",))
+    finish(with_texts)
+    with pytest.raises(ArtifactError, match=r"config\.cf\.item_text: 16 -> \(absent\)"):
+        accept_config(config, run_dir, own=("eval",))
 
 
 @pytest.fixture

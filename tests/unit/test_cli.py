@@ -90,8 +90,11 @@ def test_force_names_steps_of_the_command_alone(run, tmp_path):
 
     config = load_config(tmp_path / "config.yaml", ["stage1.enabled=false"])
     folder = RunDir(tmp_path / "run")
-    for own, runs in ((["stage2"], "stage2"), (STEPS, "data, cf, stage2, eval")):
-        with pytest.raises(ConfigError, match=f"--force stage1: this command does not run stage1; it runs {runs}$"):
+    for own, reason in (
+        (["stage2"], "this command does not run stage1; it runs stage2"),
+        (STEPS, r"stage1\.enabled is false; set it to true, or omit --force stage1"),
+    ):
+        with pytest.raises(ConfigError, match=f"--force stage1: {reason}$"):
             accept_config(config, folder, ["stage1"], own)
     assert not folder.path.exists()
 

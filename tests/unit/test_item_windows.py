@@ -170,3 +170,29 @@ def test_times_of_a_published_layout_and_of_a_delta_table(tmp_path):
     table = pa.table({"item_id": ["a"], "title": ["A"], "since": [day], "till": pa.nulls(1, pa.date32())})
     write_deltalake(tmp_path / "items", table)
     assert list_times(read(tmp_path, str(tmp_path / "items")).table) == {"a": (DAY, None)}
+
+
+@pytest.mark.parametrize(
+    ("never", "later", "unit"),
+    [
+        ("99991231", "20300101", "YYYYMMDD"),
+        ("253402300799", "1893456000", "s"),
+        ("253402300799000", "1893456000000", "ms"),
+        ("253402214400", "1893456000", "s"),
+    ],
+)
+def test_never_is_never_even_if_all_first_rows_have_it(tmp_path, never, later, unit):
+    source = open_source(build(tmp_path, [f"a,A,,{never}", "b,B,,", f"c,C,,{never}"]))
+    assert source.windows.unit == source.describe()["item_times_unit"] == unit
+    times = list_times(source.read_items().table)
+    assert all(end is None or end >= 253_402_214_400 for _, end in times.values())
+    mixed = read(tmp_path, [f"a,A,,{never}", f"b,B,,{never}", f"c,C,,{later}"])
+    assert list_times(mixed.table)["c"] == (None, 1_893_456_000)
+    assert not mixed.bad_rows.counts
+
+
+def test_a_bad_row_is_counted_once(tmp_path):
+    items = read(tmp_path, [",A,soon,", "b,B,1970-01-02,"])
+    assert items.rows_read == 2
+    assert sum(items.bad_rows.counts.values()) == 1
+    assert items.repairs["items without an id"] == 1

@@ -114,7 +114,9 @@ def test_the_type_of_a_packed_file_is_that_of_the_file_in_it(tmp_path, codec, su
         path = tmp_path / f"a.jsonl{suffix}"
         with pa.output_stream(path, compression=codec) as file:
             file.write(b'{"user_id": "u", "item_id": "i", "timestamp": 5, "rating": 4}\n')
-        assert read(path=str(path), **RATINGS)[0].columns.tolist()
+        assert read(path=str(path), **RATINGS)[0][["user_id", "item_id", "timestamp"]].values.tolist() == [
+            ["u", "i", 5]
+        ]
         assert open_source(DatasetConfig(path=str(path), **RATINGS)).describe()["types"]["rating"] == "int64"
 
 

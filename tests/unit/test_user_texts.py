@@ -196,5 +196,8 @@ def test_the_preview_shows_the_texts_as_they_are_understood(tmp_path):
         "user file: 1 x users without any value",
         "user u1: 24 years, Delft & Leiden",
     ]
+    (tmp_path / "forget.csv").write_text("user_id\nu1\n")
+    forgetting = dataset.model_copy(update={"forget": str(tmp_path / "forget.csv")})
+    assert "Delft & Leiden" not in "\n".join(preview_rows(open_source(forgetting)))
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\n1,a,1000000000,5\n2,a,1000000001,1\n")
     assert f"WARNING: {NO_MATCH}" in preview_rows(open_source(dataset))

@@ -53,7 +53,7 @@ class FileFormat:
 
 
 def find_named_kind(name: str) -> Literal["text", "parquet", "json"]:
-    """Return the file type that a file's name stands for."""
+    """Return the file type by the suffix of a file's name."""
     plain = name.lower()
     for suffix in chain.from_iterable(PACKED_SUFFIXES.values()):
         plain = plain.removesuffix(suffix)

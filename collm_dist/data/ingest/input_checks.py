@@ -6,16 +6,18 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from collm_dist.config import DatasetConfig
-from collm_dist.data.ingest.file_format import BadRows
+from collm_dist.data.ingest.file_format import PACKED_SUFFIXES, BadRows
 from collm_dist.data.ingest.item_texts import ItemCatalogue
 from collm_dist.errors import DataError
 from collm_dist.storage import split_query
 
 # Of packed files, and of the copies that editors make. Files of different types may well share a table: one a day, say.
-_SUFFIXES = re.compile(r"(\.(gz|bz2|zstd?|lz4|br|bak|orig)|~)+$", re.IGNORECASE)
+_ENDINGS = (*chain.from_iterable(PACKED_SUFFIXES.values()), ".bak", ".orig", "~")
+_SUFFIXES = re.compile(rf"({'|'.join(map(re.escape, _ENDINGS))})+$", re.IGNORECASE)
 
 
 def check_reads(

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.file_format import LINE_COLUMN, NULLS, BadRows
 from collm_dist.data.ingest.normalize import (
+    DATE_DIGITS,
     FIRST_SECOND,
     LAST_SECOND,
     UNIT_LIMITS,
@@ -26,7 +27,8 @@ from collm_dist.data.ingest.normalize import (
 from collm_dist.data.shards.availability import WINDOW_COLUMNS, Availability
 
 # The last day, which stands for never: it says nothing about the unit of the other numbers.
-_NEVER = (99991231, 999912312359, 99991231235959)
+_LAST_DATES = (99991231, 999912312359, 99991231235959)
+_LAST_SECONDS = (LAST_SECOND - 86_399, LAST_SECOND)
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,20 @@ class ItemWindows:
     unit_is_guessed: bool
     time_format: str | None
 
-    def read(self, table: Any, place: str, bad_rows: BadRows) -> tuple[Any, dict[str, Any]]:
+    def read(self, table: Any, place: str, bad_rows: BadRows, without_id: Any) -> tuple[Any, dict[str, Any]]:
         """Return the usable rows of a table, and their times by the name of ``WINDOW_COLUMNS``, None without a limit.
 
         Args:
             table: rows of an item file.
             place: the file, for examples.
             bad_rows: counts rows with a value that is not a time, and rows whose window is empty.
+            without_id: (N,) rows that are in the counts already, and are kept.
         """
         usable, times = np.ones(table.num_rows, dtype=bool), dict[str, Any]()
+        has_id = pc.invert(without_id).to_numpy(zero_copy_only=False)
 
         def drop(bad: Any, cause: str, column: str) -> None:
-            if (dropped := bad & usable).any():
+            if (dropped := bad & usable & has_id).any():
                 first = int(dropped.argmax())
                 value = show_value(table.column(column).slice(first, 1))
                 bad_rows.add(cause, int(dropped.sum()), f"{place}:{table.column(LINE_COLUMN)[first]}", value)
@@ -98,9 +102,17 @@ def find_windows(dataset: DatasetConfig, first: Any) -> ItemWindows | None:
     unit, is_guessed = dataset.timestamp_unit.replace("auto", "s"), dataset.timestamp_unit == "auto"
     if is_guessed:
         numbers = [to_numbers(column) for column in map(first.column, columns.values()) if not has_dates(column)]
-        values = np.concatenate([np.zeros(0), *numbers])
-        unit = guess_unit(values[~np.isin(values, _NEVER)])
+        unit = _guess_unit(np.concatenate([np.zeros(0), *numbers]))
     return ItemWindows(columns, unit, is_guessed, dataset.time_format)
+
+
+def _guess_unit(values: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    never = {unit: np.isin(values, [second * factor for second in _LAST_SECONDS]) for unit, factor in UNITS.items()}
+    never[DATE_DIGITS] = np.isin(values, _LAST_DATES)
+    others = values[~np.any(list(never.values()), axis=0)]
+    if np.isfinite(others).any():
+        return guess_unit(others)
+    return next((unit for unit, found in never.items() if found.any()), "s")
 
 
 def read_windows(items: Any) -> Availability | None:

@@ -194,7 +194,7 @@ class Source:
             if count := pc.sum(missing).as_py():
                 line = table.column(LINE_COLUMN)[pc.index(missing, True).as_py()]
                 bad_rows.add(WITHOUT_ID, count, f"{uri}:{line}")
-            table, windows = (table, {}) if self.windows is None else self.windows.read(table, uri, bad_rows)
+            table, windows = (table, {}) if self.windows is None else self.windows.read(table, uri, bad_rows, missing)
             sizes.append(table.num_rows)
             yield table, windows
 
@@ -235,6 +235,9 @@ class Source:
                 guesses.append(f"cells are separated by {delimiter} (dataset.delimiter)")
         if self.timestamp_unit == DATE_DIGITS:
             guesses.append(f"{self.columns.timestamp} holds dates in digits, YYYYMMDD (dataset.timestamp_unit)")
+        if self.windows is not None and self.windows.unit == DATE_DIGITS:
+            names = " and ".join(self.windows.columns.values())
+            guesses.append(f"item file: {names} hold dates in digits, YYYYMMDD (dataset.timestamp_unit)")
         if self.unfiltered:
             columns = ", ".join(self.unfiltered)
             guesses.append(f"parts of dataset.new_events have no {columns}, so dataset.row_filter keeps all their rows")
@@ -249,6 +252,7 @@ class Source:
             # Text files are read as bytes, so that invalid UTF-8 can be counted.
             "types": {name: "text" if kind == "binary" else kind for name, kind in self.column_types.items()},
             "timestamp_unit": self.timestamp_unit,
+            **({} if self.windows is None else {"item_times_unit": self.windows.unit}),
             **self.first_rows,
             "items": list(self.items_uris) or "none: item ids are used as item texts",
         }
@@ -293,8 +297,8 @@ def open_source(dataset: DatasetConfig) -> Source:
         windows = find_windows(dataset, items)
     elif given := dataset.item_columns.list_windows():
         raise ConfigError(
-            f"dataset.item_columns.{next(iter(given))}: it names a column of the item file, and there is none; set "
-            "dataset.items_path"
+            f"dataset.item_columns.{next(iter(given))}: the setting names a column of the item file, but no item "
+            "file is set; set dataset.items_path"
         )
     return Source(
         chunks=tuple(list_chunks(layout.interactions, layout.file_format)),

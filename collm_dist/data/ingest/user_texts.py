@@ -16,6 +16,7 @@ from collm_dist.config import DatasetConfig
 from collm_dist.data.ingest.column_checks import require_column
 from collm_dist.data.ingest.file_format import LINE_COLUMN
 from collm_dist.data.ingest.file_readers import NULLS, BadRows, FileFormat, read_tables
+from collm_dist.data.ingest.forgotten_users import load_forgotten
 from collm_dist.data.ingest.id_forms import drop_fractions, match_forms
 from collm_dist.data.ingest.id_tables import compute_ids_hash, sort_naturally
 from collm_dist.data.ingest.input_checks import check_rows, refuse_copies
@@ -257,7 +258,7 @@ def preview_users(dataset: DatasetConfig, user_ids: Any) -> list[str]:
         return []
     if (size := file.count_bytes()) > MAX_PREVIEW_BYTES:
         return [f"user texts: the user file has {size / 2**20:,.0f} MiB; only the data step reads it"]
-    users = file.read(user_ids)
+    users = file.read(user_ids, load_forgotten(dataset.forget))
     texts = users.texts
     known = [user_id for user_id in user_ids.to_pylist() if user_id in texts]
     counts = {

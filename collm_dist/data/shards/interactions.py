@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from collm_dist.data.shards.availability import WINDOW_COLUMNS
 from collm_dist.data.shards.manifest import ITEM_COUNTS, USER_TEXTS, BucketInfo, load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.file_hashes import hash_once
@@ -89,8 +90,12 @@ def _read_verified(path: Path, sha256: str | None, columns: list[str] | None = N
 
 
 def load_item_table(data_dir: Path) -> dict[str, list[str]]:
-    """Return ``item_id``, ``title`` and ``text`` of all items in the order of ``item_idx``."""
-    return _load_table(data_dir, "items.parquet")
+    """Return ``item_id``, ``title``, ``text`` and ``WINDOW_COLUMNS`` of all items in the order of ``item_idx``."""
+    table = _load_table(data_dir, "items.parquet")
+    for name in set(WINDOW_COLUMNS) & set(table):
+        if not all(time is None or isinstance(time, int) for time in table[name]):
+            raise ArtifactError(f"{data_dir / 'items.parquet'}: {name} holds other values than integers; {REMEDY}")
+    return table
 
 
 def load_user_ids(data_dir: Path) -> list[str]:
