@@ -32,6 +32,7 @@ from benchmarks.lib.reproduction_page import write_page
 from benchmarks.lib.reproduction_records import Cell, compare_cells, read_record, write_record
 from collm_dist.errors import Preempted
 from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.stop_signals import preemptible
 
 _LINEAR_LAYERS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 _STAGES = ("stage1", "stage2")
@@ -124,8 +125,9 @@ def run_cell(cell: Cell, arguments: argparse.Namespace, deadline: float) -> int:
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT)
     try:
-        code = process.wait(timeout=max(0.0, deadline - started))
-    except subprocess.TimeoutExpired:
+        with preemptible():
+            code = process.wait(timeout=max(0.0, deadline - started))
+    except (subprocess.TimeoutExpired, Preempted):
         process.send_signal(signal.SIGTERM)  # a checkpoint at the next step's end, then exit code 75
         code = process.wait()
         if code == -signal.SIGTERM:  # no handler was installed yet, so nothing is lost
@@ -133,7 +135,8 @@ def run_cell(cell: Cell, arguments: argparse.Namespace, deadline: float) -> int:
     except KeyboardInterrupt:
         process.wait()
         raise
-    write_json(spent, round(before + time.monotonic() - started, 1))
+    finally:
+        write_json(spent, round(before + time.monotonic() - started, 1))
     return code
 
 

@@ -32,9 +32,8 @@ def preemptible() -> Iterator[None]:
     """Raise ``Preempted`` from the block when SIGTERM or SIGUSR1 arrives.
 
     Inside the block the signal raises KeyboardInterrupt: compiled code that waits, as that of ``ray.wait``, passes no
-    other exception of a signal handler on, and no ``except Exception`` swallows it. If the signal
-    arrives while a ``WorkerLostError`` propagates, that error is raised: launchers stop the other processes of a job
-    when one is lost.
+    other exception of a signal handler on, and no ``except Exception`` swallows it. If the signal arrives while a
+    ``WorkerLostError`` propagates, that error is raised: launchers stop the other processes of a job when one is lost.
     """
     received: list[int] = []
 

@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
@@ -37,6 +39,13 @@ def released(tiny_ratings, tmp_path):
     return folder
 
 
+def wait_for_children(pid):
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return children
+
+
 @pytest.mark.slow
 def test_variants_run_stop_and_are_kept(released, tiny_backbone_dir, tmp_path):
     command = [sys.executable, "-m", "benchmarks.reproduce", "--data-set", "ml1m", "--data", str(released)]
@@ -48,6 +57,13 @@ def test_variants_run_stop_and_are_kept(released, tiny_backbone_dir, tmp_path):
 
     early = run("--minutes", "0.05")
     assert early.returncode == 75, early.stdout + early.stderr
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        (pipeline,) = wait_for_children(process.pid)
+        time.sleep(3)
+        process.terminate()
+        assert process.wait(timeout=120) == 75
+        assert not pipeline.is_running()
+    assert json.loads((tmp_path / "runs" / "titles-0" / "seconds.json").read_text()) > 3
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "reproduce_ml1m.json").read_text())
