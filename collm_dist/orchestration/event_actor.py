@@ -74,6 +74,8 @@ class _EventActor:
                 self._prune()
             except CollmError as error:  # a full disk: tried again in a minute
                 logger.error("%s: %s", error.name, error)
+            except Exception:  # this thread must go on
+                logger.exception("the store of events is tried again in a minute")
 
     def _prune(self) -> None:
         # Replicas change over one by one, and may refuse a run after it was loaded.

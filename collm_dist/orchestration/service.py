@@ -22,6 +22,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.util.queue import Queue
 
 from collm_dist.config import Config
+from collm_dist.data.ingest.forgotten_users import is_tombstone
 from collm_dist.errors import ArtifactError, CollmError, LaunchError, RequestError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.event_actor import EventClient, EventWriter, start_event_actor
@@ -222,8 +223,9 @@ def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
     """Return example request bodies for the OpenAPI page."""
     history, candidates = recommender.item_ids[:3], recommender.item_ids[3:8] or recommender.item_ids
     examples: list[dict[str, Any]] = [{"history": history, "candidates": candidates, "top_k": 3}]
-    if recommender.has_cf and recommender.user_ids:
-        examples.append({"user": recommender.user_ids[0], "num_retrieved": 50, "top_k": 10})
+    known = next((user for user in recommender.user_ids if not is_tombstone(user)), None)
+    if recommender.has_cf and known is not None:
+        examples.append({"user": known, "num_retrieved": 50, "top_k": 10})
     return examples
 
 

@@ -6,8 +6,10 @@ import hashlib
 import hmac
 import ipaddress
 import math
+import re
 import socket
 import time
+from contextlib import suppress
 
 from starlette.responses import Response
 from starlette.types import Scope
@@ -73,7 +75,9 @@ class Access:
         if wait_s > 0:
             headers = {"Retry-After": str(math.ceil(wait_s))}
             return answer_error(429, f"more than {self._per_minute} requests per minute from this address", headers)
-        if self._token_hash is None or scope["path"] in FILES:
+        if self._token_hash is None:
+            return _refuse_other_host(scope)
+        if scope["path"] in FILES:
             return None
         kind, _, token = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         # Digests of equal length: the time of the comparison tells nothing about the token.
@@ -91,10 +95,31 @@ class Access:
         whole_at = max(self._whole_at.get(client, now), now)
         if whole_at + cost_s - now > 60 + 1e-6:
             return whole_at + cost_s - now - 60
-        if len(self._whole_at) >= _MAX_CLIENTS:
-            self._whole_at = {name: time_s for name, time_s in self._whole_at.items() if time_s > now}
+        if len(self._whole_at) >= _MAX_CLIENTS:  # those with most of their allowance left are forgotten
+            busiest = sorted(self._whole_at, key=self._whole_at.__getitem__)[_MAX_CLIENTS // 2 :]
+            self._whole_at = {name: self._whole_at[name] for name in busiest}
         self._whole_at[client] = whole_at + cost_s
         return 0.0
+
+
+def _refuse_other_host(scope: Scope) -> Response | None:
+    """Return an error if a request names another host than this machine.
+
+    Without a token the service listens on loopback. A web page could make its own name lead there (DNS rebinding), and
+    then read the answers.
+    """
+    host = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1").lower()
+    name = re.sub(r":\d*$", "", host).strip("[]")
+    with suppress(ValueError):
+        ipaddress.ip_address(name)  # no name, so nobody else's
+        return None
+    if name == "localhost" or name.endswith(".localhost"):
+        return None
+    return answer_error(
+        403,
+        f"host: '{host:.100}' is not this machine. Without a token the service answers to localhost alone: set "
+        f"{ACCESS_VARIABLE}, or let a proxy in front send 'Host: localhost'",
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -45,6 +45,11 @@ class _Waiting(Generic[Query, Answer]):
     future: asyncio.Future[Pass[Answer]]
 
 
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
+
+
 class Batcher(Generic[Query, Answer]):
     """Queue in front of a function that answers many queries per call. Calls run one at a time, in one thread."""
 
@@ -80,7 +85,7 @@ class Batcher(Generic[Query, Answer]):
 
         Raises:
             QueueFullError: ``max_waiting`` queries are waiting.
-            Exception: an error of ``work``, raised for all queries of its pass.
+            Exception: an error of ``work`` for this query, or one that is worth trying again (``retryable``).
         """
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError
@@ -111,19 +116,37 @@ class Batcher(Generic[Query, Answer]):
         self._runner = None
 
     async def _answer(self, batch: list[_Waiting[Query, Answer]]) -> None:
-        started = time.perf_counter()
-        work = asyncio.get_running_loop().run_in_executor(
-            self._thread, self._work, [waiting.query for waiting in batch]
-        )
-        try:
-            answers = await work
-        except Exception as error:
-            for waiting in batch:
-                if not waiting.future.done():
-                    waiting.future.set_exception(error)
-            return
+        loop = asyncio.get_running_loop()
+        batch, outcomes, started = await loop.run_in_executor(self._thread, self._run_pass, batch)
         took = time.perf_counter() - started
-        self._report(len(batch), took, len(self._waiting))
-        for waiting, answer in zip(batch, answers, strict=True):
-            if not waiting.future.done():  # cancelled meanwhile
-                waiting.future.set_result(Pass(answer, len(batch), started - waiting.arrived, took))
+        if batch:
+            self._report(len(batch), took, len(self._waiting))
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if waiting.future.done():  # cancelled meanwhile
+                continue
+            if isinstance(outcome, _Failure):
+                waiting.future.set_exception(outcome.error)
+            else:
+                waiting.future.set_result(Pass(outcome, len(batch), started - waiting.arrived, took))
+
+    def _run_pass(
+        self, batch: list[_Waiting[Query, Answer]]
+    ) -> tuple[list[_Waiting[Query, Answer]], list[Answer | _Failure], float]:
+        """Return the queries that still wait, their answers, and the time at which the pass began.
+
+        Another queue may have kept the thread busy, so that callers have given up.
+        """
+        started = time.perf_counter()
+        batch = [waiting for waiting in batch if not waiting.future.done()]
+        return batch, self._try([waiting.query for waiting in batch]), started
+
+    def _try(self, queries: list[Query]) -> list[Answer | _Failure]:
+        """Answer queries; if that fails, one by one, so that a query that cannot be answered fails alone."""
+        if not queries:
+            return []
+        try:
+            return list(self._work(queries))
+        except Exception as error:
+            if len(queries) == 1 or getattr(error, "retryable", False):
+                return [_Failure(error)] * len(queries)
+            return [outcome for query in queries for outcome in self._try([query])]

@@ -12,6 +12,7 @@ one machine may open the same store; only the part of it that they read is in me
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -29,6 +30,8 @@ from collm_dist.data.ingest.normalize import FIRST_SECOND
 from collm_dist.errors import ArtifactError, DiskError, RequestError
 from collm_dist.serving.event_parts import list_missing_parts, write_part_file
 from collm_dist.serving.received_event import Event, check_events, is_text
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME, PARTS_FOLDER = "events.sqlite", "parquet"
 # Events of a user that a request reads, the latest; and events that one call of ``read`` summarizes.
@@ -101,7 +104,10 @@ class EventStore:
             self._writer, self._reader = self._connect(), self._connect()
             self._writer.executescript(_SCHEMA.format(store=uuid.uuid4().hex[:12]))
             self.store_id = str(self._writer.execute("SELECT value FROM facts WHERE name = 'store'").fetchone()[0])
-        self._finish_parts()
+        try:
+            self._finish_parts()
+        except (DiskError, OSError) as error:  # written with the next parts; events and answers do not wait for it
+            logger.error("%s: %s", self.folder, error)
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(
@@ -313,7 +319,12 @@ class EventStore:
                 )
         if apply:  # also from free pages of the file and from its log
             with self._write_lock, self._explaining():
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                (is_busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if is_busy:
+                raise DiskError(
+                    f"{self.folder / FILE_NAME}: the events are deleted, but another program that reads the file keeps "
+                    "their bytes on the disk; end it, then run the same command again"
+                )
         return count
 
     @contextmanager

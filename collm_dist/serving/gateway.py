@@ -25,13 +25,21 @@ logger = logging.getLogger(__name__)
 # For Ray Serve, which imports the function in the process of each proxy.
 IMPORT_PATH = "collm_dist.serving.gateway:build_middlewares"
 _ENVIRONMENT = "COLLM_DIST_GATEWAY"
+# Of uvicorn: proxies whose X-Forwarded-For names the client.
+_TRUSTED_PROXIES = "FORWARDED_ALLOW_IPS"
 # Serve's time limit lies above the application's, which answers with more detail.
 _GRACE_S = 5.0
 # A request that killed two replicas would kill the third.
 _ATTEMPTS = 2
-# Serve lets clients set its time limit and more by headers.
+# Serve lets clients set its time limit and more by headers, and fails on some that are not UTF-8.
 _TIMEOUT_HEADER = b"x-request-timeout-seconds"
-_SERVE_HEADERS = (_TIMEOUT_HEADER, b"x-request-disconnect-disabled")
+_SERVE_HEADERS = (
+    _TIMEOUT_HEADER,
+    b"x-request-disconnect-disabled",
+    b"x-request-id",
+    b"serve-multiplexed-model-id",
+    b"x-session-id",
+)
 
 
 def build_environment(options: ServiceOptions, token: str | None) -> dict[str, str]:
@@ -46,7 +54,9 @@ def build_environment(options: ServiceOptions, token: str | None) -> dict[str, s
         "token_hash": None if token is None else hash_token(token),
         "max_requests_per_minute": options.max_requests_per_minute,
     }
-    return {_ENVIRONMENT: json.dumps(limits)}
+    # Otherwise a client on this machine, or behind a proxy on it, could count as any address that it names.
+    trusted = {_TRUSTED_PROXIES: os.environ.get(_TRUSTED_PROXIES, "")}
+    return {_ENVIRONMENT: json.dumps(limits), **trusted}
 
 
 def build_middlewares() -> list[Middleware]:
@@ -83,6 +93,9 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        if scope["type"] == "websocket":  # the service has none
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -185,7 +198,7 @@ class _Exchange:
         async def keep(message: Message) -> None:
             sent.append(message)
 
-        headers = [(name, value) for name, value in self._scope["headers"] if name not in _SERVE_HEADERS]
+        headers = [item for item in self._scope["headers"] if item[0].replace(b"_", b"-") not in _SERVE_HEADERS]
         headers.append((_TIMEOUT_HEADER, f"{timeout_s:.3f}".encode()))
         try:
             await self._app({**self._scope, "headers": headers}, replay, keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,13 +68,14 @@ def push_export(folder: Path, repo: str) -> str:
         HubError: token, network or permission is missing; the same command can be run again.
         ArtifactError: the folder is not an export.
     """
-    stage = read_json_file(folder / INDEX, "stage", remedy="export again to a new folder")["stage"]
+    index = read_json_file(folder / INDEX, "stage", "files", remedy="export again to a new folder")
     api = _open_api()
     with _explaining(repo):
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            commit_message=f"Export of a CoLLM recommender ({stage})",
+            allow_patterns=[INDEX, *map(glob.escape, index["files"])],  # whatever else lies in the folder stays here
+            commit_message=f"Export of a CoLLM recommender ({index['stage']})",
             delete_patterns="*",
         )
     return str(commit.commit_url)

@@ -266,7 +266,7 @@ class Recommender:
         )
         if query.candidates is None:
             return replace(request, candidates=find_candidates(request, query.num_retrieved)), []
-        if query.allowed is not None or query.blocked:
+        if query.allowed is not None or (query.blocked is not None and len(query.blocked)):
             raise RequestError("candidates: allowed and blocked limit what is retrieved; omit them, or candidates")
         indices = self._reader.read_candidates(replace(request, candidates=query.candidates))
         self._reader.read_user(request)  # only to check it

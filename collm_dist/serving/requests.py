@@ -247,7 +247,9 @@ class RequestReader:
             RequestError: a field has the wrong type.
         """
         allowed = None if request.allowed is None else np.unique(self._find_items(request.allowed, "allowed"))
-        return allowed, np.union1d(seen, self._find_items(request.blocked or (), "blocked"))
+        return allowed, np.union1d(
+            seen, self._find_items(() if request.blocked is None else request.blocked, "blocked")
+        )
 
     def find_unknown(self, request: RankingRequest) -> UnknownIds:
         """Return the ids of a request, candidates aside, that the run does not know.

@@ -7,8 +7,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-from collm_dist.errors import ArtifactError, CollmError
+from collm_dist.errors import ArtifactError, CollmError, DiskError
+from collm_dist.runs.atomic_files import write_json
+from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.serving.exploration import Compared, ModelComparison
 from collm_dist.serving.finished_run import find_stage
@@ -31,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2")
 _PROBED = 8
+# Of absolute paths.
+_FOLDERS = re.compile(r"(?<![\w.~-])/(?:[^\s/'\"]+/)*")
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,8 @@ class RunFollower:
         """Load the run.
 
         Args:
-            run_dir: the run. With a pointer, the run that it leads to is tried first.
+            run_dir: the run. With a pointer, the run that it leads to is tried first, then the one that took over
+                last.
             load: loads the recommender of a run.
             pointer: link to runs; None = the run stays.
             every_s: seconds between looks at the link.
@@ -155,6 +162,8 @@ class RunFollower:
         self._stop = threading.Event()
         if pointer is not None:
             self.look()
+            if self._served is None:
+                self._served = self._load_last()
         if self._served is None:
             self._served = load_served_run(run_dir, load)
         self._report = report
@@ -175,6 +184,21 @@ class RunFollower:
         return self.served.describe().model_copy(
             update={"follows": pointer, "refused": None if refused is None else refused[2]}
         )
+
+    @property
+    def _note(self) -> Path:
+        """File beside the link with the run that took over last: a process that starts anew goes on with it."""
+        assert self._pointer is not None
+        return self._pointer.with_name(f".{self._pointer.name}.served.json")
+
+    def _load_last(self) -> ServedRun | None:
+        """Return the run that took over last, or None; the link leads to one that is refused."""
+        try:
+            last = Path(read_json_file(self._note, "run", remedy="delete it")["run"])
+            return load_served_run(RunDir(last), self._load, describe_files(RunDir(last)))
+        except Exception as error:  # none took over, or it has been removed
+            logger.warning("the run before is not served: %s", error)
+            return None
 
     def stop(self) -> None:
         """Look no more."""
@@ -203,12 +227,16 @@ class RunFollower:
         except Exception as error:  # whatever is wrong with the new run, the old one serves
             if self._refused is not None and self._refused[:2] == (target, state):
                 return
-            reason = str(error) if isinstance(error, CollmError) else f"{type(error).__name__}: {error}"
-            logger.error("%s is not served: %s", target, reason)
-            reason = reason.replace(f"{target.parent}/", "")  # anyone may read /healthz
+            name = error.name if isinstance(error, CollmError) else type(error).__name__
+            logger.error("%s is not served: %s: %s", target, name, error)
+            reason = f"{name}; the service's log has the message"
+            if isinstance(error, ArtifactError):  # which file is damaged; anyone may read this, so no settings or paths
+                reason = _FOLDERS.sub("", str(error).partition("\n")[0].replace(f"{target.parent}/", ""))
             self._refused = target, state, RefusedRun(run=target.name, reason=reason, since=_now())
         else:
             self._served, self._refused = served, None
+            with suppress(DiskError):  # the folder of the link may be read-only
+                write_json(self._note, {"run": str(target)})
         gc.collect()  # of the run that serves no longer, or was refused
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -101,12 +101,14 @@ def test_an_event_extends_a_context_and_a_forgotten_user_empties_the_store(finis
 def test_a_run_that_takes_over_finds_nothing_of_the_run_before(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "one")
     (tmp_path / "current").symlink_to(tmp_path / "one")
-    follower = RunFollower(
-        RunDir(tmp_path / "one"),
-        lambda run: load_recommender(run.path, "cpu", reuse_bytes=1 << 26, accept_stage1=True),
-        tmp_path / "current",
-        every_s=3600,
-    )
+
+    def follow():
+        def load(run):
+            return load_recommender(run.path, "cpu", reuse_bytes=1 << 26, accept_stage1=True)
+
+        return RunFollower(RunDir(tmp_path / "one"), load, tmp_path / "current", every_s=3600)
+
+    follower = follow()
     first = follower.served.recommender
     query = RankingQuery(user=first.user_ids[2], candidates=ITEMS)
     before = [follower.served.recommender.rank_many([query])[0] for _ in range(2)][1]
@@ -124,3 +126,13 @@ def test_a_run_that_takes_over_finds_nothing_of_the_run_before(finished_run, tmp
     assert second.kept_contexts.take_counts().whole == 0
     assert after == expected
     assert after != before
+    # A replica that starts anew while the link leads to a damaged run goes on with the one before.
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    (tmp_path / "three" / "stage1" / "merged" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(tmp_path / "three")
+    restarted = follow()
+    restarted.stop()
+    assert (restarted.describe().run, restarted.describe().refused.run) == ("two", "three")
+    shutil.rmtree(tmp_path / "two")
+    assert follow().describe().run == "one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,6 +199,27 @@ def test_least_recently_used_contexts_are_dropped_first(folder):
     small = KeptContexts(1000)  # less than a context
     assert torch.equal(score(side, blocks[0], kept=small), score(side, blocks[0]))
     assert small.num_bytes == 0
+
+
+def test_running_out_of_memory_leaves_the_kept_contexts_as_they_were(folder):
+    side, kept = build(STAGE1, folder), KeptContexts(10**9)
+    score(side, make_user(1, [0, 1]), kept=kept)
+    (node,) = kept._order
+    states, calls = node.states, itertools.count()
+
+    class Scarce:
+        def __getitem__(self, place):
+            if next(calls) == 1:  # the second part of the divided context
+                raise torch.OutOfMemoryError
+            return states[place]
+
+    node.states = Scarce()
+    with pytest.raises(torch.OutOfMemoryError):
+        kept._split(node, len(node.keys) // 2)
+    node.states = states
+    for history in ([0, 1], [0, 2], [0, 1]):
+        block = make_user(1, history)
+        torch.testing.assert_close(score(side, block, kept=kept), score(side, block), atol=1e-5, rtol=0)
 
 
 def test_contexts_in_several_micro_batches_are_kept_too(folder):

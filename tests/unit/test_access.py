@@ -91,3 +91,25 @@ def test_the_list_of_addresses_does_not_grow_without_end(monkeypatch):
         now += 1
         assert guard.refuse(request(client=str(number))) is None
         assert len(guard._whole_at) <= 6
+    for _ in range(60):
+        guard.refuse(request(client="busy"))
+    for number in range(50):  # at once: no allowance is whole again
+        assert guard.refuse(request(client=f"new {number}")) is None
+        assert len(guard._whole_at) <= 6
+    assert guard.refuse(request(client="busy")).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("host", "is_refused"),
+    [(None, False), ("localhost:8000", False), ("LOCALHOST", False), ("127.0.0.1:8000", False), ("[::1]:8000", False),
+     ("evil.example", True), ("localhost.evil.example:8000", True), ("127.0.0.1.evil.example", True), ("", True)],
+)  # fmt: skip
+def test_without_a_token_other_names_are_refused(host, is_refused):
+    asked = request()
+    asked["headers"] += [] if host is None else [(b"host", host.encode())]
+    found = Access(None, None).refuse(asked)
+    assert (found is not None) == is_refused
+    if found is not None:
+        assert (found.status_code, "is not this machine" in found.body.decode()) == (403, True)
+    asked["headers"].append((b"authorization", f"Bearer {TOKEN}".encode()))
+    assert Access(hash_token(TOKEN), None).refuse(asked) is None

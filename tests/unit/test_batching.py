@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from collm_dist.errors import QueueFullError
+from collm_dist.errors import EventStoreError, QueueFullError
 from collm_dist.serving.batching import Batcher
 
 
@@ -94,13 +95,45 @@ def test_no_more_than_so_many_wait_and_who_gives_up_leaves_room():
     asyncio.run(run())
 
 
-def test_an_error_reaches_all_of_its_pass_and_no_other():
+def test_a_query_that_cannot_be_answered_fails_alone():
     async def run():
         device = Device()
         batcher = build(device, wait_s=0.05)
-        results = await asyncio.gather(*(batcher.submit(query) for query in ("a", "wrong")), return_exceptions=True)
-        assert [str(result) for result in results] == ["wrong", "wrong"]
+        first, second = await asyncio.gather(*map(batcher.submit, ("a", "wrong")), return_exceptions=True)
+        assert (first.answer, str(second)) == ("aa", "wrong")
+        assert device.passes == [["a", "wrong"], ["a"], ["wrong"]]
         assert (await batcher.submit("b")).answer == "bb"
+
+    asyncio.run(run())
+
+
+def test_an_error_that_is_worth_another_try_reaches_all_of_its_pass_at_once():
+    def fail(queries):
+        passes.append(queries)
+        raise EventStoreError("gone")
+
+    async def run():
+        batcher = build(fail, wait_s=0.05)
+        return await asyncio.gather(*map(batcher.submit, "ab"), return_exceptions=True)
+
+    passes = []
+    assert list(map(str, asyncio.run(run()))) == ["gone", "gone"]
+    assert passes == [["a", "b"]]
+
+
+def test_the_wait_for_the_thread_counts_and_who_gives_up_then_is_not_answered():
+    async def run():
+        device, thread = Device(), ThreadPoolExecutor(1)
+        batcher, is_free = build(device, thread=thread), threading.Event()
+        thread.submit(is_free.wait, 10)  # another queue's pass
+        first, second = (asyncio.create_task(batcher.submit(query)) for query in (1, 2))
+        await let_start()
+        first.cancel()
+        await let_start()
+        is_free.set()
+        result = await second
+        assert (result.answer, result.size, device.passes) == (4, 1, [[2]])
+        assert result.waited_s > 0.04 > result.took_s
 
     asyncio.run(run())
 

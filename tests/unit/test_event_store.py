@@ -1,5 +1,6 @@
 """The store of fresh events: what is sent counts once, in the order of its times, and leaves in exactly one part."""
 
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from collm_dist.config import ColumnsConfig, DatasetConfig
 from collm_dist.data.ingest.id_forms import IdIndex
 from collm_dist.data.ingest.source import open_source
-from collm_dist.errors import ArtifactError, DataError, RequestError
+from collm_dist.errors import ArtifactError, DataError, DiskError, RequestError
 from collm_dist.serving import event_store
 from collm_dist.serving.event_log import EventLog
 from collm_dist.serving.event_parts import describe_columns
@@ -174,16 +175,25 @@ def test_a_part_that_a_kill_left_unwritten_is_written_at_the_next_start(tmp_path
     def die(*arguments):
         raise SystemExit
 
+    def fail(*arguments):
+        raise DiskError("the disk is full")
+
     monkeypatch.setattr(event_store, "write_part_file", die)
     with pytest.raises(SystemExit):
         store.write_parts(COLUMNS)
     monkeypatch.undo()
     store.add([Event("3", "w", "c", 3)])
     store.close()
+    monkeypatch.setattr(event_store, "write_part_file", fail)
+    store = EventStore(tmp_path)  # answers do not wait for space on the disk
+    store.add([Event("4", "x", "d", 4)])
+    with pytest.raises(DiskError):
+        store.write_parts(COLUMNS)
+    store.close()
+    monkeypatch.undo()
     store = EventStore(tmp_path)
-    assert read_parts(store) == [("u", "a", 1, 1), ("v", "b", 2, 1)]
-    store.write_parts(COLUMNS)
-    assert [row[0] for row in read_parts(store)] == ["u", "v", "w"]
+    assert read_parts(store) == [("u", "a", 1, 1), ("v", "b", 2, 1), ("w", "c", 3, 1), ("x", "d", 4, 1)]
+    assert store.write_parts(COLUMNS) == []
 
 
 def test_events_of_forgotten_users_leave_the_disk(tmp_path):
@@ -194,6 +204,21 @@ def test_events_of_forgotten_users_leave_the_disk(tmp_path):
     assert store.forget(["forgotten-user", "nobody", "7"], apply=False) == 6
     assert store.forget(["forgotten-user", "nobody", "7"]) == 6
     assert store.read([]).items == {"a": (3, 3)}
+    store.close()
+    assert not any(b"forgotten-user" in path.read_bytes() for path in tmp_path.glob("events*"))
+
+
+def test_bytes_that_another_reader_keeps_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(event_store, "_BUSY_SECONDS", 0.1)
+    store = EventStore(tmp_path)
+    store.add([Event("1", "forgotten-user", "a", 1)])
+    reader = sqlite3.connect(tmp_path / "events.sqlite", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM events").fetchall()
+    with pytest.raises(DiskError, match=r"another program that reads the file .*run the same command again"):
+        store.forget(["forgotten-user"])
+    reader.close()
+    assert store.forget(["forgotten-user"]) == 0
     store.close()
     assert not any(b"forgotten-user" in path.read_bytes() for path in tmp_path.glob("events*"))
 

@@ -7,10 +7,12 @@ import time
 import pytest
 import uvicorn
 import uvicorn.protocols.http.auto
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from collm_dist.serving.access import Access, hash_token
-from collm_dist.serving.gateway import Gateway
+from collm_dist.serving.gateway import Gateway, build_environment
 from collm_dist.serving.header_time import limit_header_time
+from collm_dist.serving.service_options import ServiceOptions
 
 LIMITS = {"access": Access(None, None), "receive_timeout_s": 0.1, "request_timeout_s": 1.0, "max_body_kib": 1}
 OK = (200, b"application/json", b'{"ranked": []}')
@@ -107,9 +109,33 @@ def test_errors_in_plain_text_become_json(answer, status, retry_after, message):
 
 def test_clients_do_not_set_serves_limits():
     proxy = Proxy(OK)
-    ask(proxy, headers=[(b"x-request-timeout-seconds", b"9999"), (b"x-request-disconnect-disabled", b"1")])
+    names = (b"x-request-disconnect-disabled", b"x-request-id", b"serve_multiplexed_model_id", b"x-session-id")
+    ask(proxy, headers=[(b"x-request-timeout-seconds", b"9999"), *((name, b"\xff") for name in names)])
+    assert proxy.headers.keys() == {b"x-request-timeout-seconds"}
     assert float(proxy.headers[b"x-request-timeout-seconds"]) <= 1
-    assert b"x-request-disconnect-disabled" not in proxy.headers
+
+
+def test_web_sockets_are_closed():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Gateway(None, **LIMITS)({"type": "websocket", "path": "/rank", "headers": []}, None, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_clients_do_not_choose_their_address(monkeypatch):
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    trusted = build_environment(ServiceOptions(max_history=1, max_candidates=1), None)["FORWARDED_ALLOW_IPS"]
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["client"][0])
+
+    scope = {"type": "http", "client": ("127.0.0.1", 5), "headers": [(b"x-forwarded-for", b"203.0.113.9")]}
+    asyncio.run(ProxyHeadersMiddleware(app, trusted)(scope, None, None))
+    assert seen == ["127.0.0.1"]
 
 
 def test_without_the_token_nothing_is_read_or_forwarded(monkeypatch):

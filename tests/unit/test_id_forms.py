@@ -119,6 +119,8 @@ def test_item_files_follow_the_log(log, items, is_whole):
 def test_ids_from_outside_the_log():
     numbers, texts = IdIndex(["17", "4", "\x1aforgotten-2"]), IdIndex(["17", "v1", "4.0"])
     assert [numbers.find(raw) for raw in ("17", "17.0", "4.00", "5.0", "x", "1.5")] == [0, 0, 1, None, None, None]
+    assert [numbers.spell(raw) for raw in ("17.000", "5.0", "\ud800.0", "1.0\n")] == ["17", "5.0", "\ud800.0", "1.0\n"]
+    assert IdIndex(["100", "-3"]).find("100.00") == 0
     assert [texts.find(raw) for raw in ("17", "17.0", "4.0", "4")] == [0, None, 2, None]
     ids = pa.array(["17.0", "x"])
     assert match_forms(ids, pa.array(["17", "4"])).to_pylist() == ["17", "x"]

@@ -27,6 +27,11 @@ KEY, COLUMN = "dataset.forget", "user_id"
 _TOMBSTONE = "\x1aforgotten-"
 
 
+def is_tombstone(raw_id: str) -> bool:
+    """Return whether an id of a run stands for a forgotten user."""
+    return raw_id.startswith(_TOMBSTONE)
+
+
 def load_forgotten(uri: str | None, key: str = KEY) -> Any:
     """Load a list of users.
 

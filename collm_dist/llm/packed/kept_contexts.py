@@ -237,9 +237,11 @@ class KeptContexts:
     def _split(self, node: _Node, count: int) -> _Node:
         """Divide a node after some of its tokens, and return the first part."""
         assert node.parent is not None
+        # Everything that needs memory comes first: running out of it must leave the tree as it was.
         first = _Node(node.parent, node.keys[:count].copy(), node.states[:, :, :count].clone())
+        keys, states = node.keys[count:].copy(), node.states[:, :, count:].clone()
         node.parent.children[node.keys[0].tobytes()] = first
-        node.parent, node.keys, node.states = first, node.keys[count:].copy(), node.states[:, :, count:].clone()
+        node.parent, node.keys, node.states = first, keys, states
         first.children[node.keys[0].tobytes()] = node
         self._order[first] = None
         return first
