@@ -5,7 +5,7 @@ Shapes: N targets, X features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -72,5 +72,7 @@ class FeatureSource:
         if self.cf is None:
             return np.stack([np.zeros(block.num_targets), np.ones(block.num_targets)], axis=1)
         batch = CfBatch.from_block(block, self.history_length)
+        if self.kind == "blend":  # as in the folds, whose models hold no users: the counts tell of them
+            batch = replace(batch, user_idx=torch.full_like(batch.user_idx, -1))
         logits, is_known = self.cf.score_as_of(batch, torch.from_numpy(block.timestamp))
         return np.stack([logits.double().numpy(), 1.0 - is_known.double().numpy()], axis=1)

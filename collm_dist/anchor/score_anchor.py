@@ -37,7 +37,7 @@ from collm_dist.runs.atomic_files import compute_file_hash, open_atomic, write_j
 from collm_dist.runs.run_dir import RunDir, add_record_hash, check_record_hash
 
 NUM_FOLDS = 16
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _RECORD, _ARRAYS = "anchor.json", "arrays.safetensors"
 # The weights are fitted to about this many rows; users beyond them are left out, by hash.
 _MAX_FIT_ROWS = 2_000_000

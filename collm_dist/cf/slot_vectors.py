@@ -72,8 +72,7 @@ class SlotVectors(nn.Module):
     def score_as_of(self, batch: CfBatch, timestamp: Tensor) -> tuple[Tensor, Tensor]:
         """Score targets with the model of the time fold that each belongs to, which has not seen the label.
 
-        Unlike in the slots, users with a row in the model's table are known by it: a fold's model has learned the row
-        from earlier folds alone.
+        Users with a row in the model's table are known by it. Only the final model has such rows.
 
         Args:
             batch: C contexts with B targets.

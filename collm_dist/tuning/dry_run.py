@@ -76,7 +76,7 @@ def describe_stage_plan(config: Config, run_dir: RunDir) -> list[str]:
         source.location, revision=source.revision, trust_remote_code=config.llm.trust_remote_code
     )
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(backbone_config)
+        skeleton = AutoModelForCausalLM.from_config(backbone_config, trust_remote_code=config.llm.trust_remote_code)
     tokenizer = load_tokenizer(config.llm.backbone, config.llm.revision, trust_remote_code=config.llm.trust_remote_code)
     lines: list[str] = []
     rate = None
@@ -103,7 +103,8 @@ def _describe_stage(
     keep_groups = LossWeights(settings.pairwise_weight, settings.listwise_weight).keep_groups
     sample = _measure_sample(collator, shape, blocks, budget, keep_groups)
     lora = None if stage.lora is None else LoraSettings(**stage.lora.model_dump())
-    layers = measure_layers(skeleton.config, dtype, config.llm.attention, lora)
+    trusts = config.llm.trust_remote_code
+    layers = measure_layers(skeleton.config, dtype, config.llm.attention, lora, trust_remote_code=trusts)
     flops = sample.shared.flops / len(blocks)
     minutes = steps * flops / (ASSUMED_TFLOPS * 1e12) / 60
     lines = [

@@ -108,7 +108,13 @@ def _run_norm_as_on_gpu(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def measure_layers(
-    config: Any, dtype: torch.dtype, attention: str, lora: LoraSettings | None, *, on_gpu: bool = True
+    config: Any,
+    dtype: torch.dtype,
+    attention: str,
+    lora: LoraSettings | None,
+    *,
+    on_gpu: bool = True,
+    trust_remote_code: bool = False,
 ) -> LayerMemory:
     """Run one and two layers of a backbone and count what autograd saves.
 
@@ -118,10 +124,11 @@ def measure_layers(
         attention: transformers' attention implementation.
         lora: the adapter that trains; None = only the input embeddings get gradients, as in stage 2.
         on_gpu: count the norms of a GPU instead of a CPU.
+        trust_remote_code: whether code that comes with the backbone may run.
     """
     saved, adapters = [], []
     for layers in (1, 2):
-        model = _build_layers(config, layers, dtype, attention)
+        model = _build_layers(config, layers, dtype, attention, trust_remote_code)
         if lora is not None:
             add_lora(model, **vars(lora), seed=0)
             if (masks := install_keyed_dropout(model)) is not None:
@@ -137,7 +144,7 @@ def measure_layers(
     )
 
 
-def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) -> Any:
+def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> Any:
     small_config = copy.deepcopy(config)
     text = small_config.get_text_config()
     text.num_hidden_layers, text.vocab_size = layers, _TINY_VOCABULARY
@@ -145,7 +152,9 @@ def _build_layers(config: Any, layers: int, dtype: torch.dtype, attention: str) 
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(small_config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            small_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
     return model.requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ def find_groups(block: ContextBlock) -> IntArray:
     """Return the (N,) group of each target: lists in order of appearance, as many as fit.
 
     Args:
-        block: a global batch, with contexts cut at time folds.
+        block: a global batch, with contexts cut at time folds, and after each dislike if the prompts show dislikes.
     """
     groups = np.empty(block.num_targets, dtype=np.int64)
     group = 0
