@@ -145,7 +145,14 @@ def _prepare(
     shutil.rmtree(folder.requests, ignore_errors=True)
     retrieves = num_retrieved is not None
     with show_phase("checking the requests"):
-        sizes = write_parts(files, folder.requests, items["item_id"], retrieves=retrieves, rows_per_part=rows_per_part)
+        sizes = write_parts(
+            files,
+            folder.requests,
+            items["item_id"],
+            retrieves=retrieves,
+            rows_per_part=rows_per_part,
+            events_end=load_manifest(run_dir.step_dir("data")).events_end,
+        )
     write_json(folder.plan, {"made_from": made_from, "sizes": sizes, "now": int(time.time())})
     return sizes
 

@@ -49,7 +49,13 @@ def list_request_files(path: Path) -> list[Path]:
 
 
 def write_parts(
-    files: Sequence[Path], folder: Path, item_ids: Sequence[str], *, retrieves: bool, rows_per_part: int
+    files: Sequence[Path],
+    folder: Path,
+    item_ids: Sequence[str],
+    *,
+    retrieves: bool,
+    rows_per_part: int,
+    events_end: int | None = None,
 ) -> list[int]:
     """Check all rows and stream them to ``part-00000.parquet``, ... in a common schema.
 
@@ -60,6 +66,8 @@ def write_parts(
         retrieves: whether the collaborative model retrieves the candidates; given candidates and labels then serve
             only as ground truth.
         rows_per_part: rows of each part but the last.
+        events_end: of a run without users and events, ``Manifest.events_end``: users need a history, and no earlier
+            time is known.
 
     Returns:
         Number of rows of each part.
@@ -72,7 +80,7 @@ def write_parts(
     sizes: list[int] = []
     waiting = REQUEST_SCHEMA.empty_table()
     for path in files:
-        for table in _read_checked(path, known, retrieves):
+        for table in _read_checked(path, known, retrieves, events_end):
             waiting = pa.concat_tables([waiting, table])
             while waiting.num_rows >= rows_per_part:
                 sizes.append(_write_part(folder, len(sizes), waiting.slice(0, rows_per_part)))
@@ -112,7 +120,7 @@ def read_part(folder: Path, number: int) -> tuple[list[RankingRequest], list[lis
     return requests, [row["labels"] for row in rows]
 
 
-def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
+def _read_checked(path: Path, known: Any, retrieves: bool, events_end: int | None) -> Iterator[Any]:
     try:
         file = pq.ParquetFile(path)
         names = set(file.schema_arrow.names)
@@ -126,27 +134,33 @@ def _read_checked(path: Path, known: Any, retrieves: bool) -> Iterator[Any]:
             raise RequestError(f"{path}, field 'labels': labels need a column 'candidates', which is missing")
         first = 0
         for batch in file.iter_batches(1 << 14, columns=[name for name in REQUEST_SCHEMA.names if name in names]):
-            yield _check(pa.Table.from_batches([batch]).combine_chunks(), known, f"{path}", first, retrieves)
+            table = pa.Table.from_batches([batch]).combine_chunks()
+            yield _check(table, known, _Refusal(f"{path}", first), retrieves, events_end)
             first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{path} is not a Parquet file, or is damaged ({error}); write it again") from error
 
 
-def _check(table: Any, known: Any, path: str, first: int, retrieves: bool) -> Any:
-    """Check a table and return it in ``REQUEST_SCHEMA``. Row ``first`` of the file is the table's first row."""
+def _check(table: Any, known: Any, refuse: _Refusal, retrieves: bool, events_end: int | None) -> Any:
+    """Check a table and return it in ``REQUEST_SCHEMA``."""
     columns = {}
     for field in REQUEST_SCHEMA:
         if field.name not in table.column_names:
             columns[field.name] = pa.nulls(table.num_rows, field.type)
             continue
         column = table.column(field.name).combine_chunks()
-        columns[field.name] = _convert(column, field, path)
-    refuse = _Refusal(path, first)
+        columns[field.name] = _convert(column, field, refuse.path)
     refuse("user_id", columns["user_id"].is_null(), "the id is missing; give every row a user id")
     for name in ("candidates", "history", "disliked"):
         rows, values = _flatten(columns[name])
         refuse(name, _mark(rows[values.is_null().to_numpy(zero_copy_only=False)], table.num_rows),
                "an id in the list is null; remove it")  # fmt: skip
+    if events_end is not None:
+        refuse("history", columns["history"].is_null(),
+               "this run was exported without users and events; give a history")  # fmt: skip
+        refuse("as_of", pc.fill_null(pc.less(columns["as_of"], events_end), False),
+               f"this run was exported without events, so nothing is known before {events_end}; give a later time, or "
+               "null")  # fmt: skip
     columns["candidates"] = _unify(columns["candidates"], known)
     _check_candidates(columns["candidates"], known, refuse, retrieves)
     _check_labels("labels", columns["labels"], "candidates", columns["candidates"], refuse)
@@ -165,16 +179,16 @@ def _unify(lists: Any, known: Any) -> Any:
 
 
 class _Refusal:
-    """Check that raises for the first marked row."""
+    """Check that raises for the first marked row, given the file and the row of it that is the table's first."""
 
     def __init__(self, path: str, first: int) -> None:
-        self._path, self._first = path, first
+        self.path, self._first = path, first
 
     def __call__(self, field: str, marked: Any, message: str) -> None:
         marked = np.asarray(marked)
         if marked.any():
             row = self._first + int(marked.argmax())
-            raise RequestError(f"{self._path}, row {row}, field '{field}': {message}")
+            raise RequestError(f"{self.path}, row {row}, field '{field}': {message}")
 
 
 def _check_candidates(candidates: Any, known: Any, refuse: _Refusal, retrieves: bool) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import closing
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors
@@ -18,6 +19,7 @@ from collm_dist.serving.licences import Licences
 from collm_dist.serving.requests import RankingQuery
 from tests.conftest import REPOSITORY
 from tests.integration.byte_search import find_text
+from tests.integration.test_score_candidates import prepare
 
 LICENCES = Licences("mit", "mit", "made up")
 
@@ -60,6 +62,14 @@ def test_new_users_get_the_same_scores_and_others_are_refused(request, which, tm
     assert named.warnings == [f"user: {user!r} is not in the run's log; the items are ranked for an unknown user"]
     with pytest.raises(RequestError, match="leave as_of out"):
         there.rank(history=there.item_ids[:2], candidates=there.item_ids[2:5], as_of=1)
+    rows = [{"user_id": "a", "candidates": there.item_ids[:2], "history": there.item_ids[2:4], "as_of": None}] * 2
+    for changed, message in (
+        ({"history": None}, "field 'history': this run was"),
+        ({"as_of": 1}, "field 'as_of': .*null"),
+    ):
+        pq.write_table(pa.Table.from_pylist([*rows, rows[0] | changed]), tmp_path / "users.parquet")
+        with pytest.raises(RequestError, match=rf"users\.parquet, row 2, {message}"):
+            prepare(imported.path, tmp_path / "users.parquet", tmp_path / "job")
     for path in (tmp_path / "exported" / "cf").glob("*.safetensors"):
         with safetensors.safe_open(path, "pt") as file:
             sizes = {name: file.get_tensor(name).shape[0] for name in file.keys() if name.startswith("users.")}  # noqa: SIM118
