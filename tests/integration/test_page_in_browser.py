@@ -306,6 +306,7 @@ def test_a_token_is_asked_for_and_sent(page, server):
     try:
         page.window.get(page.address)
         page.wait(lambda: page.find("#token-form").is_displayed())
+        assert not page.find("#docs").is_displayed()
         page.find("#token").send_keys("wrong")
         page.find("#token-form button").click()
         page.wait(lambda: page.find("#token-form").is_displayed())

@@ -55,7 +55,10 @@ async function askService(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The service does not answer. Is it still running?");
   }
-  if (answer.status === 401) find("token-form").hidden = false;
+  if (answer.status === 401) {
+    find("token-form").hidden = false;
+    find("docs").hidden = true; // a link sends no token
+  }
   if (!answer.ok) throw new Error(readError(answer.status, text));
   try {
     return JSON.parse(text);
