@@ -79,14 +79,25 @@ def test_rows_are_those_of_a_table_with_the_map_written_out(tmp_path, name):
     assert not model.item_vectors(torch.tensor([-1, NUM_ITEMS])).any()
 
 
-def test_a_masked_item_is_known_by_its_text_alone(tmp_path):
-    model, _ = build(write_data_step(tmp_path), make_cf("mf"))
-    model.items.add_text(torch.from_numpy(PARITY))
+@pytest.mark.parametrize("name", MODELS)
+def test_a_masked_item_is_known_by_its_text_alone(tmp_path, name):
+    """In training it has the logits that an unseen item with its text has at scoring. Measured: equal."""
+    model, _ = build(write_data_step(tmp_path), make_cf(name))
+    text = torch.randn(NUM_ITEMS, 3, generator=torch.Generator().manual_seed(1))
+    items = torch.arange(len(COLD))
+    text[COLD] = text[items]
+    model.items.add_text(text)
     torch.nn.init.normal_(model.items.text.map.weight, generator=torch.Generator().manual_seed(2))
-    items = torch.tensor([0, 3, NUM_ITEMS - 1])
-    expected = model.items.weight[-1] + model.items.text(items)
-    assert torch.equal(model.items(keep_text(items)), expected)
+    model.refresh()
     assert torch.equal(keep_text(keep_text(items)), items)
+    assert torch.equal(model.items(keep_text(items)), model.items.weight[-1] + model.items.text(items))
+    users, history = torch.arange(len(COLD)), torch.tensor([[4, 5], [-1, 6], [-1, -1]])
+    unseen, seen = model.score(users, history, COLD), model.score(users, history, items)
+    masked = model.train().score(users, history, keep_text(items))
+    assert (masked - unseen).abs().max() < 1e-6
+    assert (masked - seen).abs().max() > 0.1
+    masked.sum().backward()
+    assert (model.items.text.map.weight.grad.norm(dim=1) > 1e-4).all()
 
 
 def test_the_penalty_of_an_epoch_is_that_of_the_prior(tmp_path):

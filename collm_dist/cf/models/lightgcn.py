@@ -105,8 +105,14 @@ class LightGcn(TrainableCfModel):
         # embedding() instead of indexing: its backward pass is much faster.
         user_rows = functional.embedding(batch.user_idx, users)
         item_rows = functional.embedding(self.items.locate(batch.item_idx), items)
+        own_rows = self.items(batch.item_idx)
+        if self.items.text is not None:
+            # Masked items have no place in the graph. Like an unseen item they receive nothing from it, so the mean
+            # over the layers is a fraction of their own row: the unknown item's and the text's contribution.
+            is_masked = batch.item_idx < -1
+            item_rows = torch.where(is_masked[:, None], own_rows[:, :-1] / (self.num_layers + 1), item_rows)
         matched = self.match(user_rows, batch, item_rows)
-        biases = self.user_biases(batch)[batch.target_contexts] + self.items(batch.item_idx)[:, -1]
+        biases = self.user_biases(batch)[batch.target_contexts] + own_rows[:, -1]
         logits: Tensor = self.global_bias + biases + matched + self.feature_logits(batch)
         return logits
 
