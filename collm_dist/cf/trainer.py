@@ -80,18 +80,34 @@ def compute_metrics(model: TrainableCfModel, rows: Rows) -> dict[str, float]:
     return measure_scores(rows.label.cpu().numpy(), score_rows(model, rows), rows.row_users.cpu().numpy())
 
 
+def sample_contexts(rows: Rows, max_contexts: int) -> Tensor:
+    """Return the local numbers of this worker's contexts in an even sample of all workers' contexts.
+
+    Global numbers decide, so any number of workers scores the same contexts and selects the same epoch. An extended run
+    is the exception: its buckets hold several slices of users, so the numbers themselves depend on the workers.
+
+    Args:
+        rows: this worker's rows, numbered globally.
+        max_contexts: maximum size of the sample over all workers; beyond it, every n-th context is taken.
+    """
+    step = -(-rows.total_contexts // max_contexts) or 1
+    first = min(-rows.first_context % step, rows.num_contexts)
+    return torch.arange(first, rows.num_contexts, step, device=rows.label.device)
+
+
 def gather_metrics(model: TrainableCfModel, rows: Rows, max_contexts: int = 1 << 18) -> dict[str, float]:
     """Return the metrics over the rows of all workers, or over an even sample. All workers call this together.
 
     Args:
         model: the trained model.
-        rows: this worker's rows.
-        max_contexts: maximum number of contexts that a worker scores; beyond it, every n-th is scored.
+        rows: this worker's rows, numbered globally.
+        max_contexts: maximum number of scored contexts over all workers, see ``sample_contexts``.
     """
     device = rows.label.device
-    step = -(-rows.num_contexts // max_contexts) or 1
-    kept = (rows.target_contexts % step) == 0
-    contexts = torch.arange(0, rows.num_contexts, step, device=device)
+    contexts = sample_contexts(rows, max_contexts)
+    is_sampled = torch.zeros(rows.num_contexts, dtype=torch.bool, device=device)
+    is_sampled[contexts] = True
+    kept = is_sampled[rows.target_contexts]
     scores = gather_rows(torch.from_numpy(score_rows(model, rows, contexts)).to(device))
     labels = gather_rows(rows.label[kept])
     users = gather_rows(rows.row_users[kept].long() * get_world_size() + get_rank())

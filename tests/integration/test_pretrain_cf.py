@@ -1,6 +1,7 @@
 """CF step on real Ray Train workers, with lost workers, and as a command that is killed."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,10 +18,12 @@ import yaml
 from ray.train.torch import TorchTrainer
 
 from collm_dist.cf.cross_fit import fit_job
+from collm_dist.cf.fitting import build_untrained
 from collm_dist.cf.jobs import Job
 from collm_dist.cf.model_export import export_models
 from collm_dist.cf.model_files import load_cf_model, load_model
-from collm_dist.cf.user_shards import load_worker_data
+from collm_dist.cf.trainer import gather_metrics
+from collm_dist.cf.user_shards import load_worker_data, number_globally
 from collm_dist.config import Config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, LaunchError
@@ -241,6 +244,44 @@ def test_exports_of_one_and_two_workers_are_equal(by_one_and_two, tmp_path, name
     for (how, file), vectors in by_file.items():
         assert (vectors - by_file["one", file]).abs().max() < 1e-5, (how, file)
         assert vectors.abs().max() > 0.1
+
+
+SAMPLE_SIZES = (1000, 20, 9)  # of 61 contexts
+
+
+def measure_samples(data_dir, rank, world_size):
+    """Return the metrics of a model that is not trained, over samples of the validation rows."""
+    manifest = load_manifest(data_dir)
+    data = load_worker_data(data_dir, manifest, rank, world_size)
+    rows = {name: number_globally(part) for name, part in data.splits.items()}
+    model = build_untrained(make_cf("mf", init_scale=1.0), manifest, data.users, rows["train"], 0)
+    return {size: gather_metrics(model, rows["valid"], size) for size in SAMPLE_SIZES}
+
+
+def measure_on_two(settings):
+    """Run one of two Ray Train workers."""
+    context = ray.train.get_context()
+    found = measure_samples(settings["data_dir"], context.get_world_rank(), context.get_world_size())
+    settings["out"].with_suffix(f".{context.get_world_rank()}").write_text(json.dumps(found))
+
+
+def test_one_and_two_workers_measure_the_same_sample(ray_session, tmp_path):
+    """The metrics that select the epoch. Measured: equal."""
+    data_dir = write_data_step(tmp_path).step_dir("data")
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    TorchTrainer(
+        measure_on_two,
+        train_loop_config={"data_dir": data_dir, "out": tmp_path / "found"},
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(name="two", storage_path=str(tmp_path / "ray")),
+    ).fit()
+    signal.signal(signal.SIGINT, on_interrupt)  # see by_one_and_two
+    expected = measure_samples(data_dir, 0, 1)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"found.{rank}").read_text())
+        for size in SAMPLE_SIZES:
+            assert found[str(size)] == pytest.approx(expected[size], abs=1e-9)
+    assert len({metrics["logloss"] for metrics in expected.values()}) == len(SAMPLE_SIZES)
 
 
 def test_several_seeds_with_folds(ray_session, tmp_path):
