@@ -8,63 +8,63 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from collm_dist.config import CfConfig, CfSearchConfig
+from collm_dist.config import CfConfig, Config
+from collm_dist.config.loader import change_settings
 from collm_dist.errors import ConfigError
 
 Settings = dict[str, Any]
 
 
-def draw_settings(cf: CfConfig, search: CfSearchConfig, seed: int) -> list[Settings]:
-    """Return the settings of each trial: the config's own first, then random ones.
+def draw_settings(config: Config) -> list[Settings]:
+    """Return the settings of each trial: the config's own first, then random ones, drawn with ``run.seed``.
 
     Args:
-        cf: section that the trials change.
-        search: search space and number of trials.
-        seed: of the draws.
+        config: the experiment; trials change its ``cf`` section as ``cf_search`` says.
 
     Raises:
-        ConfigError: a value in the search space is invalid; the message names the setting.
+        ConfigError: a value in the search space is invalid, or a trial's configuration as a whole, which also holds
+            settings that other sections limit; the message names the setting.
     """
-    for name, form in search.space.items():
+    space = config.cf_search.space
+    for name, form in space.items():
         ((kind, values),) = form.items()
         for value in values:
-            try:
-                apply_settings(cf, {name: value}, only=name)
-            except ConfigError as error:
-                raise ConfigError(f"cf_search.space.{name}.{kind}: {error}") from None
-    random = np.random.default_rng(seed)
-    trials = [{name: getattr(cf, name) for name in search.space}]
-    for number in range(1, search.num_trials):
-        trials.append({name: _draw(form, random) for name, form in search.space.items()})
+            _check_value(config.cf, name, value, f"cf_search.space.{name}.{kind}")
+    random = np.random.default_rng(config.run.seed)
+    trials = [{name: getattr(config.cf, name) for name in space}]
+    for number in range(1, config.cf_search.num_trials):
+        trials.append({name: _draw(form, random) for name, form in space.items()})
         try:
-            apply_settings(cf, trials[number])
+            apply_settings(config, trials[number])
         except ConfigError as error:
             raise ConfigError(
-                f"cf_search.space: trial {number} ({describe_settings(trials[number])}): {error}"
+                f"cf_search.space: trial {number} ({describe_settings(trials[number])}): "
+                f"{str(error).removeprefix('cf: ')}; or search other values"
             ) from None
     return trials
 
 
-def apply_settings(cf: CfConfig, settings: Settings, only: str | None = None) -> CfConfig:
-    """Return the cf section with new values of some settings.
-
-    Args:
-        cf: the section.
-        settings: new values by name.
-        only: check this setting alone, not its combination with the others.
+def apply_settings(config: Config, settings: Settings) -> Config:
+    """Return the configuration with new values of settings of its ``cf`` section.
 
     Raises:
-        ConfigError: a value is invalid.
+        ConfigError: the configuration is invalid with them.
     """
+    return change_settings(config, {f"cf.{name}": value for name, value in settings.items()})
+
+
+def _check_value(cf: CfConfig, name: str, value: Any, place: str) -> None:
+    """Refuse a value that is invalid with any others; its combinations are checked once trials are drawn."""
+    if name == "model" and value == "none":
+        raise ConfigError(f"{place}: cf.model 'none' is not trained; leave it out")
     try:
-        return CfConfig.model_validate(cf.model_dump() | settings)
+        CfConfig.model_validate(cf.model_dump() | {name: value})
     except ValidationError as error:
-        details = [detail for detail in error.errors() if only is None or detail["loc"][:1] == (only,)]
-        if not details:
-            return cf
-        detail = details[0]
-        message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
-        raise ConfigError(f"{message.replace('Input should', 'should', 1)} ({detail['input']!r})") from None
+        for detail in error.errors():
+            if detail["loc"][:1] == (name,):
+                message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+                message = message.replace("Input should", "should", 1)
+                raise ConfigError(f"{place}: {message} ({detail['input']!r})") from None
 
 
 def _draw(form: dict[Any, tuple[Any, ...]], random: np.random.Generator) -> Any:

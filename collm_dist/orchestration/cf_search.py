@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from collm_dist.cf.jobs import Job, check_inputs
+from collm_dist.cf.models.registry import check_tuning
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
 from collm_dist.cf.trainer import METRICS, is_better
 from collm_dist.cf.worker import LogTarget, run_single_worker
@@ -84,17 +85,18 @@ def _plan_trials(config: Config) -> list[Settings]:
     if config.cf_search.grace_epochs > config.cf.num_epochs:
         raise ConfigError(f"cf_search.grace_epochs {config.cf_search.grace_epochs} exceeds cf.num_epochs "
                           f"{config.cf.num_epochs}: no trial could be stopped; lower it")  # fmt: skip
-    return draw_settings(config.cf, config.cf_search, config.run.seed)
+    return draw_settings(config)
 
 
 def _search(
     config: Config, run_dir: RunDir, folder: Path, trials: Sequence[Settings], fingerprint: Mapping[str, Any]
 ) -> dict[str, Any]:
     data_dir = run_dir.step_dir("data").absolute()
-    check_inputs(config.cf, data_dir)
+    configs = [apply_settings(config, settings) for settings in trials]
+    _check_inputs(configs, data_dir)
     jobs = []
     for number, settings in enumerate(trials):
-        cf = apply_settings(config.cf, settings)
+        cf = configs[number].cf
         key = compute_json_hash([drop_times(fingerprint), settings])
         seed = config.cf.seeds[0] if config.cf.seeds else config.run.seed
         jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
@@ -104,16 +106,27 @@ def _search(
     ranked = rank_trials(outcomes, config.cf.select_metric)
     result = _describe_result(config, folder)
 
-    def build_config(settings: Settings) -> Config:
-        return config.model_copy(update={"cf": apply_settings(config.cf, settings)})
-
-    summary = write_results(result, folder, ranked, build_config) | {"fingerprint": dict(fingerprint)}
+    summary = write_results(result, folder, ranked, lambda settings: apply_settings(config, settings)) | {
+        "fingerprint": dict(fingerprint)
+    }
     write_json(folder / "summary.json", summary)
     for job in jobs:
         shutil.rmtree(job.checkpoints, ignore_errors=True)
     shutil.rmtree(folder / "tune", ignore_errors=True)
     print_leaderboard(result, summary, folder)
     return summary
+
+
+def _check_inputs(configs: Sequence[Config], data_dir: Path) -> None:
+    """Check the models of all trials as the CF step does, each model once."""
+    distinct = {}
+    for config in configs:
+        cf = config.cf
+        distinct[compute_json_hash([cf.model, cf.arguments, cf.user_vectors, cf.item_vectors])] = config
+    for config in distinct.values():
+        check_inputs(config.cf, data_dir)
+        if config.stage2.train_cf:
+            check_tuning(config.cf.model)
 
 
 def _describe_result(config: Config, folder: Path) -> SearchResult:

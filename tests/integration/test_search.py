@@ -14,7 +14,9 @@ import yaml
 
 from collm_dist.cf.cross_fit import fit_job
 from collm_dist.cf.jobs import Job
+from collm_dist.config import Config
 from collm_dist.config.loader import load_config
+from collm_dist.errors import ConfigError
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.cf_search import run_search
 from tests.integration.test_pretrain_cf import make_config
@@ -128,4 +130,13 @@ def test_what_cannot_be_searched_is_refused_before_work_starts(search, override,
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert message in output
+    assert not (run_dir.path / "cf_search" / "trials").exists()
+
+
+def test_the_models_of_all_trials_are_checked_before_work_starts(tmp_path):
+    run_dir = write_data_step(tmp_path)
+    record = make_config(tmp_path).model_dump(mode="json")
+    record["cf_search"] = {"space": {"model": {"choice": ["mf", "lightgnc"]}}, "num_trials": 9}
+    with pytest.raises(ConfigError, match=r"'lightgnc' is neither .*did you mean lightgcn"):
+        run_search(Config.model_validate(record), run_dir)
     assert not (run_dir.path / "cf_search" / "trials").exists()

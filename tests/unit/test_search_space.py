@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from collm_dist.cf.search_space import apply_settings, draw_settings
-from collm_dist.config import CfConfig, CfSearchConfig
+from collm_dist.config import CfConfig, CfSearchConfig, Config
 from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError
+from collm_dist.orchestration.cf_search import describe_search
 
 SPACE = {
     "learning_rate": {"log_uniform": [1e-4, 1e-1]},
@@ -18,8 +19,20 @@ SPACE = {
 }
 
 
+def make_config(space=SPACE, num_trials=200, seed=0, *, cf=None, **sections):
+    return Config.model_validate(
+        {
+            "run": {"dir": "runs/x", "seed": seed},
+            "dataset": {"path": "ratings.csv", "columns": {"rating": "rating"}},
+            "cf": cf or {},
+            "cf_search": {"space": space, "num_trials": num_trials},
+            **sections,
+        }
+    )
+
+
 def draw(space=SPACE, num_trials=200, seed=0, **cf):
-    return draw_settings(CfConfig(**cf), CfSearchConfig(space=space, num_trials=num_trials), seed)
+    return draw_settings(make_config(space, num_trials, seed, cf=cf))
 
 
 def test_the_first_trial_is_the_config_itself():
@@ -43,8 +56,10 @@ def test_the_seed_decides():
 
 
 def test_settings_replace_those_of_the_section():
-    cf = apply_settings(CfConfig(embedding_dim=8), {"hidden_sizes": [40, 16], "dropout": 0.25})
-    assert cf == CfConfig(embedding_dim=8, hidden_sizes=(40, 16), dropout=0.25)
+    config = make_config(cf={"embedding_dim": 8})
+    changed = apply_settings(config, {"hidden_sizes": [40, 16], "dropout": 0.25})
+    assert changed.cf == CfConfig(embedding_dim=8, hidden_sizes=(40, 16), dropout=0.25)
+    assert changed.model_copy(update={"cf": config.cf}) == config
 
 
 @pytest.mark.parametrize(
@@ -89,6 +104,43 @@ def test_invalid_combinations_are_refused():
     space = {"num_heads": {"choice": [3]}, "embedding_dim": {"choice": [8, 9]}}
     with pytest.raises(ConfigError, match=r"trial \d+ \(num_heads=3 embedding_dim=8\): cf\.num_heads 3 does not"):
         draw(space, model="sasrec")
+
+
+@pytest.mark.parametrize(
+    ("space", "sections", "message"),
+    [
+        (
+            {"history_length": {"choice": [4, 400]}},
+            {"preprocessing": {"max_history_length": 8}, "prompt": {"history_length": 8}},
+            r"trial \d+ \(history_length=400\): cf\.history_length 400 exceeds preprocessing\.max_history_length 8, "
+            "the longest history in the shards: raise the latter; or search other values",
+        ),
+        (
+            {"model": {"choice": ["mf", "lightgcn"]}},
+            {"stage2": {"train_cf": True}},
+            r"trial \d+ \(model=lightgcn\): stage2\.train_cf .* set .*cf\.model to mf",
+        ),
+        (
+            {"model": {"choice": ["mf", "none"]}},
+            {},
+            r"space\.model\.choice: cf\.model 'none' is not trained; leave it out",
+        ),
+        (
+            {"model": {"choice": ["mf", "none"]}},
+            {"stage2": {"train_cf": "scratch"}},
+            r"space\.model\.choice: cf\.model 'none' is not trained; leave it out",
+        ),
+        (
+            {"item_text": {"choice": [8]}, "model": {"choice": ["mf", "table"]}},
+            {"cf": {"item_vectors": "x.parquet"}},
+            r"trial \d+ \(item_text=8 model=table\): cf\.item_text 8 needs a model that learns item vectors",
+        ),
+    ],
+)
+def test_trials_are_checked_as_whole_configurations(space, sections, message):
+    """Before any work: the best trial is a configuration that the next command accepts."""
+    with pytest.raises(ConfigError, match=message):
+        describe_search(make_config(space, num_trials=20, **sections))
 
 
 def test_an_unknown_name_without_near_match():
