@@ -102,11 +102,7 @@ def plan_jobs(
     item_text = None
     if config.cf.item_text is not None:
         item_text = checkpoints / f"item_text-{key[:16]}.npy"
-        if not item_text.exists():
-            with show_phase("cf: vectors of item texts"):
-                vectors = compute_text_vectors(load_item_table(data_dir)["text"], config.cf.item_text)
-            with open_atomic(item_text, "wb") as file:
-                np.save(file, vectors)
+        write_text_vectors(data_dir, config.cf.item_text, item_text)
     jobs = []
     for number, seed in enumerate(config.cf.seeds or (config.run.seed,)):
         folder = checkpoints / f"seed-{seed}"
@@ -117,6 +113,22 @@ def plan_jobs(
             check_files(RunDir(previous.parents[1]), "cf")
         jobs.append(Job(data_dir, folder, key, config.cf, seed, folds, previous=previous, item_text=item_text))
     return jobs
+
+
+def write_text_vectors(data_dir: Path, width: int, path: Path) -> None:
+    """Write the text vectors of the data's items for ``Job.item_text``, unless the file exists.
+
+    Args:
+        data_dir: folder of the data step.
+        width: ``cf.item_text``.
+        path: file of the vectors, of no other texts or width.
+    """
+    if path.exists():
+        return
+    with show_phase("cf: vectors of item texts"):
+        vectors = compute_text_vectors(load_item_table(data_dir)["text"], width)
+    with open_atomic(path, "wb") as file:
+        np.save(file, vectors)
 
 
 def check_inputs(cf: CfConfig, data_dir: Path) -> None:

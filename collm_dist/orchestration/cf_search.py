@@ -17,7 +17,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from collm_dist.cf.jobs import Job, check_inputs
+from collm_dist.cf.jobs import Job, check_inputs, write_text_vectors
 from collm_dist.cf.models.registry import check_tuning
 from collm_dist.cf.search_space import Settings, apply_settings, describe_settings, draw_settings
 from collm_dist.cf.trainer import METRICS, is_better
@@ -42,6 +42,7 @@ from collm_dist.runs.run_dir import RunDir
 
 FOLDER = "cf_search"
 SPLITS = ("train", "valid")
+_TEXTS = "item_text"
 # Seconds between Tune's state files; a trial missing from the last one reads its own checkpoint and ends at once.
 _STATE_SECONDS = "2"
 
@@ -94,13 +95,7 @@ def _search(
     data_dir = run_dir.step_dir("data").absolute()
     configs = [apply_settings(config, settings) for settings in trials]
     _check_inputs(configs, data_dir)
-    jobs = []
-    for number, settings in enumerate(trials):
-        cf = configs[number].cf
-        key = compute_json_hash([drop_times(fingerprint), settings])
-        seed = config.cf.seeds[0] if config.cf.seeds else config.run.seed
-        jobs.append(Job(data_dir, folder / "trials" / f"{number:03d}" / "checkpoints", key, cf, seed, splits=SPLITS))
-        jobs[-1].checkpoints.mkdir(parents=True, exist_ok=True)
+    jobs = _plan_jobs(configs, trials, data_dir, folder, fingerprint)
     with clear_unfinished(folder), connect_ray(config.cluster):
         outcomes = _run_trials(config, jobs, trials, folder)
     ranked = rank_trials(outcomes, config.cf.select_metric)
@@ -112,7 +107,8 @@ def _search(
     write_json(folder / "summary.json", summary)
     for job in jobs:
         shutil.rmtree(job.checkpoints, ignore_errors=True)
-    shutil.rmtree(folder / "tune", ignore_errors=True)
+    for name in (_TEXTS, "tune"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     print_leaderboard(result, summary, folder)
     return summary
 
@@ -127,6 +123,25 @@ def _check_inputs(configs: Sequence[Config], data_dir: Path) -> None:
         check_inputs(config.cf, data_dir)
         if config.stage2.train_cf:
             check_tuning(config.cf.model)
+
+
+def _plan_jobs(
+    configs: Sequence[Config], trials: Sequence[Settings], data_dir: Path, folder: Path, fingerprint: Mapping[str, Any]
+) -> list[Job]:
+    """Return a job per trial; create its checkpoint folder and, for each width, a file of the items' text vectors."""
+    jobs = []
+    for number, (config, settings) in enumerate(zip(configs, trials, strict=True)):
+        cf, item_text = config.cf, None
+        if cf.item_text is not None:
+            # The width suffices as a name: a folder holds one search, on one data step.
+            item_text = folder / _TEXTS / f"{cf.item_text}.npy"
+            write_text_vectors(data_dir, cf.item_text, item_text)
+        checkpoints = folder / "trials" / f"{number:03d}" / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        key = compute_json_hash([drop_times(fingerprint), settings])
+        seed = cf.seeds[0] if cf.seeds else config.run.seed
+        jobs.append(Job(data_dir, checkpoints, key, cf, seed, splits=SPLITS, item_text=item_text))
+    return jobs
 
 
 def _describe_result(config: Config, folder: Path) -> SearchResult:

@@ -19,6 +19,7 @@ from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.cf_search import run_search
+from collm_dist.orchestration.pretrain import run_pretrain
 from tests.integration.test_pretrain_cf import make_config
 from tests.unit.evaluation_run import write_data_step
 
@@ -113,6 +114,32 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(search, 
     stamp = (folder / "summary.json").stat().st_mtime_ns
     assert run_search(load_config(tmp_path / "config.yaml"), run_dir)["best"] == row["trial"]
     assert (folder / "summary.json").stat().st_mtime_ns == stamp  # done already
+
+
+def test_trials_read_item_texts_and_the_best_one_is_what_the_cf_step_trains(tmp_path):
+    """Trials of one width are equal, those of different widths differ. Measured: the step's metrics are equal."""
+    run_dir = write_data_step(tmp_path, taste=True)
+    record = make_config(tmp_path, num_epochs=6, item_text=3).model_dump(mode="json")
+    record["cf_search"] = {
+        "space": {"item_text": {"choice": [None, 3, 8]}},
+        "num_trials": 6,
+        "grace_epochs": 6,
+        "parallel_trials": 2,
+    }
+    run_search(Config.model_validate(record), run_dir)
+    folder = run_dir.path / "cf_search"
+    by_width = {}
+    for row in pq.read_table(folder / "leaderboard.parquet").to_pylist():
+        assert row["epochs"] == 6, row["error"]  # ASHA stops some after the last epoch
+        by_width.setdefault(row["cf.item_text"], set()).add(row["valid_logloss"])
+    assert by_width.keys() == {None, 3, 8}
+    assert all(len(values) == 1 for values in by_width.values())
+    assert len(set.union(*by_width.values())) == 3
+    assert not (folder / "item_text").exists()
+    best = load_config(folder / "best.yaml")
+    assert best.cf.item_text is not None
+    summary = run_pretrain(best, run_dir)
+    assert summary["metrics"]["valid"]["logloss"] == pytest.approx(by_width[best.cf.item_text].pop(), abs=1e-12)
 
 
 @pytest.mark.parametrize(
