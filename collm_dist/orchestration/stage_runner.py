@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,19 @@ from optuna.trial import TrialState
 
 from collm_dist.cf.search_space import describe_settings
 from collm_dist.orchestration.stage_study import TrialConfigs, build_distribution, build_trial, list_trials
-from collm_dist.orchestration.stage_trial import StageTrial, TrialPlan, TrialReport
+from collm_dist.orchestration.stage_trial import StageTrial, TrialPlan, TrialReport, keep_log
 from collm_dist.tuning.checkpoints import Progress
 from collm_dist.tuning.selection import build_selection
 
 _POLL_SECONDS = 0.5
 # A trial whose actor is lost more often than this fails.
 _MAX_LOSSES = 3
+# An actor without a place answers only once another trial has ended, so the others are asked meanwhile.
+_ANSWER_SECONDS = 1.0
+# Wait for a process that stops; its actor kills it before.
+_STOP_SECONDS = 90.0
+# A trial that waits longer for its place is mentioned, once a search.
+_PLACE_SECONDS = 60.0
 
 
 @dataclass
@@ -33,6 +39,9 @@ class _Running:
         progress: the best validation so far, by the stage's rule.
         num_validations: validations reported to Optuna.
         losses: actors lost.
+        question: the actor's answer to come; None = not asked.
+        has_started: whether the actor has answered.
+        begun: time at which the trial was submitted.
     """
 
     trial: optuna.Trial
@@ -40,6 +49,9 @@ class _Running:
     progress: Progress
     num_validations: int = 0
     losses: int = 0
+    question: Any = None
+    has_started: bool = False
+    begun: float = field(default_factory=time.monotonic)
 
 
 class TrialRunner:
@@ -58,8 +70,9 @@ class TrialRunner:
             parallel: trials that run side by side.
         """
         self._configs, self._plan, self._folder, self._study, self._parallel = configs, plan, folder, study, parallel
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        options = {"num_cpus": 1 if plan.num_gpus else max(1, cpus // parallel), "num_gpus": plan.num_gpus}
+        options = {"num_cpus": 1 if plan.num_gpus else _share_cpus(parallel), "num_gpus": plan.num_gpus}
+        self._needs = f"{options['num_cpus']} CPU" + f" and {plan.num_gpus} GPU" * (plan.num_gpus > 0)
+        self._has_warned = False
         self._actors = ray.remote(StageTrial).options(**options)
         settings = configs.config
         self._rule = build_selection(settings.stage1 if plan.stage == "stage1" else settings.stage2)
@@ -82,9 +95,8 @@ class TrialRunner:
                         self._print(member.trial.number, done, total)
                 time.sleep(_POLL_SECONDS)
         finally:
-            for member in running:
-                with suppress(ray.exceptions.RayError):
-                    ray.get(member.actor.stop.remote())
+            with suppress(ray.exceptions.RayError):
+                _stop(running)
 
     def _start(self, number: int) -> _Running:
         trial = self._study.ask({name: build_distribution(form) for name, form in self._configs.space.items()})
@@ -100,14 +112,16 @@ class TrialRunner:
         """Report a trial's new validations to Optuna, and return whether the trial has ended."""
         trial, progress = member.trial, member.progress
         try:
-            state: TrialReport = ray.get(member.actor.read_state.remote())
+            state = self._read_state(member)
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             member.losses += 1
             if member.losses > _MAX_LOSSES:
                 trial.set_user_attr("error", f"its process was lost {member.losses} times: {error}"[-300:])
                 self._study.tell(trial, state=TrialState.FAIL)
                 return True
-            member.actor = self._build_actor(trial)
+            member.actor, member.has_started = self._build_actor(trial), False
+            return False
+        if state is None:
             return False
         for step, metrics in state.validations[member.num_validations :]:
             self._rule.judge(progress, step, dict.fromkeys(["logloss", *self._rule.names]) | metrics)
@@ -126,8 +140,30 @@ class TrialRunner:
             self._end(member, TrialState.COMPLETE)
         return state.has_ended
 
+    def _read_state(self, member: _Running) -> TrialReport | None:
+        """Return the state of a trial, or None if its actor has not answered yet."""
+        if member.question is None:
+            member.question = member.actor.read_state.remote()
+        if not ray.wait([member.question], timeout=_ANSWER_SECONDS)[0]:
+            self._mention_wait(member)
+            return None
+        answer, member.question = member.question, None
+        state: TrialReport = ray.get(answer)
+        member.has_started = True
+        return state
+
+    def _mention_wait(self, member: _Running) -> None:
+        if not (member.has_started or self._has_warned) and time.monotonic() - member.begun > _PLACE_SECONDS:
+            self._has_warned = True
+            print(f"  trial {member.trial.user_attrs['number']} waits for {self._needs} on a node of the Ray cluster; "
+                  "lower stage_search.parallel_trials to start trials only when they fit", flush=True)  # fmt: skip
+
     def _end(self, member: _Running, state: TrialState) -> None:
-        ray.get(member.actor.end.remote())
+        """Stop a trial's process, free its resources and tell the study."""
+        try:
+            ray.get(member.actor.end.remote(), timeout=_STOP_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # lost since its last answer
+            keep_log(find_trial(self._folder, member.trial.user_attrs["number"]), self._plan.stage)
         ray.kill(member.actor)
         value = member.progress.best_value if state == TrialState.COMPLETE else None
         self._study.tell(member.trial, value, state=state)
@@ -138,6 +174,22 @@ class TrialRunner:
         shown = "" if value is None else f"{value:.4f} at step {trial.best_epoch} of {trial.epochs}, "
         settings = describe_settings(trial.settings)
         print(f"  [{done}/{total}] trial {trial.number} {trial.state}: {shown}{settings}{trial.error}", flush=True)
+
+
+def _share_cpus(parallel: int) -> int:
+    """Return the CPUs of each of so many trials: no more than a node has, or no trial could be placed."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, min(sum(nodes) // parallel, max(nodes, default=1)))
+
+
+def _stop(running: list[_Running]) -> None:
+    """Stop trials, which write a checkpoint; an actor that never answered has nothing to write."""
+    for member in running:
+        if not member.has_started:
+            ray.kill(member.actor)
+    stops = [member.actor.stop.remote() for member in running if member.has_started]
+    if stops:
+        ray.wait(stops, num_returns=len(stops), timeout=_STOP_SECONDS)
 
 
 def find_trial(folder: Path, number: int) -> Path:

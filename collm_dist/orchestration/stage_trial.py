@@ -123,9 +123,16 @@ class StageTrial:
     def end(self) -> None:
         """Stop the stage, keep its log, and delete its weights."""
         self.stop()
-        if self._log.exists():
-            shutil.copy(self._log, self._folder / "metrics.jsonl")
-        shutil.rmtree(self._folder / "run", ignore_errors=True)
+        keep_log(self._folder, self._stage)
+
+
+def keep_log(folder: Path, stage: StageName) -> None:
+    """Keep the log of a trial that has ended, and delete its weights."""
+    run_dir = RunDir(folder / "run")
+    log = run_dir.step_dir(stage) / "metrics.jsonl"
+    if log.exists():
+        shutil.copy(log, folder / "metrics.jsonl")
+    shutil.rmtree(run_dir.path, ignore_errors=True)
 
 
 def read_validations(log: Path) -> list[Validation]:
