@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -18,6 +19,7 @@ from collm_dist.config import Config
 from collm_dist.config.cf_search_section import SearchSpace
 from collm_dist.config.loader import change_settings, get_setting
 from collm_dist.orchestration.leaderboard import Trial
+from collm_dist.random_keys import hash_integers
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,21 @@ def open_study(configs: TrialConfigs, folder: Path) -> optuna.Study:
         study_name="search",
         load_if_exists=True,
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=configs.config.run.seed, constant_liar=True),
         pruner=optuna.pruners.SuccessiveHalvingPruner(search.grace_validations, search.reduction_factor),
     )
+    seed = _derive_seed(configs.config.run.seed, len(study.trials))
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     if not study.trials and (own := _find_own(configs)) is not None:
         study.enqueue_trial(own, user_attrs={"number": 0, "is_own": True})
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
         study.tell(trial.number, state=TrialState.FAIL)
     return study
+
+
+def _derive_seed(seed: int, num_trials: int) -> int:
+    """Return the sampler's seed: its stream starts anew with each start, so a resumed search must not use the same."""
+    return seed if num_trials == 0 else int(hash_integers(seed, num_trials) >> np.uint64(32))
 
 
 def list_trials(study: optuna.Study) -> list[FrozenTrial]:
