@@ -74,11 +74,11 @@ class SearchResult:
 
     Attributes:
         name: name of the search, as in the config.
-        metric: metric by which trials are compared.
+        metric: metric by which trials are compared if it is defined, see ``choose_metric``.
         metrics: metrics that are shown.
         space: searched settings and their domains.
         unit: progress of a trial, in words.
-        curves: (progress, metric) points of each trial, by its number.
+        curves: (progress, value) points of each trial, by its number.
         next_command: uses the best config, whose path is appended.
         prefix: of the settings' names in the table.
     """
@@ -93,13 +93,32 @@ class SearchResult:
     prefix: str = ""
 
 
+def choose_metric(trials: Sequence[Trial], metric: str) -> str:
+    """Return the metric that compares trials: logloss if no finished trial has the given metric.
+
+    A metric may be undefined on the validation rows, such as UAUC if no user has both labels. Trials then select by
+    logloss too, see ``SelectionRule``.
+    """
+    finished = [trial for trial in trials if trial.state == "finished"]
+    is_undefined = finished and all(_is_missing(trial, metric) for trial in finished)
+    return "logloss" if is_undefined else metric
+
+
+def _is_missing(trial: Trial, metric: str) -> bool:
+    return math.isnan(trial.metrics.get(metric, math.nan))
+
+
 def rank_trials(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Return the trials by metric, best first; ties go to finished trials, then to lower numbers."""
+    """Return the trials by metric, best first; ties go to finished trials, then to lower numbers.
+
+    An undefined metric gives way to logloss, see ``choose_metric``; trials that lack the metric come last.
+    """
+    metric = choose_metric(trials, metric)
     sign = 1 if metric == "logloss" else -1
 
     def place(trial: Trial) -> tuple[float, bool, int]:
-        value = trial.metrics.get(metric, math.nan)
-        value = math.inf if trial.state == "failed" or math.isnan(value) else sign * value
+        is_last = trial.state == "failed" or _is_missing(trial, metric)
+        value = math.inf if is_last else sign * trial.metrics[metric]
         return value, trial.state != "finished", trial.number
 
     return sorted(trials, key=place)
@@ -130,19 +149,20 @@ def write_results(
         pq.write_table(table, file)
     with open_atomic(folder / "best.yaml") as file:
         file.write(dump_config(build_config(best.settings)))
-    scored = [trial for trial in ranked if trial.state != "failed"]
+    metric = choose_metric(ranked, result.metric)
+    scored = [trial for trial in ranked if trial.state != "failed" and not _is_missing(trial, metric)]
     figure = plot_search(
         {trial.number: result.curves[trial.number] for trial in scored},
-        {trial.number: trial.metrics[result.metric] for trial in scored},
+        {trial.number: trial.metrics[metric] for trial in scored},
         {name: {trial.number: trial.settings[name] for trial in scored} for name in result.space},
         {name for name, form in result.space.items() if "log_uniform" in form},
         best.number,
-        f"valid {result.metric}",
+        f"valid {metric}",
         result.unit,
     )
     save_figure(figure, folder / "leaderboard.png")
     return {
-        "metric": result.metric,
+        "metric": metric,
         "best": best.number,
         "best_settings": best.settings,
         "trials": [vars(trial) for trial in ranked],
@@ -225,6 +245,9 @@ def print_leaderboard(result: SearchResult, summary: Mapping[str, Any], folder: 
     """Print the best trials, and trial 0, which has the config's own settings."""
     trials = summary["trials"]
     print(f"{result.name}: {len(trials)} trials by valid {summary['metric']}; test was not scored")
+    if summary["metric"] != result.metric:
+        print(f"  {result.metric} is undefined on the validation rows: {summary['metric']} (lower is better) compares "
+              "the trials; more validation rows may define it")  # fmt: skip
     header = " ".join(f"{name:>7}" for name in result.metrics)
     print(f"  {'rank':>4} {'trial':>5} {header} {result.unit:>6}  {'state':8}  settings")
     for rank, trial in enumerate(trials, start=1):

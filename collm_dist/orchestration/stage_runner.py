@@ -170,8 +170,10 @@ class TrialRunner:
 
     def _print(self, attempt: int, done: int, total: int) -> None:
         trial = build_trial(self._configs, self._study.trials[attempt])
-        value = trial.metrics.get(self._rule.metric)
-        shown = "" if value is None else f"{value:.4f} at step {trial.best_epoch} of {trial.epochs}, "
+        shown = ""
+        if trial.metrics:
+            name = self._rule.metric if self._rule.metric in trial.metrics else "logloss"
+            shown = f"{name} {trial.metrics[name]:.4f} at step {trial.best_epoch} of {trial.epochs}, "
         settings = describe_settings(trial.settings)
         print(f"  [{done}/{total}] trial {trial.number} {trial.state}: {shown}{settings}{trial.error}", flush=True)
 

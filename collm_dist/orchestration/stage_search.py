@@ -21,6 +21,7 @@ from collm_dist.errors import ConfigError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
+    choose_metric,
     print_leaderboard,
     rank_trials,
     read_curve,
@@ -116,7 +117,8 @@ def _search(
     metric = _get_metric(configs.config, stage)
     trials = [build_trial(configs, trial) for trial in list_trials(study)]
     ranked = rank_trials(trials, metric)
-    curves = {trial.number: read_curve(_find_log(folder, trial.number), metric) for trial in trials}
+    compared = choose_metric(trials, metric)
+    curves = {trial.number: read_curve(_find_log(folder, trial.number), compared) for trial in trials}
     result = _describe_result(configs, stage, curves)
 
     def build_config(settings: Settings) -> Config:

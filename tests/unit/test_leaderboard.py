@@ -1,0 +1,84 @@
+"""Leaderboard of a search: order of trials, undefined metrics, reasons of failures."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from collm_dist.config.loader import change_settings, load_config
+from collm_dist.orchestration.leaderboard import (
+    SearchResult,
+    Trial,
+    choose_metric,
+    print_leaderboard,
+    rank_trials,
+    write_results,
+)
+
+RATES = [1e-4, 2e-4, 3e-4, 4e-4]
+
+
+def make_trial(number, state="finished", error="", **metrics):
+    return Trial(number, {"stage1.learning_rate": RATES[number]}, state, 4, 2, metrics, error)
+
+
+@pytest.fixture
+def write(repository, tmp_path):
+    """Return a function that ranks trials by UAUC, writes and prints the leaderboard, and returns summary and rows."""
+    config = load_config(repository / "configs" / "tiny_cpu.yaml", [])
+
+    def run(trials) -> tuple[dict, list[dict], Path]:
+        result = SearchResult(
+            name="stage1 search",
+            metric="uauc",
+            metrics=("uauc", "auc", "logloss"),
+            space={"stage1.learning_rate": {"log_uniform": (1e-4, 1e-2)}},
+            unit="step",
+            curves={trial.number: [(2, 0.5), (4, 0.6)] for trial in trials if trial.metrics},
+            next_command="python launch/train.py --stage 1 --config",
+        )
+        summary = write_results(
+            result, tmp_path, rank_trials(trials, "uauc"), lambda settings: change_settings(config, settings)
+        )
+        print_leaderboard(result, summary, tmp_path)
+        return summary, pq.read_table(tmp_path / "leaderboard.parquet").to_pylist(), tmp_path
+
+    return run
+
+
+def test_trials_are_ranked_by_their_metric(write, capsys):
+    trials = [make_trial(0, uauc=0.5, logloss=0.6), make_trial(1, uauc=0.7, logloss=0.9), make_trial(2, "failed")]
+    summary, rows, _ = write(trials)
+    assert (summary["metric"], summary["best"], [row["trial"] for row in rows]) == ("uauc", 1, [1, 0, 2])
+    assert "undefined" not in capsys.readouterr().out
+
+
+def test_an_undefined_metric_gives_way_to_logloss(write, capsys):
+    trials = [
+        make_trial(0, logloss=0.7),
+        make_trial(1, logloss=0.6),
+        make_trial(2, "stopped", logloss=0.5),
+        make_trial(3, "failed"),
+    ]
+    summary, rows, folder = write(trials)
+    assert (summary["metric"], summary["best"], [row["trial"] for row in rows]) == ("logloss", 1, [2, 1, 0, 3])
+    assert [row["valid_uauc"] for row in rows] == [None] * 4
+    assert load_config(folder / "best.yaml").stage1.learning_rate == RATES[1]
+    assert (folder / "leaderboard.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "4 trials by valid logloss" in printed
+    assert "uauc is undefined on the validation rows: logloss (lower is better) compares the trials" in printed
+
+
+def test_trials_without_a_metric_that_others_have_come_last(write):
+    trials = [make_trial(0, logloss=0.1), make_trial(1, uauc=0.6, logloss=0.9), make_trial(2, "stopped", uauc=0.5)]
+    summary, rows, _ = write(trials)
+    assert (summary["metric"], summary["best"], [row["trial"] for row in rows]) == ("uauc", 1, [1, 2, 0])
+
+
+def test_a_metric_that_only_stopped_trials_have_compares_none():
+    assert (
+        choose_metric([make_trial(0, logloss=0.1), make_trial(1, "stopped", uauc=0.5, logloss=0.2)], "uauc")
+        == "logloss"
+    )
+    assert choose_metric([make_trial(0, "failed")], "uauc") == "uauc"
