@@ -256,7 +256,9 @@ def print_leaderboard(result: SearchResult, summary: Mapping[str, Any], folder: 
             note = " (the config's own)" if trial["number"] == 0 and trial.get("is_own", True) else ""
             print(f"  {rank:4} {trial['number']:5} {values} {trial['best_epoch']:6}  {trial['state']:8}  "
                   f"{describe_settings(trial['settings'])}{note}")  # fmt: skip
-    if (failed := sum(trial["state"] == "failed" for trial in trials)) > 0:
-        print(f"  {failed} trials failed; leaderboard.parquet has the errors")
+    if failed := [trial for trial in trials if trial["state"] == "failed"]:
+        first = next((trial for trial in failed if trial["error"]), failed[0])
+        print(f"  {len(failed)} of the trials failed; leaderboard.parquet has the errors. Trial {first['number']}: "
+              f"{first['error'] or 'no validation was reported'}")  # fmt: skip
     print(f"  best: trial {summary['best']}; {result.next_command} {folder / 'best.yaml'}")
     print(f"  {folder}: leaderboard.parquet leaderboard.png best.yaml")

@@ -13,6 +13,8 @@ import ray
 from optuna.trial import TrialState
 
 from collm_dist.cf.search_space import describe_settings
+from collm_dist.config import Config
+from collm_dist.errors import ConfigError
 from collm_dist.orchestration.stage_study import TrialConfigs, build_distribution, build_trial, list_trials
 from collm_dist.orchestration.stage_trial import StageTrial, TrialPlan, TrialReport, keep_log
 from collm_dist.tuning.checkpoints import Progress
@@ -35,6 +37,7 @@ class _Running:
 
     Attributes:
         trial: Optuna's trial.
+        config: the experiment with the trial's settings.
         actor: its actor, see ``StageTrial``.
         progress: the best validation so far, by the stage's rule.
         num_validations: validations reported to Optuna.
@@ -45,6 +48,7 @@ class _Running:
     """
 
     trial: optuna.Trial
+    config: Config
     actor: Any
     progress: Progress
     num_validations: int = 0
@@ -87,7 +91,12 @@ class TrialRunner:
         try:
             while done < total:
                 while len(running) < min(self._parallel, total - done):
-                    running.append(self._start(done + len(running)))
+                    member = self._start(done + len(running))
+                    if isinstance(member, _Running):
+                        running.append(member)
+                    else:
+                        done += 1
+                        self._print(member, done, total)
                 for member in list(running):
                     if self._advance(member):
                         running.remove(member)
@@ -98,15 +107,22 @@ class TrialRunner:
             with suppress(ray.exceptions.RayError):
                 _stop(running)
 
-    def _start(self, number: int) -> _Running:
+    def _start(self, number: int) -> _Running | int:
+        """Start the next trial. If its settings do not fit together, it fails: return Optuna's number of it."""
         trial = self._study.ask({name: build_distribution(form) for name, form in self._configs.space.items()})
         if "number" not in trial.user_attrs:
             trial.set_user_attr("number", number)
-        return _Running(trial, self._build_actor(trial), Progress())
+        try:
+            config = self._configs.build(trial.params)
+        except ConfigError as error:  # the plan has checked each value by itself, not their combinations
+            trial.set_user_attr("error", str(error)[:300])
+            self._study.tell(trial, state=TrialState.FAIL)
+            return trial.number
+        return _Running(trial, config, self._build_actor(trial, config), Progress())
 
-    def _build_actor(self, trial: optuna.Trial) -> Any:
+    def _build_actor(self, trial: optuna.Trial, config: Config) -> Any:
         folder = find_trial(self._folder, trial.user_attrs["number"])
-        return self._actors.remote(self._plan, self._configs.build(trial.params), folder)
+        return self._actors.remote(self._plan, config, folder)
 
     def _advance(self, member: _Running) -> bool:
         """Report a trial's new validations to Optuna, and return whether the trial has ended."""
@@ -119,7 +135,7 @@ class TrialRunner:
                 trial.set_user_attr("error", f"its process was lost {member.losses} times: {error}"[-300:])
                 self._study.tell(trial, state=TrialState.FAIL)
                 return True
-            member.actor, member.has_started = self._build_actor(trial), False
+            member.actor, member.has_started = self._build_actor(trial, member.config), False
             return False
         if state is None:
             return False
@@ -174,8 +190,8 @@ class TrialRunner:
         if trial.metrics:
             name = self._rule.metric if self._rule.metric in trial.metrics else "logloss"
             shown = f"{name} {trial.metrics[name]:.4f} at step {trial.best_epoch} of {trial.epochs}, "
-        settings = describe_settings(trial.settings)
-        print(f"  [{done}/{total}] trial {trial.number} {trial.state}: {shown}{settings}{trial.error}", flush=True)
+        settings, cause = describe_settings(trial.settings), f": {trial.error}" if trial.error else ""
+        print(f"  [{done}/{total}] trial {trial.number} {trial.state}: {shown}{settings}{cause}", flush=True)
 
 
 def _share_cpus(parallel: int) -> int:

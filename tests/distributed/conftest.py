@@ -21,15 +21,19 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def prepared_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
     """Return (folder, overrides) of a run whose data and CF steps are done."""
+    return prepare_run(tmp_path_factory.mktemp("prepared") / "run", tiny_ratings, tiny_backbone_dir)
+
+
+def prepare_run(folder: Path, inputs: Path, backbone: Path) -> tuple[Path, list[str]]:
+    """Run the data and CF steps on ratings.csv and items.csv of a folder; return the run directory and overrides."""
     from collm_dist.orchestration.cluster import connect_ray
     from collm_dist.orchestration.preprocess import run_preprocess
     from collm_dist.orchestration.pretrain import run_pretrain
 
-    folder = tmp_path_factory.mktemp("prepared") / "run"
     overrides = [
-        f"dataset.path={tiny_ratings / 'ratings.csv'}",
-        f"dataset.items_path={tiny_ratings / 'items.csv'}",
-        f"llm.backbone={tiny_backbone_dir}",
+        f"dataset.path={inputs / 'ratings.csv'}",
+        f"dataset.items_path={inputs / 'items.csv'}",
+        f"llm.backbone={backbone}",
     ]
     config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", [*overrides, f"run.dir={folder}"])
     with connect_ray(config.cluster):

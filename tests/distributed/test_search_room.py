@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 from collm_dist.config.loader import load_config
 from collm_dist.orchestration.stage_search import run_stage_search
 from collm_dist.runs.run_dir import RunDir
-from tests.conftest import REPOSITORY
+from tests.distributed.conftest import REPOSITORY, prepare_run
 
 SHORT = ["stage1.max_steps=2", "stage1.eval_every_steps=1", "stage1.early_stop_patience=9", "stage1.warmup_steps=0",
          "monitoring.tensorboard=false", "stage_search.reduction_factor=2", "stage_search.grace_validations=9",
@@ -23,14 +25,29 @@ ENDLESS = ["stage1.max_steps=9999", "stage1.num_epochs=9999", "stage1.early_stop
            "stage_search.grace_validations=9999"]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def one_sided_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
+    """Return (folder, overrides) of a run with data and CF model, of users who like all or none of their items."""
+    inputs = tmp_path_factory.mktemp("one_sided")
+    shutil.copy(tiny_ratings / "items.csv", inputs)
+    with (tiny_ratings / "ratings.csv").open() as source, (inputs / "ratings.csv").open("w", newline="") as target:
+        rows = list(csv.DictReader(source))
+        writer = csv.DictWriter(target, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"rating": 5 if int(row["user_id"]) % 2 else 1} for row in rows)
+    return prepare_run(inputs / "run", inputs, tiny_backbone_dir)
+
+
 @pytest.fixture
-def search(copy_run, monkeypatch):
+def search(one_sided_run, tmp_path, monkeypatch):
     """Return a function that searches stage 1 in this process, and returns the folder."""
 
     def run(*settings, num_trials=3):
-        folder, overrides = copy_run("searched")
+        source, overrides = one_sided_run
+        folder = tmp_path / "searched"
+        shutil.copytree(source, folder)
         monkeypatch.chdir(REPOSITORY)
-        settings = [*overrides, *SHORT, f"stage_search.num_trials={num_trials}", *settings]
+        settings = [*overrides, f"run.dir={folder}", *SHORT, f"stage_search.num_trials={num_trials}", *settings]
         config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", settings)
         run_stage_search(config, RunDir(folder), "stage1")
         return folder / "stage1_search"
@@ -45,6 +62,28 @@ def test_more_parallel_trials_than_fit_all_finish(search):
     assert [row["state"] for row in rows] == ["finished"] * 3
     assert len({row["stage1.learning_rate"] for row in rows}) == 3
     assert not list(folder.glob("trials/*/run"))
+
+
+@pytest.mark.timeout(300)
+def test_an_invalid_combination_fails_its_trial_alone_and_logloss_compares_the_others(search, capsys):
+    # Each value alone is valid; a margin without a guard is not. Seed 0 draws that for trial 2.
+    space = "{stage1.guard_metric: {choice: [logloss, null]}, stage1.guard_margin: {choice: [null, 0.1]}}"
+    folder = search(
+        f"stage_search.space={space}", "stage1.guard_metric=logloss", "stage1.select_metric=uauc",
+        num_trials=4,
+    )  # fmt: skip
+    rows = pq.read_table(folder / "leaderboard.parquet").to_pylist()
+    assert [row["state"] for row in rows] == ["finished"] * 3 + ["failed"]
+    failed = rows[-1]
+    assert (failed["trial"], failed["stage1.guard_metric"], failed["stage1.guard_margin"]) == (2, None, 0.1)
+    assert "guard_margin 0.1 needs a guard_metric" in failed["error"]
+    losses = [row["valid_logloss"] for row in rows[:3]]
+    assert losses == sorted(losses)
+    assert {row["valid_uauc"] for row in rows} == {None}
+    printed = capsys.readouterr().out
+    assert "trial 2 failed: stage1.guard_metric=None stage1.guard_margin=0.1: stage1" in printed
+    assert "Trial 2: stage1" in printed
+    assert "uauc is undefined on the validation rows" in printed
 
 
 @pytest.mark.slow

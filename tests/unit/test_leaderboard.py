@@ -82,3 +82,12 @@ def test_a_metric_that_only_stopped_trials_have_compares_none():
         == "logloss"
     )
     assert choose_metric([make_trial(0, "failed")], "uauc") == "uauc"
+
+
+def test_the_reason_of_a_failure_is_shown(write, capsys):
+    trials = [make_trial(0, uauc=0.5, logloss=0.6), make_trial(1, "failed", "a margin needs a guard")]
+    _, rows, _ = write(trials)
+    assert [row["error"] for row in rows] == ["", "a margin needs a guard"]
+    assert (
+        "1 of the trials failed; leaderboard.parquet has the errors. Trial 1: a margin needs" in capsys.readouterr().out
+    )
