@@ -64,6 +64,7 @@ def test_more_parallel_trials_than_fit_all_finish(search):
     assert not list(folder.glob("trials/*/run"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_invalid_combination_fails_its_trial_alone_and_logloss_compares_the_others(search, capsys):
     # Each value alone is valid; a margin without a guard is not. Seed 0 draws that for trial 2.
