@@ -110,7 +110,7 @@ def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
     stage = "stage2" if any(row["model"] == "stage2" for row in rows) else "stage1"
     by_model = {row["model"]: row for row in rows}
     sentences = []
-    for versus in ("anchor", "blend", "cf"):
+    for versus in ("anchor", "blend", "as_of_logistic", "cf"):
         pair = [row for row in differences if (row["model"], row["versus"]) == (stage, versus)]
         if pair and versus in by_model:
             sentences.append(
@@ -118,13 +118,30 @@ def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
                 f"{_VERDICTS[judge(pair[0], metric)]} {_name_rival(versus)} ({by_model[versus][metric]:.4f}), "
                 f"difference {format_number(pair[0], metric, signed=True)}."
             )
+    if share := _describe_share(result):
+        sentences.append(f"{title}: {share}")
     return sentences
 
 
 def _name_rival(model: str) -> str:
-    return {"anchor": "its anchor alone", "blend": "the blend of all simple scores"}.get(
-        model, "the collaborative model"
-    )
+    names = {
+        "anchor": "its anchor alone",
+        "blend": "the blend of all simple scores",
+        "as_of_logistic": "a logistic regression on earlier counts",
+    }
+    return names.get(model, "the collaborative model")
+
+
+def _describe_share(result: Mapping[str, Any]) -> str:
+    """Return a sentence on the training contexts if the stages saw a part of them, else an empty string."""
+    given = dict(setting.split("=", 1) for setting in result["overrides"])
+    total = result["cells"][-1]["data"]["splits"]["train"]["contexts"]
+    parts = [
+        f"{number:,} ({number / total:.0%}) in {MODEL_NAMES[stage]}"
+        for stage in ("stage1", "stage2")
+        if (number := int(given.get(f"{stage}.max_train_contexts", total))) < total
+    ]
+    return f"of {total:,} training contexts the language model has seen {' and '.join(parts)}." if parts else ""
 
 
 def _load(path: Path) -> dict[str, Any] | None:

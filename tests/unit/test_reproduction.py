@@ -104,6 +104,9 @@ def test_the_page_leads_with_what_the_language_model_adds(monkeypatch, tmp_path)
     assert (tmp_path / "docs" / "images" / "reproduction_ml1m.png").stat().st_size > 5000
     better = json.loads(json.dumps(result).replace("-0.05,", "0.005,"))
     assert "is better than its anchor alone" in summarize("ml1m", better)[0]
+    part = {**result, "overrides": ["evaluation.max_users=7", "stage2.max_train_contexts=1"]}
+    assert " training contexts the language model has seen 1 (" in summarize("ml1m", part)[-1]
+    assert "has seen" not in "".join(summarize("ml1m", result))
     write_page(tmp_path / "none.md", tmp_path / "docs")
     text = (tmp_path / "none.md").read_text()
     assert "No variant of the recipe has been run to its end on MovieLens-1M and Amazon Industrial yet" in text
