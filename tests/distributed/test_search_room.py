@@ -55,6 +55,7 @@ def search(one_sided_run, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_more_parallel_trials_than_fit_all_finish(search):
     folder = search("stage_search.parallel_trials=3")

@@ -265,6 +265,7 @@ def measure_on_two(settings):
     settings["out"].with_suffix(f".{context.get_world_rank()}").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_measure_the_same_sample(ray_session, tmp_path):
     """The metrics that select the epoch. Measured: equal."""
     data_dir = write_data_step(tmp_path).step_dir("data")
