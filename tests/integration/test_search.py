@@ -116,6 +116,7 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(search, 
     assert (folder / "summary.json").stat().st_mtime_ns == stamp  # done already
 
 
+@pytest.mark.slow
 def test_trials_read_item_texts_and_the_best_one_is_what_the_cf_step_trains(tmp_path):
     """Trials of one width are equal, those of different widths differ. Measured: the step's metrics are equal."""
     run_dir = write_data_step(tmp_path, taste=True)
