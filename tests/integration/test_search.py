@@ -77,6 +77,7 @@ def kill_once_a_trial_has_finished(process, folder):
     return results
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(search, tmp_path):
     run_dir, start = search
     folder = run_dir.path / "cf_search"
