@@ -44,7 +44,7 @@ class ItemColumnsConfig(Section):
         "Rankings leave out items that are not available; training and evaluation do not read these times."
     )
     available_until: str | None = optional(
-        "Column of the time from which an item is no longer offered; an empty cell means never."
+        "Column of the time at which an item's availability ends; an empty cell means that it does not end."
     )
 
     def list_windows(self) -> dict[str, str]:

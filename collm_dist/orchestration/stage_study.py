@@ -68,7 +68,7 @@ def open_study(configs: TrialConfigs, folder: Path) -> optuna.Study:
 
 
 def _derive_seed(seed: int, num_trials: int) -> int:
-    """Return the sampler's seed: its stream starts anew with each start, so a resumed search must not use the same."""
+    """Return the sampler's seed. A sampler starts its random stream from the seed, so each resume needs another one."""
     return seed if num_trials == 0 else int(hash_integers(seed, num_trials) >> np.uint64(32))
 
 
@@ -106,7 +106,7 @@ def _find_own(configs: TrialConfigs) -> dict[str, Any] | None:
 
 
 def build_distribution(form: Mapping[Any, tuple[Any, ...]]) -> optuna.distributions.BaseDistribution:
-    """Return what the sampler draws from for a domain; of a choice the index."""
+    """Return Optuna's distribution for a domain. For a choice the sampler draws the index of a value."""
     ((kind, values),) = form.items()
     if kind == "choice":
         return optuna.distributions.CategoricalDistribution(list(range(len(values))))

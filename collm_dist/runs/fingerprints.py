@@ -123,8 +123,8 @@ def is_step_current(run_dir: RunDir, step: Step, fingerprint: Mapping[str, Any],
     Args:
         run_dir: the run.
         step: the step.
-        fingerprint: what the step would be made with now.
-        remedy: command, or argument of this one, that redoes the step; default ``--force STEP``.
+        fingerprint: of the step with today's settings and inputs.
+        remedy: command or argument that redoes the step; default ``--force STEP``.
 
     Raises:
         ArtifactError: it is done with another fingerprint; the message names the differing keys and the remedies.

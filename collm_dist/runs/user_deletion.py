@@ -129,7 +129,7 @@ def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
 
 
 def remove_leftovers(runs: Iterable[Path]) -> None:
-    """Delete what is left of removed runs beside the given ones, also of an interrupted removal."""
+    """Delete the renamed folders of removed runs in the parent folders of ``runs``, also after an interruption."""
     for folder in {path.absolute().parent for path in runs}:
         for leftover in folder.glob(f"{_REMOVED}*"):
             shutil.rmtree(leftover)

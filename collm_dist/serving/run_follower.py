@@ -187,7 +187,7 @@ class RunFollower:
 
     @property
     def _note(self) -> Path:
-        """File beside the link with the run that took over last: a process that starts anew goes on with it."""
+        """File beside the link that names the run that took over last. A restarted process falls back to that run."""
         assert self._pointer is not None
         return self._pointer.with_name(f".{self._pointer.name}.served.json")
 
