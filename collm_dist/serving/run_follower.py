@@ -10,7 +10,6 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from collm_dist.errors import ArtifactError, CollmError, DiskError
+from collm_dist.errors import ArtifactError, CollmError
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.run_dir import RunDir, Step
@@ -235,8 +234,10 @@ class RunFollower:
             self._refused = target, state, RefusedRun(run=target.name, reason=reason, since=_now())
         else:
             self._served, self._refused = served, None
-            with suppress(DiskError):  # the folder of the link may be read-only
+            try:
                 write_json(self._note, {"run": str(target)})
+            except (CollmError, OSError) as error:  # such as a read-only folder; the run serves all the same
+                logger.warning("%s is not written: %s", self._note, error)
         gc.collect()  # of the run that serves no longer, or was refused
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

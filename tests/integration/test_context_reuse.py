@@ -136,3 +136,10 @@ def test_a_run_that_takes_over_finds_nothing_of_the_run_before(finished_run, tmp
     assert (restarted.describe().run, restarted.describe().refused.run) == ("two", "three")
     shutil.rmtree(tmp_path / "two")
     assert follow().describe().run == "one"
+    # What cannot be noted is served all the same.
+    note = tmp_path / ".current.served.json"
+    note.unlink()
+    note.mkdir()
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(tmp_path / "one")
+    assert follow().describe().refused is None
