@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from collm_dist.anchor.cooccurrence import Cooccurrence
 from collm_dist.anchor.features import FEATURES, AnchorKind, FeatureSource
@@ -230,6 +228,9 @@ def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
 
 def _fit_logistic(features: FloatArray, labels: IntArray) -> tuple[FloatArray, float]:
     """Return weights and intercept of a logistic regression on standardized features, for the features as they are."""
+    from sklearn.linear_model import LogisticRegression  # late: the import takes a second
+    from sklearn.preprocessing import StandardScaler
+
     if labels.min() == labels.max():
         likes, rows = labels.sum(), len(labels)
         return np.zeros(features.shape[1]), float(np.log((likes + 0.5) / (rows - likes + 0.5)))

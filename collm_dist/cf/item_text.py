@@ -14,9 +14,6 @@ import numpy as np
 import scipy.sparse as sp  # type: ignore[import-untyped]  # comes with scikit-learn
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,6 +27,8 @@ def vectorize_texts(texts: Sequence[str]) -> sp.csr_matrix:
 
     Texts without words get zeros.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # late: the import takes a second
+
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2),
         sublinear_tf=True,
@@ -48,6 +47,9 @@ def compute_text_vectors(texts: Sequence[str], width: int) -> NDArray[np.float32
         texts: (I,) item texts.
         width: K; the last columns are zero if items or terms are fewer.
     """
+    from sklearn.decomposition import TruncatedSVD  # late: the import takes a second
+    from sklearn.preprocessing import normalize
+
     terms = vectorize_texts(texts)
     vectors = np.zeros((len(texts), width), dtype=np.float32)
     rank = min(width, *terms.shape)

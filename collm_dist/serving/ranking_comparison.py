@@ -104,9 +104,10 @@ class Comparer:
         items: list[ComparedItem] = []
         if request.candidates:
             block = self._reader.build_block([user], [self._reader.read_candidates(request)])
-            likes = block.item_likes.astype(np.float64)
+            # Of the log alone, as the page says and as GET /items shows; the models read fresh events too.
+            likes, _ = self._reader.count_item_events(block.item_idx, request.as_of)
             cf = self._scorer.score_by_cf(block) if self._scorer.has_cf else None
-            items = self._list_items(block, likes, cf, self._scorer.score_parts(block), top_k)
+            items = self._list_items(block, likes.astype(np.float64), cf, self._scorer.score_parts(block), top_k)
         return Comparison(
             items,
             len(request.candidates),

@@ -18,7 +18,7 @@ from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, wait_for_all
+from collm_dist.distributed import get_rank, get_world_size, run_on_rank_0, sum_over_workers, wait_for_all
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, write_json
 from collm_dist.runs.code_trust import keep_trust
@@ -81,12 +81,25 @@ def run_stage(
     finally:
         loop.profiler.stop()
         loop.logger.close()
-    run_on_rank_0(lambda: _finish(run_dir, stage, loop, loaded))
+    dropped = _count_dropped_items(loaded)
+    run_on_rank_0(lambda: _finish(run_dir, stage, loop, loaded, dropped))
     run_on_rank_0(lambda: keep_trust(config, run_dir, name))
     return run_dir.read_record(name)
 
 
-def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage) -> None:
+def _count_dropped_items(loaded: LoadedStage) -> dict[str, int]:
+    """Return the items that the prompts of all workers had no room for, by list of the prompt. Collective."""
+    collator = loaded.collator
+    counts = {"dropped_history_items": collator.num_dropped_history}
+    if collator.template.has("<RatedTitleList>"):
+        counts["dropped_rated_items"] = collator.num_dropped_ratings
+    if collator.template.has("<DislikedTitleList>"):
+        counts["dropped_disliked_items"] = collator.num_dropped_dislikes
+    sums = sum_over_workers(torch.tensor(list(counts.values()), device=loaded.device))
+    return dict(zip(counts, sums.tolist(), strict=True))
+
+
+def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage, dropped: Mapping[str, int]) -> None:
     """Write the stage's product and, last, its summary."""
     progress = loop.progress
     with explain_disk_errors(run_dir.step_dir(stage.name)):
@@ -106,17 +119,7 @@ def _finish(run_dir: RunDir, stage: Stage, loop: TuningLoop, loaded: LoadedStage
         "trained_until": load_manifest(run_dir.step_dir("data")).splits["train"].last_timestamp,
         "split_contexts": loop.train_order.num_split_contexts,
         "max_tokens_per_micro_batch": loop.max_tokens,
-        "dropped_history_items": loaded.collator.num_dropped_history,
-        **(
-            {"dropped_rated_items": loaded.collator.num_dropped_ratings}
-            if loaded.collator.template.has("<RatedTitleList>")
-            else {}
-        ),
-        **(
-            {"dropped_disliked_items": loaded.collator.num_dropped_dislikes}
-            if loaded.collator.template.has("<DislikedTitleList>")
-            else {}
-        ),
+        **dropped,
         "fingerprint": loop.fingerprint,
         "content_hash": compute_file_hash(product),
         "files": hash_products(run_dir.step_dir(stage.name)),

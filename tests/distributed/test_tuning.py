@@ -31,12 +31,16 @@ def assert_same_training(ours, other, stages=("stage1", "stage2"), tolerance=TOL
 
 
 def test_two_processes_equal_one_and_products_load(copy_run):
+    short = "prompt.max_prompt_tokens=64"
     one, overrides = copy_run("one")
-    run(PYTHON, overrides)
+    run(PYTHON, [*overrides, short])
     two, overrides = copy_run("two")
+    overrides = [*overrides, short]
     run(DEEPSPEED, overrides)
     assert_same_training(two, one)
     summary = json.loads((two / "stage2" / "summary.json").read_text())
+    dropped = json.loads((one / "stage2" / "summary.json").read_text())["dropped_history_items"]
+    assert summary["dropped_history_items"] == dropped > 0
     assert summary["global_steps"] == 4
     assert summary["world_size"] == 2
     assert summary["throughput"]["samples_per_second"] > 0

@@ -24,6 +24,7 @@ from collm_dist.orchestration.preprocess import run_preprocess
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.event_parts import describe_columns, list_read_parts
 from collm_dist.serving.finished_run import build_recommender
+from collm_dist.serving.requests import RankingQuery
 
 ROOT = Path(__file__).parents[2]
 # Float32 sums in another order: the largest measured difference is 1.2e-6, at scores of about 1.
@@ -108,6 +109,16 @@ def test_a_new_user_is_known_by_events(finished_run, tmp_path):
     assert found == ours.rank(history=liked, disliked=disliked, candidates=candidates)
     assert not {item.item_id for item in ours.rank(user="newcomer")} & {*liked, *disliked}
     assert ours.rank(user="another", candidates=candidates) == before
+
+
+def test_popularity_is_counted_in_the_log_wherever_it_is_shown(finished_run, tmp_path):
+    store = EventStore(tmp_path)
+    ours = collm_dist.load_recommender(finished_run, "cpu", events=store)
+    listed, _ = ours.build_search().find("", 10)
+    unpopular = listed[-1].item_id
+    store.add([Event(f"n{number}", f"newcomer {number}", unpopular, number, 1) for number in range(1000)])
+    compared = ours.compare(RankingQuery(candidates=[item.item_id for item in listed])).items
+    assert {item.item_id: item.popularity.score for item in compared} == {item.item_id: item.likes for item in listed}
 
 
 def test_events_are_deleted_once_every_loaded_run_has_read_them(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from collm_dist.runs.promotion import promote
 from collm_dist.runs.run_dir import RunDir
 from tests.integration.mlflow_server import serve_mlflow
 
+pytest.importorskip("mlflow", reason="needs pip install 'collm-dist[mlflow]'")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SECRET = "not-to-be-written-anywhere"

@@ -52,6 +52,7 @@ def count_weight_memory(model):
     return total
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_size_and_cost_are_as_planned(folder, quantization):
@@ -63,6 +64,7 @@ def test_size_and_cost_are_as_planned(folder, quantization):
     assert DecoderShape.from_model(quantized) == DecoderShape.from_model(plain)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_gradients_pass_through_to_adapters_and_embeddings(folder, quantization):

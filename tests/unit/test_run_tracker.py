@@ -34,11 +34,16 @@ def test_names_that_mlflow_refuses_are_refused_before_work(setting):
         load_config(CONFIG, [f"monitoring.mlflow.{setting}"])
 
 
-def test_nothing_is_sent_unless_asked_for_and_by_the_owner_of_the_run_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "overrides, is_owner",
+    [([], True), pytest.param(["monitoring.mlflow.tracking_uri=http://127.0.0.1:9"], False, marks=pytest.mark.slow)],
+)
+def test_nothing_is_sent_unless_asked_for_and_by_the_owner_of_the_run_alone(overrides, is_owner, tmp_path, monkeypatch):
+    if overrides:
+        pytest.importorskip("mlflow", reason="needs pip install 'collm-dist[mlflow]'")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    for overrides, is_owner in (([], True), (["monitoring.mlflow.tracking_uri=http://127.0.0.1:9"], False)):
-        with track_run(load_config(CONFIG, overrides), RunDir(tmp_path), (), is_owner=is_owner):
-            assert "tracker" not in [thread.name for thread in threading.enumerate()]
+    with track_run(load_config(CONFIG, overrides), RunDir(tmp_path), (), is_owner=is_owner):
+        assert "tracker" not in [thread.name for thread in threading.enumerate()]
     assert list(tmp_path.iterdir()) == []
 
 
