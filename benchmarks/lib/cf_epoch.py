@@ -37,7 +37,7 @@ class OurSide:
         cf = CfConfig(**settings)
         manifest = load_manifest(data_dir)
         data = load_worker_data(data_dir, manifest, splits=("train",))
-        self.train = number_globally(data.splits["train"])
+        self.train = number_globally(data.splits["train"], data.users)
         self.model = build_untrained(cf, manifest, data.users, self.train, seed=0)
         self.model.prepare(self.train)
         fit_biases(self.model, self.train, cf.bias_weight_decay)

@@ -82,7 +82,7 @@ class Rows:
         label: (N,) int8, 1 = like, 0 = dislike or sampled negative.
         timestamp: (N,) seconds since 1970.
         liked_items: (L,) liked items of the owned users, sorted by user and time, of all splits.
-        first_context: global number of context 0.
+        slices: (first context, its number over all workers) of each slice of the owned users; see ``number``.
         total_contexts, total_rows: totals over all workers.
         counts: (N, 4) int32: likes and rows of the user, likes and rows of the item, strictly before each row; None
             = not loaded.
@@ -96,7 +96,7 @@ class Rows:
     label: Tensor
     timestamp: Tensor
     liked_items: Tensor
-    first_context: int
+    slices: tuple[tuple[int, int], ...]
     total_contexts: int
     total_rows: int
     counts: Tensor | None = None
@@ -116,6 +116,13 @@ class Rows:
     def row_users(self) -> Tensor:
         """(N,) local user of each row."""
         return self.user_idx[self.target_contexts]
+
+    def number(self, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the (K,) numbers of contexts over all workers: all contexts in the order of dense users and time."""
+        firsts, numbers = np.array(self.slices, dtype=np.int64).reshape(-1, 2).T
+        place = np.searchsorted(firsts, contexts, side="right") - 1
+        numbered: NDArray[np.int64] = contexts + (numbers - firsts)[place]
+        return numbered
 
     def to(self, device: torch.device) -> Rows:
         """Return a copy on a device."""
@@ -203,7 +210,7 @@ def iter_batches(rows: Rows, batch_rows: int, seed: int, epoch: int) -> Iterator
     places = np.empty(rows.num_contexts, dtype=np.int64)
     for first in range(0, len(places), _PERMUTED_AT_ONCE):
         part = places[first : first + _PERMUTED_AT_ONCE]
-        part[:] = permute(rows.first_context + first + np.arange(len(part)), rows.total_contexts, seed, epoch)
+        part[:] = permute(rows.number(first + np.arange(len(part))), rows.total_contexts, seed, epoch)
     order = np.argsort(places)
     ends = np.searchsorted(places[order], -(-np.arange(num_batches + 1) * rows.total_contexts // num_batches))
     contexts = torch.from_numpy(order).to(rows.user_idx.device)
@@ -240,7 +247,7 @@ def build_rows(
         label=torch.from_numpy(label.astype(np.int8)),
         timestamp=torch.from_numpy(timestamp),
         liked_items=torch.from_numpy(items.astype(np.int32)),
-        first_context=0,
+        slices=((0, 0),),
         total_contexts=len(starts),
         total_rows=len(user_idx),
         counts=None if counts is None else torch.from_numpy(counts.astype(np.int32)),
@@ -262,7 +269,7 @@ def take_before(rows: Rows, end: int) -> Rows:
         label=rows.label[keep],
         timestamp=rows.timestamp[keep],
         counts=None if rows.counts is None else rows.counts[keep],
-        first_context=0,
+        slices=((0, 0),),
         total_contexts=len(contexts),
         total_rows=len(kept_contexts),
     )

@@ -74,13 +74,14 @@ def fit_job(job: Job, device: torch.device, rank: int, world_size: int, on_epoch
     """
     manifest = load_manifest(job.data_dir)
     data = load_worker_data(job.data_dir, manifest, rank, world_size, job.splits, with_counts=job.cf.feedback == "all")
-    splits = {name: number_globally(rows.to(device)) for name, rows in data.splits.items()}
+    splits = {name: number_globally(rows.to(device), data.users) for name, rows in data.splits.items()}
     state: TrainingState | None = None
     for fold, name in enumerate(job.list_models(), start=1):
         if name == "final":
             train, valid, epochs, report = splits["train"], splits["valid"], job.cf.num_epochs, on_epoch
         else:
-            train = number_globally(take_before(splits["train"], job.fold_starts[fold - 1]))
+            early = take_before(splits["train"], job.fold_starts[fold - 1])
+            train = number_globally(early, data.users)
             valid, epochs, report = None, job.cf.fold_epochs, _ignore
         state = fit_model(job, name, manifest, data.users, train, valid, epochs, state, report)
     assert state is not None

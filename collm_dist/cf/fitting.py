@@ -162,7 +162,8 @@ def fill_vectors(model: VectorTable, cf: CfConfig, data_dir: Path, users: UserRa
 def save_untrained(job: Job, manifest: Manifest) -> None:
     """Save initial weights as a finished training state, for a model that only stage 2 trains (``cf.model: none``)."""
     data = load_worker_data(job.data_dir, manifest)
-    model = build_untrained(job.cf, manifest, data.users, number_globally(data.splits["train"]), job.seed)
+    train = number_globally(data.splits["train"], data.users)
+    model = build_untrained(job.cf, manifest, data.users, train, job.seed)
     optimizers = Optimizers(model, job.cf.learning_rate)
     folder = job.checkpoints / job.name_model(1)
     save_state(folder, job.key, model, optimizers, copy_weights(model), Progress(finished=True), data.users)

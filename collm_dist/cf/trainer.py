@@ -83,16 +83,19 @@ def compute_metrics(model: TrainableCfModel, rows: Rows) -> dict[str, float]:
 def sample_contexts(rows: Rows, max_contexts: int) -> Tensor:
     """Return the local numbers of this worker's contexts in an even sample of all workers' contexts.
 
-    Global numbers decide, so any number of workers scores the same contexts and selects the same epoch. An extended run
-    is the exception: its buckets hold several slices of users, so the numbers themselves depend on the workers.
+    Global numbers decide, so any number of workers scores the same contexts and selects the same epoch.
 
     Args:
         rows: this worker's rows, numbered globally.
         max_contexts: maximum size of the sample over all workers; beyond it, every n-th context is taken.
     """
     step = -(-rows.total_contexts // max_contexts) or 1
-    first = min(-rows.first_context % step, rows.num_contexts)
-    return torch.arange(first, rows.num_contexts, step, device=rows.label.device)
+    ends = [first for first, _ in rows.slices[1:]] + [rows.num_contexts]
+    parts = [
+        torch.arange(min(first + -number % step, end), end, step)
+        for (first, number), end in zip(rows.slices, ends, strict=False)
+    ]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts]).to(rows.label.device)
 
 
 def gather_metrics(model: TrainableCfModel, rows: Rows, max_contexts: int = 1 << 18) -> dict[str, float]:
@@ -199,7 +202,7 @@ def train_epoch(model: TrainableCfModel, optimizers: Optimizers, train: Rows, pl
     length = model.history_length if model.trains_on_history else 0
     for contexts in iter_batches(train, plan.global_batch_size, plan.seed, epoch):
         batch, rows = train.take(contexts, length)
-        numbers = contexts.cpu().numpy() + train.first_context
+        numbers = train.number(contexts.cpu().numpy())
         batch = _mask_items(batch, numbers, plan, epoch, with_text=model.items.text is not None)
         optimizers.zero_grad()
         total += model.backpropagate(

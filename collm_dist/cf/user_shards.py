@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from collm_dist.cf.batches import Rows, build_rows
 from collm_dist.data.shards.interactions import read_bucket
 from collm_dist.data.shards.manifest import BucketInfo, Manifest
-from collm_dist.distributed import gather_counts, get_rank
+from collm_dist.distributed import gather_counts, gather_objects
 
 SPLITS = ("train", "valid", "test")
 _TYPES: dict[str, type[np.generic]] = {
@@ -148,10 +148,28 @@ def _read_bucket(
     return {name: columns[name][order].astype(kind) for name, kind in types.items()}
 
 
-def number_globally(rows: Rows) -> Rows:
-    """Return the rows with contexts numbered over all workers. All workers call this together."""
-    device = rows.user_idx.device
-    contexts, counts = gather_counts(rows.num_contexts, device), gather_counts(len(rows.label), device)
-    return replace(
-        rows, first_context=sum(contexts[: get_rank()]), total_contexts=sum(contexts), total_rows=sum(counts)
-    )
+def number_globally(rows: Rows, users: UserRanges) -> Rows:
+    """Return a worker's rows with contexts numbered over all workers. All workers call this together."""
+    workers = gather_objects(count_contexts(rows, users))
+    total_rows = sum(gather_counts(len(rows.label), rows.label.device))
+    return replace(number_contexts(rows, users, workers), total_rows=total_rows)
+
+
+def count_contexts(rows: Rows, users: UserRanges) -> list[tuple[int, int]]:
+    """Return (first dense user, number of contexts) of each slice of a worker's users."""
+    ends = np.searchsorted(rows.user_idx.cpu().numpy(), np.cumsum([count for _, count in users.slices]))
+    counts = np.diff(ends, prepend=0).tolist()
+    return [(first, count) for (first, _), count in zip(users.slices, counts, strict=True)]
+
+
+def number_contexts(rows: Rows, users: UserRanges, workers: Sequence[Sequence[tuple[int, int]]]) -> Rows:
+    """Return a worker's rows with contexts numbered by the dense users of all workers, given their counts."""
+    numbers, total = {}, 0
+    for counted in sorted(counted for worker in workers for counted in worker):
+        numbers[counted] = total
+        total += counted[1]
+    slices, first = [], 0
+    for counted in count_contexts(rows, users):
+        slices.append((first, numbers[counted]))
+        first += counted[1]
+    return replace(rows, slices=tuple(slices), total_contexts=total)

@@ -181,7 +181,7 @@ def make_jobs(run_dir, folder, how):
 def by_one_and_two(ray_session, tmp_path_factory):
     """Return ({(model, how): Job}, manifest, users): all models trained by one worker, by two, and by both in turn."""
     folder = tmp_path_factory.mktemp("models")
-    run_dir = write_data_step(folder)
+    run_dir = write_data_step(folder, num_slices=2)  # as a run that was extended once
     data_dir = run_dir.step_dir("data")
     ways = ("one", "two", "one then two", "two then one")
     jobs = {(name, how): job for how in ways for name, job in make_jobs(run_dir, folder, how).items()}
@@ -253,7 +253,7 @@ def measure_samples(data_dir, rank, world_size):
     """Return the metrics of a model that is not trained, over samples of the validation rows."""
     manifest = load_manifest(data_dir)
     data = load_worker_data(data_dir, manifest, rank, world_size)
-    rows = {name: number_globally(part) for name, part in data.splits.items()}
+    rows = {name: number_globally(part, data.users) for name, part in data.splits.items()}
     model = build_untrained(make_cf("mf", init_scale=1.0), manifest, data.users, rows["train"], 0)
     return {size: gather_metrics(model, rows["valid"], size) for size in SAMPLE_SIZES}
 

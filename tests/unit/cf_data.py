@@ -8,7 +8,7 @@ from collm_dist.cf.cross_fit import fit_job
 from collm_dist.cf.fitting import build_plan, build_untrained
 from collm_dist.cf.jobs import Job
 from collm_dist.cf.model_export import export_models
-from collm_dist.cf.user_shards import load_worker_data, number_globally
+from collm_dist.cf.user_shards import count_contexts, load_worker_data, number_contexts, number_globally
 from collm_dist.config import CfConfig
 from collm_dist.data.shards.manifest import load_manifest
 
@@ -37,7 +37,21 @@ def load_data(run_dir):
     data_dir = run_dir.step_dir("data")
     manifest = load_manifest(data_dir)
     data = load_worker_data(data_dir, manifest)
-    return manifest, replace(data, splits={name: number_globally(rows) for name, rows in data.splits.items()})
+    splits = {name: number_globally(rows, data.users) for name, rows in data.splits.items()}
+    return manifest, replace(data, splits=splits)
+
+
+def load_workers(run_dir, world_size, split):
+    """Return the (users, rows) of every worker, as ``number_globally`` would return them to each."""
+    data_dir = run_dir.step_dir("data")
+    manifest = load_manifest(data_dir)
+    parts = [load_worker_data(data_dir, manifest, rank, world_size) for rank in range(world_size)]
+    counts = [count_contexts(part.splits[split], part.users) for part in parts]
+    total_rows = sum(len(part.splits[split].label) for part in parts)
+    return [
+        (part.users, replace(number_contexts(part.splits[split], part.users, counts), total_rows=total_rows))
+        for part in parts
+    ]
 
 
 def build(run_dir, cf, *, seed=0, spread=0.3):

@@ -82,20 +82,20 @@ def _add_state(rows):
     ]
 
 
-def _write_buckets(data_dir, rows, num_users):
+def _write_buckets(data_dir, rows, num_users, num_slices):
     """Write interactions by user, a quarter of the users in each bucket."""
     (data_dir / "interactions").mkdir()
-    buckets, size = [], num_users // NUM_BUCKETS
+    buckets, size = [], num_users // (NUM_BUCKETS * num_slices)
     order = np.lexsort((rows["row_id"], rows["timestamp"], rows["user_idx"]))
     for number in range(NUM_BUCKETS):
-        chosen = order[rows["user_idx"][order] // size == number]
+        chosen = order[rows["user_idx"][order] // size % NUM_BUCKETS == number]
         path = data_dir / "interactions" / f"bucket-{number:05d}.parquet"
         pq.write_table(pa.table({name: rows[name][chosen] for name in COLUMNS.names}).cast(COLUMNS), path)
         buckets.append(
             {
                 "path": str(path.relative_to(data_dir)),
                 "rows": len(chosen),
-                "user_ranges": [[number * size, size]],
+                "user_ranges": [[part * size, size] for part in range(number, NUM_BUCKETS * num_slices, NUM_BUCKETS)],
                 "sha256": compute_file_hash(path),
             }
         )
@@ -112,8 +112,14 @@ def write_data_step(
     rows_per_second=1,
     taste=False,
     flip=None,
+    num_slices=1,
 ) -> RunDir:
-    """Write interactions, tables, shards and manifest below ``path``; ``flip`` = row whose label is inverted."""
+    """Write interactions, tables, shards and manifest below ``path``.
+
+    Args:
+        flip: row whose label is inverted.
+        num_slices: slices of users in each bucket; a run that is extended N times has N + 1.
+    """
     run_dir = RunDir(path)
     data_dir = run_dir.step_dir("data")
     rows = _build_rows(feedback, num_users, num_items, count, rows_per_second, taste)
@@ -137,7 +143,7 @@ def write_data_step(
             "first_timestamp": int(rows["timestamp"][chosen].min()),
             "last_timestamp": int(rows["timestamp"][chosen].max()),
         }
-    buckets = _write_buckets(data_dir, rows, num_users)
+    buckets = _write_buckets(data_dir, rows, num_users, num_slices)
     texts = [f"item {number} {'even' if number % 2 == 0 else 'odd'}" for number in range(num_items)]
     ids = [str(number) for number in range(num_items)]
     pq.write_table(pa.table({"item_id": ids, "title": texts, "text": texts}), data_dir / "items.parquet")

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from collm_dist.cf.batches import iter_batches, permute, take_before
-from collm_dist.cf.user_shards import UserRanges, assign_buckets, load_worker_data
+from collm_dist.cf.user_shards import UserRanges, assign_buckets
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.manifest import BucketInfo
-from tests.unit.cf_data import load_data
+from tests.unit.cf_data import load_data, load_workers
 from tests.unit.evaluation_run import NUM_USERS, write_data_step
 
 
@@ -29,7 +29,9 @@ def test_the_order_of_an_epoch_is_a_permutation(total):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_any_number_of_workers_draws_the_same_batches(run_dir, world_size):
+@pytest.mark.parametrize("num_slices", [1, 3])
+def test_any_number_of_workers_draws_the_same_batches(num_slices, world_size, tmp_path):
+    run_dir = write_data_step(tmp_path, num_slices=num_slices)
     manifest, whole = load_data(run_dir)
     rows = whole.splits["train"]
     expected = [list_rows(rows, whole.users, contexts) for contexts in iter_batches(rows, 64, seed=3, epoch=1)]
@@ -38,18 +40,14 @@ def test_any_number_of_workers_draws_the_same_batches(run_dir, world_size):
     mean = rows.total_rows / len(expected)
     assert mean <= 64
     assert all(abs(len(batch) - mean) < 0.3 * mean for batch in expected)
-    first, merged = 0, [set() for _ in expected]
-    for rank in range(world_size):
-        data = load_worker_data(run_dir.step_dir("data"), manifest, rank, world_size)
-        owned = data.splits["train"]
-        numbered = type(owned)(
-            **vars(owned)
-            | {"first_context": first, "total_contexts": rows.total_contexts, "total_rows": rows.total_rows}
-        )
-        for batch, contexts in zip(merged, iter_batches(numbered, 64, seed=3, epoch=1), strict=True):
-            batch |= list_rows(owned, data.users, contexts)
-        first += owned.num_contexts
+    merged, numbers = [set() for _ in expected], []
+    for users, owned in load_workers(run_dir, world_size, "train"):
+        assert len(users.slices) == (1 if world_size == 1 else num_slices)
+        numbers += owned.number(np.arange(owned.num_contexts)).tolist()
+        for batch, contexts in zip(merged, iter_batches(owned, 64, seed=3, epoch=1), strict=True):
+            batch |= list_rows(owned, users, contexts)
     assert merged == expected
+    assert sorted(numbers) == list(range(rows.total_contexts))
 
 
 def list_rows(rows, users, contexts):

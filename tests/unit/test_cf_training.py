@@ -11,10 +11,9 @@ from collm_dist.cf.biases import fit_biases
 from collm_dist.cf.optimizer import RowAdam
 from collm_dist.cf.sharded_checkpoint import find_overlaps, read_state
 from collm_dist.cf.trainer import check_metric, compute_metrics, sample_contexts, train_cf
-from collm_dist.cf.user_shards import UserRanges, load_worker_data
-from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.cf.user_shards import UserRanges
 from collm_dist.errors import CheckpointError, ConfigError, DataError
-from tests.unit.cf_data import MODELS, build, make_cf, make_plan
+from tests.unit.cf_data import MODELS, build, load_workers, make_cf, make_plan
 from tests.unit.evaluation_run import write_data_step
 
 
@@ -150,25 +149,21 @@ def test_best_weights_are_those_of_the_best_epoch(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("max_contexts", "step"), [(1000, 1), (20, 4), (9, 7)])
-def test_any_number_of_workers_scores_the_same_sample(run_dir, max_contexts, step):
+@pytest.mark.parametrize("num_slices", [1, 2])
+def test_any_number_of_workers_scores_the_same_sample(num_slices, max_contexts, step, tmp_path):
     """Seven workers share four buckets, so some have no rows."""
-    data_dir = run_dir.step_dir("data")
-    manifest = load_manifest(data_dir)
+    run_dir = write_data_step(tmp_path, num_slices=num_slices)
     found = {}
     for world_size in (1, 2, 3, 7):
-        parts = [load_worker_data(data_dir, manifest, rank, world_size) for rank in range(world_size)]
-        rows = [part.splits["valid"] for part in parts]
-        firsts = np.cumsum([0, *(part.num_contexts for part in rows)])
         found[world_size] = []
-        for part, data, first in zip(rows, parts, firsts[:-1], strict=True):
-            part = replace(part, first_context=int(first), total_contexts=int(firsts[-1]))
-            users = data.users.to_dense()
+        for owned, part in load_workers(run_dir, world_size, "valid"):
+            users = owned.to_dense()
             for context in sample_contexts(part, max_contexts).tolist():
                 targets = slice(*part.context_offsets[context : context + 2].tolist())
                 user = users[part.user_idx[context]].item()
                 found[world_size].append((user, part.timestamp[targets].tolist(), part.item_idx[targets].tolist()))
-    assert len(found[1]) == -(-firsts[-1] // step) <= max_contexts
-    assert all(sample == found[1] for sample in found.values())
+    assert len(found[1]) == -(-part.total_contexts // step) <= max_contexts
+    assert all(sorted(sample) == found[1] for sample in found.values())
 
 
 def test_an_epoch_penalizes_each_row_once(run_dir):
