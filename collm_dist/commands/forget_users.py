@@ -65,7 +65,9 @@ def _open_store(folder: Path) -> EventStore:
 
 def _forget_events(store: EventStore, users: list[str], apply: bool) -> int:
     count = store.forget(users, apply=apply)
-    done = " removed; restart the service if it runs, it has them in its counts" if apply and count else ""
+    done = (
+        " removed; if the service is running, restart it: its item counts still include them" if apply and count else ""
+    )
     print(f"{store.folder}: {count:,} events of listed users{done}")
     if parts := len(list(store.parts_folder.glob("*.parquet"))):
         print(
@@ -83,7 +85,11 @@ def main() -> int:
     parser.add_argument("--users", required=True, metavar="URI", help="Parquet or CSV with a column user_id")
     parser.add_argument("--runs", default=[], nargs="+", type=Path, metavar="R", help="run directories, all of them")
     parser.add_argument("--events", type=Path, metavar="DIR", help="store of the service's events, to remove theirs")
-    parser.add_argument("--apply", action="store_true", help="remove the runs; by default they are only listed")
+    parser.add_argument(
+        "--apply",
+        action="store_true",
+        help="remove the runs, and with --events the events; by default they are only listed",
+    )
     try:
         arguments = parser.parse_args()
         if not arguments.runs and arguments.events is None:

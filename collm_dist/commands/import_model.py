@@ -15,7 +15,7 @@ EPILOG = """example:
   python launch/import_model.py --input exported --run-dir runs/imported
 
 Every file is checked against its checksum first. Exit codes: 0 done, 2 the export is damaged or names code, or the
-folder exists."""
+folder exists, 3 the disk is full or read-only."""
 
 
 def main() -> int:

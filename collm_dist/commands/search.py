@@ -22,7 +22,7 @@ from stage_search.space (for --step cf they are random, from cf_search.space), a
 Trials are compared by select_metric of the step on valid; test is not scored. A trial uses one GPU, and trials run
 side by side on all GPUs of the Ray cluster. After an interruption, the same command resumes.
 <run.dir>/<step>_search has leaderboard.parquet, leaderboard.png, trials/ (curves and output), status.json and
-best.yaml, the config with the best settings: python launch/train.py --config .../best.yaml
+best.yaml, the config with the best settings. The last lines show the command that uses it.
 """
 
 

@@ -176,7 +176,8 @@ class DatasetConfig(Section):
         "comma, tab, semicolon and | in the first line. A header without it is refused.",
     )
     item_delimiter: str | None = optional(
-        "The same for the item file. Without it: dataset.delimiter if the first line has it, else as there.",
+        "The same for the item file. Without it: dataset.delimiter if the first line has it, otherwise found as for "
+        "the log.",
     )
     user_delimiter: str | None = optional("The same for the user file.")
     header: bool | None = optional("false: text tables of interactions have no header, and names lists their columns.")

@@ -36,6 +36,6 @@ class PromotionConfig(Section):
     )
     pointer: str | None = operational(
         None,
-        "Symbolic link to the run in use, moved by a promotion; default: 'current' beside run.dir. As "
-        "dataset.extend_from, it means the run that it points to when the pipeline first reads it.",
+        "Symbolic link to the run in use, moved by a promotion; default: 'current' beside run.dir. If "
+        "dataset.extend_from names it, the run is the one that it points to when the pipeline first reads it.",
     )

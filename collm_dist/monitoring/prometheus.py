@@ -26,13 +26,21 @@ STATES = ("running", "done", "promoted", "rejected", "failed", "interrupted")
 # Tag: name, help, factor to Prometheus base units.
 _TRAINING_GAUGES = {
     tags.TRAIN_LOSS: ("collm_training_loss", "Mean loss of the last log window.", 1),
-    tags.TRAIN_LOSS_BCE: ("collm_training_loss_bce", "Its cross-entropy term.", 1),
-    tags.TRAIN_LOSS_PAIRWISE: ("collm_training_loss_pairwise", "Its pairwise term, without weight.", 1),
-    tags.TRAIN_LOSS_LISTWISE: ("collm_training_loss_listwise", "Its listwise term, without weight.", 1),
+    tags.TRAIN_LOSS_BCE: ("collm_training_loss_bce", "Cross-entropy term of the training loss.", 1),
+    tags.TRAIN_LOSS_PAIRWISE: (
+        "collm_training_loss_pairwise",
+        "Pairwise term of the training loss, without weight.",
+        1,
+    ),
+    tags.TRAIN_LOSS_LISTWISE: (
+        "collm_training_loss_listwise",
+        "Listwise term of the training loss, without weight.",
+        1,
+    ),
     tags.LEARNING_RATE: ("collm_training_learning_rate", "Learning rate of the last step.", 1),
     tags.GRAD_NORM: ("collm_training_grad_norm", "Gradient norm of the last step, before clipping.", 1),
     tags.SAMPLES_PER_SECOND: ("collm_training_samples_per_second", "Rows trained per second, over all processes.", 1),
-    tags.TOKENS_PER_SECOND: ("collm_training_tokens_per_second", "Padded tokens per second on the first device.", 1),
+    tags.TOKENS_PER_SECOND: ("collm_training_tokens_per_second", "Tokens trained per second on the first device.", 1),
     tags.STEP_SECONDS: ("collm_training_step_seconds", "Mean duration of a step in the last log window.", 1),
     tags.EPOCH_SECONDS: ("collm_training_epoch_seconds", "Duration of the last epoch.", 1),
     tags.DATA_WAIT_SHARE: ("collm_training_data_wait_ratio", "Share of time spent waiting for data.", 1),

@@ -277,7 +277,7 @@ def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[s
     if summary.get("unknown_users"):
         lines.append(
             f"WARNING: {summary['unknown_users']:,} users are not in the run's log; their items are ranked by the "
-            "given history, or as for anybody"
+            "given history, or without one as for an unknown user"
         )
     if summary.get("unknown_history_ids"):
         lines.append(

@@ -33,6 +33,7 @@ from collm_dist.orchestration.leaderboard import (
     rank_trials,
     read_curve,
     run_once,
+    suggest_command,
     write_results,
 )
 from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash, write_json
@@ -154,7 +155,7 @@ def _describe_result(config: Config, folder: Path) -> SearchResult:
         space=config.cf_search.space,
         unit="epoch",
         curves={number: read_curve(log, metric) for number, log in logs.items()},
-        next_command="python launch/pretrain_cf.py --config",
+        next_command=suggest_command(RunDir(Path(config.run.dir)), "cf", "python launch/pretrain_cf.py --config"),
         prefix="cf.",
     )
 

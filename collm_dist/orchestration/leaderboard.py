@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.fingerprints import find_changes
 from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.lock import hold_run_lock
-from collm_dist.runs.run_dir import Step
+from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.runs.status import RunStatus
 from collm_dist.runs.stop_signals import preemptible
 
@@ -91,6 +92,19 @@ class SearchResult:
     curves: Mapping[int, Sequence[tuple[int, float]]]
     next_command: str
     prefix: str = ""
+
+
+def suggest_command(run_dir: RunDir, step: Step, command: str) -> str:
+    """Return the command that uses the best config, whose path is appended: in a new run if the step is done already.
+
+    Args:
+        run_dir, step: what was searched for.
+        command: runs the step in the run itself.
+    """
+    if not run_dir.is_done(step):
+        return command
+    settings = [f"run.dir={run_dir.path}_searched", f"run.reuse=[{run_dir.path}]"]
+    return f"python launch/run_pipeline.py {shlex.join(settings)} --config"
 
 
 def choose_metric(trials: Sequence[Trial], metric: str) -> str:

@@ -193,7 +193,10 @@ def run_service(
     plan.read_config(run_dir)
     model = read_model_id(run_dir)
     if options.events is not None and Path(options.events).resolve().is_relative_to(run_dir.path):
-        raise RequestError(f"--events {options.events}: lies in the run, which events outlive; choose another folder")
+        raise RequestError(
+            f"--events {options.events}: is inside the run directory, but events must outlive the run; choose "
+            "another folder"
+        )
     port = find_port(options.host, options.port)
     token = os.environ.get(ACCESS_VARIABLE)
     check_token(options.host, token)

@@ -26,6 +26,7 @@ from collm_dist.orchestration.leaderboard import (
     rank_trials,
     read_curve,
     run_once,
+    suggest_command,
     write_results,
 )
 from collm_dist.orchestration.stage_runner import TrialRunner, find_trial
@@ -141,7 +142,9 @@ def _describe_result(
         space=configs.space,
         unit="step",
         curves=curves,
-        next_command=f"python launch/train.py --stage {stage[-1]} --config",
+        next_command=suggest_command(
+            RunDir(Path(configs.config.run.dir)), stage, f"python launch/train.py --stage {stage[-1]} --config"
+        ),
     )
 
 

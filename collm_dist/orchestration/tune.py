@@ -138,7 +138,7 @@ def work(settings: Mapping[str, Any]) -> None:
     # DeepSpeed searches PATH for ninja when it compiles an operator.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     stop = threading.Event()
-    # An evaluation keeps its finished scores, so it can stop at any moment.
+    # An evaluation writes only its finished report, so it can stop at any moment.
     on_stop = stop.set if step != "eval" else lambda: os._exit(Preempted.exit_code)
     threading.Thread(target=_await_stop, args=(folder / _STOP, on_stop), daemon=True).start()
     with ExitStack() as stack:

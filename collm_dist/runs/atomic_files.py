@@ -125,8 +125,8 @@ def explain_disk_errors(path: Path, size_bytes: int | None = None) -> Iterator[N
         )
         if code in _IN_THE_WAY and related:
             raise ArtifactError(
-                f"{named or path}: {os.strerror(code or 0)}; move away what is in its place, then run the same command "
-                "again"
+                f"{named or path}: {os.strerror(code or 0)}; move the existing file or folder away, then run the same "
+                "command again"
             ) from error
         if code not in _FULL and not (code in _FORBIDDEN and related):
             raise

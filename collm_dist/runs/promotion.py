@@ -52,8 +52,8 @@ def pin_previous(config: Config) -> Config:
     else:
         previous = None
         print(
-            f"dataset.extend_from: there is no {name} yet, so this run extends nothing; a promoted run makes it "
-            "(promotion.min_paired_difference)",
+            f"dataset.extend_from: {name} does not exist yet, so this run extends no other run; the first promotion "
+            "creates it (promotion.min_paired_difference)",
             flush=True,
         )
     if previous is not None and Path(previous).resolve() == run_dir.resolve():

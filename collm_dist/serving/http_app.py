@@ -57,6 +57,7 @@ Ranked = ModelAnswer | RequestError
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is not JSON."},
     401: {"description": "The service has a token, and the request lacks it."},
+    403: {"description": "The service has no token, and the request names another host than this machine."},
     408: {"description": "The body arrived too slowly."},
     413: {"description": "The body is too large."},
     415: {"description": "The content type is not JSON."},
@@ -162,8 +163,8 @@ def _add_error_handlers(app: FastAPI, options: ServiceOptions) -> None:
         detail = error.detail
         if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
             detail = (
-                "unknown path; the service has POST /rank, /compare and /events, GET /items, /healthz, /docs, and a "
-                "page at /"
+                "unknown path; the service has POST /rank, /compare, /events and /events/parts, GET /items, /healthz, "
+                "/docs and /openapi.json, and a page at /"
             )
         return answer_error(error.status_code, detail, error.headers)
 

@@ -46,8 +46,8 @@ def check_events(events: Sequence[Event]) -> None:
         for index, (value, read, is_broken) in enumerate(zip(values, to_ids(ids).to_pylist(), broken, strict=True)):
             if is_broken or value in NULLS:
                 raise RequestError(
-                    f"events.{index}.{name}: {value!a} stands for no value in a log, or has control characters; send "
-                    "the id of the log"
+                    f"events.{index}.{name}: {value!a} is read as a missing value in a log, or has control characters; "
+                    "send the id of the log"
                 )
             if value != read and name != "event_id":
                 raise RequestError(f"events.{index}.{name}: {value!a} would be read as {read!a} in a log; send it so")

@@ -22,18 +22,23 @@ class ServiceOptions(BaseModel):
         ge=1,
         description="models to load, one per device; by default one per GPU, or one per node without GPUs",
     )
-    max_batch_size: int = Field(32, ge=1, description="most requests per pass; 1 turns batching off")
+    max_batch_size: int = Field(32, ge=1, description="maximum number of requests per pass; 1 turns batching off")
     batch_wait_ms: float = Field(
-        2, ge=0, le=1000, description="time that an idle device waits for more requests before it scores the first"
+        2,
+        ge=0,
+        le=1000,
+        description="milliseconds that an idle device waits for more requests before it scores the first",
     )
-    max_candidates: int = Field(1000, ge=1, description="most candidates of a request, given or retrieved")
-    max_history: int = Field(1000, ge=1, description="most items in a request's history")
-    max_body_kib: int = Field(256, ge=1, description="largest body of a request, in KiB")
+    max_candidates: int = Field(1000, ge=1, description="maximum number of candidates of a request, given or retrieved")
+    max_history: int = Field(1000, ge=1, description="maximum number of items in a request's history")
+    max_body_kib: int = Field(256, ge=1, description="maximum size of a request body in KiB")
     max_waiting: int = Field(
-        64, ge=1, description="most waiting requests per replica; further requests are answered 503"
+        64, ge=1, description="maximum number of waiting requests per replica; further requests are answered 503"
     )
     max_requests_per_minute: int | None = Field(
-        None, ge=1, description="most requests per minute from one client address, else 429; by default no limit"
+        None,
+        ge=1,
+        description="maximum number of requests per minute from a client address, else 429; by default no limit",
     )
     receive_timeout_s: float = Field(
         10, gt=0, description="seconds within which the headers of a request, and then its body, must arrive; else 408"
@@ -41,8 +46,8 @@ class ServiceOptions(BaseModel):
     reuse_bytes: int = Field(
         1 << 30,
         ge=0,
-        description="memory per replica, on its device, in bytes, for what was computed of users' contexts, so that "
-        "returning users are ranked faster; 0 keeps nothing",
+        description="bytes per replica, on its device, for cached contexts of users, so that returning users are "
+        "ranked faster; 0 disables the cache",
     )
     events: str | None = Field(
         None,
@@ -52,12 +57,12 @@ class ServiceOptions(BaseModel):
     part_minutes: float = Field(
         60, gt=0, description="age of an event at which the events that have arrived are written to a Parquet part"
     )
-    part_rows: int = Field(100_000, ge=1, description="number of events at which they are")
+    part_rows: int = Field(100_000, ge=1, description="number of waiting events at which a part is written")
     keep_days: float = Field(
         30, gt=0, description="age at which events that all loaded runs have read are deleted, and their ids forgotten"
     )
     follow_every_s: float = Field(
-        30, gt=0, description="time between looks at the link to the run, if the service was given a link"
+        30, gt=0, description="seconds between checks of the link to the run, if the service was given a link"
     )
     request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is answered 504")
     shutdown_timeout_s: float = Field(60, gt=0, description="seconds that a shutdown waits for requests in progress")

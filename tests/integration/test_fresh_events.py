@@ -168,7 +168,7 @@ def test_events_of_listed_users_are_counted_and_then_deleted(finished_run, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"run", "events", "forget.csv"}
     code, shown = run(store.folder, "--apply")
     assert (code, (tmp_path / "run").exists()) == (0, False)
-    assert f"{store.folder}: 3 events of listed users removed; restart the service if it runs" in shown
+    assert f"{store.folder}: 3 events of listed users removed; if the service is running, restart it" in shown
     assert run(store.folder)[0] == 2  # the run does not exist any more
     monkeypatch.setattr(sys, "argv", ["x", "--users", str(tmp_path / "forget.csv"), "--events", str(store.folder)])
     assert forget_users.main() == 0

@@ -22,7 +22,7 @@ pytest.importorskip("mlflow", reason="needs pip install 'collm-dist[mlflow]'")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SECRET = "not-to-be-written-anywhere"
-WARNING = "does not take the run's values"
+WARNING = "did not accept the run's values"
 
 
 @pytest.fixture(scope="module")

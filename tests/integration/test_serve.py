@@ -296,7 +296,7 @@ def test_the_command_stops_before_anything_starts(finished_run, tmp_path, monkey
             (["--host", "0.0.0.0", "--port", "0"], 2, "Set COLLM_DIST_TOKEN to a token"),
             (["--port", "80x", "--max-batch-size", "0"], 2, "--max-batch-size 0: Input should be greater than"),
             ([f"run.dir={tmp_path}"], 2, "neither stage 2 nor stage 1 is done"),
-            (["--events", finished_run / "events"], 2, "lies in the run, which events outlive"),
+            (["--events", finished_run / "events"], 2, "events must outlive the run"),
             (["llm.dtype=bfloat16"], 2, "config.llm.dtype: float32 -> bfloat16"),
         ):
             assert run_main(monkeypatch, "--config", config, *more) == code

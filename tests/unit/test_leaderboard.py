@@ -1,5 +1,6 @@
 """Leaderboard of a search: order of trials, undefined metrics, reasons of failures."""
 
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,8 +13,11 @@ from collm_dist.orchestration.leaderboard import (
     choose_metric,
     print_leaderboard,
     rank_trials,
+    suggest_command,
     write_results,
 )
+from collm_dist.runs.run_dir import RunDir
+from tests.conftest import REPOSITORY
 
 RATES = [1e-4, 2e-4, 3e-4, 4e-4]
 
@@ -91,3 +95,15 @@ def test_the_reason_of_a_failure_is_shown(write, capsys):
     assert (
         "1 of the trials failed; leaderboard.parquet has the errors. Trial 1: a margin needs" in capsys.readouterr().out
     )
+
+
+def test_the_command_that_uses_the_best_settings_does_not_meet_a_finished_step(tmp_path):
+    run_dir = RunDir(tmp_path / "my run")
+    command = "python launch/train.py --stage 1 --config"
+    assert suggest_command(run_dir, "stage1", command) == command
+    run_dir.write_record("stage1", {"stage": "stage1"})
+    suggested = shlex.split(suggest_command(run_dir, "stage1", command))
+    assert suggested[:2] == ["python", "launch/run_pipeline.py"]
+    overrides = [argument for argument in suggested[2:] if "=" in argument]
+    config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
+    assert (config.run.dir, config.run.reuse) == (f"{run_dir.path}_searched", (str(run_dir.path),))

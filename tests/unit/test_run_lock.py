@@ -93,7 +93,10 @@ def test_the_argument_that_names_the_folder_is_the_remedy(tmp_path, stranger):
 @pytest.mark.parametrize("name", ["taken", "taken/deeper"])
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, name):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"taken.*move away what is in its place"), hold_run_lock(tmp_path / name):
+    with (
+        pytest.raises(ArtifactError, match=r"taken.*move the existing file or folder away"),
+        hold_run_lock(tmp_path / name),
+    ):
         pass
     assert (tmp_path / "taken").read_text() == "mine"
 
