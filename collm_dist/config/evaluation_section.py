@@ -24,7 +24,8 @@ class EvaluationConfig(Section):
     train_contexts: int = Field(
         500,
         ge=0,
-        description="Training contexts on which stage 1 is also scored, to show how much it has memorized.",
+        description="Training contexts on which stage 1 is also scored, to show how much it has memorized; only if it "
+        "has seen all training rows.",
     )
     bootstrap_samples: int = Field(
         1000, ge=0, description="Bootstrap resamples of the users for each interval; 0: no intervals."

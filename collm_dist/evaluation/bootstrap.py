@@ -21,6 +21,10 @@ Statistic = Callable[[FloatArray], FloatArray]
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
+# With fewer users the interval is much too narrow; with a single user it has no width. In simulations of two equal
+# models it excluded 0 in 95 % (1 user), 40 % (2), 17 % (5), 9 % (8) and 8 % (15 to 30) of the cases, instead of 5 %.
+MIN_USERS = 10
+
 # Maximum number of (row, resample) multiplicities in memory: 32 MB.
 _PAIRS_AT_ONCE = 1 << 22
 
@@ -102,10 +106,21 @@ def compute_samples(
     return samples
 
 
-def compute_interval(samples: NDArray[np.float64], confidence: float) -> tuple[float | None, float | None]:
-    """Return the percentile interval of a bootstrap; (None, None) if no resample defines the statistic."""
+def compute_interval(
+    samples: NDArray[np.float64], confidence: float, num_users: int
+) -> tuple[float | None, float | None]:
+    """Return the percentile interval of a bootstrap.
+
+    Args:
+        samples: (S,) values on the resamples.
+        confidence: coverage.
+        num_users: users who take part in the statistic.
+
+    Returns:
+        (None, None) if no resample defines the statistic, or if fewer than ``MIN_USERS`` users take part.
+    """
     defined = samples[~np.isnan(samples)]
-    if not len(defined):
+    if not len(defined) or num_users < MIN_USERS:
         return None, None
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -33,11 +33,17 @@ def count_drawn_bins(num_rows: int) -> int:
 
 
 def compute_calibration(labels: NDArray[Any], logits: FloatArray, num_bins: int = NUM_BINS) -> list[CalibrationBin]:
-    """Return bins of about equally many rows, in the order of the predictions, from (N,) labels and logits."""
+    """Return bins of about equally many rows, in the order of the predictions, from (N,) labels and logits.
+
+    Where a border of two bins cuts rows with equal predictions, both have the mean label of these rows, so the bins do
+    not depend on the order of the rows.
+    """
     predicted = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+    _, ties, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    observed = (np.bincount(ties, weights=labels) / counts)[ties]
     order = np.argsort(predicted, kind="stable")
     return [
-        CalibrationBin(len(rows), float(predicted[rows].mean()), float(labels[rows].mean()))
+        CalibrationBin(len(rows), float(predicted[rows].mean()), float(observed[rows].mean()))
         for rows in np.array_split(order, num_bins)
         if len(rows)
     ]

@@ -50,11 +50,13 @@ class TableSettings:
 class _Metric:
     """A metric of one model on one slice, with its bootstrap statistic.
 
-    ``count`` is the number of rows (AUC), of users with both labels (UAUC) or of candidate lists.
+    ``count`` is the number of rows (AUC), of users with both labels (UAUC) or of candidate lists; ``users`` is the
+    number of users who take part.
     """
 
     value: float | None
     count: int
+    users: int
     statistic: Statistic
 
 
@@ -71,8 +73,8 @@ def compute_table(
 
     Returns:
         Rows ``{model, split, slice, rows, users_counted, auc, auc_low, auc_high, uauc.., logloss, training_labels,
-        inputs}``, with ``lists``, ``ndcg@k..`` and ``hr@k..`` if there are cutoffs; differences ``{model, versus,
-        split, slice, rows, auc, auc_low, auc_high, ..}``. An undefined number is None.
+        inputs}``, with ``lists``, ``ndcg@k..`` and ``hr@k..`` and without log-loss if there are cutoffs; differences
+        ``{model, versus, split, slice, rows, auc, auc_low, auc_high, ..}``. An undefined number is None.
     """
     table: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
@@ -106,9 +108,11 @@ def _compute_metrics(
     """Return the metrics of one model on one slice; ``users`` holds the slice's dense users."""
     labels, scores = rows.label[mask], model.scores[mask]
     by_user = compute_group_auc(labels, scores, users)
+    num_users, num_both = int(users.max()) + 1, len(by_user.groups)
+    auc, mean_auc = build_auc_statistic(labels, scores, users), build_mean_statistic(by_user, by_user.groups)
     metrics = {
-        "auc": _Metric(compute_auc(labels, scores), len(labels), build_auc_statistic(labels, scores, users)),
-        "uauc": _Metric(by_user.compute_mean(), len(by_user.groups), build_mean_statistic(by_user, by_user.groups)),
+        "auc": _Metric(compute_auc(labels, scores), len(labels), num_users, auc),
+        "uauc": _Metric(by_user.compute_mean(), num_both, num_both, mean_auc),
     }
     if cutoffs:
         lists, first_row, group = np.unique(rows.group_id[mask], return_index=True, return_inverse=True)
@@ -117,7 +121,7 @@ def _compute_metrics(
             for name, compute in (("ndcg", compute_group_ndcg), ("hr", compute_group_hits)):
                 values = compute(labels, scores, group, k)
                 statistic = build_mean_statistic(values, owner[values.groups])
-                metrics[f"{name}@{k}"] = _Metric(values.compute_mean(), len(lists), statistic)
+                metrics[f"{name}@{k}"] = _Metric(values.compute_mean(), len(lists), num_users, statistic)
     return metrics
 
 
@@ -135,12 +139,17 @@ def _describe(
         "training_labels": model.training_labels,
         "inputs": model.inputs,
         "users_counted": metrics[model.name, "uauc"].count,
-        "logloss": compute_logloss(rows.label[mask], model.scores[mask]) if model.has_logits else None,
+        # Lists have another share of likes than the training rows, which the scores expect.
+        "logloss": (
+            compute_logloss(rows.label[mask], model.scores[mask]) if model.has_logits and not settings.cutoffs else None
+        ),
     }
     for (name, metric), number in metrics.items():
         if name == model.name:
             row[metric] = number.value
-            row[f"{metric}_low"], row[f"{metric}_high"] = compute_interval(samples[name, metric], settings.confidence)
+            row[f"{metric}_low"], row[f"{metric}_high"] = compute_interval(
+                samples[name, metric], settings.confidence, number.users
+            )
             if metric.startswith("ndcg"):
                 row["lists"] = number.count
     return row
@@ -161,5 +170,7 @@ def _compare(
         ours, theirs = metrics[name, metric].value, metrics[versus, metric].value
         differences[metric] = ours - theirs if ours is not None and theirs is not None else None
         paired = samples[name, metric] - samples[versus, metric]
-        differences[f"{metric}_low"], differences[f"{metric}_high"] = compute_interval(paired, confidence)
+        differences[f"{metric}_low"], differences[f"{metric}_high"] = compute_interval(
+            paired, confidence, metrics[name, metric].users
+        )
     return differences

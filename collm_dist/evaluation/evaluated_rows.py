@@ -87,7 +87,7 @@ class ScoredModel:
 
 
 def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str, EvaluatedSplit]:
-    """Load the splits of the report, and, if stage 1 is done, a sample of its training rows as split ``train``."""
+    """Load the splits of the report, and, once stage 1 has seen all training rows, a sample of them as ``train``."""
     data_dir = run_dir.step_dir("data")
     local_shards = build_local_shards(config, data_dir)
 
@@ -111,6 +111,15 @@ def load_splits(config: Config, run_dir: RunDir, manifest: Manifest) -> dict[str
     for split in dict.fromkeys(evaluation.splits):
         splits[split] = load(split, max_users=evaluation.max_users, max_contexts=evaluation.max_contexts)
     train_contexts = min(evaluation.train_contexts, config.stage1.max_train_contexts or evaluation.train_contexts)
-    if train_contexts and run_dir.is_done("stage1") and get_stage(config, "stage1").is_enabled:
+    if train_contexts and get_stage(config, "stage1").is_enabled and _has_seen_an_epoch(config, run_dir):
         splits["train"] = load("train", max_contexts=train_contexts)
     return splits
+
+
+def _has_seen_an_epoch(config: Config, run_dir: RunDir) -> bool:
+    """Return whether the weights of stage 1 have seen every training row of this run."""
+    if not run_dir.is_done("stage1"):
+        return False
+    record = run_dir.read_record("stage1")
+    seen: int = record["best_valid"]["step"] * config.stage1.global_batch_size
+    return record.get("taken_from") is None and seen >= record["train_rows"]

@@ -24,12 +24,14 @@ from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, Baseline, fit_baselines
 from collm_dist.evaluation.evaluated_rows import BATCH_ROWS, EvaluatedSplit, ScoredModel
+from collm_dist.evaluation.previous_stage2 import load_previous_config
 from collm_dist.evaluation.ranking_baselines import fit_ranking_baselines
 from collm_dist.evaluation.simple_rivals import fit_simple_rivals
 from collm_dist.evaluation.slot_inputs import build_slot_inputs, list_slots
 from collm_dist.evaluation.slots_mlp import fit_slots_mlp
 from collm_dist.metrics import FloatArray
 from collm_dist.phases import follow, show_phase
+from collm_dist.runs.previous_run import find_previous
 from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.tuning.stage import get_stage
 from collm_dist.tuning.stage2 import load_slot_vectors
@@ -94,8 +96,7 @@ def collect_models(
             models += [_score(scorer, evaluated.block) for scorer in shown]
         for name in _STAGE_MODELS:
             if (name, split) in stage_scores:
-                prompt = load_prompt_text(config.prompt.stage1 if name == "stage1" else config.prompt.stage2)
-                labels, inputs = _describe_information(name, slots, manifest.feedback, config.anchor.kind, prompt)
+                labels, inputs = _describe_stage(config, name, manifest.feedback)
                 models.append(ScoredModel(name, labels, inputs, stage_scores[name, split]))
     return collected
 
@@ -111,6 +112,19 @@ def _fit_trivial(data_dir: Path, manifest: Manifest) -> list[Baseline]:
     if manifest.feedback == "implicit":
         return fit_ranking_baselines(train, manifest.num_items)
     return fit_baselines(train, manifest.num_users, manifest.num_items)
+
+
+def _describe_stage(config: Config, name: str, feedback: str) -> tuple[str, str]:
+    """Return what ``_describe_information`` returns, for a tuned stage; ``previous`` has settings of its own."""
+    if name == "previous":
+        previous = find_previous(config)
+        assert previous is not None
+        config = load_previous_config(previous)
+    prompt = load_prompt_text(config.prompt.stage1 if name == "stage1" else config.prompt.stage2)
+    # The anchor is then a collaborative model that reads the counts.
+    reads_counts = config.anchor.kind == "cf" and config.cf.feedback == "all"
+    anchor = "as_of" if reads_counts else config.anchor.kind
+    return _describe_information(name, list_slots(prompt), feedback, anchor, prompt)
 
 
 def _describe_information(

@@ -165,8 +165,10 @@ def build_report(
         "anchor": anchor,
         "left_out": scores.left_out,
     }
+    # Candidate lists have another share of likes than the training rows, so they say nothing about calibration.
+    calibrated = () if cutoffs else config.evaluation.splits
     report["calibration"] = [
-        curve for name in config.evaluation.splits for curve in list_calibration(splits[name].rows, scores.models[name])
+        curve for name in calibrated for curve in list_calibration(splits[name].rows, scores.models[name])
     ]
     main_metric = f"ndcg@{cutoffs[len(cutoffs) // 2]}" if cutoffs else "auc"
     report["verdicts"] = list_verdicts(report, main_metric)
@@ -189,14 +191,15 @@ def build_figures(
     figures: dict[str, Figure | None] = {}
     for split in config.evaluation.splits:
         rows = [row for row in report["rows"] if (row["split"], row["slice"]) == (split, "all")]
-        percent = f"{config.evaluation.confidence:.0%} intervals"
+        has_intervals = config.evaluation.bootstrap_samples > 0
+        percent = f", {config.evaluation.confidence:.0%} intervals" if has_intervals else ""
         for metric in list_metrics(rows):
             if metric == "auc" or metric.startswith("ndcg"):
-                title = f"{metric.upper()} on {split}, {rows[0]['rows']:,} rows, {percent}"
+                title = f"{metric.upper()} on {split}, {rows[0]['rows']:,} rows{percent}"
                 file_name = f"{metric.replace('@', '-at-')}-{split}.png"
                 figures[file_name] = plot_forest(rows, MODEL_NAMES, metric, title)
         logits = {MODEL_NAMES[model.name]: model.scores for model in scores.models[split] if model.has_logits}
-        if logits:
+        if logits and report["calibration"]:
             title = f"Calibration on {split}"
             figures[f"calibration-{split}.png"] = plot_calibration(splits[split].rows.label, logits, title)
     logs = {stage: run_dir.path / stage / "metrics.jsonl" for stage in ("stage1", "stage2")}

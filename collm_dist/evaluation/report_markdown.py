@@ -65,12 +65,19 @@ def list_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the models on one split and slice, with the information that each model uses."""
     metrics = list_metrics(rows)
-    header = ["model", *(metric.upper() for metric in metrics), "log-loss", "training labels", "inputs"]
+    has_logloss = any(row["logloss"] is not None for row in rows)  # candidate lists have none
+    header = [
+        "model",
+        *(metric.upper() for metric in metrics),
+        *(["log-loss"] * has_logloss),
+        "training labels",
+        "inputs",
+    ]
     cells = [
         [
             MODEL_NAMES.get(row["model"], row["model"]),
             *(format_number(row, metric) for metric in metrics),
-            "-" if row["logloss"] is None else f"{row['logloss']:.4f}",
+            *(["-" if row["logloss"] is None else f"{row['logloss']:.4f}"] * has_logloss),
             row["training_labels"],
             row["inputs"],
         ]

@@ -98,12 +98,12 @@ def list_warnings(report: Mapping[str, Any], confidence: float) -> list[str]:
         size = f"{split}: {counts['rows']:,} evaluated rows of {counts['users']:,} users"
         if known:
             warnings.append(
-                f"{size}. The standard error of an AUC is about {max(known):.3f}, so this proves operation, not "
-                f"quality: AUC differences below about {2 * max(known):.2f} are not significant."
+                f"{size}. The standard error of an AUC is about {max(known):.3f}, so the values say little; "
+                "only paired differences whose interval excludes 0 are significant."
             )
         else:
             warnings.append(
-                f"{size}. They have only one label, so AUC is not defined: this proves operation, not quality."
+                f"{size}. They have only one label, so AUC is not defined and no model is better than another."
             )
     return warnings
 
@@ -138,14 +138,30 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
         "Warm: user and item occur in training rows. Cold user, cold item: the user or the item does not. Users with "
         "only one label have no AUC and are not part of UAUC."
     )
+    selected = [
+        f"{shown} by {rule}"
+        for name, shown, rule in (
+            ("cf", "collaborative model", config.cf.select_metric),
+            ("stage1", "stage 1", _describe_selection(config.stage1)),
+            ("stage2", "stage 2", _describe_selection(config.stage2)),
+        )
+        if name not in report["left_out"]
+    ]
     notes.append(
-        "Checkpoints were selected on valid: "
-        + ("" if config.cf.model == "none" else f"collaborative model by {config.cf.select_metric}, ")
-        + f"stage 1 by {_describe_selection(config.stage1)}, stage 2 by {_describe_selection(config.stage2)}. "
-        "Models are compared "
-        f"with the trivial baseline {MODEL_NAMES[report['best_trivial']]}, "
+        (f"Checkpoints were selected on valid: {', '.join(selected)}. " if selected else "")
+        + f"Models are compared with the trivial baseline {MODEL_NAMES[report['best_trivial']]}, "
         + ("the best on valid." if "valid" in evaluation.splits else "fixed in advance because valid is not evaluated.")
     )
+    if "stage2" not in report["left_out"]:
+        notes += _note_slots(config)
+    notes += _note_memorization(report)
+    notes += [f"Not in the table: {MODEL_NAMES[name]} ({reason})." for name, reason in report["left_out"].items()]
+    return notes
+
+
+def _note_slots(config: Config) -> list[str]:
+    """Return notes on what the slots of stage 2 were made from."""
+    notes = []
     if config.stage2.train_cf:
         notes.append(
             ("Id tokens were" if config.cf.model == "none" else "The collaborative model was")
@@ -165,8 +181,6 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
             "Slots do not depend on the row's label: collaborative vectors come from models fitted to earlier time "
             f"folds (cf.cross_fit: {config.cf.cross_fit}) and from the history."
         )
-    notes += _note_memorization(report)
-    notes += [f"Not in the table: {MODEL_NAMES[name]} ({reason})." for name, reason in report["left_out"].items()]
     return notes
 
 

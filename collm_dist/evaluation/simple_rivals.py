@@ -37,7 +37,8 @@ def fit_simple_rivals(config: Config, run_dir: RunDir, feedback: str) -> list[Ba
         Baseline("blend", labels, earlier, lambda block: blend.score(block).astype(float)),
     ]
     if anchor is not None and not is_blend:
-        inputs = "ids, earlier likes" if anchor.source.kind == "cf" else earlier
+        reads_likes_alone = anchor.source.kind == "cf" and config.cf.feedback != "all"
+        inputs = "ids, earlier likes" if reads_likes_alone else earlier
         rivals.append(Baseline("anchor", labels, inputs, lambda block: anchor.score(block).astype(float)))
     return rivals
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from collm_dist.evaluation.bootstrap import (
+    MIN_USERS,
     build_auc_statistic,
     build_mean_statistic,
     compute_interval,
@@ -41,8 +42,12 @@ def test_a_resample_without_both_labels_is_not_counted():
     assert np.isnan(statistic(np.array([[2.0], [0.0]])))[0]
     samples = compute_samples({"auc": statistic}, num_users=2, num_rows=2, num_samples=50, seed=0)["auc"]
     assert np.isnan(samples).any()
-    assert compute_interval(samples, 0.95) == (1.0, 1.0)
-    assert compute_interval(np.full(3, np.nan), 0.95) == (None, None)
+    assert compute_interval(samples, 0.95, MIN_USERS) == (1.0, 1.0)
+    assert compute_interval(np.full(3, np.nan), 0.95, MIN_USERS) == (None, None)
+
+
+def test_too_few_users_have_no_interval():
+    assert compute_interval(np.array([0.1, 0.2]), 0.95, MIN_USERS - 1) == (None, None)
 
 
 def test_same_seed_same_interval_and_equal_models_differ_by_nothing():
@@ -67,7 +72,7 @@ def test_interval_covers_the_truth():
         labels = random.integers(0, 2, len(users))
         scores = labels + shift + random.normal(size=len(users))  # AUC = P(N(1, 2 * 1.25) > 0)
         statistic = {"auc": build_auc_statistic(labels, scores, users)}
-        low, high = compute_interval(compute_samples(statistic, 80, len(users), 200, trial)["auc"], 0.9)
+        low, high = compute_interval(compute_samples(statistic, 80, len(users), 200, trial)["auc"], 0.9, 80)
         covered += low <= 0.7364 <= high
     assert 80 <= covered <= 98
 

@@ -100,5 +100,24 @@ def test_candidate_lists_stay_whole_in_slices_and_are_ranked():
     assert by_key["a", "all"]["ndcg@2"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
     assert by_key["b", "all"]["hr@2"] == pytest.approx(2 / 3)
     assert differences[0]["hr@1"] == pytest.approx(0.5 - 1 / 3)
-    assert by_key["a", "all"]["hr@1_low"] == 0
-    assert by_key["a", "all"]["hr@1_high"] == 1
+    assert by_key["a", "all"]["hr@1_low"] is None  # two users are too few for an interval
+
+
+def test_lists_of_a_few_users_have_an_interval():
+    """Twelve users with a list each; the first six lists have their positive in the first place."""
+    positives = np.arange(12) * 3
+    block = build_block(
+        np.repeat(np.arange(12), 3),
+        item_idx=np.arange(36),
+        label=np.tile([1, 0, 0], 12),
+        row_id=np.arange(36),
+        group_id=np.repeat(positives, 3),
+        user_in_train=np.ones(36, int),
+        item_in_train=np.ones(36, int),
+    )
+    scores = np.tile([3.0, 2.0, 1.0], 12)
+    scores[positives[6:]] = 0
+    rows = EvaluatedRows.from_block("test", block)
+    table, _ = compute_table(rows, [_model("a", scores)], [], TableSettings(200, 0.95, 0, cutoffs=(1,)))
+    assert table[0]["hr@1"] == 0.5
+    assert 0.1 < table[0]["hr@1_low"] < 0.5 < table[0]["hr@1_high"] < 0.9

@@ -59,7 +59,8 @@ def test_report_has_the_promised_rows(explicit):
 def test_report_states_its_power_and_the_deviations(explicit):
     _, run_dir, report = explicit
     assert set(report["data"]["evaluated"]) == {"valid", "test"}
-    assert any("proves operation, not quality" in warning for warning in report["warnings"])
+    assert any("only paired differences whose interval excludes 0" in warning for warning in report["warnings"])
+    assert not any("Stage 2 was trained" in note or "Checkpoints were selected" in note for note in report["notes"])
     settings = {deviation["setting"] for deviation in report["deviations"]}
     assert {"preprocessing.ties", "llm.backbone", "prompt.stage2", "prompt.score"} <= settings
     text = (run_dir.step_dir("eval") / "report.md").read_text()
@@ -138,6 +139,11 @@ def test_clicks_are_ranked(tmp_path):
     expected = compute_ndcg(scores["label"], scores["score"], [group[row] for row in scores["row_id"]], 2)
     assert row["ndcg@2"] == pytest.approx(expected, abs=1e-12)
     assert any("Dislikes are sampled" in note for note in report["notes"])
+    # The lists have more dislikes for each like than the training rows that probabilities were fitted to.
+    assert of_test["blend"]["logloss"] is None
+    assert report["calibration"] == []
+    assert not [name for name in report["plots"] if name.startswith("calibration")]
+    assert "log-loss" not in (run_dir.step_dir("eval") / "report.md").read_text()
     assert "NDCG@2" in (run_dir.step_dir("eval") / "report.md").read_text()
 
 
@@ -182,6 +188,25 @@ def test_calibration_error_by_hand():
         (1, pytest.approx(0.25), 0), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.5), 1), (1, pytest.approx(0.75), 1)
     ]  # fmt: skip
     assert compute_calibration_error(bins) == pytest.approx(0.375)
+
+
+def test_calibration_does_not_depend_on_the_order_of_equal_scores():
+    labels, logits = np.arange(400) % 2, np.repeat([-1.0, 1.0], 200)
+    order = np.lexsort([labels, logits])
+    bins = compute_calibration(labels, logits)
+    assert compute_calibration(labels[order], logits[order]) == bins
+    assert {bin_.observed for bin_ in bins} == {0.5}
+
+
+@pytest.mark.parametrize(("steps", "taken_from", "found"), [(3, None, False), (4, None, True), (4, "/earlier", False)])
+def test_training_rows_are_scored_once_stage_1_has_seen_them(tmp_path, steps, taken_from, found):
+    run_dir = write_data_step(tmp_path)
+    config = build_config(tmp_path, splits=("test",))
+    record = {"train_rows": 4 * config.stage1.global_batch_size, "best_valid": {"step": steps}, "global_steps": 9,
+              "taken_from": taken_from, "content_hash": "one"}  # fmt: skip
+    write_json(run_dir.record_path("stage1"), record)
+    splits = load_splits(config, run_dir, load_manifest(run_dir.step_dir("data")))
+    assert list(splits) == (["test", "train"] if found else ["test"])
 
 
 @pytest.mark.parametrize(("rows", "bins"), [(2, 3), (119, 3), (288, 7), (400, 10), (9000, 10)])
@@ -241,7 +266,8 @@ def test_stages_are_compared_with_the_slots_alone_and_with_shuffled_slots(tmp_pa
     config = build_config(tmp_path)
     prompt = config.prompt.model_copy(update={"stage2": "<ItemTitleList> <TargetItemTitle> <MatchID> Answer:"})
     config = config.model_copy(update={"prompt": prompt})
-    write_json(run_dir.record_path("stage1"), {"global_steps": 5, "content_hash": "one"})
+    seen = {"train_rows": 400, "best_valid": {"step": 400 // config.stage1.global_batch_size + 1}}
+    write_json(run_dir.record_path("stage1"), {"global_steps": 5, "content_hash": "one", **seen})
     write_json(run_dir.record_path("stage2"), {"global_steps": 9, "content_hash": "two"})
     manifest = load_manifest(run_dir.step_dir("data"))
     splits = load_splits(config, run_dir, manifest)
