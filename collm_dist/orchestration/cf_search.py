@@ -25,7 +25,7 @@ from collm_dist.cf.worker import LogTarget, run_single_worker
 from collm_dist.config import Config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, LaunchError
-from collm_dist.orchestration.cluster import connect_ray
+from collm_dist.orchestration.cluster import connect_ray, run_here
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
     Trial,
@@ -170,7 +170,7 @@ def _run_trials(config: Config, jobs: Sequence[Job], trials: Sequence[Settings],
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     parallel = config.cf_search.parallel_trials or int(gpus or cpus)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, jobs=tuple(jobs), tensorboard=config.monitoring.tensorboard),
+        tune.with_parameters(run_here(run_trial), jobs=tuple(jobs), tensorboard=config.monitoring.tensorboard),
         {"CPU": 1, "GPU": min(1.0, gpus / parallel)},
     )
     state = folder / "tune"

@@ -6,10 +6,11 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
@@ -24,6 +25,9 @@ from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.stop_signals import build_preempted, preemptible
 
 logger = logging.getLogger(__name__)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Errors of a task that is bound to a lost node.
 _NODE_LOST = (TaskUnschedulableError, NodeDiedError, WorkerCrashedError)
@@ -42,6 +46,8 @@ def connect_ray(cluster: ClusterConfig) -> Iterator[None]:
         LaunchError: the cluster does not answer, or a local one does not start.
         Preempted: SIGTERM or SIGUSR1 arrived, also inside the block unless it has handlers of its own.
     """
+    # Else Ray Train and Ray Tune move their workers to folders of their own, where relative paths lead elsewhere.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     if ray.is_initialized():
         yield
         return
@@ -77,6 +83,23 @@ def _start_ray(address: str | None, options: Mapping[str, Any]) -> None:
             f"cluster.ray_address: {target} cannot be reached or started: {error}. Start a cluster there (ray start "
             "--head), or unset the address (also RAY_ADDRESS) to use this machine alone; on a busy machine, try again"
         ) from error
+
+
+def run_here(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return a function for Ray workers that first changes to this process's working directory, for relative paths.
+
+    A node without this directory calls the function where Ray has started the worker: in a job with a working
+    directory, in the node's copy of it.
+    """
+    folder = Path.cwd()
+
+    @wraps(function)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with suppress(OSError):
+            os.chdir(folder)
+        return function(*arguments, **options)
+
+    return run
 
 
 def check_nodes(folder: Path) -> None:
@@ -128,7 +151,7 @@ def run_tasks(
     """Run a function over many arguments as Ray tasks and return the results in the order of the arguments.
 
     Args:
-        function: function of the tasks; retried if a worker dies.
+        function: function of the tasks, called in this process's working directory; retried if a worker dies.
         arguments: arguments of each task; object references are resolved. An iterator with ``progress`` is asked for
             the next task when there is room for it.
         description: label of the progress bar.
@@ -142,7 +165,7 @@ def run_tasks(
         CollmError: error of a task.
         LaunchError: workers kept dying, or a disk failed.
     """
-    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(function)
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(run_here(function))
     if progress is None:
         arguments = list(arguments)
     results: dict[int, Any] = {}

@@ -24,7 +24,7 @@ from collm_dist.data.shards.manifest import Manifest, load_manifest
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, LaunchError
 from collm_dist.evaluation.cf_summary import print_summary, summarize
-from collm_dist.orchestration.cluster import connect_ray, run_tasks
+from collm_dist.orchestration.cluster import connect_ray, run_here, run_tasks
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash
 from collm_dist.runs.code_trust import keep_trust
@@ -160,7 +160,7 @@ def _train_on_ray_workers(job: Job, log: LogTarget, num_workers: int, *, use_gpu
     storage = job.checkpoints / "ray"
     shutil.rmtree(storage, ignore_errors=True)
     trainer = TorchTrainer(
-        _run_ray_worker,
+        run_here(_run_ray_worker),
         train_loop_config={"job": job, "log": log},
         scaling_config=train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=train.RunConfig(

@@ -19,7 +19,7 @@ import ray
 from collm_dist.cli import report_error
 from collm_dist.config import Config
 from collm_dist.errors import LaunchError, Preempted, WorkerLostError
-from collm_dist.orchestration.cluster import check_nodes
+from collm_dist.orchestration.cluster import check_nodes, run_here
 from collm_dist.phases import show_phases
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
 from collm_dist.runs.run_dir import RunDir, Step
@@ -109,7 +109,7 @@ def _fit(settings: Mapping[str, Any], folder: Path, num_workers: int, use_gpu: b
     # Else Ray Train logs what workers print, and the output of a job, which has its workers' logs too, has it twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     TorchTrainer(
-        work,
+        run_here(work),
         train_loop_config={**settings, "folder": str(folder)},
         torch_config=TorchConfig(timeout_s=round(timeout_seconds)),
         scaling_config=train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, placement_strategy="PACK"),

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,9 +23,12 @@ from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from collm_dist.config import ClusterConfig
+from collm_dist.config.loader import load_config
+from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import LaunchError, NonFiniteError, Preempted
 from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.tune import count_workers
+from collm_dist.orchestration.tune import count_workers, run_on_workers
+from collm_dist.runs.run_dir import RunDir
 from tests.distributed.conftest import (
     LONGER,
     PIPELINE,
@@ -64,6 +68,30 @@ def test_there_is_one_worker_per_device():
     assert count_workers(None, {"CPU": 8.0, "GPU": 4.0}) == (4, True)
     with pytest.raises(LaunchError, match="5 workers need a GPU each, the cluster has 4"):
         count_workers(5, {"CPU": 8.0, "GPU": 4.0})
+
+
+@pytest.fixture(scope="module")
+def ray_session(prepared_run):
+    """A local Ray with one CPU, in the folder that the tests run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        with connect_ray(ClusterConfig(ray_num_cpus=1, object_store_gb=0.1)):
+            yield
+
+
+def build_stage1(overrides):
+    """Return the configuration and run directory of a stage 1 on one worker."""
+    config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", [*overrides, "cluster.tuning=ray"])
+    return config, RunDir(Path(config.run.dir))
+
+
+def test_workers_find_relative_paths(ray_session, copy_run, tmp_path, monkeypatch):
+    """Here a prompt's file; Ray was started in another folder."""
+    config, run_dir = build_stage1([*copy_run("run")[1], "prompt.stage1=own.txt"])
+    monkeypatch.chdir(tmp_path)
+    Path("own.txt").write_text("<ItemTitleList>: <TargetItemTitle>? Answer:")
+    run_on_workers(config, run_dir, "stage1", force=False)
+    assert run_dir.read_record("stage1")["fingerprint"] == compute_step_fingerprint(config, run_dir, "stage1")
 
 
 @pytest.mark.slow

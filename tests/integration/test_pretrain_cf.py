@@ -314,6 +314,16 @@ def test_a_worker_that_dies_changes_nothing(undisturbed, tmp_path):
     assert read_steps(run_dir) == [*range(1, NUM_EPOCHS + 1)]
 
 
+def test_workers_find_relative_vectors(ray_session, tmp_path, monkeypatch):
+    """Ray was started in another folder."""
+    run_dir = write_data_step(tmp_path)
+    write_tables(run_dir, USERS, ITEMS)
+    monkeypatch.chdir(tmp_path)
+    write_vectors("items.parquet", ITEMS, np.eye(len(ITEMS), 3))
+    config = make_config(tmp_path, model="table", item_vectors="items.parquet", num_workers=2, num_epochs=1)
+    assert run_pretrain(config, run_dir)["epochs"] == 1
+
+
 def test_too_many_workers_are_refused(ray_session, tmp_path):
     run_dir = write_data_step(tmp_path)
     with pytest.raises(LaunchError, match=r"cf\.num_workers: 3 workers need a CPU each, Ray has 2"):

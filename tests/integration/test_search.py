@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +23,8 @@ from collm_dist.orchestration.cf_search import run_search
 from collm_dist.orchestration.pretrain import run_pretrain
 from tests.integration.test_pretrain_cf import make_config
 from tests.unit.evaluation_run import write_data_step
+from tests.unit.test_cf_model_files import ITEMS, USERS, write_tables
+from tests.unit.test_own_cf_model import write_vectors
 
 NUM_TRIALS, NUM_EPOCHS = 4, 40
 
@@ -142,6 +145,18 @@ def test_trials_read_item_texts_and_the_best_one_is_what_the_cf_step_trains(tmp_
     assert best.cf.item_text is not None
     summary = run_pretrain(best, run_dir)
     assert summary["metrics"]["valid"]["logloss"] == pytest.approx(by_width[best.cf.item_text].pop(), abs=1e-12)
+
+
+@pytest.mark.slow
+def test_trials_find_relative_vectors(tmp_path, monkeypatch):
+    run_dir = write_data_step(tmp_path)
+    write_tables(run_dir, USERS, ITEMS)
+    monkeypatch.chdir(tmp_path)
+    write_vectors("items.parquet", ITEMS, np.eye(len(ITEMS), 3))
+    config = make_config(tmp_path, model="table", item_vectors="items.parquet", num_epochs=2)
+    search = {"space": {"learning_rate": {"choice": [1e-2]}}, "num_trials": 1, "grace_epochs": 1}
+    summary = run_search(Config.model_validate(config.model_dump(mode="json") | {"cf_search": search}), run_dir)
+    assert summary["best"] == 0
 
 
 @pytest.mark.parametrize(
