@@ -24,7 +24,7 @@ from collm_dist.phases import show_phases
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.runs.step_processes import explain_end
-from collm_dist.runs.stop_signals import handle_stop_signals
+from collm_dist.runs.stop_signals import build_preempted, handle_stop_signals
 
 _POLL_SECONDS = 0.5
 # Files in the folder that driver and workers share during a step.
@@ -73,13 +73,16 @@ def run_on_workers(config: Config, run_dir: RunDir, step: Step, force: bool) -> 
             except KeyboardInterrupt:
                 request_stop(signal.SIGINT)
         failure = training.exception()
+    if failure is None:
+        shutil.rmtree(folder)
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
     if failure is not None:
-        if signal.SIGINT in signals:
-            raise KeyboardInterrupt
         first = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
         lost = WorkerLostError(f"{step}: a Ray worker or its node was lost ({first})")
         raise explain_end(read_error(folder / _ERROR), signals) or lost from failure
-    shutil.rmtree(folder)
+    if signals:  # after the last step: the caller must stop, even if this step just ended well
+        raise build_preempted(signals[0])
 
 
 def count_workers(requested: int | None, resources: Mapping[str, float]) -> tuple[int, bool]:

@@ -6,12 +6,14 @@ Nodes are processes of one machine (``ray.cluster_utils.Cluster``), each with it
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -92,6 +94,26 @@ def test_workers_find_relative_paths(ray_session, copy_run, tmp_path, monkeypatc
     Path("own.txt").write_text("<ItemTitleList>: <TargetItemTitle>? Answer:")
     run_on_workers(config, run_dir, "stage1", force=False)
     assert run_dir.read_record("stage1")["fingerprint"] == compute_step_fingerprint(config, run_dir, "stage1")
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, Preempted), pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow)],
+)
+def test_a_signal_that_arrives_while_a_step_ends_is_not_lost(ray_session, copy_run, number, error):
+    """The worker has written the record of stage 1 and ends; the next step must not begin."""
+    config, run_dir = build_stage1(copy_run("run")[1])
+
+    def send_at_end():
+        while not run_dir.is_done("stage1"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_at_end, daemon=True)
+    sender.start()
+    with pytest.raises(error):
+        run_on_workers(config, run_dir, "stage1", force=False)
+    assert not (run_dir.path / ".workers").exists()
 
 
 @pytest.mark.slow
