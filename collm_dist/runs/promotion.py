@@ -124,10 +124,32 @@ def decide(config: Config, report: Mapping[str, Any]) -> dict[str, Any]:
     return decision | numbers | {"state": "promoted" if passes else "rejected", "reason": reason}
 
 
+def _keep_in_use(config: Config, run_dir: RunDir, decision: dict[str, Any]) -> dict[str, Any]:
+    """Return the decision; rejected if the run would replace another run than the one that it was compared with.
+
+    The run in use changes while a run is made, and ``dataset.extend_from`` may name a fixed run.
+    """
+    pointer, previous = find_pointer(config), config.dataset.extend_from
+    if decision["state"] == "rejected" or config.promotion.baseline != "previous":
+        return decision
+    if not (pointer.is_symlink() and pointer.exists()):
+        return decision
+    compared = None if previous is None else Path(previous).resolve()
+    in_use = pointer.resolve()
+    if in_use in (compared, run_dir.path.resolve()):
+        return decision
+    reason = (
+        f"{pointer} leads to {in_use}, but this run was compared with {compared or 'no earlier run'}; to compare it "
+        f"with the run in use, make a run in a new run.dir with dataset.extend_from={pointer}"
+    )
+    return decision | {"state": "rejected", "reason": reason}
+
+
 def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """Decide about a finished run, write ``promotion.json``, and if promoted move the pointer to it.
 
-    A recorded decision about the same report is kept: the pointer does not move again, wherever it points by now.
+    With the baseline ``previous``, a run replaces only the run that it was compared with. A recorded decision about the
+    same report is kept: the pointer does not move again, wherever it points by now.
 
     Raises:
         ArtifactError: see ``decide``; or the pointer's path exists and is not a symbolic link.
@@ -137,6 +159,7 @@ def promote(config: Config, run_dir: RunDir) -> dict[str, Any]:
     decision = decide(config, report) | {"report": report["content_hash"]}
     if _read_decision(path) == decision:  # a damaged record is written again
         return decision
+    decision = _keep_in_use(config, run_dir, decision)
     if decision["state"] == "promoted":
         move_pointer(find_pointer(config), run_dir.path)
     write_json(path, decision)

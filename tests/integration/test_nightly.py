@@ -19,7 +19,7 @@ from collm_dist.data.ingest.forgotten_users import find_tombstones, write_tombst
 from collm_dist.data.shards.interactions import load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError, ConfigError
-from collm_dist.runs.promotion import decide, find_pointer, move_pointer, pin_previous
+from collm_dist.runs.promotion import decide, find_pointer, move_pointer, pin_previous, promote
 from collm_dist.runs.run_dir import RunDir
 from tests.integration.byte_search import find_text
 
@@ -285,6 +285,53 @@ def test_the_rule_reads_the_lower_end(tmp_path, rule, state):
     row |= {"auc": 0.01, "auc_low": -0.01, "auc_high": 0.03, "uauc": -0.1, "uauc_low": -0.2, "uauc_high": 0.1}
     config = make_config(tmp_path, "promotion.baseline=cf", f"promotion.{rule}")
     assert decide(config, {"differences": [row], "left_out": {}})["state"] == state
+
+
+def promote_run(folder, name, extends, *overrides, in_use=None):
+    """Decide about a run that is better than the run it extends; return the state, the reason and the run in use."""
+    row = {"split": "test", "slice": "all", "model": "stage2", "versus": "previous", "rows": 1000}
+    row |= {"auc": 0.02, "auc_low": 0.01, "auc_high": 0.03}
+    row |= {"versus": "cf"} if "promotion.baseline=cf" in overrides else {}
+    run_dir = RunDir(folder / name)
+    report = {"differences": [row], "left_out": {}, "content_hash": name}
+    run_dir.write_record("eval", report)
+    if in_use is not None:
+        (folder / in_use).mkdir(exist_ok=True)
+        move_pointer(folder / "current", folder / in_use)
+    config = load_config(CONFIG, [f"run.dir={run_dir.path}", "promotion.min_paired_difference=0", *overrides])
+    extends = None if extends is None else str(folder / extends)
+    dataset = config.dataset.model_copy(update={"extend_from": extends})
+    decision = promote(config.model_copy(update={"dataset": dataset}), run_dir)
+    assert json.loads((run_dir.path / "promotion.json").read_text()) == decision
+    pointer = folder / "current"
+    return decision["state"], decision["reason"], pointer.resolve().name if pointer.is_symlink() else None
+
+
+def test_of_two_runs_that_extend_the_same_run_the_second_does_not_replace_the_first(tmp_path):
+    assert promote_run(tmp_path, "a", None)[::2] == ("promoted", "a")
+    assert promote_run(tmp_path, "c", "a")[::2] == ("promoted", "c")
+    state, reason, in_use = promote_run(tmp_path, "b", "a")
+    assert (state, in_use) == ("rejected", "c")
+    assert f"current leads to {tmp_path / 'c'}, but this run was compared with {tmp_path / 'a'}; " in reason
+    assert f"extend_from={tmp_path / 'current'}" in reason
+    assert promote_run(tmp_path, "b", "a")[::2] == ("rejected", "c")
+    assert promote_run(tmp_path, "a", None)[::2] == ("promoted", "c")  # as recorded; the link stays
+    assert promote_run(tmp_path, "b", "a", in_use="a")[::2] == ("promoted", "b")
+
+
+def test_a_run_that_extends_nothing_does_not_replace_a_run_in_use(tmp_path):
+    state, reason, in_use = promote_run(tmp_path, "new", None, in_use="old")
+    assert (state, in_use) == ("rejected", "old")
+    assert f"leads to {tmp_path / 'old'}, but this run was compared with no earlier run; " in reason
+    assert promote_run(tmp_path, "itself", None, in_use="itself")[::2] == ("promoted", "itself")
+    (tmp_path / "itself" / "promotion.json").unlink()
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("removed")
+    assert promote_run(tmp_path, "itself", None)[::2] == ("promoted", "itself")
+
+
+def test_another_baseline_replaces_any_run(tmp_path):
+    assert promote_run(tmp_path, "new", None, "promotion.baseline=cf", in_use="old")[::2] == ("promoted", "new")
 
 
 def test_a_rule_without_its_numbers_is_refused(tmp_path):
