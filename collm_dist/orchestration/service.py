@@ -26,6 +26,7 @@ from collm_dist.data.ingest.forgotten_users import is_tombstone
 from collm_dist.errors import ArtifactError, CollmError, LaunchError, RequestError
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.event_actor import EventClient, EventWriter, start_event_actor
+from collm_dist.orchestration.replica_plan import plan_replicas
 from collm_dist.orchestration.service_metrics import ServiceMetrics
 from collm_dist.phases import show_phase
 from collm_dist.runs.run_dir import RunDir
@@ -247,27 +248,6 @@ def find_port(host: str, port: int) -> int:
             f"--host {host} --port {port}: cannot listen there ({_explain(error)}); stop the process that "
             "listens there, or set another port"
         ) from None
-
-
-def plan_replicas(requested: int | None) -> tuple[int, dict[str, int]]:
-    """Return the number of replicas, and the CPUs and GPUs of each.
-
-    Raises:
-        LaunchError: too few devices are free.
-    """
-    total, free = ray.cluster_resources(), ray.available_resources()
-    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 1))
-    nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
-    replicas = requested or gpus or nodes
-    # On CPUs the replicas share the cores; Ray gives each as many threads as cores.
-    devices = {"num_cpus": 1 if gpus else max(cpus // max(replicas, nodes), 1), "num_gpus": 1 if gpus else 0}
-    for name, per_replica in (("CPU", devices["num_cpus"]), ("GPU", devices["num_gpus"])):
-        if replicas * per_replica > free.get(name, 0):
-            raise LaunchError(
-                f"--replicas: {replicas} models need {replicas * per_replica} {name}s, and {int(free.get(name, 0))} of "
-                f"{int(total.get(name, 0))} are free; start fewer, or free some"
-            )
-    return replicas, devices
 
 
 @contextmanager
