@@ -38,6 +38,7 @@ _UNKNOWN = ("unknown_users", "unknown_history_ids", "users_with_unknown_history_
 # Counts of left-out candidates and of their users, for runs with availability windows.
 _LEFT_OUT = ("unavailable_candidates", "users_with_unavailable_candidates", "users_without_candidates")
 _REMEDY = "set --output to a new folder, or delete this one"
+_MEMORY_REMEDY = "lower --num-actors, so that fewer models are loaded, or use nodes with more memory"
 
 
 def parse_candidates(text: str | None) -> int | None:
@@ -194,7 +195,7 @@ def _score_on_ray(
     num_actors: int | None,
 ) -> int:
     """Score the unfinished parts with a progress bar over all users; return the number of actors."""
-    check_nodes(folder.path)
+    check_nodes(folder.path, "--output")
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
@@ -217,7 +218,7 @@ def _score_on_ray(
             for number in chain(first, users):
                 bar.update(number)
     except ray.exceptions.RayError as error:
-        raise explain_task_error(error, "scoring") from None
+        raise explain_task_error(error, "scoring", _MEMORY_REMEDY) from None
     return actors
 
 

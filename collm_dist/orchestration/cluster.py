@@ -102,8 +102,12 @@ def run_here(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return run
 
 
-def check_nodes(folder: Path) -> None:
-    """Check that every node of the cluster sees the run directory and has the same versions as this node.
+def check_nodes(folder: Path, name: str = "run.dir") -> None:
+    """Check that every node of the cluster sees a folder and has the same versions as this node.
+
+    Args:
+        folder: existing folder.
+        name: setting or option that chose it, for messages.
 
     Raises:
         LaunchError: a check failed; the message names the node.
@@ -120,7 +124,7 @@ def check_nodes(folder: Path) -> None:
             except _NODE_LOST as error:  # lost since it was listed: other nodes take over its work
                 logger.warning("node %s does not answer: %s", node["NodeManagerAddress"], error)
                 continue
-            check_facts(facts, own, node["NodeManagerAddress"], folder)
+            check_facts(facts, own, node["NodeManagerAddress"], folder, name)
     sentinel.unlink(missing_ok=True)
 
 
@@ -147,6 +151,7 @@ def run_tasks(
     progress_bar: bool = True,
     progress: ByteProgress | None = None,
     in_order: bool = False,
+    memory_remedy: str = "use a machine with more memory",
 ) -> list[Any]:
     """Run a function over many arguments as Ray tasks and return the results in the order of the arguments.
 
@@ -160,10 +165,11 @@ def run_tasks(
         progress_bar: whether to show a progress bar.
         progress: what the bar counts; None = tasks.
         in_order: if several tasks fail, raise the error of the first in the order of the arguments.
+        memory_remedy: see ``explain_task_error``.
 
     Raises:
         CollmError: error of a task.
-        LaunchError: workers kept dying, or a disk failed.
+        LaunchError: workers kept dying, a disk failed, or memory was short.
     """
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(run_here(function))
     if progress is None:
@@ -189,7 +195,7 @@ def run_tasks(
                 # meets the end of a task, Ray aborts the process without a message (as in ray-project/ray#54798).
                 if running:
                     ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
-                raise explain_task_error(first, description) from None
+                raise explain_task_error(first, description, memory_remedy) from None
             bar.update(amount)
 
 
@@ -218,15 +224,26 @@ def _find_first_error(tasks: Mapping[Any, int]) -> Exception | None:
     return None
 
 
-def explain_task_error(error: Exception, description: str) -> Exception:
-    """Return the error to raise for a failed task: the task's own error if a user can act on it."""
+def explain_task_error(error: Exception, description: str, memory_remedy: str) -> Exception:
+    """Return the error to raise for a failed task: the task's own error if a user can act on it.
+
+    Args:
+        error: from Ray.
+        description: name of the work, for messages.
+        memory_remedy: imperative; how this work needs less memory.
+    """
     cause: object = getattr(error, "cause", None)
     if isinstance(cause, CollmError):
         return cause
+    if isinstance(cause, MemoryError):
+        return LaunchError(
+            f"{description}: a Ray task ran out of memory ({cause or type(cause).__name__}); {memory_remedy}, and run "
+            "the same command again to resume"
+        )
     is_bug = isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, OSError)
     if is_bug:
         return error
     return LaunchError(
         f"{description}: a Ray task failed: {cause or error}. Run the same command again to resume; if "
-        "memory was short, raise preprocessing.num_user_buckets or lower cluster.preprocess_parallelism"
+        f"memory was short, {memory_remedy}"
     )

@@ -44,7 +44,7 @@ def read_facts(path: str) -> NodeFacts:
     return NodeFacts(socket.gethostname(), Path(path).exists(), versions)
 
 
-def check_facts(facts: NodeFacts, own: NodeFacts, address: str, folder: Path) -> None:
+def check_facts(facts: NodeFacts, own: NodeFacts, address: str, folder: Path, name: str) -> None:
     """Check the facts of a node.
 
     Args:
@@ -52,6 +52,7 @@ def check_facts(facts: NodeFacts, own: NodeFacts, address: str, folder: Path) ->
         own: facts of the asking node.
         address: network address of the node.
         folder: folder that the node must see.
+        name: setting or option that chose it.
 
     Raises:
         LaunchError: the node does not see the folder, or has other versions.
@@ -59,8 +60,7 @@ def check_facts(facts: NodeFacts, own: NodeFacts, address: str, folder: Path) ->
     node = f"node {address} ({facts.hostname})"
     if not facts.sees_file:
         raise LaunchError(
-            f"run.dir: {node} does not see {folder}; the run directory must be on a file system that all nodes share, "
-            "at the same path"
+            f"{name}: {node} does not see {folder}; it must be on a file system that all nodes share, at the same path"
         )
     differences = [
         f"{name} {version} (here {own.versions[name]})"

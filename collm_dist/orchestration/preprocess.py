@@ -104,6 +104,7 @@ def run_preprocess(config: Config, run_dir: RunDir, force: bool = False) -> dict
         run_tasks,
         parallelism=config.cluster.preprocess_parallelism,
         progress_bar=config.monitoring.progress_bar,
+        memory_remedy="raise preprocessing.num_user_buckets or lower cluster.preprocess_parallelism",
     )
     with clear_unfinished(data_dir), connect_ray(config.cluster):
         check_nodes(plan.data_dir)

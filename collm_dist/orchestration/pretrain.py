@@ -148,6 +148,8 @@ def _train_on_ray(tasks: Sequence[tuple[Job, LogTarget]], config: Config, num_jo
         parallelism=num_jobs,
         num_gpus=1 if resources.get("GPU", 0) >= 1 else 0,
         progress_bar=config.monitoring.progress_bar and num_jobs > 1,
+        memory_remedy="lower cluster.ray_num_cpus, so that fewer of cf.seeds train at once, or on a cluster raise "
+        "cf.num_workers, so that each worker holds fewer users",
     )
 
 

@@ -35,10 +35,11 @@ from collm_dist.serving.access import ACCESS_VARIABLE, check_token
 from collm_dist.serving.batching import Batcher
 from collm_dist.serving.event_parts import describe_columns
 from collm_dist.serving.exploration import Compared, add_comparison, add_search
-from collm_dist.serving.finished_run import build_recommender, check_settings, find_stage, load_run_config
+from collm_dist.serving.finished_run import build_recommender, check_settings, load_run_config
 from collm_dist.serving.gateway import IMPORT_PATH, build_environment
 from collm_dist.serving.http_app import Ranked, build_app
 from collm_dist.serving.http_events import add_event_routes
+from collm_dist.serving.http_schemas import HealthAnswer
 from collm_dist.serving.recommender import Recommender
 from collm_dist.serving.requests import RankingQuery
 from collm_dist.serving.run_follower import RunFollower, ServedRun, read_model_id
@@ -153,6 +154,10 @@ class _Ranker:
         add_page(app)
         return app
 
+    def describe(self) -> HealthAnswer:
+        """Return the answer of ``/healthz``."""
+        return self._follower.describe()
+
     def _answer(self, answer: Callable[[ServedRun], list[Answer]]) -> list[Answer]:
         """Return a pass's answers by the run that is served when it begins."""
         served = self._follower.served
@@ -208,19 +213,27 @@ def run_service(
         events = None if options.events is None else _start_events(config, options)
         try:
             with show_phase("loading the model"):
-                _start_replicas(plan, pointer, model, options, events, replicas, devices)
-            metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
-            _say(
-                f"serving {run_dir.path.name} ({find_stage(run_dir)} {model}) with {replicas} model(s) at "
-                f"http://{_spell_host(options.host)}:{port} - open it in a browser; POST /rank, GET /healthz, /docs; "
-                f"metrics for Prometheus at port {', '.join(map(str, metrics))}, /metrics. Ctrl-C or SIGTERM stops it"
-                + ("" if pointer is None else f". It follows {pointer}")
-            )
+                health = _start_replicas(plan, pointer, model, options, events, replicas, devices)
+            _say(_describe_start(health, replicas, f"http://{_spell_host(options.host)}:{port}", pointer))
             threading.Event().wait()
         except KeyboardInterrupt:
             # Also raised between the first answer and the moment when Serve reports that it is ready.
             _say("stopping: new requests are refused, accepted ones are answered")
             _drain(options.shutdown_timeout_s)
+
+
+def _describe_start(health: HealthAnswer, replicas: int, url: str, pointer: Path | None) -> str:
+    metrics = sorted({node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]})
+    line = (
+        f"serving {health.run} ({health.stage} {health.model}) with {replicas} model(s) at {url} - open it in a "
+        f"browser; POST /rank, GET /healthz, /docs; metrics for Prometheus at port {', '.join(map(str, metrics))}, "
+        "/metrics. Ctrl-C or SIGTERM stops it"
+    )
+    if pointer is not None:
+        line += f". It follows {pointer}"
+    if health.refused is not None:
+        line += f", whose run {health.refused.run} cannot be served: {health.refused.reason}"
+    return line
 
 
 def list_examples(recommender: Recommender) -> list[dict[str, Any]]:
@@ -327,8 +340,10 @@ def _start_replicas(
     events: Any,
     replicas: int,
     devices: dict[str, int],
-) -> None:
-    """Start the replicas and wait until they have loaded their models.
+) -> HealthAnswer:
+    """Start the replicas, wait until they have loaded their models, and return the state of one of them.
+
+    A replica that follows a link may serve another run than the one that the link leads to.
 
     Raises:
         CollmError: error of a replica.
@@ -351,7 +366,8 @@ def _start_replicas(
         max_constructor_retry_count=1,
     )
     try:
-        serve.run(deployment.bind(plan, pointer, model, options, events, errors), name=APP_NAME)
+        handle = serve.run(deployment.bind(plan, pointer, model, options, events, errors), name=APP_NAME)
+        health: HealthAnswer = handle.describe.remote().result()
     except (RuntimeError, RayError) as error:
         applications = serve.status().applications.values()
         messages = [state.message for application in applications for state in application.deployments.values()]
@@ -360,6 +376,7 @@ def _start_replicas(
         raise LaunchError(
             "the process that serves the model does not start: " + "\n".join([*messages, str(error)])
         ) from None
+    return health
 
 
 def _explain(error: OSError) -> str:

@@ -17,8 +17,8 @@ TOKEN = "a-token-for-the-tests"
 class Service:
     """A running ``launch/serve.py``."""
 
-    def __init__(self, process, port, metrics_port):
-        self.process, self.port, self.metrics_port = process, port, metrics_port
+    def __init__(self, process, port, metrics_port, line):
+        self.process, self.port, self.metrics_port, self.line = process, port, metrics_port, line
 
     def ask(self, body, *, method="POST", path="/rank", headers=None):
         """Return status, headers and decoded answer of a request."""
@@ -50,7 +50,7 @@ def running(command, folder, environment):
             line = next((text for text in process.stdout if text.startswith("serving ")), "")
             found = re.search(r"http://127\.0\.0\.1:(\d+) .* at port (\d+)", line)
             assert found, "the service did not start"
-            yield Service(process, *map(int, found.groups()))
+            yield Service(process, *map(int, found.groups()), line)
         finally:
             process.send_signal(signal.SIGTERM)
             try:

@@ -1,5 +1,6 @@
 """A service that receives events and follows a link: nothing is lost or doubled, whatever dies or is promoted."""
 
+import json
 import shutil
 import signal
 import threading
@@ -166,3 +167,15 @@ def test_a_promoted_run_takes_over_without_a_failed_request(folder):
     print(len(found), "requests", {model: sum(model == answer["model"] for _, answer in found) for model in models})
     assert {answer["model"] for _, answer in found} == set(models)
     assert max(compare(answer, models[answer["model"]]) for _, answer in found) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_first_line_names_the_run_that_serves(folder):
+    """The link leads to a damaged run; the run that took over last serves."""
+    (folder / ".current.served.json").write_text(json.dumps({"run": str(folder / "one")}))
+    move_pointer(folder / "current", folder / "damaged")
+    with start(folder) as service:
+        health = service.ask(None, method="GET", path="/healthz")[2]
+    assert health["run"] == "one"
+    assert service.line.startswith(f"serving one (stage2 {health['model']}) with 1 model(s) at http://")
+    assert "current, whose run damaged cannot be served: damaged/stage2/mapping.safetensors" in service.line
