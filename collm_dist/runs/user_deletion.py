@@ -6,7 +6,6 @@ the rows it would be neither a consistent run nor a proof of deletion, so runs a
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,8 +18,9 @@ import pyarrow.compute as pc
 
 from collm_dist.config.yaml_file import get_text, read_yaml
 from collm_dist.errors import ArtifactError, CollmError, DataError
-from collm_dist.runs.atomic_files import explain_disk_errors
+from collm_dist.runs.atomic_files import explain_disk_errors, sync_files
 from collm_dist.runs.lock import hold_run_lock
+from collm_dist.runs.run_dir import RunDir
 
 # Parts of stage 1 that a run may link from another run: weights without rows.
 _WEIGHTS = ("stage1/adapter", "stage1/merged", "stage1/anchored_score.safetensors")
@@ -119,6 +119,8 @@ def remove_runs(held: Sequence[HeldUsers]) -> list[Path]:
     with ExitStack() as locks:
         for path in targets:
             locks.enter_context(hold_run_lock(path))
+        for path in staying:
+            _finish_copies(path)
         for link in links:
             with explain_disk_errors(link):
                 _copy_link_target(link)
@@ -167,9 +169,33 @@ def _check_links(links: Sequence[Path], targets: Sequence[Path], staying: Sequen
 
 
 def _copy_link_target(link: Path) -> None:
-    """Replace a link with a copy of its target."""
-    copy = link.with_name(f".{link.name}.{os.getpid()}")
-    shutil.rmtree(copy, ignore_errors=True)
+    """Replace a link with a copy of its target, a file or a folder."""
+    copy = _get_copy_path(link)
+    if link.is_file():
+        shutil.copy2(link, copy)
+        sync_files(copy)
+        copy.replace(link)
+        return
     shutil.copytree(link.resolve(), copy)
-    link.unlink()
+    sync_files(copy)
+    link.unlink()  # no folder replaces a link; _finish_copies does what is left if this process ends here
     copy.rename(link)
+
+
+def _finish_copies(run: Path) -> None:
+    """Put copies in place whose link was removed by a call that then ended, and delete those that are incomplete."""
+    for name in _WEIGHTS:
+        path = run / name
+        copy = _get_copy_path(path)
+        is_missing = not path.exists() and not path.is_symlink()
+        # Without its record stage 1 is being redone, and makes its own weights.
+        if copy.is_dir() and is_missing and RunDir(run).is_done("stage1"):
+            copy.rename(path)
+        elif copy.is_dir():
+            shutil.rmtree(copy)
+        else:
+            copy.unlink(missing_ok=True)
+
+
+def _get_copy_path(link: Path) -> Path:
+    return link.with_name(f".{link.name}.copy")
