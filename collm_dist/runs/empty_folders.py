@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +25,18 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def remove_empty_below(folder: Path) -> None:
-    """Remove all empty folders below a folder, and those that become empty by it."""
-    found = [Path(parent) for parent, _, _ in os.walk(folder)]
-    remove_empty(reversed(found[1:]))
+def list_names(folder: Path) -> set[str]:
+    """Return the names in a folder; none if it does not exist."""
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+def remove_new_empty(folder: Path, before: Collection[str]) -> None:
+    """Remove the new empty folders of a folder, and those that become empty by it.
+
+    Args:
+        folder: the folder.
+        before: names in it that are old; nothing below them is removed.
+    """
+    for entry in folder.iterdir():
+        if entry.name not in before and entry.is_dir() and not entry.is_symlink():  # a link leads to others' folders
+            remove_empty(Path(parent) for parent, _, _ in os.walk(entry, topdown=False))

@@ -21,7 +21,7 @@ import psutil
 
 from collm_dist.errors import LaunchError
 from collm_dist.runs.atomic_files import explain_disk_errors, write_json
-from collm_dist.runs.empty_folders import list_missing, remove_empty, remove_empty_below
+from collm_dist.runs.empty_folders import list_missing, list_names, remove_empty, remove_new_empty
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def hold_run_lock(
     beat_seconds: float = BEAT_SECONDS,
     setting: str = "run.dir",
 ) -> Iterator[bool]:
-    """Hold the lock of a run directory for the duration of the block, and leave no empty folder there.
+    """Hold the lock of a run directory for the duration of the block, and leave no new empty folder there.
 
     Yields whether this process took it. Does nothing in child processes of the holder, or in a launcher's processes
     other than rank 0.
@@ -91,7 +91,7 @@ def hold_run_lock(
         yield False
         return
     with explain_disk_errors(path):
-        missing = list_missing(run_dir)
+        missing, old_names = list_missing(run_dir), list_names(run_dir)
     holder = _take(path, setting)
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, holder, stop, on_beat, beat_seconds), daemon=True)
@@ -110,7 +110,7 @@ def hold_run_lock(
         else:
             os.environ[TOKEN_VARIABLE] = outer_token
         if _read_holder(path) == holder:
-            remove_empty_below(run_dir)
+            remove_new_empty(run_dir, old_names)
             _release(path, missing, worthless)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -48,6 +49,21 @@ def test_nothing_empty_stays(tmp_path):
     with hold_run_lock(tmp_path / "runs" / "new"):
         (tmp_path / "runs" / "new" / "record").touch()
     assert (tmp_path / "runs" / "new" / "record").exists()
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_empty_folders_of_others_stay(tmp_path, is_refused):
+    """An output that names a project or a share by mistake."""
+    others = [tmp_path / "inbox", tmp_path / ".git" / "refs" / "heads"]
+    for folder in others:
+        folder.mkdir(parents=True)
+    with suppress(ValueError), hold_run_lock(tmp_path):
+        (tmp_path / "scores").mkdir()
+        (tmp_path / "linked").symlink_to(tmp_path / ".git")
+        if is_refused:
+            raise ValueError("refused")
+    assert all(folder.is_dir() for folder in others)
+    assert not (tmp_path / "scores").exists()
 
 
 @pytest.mark.parametrize(("name", "stays"), [("config.yaml", False), ("status.json", True)])
@@ -201,6 +217,6 @@ def test_a_lock_that_no_process_wrote_ends_no_process(tmp_path, change):
 def test_a_guard_that_is_a_link_writes_nothing_elsewhere(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / f"{LOCK_NAME}.guard").symlink_to(tmp_path / "mine")
-    with pytest.raises(ArtifactError, match=r"guard.* move away"), hold_run_lock(tmp_path):
+    with pytest.raises(ArtifactError, match=r"guard.*; move the existing file"), hold_run_lock(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
