@@ -31,6 +31,8 @@ _SETTINGS = "config.yaml"
 # Child processes of the holder find its token here and share its lock.
 TOKEN_VARIABLE = "COLLM_RUN_LOCK"  # noqa: S105 - no password
 BEAT_SECONDS = 10.0
+# A first look may hit a failing network disk. So many seconds after it, the second decides whether a lock is lost.
+RECHECK_SECONDS = 1.0
 # Liveness of a holder on another host shows only in the file's age. Twelve missed beats exceed a file system's delays.
 STALE_SECONDS = 120.0
 
@@ -156,7 +158,8 @@ def _take(path: Path, setting: str) -> Holder:
     # Only one of two processes that find a stale lock may take it over.
     with _guard(path) as guard:
         os.utime(guard.fileno())
-        holder = _read_holder(path)
+        with explain_disk_errors(path):  # a lock that cannot be read may have a holder
+            holder = _load_holder(path)
         if holder is not None:
             if _is_alive(holder, os.fstat(guard.fileno()).st_mtime - _find_beat(path)):
                 raise LaunchError(
@@ -206,23 +209,49 @@ def _is_alive(holder: Holder, age_seconds: float) -> bool:
 
 def _read_holder(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return _load_holder(path)
+    except OSError:
         return None
+
+
+def _load_holder(path: Path) -> Holder | None:
+    """Return the holder that a lock names; None if there is no lock, or no process wrote it.
+
+    Raises:
+        OSError: the lock cannot be read.
+    """
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _is_lost(path: Path, holder: Holder) -> bool:
+    """Return whether a lock is gone or names another holder; not if it cannot be read, since it may be intact."""
+    try:
+        found = _load_holder(path)
+        return found != holder and (found is not None or not path.exists())
+    except OSError as error:
+        logger.warning("%s cannot be read (%s); the next heartbeat looks again", path, error)
+        return False
 
 
 def _beat(
     path: Path, holder: Holder, stop: threading.Event, on_beat: Callable[[], None] | None, beat_seconds: float
 ) -> None:
+    acts: list[Callable[[], None]] = [lambda: os.utime(path), *([on_beat] if on_beat is not None else [])]
     while not stop.wait(beat_seconds):
-        if _read_holder(path) != holder:
-            logger.error("%s: the lock was taken over by another process; stopping", path.parent)
+        if _is_lost(path, holder):
+            if stop.wait(min(beat_seconds, RECHECK_SECONDS)) or not _is_lost(path, holder):
+                continue
+            logger.error("%s: the lock was removed or taken over by another process; stopping", path.parent)
             if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell script
                 end_processes(TOKEN_VARIABLE, holder.token)
                 os._exit(LaunchError.exit_code)
             _thread.interrupt_main()
             return
-        with suppress(FileNotFoundError):  # taken over since: the next beat finds it
-            os.utime(path)
-        if on_beat is not None:
-            on_beat()
+        for act in acts:
+            try:
+                act()
+            except OSError as error:  # if this thread ended, another host would take over the lock of a living holder
+                logger.warning("%s: a heartbeat failed (%s); the next follows in %g s", path, error, beat_seconds)

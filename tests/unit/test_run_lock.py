@@ -1,5 +1,6 @@
 """One writer per run directory."""
 
+import errno
 import json
 import os
 import signal
@@ -152,6 +153,21 @@ def test_children_work_under_their_parents_lock(tmp_path):
         assert (tmp_path / LOCK_NAME).exists()
 
 
+@pytest.fixture
+def interruptible():
+    """Interrupts as in a terminal, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def wait_until(is_so, seconds=30):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_heartbeats(tmp_path):
     beats = []
     with hold_run_lock(tmp_path, lambda: beats.append(1), beat_seconds=0.02):
@@ -161,15 +177,40 @@ def test_heartbeats(tmp_path):
     assert len(beats) > 2
 
 
+def test_a_heartbeat_that_fails_is_not_the_last(tmp_path, caplog):
+    beats = []
+
+    def fail_once():
+        beats.append(1)
+        if len(beats) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with hold_run_lock(tmp_path, fail_once, beat_seconds=0.02):
+        wait_until(lambda: len(beats) > 2)
+    assert "a heartbeat failed ([Errno 5] Input/output error)" in caplog.text
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, caplog):
+    beats, path = [], tmp_path / LOCK_NAME
+    with hold_run_lock(tmp_path, lambda: beats.append(1), beat_seconds=0.1):
+        path.rename(tmp_path / "aside")
+        path.mkdir()  # reading fails, also for root
+        wait_until(lambda: "cannot be read" in caplog.text)
+        path.rmdir()
+        (tmp_path / "aside").rename(path)
+        count = len(beats)
+        wait_until(lambda: len(beats) > count + 2)
+    assert not path.exists()
+
+
+def test_a_lock_that_cannot_be_read_is_not_taken_over(tmp_path):
+    (tmp_path / LOCK_NAME).mkdir()
+    with pytest.raises(ArtifactError, match=r"\.lock: Is a directory"), hold_run_lock(tmp_path):
+        pass
+
+
 THEIRS = json.dumps({"host": "a", "pid": 1, "started": 0.0, "token": "b"})
-
-
-@pytest.fixture
-def interruptible():
-    """Interrupts as in a terminal, wherever the tests run."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
