@@ -31,7 +31,7 @@ from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
 from collm_dist.runs.input_files import drop_times
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.run_dir import RunDir, clear_checkpoints
 
 # A job that loses more workers than this fails; its last checkpoint stays.
 MAX_FAILURES = 3
@@ -66,7 +66,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     run_dir.withdraw("cf")
     checkpoints = folder / "checkpoints"
     if force:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        clear_checkpoints(checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
     fold_starts: tuple[int, ...] = ()
     if config.cf.cross_fit != "off":
@@ -81,7 +81,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     record["files"] = hash_products(folder)
     run_dir.write_record("cf", record)
     keep_trust(config, run_dir, "cf")
-    shutil.rmtree(checkpoints)
+    clear_checkpoints(checkpoints)
     if config.cf.model == "none":
         print("cf: no collaborative model (cf.model: none); stage 2 learns a token for each user and item")
     else:

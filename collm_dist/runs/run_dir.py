@@ -96,11 +96,23 @@ class RunDir:
         for entry in folder.iterdir() if folder.is_dir() else ():
             if entry.is_symlink() and entry.name != "checkpoints":
                 entry.unlink()
-        path = self.record_path(step)
-        if path.is_dir() and not path.is_symlink():  # damage
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(self.record_path(step))  # a folder in its place is damage
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove a step's folder of checkpoints; if it is a link to a folder on another disk, only what that contains."""
+    if not folder.is_symlink():
+        _remove(folder)
+        return
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def add_record_hash(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors,
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
-from collm_dist.runs.run_dir import RunDir, StageName
+from collm_dist.runs.run_dir import RunDir, StageName, clear_checkpoints
 from collm_dist.tuning.checkpoints import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
 from collm_dist.tuning.engine import TrainingState, TuningEngine, copy_trainable, init_distributed
@@ -242,12 +242,19 @@ def _build_engine(
 
 
 def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
-    """Withdraw the stage's record before it is redone; with force, delete its checkpoints too."""
+    """Withdraw the stage's record before it is redone; with force, delete its files and checkpoints too."""
+    folder = run_dir.step_dir(name)
+    checkpoints = folder / "checkpoints"
     if get_rank() == 0:
         run_dir.withdraw(name)
         if force:
-            shutil.rmtree(run_dir.step_dir(name), ignore_errors=True)
-        (run_dir.step_dir(name) / "checkpoints").mkdir(parents=True, exist_ok=True)
+            clear_checkpoints(checkpoints)
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if entry.is_file():
+                    entry.unlink()
+                elif entry != checkpoints:
+                    shutil.rmtree(entry, ignore_errors=True)  # on NFS, logs that TensorBoard has open stay
+        checkpoints.mkdir(parents=True, exist_ok=True)
     wait_for_all()
 
 

@@ -299,6 +299,22 @@ def test_several_seeds_with_folds(ray_session, tmp_path):
     assert (run_dir.step_dir("cf") / "seeds" / "5" / "metrics.jsonl").exists()
 
 
+def test_checkpoints_on_another_disk_are_deleted_there(ray_session, tmp_path):
+    run_dir, disk = write_data_step(tmp_path), tmp_path / "disk"
+    disk.mkdir()
+    run_dir.step_dir("cf").mkdir()
+    (run_dir.step_dir("cf") / "checkpoints").symlink_to(disk)
+    config = make_config(tmp_path, num_epochs=2)
+    run_pretrain(config, run_dir)
+    assert not list(disk.iterdir())
+    (run_dir.step_dir("cf") / "model.safetensors").unlink()
+    (disk / "result.json").write_text("{}")  # as of a redo that was killed at its end
+    run_pretrain(config, run_dir, force=True)
+    assert (run_dir.step_dir("cf") / "model.safetensors").exists()
+    assert (run_dir.step_dir("cf") / "checkpoints").is_symlink()
+    assert not list(disk.iterdir())
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_changes_nothing(undisturbed, tmp_path):
     run_dir = write_data_step(tmp_path)

@@ -10,7 +10,7 @@ from collm_dist.config.loader import list_fields
 from collm_dist.errors import ArtifactError, LaunchError, Preempted
 from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash, open_atomic, write_json
 from collm_dist.runs.fingerprints import STEP_FIELDS, compute_fingerprint, find_changes, is_step_current
-from collm_dist.runs.run_dir import STEPS, RunDir
+from collm_dist.runs.run_dir import STEPS, RunDir, clear_checkpoints
 
 
 def build_config(**sections) -> Config:
@@ -123,6 +123,24 @@ def test_withdrawing_a_step_unlinks_entries_that_are_taken_from_another_run(run_
     assert not (stage / "adapter").exists()
     assert adapter.exists()
     assert (stage / "checkpoints").resolve() == checkpoints
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_checkpoints_are_cleared_on_their_own_disk(tmp_path, is_linked):
+    folder, disk = tmp_path / "cf" / "checkpoints", tmp_path / "disk"
+    folder.parent.mkdir()
+    clear_checkpoints(folder)  # there is none yet
+    for path in (disk if is_linked else folder, tmp_path / "other"):
+        path.mkdir()
+        (path / "result.json").touch()
+    if is_linked:
+        folder.symlink_to(disk)
+        (disk / "ray").mkdir()
+        (disk / "linked").symlink_to(tmp_path / "other")
+    clear_checkpoints(folder)
+    assert folder.is_symlink() == is_linked == folder.exists()
+    assert not is_linked or not list(disk.iterdir())
+    assert (tmp_path / "other" / "result.json").exists()
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
