@@ -7,6 +7,7 @@ from pathlib import Path
 
 from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
+from collm_dist.runs.forced_redo import track_redo
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
@@ -29,7 +30,10 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     with hold_run_lock(run_dir.path) as is_owner:
         if get_rank() == 0:
             accept_config(config, run_dir, arguments.force, own=["eval"])
-        with track_run(config, run_dir, arguments.force, is_owner=is_owner):
+        with (
+            track_redo(run_dir, arguments.force, is_owner=is_owner) as begun,
+            track_run(config, run_dir, arguments.force, begun, is_owner=is_owner),
+        ):
             run_evaluation(config, run_dir, force="eval" in arguments.force)
     leave_process_group()
 

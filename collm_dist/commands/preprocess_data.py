@@ -9,6 +9,7 @@ from typing import Any
 
 from collm_dist.cli import run_command
 from collm_dist.config import Config
+from collm_dist.runs.forced_redo import track_redo
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
@@ -47,10 +48,11 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.data.accepted_config import accept_config
     from collm_dist.orchestration.preprocess import run_preprocess
 
-    with hold_run_lock(run_dir.path):
+    with hold_run_lock(run_dir.path) as is_owner:
         config = pin_previous(config)
         accept_config(config, run_dir, arguments.force, own=["data"])
-        run_preprocess(config, run_dir, force="data" in arguments.force)
+        with track_redo(run_dir, arguments.force, is_owner=is_owner):
+            run_preprocess(config, run_dir, force="data" in arguments.force)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     from collm_dist.data.accepted_config import accept_config
     from collm_dist.monitoring import track_run
     from collm_dist.orchestration.pretrain import run_pretrain
+    from collm_dist.runs.forced_redo import track_redo
     from collm_dist.runs.lock import hold_run_lock
     from collm_dist.runs.promotion import pin_previous
 
@@ -27,7 +28,10 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     with hold_run_lock(run_dir.path) as is_owner:
         config = pin_previous(config)
         accept_config(config, run_dir, arguments.force, own=["cf"])
-        with track_run(config, run_dir, arguments.force, is_owner=is_owner):
+        with (
+            track_redo(run_dir, arguments.force, is_owner=is_owner) as begun,
+            track_run(config, run_dir, arguments.force, begun, is_owner=is_owner),
+        ):
             run_pretrain(config, run_dir, force="cf" in arguments.force)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from collm_dist.cli import end_process, run_command
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
+from collm_dist.runs.forced_redo import track_redo
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import pin_previous
 from collm_dist.runs.run_dir import RunDir
@@ -47,7 +48,10 @@ def _run(config: Config, arguments: argparse.Namespace) -> None:
     with hold_run_lock(run_dir.path) as is_owner:
         if get_rank() == 0:
             accept_config(config, run_dir, arguments.force, own=_choose_stages(config, arguments.stage))
-        with track_run(config, run_dir, arguments.force, is_owner=is_owner):
+        with (
+            track_redo(run_dir, arguments.force, is_owner=is_owner) as begun,
+            track_run(config, run_dir, arguments.force, begun, is_owner=is_owner),
+        ):
             for stage in _choose_stages(config, arguments.stage):
                 with explain_lost_workers(lambda stage=stage: stage):  # type: ignore[misc]
                     run_stage(config, run_dir, stage, force=stage in arguments.force)

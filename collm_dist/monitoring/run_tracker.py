@@ -13,7 +13,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +59,9 @@ def check_tracker(config: Config) -> None:
 
 
 @contextmanager
-def track_run(config: Config, run_dir: RunDir, force: Sequence[Step], *, is_owner: bool) -> Iterator[None]:
+def track_run(
+    config: Config, run_dir: RunDir, force: Sequence[Step], begun: Collection[Step] = (), *, is_owner: bool
+) -> Iterator[None]:
     """Send what the run writes during the block to ``monitoring.mlflow``, if that is set.
 
     No fault of the server ends or delays the block; at its end it waits seconds at most.
@@ -67,6 +69,7 @@ def track_run(config: Config, run_dir: RunDir, force: Sequence[Step], *, is_owne
     Args:
         config, run_dir: the experiment; its settings are accepted.
         force: steps that are redone. If one of them trains, a new MLflow run begins.
+        begun: steps whose redo was interrupted, see ``track_redo``. If there are any, their MLflow run goes on.
         is_owner: whether this process took the run's lock; no other process of the run sends anything.
 
     Raises:
@@ -76,7 +79,7 @@ def track_run(config: Config, run_dir: RunDir, force: Sequence[Step], *, is_owne
     if not is_owner or config.monitoring.mlflow.tracking_uri is None:
         yield
         return
-    tracker = RunTracker(config, run_dir, force)
+    tracker = RunTracker(config, run_dir, force, begun)
     status = "FAILED"
     try:
         yield
@@ -94,13 +97,13 @@ def track_run(config: Config, run_dir: RunDir, force: Sequence[Step], *, is_owne
 class RunTracker:
     """Thread that compares a run's files with its MLflow run and sends what is missing there."""
 
-    def __init__(self, config: Config, run_dir: RunDir, force: Sequence[Step]) -> None:
+    def __init__(self, config: Config, run_dir: RunDir, force: Sequence[Step], begun: Collection[Step] = ()) -> None:
         """Start the thread; see ``track_run``."""
         self._config, self._settings, self._run_dir = config, config.monitoring.mlflow, run_dir
         redone = STEPS[min(map(STEPS.index, force)) :] if force else ()
-        self._is_new = any(step in _TRAINING_STEPS for step in redone)
+        self._is_new = not begun and any(step in _TRAINING_STEPS for step in redone)
         # Files of an earlier training, until its successor replaces them.
-        self._old = {path: _read_state(path) for step in redone for path in self._list_files(step)}
+        self._old = {path: _read_state(path) for step in redone if step not in begun for path in self._list_files(step)}
         self._seen: dict[str, object] = {}
         self._sent: dict[Step, set[tuple[str, int]]] = {}
         self._times_ms: dict[tuple[str, int], int] = {}

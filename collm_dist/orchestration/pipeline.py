@@ -21,6 +21,7 @@ from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import clear_unfinished, explain_disk_errors
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes, is_step_current
+from collm_dist.runs.forced_redo import has_begun, note_begun, track_redo
 from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import RECORD, pin_previous, promote
 from collm_dist.runs.publish import Publisher, build_publisher
@@ -41,7 +42,7 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
 
     Args:
         config: the experiment.
-        force: steps to redo; all later steps are redone too.
+        force: steps to redo; all later steps are redone too. A redo that was interrupted resumes.
     """
     run_dir = RunDir(Path(config.run.dir))
     status = RunStatus(run_dir.path / "status.json", _build_textfile(config))
@@ -60,7 +61,8 @@ def run_pipeline(config: Config, force: Sequence[Step] = ()) -> int:
                 with (
                     preemptible(),
                     explain_disk_errors(run_dir.path),
-                    track_run(config, run_dir, force, is_owner=is_owner),
+                    track_redo(run_dir, _list_redone(config, force), is_owner=is_owner) as begun,
+                    track_run(config, run_dir, force, begun, is_owner=is_owner),
                 ):
                     publisher = build_publisher(config, run_dir)
                     _run_steps(config, run_dir, force, status, publisher)
@@ -135,7 +137,8 @@ def _run_steps(
         for step in list_steps(config):
             status.enter(step)
             forced = forced or step in force
-            if forced or not _is_done_or_linked(config, run_dir, step):
+            is_done = _is_redone if forced else _is_done_or_linked
+            if not is_done(config, run_dir, step):
                 print(f"== {step}", flush=True)
                 if step in ("data", "cf"):
                     _run_on_ray(config, run_dir, step, forced, ray_session)
@@ -143,8 +146,15 @@ def _run_steps(
                     if config.cluster.tuning == "launcher":
                         ray_session.close()  # frees its memory
                     _run_child(_Child(config, run_dir, step, forced), status)
+                if forced:
+                    note_begun(run_dir, step, run_dir.read_record(step).get("fingerprint", {}))
             if publisher is not None:
                 publisher.publish_step(step)
+
+
+def _list_redone(config: Config, force: Sequence[Step]) -> list[Step]:
+    """Return the steps that ``force`` redoes: those from the first that it names."""
+    return list(itertools.dropwhile(lambda step: step not in force, list_steps(config)))
 
 
 def _run_child(child: _Child, status: RunStatus) -> None:
@@ -171,6 +181,14 @@ def _is_done_or_linked(config: Config, run_dir: RunDir, step: Step) -> bool:
         link_step(step, source, run_dir)
         print(f"{step}: taken from {source.path}", flush=True)
     return source is not None
+
+
+def _is_redone(config: Config, run_dir: RunDir, step: Step) -> bool:
+    """Return whether an interrupted redo has finished a step."""
+    if not run_dir.is_done(step) or not has_begun(run_dir, step, compute_step_fingerprint(config, run_dir, step)):
+        return False
+    print(f"{step}: redone already ({run_dir.step_dir(step)})", flush=True)
+    return True
 
 
 def _is_current(run_dir: RunDir, step: Step, fingerprint: dict[str, Any]) -> bool:
@@ -233,18 +251,14 @@ class _Child:
     def run(self) -> None:
         """Run the step to its end."""
         config, run_dir, step = self.config, self.run_dir, self.step
-        try:
-            if config.cluster.tuning == "ray":
-                from collm_dist.orchestration.cluster import connect_ray
-                from collm_dist.orchestration.tune import run_on_workers
+        if config.cluster.tuning == "ray":
+            from collm_dist.orchestration.cluster import connect_ray
+            from collm_dist.orchestration.tune import run_on_workers
 
-                with connect_ray(config.cluster):
-                    run_on_workers(config, run_dir, step, self.force)
-            else:
-                self._launch()
-        finally:
-            # Without its old record the step has restarted from scratch; after a restart it must resume.
-            self.force = self.force and run_dir.is_done(step)
+            with connect_ray(config.cluster):
+                run_on_workers(config, run_dir, step, self.force)
+        else:
+            self._launch()
         # The launcher's exit status does not show processes that were killed by a signal.
         if not _is_current(run_dir, step, compute_step_fingerprint(config, run_dir, step)):
             record = run_dir.record_path(step)

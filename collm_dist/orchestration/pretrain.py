@@ -30,6 +30,7 @@ from collm_dist.runs.atomic_files import clear_unfinished, compute_json_hash
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.forced_redo import has_begun, note_begun
 from collm_dist.runs.input_files import drop_times
 from collm_dist.runs.run_dir import RunDir, clear_checkpoints
 
@@ -45,7 +46,7 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
     Args:
         config: the experiment.
         run_dir: a run whose data step is done.
-        force: redo the step from the start even if it is done.
+        force: redo the step from the start even if it is done; a redo that was interrupted resumes (``track_redo``).
 
     Raises:
         ArtifactError: the data step is not done, or this step was done with other inputs.
@@ -54,7 +55,8 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         LaunchError: Ray has too few CPUs, or workers kept dying.
     """
     fingerprint = compute_step_fingerprint(config, run_dir, "cf")
-    if not force and is_step_current(run_dir, "cf", fingerprint):
+    is_fresh = force and not has_begun(run_dir, "cf", fingerprint)
+    if not is_fresh and is_step_current(run_dir, "cf", fingerprint):
         print(f"cf: done already ({run_dir.step_dir('cf')})")
         return run_dir.read_record("cf")
     folder, data_dir = run_dir.step_dir("cf").absolute(), run_dir.step_dir("data").absolute()
@@ -65,8 +67,9 @@ def run_pretrain(config: Config, run_dir: RunDir, force: bool = False) -> dict[s
         check_tuning(config.cf.model)
     run_dir.withdraw("cf")
     checkpoints = folder / "checkpoints"
-    if force:
+    if is_fresh:
         clear_checkpoints(checkpoints)
+        note_begun(run_dir, "cf", fingerprint)
     checkpoints.mkdir(parents=True, exist_ok=True)
     fold_starts: tuple[int, ...] = ()
     if config.cf.cross_fit != "off":

@@ -24,6 +24,7 @@ from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors,
 from collm_dist.runs.code_trust import keep_trust
 from collm_dist.runs.file_hashes import hash_products
 from collm_dist.runs.fingerprints import is_step_current
+from collm_dist.runs.forced_redo import has_begun, note_begun
 from collm_dist.runs.run_dir import RunDir, StageName, clear_checkpoints
 from collm_dist.tuning.checkpoints import load_last_checkpoint
 from collm_dist.tuning.deepspeed_config import build_deepspeed_config
@@ -46,7 +47,7 @@ def run_stage(
     Args:
         config, run_dir: the experiment.
         name: the stage.
-        force: retrain from the start even if the stage is done.
+        force: retrain from the start even if the stage is done; a redo that was interrupted resumes (``track_redo``).
         stop: set on any rank, it ends training on all ranks after the current step, with a checkpoint. In a main
             thread SIGTERM and SIGUSR1 set it.
 
@@ -59,7 +60,8 @@ def run_stage(
     monitoring.check_textfile_dir(config.monitoring.prometheus_dir)
     stage, folder = get_stage(config, name), run_dir.step_dir(name)
     fingerprint = compute_step_fingerprint(config, run_dir, name)
-    if not force and is_step_current(run_dir, name, fingerprint):
+    is_fresh = force and not _has_begun(config, run_dir, name, fingerprint)
+    if not is_fresh and is_step_current(run_dir, name, fingerprint):
         if get_rank() == 0:
             print(f"{name}: done already ({folder})")
         return run_dir.read_record(name)
@@ -67,7 +69,7 @@ def run_stage(
     if not force and stage.take_over(run_dir, fingerprint):
         run_on_rank_0(lambda: keep_trust(config, run_dir, name))
         return run_dir.read_record(name)
-    _clear(run_dir, name, force)
+    _clear(run_dir, name, fingerprint if is_fresh else None)
     run_on_rank_0(lambda: prepare_anchor(config, run_dir))
     with show_phase(f"{name}: loading the model"):
         loaded = stage.build(run_dir, device)
@@ -241,19 +243,31 @@ def _build_engine(
     )
 
 
-def _clear(run_dir: RunDir, name: StageName, force: bool) -> None:
-    """Withdraw the stage's record before it is redone; with force, delete its files and checkpoints too."""
+def _has_begun(config: Config, run_dir: RunDir, name: StageName, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the stage's redo was interrupted, as rank 0 finds it. Collective."""
+    init_distributed(config.cluster.collective_timeout_minutes)
+    return run_on_rank_0(lambda: has_begun(run_dir, name, fingerprint))
+
+
+def _clear(run_dir: RunDir, name: StageName, redone: Mapping[str, Any] | None) -> None:
+    """Withdraw the stage's record before it is trained. Collective.
+
+    Args:
+        run_dir, name: the stage.
+        redone: fingerprint of a redo from the start, for which the stage's files and checkpoints are deleted too.
+    """
     folder = run_dir.step_dir(name)
     checkpoints = folder / "checkpoints"
     if get_rank() == 0:
         run_dir.withdraw(name)
-        if force:
+        if redone is not None:
             clear_checkpoints(checkpoints)
             for entry in folder.iterdir() if folder.is_dir() else ():
                 if entry.is_file():
                     entry.unlink()
                 elif entry != checkpoints:
                     shutil.rmtree(entry, ignore_errors=True)  # on NFS, logs that TensorBoard has open stay
+            note_begun(run_dir, name, redone)
         checkpoints.mkdir(parents=True, exist_ok=True)
     wait_for_all()
 

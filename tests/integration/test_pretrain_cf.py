@@ -30,6 +30,7 @@ from collm_dist.errors import ArtifactError, LaunchError
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration.cluster import connect_ray
 from collm_dist.orchestration.pretrain import run_pretrain
+from collm_dist.runs.forced_redo import track_redo
 from tests.unit.cf_data import MODELS, make_cf
 from tests.unit.evaluation_run import NUM_USERS, build_config, write_data_step
 from tests.unit.test_cf_model_files import ITEMS, USERS, write_tables
@@ -313,6 +314,17 @@ def test_checkpoints_on_another_disk_are_deleted_there(ray_session, tmp_path):
     assert (run_dir.step_dir("cf") / "model.safetensors").exists()
     assert (run_dir.step_dir("cf") / "checkpoints").is_symlink()
     assert not list(disk.iterdir())
+
+
+def test_a_forced_redo_that_was_interrupted_is_not_begun_again(ray_session, tmp_path):
+    run_dir, config, written = write_data_step(tmp_path), make_config(tmp_path, num_epochs=2), []
+    for is_interrupted in (True, False, False):
+        with contextlib.suppress(KeyboardInterrupt), track_redo(run_dir, ["cf"], is_owner=True):
+            run_pretrain(config, run_dir, force=True)
+            written.append((run_dir.step_dir("cf") / "model.safetensors").stat().st_mtime_ns)
+            if is_interrupted:
+                raise KeyboardInterrupt
+    assert written[0] == written[1] < written[2]
 
 
 @pytest.mark.slow
