@@ -16,7 +16,13 @@ from collm_dist.cf.search_space import describe_settings
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.stage_study import TrialConfigs, build_distribution, build_trial, list_trials
-from collm_dist.orchestration.stage_trial import StageTrial, TrialPlan, TrialReport, keep_log
+from collm_dist.orchestration.stage_trial import (
+    StageTrial,
+    TrialPlan,
+    TrialReport,
+    end_trial_processes,
+    keep_log,
+)
 from collm_dist.tuning.checkpoints import Progress
 from collm_dist.tuning.selection import build_selection
 
@@ -27,6 +33,8 @@ _MAX_LOSSES = 3
 _ANSWER_SECONDS = 1.0
 # Wait for a process that stops; its actor kills it before.
 _STOP_SECONDS = 90.0
+# Wait for an actor that has not answered yet: it may be starting its process, or have no place.
+_START_SECONDS = 10.0
 # A trial that waits longer for its place is mentioned, once a search.
 _PLACE_SECONDS = 60.0
 
@@ -105,7 +113,7 @@ class TrialRunner:
                 time.sleep(_POLL_SECONDS)
         finally:
             with suppress(ray.exceptions.RayError):
-                _stop(running)
+                self._stop(running)
 
     def _start(self, number: int) -> _Running | int:
         """Start the next trial. If its settings do not fit together, it fails: return Optuna's number of it."""
@@ -132,6 +140,7 @@ class TrialRunner:
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             member.losses += 1
             if member.losses > _MAX_LOSSES:
+                self._kill(member)
                 trial.set_user_attr("error", f"its process was lost {member.losses} times: {error}"[-300:])
                 self._study.tell(trial, state=TrialState.FAIL)
                 return True
@@ -178,11 +187,30 @@ class TrialRunner:
         """Stop a trial's process, free its resources and tell the study."""
         try:
             ray.get(member.actor.end.remote(), timeout=_STOP_SECONDS)
+            ray.kill(member.actor)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # lost since its last answer
-            keep_log(find_trial(self._folder, member.trial.user_attrs["number"]), self._plan.stage)
-        ray.kill(member.actor)
+            self._kill(member)
+            keep_log(self._find_folder(member), self._plan.stage)
         value = member.progress.best_value if state == TrialState.COMPLETE else None
         self._study.tell(member.trial, value, state=state)
+
+    def _stop(self, running: list[_Running]) -> None:
+        """Stop trials, which write a checkpoint."""
+        stops = {member.actor.stop.remote(): member for member in running}
+        started = [stop for stop, member in stops.items() if member.has_started]
+        if started:
+            ray.wait(started, num_returns=len(started), timeout=_STOP_SECONDS)
+        ended = ray.wait(list(stops), num_returns=len(stops), timeout=_START_SECONDS)[0] if stops else []
+        for member in (member for stop, member in stops.items() if stop not in ended):
+            self._kill(member)
+
+    def _kill(self, member: _Running) -> None:
+        """Kill an actor that does not answer, and the processes on this host that it has started."""
+        ray.kill(member.actor)
+        end_trial_processes(self._find_folder(member))
+
+    def _find_folder(self, member: _Running) -> Path:
+        return find_trial(self._folder, member.trial.user_attrs["number"])
 
     def _print(self, attempt: int, done: int, total: int) -> None:
         trial = build_trial(self._configs, self._study.trials[attempt])
@@ -198,16 +226,6 @@ def _share_cpus(parallel: int) -> int:
     """Return the CPUs of each of so many trials: no more than a node has, or no trial could be placed."""
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, min(sum(nodes) // parallel, max(nodes, default=1)))
-
-
-def _stop(running: list[_Running]) -> None:
-    """Stop trials, which write a checkpoint; an actor that never answered has nothing to write."""
-    for member in running:
-        if not member.has_started:
-            ray.kill(member.actor)
-    stops = [member.actor.stop.remote() for member in running if member.has_started]
-    if stops:
-        ray.wait(stops, num_returns=len(stops), timeout=_STOP_SECONDS)
 
 
 def find_trial(folder: Path, number: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
 from collm_dist.runs.lock import end_processes
 from collm_dist.runs.reuse import link_step
 from collm_dist.runs.run_dir import RunDir, Step
-from collm_dist.runs.step_processes import build_command, build_environment
+from collm_dist.runs.step_processes import build_command, build_environment, terminate_workers
 
 StageName = Literal["stage1", "stage2"]
 Validation = tuple[int, dict[str, float | None]]
@@ -76,7 +77,7 @@ class StageTrial:
         self._stage, self._folder = plan.stage, folder
         run_dir = RunDir(folder / "run")
         run_dir.path.mkdir(parents=True, exist_ok=True)
-        end_processes(_TRIAL_VARIABLE, str(folder))
+        end_trial_processes(folder)
         for step in plan.list_earlier_steps():
             link_step(step, plan.base, run_dir)
         if plan.base.anchor_dir.exists() and not run_dir.anchor_dir.exists():
@@ -111,14 +112,14 @@ class StageTrial:
         return f"the process ended with exit code {self._process.returncode}; see {self._output}"
 
     def stop(self) -> None:
-        """Stop the stage if it still trains; it writes a checkpoint."""
+        """Stop the stage if it still trains; it writes a checkpoint. Afterwards no process of the trial is left."""
         if self._process.poll() is None:
-            self._process.terminate()
-            try:
+            # The launcher would end at the signal and leave its worker training.
+            terminate_workers(self._process.pid)
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        end_trial_processes(self._folder)  # those that hang, and survivors of a killed launcher
+        self._process.wait()
 
     def end(self) -> None:
         """Stop the stage, keep its log, and delete its weights."""
@@ -126,8 +127,13 @@ class StageTrial:
         keep_log(self._folder, self._stage)
 
 
+def end_trial_processes(folder: Path) -> None:
+    """Kill the processes of a trial on this host, its launcher's workers included."""
+    end_processes(_TRIAL_VARIABLE, str(folder))
+
+
 def keep_log(folder: Path, stage: StageName) -> None:
-    """Keep the log of a trial that has ended, and delete its weights."""
+    """Keep the log of a trial whose processes have ended, and delete its weights."""
     run_dir = RunDir(folder / "run")
     log = run_dir.step_dir(stage) / "metrics.jsonl"
     if log.exists():

@@ -76,7 +76,7 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
             def forward(number: int, _: FrameType | None) -> None:
                 signals.append(number)
-                _terminate_workers(child.pid)
+                terminate_workers(child.pid)
 
             with handle_stop_signals(forward):
                 code = _wait(child)
@@ -113,7 +113,7 @@ def _explain_silence(command: Sequence[str], code: int) -> CollmError:
     return WorkerLostError(f"{script}: a process was killed by {signal.Signals(number).name}{hint}")
 
 
-def _terminate_workers(pid: int) -> None:
+def terminate_workers(pid: int) -> None:
     """Send SIGTERM to the worker processes: launchers do not forward it, or kill workers that need time to stop."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
