@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from collm_dist.config import Config
 from collm_dist.config.loader import change_settings, dump_config
 from collm_dist.monitoring import read_metrics
 from collm_dist.runs.error_file import ERROR_FILE_VARIABLE, read_error
-from collm_dist.runs.lock import end_processes
+from collm_dist.runs.lock import BEAT_SECONDS, STALE_SECONDS, end_processes, is_locked
 from collm_dist.runs.reuse import link_step
 from collm_dist.runs.run_dir import RunDir, Step
 from collm_dist.runs.step_processes import build_command, build_environment, terminate_workers
@@ -23,6 +24,8 @@ Validation = tuple[int, dict[str, float | None]]
 # Environment variable of a trial's process, by which a process that outlived its actor is found.
 _TRIAL_VARIABLE = "COLLM_SEARCH_TRIAL"
 _STOP_SECONDS = 60.0
+# A trial whose node was lost waits for its lock to become stale; then its process says who holds the lock.
+_LOCK_SECONDS = STALE_SECONDS + BEAT_SECONDS
 _TRAIN = Path(__file__).parents[1] / "commands" / "train.py"
 
 
@@ -67,14 +70,14 @@ class StageTrial:
     """Trains a stage in its own folder; another actor can resume from the checkpoints there."""
 
     def __init__(self, plan: TrialPlan, config: Config, folder: Path) -> None:
-        """Start or resume the stage.
+        """Start or resume the stage, once no process on another node holds the lock of its run.
 
         Args:
             plan: shared by all trials.
             config: the experiment with the trial's settings.
             folder: absolute folder of the trial, visible on all nodes.
         """
-        self._stage, self._folder = plan.stage, folder
+        self._folder = folder
         run_dir = RunDir(folder / "run")
         run_dir.path.mkdir(parents=True, exist_ok=True)
         end_trial_processes(folder)
@@ -91,9 +94,19 @@ class StageTrial:
         self._log = run_dir.step_dir(plan.stage) / "metrics.jsonl"
         self._error_file, self._output = folder / "error.json", folder / "output.txt"
         self._error_file.unlink(missing_ok=True)
-        command = build_command(_TRAIN, ["--config", str(path), "--stage", plan.stage[-1]], 1, plan.num_gpus)
+        self._config, self._plan = path, plan
+        self._process: subprocess.Popen[bytes] | None = None
+        self._deadline = time.monotonic() + _LOCK_SECONDS
+        self._start_if_free()
+
+    def _start_if_free(self) -> None:
+        """Start the process, unless the lock is still that of a process on a node that was lost."""
+        if is_locked(self._folder / "run") and time.monotonic() < self._deadline:
+            return
+        plan = self._plan
+        command = build_command(_TRAIN, ["--config", str(self._config), "--stage", plan.stage[-1]], 1, plan.num_gpus)
         environment = build_environment(1, plan.num_gpus)
-        environment |= {ERROR_FILE_VARIABLE: str(self._error_file), _TRIAL_VARIABLE: str(folder)}
+        environment |= {ERROR_FILE_VARIABLE: str(self._error_file), _TRIAL_VARIABLE: str(self._folder)}
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(  # noqa: S603 - built by build_command
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=plan.working_dir
@@ -101,18 +114,19 @@ class StageTrial:
 
     def read_state(self) -> TrialReport:
         """Return the state of the trial."""
-        has_ended = self._process.poll() is not None  # before the log is read
-        error = self._describe_failure() if has_ended and self._process.returncode else ""
-        return TrialReport(read_validations(self._log), has_ended, error)
+        if self._process is None:
+            self._start_if_free()
+        code = None if self._process is None else self._process.poll()  # before the log is read
+        return TrialReport(read_validations(self._log), code is not None, self._describe_failure(code) if code else "")
 
-    def _describe_failure(self) -> str:
+    def _describe_failure(self, code: int) -> str:
         error = read_error(self._error_file)
-        if error is not None:
-            return str(error)
-        return f"the process ended with exit code {self._process.returncode}; see {self._output}"
+        return f"the process ended with exit code {code}; see {self._output}" if error is None else str(error)
 
     def stop(self) -> None:
         """Stop the stage if it still trains; it writes a checkpoint. Afterwards no process of the trial is left."""
+        if self._process is None:
+            return
         if self._process.poll() is None:
             # The launcher would end at the signal and leave its worker training.
             terminate_workers(self._process.pid)
@@ -124,7 +138,7 @@ class StageTrial:
     def end(self) -> None:
         """Stop the stage, keep its log, and delete its weights."""
         self.stop()
-        keep_log(self._folder, self._stage)
+        keep_log(self._folder, self._plan.stage)
 
 
 def end_trial_processes(folder: Path) -> None:

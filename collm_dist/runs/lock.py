@@ -116,6 +116,15 @@ def hold_run_lock(
             _release(path, missing, worthless)
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Return whether a live process holds the lock of a run directory; one on another host is alive while it beats."""
+    path = run_dir / LOCK_NAME
+    if not path.exists():
+        return False
+    with _guard(path) as guard:
+        return _find_live_holder(path, guard) is not None
+
+
 @contextmanager
 def _guard(path: Path) -> Iterator[IO[str]]:
     """Open the file beside a lock that only one process at a time may have open here.
@@ -157,15 +166,12 @@ def _take(path: Path, setting: str) -> Holder:
     new_holder = Holder(socket.gethostname(), process.pid, process.create_time(), uuid.uuid4().hex)
     # Only one of two processes that find a stale lock may take it over.
     with _guard(path) as guard:
-        os.utime(guard.fileno())
-        with explain_disk_errors(path):  # a lock that cannot be read may have a holder
-            holder = _load_holder(path)
-        if holder is not None:
-            if _is_alive(holder, os.fstat(guard.fileno()).st_mtime - _find_beat(path)):
-                raise LaunchError(
-                    f"{setting}: '{path.parent}' is being written by process {holder.pid} on {holder.host}; wait for "
-                    f"it, stop it, or set {setting} to another directory"
-                )
+        if (holder := _find_live_holder(path, guard)) is not None:
+            raise LaunchError(
+                f"{setting}: '{path.parent}' is being written by process {holder.pid} on {holder.host}; wait for "
+                f"it, stop it, or set {setting} to another directory"
+            )
+        if (holder := _read_holder(path)) is not None:
             logger.warning(
                 "%s: taking over the lock of process %d on %s, which has ended", path.parent, holder.pid, holder.host
             )
@@ -173,6 +179,16 @@ def _take(path: Path, setting: str) -> Holder:
             end_processes(TOKEN_VARIABLE, holder.token)
         write_json(path, asdict(new_holder))
     return new_holder
+
+
+def _find_live_holder(path: Path, guard: IO[str]) -> Holder | None:
+    """Return the live holder of a lock whose guard is open; the file system's own time tells its age."""
+    os.utime(guard.fileno())
+    with explain_disk_errors(path):  # a lock that cannot be read may have a holder
+        holder = _load_holder(path)
+    if holder is not None and _is_alive(holder, os.fstat(guard.fileno()).st_mtime - _find_beat(path)):
+        return holder
+    return None
 
 
 def _open_no_link(path: str, flags: int) -> int:

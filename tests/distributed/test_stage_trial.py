@@ -1,7 +1,8 @@
-"""A trial of a search for stage settings without its actor: its processes, also below DeepSpeed's launcher, and its lock."""
+"""Processes of a trial of a search for stage settings, also below DeepSpeed's launcher, and the lock of its run."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -12,11 +13,14 @@ from collm_dist.config.loader import load_config
 from collm_dist.monitoring import read_metrics
 from collm_dist.orchestration import stage_trial
 from collm_dist.orchestration.stage_trial import StageTrial, TrialPlan
+from collm_dist.runs.lock import LOCK_NAME, STALE_SECONDS
 from collm_dist.runs.run_dir import RunDir
 from tests.distributed.conftest import REPOSITORY
 
 ENDLESS = ["stage1.max_steps=9999", "stage1.num_epochs=9999", "stage1.early_stop_patience=9999",
-           "stage1.eval_every_steps=2", "stage1.checkpoint_every_steps=9999", "monitoring.tensorboard=false"]  # fmt: skip
+           "stage1.eval_every_steps=2", "monitoring.tensorboard=false"]  # fmt: skip
+
+SHORT = ["stage1.max_steps=2", "stage1.eval_every_steps=1", "stage1.warmup_steps=0", "monitoring.tensorboard=false"]
 
 
 @pytest.fixture
@@ -94,3 +98,42 @@ def test_a_killed_launcher_leaves_no_worker(begin_with_launcher):
         time.sleep(0.1)
     trial.end()
     assert list_processes(folder) == []
+
+
+@pytest.fixture
+def lock(tmp_path):
+    """Lock of a process on another host, whose last heartbeat was just now."""
+    path = tmp_path / "trials" / "000" / "run" / LOCK_NAME
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"host": "lost-node", "pid": 4711, "started": 1.0, "token": "of the lost node"}))
+    return path
+
+
+def wait_for_end(trial):
+    while not (state := trial.read_state()).has_ended:
+        time.sleep(0.1)
+    return state
+
+
+def test_a_trial_of_a_lost_node_waits_until_the_lock_is_stale(begin, lock):
+    trial, folder = begin(*SHORT)
+    assert not trial.read_state().has_ended
+    assert list_processes(folder) == []
+    os.utime(lock, (time.time() - STALE_SECONDS - 1,) * 2)
+    state = wait_for_end(trial)
+    assert state.error == ""
+    assert [step for step, _ in state.validations] == [1, 2]
+
+
+def test_a_trial_that_waits_for_a_lock_can_be_stopped(begin, lock):
+    trial, folder = begin(*SHORT)
+    assert list_processes(folder) == []
+    trial.end()
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_lock_that_stays_fresh_is_named(begin, lock, monkeypatch):
+    monkeypatch.setattr(stage_trial, "_LOCK_SECONDS", 0.0)
+    trial, _ = begin(*SHORT)
+    assert "is being written by process 4711 on lost-node" in wait_for_end(trial).error
