@@ -7,6 +7,7 @@ same command loses a few steps of the trials that ran.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import ray
 from collm_dist.cf.search_space import Settings
 from collm_dist.config import Config
 from collm_dist.config.loader import change_settings
+from collm_dist.data.accepted_config import list_steps
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.cluster import connect_ray
@@ -34,8 +36,17 @@ from collm_dist.orchestration.stage_study import TrialConfigs, build_trial, list
 from collm_dist.orchestration.stage_trial import StageName, TrialPlan
 from collm_dist.runs.atomic_files import clear_unfinished, write_json
 from collm_dist.runs.fingerprints import compute_fingerprint, flatten_config
-from collm_dist.runs.run_dir import RunDir, Step
+from collm_dist.runs.run_dir import RunDir
 
+# Settings of a stage that a search must not choose, with the reason.
+_NOT_SEARCHED = {
+    "select_metric": "trials are compared by it",
+    "guard_metric": "all trials are compared under the same guard",
+    "guard_margin": "all trials are compared under the same guard",
+    "max_valid_contexts": "all trials are compared on the same validation rows",
+    "enabled": "trials train the stage",
+    "refresh_every_days": "trials train the stage",
+}
 _DEFAULT_RATES: dict[Any, tuple[Any, ...]] = {"log_uniform": (3e-5, 3e-3)}
 
 
@@ -77,28 +88,61 @@ def describe_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> 
 
 
 def plan_search(config: Config, run_dir: RunDir, stage: StageName) -> TrialConfigs:
-    """Check every value of the search space and return the configurations of trials.
+    """Check every setting of the search space and return the configurations of trials.
 
     Raises:
-        ConfigError: a value is invalid, or a setting belongs to an earlier step.
+        ConfigError: a value is invalid, or a setting belongs to an earlier step, changes how trials are compared, or
+            changes nothing.
     """
     space = config.stage_search.space or {f"{stage}.learning_rate": _DEFAULT_RATES}
-    earlier: list[Step] = ["data", "cf"] if stage == "stage1" else ["data", "cf", "stage1"]
+    own = compute_fingerprint(config, stage, run_dir, skip_missing=True)
     for name, form in space.items():
         ((kind, values),) = form.items()
-        for value in values:
-            try:
-                changed = change_settings(config, {name: value})
-            except ConfigError as error:
-                raise ConfigError(f"stage_search.space.{name}.{kind}: {error}") from None
-            for step in filter(run_dir.is_done, earlier):
-                # Of the settings alone: the raw logs need not be on this machine.
-                if compute_fingerprint(config, step, run_dir) != compute_fingerprint(changed, step, run_dir):
-                    remedy = "search it with launch/search.py --step cf" if step == "cf" else "compare runs instead"
-                    raise ConfigError(
-                        f"stage_search.space.{name}: changes the step '{step}', which trials of {stage} share; {remedy}"
-                    )
+        place = f"stage_search.space.{name}"
+        variants = [_change(config, name, value, f"{place}.{kind}") for value in values]
+        if kind in ("uniform", "log_uniform"):
+            _check_fraction(config, name, kind, values)
+        for variant in variants:
+            _check_shared(config, variant, run_dir, stage, place)
+        if all(compute_fingerprint(variant, stage, run_dir, skip_missing=True) == own for variant in variants):
+            raise ConfigError(
+                f"{place}: {kind} {list(values)} changes no result of {stage}, so all trials would be equal; search a "
+                f"setting that {stage} trains with, such as {stage}.learning_rate"
+            )
     return TrialConfigs(config, space)
+
+
+def _change(config: Config, name: str, value: Any, place: str) -> Config:
+    try:
+        return change_settings(config, {name: value})
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _check_fraction(config: Config, name: str, kind: str, values: Sequence[float]) -> None:
+    """Refuse a domain of real numbers for a setting that takes whole numbers, as its bounds may be."""
+    low, high = values
+    try:
+        change_settings(config, {name: low + (high - low) / math.e})
+    except ConfigError as error:
+        raise ConfigError(
+            f"stage_search.space.{name}.{kind}: draws numbers between {low} and {high}, and {error}; for whole numbers "
+            f"set integer: [{math.ceil(low)}, {math.floor(high)}]"
+        ) from None
+
+
+def _check_shared(config: Config, variant: Config, run_dir: RunDir, stage: StageName, place: str) -> None:
+    """Refuse a value that changes what all trials share: the earlier steps, and the rule that compares trials."""
+    steps = list_steps(config)
+    for step in steps[: steps.index(stage)] if stage in steps else ():
+        # Of the settings alone: the raw logs need not be on this machine.
+        fingerprints = [compute_fingerprint(each, step, run_dir, skip_missing=True) for each in (config, variant)]
+        if fingerprints[0] != fingerprints[1]:
+            remedy = "compare runs instead" if step == "data" else f"search it with launch/search.py --step {step}"
+            raise ConfigError(f"{place}: changes the step '{step}', which trials of {stage} share; {remedy}")
+    for setting, reason in _NOT_SEARCHED.items():
+        if getattr(getattr(variant, stage), setting, None) != getattr(getattr(config, stage), setting, None):
+            raise ConfigError(f"{place}: changes {stage}.{setting}, but {reason}; set it for the whole search")
 
 
 def _get_metric(config: Config, stage: StageName) -> str:

@@ -98,7 +98,7 @@ def _find_own(configs: TrialConfigs) -> dict[str, Any] | None:
             if value not in plain:
                 return None
             parameters[name] = plain.index(value)
-        elif value is None or not values[0] <= value <= values[1]:
+        elif not isinstance(value, int | float) or not values[0] <= value <= values[1]:  # such as null or auto
             return None
         else:
             parameters[name] = value

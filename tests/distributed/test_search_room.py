@@ -68,22 +68,19 @@ def test_more_parallel_trials_than_fit_all_finish(search):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_invalid_combination_fails_its_trial_alone_and_logloss_compares_the_others(search, capsys):
-    # Each value alone is valid; a margin without a guard is not. Seed 0 draws that for trial 2.
-    space = "{stage1.guard_metric: {choice: [logloss, null]}, stage1.guard_margin: {choice: [null, 0.1]}}"
-    folder = search(
-        f"stage_search.space={space}", "stage1.guard_metric=logloss", "stage1.select_metric=uauc",
-        num_trials=4,
-    )  # fmt: skip
+    # Each value alone is valid; the loss of the LLM alone needs an anchor. Seed 0 draws one without for trial 2.
+    space = "{anchor.kind: {choice: [as_of, null]}, stage1.llm_loss_weight: {choice: [null, 0.1]}}"
+    folder = search(f"stage_search.space={space}", "anchor.kind=as_of", "stage1.select_metric=uauc", num_trials=4)
     rows = pq.read_table(folder / "leaderboard.parquet").to_pylist()
     assert [row["state"] for row in rows] == ["finished"] * 3 + ["failed"]
     failed = rows[-1]
-    assert (failed["trial"], failed["stage1.guard_metric"], failed["stage1.guard_margin"]) == (2, None, 0.1)
-    assert "guard_margin 0.1 needs a guard_metric" in failed["error"]
+    assert (failed["trial"], failed["anchor.kind"], failed["stage1.llm_loss_weight"]) == (2, None, 0.1)
+    assert "llm_loss_weight 0.1 adds the loss" in failed["error"]
     losses = [row["valid_logloss"] for row in rows[:3]]
     assert losses == sorted(losses)
     assert {row["valid_uauc"] for row in rows} == {None}
     printed = capsys.readouterr().out
-    assert "trial 2 failed: stage1.guard_metric=None stage1.guard_margin=0.1: stage1" in printed
+    assert "trial 2 failed: anchor.kind=None stage1.llm_loss_weight=0.1: stage1" in printed
     assert "Trial 2: stage1" in printed
     assert "uauc is undefined on the validation rows" in printed
 
