@@ -41,6 +41,8 @@ def check_links(run: Path) -> None:
 
     A step and an entry of its folder may be links to the same part of another run: ``RunDir.withdraw`` removes such
     links before the step is redone. A step's ``checkpoints`` may be a link to any folder, such as one on another disk.
+    The trials of a search are runs too: their steps are links to this run's steps, and so to those of the run that it
+    reuses.
 
     Raises:
         ArtifactError: a link leads elsewhere, as it may in a run from someone else.
@@ -48,8 +50,11 @@ def check_links(run: Path) -> None:
     root = run.resolve()
     for path in _list_links(run):
         part, end = path.relative_to(run).parts, Path(os.path.realpath(path))  # resolve() refuses circles
+        is_of_trial = len(part) > 4 and part[0].endswith("_search") and (part[1], part[3]) == ("trials", "run")
+        if is_of_trial:
+            part = part[4:]
         is_of_step = part[0] in STEPS and len(part) <= 2
-        is_checkpoints = is_of_step and part[1:] == ("checkpoints",) and not end.is_file()
+        is_checkpoints = is_of_step and not is_of_trial and part[1:] == ("checkpoints",) and not end.is_file()
         is_same_part = is_of_step and end.parts[-len(part) :] == part
         if not (is_checkpoints or is_same_part or end.is_relative_to(root)):
             raise ArtifactError(

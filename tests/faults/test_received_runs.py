@@ -17,6 +17,7 @@ from collm_dist.orchestration.leaderboard import run_once
 from collm_dist.runs.atomic_files import compute_file_hash
 from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.publish import build_publisher
+from collm_dist.runs.reuse import link_step
 from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.licences import Licences
@@ -150,6 +151,36 @@ def test_links_that_no_run_makes_are_refused(tmp_path, place):
     path = tmp_path / "run" / place
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path / "other" / place)
+    with pytest.raises(ArtifactError, match=f"{path} is a link to"):
+        check_links(tmp_path / "run")
+
+
+def test_a_search_that_was_interrupted_goes_on_in_a_run_that_reuses_steps(tmp_path):
+    origin, run = RunDir(tmp_path / "origin"), RunDir(tmp_path / "run")
+    origin.step_dir("data").mkdir(parents=True)
+    link_step("data", origin, run)
+    trial = RunDir(run.path / "stage1_search" / "trials" / "000" / "run")
+    link_step("data", run, trial)
+    assert trial.step_dir("data").resolve() == origin.step_dir("data")
+    check_links(run.path)
+    check_links(trial.path)
+
+
+@pytest.mark.parametrize(
+    ("place", "end"),
+    [
+        ("data", "cf"),
+        ("stage1/checkpoints", "away"),
+        ("stage1/adapter/key", "stage1/adapter/key"),
+        ("anchor", "anchor"),
+    ],
+)
+def test_links_of_trials_that_no_search_makes_are_refused(tmp_path, place, end):
+    target = tmp_path / "other" / end
+    target.mkdir(parents=True)
+    path = tmp_path / "run" / "stage1_search" / "trials" / "000" / "run" / place
+    path.parent.mkdir(parents=True)
+    path.symlink_to(target)
     with pytest.raises(ArtifactError, match=f"{path} is a link to"):
         check_links(tmp_path / "run")
 
