@@ -71,6 +71,18 @@ def accept_config(
         file.write(dump_config(config))
 
 
+def check_earlier_steps(config: Config, run_dir: RunDir, step: Step) -> None:
+    """Check that the steps before one were made with these settings, up to the first that is not done.
+
+    Raises:
+        ArtifactError: a step is done with other settings; the message names them.
+    """
+    for earlier in list_steps(config):
+        if earlier == step or not run_dir.is_done(earlier):
+            return
+        _check_step(config, run_dir, earlier, is_own=False)
+
+
 def _check_step(config: Config, run_dir: RunDir, step: Step, *, is_own: bool) -> None:
     """Refuse other settings, and for a step of the command other inputs, than those that the step was made with."""
     if is_own:

@@ -23,6 +23,7 @@ from collm_dist.cf.search_space import Settings, apply_settings, describe_settin
 from collm_dist.cf.trainer import METRICS, is_better
 from collm_dist.cf.worker import LogTarget, run_single_worker
 from collm_dist.config import Config
+from collm_dist.data.accepted_config import check_earlier_steps
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, LaunchError
 from collm_dist.orchestration.cluster import connect_ray, run_here
@@ -57,11 +58,12 @@ def run_search(config: Config, run_dir: RunDir) -> dict[str, Any]:
 
     Raises:
         ConfigError: a setting cannot be searched as configured, or no trial finished.
-        ArtifactError: the data step is not done, or the folder holds another search.
+        ArtifactError: the data step is not done, or was made with other settings; or the folder holds another search.
         DataError: the validation rows do not suffice to select an epoch.
         LaunchError: the run is in use, or Ray failed.
     """
     trials = _plan_trials(config)
+    check_earlier_steps(config, run_dir, "cf")
     folder = (run_dir.path / FOLDER).absolute()
     fingerprint = compute_step_fingerprint(config, run_dir, "cf") | {
         f"config.cf_search.{name}": value for name, value in flatten_config(config.cf_search).items()

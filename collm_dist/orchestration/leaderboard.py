@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,13 +229,15 @@ def run_once(
 def _read_summary(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the summary of a finished search; write the fingerprint of a new one."""
     plan, done = folder / "plan.json", folder / "summary.json"
-    if not plan.exists():
-        write_json(plan, fingerprint)
-        return None
-    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint)
-    if changes:
+    changes = find_changes(read_json_file(plan, remedy=_REMEDY), fingerprint) if plan.exists() else []
+    # A search that was refused, or killed, before its first trial does not claim the folder.
+    if changes and (done.exists() or any(path.is_file() for path in (folder / "trials").rglob("*"))):
         raise ArtifactError(f"{folder} holds a search with other settings or inputs:\n  " + "\n  ".join(changes)
                             + "\nEither delete the folder or set run.dir to a new directory.")  # fmt: skip
+    if changes:
+        shutil.rmtree(folder)
+    if not plan.exists():
+        write_json(plan, fingerprint)
     return read_json_file(done, remedy=_REMEDY) if done.exists() else None
 
 

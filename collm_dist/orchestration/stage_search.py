@@ -17,7 +17,7 @@ import ray
 from collm_dist.cf.search_space import Settings
 from collm_dist.config import Config
 from collm_dist.config.loader import change_settings
-from collm_dist.data.accepted_config import list_steps
+from collm_dist.data.accepted_config import check_earlier_steps, list_steps
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ConfigError
 from collm_dist.orchestration.cluster import connect_ray
@@ -60,10 +60,11 @@ def run_stage_search(config: Config, run_dir: RunDir, stage: StageName) -> dict[
 
     Raises:
         ConfigError: a setting cannot be searched as configured, or no trial finished.
-        ArtifactError: an earlier step is not done, or the folder holds another search.
+        ArtifactError: an earlier step is not done, or was made with other settings; or the folder holds another search.
         LaunchError: the run is in use, or Ray failed.
     """
     configs = plan_search(config, run_dir, stage)
+    check_earlier_steps(config, run_dir, stage)
     folder = (run_dir.path / f"{stage}_search").absolute()
     fingerprint = compute_step_fingerprint(config, run_dir, stage) | {
         f"config.stage_search.{name}": value for name, value in flatten_config(config.stage_search).items()

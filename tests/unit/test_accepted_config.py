@@ -13,6 +13,8 @@ from collm_dist.config.loader import change_settings, dump_config
 from collm_dist.data.accepted_config import CONFIG_FILE, accept_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import ArtifactError
+from collm_dist.orchestration.cf_search import run_search
+from collm_dist.orchestration.stage_search import run_stage_search
 from collm_dist.runs.fingerprints import compute_fingerprint
 from collm_dist.runs.run_dir import STEPS, RunDir
 
@@ -105,3 +107,15 @@ def test_a_search_extends_what_its_run_extends(night, tmp_path):
     (tmp_path / "two" / CONFIG_FILE).unlink()
     code, shown = night(search, "--step", "cf")
     assert (code, "leads to this very run" in shown) == (2, True), shown
+
+
+@pytest.mark.parametrize(
+    "start", [run_search, lambda config, run_dir: run_stage_search(config, run_dir, "stage1")], ids=["cf", "stage1"]
+)
+def test_a_search_with_other_settings_of_an_earlier_step_is_refused(tmp_path, start):
+    config = configure(tmp_path / "run")
+    run_dir = finish(config)
+    changed = change_settings(config, {"dataset.like_threshold": 3.5})
+    with pytest.raises(ArtifactError, match=r"config\.dataset\.like_threshold: .* -> 3\.5\n.*run --force data;"):
+        start(changed, run_dir)
+    assert not list(run_dir.path.glob("*_search"))

@@ -1,5 +1,6 @@
 """Leaderboard of a search: order of trials, undefined metrics, reasons of failures."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from collm_dist.config.loader import change_settings, load_config
+from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.orchestration.leaderboard import (
     SearchResult,
     Trial,
     choose_metric,
     print_leaderboard,
     rank_trials,
+    run_once,
     suggest_command,
     write_results,
 )
@@ -107,3 +110,34 @@ def test_the_command_that_uses_the_best_settings_does_not_meet_a_finished_step(t
     overrides = [argument for argument in suggested[2:] if "=" in argument]
     config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
     assert (config.run.dir, config.run.reuse) == (f"{run_dir.path}_searched", (str(run_dir.path),))
+
+
+def refuse():
+    raise ConfigError("lightgnc is not a model")
+
+
+def start(folder, settings, search=dict):
+    return run_once(folder, folder.parent, "cf", settings, print, search)
+
+
+def test_a_search_that_was_refused_before_its_first_trial_does_not_claim_its_folder(tmp_path):
+    folder = tmp_path / "cf_search"
+    with pytest.raises(ConfigError, match="lightgnc"):
+        start(folder, {"model": "lightgnc"}, refuse)
+    (folder / "trials" / "000" / "checkpoints").mkdir(parents=True)
+    (folder / "journal.jsonl").write_text("of the refused search")
+    assert start(folder, {"model": "lightgcn"}, lambda: {"best": 0}) == {"best": 0}
+    assert not (folder / "journal.jsonl").exists()
+    assert json.loads((folder / "plan.json").read_text()) == {"model": "lightgcn"}
+
+
+@pytest.mark.parametrize("left", ["trials/000/config.yaml", "summary.json"])
+def test_a_search_with_trials_keeps_its_folder(tmp_path, left):
+    folder = tmp_path / "cf_search"
+    with pytest.raises(ConfigError, match="lightgnc"):
+        start(folder, {"model": "mf"}, refuse)
+    (folder / left).parent.mkdir(parents=True, exist_ok=True)
+    (folder / left).write_text("{}")
+    with pytest.raises(ArtifactError, match="holds a search with other settings or inputs:\n  model: mf -> lightgcn"):
+        start(folder, {"model": "lightgcn"})
+    assert (folder / left).exists()
