@@ -151,10 +151,14 @@ def list_cells(arguments: argparse.Namespace) -> list[Cell]:
     return [Cell(name, seed) for seed in arguments.seeds for name in VARIANTS[arguments.data_set]]
 
 
+def load_record(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return a variant's record, or None if there is none of the settings that the variant has now."""
+    return read_record(cell, find_records(arguments), list_settings(cell, arguments))
+
+
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the result of all variants that have a record, chosen or not."""
-    cells, folder = list_cells(arguments), find_records(arguments)
-    by_cell = {cell: read_record(cell, folder, list_settings(cell, arguments)) for cell in cells}
+    by_cell = {cell: load_record(cell, arguments) for cell in list_cells(arguments)}
     records = [record for record in by_cell.values() if record]
     reported = ("variant", "seed", "seconds", "precision", "warnings", "data", "hardware", "versions")
 
@@ -180,14 +184,23 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def compare_variants(cell: Cell, arguments: argparse.Namespace) -> None:
+    """Write the comparisons of a cell with its base, and of other variants with the cell, into their records."""
+    for other in list_cells(arguments):
+        versus = VARIANTS[arguments.data_set][other.variant][1]
+        if versus is None:
+            continue
+        base = Cell(versus, other.seed)
+        # A run of other overrides is not comparable, though it has scores of the same rows.
+        if cell in (other, base) and load_record(other, arguments) and load_record(base, arguments):
+            compare_cells(other, base, find_records(arguments), arguments.work)
+
+
 def save_cell(cell: Cell, arguments: argparse.Namespace) -> None:
     """Write a finished variant's record and its comparisons with other variants, then result and page."""
-    folder = find_records(arguments)
-    write_record(cell, folder, list_settings(cell, arguments), cell.find_run(arguments.work))
-    for other in list_cells(arguments):
-        base = VARIANTS[arguments.data_set][other.variant][1]
-        if base is not None and cell in (other, Cell(base, other.seed)):
-            compare_cells(other, Cell(base, other.seed), folder, arguments.work)
+    settings = list_settings(cell, arguments)
+    write_record(cell, find_records(arguments), settings, cell.find_run(arguments.work))
+    compare_variants(cell, arguments)
     write_json(arguments.output / f"reproduce_{arguments.data_set}.json", collect(arguments))
     write_page(arguments.page, arguments.output)
 
@@ -223,7 +236,7 @@ def main() -> int:
     arguments = parse_arguments()
     deadline = time.monotonic() + 60 * arguments.minutes
     for cell in arguments.chosen:
-        done = read_record(cell, find_records(arguments), list_settings(cell, arguments)) is not None
+        done = load_record(cell, arguments) is not None
         if arguments.list or done:
             print(f"{cell.name}: {'done' if done else 'to do'}")
             continue

@@ -72,9 +72,10 @@ def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -
 
 
 def compare_cells(cell: Cell, base: Cell, records: Path, runs: Path) -> None:
-    """Add the paired difference between stage 2 of two cells to the first one's record, if both have scores."""
-    if not cell.find_record(records).exists():
-        return
+    """Add the paired difference between stage 2 of two cells to the first one's record, if both have scores.
+
+    Both cells must have records of the settings that are compared; scores do not tell by which settings they were made.
+    """
     paths = [member.find_run(runs) / "eval" / "scores" / "stage2-test.parquet" for member in (cell, base)]
     if not all(path.exists() for path in paths):
         return

@@ -60,30 +60,52 @@ def test_records_count_without_their_runs_while_settings_are_the_same(monkeypatc
     assert read_record(OTHER, folder, reproduce.list_settings(OTHER, other)) is None
 
 
+def write_scores(runs, cell, noise, random):
+    """Write a cell's run with stage 2's scores, and return (evaluated rows, their scores)."""
+    run_dir = write_data_step(cell.find_run(runs))
+    config = build_config(run_dir.path, splits=["test"])
+    (run_dir.path / "config.yaml").write_text(dump_config(config))
+    rows = load_splits(config, run_dir, load_manifest(run_dir.step_dir("data")))["test"].rows
+    scores = rows.label + noise * random.normal(size=len(rows.label))
+    order = np.argsort(rows.row_id)
+    path = run_dir.path / "eval" / "scores" / "stage2-test.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"row_id": rows.row_id[order], "score": scores[order]}), path)
+    return rows, scores
+
+
 def test_a_variant_is_compared_with_its_base_on_the_same_rows(tmp_path):
     """Score files are sorted by row id, the evaluated rows are not."""
     random, runs = np.random.default_rng(0), tmp_path / "runs"
     scores = {}
     for cell, noise in ((FULL, 3.0), (OTHER, 0.5)):
-        run_dir = write_data_step(cell.find_run(runs))
-        config = build_config(run_dir.path, splits=["test"])
-        (run_dir.path / "config.yaml").write_text(dump_config(config))
-        rows = load_splits(config, run_dir, load_manifest(run_dir.step_dir("data")))["test"].rows
-        scores[cell] = rows.label + noise * random.normal(size=len(rows.label))
-        order = np.argsort(rows.row_id)
-        path = run_dir.path / "eval" / "scores" / "stage2-test.parquet"
-        path.parent.mkdir(parents=True)
-        pq.write_table(pa.table({"row_id": rows.row_id[order], "score": scores[cell][order]}), path)
+        scores[cell] = write_scores(runs, cell, noise, random)
         write_cell(tmp_path, cell, [], 0.6)
+    rows, full, other = scores[FULL][0], scores[FULL][1], scores[OTHER][1]
     compare_cells(OTHER, FULL, tmp_path, runs)
     assert json.loads(FULL.find_record(tmp_path).read_text())["against"] == []
     against = json.loads(OTHER.find_record(tmp_path).read_text())["against"]
     whole = next(row for row in against if row["slice"] == "all")
-    expected = compute_auc(rows.label, scores[OTHER]) - compute_auc(rows.label, scores[FULL])
+    expected = compute_auc(rows.label, other) - compute_auc(rows.label, full)
     assert whole["auc"] == pytest.approx(expected, abs=1e-12)
     assert 0 < whole["auc_low"] < whole["auc"] < whole["auc_high"]
     assert whole["versus"] == "full"
     assert "cold_item" in {row["slice"] for row in against}
+
+
+def test_a_variant_is_not_compared_with_a_base_of_other_settings(monkeypatch, tmp_path):
+    then, now = (
+        parse(monkeypatch, tmp_path, "--overrides", f"stage2.max_train_contexts={size}") for size in (100, 900)
+    )
+    folder, random = reproduce.find_records(now), np.random.default_rng(0)
+    for cell, arguments in ((FULL, then), (OTHER, now)):
+        write_scores(now.work, cell, 1.0, random)
+        write_cell(folder, cell, reproduce.list_settings(cell, arguments), 0.6)
+    reproduce.compare_variants(OTHER, now)
+    assert json.loads(OTHER.find_record(folder).read_text())["against"] == []
+    write_cell(folder, FULL, reproduce.list_settings(FULL, now), 0.6)
+    reproduce.compare_variants(FULL, now)
+    assert {row["versus"] for row in json.loads(OTHER.find_record(folder).read_text())["against"]} == {"full"}
 
 
 def test_the_page_leads_with_what_the_language_model_adds(monkeypatch, tmp_path):
