@@ -24,12 +24,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.machine import RESULTS, ROOT
 from benchmarks.lib.reproduction_page import write_page
-from benchmarks.lib.reproduction_records import Cell, compare_cells, read_record, write_record
+from benchmarks.lib.reproduction_records import Cell, compare_cells, list_recorded, read_record, write_record
 from collm_dist.errors import Preempted
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.stop_signals import preemptible
@@ -146,9 +147,9 @@ def find_records(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def list_cells(arguments: argparse.Namespace) -> list[Cell]:
-    """Return all variants of the data set with the chosen seeds."""
-    return [Cell(name, seed) for seed in arguments.seeds for name in VARIANTS[arguments.data_set]]
+def list_cells(arguments: argparse.Namespace, seeds: Sequence[int] | None = None) -> list[Cell]:
+    """Return all variants of the data set with some seeds, by default the chosen seeds."""
+    return [Cell(name, seed) for seed in seeds or arguments.seeds for name in VARIANTS[arguments.data_set]]
 
 
 def load_record(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -156,9 +157,17 @@ def load_record(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any] | N
     return read_record(cell, find_records(arguments), list_settings(cell, arguments))
 
 
+def find_seeds(arguments: argparse.Namespace) -> list[int]:
+    """Return the chosen seeds and all others that have a valid record of a variant."""
+    known, recorded = VARIANTS[arguments.data_set], list_recorded(find_records(arguments))
+    valid = {cell.seed for cell in recorded if cell.variant in known and load_record(cell, arguments)}
+    return sorted({*arguments.seeds, *valid})
+
+
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the result of all variants that have a record, chosen or not."""
-    by_cell = {cell: load_record(cell, arguments) for cell in list_cells(arguments)}
+    """Return the result of all variants that have a record, chosen or not, with any seed."""
+    seeds = find_seeds(arguments)
+    by_cell = {cell: load_record(cell, arguments) for cell in list_cells(arguments, seeds)}
     records = [record for record in by_cell.values() if record]
     reported = ("variant", "seed", "seconds", "precision", "warnings", "data", "hardware", "versions")
 
@@ -168,6 +177,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "question": (__doc__ or "").splitlines()[0],
         "command": f"python -m benchmarks.reproduce --data-set {arguments.data_set} --data DIR"
+        + (f" --seeds {' '.join(map(str, seeds))}" if seeds != [0] else "")
         + (f" --overrides {' '.join(arguments.overrides)}" if arguments.overrides else ""),
         "hardware": records[-1]["hardware"],
         "versions": records[-1]["versions"],

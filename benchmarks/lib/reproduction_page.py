@@ -107,6 +107,7 @@ def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
     title, metric = DATA_SETS[name]
     variant = "full" if select(result["rows"], "full") else result["cells"][0]["variant"]
     rows, differences = select(result["rows"], variant), select(result["differences"], variant)
+    run = _describe_run(variant, rows, result)
     stage = "stage2" if any(row["model"] == "stage2" for row in rows) else "stage1"
     by_model = {row["model"]: row for row in rows}
     sentences = []
@@ -114,13 +115,25 @@ def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
         pair = [row for row in differences if (row["model"], row["versus"]) == (stage, versus)]
         if pair and versus in by_model:
             sentences.append(
-                f"{title}: {MODEL_NAMES[stage]} ({metric.upper()} {by_model[stage][metric]:.4f}) "
+                f"{title}{run}: {MODEL_NAMES[stage]} ({metric.upper()} {by_model[stage][metric]:.4f}) "
                 f"{_VERDICTS[judge(pair[0], metric)]} {_name_rival(versus)} ({by_model[versus][metric]:.4f}), "
                 f"difference {format_number(pair[0], metric, signed=True)}."
             )
     if share := _describe_share(result):
         sentences.append(f"{title}: {share}")
     return sentences
+
+
+def _describe_run(variant: str, rows: Sequence[Row], result: Mapping[str, Any]) -> str:
+    """Return variant and seed in parentheses as far as they do not go without saying, else an empty string."""
+    words = [] if variant == "full" else [PARTS[variant]]
+    if rows and _has_seeds(result):
+        words.append(f"seed {rows[0]['seed']}")
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _has_seeds(result: Mapping[str, Any]) -> bool:
+    return len({cell["seed"] for cell in result["cells"]}) > 1
 
 
 def _name_rival(model: str) -> str:
@@ -163,8 +176,7 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
     against = [row for row in result["against"] if row["split"] == "test" and row["slice"] == "all"]
     if against:
         parts += ["### What each part brings", "", "Stage 2 of a variant minus stage 2 of another, paired:", ""]
-        named = [{**row, "model": PARTS[row["variant"]], "versus": PARTS[row["versus"]]} for row in against]
-        parts += [render_differences(named), ""]
+        parts += [render_differences([_name_parts(row, with_seed=_has_seeds(result)) for row in against]), ""]
     if name == "ml1m":
         parts += [
             "### Published results, with other backbones",
@@ -184,10 +196,17 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
     return parts
 
 
+def _name_parts(row: Row, *, with_seed: bool) -> dict[str, Any]:
+    """Return a row of ``against`` with the names of both variants as its models."""
+    seed = f", seed {row['seed']}" if with_seed else ""
+    return {**row, "model": PARTS[row["variant"]], "versus": f"{PARTS[row['versus']]}{seed}"}
+
+
 def _render_variant(name: str, variant: str, result: Mapping[str, Any], images: Path) -> list[str]:
     metric = DATA_SETS[name][1]
     rows = select(result["rows"], variant)
-    parts = [f"### {PARTS[variant][0].upper()}{PARTS[variant][1:]}", "", render_results(rows), ""]
+    seed = f", seed {rows[0]['seed']}" if rows and _has_seeds(result) else ""
+    parts = [f"### {PARTS[variant][0].upper()}{PARTS[variant][1:]}{seed}", "", render_results(rows), ""]
     if variant == "full":
         shown = [row for row in rows if row["model"] != "slots_shuffled"]
         figure = plot_forest(shown, MODEL_NAMES, metric, f"{metric.upper()} on test, {rows[0]['rows']:,} rows")

@@ -50,6 +50,12 @@ def read_record(cell: Cell, folder: Path, settings: Sequence[str]) -> dict[str, 
     return record if record["settings"] == list(settings) else None
 
 
+def list_recorded(folder: Path) -> list[Cell]:
+    """Return the cells that have a record in a folder, whatever its settings."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [Cell(record["variant"], record["seed"]) for record in records]
+
+
 def write_record(cell: Cell, folder: Path, settings: Sequence[str], run: Path) -> None:
     """Write the record of a cell from the report of its finished run."""
     report, provenance = RunDir(run).read_record("eval"), describe_run(*TUNING_PACKAGES)

@@ -48,7 +48,7 @@ def format_number(row: Mapping[str, Any], metric: str, *, signed: bool = False) 
         return "-"
     sign = "+" if signed else ""
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    interval = f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None and high is not None else ""
+    interval = f" [{low:{sign}.4f}, {high:{sign}.4f}]" if low is not None and high is not None else ""
     return f"{row[metric]:{sign}.4f}{interval}"
 
 
@@ -87,10 +87,14 @@ def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return AUC / UAUC by slice, one line per model."""
+    """Return AUC / UAUC by slice, one line per model; a slice's heading says how many users its UAUC is a mean of."""
     slices = list(dict.fromkeys(row["slice"] for row in rows))
     by_key = {(row["model"], row["slice"]): row for row in rows}
-    counts = {name: next(row["rows"] for row in rows if row["slice"] == name) for name in slices}
+
+    def head(name: str) -> str:
+        of_slice = [row for row in rows if row["slice"] == name]
+        users = max(row["users_counted"] for row in of_slice)
+        return f"{_SLICE_NAMES[name]} ({of_slice[0]['rows']:,} rows, UAUC of {users:,} users)"
 
     def show(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -100,7 +104,7 @@ def render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
         + [f"{show(by_key[model, name]['auc'])} / {show(by_key[model, name]['uauc'])}" for name in slices]
         for model in dict.fromkeys(row["model"] for row in rows)
     ]
-    return render_table(["AUC / UAUC", *(f"{_SLICE_NAMES[name]} ({counts[name]:,} rows)" for name in slices)], cells)
+    return render_table(["AUC / UAUC", *map(head, slices)], cells)
 
 
 def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:

@@ -119,7 +119,7 @@ def test_the_page_leads_with_what_the_language_model_adds(monkeypatch, tmp_path)
     first = page.read_text().splitlines()[2]
     assert first == (
         "- MovieLens-1M: stage 2 (text + slots) (AUC 0.6000) cannot be told from its anchor alone (0.5500), difference "
-        "-0.0100 [-0.050, +0.030]."
+        "-0.0100 [-0.0500, +0.0300]."
     )
     assert "A part of the full size: `evaluation.max_users=7`." in page.read_text()
     assert "Not run yet: titles-0" in page.read_text()
@@ -133,6 +133,37 @@ def test_the_page_leads_with_what_the_language_model_adds(monkeypatch, tmp_path)
     text = (tmp_path / "none.md").read_text()
     assert "No variant of the recipe has been run to its end on MovieLens-1M and Amazon Industrial yet" in text
     assert "## MovieLens-1M" not in text
+
+
+def test_results_of_other_seeds_are_kept_and_told_apart(monkeypatch, tmp_path):
+    second = parse(monkeypatch, tmp_path, "--seeds", "1")
+    folder = reproduce.find_records(second)
+    for cell in (OTHER, Cell("no_anchor", 1)):
+        write_cell(folder, cell, reproduce.list_settings(cell, second), 0.6)
+        record = json.loads(cell.find_record(folder).read_text())
+        against = [{**record["differences"][0], "versus": "full", "auc": 0.01 * (1 + cell.seed)}]
+        write_json(cell.find_record(folder), record | {"against": against})
+    write_cell(folder, Cell("full", 2), ["other=settings"], 0.6)
+    result = reproduce.collect(second)
+    assert [(cell["variant"], cell["seed"]) for cell in result["cells"]] == [("no_anchor", 0), ("no_anchor", 1)]
+    assert result["command"].endswith("--data DIR --seeds 0 1")
+    assert {"full-0", "full-1"} < set(result["not_run"])
+    assert "full-2" not in result["not_run"]
+    write_json(tmp_path / "reproduce_ml1m.json", result)
+    write_page(tmp_path / "docs" / "results.md", tmp_path)
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "- MovieLens-1M (without the anchor, seed 0): stage 2 (text + slots) (AUC 0.6000)" in page
+    assert "### Without the anchor, seed 0" in page
+    for seed in (0, 1):
+        assert f"without the anchor vs the whole recipe, seed {seed} | +0.0{1 + seed}00 [" in page
+
+
+def test_a_result_of_one_seed_does_not_name_it(monkeypatch, tmp_path):
+    arguments = parse(monkeypatch, tmp_path)
+    write_cell(reproduce.find_records(arguments), OTHER, reproduce.list_settings(OTHER, arguments), 0.6)
+    result = reproduce.collect(arguments)
+    assert "--seeds" not in result["command"]
+    assert summarize("ml1m", result)[0].startswith("MovieLens-1M (without the anchor): stage 2 (text + slots) (AUC")
 
 
 def test_every_variant_has_a_name_and_a_base_that_exists():
