@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from collm_dist.assets import BACKBONES
-from collm_dist.config import Config
+from collm_dist.cf.models.registry import list_arguments
+from collm_dist.config import CfConfig, Config
 from collm_dist.config.loader import load_config
 from collm_dist.config.yaml_file import read_yaml
+from collm_dist.data.prompts.prompt_template import SHIPPED, TEXTS, load_prompt_text
+from collm_dist.runs.fingerprints import flatten_config
 from collm_dist.runs.local_paths import shorten_path
 
 Recipe = Literal["ML-1M", "Amazon-Book"]
@@ -27,19 +31,33 @@ _RAW_DATA_SETTINGS = (
     "dataset.like_threshold", "dataset.duplicates", "dataset.min_user_interactions", "dataset.min_item_interactions",
     "dataset.max_user_interactions", "dataset.max_item_interactions",
 )  # fmt: skip
-_SETTINGS = (
-    "dataset.feedback", "preprocessing.ties", "cf.select_metric", "cf.cross_fit", "prompt.score",
-    "anchor.kind", "prompt.history_length", "lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules",
-    "mapping.hidden_multiple", "mapping.tokens_per_slot", "mapping.mask_probability", "stage1.enabled",
-    "stage1.learning_rate", "stage2.train_cf", "evaluation.max_users", "evaluation.max_contexts",
+# All settings that decide about results are compared but these and those below them.
+NOT_COMPARED = (
+    # Compared in words by a function of their own.
+    "dataset.format", "dataset.asset", "dataset.split", "cf.model", "prompt.stage1", "prompt.stage2", "llm.backbone",
+    "stage1.final_learning_rate_share", "stage2.final_learning_rate_share",
+    "stage1.max_valid_contexts", "stage2.max_valid_contexts",
+    # Where the data are and how their files are read.
+    "dataset.path", "dataset.version", "dataset.snapshot_id", "dataset.items_path", "dataset.item_version",
+    "dataset.item_snapshot_id", "dataset.users_path", "dataset.user_version", "dataset.user_snapshot_id",
+    "dataset.catalog", "dataset.columns", "dataset.item_columns", "dataset.timestamp_unit", "dataset.time_format",
+    "dataset.delimiter", "dataset.item_delimiter", "dataset.user_delimiter", "dataset.header", "dataset.names",
+    "dataset.item_names", "dataset.user_names", "dataset.encoding", "dataset.max_bad_row_share", "dataset.expect",
+    # The packing of the same samples, and how the same weights are loaded and computed with.
+    "preprocessing.num_user_buckets", "preprocessing.num_shards", "preprocessing.contexts_per_record",
+    "llm.revision", "llm.attention", "llm.trust_remote_code",
+    # Without effect unless a setting that is compared deviates: implicit feedback, folds, extended runs, other models.
+    "dataset.negatives_per_positive", "dataset.negative_sampling", "evaluation.num_candidates", "evaluation.cutoffs",
+    "cf.fold_epochs", "cf.warm_start", "stage1.refresh_every_days", "cf.user_vectors", "cf.item_vectors",
+    "cf.arguments",
+    # No part of a recipe: seeds, contents of the report, searches and promotions.
+    "run", "cf.seeds", "evaluation.splits", "evaluation.train_contexts", "evaluation.bootstrap_samples",
+    "evaluation.confidence", "evaluation.slots_ablation", "cf_search", "stage_search", "promotion",
 )  # fmt: skip
-_STAGE_SETTINGS = (
-    "global_batch_size", "warmup_steps", "weight_decay", "adam_betas", "max_grad_norm", "max_steps",
-    "max_train_contexts", "eval_every_steps", "early_stop_patience", "select_metric",
-    "pairwise_weight", "listwise_weight", "llm_loss_weight", "guard_metric",
-)  # fmt: skip
-# CF settings of a recipe file that are compared for every model, or limit the cost alone.
-_COMMON_CF_SETTINGS = {"model", "select_metric", "cross_fit", "num_epochs", "early_stop_patience"}
+# Settings of the CF model that mean the same for every model, and those that the paper does not give for every model.
+_COMMON_CF_SETTINGS = {"select_metric", "cross_fit", "feedback", "item_text", "unknown_item_share"}
+_PARTLY_PUBLISHED = {"embedding_dim", "global_batch_size"}
+_LAYER_SETTINGS = {"num_layers", "num_heads", "attention_sizes", "hidden_sizes", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,8 @@ class Deviation:
 def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) -> list[Deviation]:
     """Return every setting that differs from the recipe that a config follows, section by section; none without one.
 
+    Settings without an effect on results, and those of ``NOT_COMPARED``, do not count. Prompts are compared by text.
+
     Args:
         config: the experiment.
         stage2_slots: names of the slots in the prompt of stage 2, such as ``MatchID``.
@@ -67,12 +87,9 @@ def list_deviations(config: Config, stage2_slots: frozenset[str] = frozenset()) 
         *_compare_data(config, paper, recipe),
         *_compare_models(config),
         *_compare_settings(config, paper, path),
+        *_compare_prompts(config, paper, stage2_slots),
         *_compare_stages(config, paper, recipe),
     ]
-    extra = sorted(stage2_slots - {"UserID", "TargetItemID"})
-    if extra:
-        ours = f"also slots {', '.join(extra)}"
-        deviations.append(Deviation("prompt.stage2", ours, "slots UserID and TargetItemID"))
     sections = list(type(config).model_fields)
     return sorted(deviations, key=lambda deviation: sections.index(deviation.setting.split(".")[0]))
 
@@ -105,19 +122,45 @@ def _compare_models(config: Config) -> Iterator[Deviation]:
 
 
 def _compare_settings(config: Config, paper: Config, path: Path) -> Iterator[Deviation]:
-    names = list(_SETTINGS if _is_ready(config) else _RAW_DATA_SETTINGS + _SETTINGS)
-    if config.cf.model == paper.cf.model:
-        names += [f"cf.{name}" for name in read_yaml(path)["cf"] if name not in _COMMON_CF_SETTINGS]
-    names += [f"{section}.{name}" for section in ("stage1", "stage2") for name in _STAGE_SETTINGS]
-    values = {name: _get(paper, name) for name in names}
+    ours, values = flatten_config(config), flatten_config(paper)
     # The recipe files are Vicuna's; the paper gives Qwen2 another rate in stage 2 alone.
-    is_qwen = _find_backbone(config.llm.backbone) == "qwen2-1.5b"
-    learning_rates = BACKBONES["qwen2-1.5b"].settings if is_qwen else {}
-    values["stage2.learning_rate"] = learning_rates.get("stage2.learning_rate", paper.stage2.learning_rate)
-    for name, value in values.items():
-        ours = _get(config, name)
-        if not _is_equal(ours, value):
-            yield Deviation(name, _format(ours), _format(value))
+    if _find_backbone(config.llm.backbone) == "qwen2-1.5b":
+        values["stage2.learning_rate"] = BACKBONES["qwen2-1.5b"].settings["stage2.learning_rate"]
+    left_out = {*NOT_COMPARED, *_list_unread_cf_settings(config.cf, paper.cf, path)}
+    if _is_ready(config):
+        left_out |= set(_RAW_DATA_SETTINGS)
+    for name in values | ours:
+        parts = name.split(".")
+        if left_out & {".".join(parts[:length]) for length in range(1, len(parts) + 1)}:
+            continue
+        value, paper_value = ours.get(name), values.get(name)  # a setting that is off may be absent
+        if not _is_equal(value, paper_value):
+            yield Deviation(name, _format(value), _format(paper_value))
+
+
+def _list_unread_cf_settings(cf: CfConfig, paper: CfConfig, path: Path) -> set[str]:
+    """Return the settings of the CF model for which the paper has no value."""
+    if cf.model != paper.model:
+        unread = set(type(cf).model_fields) - _COMMON_CF_SETTINGS
+    else:
+        unread = _PARTLY_PUBLISHED - set(read_yaml(path)["cf"]) | (_LAYER_SETTINGS - set(list_arguments(cf, 1, 0)))
+    return {f"cf.{name}" for name in unread}
+
+
+def _compare_prompts(config: Config, paper: Config, stage2_slots: frozenset[str]) -> Iterator[Deviation]:
+    if config.stage1.enabled and (deviation := _compare_text("prompt.stage1", config, paper)):
+        yield deviation
+    if extra := sorted(stage2_slots - {"UserID", "TargetItemID"}):
+        yield Deviation("prompt.stage2", f"also slots {', '.join(extra)}", "slots UserID and TargetItemID")
+    elif deviation := _compare_text("prompt.stage2", config, paper):
+        yield deviation
+
+
+def _compare_text(setting: str, config: Config, paper: Config) -> Deviation | None:
+    ours, shipped = _get(config, setting), _get(paper, setting)
+    if load_prompt_text(ours) == load_prompt_text(str(TEXTS / shipped.removeprefix(SHIPPED))):
+        return None
+    return Deviation(setting, "another text" if "<" in ours else f"the text of {shorten_path(ours)}", shipped)
 
 
 def _compare_stages(config: Config, paper: Config, recipe: Recipe) -> Iterator[Deviation]:
@@ -153,11 +196,14 @@ def _is_equal(ours: Any, paper: Any) -> bool:
 
 
 def _format(value: Any) -> str:
-    """Return a value as a YAML file has it, None as none."""
+    """Return a value as a YAML file has it, None as none; of a path the last name."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, list):
         return "[" + ", ".join(_format(part) for part in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = shorten_path(str(value))
+    return text if text == " ".join(text.split()) else json.dumps(text, ensure_ascii=False)

@@ -170,7 +170,7 @@ def _render_deviations(report: Mapping[str, Any]) -> list[str]:
     lines = [f"## Settings that deviate from the paper's recipe for {recipe}", ""]
     if not deviations:
         return [*lines, "None.", ""]
-    cells = [[deviation["setting"], deviation["ours"], deviation["paper"]] for deviation in deviations]
+    cells = [[entry[key].replace("|", r"\|") for key in ("setting", "ours", "paper")] for entry in deviations]
     return [*lines, render_table(["setting", "here", "paper"], cells), ""]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from collm_dist.evaluation.report_markdown import format_number, render_slices
+from collm_dist.evaluation.report_markdown import format_number, render_markdown, render_slices
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_slices_say_how_many_users_define_the_uauc():
     assert "| cold item (93 rows, UAUC of 8 users) |" in head
     assert "| cold user (9 rows, UAUC of 0 users) |" in head
     assert [cell.strip() for cell in line.split("|")[2:5]] == ["0.750 / 0.680", "0.750 / 0.875", "0.750 / -"]
+
+
+def test_a_setting_with_a_bar_stays_within_its_cell():
+    deviation = {"setting": "dataset.item_text", "ours": "{title} | {genres}", "paper": "{title}"}
+    report = {"data": {"name": "a", "format": "table", "feedback": "explicit", "ties": "order", "num_users": 1,
+                       "num_items": 1, "splits": {}, "evaluated": {}}, "warnings": [], "notes": [], "rows": [],
+              "recipe": "ML-1M", "deviations": [deviation], "plots": []}  # fmt: skip
+    assert r"| dataset.item_text | {title} \| {genres} | {title} |" in render_markdown(report)

@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[Depends, bool]] = {
 }
 # Prefix of the names of shipped templates; in a checkout this folder links to them.
 SHIPPED = "configs/prompts/"
+TEXTS = Path(__file__).parent / "texts"
 _USER_FIELDS = frozenset({"<ItemTitleList>", "<DislikedTitleList>", "<RatedTitleList>", "<ItemIDList>", "<UserText>"})
 _FIELD = re.compile(r"(<[A-Za-z_]+>)")
 # Resembles a field, so it is probably a typo; other markup, such as <s> or <b>, is text.
@@ -157,7 +158,7 @@ def load_prompt_text(spec: str) -> str:
         return spec
     paths = [Path(spec)]
     if spec.startswith(SHIPPED):
-        paths.append(Path(__file__).parent / "texts" / spec.removeprefix(SHIPPED))
+        paths.append(TEXTS / spec.removeprefix(SHIPPED))
     try:
         for path in paths:
             if path.is_file():
