@@ -88,7 +88,7 @@ def measure(config: Path, workers: int) -> dict[str, Any]:
         "train_rows": manifest.splits["train"].rows,
         "num_users": manifest.num_users,
         "num_items": manifest.num_items,
-        # The first epoch includes loading.
+        # The first epoch is slower: caches are cold.
         "epoch_seconds": min(line[EPOCH_SECONDS] for line in lines[1:]),
         "first_epoch_seconds": lines[0][EPOCH_SECONDS],
         "peak_worker_gib": max(line[PEAK_MEMORY] for line in lines),

@@ -31,7 +31,7 @@ from collm_dist.distributed import sum_over_workers
 
 logger = logging.getLogger(__name__)
 
-# Receives an epoch's number and its metrics.
+# Receives an epoch's number and its metrics, see ``train_cf``.
 OnEpoch = Callable[[int, Mapping[str, float]], None]
 
 

@@ -10,6 +10,7 @@ Shapes: N rows of a worker.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,7 +164,8 @@ def train_cf(
         plan: the settings.
         checkpoints: folder visible to all workers.
         key: hash of everything that the training depends on.
-        on_epoch: called on every worker after each epoch with the epoch's number and metrics.
+        on_epoch: called on every worker after each epoch with the epoch's number and metrics, and with the ``seconds``
+            since the epoch began, validation and checkpoint included.
 
     Raises:
         ConfigError: the loss is not finite.
@@ -173,6 +175,7 @@ def train_cf(
     progress, best = Progress(), copy_weights(model)
     if (state := read_state(checkpoints, key)) is not None:
         best, progress = restore_state(state, model, optimizers, users), state.progress
+    started = time.perf_counter()
     while not progress.finished:
         epoch = progress.epoch + 1
         metrics = {"train_loss": train_epoch(model, optimizers, train, plan, epoch)}
@@ -185,7 +188,9 @@ def train_cf(
         progress.finished = epoch >= min(plan.num_epochs, progress.best_epoch + plan.early_stop_patience)
         if progress.finished or epoch % plan.checkpoint_every_epochs == 0:
             save_state(checkpoints, key, model, optimizers, best, progress, users)
-        on_epoch(epoch, metrics)
+        now = time.perf_counter()
+        on_epoch(epoch, metrics | {"seconds": now - started})
+        started = now
     return progress
 
 

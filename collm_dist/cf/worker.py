@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ def run_worker(
         log: written by rank 0.
         device: device of this worker.
         rank, world_size: place of this worker among the job's workers.
-        on_epoch: called after each epoch of the last model, once the epoch is logged.
+        on_epoch: called with the metrics of each epoch of the last model, once the epoch is logged.
 
     Raises:
         CollmError: see ``fit_job``.
@@ -60,7 +59,7 @@ def run_worker(
         def report(epoch: int, metrics: Mapping[str, float]) -> None:
             log_epoch(epoch, metrics)
             if on_epoch is not None:
-                on_epoch(epoch, metrics)
+                on_epoch(epoch, {name: value for name, value in metrics.items() if name != "seconds"})
 
         fit_job(job, device, rank, world_size, report)
 
@@ -87,14 +86,11 @@ def _open_log(job: Job, log: LogTarget, device: torch.device, *, is_main: bool) 
         total_steps=job.cf.num_epochs,
         textfile=textfile,
     )
-    started = time.perf_counter()
 
     def log_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        cost = {EPOCH_SECONDS: now - started, PEAK_MEMORY: measure_peak_gib(device)}
-        logger.log(epoch, {name.replace("_", "/", 1): value for name, value in metrics.items()} | cost)
-        started = now
+        values = {name.replace("_", "/", 1): value for name, value in metrics.items() if name != "seconds"}
+        cost = {EPOCH_SECONDS: metrics["seconds"], PEAK_MEMORY: measure_peak_gib(device)}
+        logger.log(epoch, values | cost)
 
     yield log_epoch
     logger.close()

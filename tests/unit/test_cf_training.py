@@ -1,5 +1,6 @@
 """Training of the CF models: initial biases, resume, early stopping, errors."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +9,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from collm_dist.cf.biases import fit_biases
+from collm_dist.cf.cross_fit import compute_fold_starts
+from collm_dist.cf.jobs import Job
 from collm_dist.cf.optimizer import RowAdam
 from collm_dist.cf.sharded_checkpoint import find_overlaps, read_state
 from collm_dist.cf.trainer import check_metric, compute_metrics, sample_contexts, train_cf
 from collm_dist.cf.user_shards import UserRanges
+from collm_dist.cf.worker import LogTarget, run_single_worker
+from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import CheckpointError, ConfigError, DataError
+from collm_dist.monitoring import EPOCH_SECONDS, read_metrics
 from tests.unit.cf_data import MODELS, build, load_workers, make_cf, make_plan
 from tests.unit.evaluation_run import write_data_step
 
@@ -228,3 +234,18 @@ def test_a_loss_that_is_not_finite_stops(run_dir, tmp_path):
     cf = make_cf("mf")
     with pytest.raises(ConfigError, match=r"cf\.learning_rate"):
         run(run_dir, tmp_path, cf, plan=replace(make_plan(cf), learning_rate=1e30))
+
+
+def test_the_first_epoch_does_not_include_loading_and_folds(run_dir, tmp_path):
+    data_dir = run_dir.step_dir("data")
+    starts = compute_fold_starts(data_dir, load_manifest(data_dir), 2)
+    cf = make_cf("mf", num_epochs=2, fold_epochs=40, cross_fit=2)
+    job = Job(data_dir, tmp_path / "checkpoints", "key", cf, 0, starts)
+    seen, started = [], time.perf_counter()
+    run_single_worker(job, LogTarget(tmp_path / "log", tensorboard=False), lambda _, metrics: seen.append(set(metrics)))
+    total = time.perf_counter() - started
+    lines = read_metrics(tmp_path / "log" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert 0 < sum(line[EPOCH_SECONDS] for line in lines) < total / 2
+    assert all("seconds" not in line for line in lines)
+    assert seen == [{"train_loss", "valid_auc", "valid_uauc", "valid_logloss"}] * 2
