@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,26 @@ class TrainingTextfile(_Textfile):
             total_steps: most optimizer steps; for cf, most epochs.
         """
         super().__init__(folder, run, step, {"step": step})
-        self._total_steps = total_steps
+        self._total_steps, self._last_step = total_steps, 0
+
+    def restore(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Set the gauges to the logged points of an interrupted run, as read by ``read_metrics``, without writing."""
+        for point in points:
+            self._take(point["step"], {tag: value for tag, value in point.items() if isinstance(value, int | float)})
 
     def update(self, global_step: int, values: Mapping[str, float]) -> None:
-        """Set the gauges of the known tags and write the file."""
+        """Set the gauges of the known tags and write the file; a point of an earlier step than the last is ignored.
+
+        The untrained model may be validated after the first steps, and is not the model whose state the gauges show.
+        """
+        if self._take(global_step, values):
+            self._write()
+
+    def _take(self, global_step: int, values: Mapping[str, float]) -> bool:
+        """Set the gauges, and return whether the point is not of an earlier step."""
+        if global_step < self._last_step:
+            return False
+        self._last_step = global_step
         self._set("collm_training_steps", "Optimizer steps, or epochs of the CF model, so far.", global_step)
         self._set("collm_training_planned_steps", "Most steps, or epochs, of the training.", self._total_steps)
         self._set("collm_training_updated_timestamp_seconds", "Time of the last update.", time.time())
@@ -122,7 +138,7 @@ class TrainingTextfile(_Textfile):
             if kind in _TRAINING_GAUGES:
                 name, text, factor = _TRAINING_GAUGES[kind]
                 self._set(name, text, value * factor, **({"cutoff": cutoff} if cutoff else {}))
-        self._write()
+        return True
 
 
 class StateTextfile(_Textfile):

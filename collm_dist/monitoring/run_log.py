@@ -62,6 +62,8 @@ class RunLogger:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         # A run that resumed here before and was killed again may have logged points of this step.
         self._logged = {(line["step"], *list(line)[1:]) for line in lines if line["step"] == start_step}
+        if textfile is not None:  # else gauges that the next point lacks would be missing until their own next point
+            textfile.restore(lines)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from collm_dist.config.loader import load_config
 from collm_dist.errors import ConfigError, WorkerLostError
-from collm_dist.monitoring import StateTextfile, TrainingTextfile, check_textfile_dir, tags
+from collm_dist.monitoring import RunLogger, StateTextfile, TrainingTextfile, check_textfile_dir, tags
 from collm_dist.monitoring.prometheus import STATES
 from collm_dist.runs.status import RunStatus
 
@@ -41,6 +41,40 @@ def test_training_gauges_are_in_base_units(tmp_path):
     assert samples["collm_valid_ndcg", "10", "stage1"] == 0.3
     assert samples["collm_training_grad_norm", "stage1"] == 3.0  # the last reported value
     assert samples["collm_training_updated_timestamp_seconds", "stage1"] == pytest.approx(time.time(), abs=60)
+
+
+def test_gauges_stay_with_the_last_step_when_the_untrained_model_is_validated_late(tmp_path):
+    textfile = TrainingTextfile(tmp_path, run="runs/mine", step="stage2", total_steps=200)
+    textfile.update(0, {tags.VALID_AUC: 0.5})
+    textfile.update(100, {tags.TRAIN_LOSS: 0.6})
+    textfile.update(0, {tags.VALID_AUC: 0.4, tags.VALID_UAUC: 0.4})
+    samples = read_samples(next(tmp_path.iterdir()))
+    assert samples["collm_training_steps", "stage2"] == 100
+    assert samples["collm_valid_auc", "stage2"] == 0.5
+    assert ("collm_valid_uauc", "stage2") not in samples
+
+
+def test_a_resumed_run_keeps_the_gauges_of_its_last_validation(tmp_path):
+    def open_log(start_step):
+        textfile = TrainingTextfile(tmp_path, run="runs/mine", step="stage2", total_steps=200)
+        options = {"is_main": True, "tensorboard": False, "progress_bar": False, "total_steps": 200}
+        return RunLogger(tmp_path / "stage2", start_step=start_step, textfile=textfile, **options)
+
+    log = open_log(0)
+    log.log(100, {tags.TRAIN_LOSS: 0.6, tags.GRAD_NORM: 2.0})
+    log.log(0, {tags.VALID_AUC: 0.4})
+    log.log(100, {tags.VALID_AUC: 0.7, "valid/ndcg@5": 0.3})
+    log.log(110, {tags.VALID_AUC: 0.9})  # after the last checkpoint
+    log.close()
+    log = open_log(100)
+    log.log(101, {tags.TRAIN_LOSS: 0.55})
+    log.close()
+    samples = read_samples(next(tmp_path.glob("*-stage2.prom")))
+    assert samples["collm_training_steps", "stage2"] == 101
+    assert samples["collm_training_loss", "stage2"] == 0.55
+    assert samples["collm_training_grad_norm", "stage2"] == 2.0
+    assert samples["collm_valid_auc", "stage2"] == 0.7
+    assert samples["collm_valid_ndcg", "5", "stage2"] == 0.3
 
 
 def test_every_tag_has_a_gauge(tmp_path):
