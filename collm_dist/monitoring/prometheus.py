@@ -6,6 +6,7 @@ A run writes one file with its state and one for each step that trains, each ato
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
@@ -70,12 +71,20 @@ def check_textfile_dir(folder: str | None) -> None:
         ) from None
 
 
+def _name_run(run: str) -> str:
+    """Return the name of a run in file names: its directory, with a hash of it if characters had to be replaced.
+
+    Without the hash ``runs/a/b`` and ``runs-a-b`` would write the same files.
+    """
+    name = re.sub(r"[^\w.-]+", "-", run).strip("-")
+    return name if name == run else f"{name}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+
+
 class _Textfile:
     """One file of gauges that share labels."""
 
     def __init__(self, folder: Path, run: str, step: str, labels: Mapping[str, str]) -> None:
-        name = re.sub(r"[^\w.-]+", "-", run).strip("-")  # many runs may write into one folder
-        self._path = folder / f"{name}-{step}.prom"
+        self._path = folder / f"{_name_run(run)}-{step}.prom"  # many runs may write into one folder
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self._labels = {"run": run, **labels}

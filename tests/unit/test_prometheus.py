@@ -1,6 +1,7 @@
 """Text files for Prometheus, read back by its own parser."""
 
 import logging
+import re
 import time
 
 import pytest
@@ -29,8 +30,8 @@ def test_training_gauges_are_in_base_units(tmp_path):
     textfile.update(10, {tags.TRAIN_LOSS: 0.7, tags.STEP_SECONDS: 1.5, tags.PEAK_MEMORY: 2.0, tags.GRAD_NORM: 3.0})
     textfile.update(20, {tags.TRAIN_LOSS: 0.6, tags.STEP_SECONDS: 1.5, tags.PEAK_MEMORY: 2.5})
     textfile.update(20, {tags.VALID_AUC: 0.61, tags.VALID_UAUC: 0.58, "valid/ndcg@5": 0.2, "valid/ndcg@10": 0.3})
-    assert [path.name for path in tmp_path.iterdir()] == ["runs-mine-stage1.prom"]
-    samples = read_samples(tmp_path / "runs-mine-stage1.prom")
+    (path,) = tmp_path.iterdir()
+    samples = read_samples(path)
     assert samples["collm_training_loss", "stage1"] == 0.6
     assert samples["collm_training_steps", "stage1"] == 20
     assert samples["collm_training_planned_steps", "stage1"] == 40
@@ -77,20 +78,30 @@ def test_a_resumed_run_keeps_the_gauges_of_its_last_validation(tmp_path):
     assert samples["collm_valid_ndcg", "5", "stage2"] == 0.3
 
 
+def test_every_run_directory_has_files_of_its_own(tmp_path):
+    runs = ["runs/a/b", "runs-a-b", "/runs/a b", "runs_a.b-2", "a"]
+    for run in runs:
+        TrainingTextfile(tmp_path, run=run, step="cf", total_steps=1).update(1, {tags.TRAIN_LOSS: 1.0})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == len(runs)
+    assert {"runs-a-b-cf.prom", "runs_a.b-2-cf.prom", "a-cf.prom"} < names
+    assert {re.sub("-[0-9a-f]{8}-", "-#-", name) for name in names} >= {"runs-a-b-#-cf.prom"}
+
+
 def test_every_tag_has_a_gauge(tmp_path):
     textfile = TrainingTextfile(tmp_path, run="runs/mine", step="cf", total_steps=1)
     logged = [value for name, value in vars(tags).items() if name.isupper() and isinstance(value, str)]
     textfile.update(1, dict.fromkeys(logged, 1.0))
-    assert len(read_samples(tmp_path / "runs-mine-cf.prom")) == 3 + len(logged)
+    assert len(read_samples(next(tmp_path.glob("*-cf.prom")))) == 3 + len(logged)
 
 
 def test_state_follows_the_status(tmp_path):
-    path = tmp_path / "runs-mine-state.prom"
     status = RunStatus(tmp_path / "status.json", StateTextfile(tmp_path, run="runs/mine", steps=("data", "cf")))
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     status.begin()
     status.enter("cf")
     status.restart(WorkerLostError("a worker died"))
+    (path,) = tmp_path.glob("runs-mine-*-state.prom")
     samples = read_samples(path)
     assert [samples["collm_run_state", state] for state in STATES] == [1, 0, 0, 0, 0, 0]
     assert (samples["collm_run_step", "data"], samples["collm_run_step", "cf"]) == (0, 1)
