@@ -237,8 +237,8 @@ def explain_task_error(error: Exception, description: str, memory_remedy: str) -
         return cause
     if isinstance(cause, MemoryError):
         return LaunchError(
-            f"{description}: a Ray task ran out of memory ({cause or type(cause).__name__}); {memory_remedy}, and run "
-            "the same command again to resume"
+            f"{description}: a Ray task ran out of memory ({str(cause) or type(cause).__name__}); {memory_remedy}, "
+            "and run the same command again to resume"
         )
     is_bug = isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, OSError)
     if is_bug:

@@ -15,7 +15,7 @@ from collm_dist.data.samples.splits import SPLITS
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.errors import ArtifactError, CollmError, DataError, LaunchError
+from collm_dist.errors import ArtifactError, CollmError, DataError
 from collm_dist.orchestration.cluster import connect_ray, run_tasks
 from tests.integration.preprocess_runs import (
     GOOD,
@@ -389,16 +389,6 @@ def test_errors_of_tasks_keep_their_kind(tmp_path):
             run_tasks(complain, [(number,) for number in numbers], description="x", parallelism=2, progress_bar=False,
                       in_order=in_order)  # fmt: skip
     assert ray.is_initialized()
-
-
-def run_out_of_memory():
-    np.empty(1 << 60, dtype=np.int8)
-
-
-def test_a_task_that_runs_out_of_memory_names_the_remedy():
-    remedy = "lower this.setting"
-    with pytest.raises(LaunchError, match=r"x: .* ran out of memory \(Unable .*\); lower this.setting, and"):
-        run_tasks(run_out_of_memory, [()], description="x", parallelism=1, progress_bar=False, memory_remedy=remedy)
 
 
 def test_manifest_is_plain_json(tiny_ratings, tmp_path):
