@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 
 import pytest
 
 from tests.distributed.conftest import PIPELINE, STAGE1, run, start, wait_for_step
-from tests.distributed.test_faults import assert_same_end
-from tests.distributed.test_tuning import PYTHON
+from tests.distributed.test_faults import assert_same_end, find_tuning
+from tests.distributed.test_tuning import PYTHON, TORCHRUN
 
 MARK = "mine"  # a file that a redo from scratch deletes
 
@@ -19,6 +20,12 @@ def interrupt(process):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
+
+
+def wait_for_removal(process, path):
+    while path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
 
 
 def test_a_stage_resumes_with_its_checkpoints_on_another_disk(copy_run, whole, tmp_path):
@@ -40,25 +47,26 @@ def test_a_stage_resumes_with_its_checkpoints_on_another_disk(copy_run, whole, t
     assert "--force: resuming the redo of stage1" in output
     assert (stage / MARK).exists()
     assert_same_end(folder, whole)
-    process = start(PYTHON, arguments)
-    while (stage / MARK).exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    process.kill()
+    process = start(TORCHRUN, arguments, start_new_session=True)  # two processes agree that this is another redo
+    wait_for_removal(process, stage / MARK)
+    wait_for_step(process, folder, "stage1", 2)
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert (stage / "checkpoints").is_symlink()
 
 
 @pytest.mark.slow
 def test_a_pipeline_goes_on_with_the_first_step_that_is_not_redone(copy_run, whole):
-    """After its end the same command redoes all steps."""
+    """Also where it has restarted a stage itself. After its end the same command redoes all steps."""
     folder, overrides = copy_run("run")
     settings = [*overrides, *STAGE1[2:], "cluster.restart_backoff_seconds=0.1", "evaluation.bootstrap_samples=0"]
     arguments = [*settings, "--force", "data"]
     pipeline = start(PIPELINE, arguments)
     wait_for_step(pipeline, folder, "stage1", 4)
-    interrupt(pipeline)
     (folder / "stage1" / MARK).touch()
+    find_tuning(pipeline).kill()
+    wait_for_step(pipeline, folder, "stage1", 10)
+    interrupt(pipeline)
     written = (folder / "cf" / "summary.json").stat().st_mtime_ns
     output = run(PIPELINE, arguments)
     assert "--force: resuming the redo of data, cf, stage1, stage2, eval" in output
@@ -69,8 +77,6 @@ def test_a_pipeline_goes_on_with_the_first_step_that_is_not_redone(copy_run, who
     assert_same_end(folder, whole)
     assert not (folder / ".redo.json").exists()
     pipeline = start(PIPELINE, arguments)
-    while (folder / "cf" / "summary.json").exists():
-        assert pipeline.poll() is None, pipeline.stdout.read()
-        time.sleep(0.05)
+    wait_for_removal(pipeline, folder / "cf" / "summary.json")
     interrupt(pipeline)
     assert json.loads((folder / ".redo.json").read_text())["begun"].keys() == {"data", "cf"}
