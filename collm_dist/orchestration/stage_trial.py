@@ -87,7 +87,7 @@ class StageTrial:
             shutil.copytree(plan.base.anchor_dir, run_dir.anchor_dir)
         own: dict[str, Any] = {
             "run.dir": str(run_dir.path), "run.reuse": [], "cluster.num_processes": None,
-            "monitoring.progress_bar": False, "monitoring.prometheus_dir": None,
+            "monitoring.progress_bar": False, "monitoring.prometheus_dir": None, "stage1.refresh_every_days": None,
         }  # fmt: skip
         path = folder / "config.yaml"
         path.write_text(dump_config(change_settings(config, own)), encoding="utf-8")
