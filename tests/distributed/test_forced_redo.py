@@ -28,6 +28,7 @@ def wait_for_removal(process, path):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_stage_resumes_with_its_checkpoints_on_another_disk(copy_run, whole, tmp_path):
     folder, overrides = copy_run("run")
     arguments, stage, disk = [*overrides, *STAGE1, "--force", "stage1"], folder / "stage1", tmp_path / "disk"

@@ -98,8 +98,9 @@ def test_workers_find_relative_paths(ray_session, copy_run, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("number", "error"),
-    [(signal.SIGTERM, Preempted), pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)],
 )
+@pytest.mark.slow
 def test_a_signal_that_arrives_while_a_step_ends_is_not_lost(ray_session, copy_run, number, error):
     """The worker has written the record of stage 1 and ends; the next step must not begin."""
     config, run_dir = build_stage1(copy_run("run")[1])

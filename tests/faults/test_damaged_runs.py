@@ -182,7 +182,7 @@ def test_what_is_in_the_place_of_a_file_is_named_or_replaced(run, way):
     with pytest.raises(ArtifactError, match=r"summary\.json .*--force|summary\.json is missing"):
         run_dir.read_record("stage2")
     if way == "directory":
-        with pytest.raises(ArtifactError, match=r"summary\.json: .*move away"):
+        with pytest.raises(ArtifactError, match=r"summary\.json: .*move the existing"):
             run_dir.write_record("stage2", record)
     run_dir.withdraw("stage2")
     assert not run_dir.is_done("stage2")

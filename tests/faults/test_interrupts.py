@@ -24,7 +24,10 @@ from collm_dist.serving.licences import Licences
 from tests.conftest import REPOSITORY
 
 CODES = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75}
-MESSAGES = {"SIGINT": "interrupted; the same command", "SIGTERM": "run the same command again to resume"}
+MESSAGES = {
+    "SIGINT": "interrupted; run the same command again to resume",
+    "SIGTERM": "run the same command again to resume",
+}
 _TIMEOUT_SECONDS = 300
 
 

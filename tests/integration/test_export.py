@@ -75,7 +75,7 @@ def test_the_card_has_data_metrics_baselines_and_licences(exported, finished_run
     assert "60 users, 80 items, explicit feedback" in card
     for row in json.loads((finished_run / "eval" / "report.json").read_text())["rows"]:
         if (row["split"], row["slice"]) == ("test", "all") and row["model"] in ("stage2", "as_of_logistic"):
-            assert f"{row['auc']:.4f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]" in card
+            assert f"{row['auc']:.4f} [{row['auc_low']:.4f}, {row['auc_high']:.4f}]" in card
     assert "![" not in card
 
 

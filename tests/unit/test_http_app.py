@@ -202,7 +202,7 @@ def test_health_and_openapi():
     assert body["examples"] == [GOOD]
     assert all("description" in schema for schema in body["properties"].values())
     assert body["properties"]["candidates"]["anyOf"][0]["maxItems"] == 4
-    statuses = "200 400 401 408 413 415 422 429 503 504"
+    statuses = "200 400 401 403 408 413 415 422 429 503 504"
     assert set(document["paths"]["/rank"]["post"]["responses"]) == set(statuses.split())
 
 
