@@ -93,9 +93,8 @@ def test_traced_layers(architecture, stage2, checkpointing, tmp_path):
             assert_same(work(model, batches), plain)
 
 
-@pytest.mark.parametrize(
-    "stage2", [pytest.param(False, id="stage1", marks=pytest.mark.slow), pytest.param(True, id="stage2")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage2", [False, True], ids=["stage1", "stage2"])
 def test_layers_share_their_graphs(stage2, tmp_path):
     """Four layers with dropout need no more graphs than two, and no new graphs after all kinds of batches.
 
