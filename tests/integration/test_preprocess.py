@@ -308,10 +308,7 @@ def test_interrupted_work_goes_on(tiny_ratings, tmp_path):
     config = make_config(ratings_of(tiny_ratings), tmp_path / "run")
     data = tmp_path / "run" / "data"
     (data / "shards" / "valid-00001.tar" / "obstacle").mkdir(parents=True)
-    with pytest.raises(
-        ArtifactError,
-        match=r"valid-00001\.tar: Is a directory; move the existing file or folder away.*run the same command again",
-    ):
+    with pytest.raises(ArtifactError, match=r"valid-00001\.tar: Is a directory; move the .*run the same command again"):
         preprocess(config)
     assert not (data / "manifest.json").exists()
     (work,) = data.glob(".work-*")
