@@ -160,7 +160,7 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
 
 
 def _note_slots(config: Config) -> list[str]:
-    """Return notes on what the slots of stage 2 were made from."""
+    """Return notes on the origin of the vectors in the slots of stage 2."""
     notes = []
     if config.stage2.train_cf:
         notes.append(

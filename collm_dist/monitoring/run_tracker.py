@@ -144,8 +144,8 @@ class RunTracker:
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
             logger.warning(
-                "monitoring.mlflow: %s did not accept the run's values (%s). The run continues; what is missing is "
-                "sent once the server answers, or when the same command runs again",
+                "monitoring.mlflow: %s did not accept the run's values (%s). The run continues; missing values "
+                "are sent once the server answers, or when the same command runs again",
                 self._settings.tracking_uri, reason,
             )  # fmt: skip
         self._has_warned = True

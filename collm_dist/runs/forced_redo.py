@@ -1,7 +1,8 @@
 """Record of a redo that ``--force`` began, so that the same command resumes it after an interruption.
 
-A step is in the record once its old result and checkpoints are gone; what is there since then is the redo's own. The
-record ends with the command, or when another command works in the run. Then ``--force`` starts from scratch again.
+A step enters the record once its old result and checkpoints are gone; anything there afterwards belongs to the redo.
+The record is removed when the command ends, or when another command works in the run. After that, ``--force`` starts
+from scratch again.
 """
 
 from __future__ import annotations
