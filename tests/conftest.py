@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Set before torch, transformers or Ray are imported; processes started by tests inherit them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # a process forked after a parallel region of OpenMP crashes in its own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

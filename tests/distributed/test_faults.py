@@ -30,6 +30,7 @@ def list_checkpoints(folder):
     return sorted(path.name for path in (folder / "stage1" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint_and_the_second_one_stops_at_once(copy_run, whole):
     folder, overrides = copy_run("run")
     process = start(PYTHON, [*overrides, *STAGE1])
@@ -71,6 +72,7 @@ def test_a_signal_stops_after_the_step_and_damage_falls_back_one_checkpoint(copy
     assert_same_end(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_then_space(copy_run, whole, tmp_path):
     """The file system is full when a checkpoint is due; later it has space."""
     folder, overrides = copy_run("run")

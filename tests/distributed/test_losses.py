@@ -69,6 +69,7 @@ def assert_same_training(ours, other, stages=("stage1", "stage2"), tolerance=TOL
             assert worst <= tolerance, f"{stage} {tag}: {worst:.1e}, tolerance {tolerance}"
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_smaller_limit_equal_one_process(copy_clicks):
     one, overrides = copy_clicks("one")
     run(PYTHON, [*overrides, *WEIGHTS])

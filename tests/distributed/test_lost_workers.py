@@ -58,6 +58,7 @@ def test_the_first_of_several_errors_is_reported(copy_run, tmp_path, monkeypatch
     assert "only this rank has a fault" in report["message"]
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_ends_the_job_with_all_stack_traces(copy_run, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "hang:1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))

@@ -42,6 +42,7 @@ def assert_named(output, row):
     assert len(rows) < 16  # the rows of a micro-batch, not of the step
 
 
+@pytest.mark.slow
 def test_stops_before_the_update(copy_run, poisoned_row):
     folder, overrides = copy_run("run")
     process = start(TWO, [*overrides, *SETTINGS])

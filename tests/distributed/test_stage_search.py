@@ -11,7 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from collm_dist.config.loader import load_config
+from collm_dist.errors import ConfigError
 from collm_dist.monitoring import read_metrics
+from collm_dist.orchestration.stage_search import run_stage_search
+from collm_dist.runs.run_dir import RunDir
 from tests.conftest import REPOSITORY
 
 SETTINGS = [
@@ -87,17 +90,17 @@ def test_a_killed_search_goes_on_and_leaves_leaderboard_and_best_config(copy_run
     ("space", "message"),
     [
         ("{cf.embedding_dim: {choice: [4, 8]}}", "changes the step 'cf', which trials of stage1 share; search it with"),
-        pytest.param(
-            "{stage1.learning_rat: {uniform: [1, 2]}}", "stage1.learning_rat: no such setting", marks=pytest.mark.slow
-        ),
-        pytest.param("{stage1.learning_rate: {uniform: [-1, 2]}}", "should be greater than 0", marks=pytest.mark.slow),
-        pytest.param("{lora.rank: {range: [1, 2]}}", "range", marks=pytest.mark.slow),
+        ("{stage1.learning_rat: {uniform: [1, 2]}}", "stage1.learning_rat: no such setting"),
+        ("{stage1.learning_rate: {uniform: [-1, 2]}}", "should be greater than 0"),
+        ("{lora.rank: {range: [1, 2]}}", "range"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_work_starts(copy_run, space, message):
     run, overrides = copy_run("refused")
-    process = start(overrides, f"stage_search.space={space}")
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2, output
-    assert message in output
+    with pytest.raises(ConfigError, match=message):
+        run_stage_search(
+            load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", [*overrides, f"stage_search.space={space}"]),
+            RunDir(run),
+            "stage1",
+        )
     assert not (run / "stage1_search").exists()

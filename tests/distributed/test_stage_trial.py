@@ -73,6 +73,7 @@ def test_a_trial_trains_stage_1_also_where_a_night_would_reuse_it(begin):
     assert load_config(folder / "config.yaml").stage1.refresh_every_days is None
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_leaves_a_checkpoint_and_no_worker(begin_with_launcher):
     trial, folder = begin_with_launcher()
     trial.stop()

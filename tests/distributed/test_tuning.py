@@ -78,6 +78,7 @@ def test_zero_stages_train_alike(copy_run, zero_stage):
     assert_same_training(other, plain)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(copy_run):
     settings = ["lora.dropout=0.3", "--stage", "1", "stage1.max_steps=12"]
     whole, overrides = copy_run("whole")

@@ -1,5 +1,7 @@
 """Two tiny experiments: current results equal the golden records."""
 
+import pytest
+
 from tests.golden.collect import collect_run, fit_cf_models
 from tests.golden.commands import show_plans
 from tests.golden.messages import collect_messages
@@ -23,5 +25,6 @@ def test_messages(finished_run, tmp_path):
     check_record("messages", collect_messages(finished_run, tmp_path))
 
 
+@pytest.mark.slow
 def test_collaborative_models(finished_run, tmp_path):
     check_record("cf_models", fit_cf_models(finished_run, tmp_path))

@@ -342,6 +342,7 @@ def test_a_worker_that_dies_changes_nothing(undisturbed, tmp_path):
     assert read_steps(run_dir) == [*range(1, NUM_EPOCHS + 1)]
 
 
+@pytest.mark.slow
 def test_workers_find_relative_vectors(ray_session, tmp_path, monkeypatch):
     """Ray was started in another folder."""
     run_dir = write_data_step(tmp_path)

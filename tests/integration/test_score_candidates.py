@@ -73,6 +73,7 @@ def run_main(monkeypatch, *arguments):
     return module.main()
 
 
+@pytest.mark.slow
 def test_a_file_is_ranked_on_two_actors_from_where_it_stopped(
     finished_run, rows, recommender, tmp_path, monkeypatch, capfd
 ):

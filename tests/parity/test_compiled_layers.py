@@ -71,16 +71,9 @@ def assert_same(ours, plain):
             assert (gradients[name] - value).norm() <= TOLERANCE * value.norm(), name
 
 
-@pytest.mark.parametrize(
-    ("architecture", "stage2", "checkpointing"),
-    [
-        pytest.param(
-            architecture, stage2, checkpointing, marks=[] if architecture == "llama" and stage2 else pytest.mark.slow
-        )
-        for architecture in ARCHITECTURES
-        for stage2, checkpointing in ((False, False), (True, True))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("stage2", "checkpointing"), [(False, False), (True, True)])
 def test_traced_layers(architecture, stage2, checkpointing, tmp_path):
     """The graphs that would be compiled, without the minute of code generation."""
     model, batches = build(architecture, stage2, tmp_path)
