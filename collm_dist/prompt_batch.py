@@ -8,8 +8,8 @@ by its branches. Rows with equal prefixes share one. A token attends to the head
 tail, and the preceding tokens of its own branch, never to another branch. Position ids are those of the plain prompt of
 the token's target.
 
-Shapes: C contexts (rows), U prefixes, P tokens of all prefixes, M tokens of all tree rows, N targets, Q user queries, H
-history items, F pair features.
+Shapes: C contexts (rows), U prefixes, P tokens of all prefixes, M tokens of all tree rows, N targets, T predicted
+tokens of titles, Q user queries, H history items, F pair features.
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ class PromptBatch:
         tree_targets: (M,) target n of a branch's token, ``TAIL`` in a tail.
         tree_positions: (M,) position ids, including header and prefix.
         last: (N,) position of each target's last token among the M.
+        title_places: (T,) positions among the M of the tokens that predict a title's tokens, all but its first, which
+            is the quote; the next token is the predicted one. Empty unless titles are scored.
+        target_items: (N,) int64 array on the host, dense items of the targets.
         user_slots, item_slots, pair_slots: the slots by kind.
         user_idx: (Q,) dense user of each query, -1 = unknown.
         user_history: (Q, H) dense liked items, oldest first, right-aligned, -1 = padding.
@@ -153,6 +156,8 @@ class PromptBatch:
     tree_targets: Tensor
     tree_positions: Tensor
     last: Tensor
+    title_places: Tensor
+    target_items: NDArray[np.int64]
     user_slots: Slots
     item_slots: Slots
     pair_slots: Slots

@@ -87,10 +87,14 @@ class Config(Section):
                 "stage2.train_cf: a process cannot look up rows of a table that ZeRO 3 partitions; set "
                 "cluster.zero_stage to 2 or less"
             )
-        for setting, is_used in (("compile", self.llm.compile), ("quantization", self.llm.quantization != "none")):
+        for setting, is_used in (
+            ("llm.compile", self.llm.compile),
+            ("llm.quantization", self.llm.quantization != "none"),
+            ("prompt.score title", self.prompt.score == "title"),
+        ):
             if is_used and self.cluster.zero_stage == 3:
                 raise ValueError(
-                    f"llm.{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
+                    f"{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
                     "2 or less"
                 )
         self._check_baseline()

@@ -24,10 +24,12 @@ class PromptConfig(Section):
     )
     yes: str = Field(" Yes", description="Answer for a like: a single token that differs from the first token of no.")
     no: str = Field(" No", description="Answer for a dislike.")
-    score: Literal["yes_minus_no", "yes"] = Field(
+    score: Literal["yes_minus_no", "yes", "title"] = Field(
         "yes_minus_no",
-        description="Score of a like: difference of the two answers' logits, or the logit of yes alone (the paper's "
-        "way).",
+        description="Score of a like. yes_minus_no: difference of the two answers' logits. yes: the logit of yes alone "
+        "(the paper's way). title: how much likelier the history makes the target's title, a tenth of the difference "
+        "of its log-likelihoods with and without the history; it knows something before it is tuned, and suits "
+        "telling titles (needs cluster.zero_stage 2 or less).",
     )
     history_length: int = Field(10, ge=0, description="Most recent liked items in the prompt, oldest first.")
     max_title_tokens: int = Field(24, ge=1, description="Longest item text in tokens; longer ones are cut.")

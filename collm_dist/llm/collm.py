@@ -21,6 +21,7 @@ from collm_dist.llm.packed.kept_contexts import KeptContexts
 from collm_dist.llm.packed.passes import Prefix, run_prefix, run_tree
 from collm_dist.llm.packed.prefix_cache import PrefixCache, RunPrefixes
 from collm_dist.llm.slot_mapping import SlotMapper
+from collm_dist.llm.title_likelihood import TITLE_SCALE, TitlePriors, sum_title_logs
 from collm_dist.llm.token_keys import key_tokens
 from collm_dist.prompt_batch import Mirrored, PromptBatch, Slots
 
@@ -49,8 +50,8 @@ class CollaborativeVectors(Protocol):
 class CollmModel(nn.Module):
     """Scores of targets: the logit that the user likes the item.
 
-    The logits of the full vocabulary never exist: a score is a dot product of the target's last hidden state with the
-    head's rows of the two answers.
+    The logits of the full vocabulary exist only for the score ``title`` (``title_likelihood``): otherwise a score is a
+    dot product of the target's last hidden state with the head's rows of the two answers.
 
     Attributes:
         kept_contexts: keeps constant prefixes between requests; only for a model that does not train.
@@ -63,7 +64,7 @@ class CollmModel(nn.Module):
         self,
         backbone: Any,
         answer_ids: tuple[int, int],
-        score: Literal["yes_minus_no", "yes"],
+        score: Literal["yes_minus_no", "yes", "title"],
         slot_mapper: SlotMapper | None = None,
         cf_model: CollaborativeVectors | None = None,
         *,
@@ -71,6 +72,7 @@ class CollmModel(nn.Module):
         prefix_cache: PrefixCache | None = None,
         decoder: PackedDecoder | None = None,
         anchored_score: AnchoredScore | None = None,
+        title_priors: TitlePriors | None = None,
     ) -> None:
         """Assemble the module.
 
@@ -87,6 +89,7 @@ class CollmModel(nn.Module):
             prefix_cache: keeps constant prefixes; only for a frozen backbone.
             decoder: of the backbone; None packs it with the defaults.
             anchored_score: adds the score to the batch's anchors; None = the language model scores alone.
+            title_priors: for the score ``title``, whose batches have ``PromptBatch.title_places``.
         """
         super().__init__()
         self.backbone = backbone
@@ -103,7 +106,7 @@ class CollmModel(nn.Module):
         self.kept_contexts: KeptContexts | None = None
         self._kept_header: tuple[int, Prefix] | None = None
         self._dropout_masks = install_keyed_dropout(backbone)
-        self.score = score
+        self.score, self._title_priors = score, title_priors
         head = backbone.get_output_embeddings()
         answers = torch.tensor(answer_ids, device=head.weight.device)
         bias = head.bias[answers] if getattr(head, "bias", None) is not None else torch.zeros(2, device=answers.device)
@@ -119,6 +122,8 @@ class CollmModel(nn.Module):
         self._kept_header = None
         if self.kept_contexts is not None:
             self.kept_contexts.drop()
+        if self._title_priors is not None:
+            self._title_priors.drop()
 
     def train(self, mode: bool = True) -> CollmModel:
         """Switch dropout on or off; it stays off in parts that do not train."""
@@ -139,15 +144,29 @@ class CollmModel(nn.Module):
             dropout_key: of seed and step; it and the batch determine the masks.
             with_llm_scores: return (2, N): the anchored scores, and those of the language model alone.
         """
+        # Before the masks are drawn, which are those of this batch until its backward pass.
+        priors = None if self._title_priors is None else self._find_title_priors(self._title_priors, batch)
         if self._dropout_masks is not None and self.training:
             self._dropout_masks.draw(batch, dropout_key)
+        hidden = self._run(batch)
+        if priors is None:
+            scores = self._compute_scores(hidden[batch.last])
+        else:
+            scores = TITLE_SCALE * (self._sum_title_logs(hidden, batch) - priors)
+        if self.anchored_score is None:
+            return scores
+        anchored: Tensor = self.anchored_score(batch.anchors, scores)
+        return torch.stack([anchored, scores.float()]) if with_llm_scores else anchored
+
+    def _run(self, batch: PromptBatch) -> Tensor:
+        """Return the (M, D) last hidden states of a batch's tree rows, correct where scores are read."""
         embed = self.backbone.get_input_embeddings()
         header = embed(batch.header_ids) if len(batch.header_ids) else None
         slots, vectors = self._read_vectors(batch)
         tokens = self._insert_slots(embed(torch.cat([batch.prefix_ids, batch.tree_ids])), batch, slots, vectors)
         prefix_tokens, tree_tokens = torch.split(tokens, [len(batch.prefix_ids), len(batch.tree_ids)])
         prefix = self._run_prefix(prefix_tokens, batch, header, slots, vectors) if len(prefix_tokens) else None
-        hidden = run_tree(
+        return run_tree(
             self.decoder,
             tree_tokens,
             batch.tree_targets,
@@ -155,14 +174,22 @@ class CollmModel(nn.Module):
             batch.tree_lengths,
             prefix,
             header if prefix is None else None,
-            needed=batch.last,
+            needed=batch.last if self._title_priors is None else batch.title_places,
             segments=batch.tree_segments,
         )
-        scores = self._compute_scores(hidden[batch.last])
-        if self.anchored_score is None:
-            return scores
-        anchored: Tensor = self.anchored_score(batch.anchors, scores)
-        return torch.stack([anchored, scores.float()]) if with_llm_scores else anchored
+
+    @torch.no_grad()
+    def _find_title_priors(self, priors: TitlePriors, batch: PromptBatch) -> Tensor:
+        """Return the (N,) log-likelihoods of the targets' titles without a history, computed without dropout."""
+        trains = self.training
+        self.backbone.eval()
+        try:
+            return priors.find(batch, lambda plain: self._sum_title_logs(self._run(plain), plain), keep=not trains)
+        finally:
+            self.backbone.train(trains and self._backbone_trains)
+
+    def _sum_title_logs(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
+        return sum_title_logs(self.backbone.get_output_embeddings(), self._finish_logits, hidden, batch)
 
     @torch.no_grad()
     def _run_prefix(
@@ -233,8 +260,12 @@ class CollmModel(nn.Module):
         return embeds
 
     def _compute_scores(self, hidden: Tensor) -> Tensor:
-        """(N, D) last hidden states -> (N,) scores, with the head's bias, scale and soft cap if it has them."""
-        logits = hidden.float() @ self.answer_rows.float().T + self.answer_bias.float()
+        """(N, D) last hidden states -> (N,) scores."""
+        logits = self._finish_logits(hidden.float() @ self.answer_rows.float().T + self.answer_bias.float())
+        return logits[:, 0] if self.score == "yes" else logits[:, 0] - logits[:, 1]
+
+    def _finish_logits(self, logits: Tensor) -> Tensor:
+        """Apply the scale and soft cap of the backbone's logits, if it has them."""
         config = self.backbone.config.get_text_config()
         if (scale := getattr(config, "logit_scale", None)) is not None:
             logits = logits * scale
@@ -242,7 +273,7 @@ class CollmModel(nn.Module):
             logits = logits / divisor
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)
-        return logits[:, 0] if self.score == "yes" else logits[:, 0] - logits[:, 1]
+        return logits
 
 
 def _mask(vectors: Tensor, masked: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.llm.backbone import load_tokenizer, resolve_dtype
+from collm_dist.llm.title_likelihood import count_logit_bytes
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.runs.run_dir import STAGES, RunDir
 from collm_dist.tuning.cpu_rate import estimate_seconds, format_duration, measure_matmul_rate
@@ -199,6 +200,7 @@ def _describe_memory(
         "keys": _count_keys(sample.largest),
         "element_size": dtype.itemsize,
         "checkpointing": config.llm.activation_checkpointing,
+        "logits": count_logit_bytes(shape.vocabulary) if config.prompt.score == "title" else 0,
     }
     plan = plan_memory(shape, layers, **arguments)
     remedies: dict[str, dict[str, Any]] = {}

@@ -124,6 +124,9 @@ def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cac
     flops += shape.count_forward(trained, trained_pairs)
     if training:
         flops += shape.count_backward(trained, trained_pairs)
+    if titles := len(batch.title_places):
+        # Logits with a history, which training computes twice and differentiates, and a pass without a history.
+        flops += shape.count_head(titles) * (4 if training else 2) + shape.count_forward(titles, 0)
     return StepCost((0 if cached else constant) + trained, trained * training, flops)
 
 

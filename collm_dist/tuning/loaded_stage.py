@@ -18,6 +18,7 @@ from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
+from collm_dist.llm.title_likelihood import TitlePriors
 from collm_dist.runs.damage import name_damage
 from collm_dist.runs.run_dir import RunDir, StageName
 
@@ -113,8 +114,13 @@ def assemble_stage(
         checkpointing=config.llm.activation_checkpointing,
         compile_backend="inductor" if config.llm.compile else None,
     )
-    anchored_score = None if config.anchor.kind is None else AnchoredScore()
     model = CollmModel(
-        backbone.model, answer_ids, config.prompt.score, decoder=decoder, anchored_score=anchored_score, **slot_parts
+        backbone.model,
+        answer_ids,
+        config.prompt.score,
+        decoder=decoder,
+        anchored_score=None if config.anchor.kind is None else AnchoredScore(),
+        title_priors=TitlePriors(collator.lay_out_without_history) if config.prompt.score == "title" else None,
+        **slot_parts,
     )
     return LoadedStage(model.to(device), collator, backbone, adapter, device)

@@ -189,6 +189,7 @@ def plan_memory(
     keys: int,
     element_size: int,
     checkpointing: bool,
+    logits: int = 0,
     weight_shards: int = 1,
 ) -> MemoryPlan:
     """Return the memory of a step's largest micro-batch.
@@ -202,6 +203,7 @@ def plan_memory(
         keys: keys that attention lays out, including copies of those before rows or branches.
         element_size: bytes of an element.
         checkpointing: whether activation checkpointing is on.
+        logits: bytes of logits over the vocabulary, with their gradients.
         weight_shards: number of ranks that share the frozen weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
@@ -213,7 +215,7 @@ def plan_memory(
     else:
         saved, working = shape.num_layers * layer_activations, 0.0
     # In the backward pass the gradients of one layer's activations take about as much again.
-    working += layer_working
+    working += layer_working + logits
     trainable = layers.adapters * shape.num_layers + other_trainable
     return MemoryPlan(
         weights=weights // weight_shards,

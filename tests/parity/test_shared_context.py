@@ -87,7 +87,14 @@ class Tables(torch.nn.Module):
 
 
 def make_collator(
-    template: str, tmp_path, *, stage2: bool, tokens_per_slot: int = 1, by_target: bool = False, most: int = 1000
+    template: str,
+    tmp_path,
+    *,
+    stage2: bool,
+    tokens_per_slot: int = 1,
+    by_target: bool = False,
+    most: int = 1000,
+    scores_titles: bool = False,
 ):
     tokenizer = make_tokenizer()
     return tokenizer, PromptCollator(
@@ -100,6 +107,7 @@ def make_collator(
         empty_history_text="(nothing yet)",
         tokens_per_slot=tokens_per_slot,
         user_depends_on_target=by_target,
+        scores_titles=scores_titles,
     )
 
 

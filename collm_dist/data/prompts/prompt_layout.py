@@ -27,10 +27,13 @@ from collm_dist.data.prompts.ragged import Ragged, hash_rows, join_columns, repe
 from collm_dist.data.prompts.slot_codes import CONTINUED, HISTORY, SLOT_CODES, Masking, PromptTokens, find_slots
 from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.samples.user_samples import locate
-from collm_dist.data.shards.context_block import ContextBlock, IntArray, pad_histories
+from collm_dist.data.shards.context_block import ContextBlock, IntArray, build_unknown_users, pad_histories
 from collm_dist.errors import ConfigError
 from collm_dist.prompt_batch import TAIL, Mirrored, PromptBatch, Segments
 from collm_dist.random_keys import hash_integers
+
+# Targets of a row without a history: its context is short, and repeating it costs less than masked attention.
+_TARGETS_PER_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class PromptCollator:
         user_tokens: TextTokens | None = None,
         rated_length: int = title_lists.DEFAULT_RATED_LENGTH,
         rated_marks: tuple[str, str] = title_lists.DEFAULT_RATED_MARKS,
+        scores_titles: bool = False,
     ) -> None:
         """Tokenize the template.
 
@@ -96,6 +100,7 @@ class PromptCollator:
                 has no user text.
             rated_length: maximum number of items in the list of rated items.
             rated_marks: texts after a liked and a disliked title in that list.
+            scores_titles: whether scores are read from the tokens of the targets' titles.
 
         Raises:
             ConfigError: the prompt does not fit ``max_prompt_tokens`` even without a history.
@@ -105,7 +110,7 @@ class PromptCollator:
         self.num_cut_titles = item_tokens.num_cut
         self.num_cut_users = 0 if user_tokens is None else user_tokens.num_cut
         self._titles, users = item_tokens.to_ragged(), None if user_tokens is None else user_tokens.to_ragged()
-        self._cf_history_length = cf_history_length
+        self._cf_history_length, self._scores_titles = cf_history_length, scores_titles
         self.tokens_per_slot = tokens_per_slot
         self._user_depends_on_target = user_depends_on_target
         self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
@@ -253,6 +258,7 @@ class PromptCollator:
             "tree_targets": targets,
             "tree_positions": positions,
             "last": branch_positions[branch.offsets[1:] - 1],
+            "title_places": branch_positions[self._find_predictors(block, branch.offsets[:-1])],
             "pair_features": compute_pair_features(block),
             "anchors": self.compute_anchors(block),
             "labels": block.label.astype(np.float32),
@@ -270,11 +276,41 @@ class PromptCollator:
             header_key=hash(tuple(self._header)),
             prefix_lengths=Mirrored.of(prefix.lengths),
             prefix_keys=prefix_keys,
+            target_items=block.item_idx,
             prefix_rows=Mirrored.of(prefix_rows),
             tree_lengths=Mirrored.of(tree.lengths),
             tree_segments=Segments.build(tail.lengths, branch.lengths, owner),
             **slots,
         )
+
+    def _find_predictors(self, block: ContextBlock, starts: IntArray) -> IntArray:
+        """Return the (T,) branch tokens that predict the titles' tokens; see ``PromptBatch.title_places``.
+
+        Args:
+            block: the micro-batch.
+            starts: (N,) first token of each branch.
+        """
+        if not self._scores_titles:
+            return np.zeros(0, dtype=np.int64)
+        before = itertools.takewhile(lambda segment: segment.text != "<TargetItemTitle>", self.template.branch)
+        has_bos = self._bos and not (self.template.prefix or self.template.tail)
+        first = len(self._bos) * bool(has_bos) + sum(len(self._get_constant(segment)) for segment in before)
+        lengths = self._titles.lengths[block.item_idx] - 1
+        owners = np.repeat(np.arange(block.num_targets), lengths)
+        columns = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return (starts + first)[owners] + columns
+
+    def lay_out_without_history(self, items: IntArray) -> PromptBatch:
+        """Return the prompts of a user without a history, in which titles have the likelihoods that histories change.
+
+        Args:
+            items: (N,) dense items of the targets.
+        """
+        plain = copy.copy(self)
+        plain.template = dataclasses.replace(self.template, prefix=(), tail=self.template.prefix + self.template.tail)
+        plain._header, plain._compute_anchors = plain._find_header(), None
+        block = build_unknown_users(items, _TARGETS_PER_ROW)
+        return plain.collate(block, block)
 
     def compute_anchors(self, block: ContextBlock) -> NDArray[np.float32]:
         """Return the (N,) anchors of a block's targets, 0 without an anchor."""

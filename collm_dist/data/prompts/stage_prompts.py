@@ -17,7 +17,7 @@ from collm_dist.data.prompts.prompt_template import PromptTemplate, load_prompt_
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.data.shards.interactions import load_item_table, load_user_texts
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, ConfigError
 from collm_dist.runs.run_dir import RunDir
 
 DEFAULT_USER_TEXT_TOKENS = 48
@@ -52,6 +52,9 @@ def build_collator(
         allow_slots=stage == "stage2",
         user_depends_on_target=user_depends_on_target,
     )
+    if config.prompt.score == "title" and not template.has("<TargetItemTitle>"):
+        raise ConfigError(f"prompt.score=title reads the likelihood of the title, but prompt.{stage} has no "
+                          "<TargetItemTitle>: add it, or choose another score")  # fmt: skip
     data_dir: Path = run_dir.step_dir("data")
     if template.has("<RatedTitleList>") and not load_manifest(data_dir).has_order:
         raise ArtifactError(
@@ -77,6 +80,7 @@ def build_collator(
         rated_length=config.prompt.rated_length
         or min(title_lists.DEFAULT_RATED_LENGTH, stored.max_history_length, stored.max_dislikes),
         rated_marks=config.prompt.rated_marks or title_lists.DEFAULT_RATED_MARKS,
+        scores_titles=config.prompt.score == "title",
         user_tokens=_load_users(config, data_dir, folder, tokenizer) if template.has("<UserText>") else None,
     )
 

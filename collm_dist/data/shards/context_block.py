@@ -166,6 +166,28 @@ def concatenate_blocks(blocks: list[ContextBlock]) -> ContextBlock:
     return ContextBlock(**arrays)
 
 
+def build_unknown_users(items: IntArray, targets_each: int) -> ContextBlock:
+    """Return targets of unknown users, who have neither likes nor dislikes.
+
+    Args:
+        items: (N,) dense items of the targets.
+        targets_each: most targets of a context.
+    """
+    starts, numbers = np.arange(0, len(items), targets_each), np.arange(len(items))
+    nothing, zeros = np.zeros(0, dtype=np.int64), np.zeros(len(items), dtype=np.int64)
+    return ContextBlock(
+        user_idx=np.full(len(starts), -1),
+        num_likes=np.zeros_like(starts),
+        history_offsets=np.zeros(len(starts) + 1, dtype=np.int64),
+        history_items=nothing,
+        target_offsets=np.append(starts, len(items)),
+        dislike_offsets=np.zeros(len(items) + 1, dtype=np.int64),
+        dislike_items=nothing,
+        likes_since=nothing,
+        **dict.fromkeys(TARGET_FIELDS, zeros) | {"item_idx": items, "row_id": numbers, "group_id": numbers},
+    )
+
+
 def pad_histories(block: ContextBlock, length: int) -> IntArray:
     """Return the last ``length`` liked items of each context as (C, length), right-aligned, -1 = padding."""
     lengths = np.minimum(np.diff(block.history_offsets), length)
