@@ -58,6 +58,9 @@ _COMMON = {
         "preprocessing.num_user_buckets=8",
         "preprocessing.num_shards=2",
         "cf.item_text=64",
+        "prompt.score=title",
+        "prompt.stage1=configs/prompts/stage1_next.txt",
+        "prompt.stage2=configs/prompts/stage2_next.txt",
         "lora.rank=16",
         "lora.alpha=32",
         f"lora.target_modules={_LINEAR_LAYERS}",
@@ -76,6 +79,7 @@ _LIKES = [
 _PAPER = ["anchor.kind=none", *(f"prompt.{stage}=configs/prompts/question_last/{stage}.txt" for stage in _STAGES)]
 _NO_PAIRS = [f"{stage}.pairwise_weight=null" for stage in _STAGES]
 _NO_LISTS = [f"{stage}.listwise_weight=null" for stage in _STAGES]
+_YES_NO = ["prompt.score=yes_minus_no", *(f"prompt.{stage}=configs/prompts/{stage}.txt" for stage in _STAGES)]
 _NO_LLM_LOSS = [f"{stage}.llm_loss_weight=null" for stage in _STAGES]
 # Settings of each variant beyond those of its data set, and the variant that it is compared with.
 VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
@@ -90,6 +94,7 @@ VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
     },
     "amazon_industrial": {
         "full": ([], None),
+        "yes_no": (_YES_NO, "full"),
         "no_anchor": (["anchor.kind=none", *_NO_LLM_LOSS], "full"),
         "no_llm_loss": (_NO_LLM_LOSS, "full"),
         "no_lists": (_NO_LISTS, "full"),

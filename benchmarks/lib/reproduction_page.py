@@ -28,6 +28,7 @@ PARTS = {
     "titles": "titles alone as item text",
     "likes": "likes alone: no dislikes, the collaborative model as the anchor",
     "text": "text alone, as in the paper: no anchor, no pairwise loss",
+    "yes_no": "scored by Yes and No, not by the title's likelihood",
     "no_anchor": "without the anchor",
     "no_pairs": "without the pairwise loss",
     "no_dislikes": "without disliked titles in the prompts",
