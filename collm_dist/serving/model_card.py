@@ -27,6 +27,12 @@ collm-dist turns the folder into a run directory, for the whole recommender with
     python -c "import collm_dist; print(collm_dist.load_recommender('runs/imported').rank(history=[...], top_k=5))"
 """
 
+_SCORES = {
+    "yes_minus_no": "the logit of Yes minus that of No after the prompt in `prompt/`.",
+    "yes": "the logit of Yes after the prompt in `prompt/`.",
+    "title": "how much likelier the history makes the title in the prompt in `prompt/`.",
+}
+
 
 def write_card(
     path: Path, config: Config, run_dir: RunDir, stage: StageName, licences: Licences, *, with_events: bool = True
@@ -55,8 +61,7 @@ def write_card(
             else ""
         )
         + ", after CoLLM (Zhang et al., arXiv 2310.19488). A score is "
-        + ("the logit of Yes minus that of No" if config.prompt.score == "yes_minus_no" else "the logit of Yes")
-        + " after the prompt in `prompt/`.",
+        + _SCORES[config.prompt.score],
         "",
         _USE,
         *_describe_data(run_dir),
