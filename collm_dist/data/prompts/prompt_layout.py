@@ -111,8 +111,7 @@ class PromptCollator:
         self.num_cut_users = 0 if user_tokens is None else user_tokens.num_cut
         self._titles, users = item_tokens.to_ragged(), None if user_tokens is None else user_tokens.to_ragged()
         self._cf_history_length, self._scores_titles = cf_history_length, scores_titles
-        self.tokens_per_slot = tokens_per_slot
-        self._user_depends_on_target = user_depends_on_target
+        self.tokens_per_slot, self._user_depends_on_target = tokens_per_slot, user_depends_on_target
         self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
         self._compute_anchors, self.has_anchors = compute_anchors, compute_anchors is not None
 
@@ -298,7 +297,8 @@ class PromptCollator:
         lengths = self._titles.lengths[block.item_idx] - 1
         owners = np.repeat(np.arange(block.num_targets), lengths)
         columns = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return (starts + first)[owners] + columns
+        predictors: IntArray = (starts + first)[owners] + columns
+        return predictors
 
     def lay_out_without_history(self, items: IntArray) -> PromptBatch:
         """Return the prompts of a user without a history, in which titles have the likelihoods that histories change.
