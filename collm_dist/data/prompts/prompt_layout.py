@@ -227,8 +227,7 @@ class PromptCollator:
         tree = join_columns([tail, branches], block.num_contexts)
 
         # Position of each branch token in the tree: after its row's tail.
-        owner = block.target_contexts
-        rows = owner[branch.rows]
+        rows = (owner := block.target_contexts)[branch.rows]
         branch_positions = (
             tree.offsets[rows] + tail.lengths[rows] + np.arange(len(branch.values)) - branches.offsets[rows]
         )
