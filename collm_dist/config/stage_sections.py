@@ -51,7 +51,7 @@ class StageConfig(Section):
     llm_loss_weight: float | None = optional(
         "With an anchor: weight of the same loss of the language model's score alone, besides that of the anchored "
         "score. The gain starts at 0, where the language model has no gradient; with this term it learns from the "
-        "first step; default: off.",
+        "first step. With prompt.score title only its terms that compare targets count; default: off.",
         gt=0,
     )
     num_epochs: int = Field(10, ge=1, description="Maximum number of passes over the training contexts.")

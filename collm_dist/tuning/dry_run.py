@@ -101,7 +101,7 @@ def _describe_stage(
     tokens = settings.max_tokens_per_micro_batch
     budget = ASSUMED_TOKENS if tokens == "auto" else tokens
     blocks = list(islice(train.iter_batches(), SAMPLED_BATCHES))
-    keep_groups = LossWeights(settings.pairwise_weight, settings.listwise_weight).keep_groups
+    keep_groups = LossWeights.of(settings, scores_titles=collator.scores_titles).keep_groups
     sample = _measure_sample(collator, shape, blocks, budget, keep_groups)
     lora = None if stage.lora is None else LoraSettings(**stage.lora.model_dump())
     trusts = config.llm.trust_remote_code

@@ -109,7 +109,7 @@ class TuningLoop:
         self.progress, self.best_weights, self.first_weights = progress, best_weights, first_weights
         self.logger, self.profiler, self.log_every_steps = logger, profiler, log_every_steps
         self.total_steps = count_total_steps(stage, train_order)
-        self.loss_weights = LossWeights(stage.pairwise_weight, stage.listwise_weight, stage.llm_loss_weight)
+        self.loss_weights = LossWeights.of(stage, scores_titles=collator.scores_titles)
         self.selection = build_selection(stage)
         self.trained_rows, self.train_seconds = 0, 0.0
         self._stop, self._saved_at = stop, time.monotonic()

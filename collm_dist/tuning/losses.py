@@ -8,7 +8,8 @@ micro-batches:
     listwise   per list of a positive and its sampled negatives: softmax cross-entropy of the positive
 
 With an anchor, the loss of the language model's score alone can be added: at a gain of 0 the anchored score gives the
-language model no gradient, and later only that of what the anchor leaves over.
+language model no gradient, and later only that of what the anchor leaves over. For a title's likelihood, a score that
+has no zero between likes and dislikes, it consists of the terms that compare targets.
 
 Groups and lists are those of ``data/prompts/target_groups.py``.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from collm_dist import monitoring
+from collm_dist.config import StageConfig
 from collm_dist.prompt_batch import PromptBatch
 from collm_dist.tuning.step_batches import StepBatch
 
@@ -44,12 +46,20 @@ class LossWeights:
 
     Attributes:
         pairwise, listwise: terms that compare targets.
-        llm: the whole loss of the language model's score alone.
+        llm: the same loss of the language model's score alone.
+        llm_has_zero: whether that score has a zero between likes and dislikes. A likelihood has none, so only the terms
+            that compare targets count for it, if there are any.
     """
 
     pairwise: float | None = None
     listwise: float | None = None
     llm: float | None = None
+    llm_has_zero: bool = True
+
+    @classmethod
+    def of(cls, stage: StageConfig, *, scores_titles: bool) -> LossWeights:
+        """Return the weights of a stage's config section; ``scores_titles`` as in ``PromptCollator``."""
+        return cls(stage.pairwise_weight, stage.listwise_weight, stage.llm_loss_weight, not scores_titles)
 
     @property
     def keep_groups(self) -> bool:
@@ -94,7 +104,10 @@ class StepLoss:
         if self._weights.keep_groups:
             self.terms += terms.detach()
         if llm_weight is not None:
-            loss = loss + llm_weight * self._compute(scores[1], batch, host_batch)[0]
+            own_loss, own_terms = self._compute(scores[1], batch, host_batch)
+            if self._weights.keep_groups and not self._weights.llm_has_zero:
+                own_loss = own_loss - own_terms[0]
+            loss = loss + llm_weight * own_loss
         self.total += loss.detach()
         return loss
 

@@ -210,7 +210,7 @@ def _resolve_max_tokens(settings: StageConfig, loaded: LoadedStage, train_order:
     if settings.max_tokens_per_micro_batch != "auto":
         return settings.max_tokens_per_micro_batch
     block = next(train_order.iter_batches())
-    keep_groups = LossWeights(settings.pairwise_weight, settings.listwise_weight).keep_groups
+    keep_groups = LossWeights.of(settings, scores_titles=loaded.collator.scores_titles).keep_groups
     budget = find_token_budget(loaded.model, loaded.collator, block, loaded.device, keep_groups=keep_groups)
     if get_rank() == 0:
         print(

@@ -187,9 +187,13 @@ def test_the_terms_of_scores_are_exact():
         assert (gradient - expected).abs().max() < TOLERANCE
 
 
-def test_the_language_models_own_loss_is_that_of_its_scores():
-    """Anchored and own scores of one model, in float64: the loss is the sum of both losses, gradients included."""
-    weights = dataclasses.replace(WEIGHTS, llm=0.3)
+@pytest.mark.parametrize("has_zero", [True, False], ids=["answers", "titles"])
+def test_the_language_models_own_loss_is_that_of_its_scores(has_zero):
+    """Anchored and own scores of one model, in float64: the loss is the sum of both losses, gradients included.
+
+    Without a zero, as the likelihood of a title, the own scores are only compared.
+    """
+    weights = dataclasses.replace(WEIGHTS, llm=0.3, llm_has_zero=has_zero)
     block = make_lists()
     groups, step_batch = find_groups(block), StepBatch(block, [], find_groups(block))
     scores = torch.randn(2, block.num_targets, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -199,6 +203,7 @@ def test_the_language_models_own_loss_is_that_of_its_scores():
     ours = step_loss.add(scores, batch, batch)
     plain = [compute_plain_terms(row, block) for row in scores]
     totals = [bce + 0.7 * pairwise + 0.4 * listwise for bce, pairwise, listwise in plain]
+    totals[1] = totals[1] if has_zero else totals[1] - plain[1][0]
     assert math.isclose(ours.item(), (totals[0] + 0.3 * totals[1]).item(), rel_tol=TOLERANCE)
     expected = torch.autograd.grad(totals[0] + 0.3 * totals[1], scores)[0]
     assert (torch.autograd.grad(ours, scores)[0] - expected).abs().max() < TOLERANCE

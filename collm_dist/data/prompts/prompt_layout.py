@@ -53,6 +53,7 @@ class PromptCollator:
         template: the prompt template.
         tokens_per_slot: number of soft tokens per slot.
         has_anchors: whether scores start from anchors.
+        scores_titles: whether scores are read from the tokens of the targets' titles.
         num_cut_titles, num_cut_users: numbers of item texts cut at ``prompt.max_title_tokens``, and of user texts cut
             at ``prompt.max_user_text_tokens``.
         num_dropped_history, num_dropped_ratings, num_dropped_dislikes: items dropped so far because a prompt was too
@@ -110,7 +111,7 @@ class PromptCollator:
         self.num_cut_titles = item_tokens.num_cut
         self.num_cut_users = 0 if user_tokens is None else user_tokens.num_cut
         self._titles, users = item_tokens.to_ragged(), None if user_tokens is None else user_tokens.to_ragged()
-        self._cf_history_length, self._scores_titles = cf_history_length, scores_titles
+        self._cf_history_length, self.scores_titles = cf_history_length, scores_titles
         self.tokens_per_slot, self._user_depends_on_target = tokens_per_slot, user_depends_on_target
         self._time_cuts = np.asarray(time_cuts, dtype=np.int64)
         self._compute_anchors, self.has_anchors = compute_anchors, compute_anchors is not None
@@ -288,7 +289,7 @@ class PromptCollator:
             block: the micro-batch.
             starts: (N,) first token of each branch.
         """
-        if not self._scores_titles:
+        if not self.scores_titles:
             return np.zeros(0, dtype=np.int64)
         before = itertools.takewhile(lambda segment: segment.text != "<TargetItemTitle>", self.template.branch)
         has_bos = self._bos and not (self.template.prefix or self.template.tail)
