@@ -1,4 +1,4 @@
-"""Compiled layers and quantized weights, through both stages and the report."""
+"""Compiled layers, quantized weights and scores of titles, through both stages and the report."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def test_compiled_training_is_plain_training(copy_run):
     compiled, overrides = copy_run("compiled")
     run(TORCHRUN, [*overrides, "llm.compile=true", "llm.activation_checkpointing=true", "cluster.zero_stage=2"])
     assert_same_training(compiled, plain)
+
+
+@pytest.mark.slow
+def test_scores_of_titles_train_alike_on_two_processes(copy_run):
+    """With dropout, and micro-batches of other items on each process. Measured: losses differ by up to 1e-6."""
+    options = ["prompt.score=title", "lora.dropout=0.3"]
+    one, overrides = copy_run("one")
+    run(PYTHON, [*overrides, *options])
+    two, overrides = copy_run("two")
+    run(TORCHRUN, [*overrides, *options, "cluster.zero_stage=2", "stage1.max_tokens_per_micro_batch=500"])
+    assert_same_training(two, one)
 
 
 @pytest.mark.slow
