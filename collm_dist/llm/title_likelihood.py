@@ -55,7 +55,9 @@ def sum_title_logs(head: nn.Module, finish: Callable[[Tensor], Tensor], hidden: 
         trains = torch.is_grad_enabled() and states.requires_grad
         parts.append(checkpoint(predict, *chunk, use_reentrant=False) if trains else predict(*chunk))
     sums = torch.zeros(len(batch.last), device=hidden.device)
-    return sums.index_add(0, batch.tree_targets[places], torch.cat(parts)) if parts else sums
+    if not parts:  # titles of a single token, which have a gradient nonetheless: 0
+        return sums + 0 * hidden.float().sum()
+    return sums.index_add(0, batch.tree_targets[places], torch.cat(parts))
 
 
 class TitlePriors:

@@ -194,3 +194,16 @@ def test_step_0_is_the_anchor(tmp_path):
     anchored, alone = model(batch, with_llm_scores=True)
     assert torch.equal(anchored, batch.anchors)
     assert alone.std() > 0.01
+
+
+def test_titles_of_a_single_token_score_zero(tmp_path):
+    model, collator, _ = make_scorer(STAGE1, tmp_path)
+    block = make_block([2, 3])
+    batch = dataclasses.replace(collator.collate(block, block), title_places=torch.zeros(0, dtype=torch.int64))
+    model.backbone.requires_grad_(True)
+    model._title_priors._lay_out = lambda items: dataclasses.replace(
+        collator.lay_out_without_history(items), title_places=batch.title_places
+    )
+    scores = model(batch)
+    scores.sum().backward()
+    assert scores.tolist() == [0.0] * 5
