@@ -97,6 +97,12 @@ class Config(Section):
                     f"{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
                     "2 or less"
                 )
+        if self.prompt.score == "title" and self.llm.activation_checkpointing and self.lora.dropout:
+            raise ValueError(
+                "prompt.score title has two passes in a step, and llm.activation_checkpointing would compute one again "
+                f"with the dropout of the other: set lora.dropout to 0 (it is {self.lora.dropout}), or "
+                "llm.activation_checkpointing to false"
+            )
         self._check_baseline()
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             if self.anchor.kind is None and stage.llm_loss_weight is not None:

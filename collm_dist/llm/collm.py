@@ -178,7 +178,6 @@ class CollmModel(nn.Module):
             segments=batch.tree_segments,
         )
 
-    @torch.no_grad()
     def _find_title_priors(self, priors: TitlePriors, batch: PromptBatch) -> Tensor:
         """Return the (N,) log-likelihoods of the targets' titles without a history, computed without dropout."""
         trains = self.training

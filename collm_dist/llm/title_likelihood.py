@@ -3,7 +3,8 @@
 score = 0.1 * (log p(title | prompt) - log p(title | prompt without a history))
 
 The difference is the pointwise mutual information of history and title. The second term removes what makes a title
-likely for everyone: its length, and how common its words are.
+likely for everyone: its length, and how common its words are. Training needs the gradients of both: through the first
+alone, weights would change how likely a title is for everyone, which changes no score, without end.
 
 Shapes: M tree tokens, T predicted tokens, N targets, D model width, V vocabulary.
 """
@@ -82,13 +83,15 @@ class TitlePriors:
         Args:
             batch: the micro-batch.
             compute: returns the log-likelihoods of prompts.
-            keep: whether to keep values for later calls, and to use those kept.
+            keep: whether to keep values for later calls, and to use those kept. They have no gradients.
         """
+        device = batch.labels.device
         items, rows = np.unique(batch.target_items, return_inverse=True)
-        known = self._kept if keep else {}
-        missing = np.array([item for item in items.tolist() if item not in known], dtype=np.int64)
+        if not keep:
+            return compute(self._lay_out(items).to(device))[torch.from_numpy(rows).to(device)]
+        missing = np.array([item for item in items.tolist() if item not in self._kept], dtype=np.int64)
         if len(missing):
-            prompts = self._lay_out(missing).to(batch.labels.device)
-            known.update(zip(missing.tolist(), compute(prompts).tolist(), strict=True))
-        values = torch.tensor([known[item] for item in items.tolist()], dtype=torch.float32)
-        return values[torch.from_numpy(rows)].to(batch.labels.device)
+            found = compute(self._lay_out(missing).to(device)).tolist()
+            self._kept.update(zip(missing.tolist(), found, strict=True))
+        values = torch.tensor([self._kept[item] for item in items.tolist()], dtype=torch.float32)
+        return values[torch.from_numpy(rows)].to(device)

@@ -195,7 +195,7 @@ def _describe_memory(
     arguments: dict[str, Any] = {
         "weights": count_weight_bytes(skeleton, dtype, config.llm.quantization),
         "other_trainable": slot_parameters if stage.has_slots else 0,
-        "tree_tokens": len(sample.largest.tree_ids),
+        "tree_tokens": len(sample.largest.tree_ids) + len(sample.largest.title_places),
         "prefix_tokens": len(sample.largest.prefix_ids),
         "keys": _count_keys(sample.largest),
         "element_size": dtype.itemsize,

@@ -125,8 +125,9 @@ def count_shared(shape: DecoderShape, batch: PromptBatch, *, training: bool, cac
     if training:
         flops += shape.count_backward(trained, trained_pairs)
     if titles := len(batch.title_places):
-        # Logits with a history, which training computes twice and differentiates, and a pass without a history.
-        flops += shape.count_head(titles) * (4 if training else 2) + shape.count_forward(titles, 0)
+        # A pass without a history, and the logits of both, which training computes twice and differentiates.
+        flops += shape.count_forward(titles, 0) + shape.count_head(titles) * (6 if training else 2)
+        flops += shape.count_backward(titles, 0) if training else 0
     return StepCost((0 if cached else constant) + trained, trained * training, flops)
 
 

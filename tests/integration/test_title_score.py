@@ -101,6 +101,13 @@ def test_a_prompt_without_the_title_is_refused(finished_run):
         build_collator(config, RunDir(finished_run), make_tokenizer(), "stage2")
 
 
-def test_partitioned_weights_are_refused(finished_run):
-    with pytest.raises(ConfigError, match=r"prompt\.score title needs the whole weights"):
-        load_settings(finished_run, finished_run, "cluster.zero_stage=3")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["cluster.zero_stage=3"], r"prompt\.score title needs the whole weights"),
+        (["llm.activation_checkpointing=true", "lora.dropout=0.1"], r"set lora\.dropout to 0 \(it is 0\.1\)"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(finished_run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_settings(finished_run, finished_run, *settings)
