@@ -29,7 +29,7 @@ class PromptConfig(Section):
         description="Score of a like. yes_minus_no: difference of the two answers' logits. yes: the logit of yes alone "
         "(the paper's way). title: how much likelier the history makes the target's title, a tenth of the difference "
         "of its log-likelihoods with and without the history; it knows something before it is tuned, and suits "
-        "telling titles (needs cluster.zero_stage 2 or less).",
+        "telling titles (needs cluster.zero_stage 2 or less; with llm.activation_checkpointing, lora.dropout 0).",
     )
     history_length: int = Field(10, ge=0, description="Most recent liked items in the prompt, oldest first.")
     max_title_tokens: int = Field(24, ge=1, description="Longest item text in tokens; longer ones are cut.")
