@@ -111,6 +111,19 @@ def make_collator(
     )
 
 
+def make_adapted_model(architecture):
+    """Return a backbone in float64 with an adapter that changes it."""
+    backbone = make_model(architecture)
+    targets = ("query_key_value",) if architecture == "gpt_neox" else ("q_proj", "v_proj")
+    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=targets, seed=1)
+    backbone.double()
+    torch.manual_seed(3)
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:  # initially zero, which would leave the other half without gradients
+            torch.nn.init.normal_(parameter, std=0.2)
+    return backbone
+
+
 def compute_loss(scores, batch):
     return binary_cross_entropy_with_logits(scores.double(), batch.labels.double())
 
@@ -144,14 +157,7 @@ def _exact_head(monkeypatch):
 def test_stage1_scores_and_lora_gradients(architecture, checkpointing, attention, tmp_path):
     tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
     block = make_block([1, 3, 9, 2])
-    backbone = make_model(architecture)
-    targets = ("query_key_value",) if architecture == "gpt_neox" else ("q_proj", "v_proj")
-    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=targets, seed=1)
-    backbone.double()
-    torch.manual_seed(3)
-    for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:  # initially zero, which would leave the other half without gradients
-            torch.nn.init.normal_(parameter, std=0.2)
+    backbone = make_adapted_model(architecture)
     answers = resolve_answer_ids(tokenizer, " Yes", " No")
     batch = collator.collate(block, block)
     samples = spell_prompts(block, STAGE1, TEXTS, tokenizer, history_length=4)

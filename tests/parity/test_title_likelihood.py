@@ -1,4 +1,4 @@
-"""The score of title likelihoods against plain rows: scores, gradients, and what is kept between passes."""
+"""Title likelihoods against plain rows: scores, gradients, and values kept between passes."""
 
 import dataclasses
 
@@ -18,18 +18,19 @@ from collm_dist.llm.title_likelihood import TITLE_SCALE, TitlePriors
 from tests.parity.test_shared_context import (
     ATTENTION,
     GRADIENT_TOLERANCE,
+    STAGE1,
+    STAGE2,
     TEXTS,
     Tables,
     collect_gradients,
     compute_loss,
+    make_adapted_model,
     make_block,
     make_collator,
 )
 from tests.reference.padded_rows import spell_prompts
 from tests.tiny import ARCHITECTURES, make_model
 
-STAGE1 = "Likes: <ItemTitleList>. And <TargetItemTitle>? Answer:"
-STAGE2 = "Likes: <ItemTitleList>. User <UserID>. And <TargetItemTitle> with <TargetItemID>, <MatchID>? Answer:"
 WITHOUT_HEADER = "<ItemTitleList>: <TargetItemTitle>? Answer:"
 # Measured: at most 2e-7, since sums over a title are float32.
 SCORE_TOLERANCE = 1e-5
@@ -101,14 +102,7 @@ def _small_chunks(monkeypatch):
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_and_gradients_of_the_adapter(architecture, attention, template, tmp_path):
-    backbone = make_model(architecture)
-    targets = ("query_key_value",) if architecture == "gpt_neox" else ("q_proj", "v_proj")
-    add_lora(backbone, rank=2, alpha=4, dropout=0.0, target_modules=targets, seed=1)
-    backbone.double()
-    torch.manual_seed(3)
-    for name, parameter in backbone.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    backbone = make_adapted_model(architecture)
     model, collator, tokenizer = make_scorer(template, tmp_path, attention=attention, backbone=backbone)
     block = make_block([1, 3, 9, 2])
     batch = collator.collate(block, block)
