@@ -26,7 +26,7 @@ def test_compiled_training_is_plain_training(copy_run):
 
 @pytest.mark.slow
 def test_scores_of_titles_train_alike_on_two_processes(copy_run):
-    """With dropout, and micro-batches of other items on each process. Measured: losses differ by up to 1e-6."""
+    """With dropout, and micro-batches of other items on each process. Measured: losses differ by up to 2e-7."""
     options = ["prompt.score=title", "lora.dropout=0.3"]
     one, overrides = copy_run("one")
     run(PYTHON, [*overrides, *options])
