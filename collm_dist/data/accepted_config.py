@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Sequence
+
+import safetensors
 
 from collm_dist.config import Config
 from collm_dist.config.loader import dump_config
@@ -11,8 +14,14 @@ from collm_dist.data.table_pins import describe_wanted
 from collm_dist.errors import ConfigError
 from collm_dist.monitoring import check_tracker
 from collm_dist.runs.atomic_files import open_atomic
-from collm_dist.runs.fingerprints import compute_fingerprint, is_report_current, is_step_current
+from collm_dist.runs.fingerprints import (
+    check_checkpoint_fingerprint,
+    compute_fingerprint,
+    is_report_current,
+    is_step_current,
+)
 from collm_dist.runs.local_paths import check_links
+from collm_dist.runs.reuse import find_reusable
 from collm_dist.runs.run_dir import STEPS, RunDir, Step
 
 CONFIG_FILE = "config.yaml"
@@ -30,7 +39,9 @@ def accept_config(
     own: Collection[Step] = STEPS,
     on_step: Callable[[Step], object] = lambda _: None,
 ) -> None:
-    """Check that the steps that are done were made with these settings, then write the run's ``config.yaml``.
+    """Check that what is done was made with these settings, then write the run's ``config.yaml``.
+
+    That is the steps that are done, and the checkpoints of a stage that was interrupted.
 
     Steps after one that is not done are checked when their turn comes, but the settings of a report at once. The caller
     holds the run's lock.
@@ -46,6 +57,8 @@ def accept_config(
     Raises:
         ArtifactError: a step is done with other settings or inputs, or a link leads out of the run; the message names
             them, and nothing is written.
+        CheckpointError: an interrupted stage has a checkpoint of other settings or inputs, and no run in ``run.reuse``
+            has done the stage with these; nothing is written.
         ConfigError: a library that a setting needs is not installed, or ``force`` has a step that the command does not
             run.
     """
@@ -63,6 +76,8 @@ def accept_config(
         if not run_dir.is_done(step):
             if "eval" not in force and run_dir.is_done("eval"):
                 _check_step(config, run_dir, "eval", is_own=False)
+            if step in own:
+                _check_checkpoint(config, run_dir, step)
             break
         on_step(step)
         _check_step(config, run_dir, step, is_own=step in own)
@@ -99,3 +114,17 @@ def _check_step(config: Config, run_dir: RunDir, step: Step, *, is_own: bool) ->
         is_report_current(run_dir, fingerprint, remedy)
     else:
         is_step_current(run_dir, step, fingerprint, remedy)
+
+
+def _check_checkpoint(config: Config, run_dir: RunDir, step: Step) -> None:
+    """Refuse other settings than those of the newest checkpoint of an interrupted stage, if it is readable."""
+    if not (paths := sorted((run_dir.step_dir(step) / "checkpoints").glob("step-*.safetensors"))):
+        return
+    try:
+        with safetensors.safe_open(str(paths[-1]), framework="numpy") as file:
+            recorded = json.loads(file.metadata()["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return  # the stage resumes from the checkpoint before it, or names the damage
+    fingerprint = compute_step_fingerprint(config, run_dir, step)
+    if find_reusable(step, fingerprint, config.run.reuse) is None:
+        check_checkpoint_fingerprint(paths[-1], recorded, fingerprint)

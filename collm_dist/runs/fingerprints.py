@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from collm_dist.config import Config
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, CheckpointError
 from collm_dist.runs.input_files import is_same_input
 from collm_dist.runs.run_dir import RunDir, Step
 
@@ -156,3 +157,17 @@ def is_report_current(run_dir: RunDir, fingerprint: Mapping[str, Any], remedy: s
         if added and not find_changes(recorded, {key: fingerprint[key] for key in fingerprint if key not in added}):
             return False
     return is_step_current(run_dir, "eval", fingerprint, remedy)
+
+
+def check_checkpoint_fingerprint(path: Path, recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of other settings or data.
+
+    Raises:
+        CheckpointError: the fingerprints differ; the message names the differing keys and the remedies.
+    """
+    if changes := find_changes(recorded, fingerprint):
+        raise CheckpointError(
+            f"{path} was made from other settings or data:\n  "
+            + "\n  ".join(changes)
+            + "\nStart over with --force, or set run.dir to a new directory."
+        )

@@ -23,7 +23,7 @@ from torch import Tensor
 from collm_dist.distributed import run_on_rank_0
 from collm_dist.errors import CheckpointError, DamagedCheckpointError
 from collm_dist.runs.atomic_files import open_atomic
-from collm_dist.runs.fingerprints import find_changes
+from collm_dist.runs.fingerprints import check_checkpoint_fingerprint
 from collm_dist.tuning.engine import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -128,14 +128,7 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
         recorded = json.loads(header["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise DamagedCheckpointError(f"{path}: the checkpoint is damaged ({error})") from None
-    changes = find_changes(recorded, fingerprint)
-    if changes:
-        raise CheckpointError(
-            f"{path} was made from other settings or data:\n  "
-            + "\n  ".join(changes)
-            + "\nStart over with --force, or "
-            "set run.dir to a new directory."
-        )
+    check_checkpoint_fingerprint(path, recorded, fingerprint)
 
     def select(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

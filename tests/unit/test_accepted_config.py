@@ -6,17 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from collm_dist.commands import evaluate_model, search
 from collm_dist.config import Config
 from collm_dist.config.loader import change_settings, dump_config
 from collm_dist.data.accepted_config import CONFIG_FILE, accept_config
 from collm_dist.data.step_fingerprints import compute_step_fingerprint
-from collm_dist.errors import ArtifactError
+from collm_dist.errors import ArtifactError, CheckpointError
 from collm_dist.orchestration.cf_search import run_search
 from collm_dist.orchestration.stage_search import run_stage_search
 from collm_dist.runs.fingerprints import compute_fingerprint
 from collm_dist.runs.run_dir import STEPS, RunDir
+from collm_dist.tuning.checkpoints import Checkpoint, save_checkpoint
+from collm_dist.tuning.engine import TrainingState
 
 PROMPT = "Like <TargetItemTitle>? Answer:"
 
@@ -42,6 +45,35 @@ def finish(config: Config) -> RunDir:
         run_dir.write_record(step, {"fingerprint": fingerprint, "content_hash": f"{run_dir.path}: {step}"})
     (run_dir.path / CONFIG_FILE).write_text(dump_config(config))
     return run_dir
+
+
+def test_a_checkpoint_of_other_settings_keeps_the_config(tmp_path):
+    config = configure(tmp_path / "run")
+    changed = change_settings(config, {"stage1.learning_rate": 5e-3})
+    run_dir, other = finish(config), finish(change_settings(changed, {"run.dir": str(tmp_path / "other")}))
+    fingerprint = compute_step_fingerprint(changed, run_dir, "stage1")
+    other.write_record("stage1", {"fingerprint": fingerprint, "content_hash": "stage 1", "files": {}})
+    for step in ("stage1", "stage2", "eval"):
+        run_dir.withdraw(step)
+    folder = run_dir.step_dir("stage1") / "checkpoints"
+    folder.mkdir(parents=True)
+    checkpoint = Checkpoint(TrainingState({"lora": torch.ones(2)}, {}, 1))
+    path = save_checkpoint(folder, checkpoint, compute_step_fingerprint(config, run_dir, "stage1"))
+
+    own = ("stage1", "stage2")
+    accept_config(config, run_dir, own=own)
+    with pytest.raises(CheckpointError, match=rf"{path.name} was made .*\n.*stage1\.learning_rate: .* -> 0\.005\n"):
+        accept_config(changed, run_dir, own=own)
+    assert (run_dir.path / CONFIG_FILE).read_text() == dump_config(config)
+
+    for accepted, force in (
+        (changed, ("stage1",)),
+        (change_settings(changed, {"run.reuse": [str(other.path)]}), ()),  # the stage is done there
+    ):
+        accept_config(accepted, run_dir, force, own=own)
+        assert (run_dir.path / CONFIG_FILE).read_text() == dump_config(accepted)
+    path.write_bytes(path.read_bytes()[:100])  # the stage falls back to the checkpoint before it
+    accept_config(changed, run_dir, own=own)
 
 
 @pytest.mark.parametrize("own", [("eval",), ("stage1", "stage2"), ("cf",)])
