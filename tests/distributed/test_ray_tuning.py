@@ -162,10 +162,12 @@ def test_a_whole_job_on_two_nodes_that_loses_a_worker(prepared_run, one_process,
     The data and CF steps run on both nodes too. Each node has its own temporary folder, as a machine would: in a shared
     one, a node deletes the working directory while its peers still use it. Socket paths in it must be short.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
+    with socket.socket() as probe, socket.socket() as other:
+        for free in (probe, other):
+            free.bind(("127.0.0.1", 0))
+        port, agent_port = probe.getsockname()[1], other.getsockname()[1]
+    # The agent's usual port may be taken by another Ray on this machine; it would then accept no job.
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "dashboard_agent_listen_port": agent_port}
     ray_cluster = Cluster(initialize_head=True, head_node_args=head)
     for name in ("launch", "configs"):
         shutil.copytree(REPOSITORY / name, tmp_path / "work" / name)
