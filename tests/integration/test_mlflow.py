@@ -70,10 +70,12 @@ def launch(script, folder, *arguments):
 
 
 def find_run(client, folder):
-    """Return the MLflow run of a run directory; there must be exactly one with its key."""
+    """Return the MLflow run of a run directory; there must be exactly one with its key, or ValueError."""
     key = json.loads((folder / "mlflow.json").read_text())["key"]
-    experiment = client.get_experiment_by_name("collm-dist").experiment_id
-    (found,) = client.search_runs([experiment], f"tags.`collm_dist.key` = '{key}'")
+    experiment = client.get_experiment_by_name("collm-dist")
+    if experiment is None:
+        raise ValueError("no experiment yet")
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`collm_dist.key` = '{key}'")
     return found
 
 
