@@ -175,23 +175,27 @@ def test_a_killed_training_goes_on_in_its_mlflow_run(client, server, finished_ru
     """Points after the last checkpoint were sent before the kill. They are trained again, and keep their values."""
     shutil.copytree(finished_run, tmp_path / "run")
     folder = tmp_path / "run"
-    settings = ["--stage", "1", f"monitoring.mlflow.tracking_uri={server.uri}", "stage1.max_steps=4000",
-                "stage1.checkpoint_every_steps=100", "stage1.eval_every_steps=4000", "stage1.num_epochs=1000",
+    checkpoints = folder / "stage1" / "checkpoints"
+    settings = ["--stage", "1", f"monitoring.mlflow.tracking_uri={server.uri}", "stage1.max_steps=9000",
+                "stage1.checkpoint_every_steps=100", "stage1.eval_every_steps=9000", "stage1.num_epochs=9000",
                 "stage1.learning_rate=1e-4"]  # fmt: skip
     process = launch("train", folder, *settings, "--force", "stage1")
     deadline = time.monotonic() + 500
     while True:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(0.1)
         if not (folder / "mlflow.json").exists():
             continue
         try:
             found = find_run(client, folder)
         except ValueError:  # not made yet
             continue
+        saved = max(
+            (int(path.stem.removeprefix("step-")) for path in checkpoints.glob("step-*.safetensors")), default=9000
+        )
         steps = [point.step for point in client.get_metric_history(found.info.run_id, "stage1/train/loss")]
-        if steps and max(steps) > 120 and max(steps) % 100 > 5:
+        if max(steps, default=0) > saved + 5:  # sent, and trained again after the kill
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
