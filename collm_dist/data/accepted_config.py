@@ -22,7 +22,7 @@ from collm_dist.runs.fingerprints import (
 )
 from collm_dist.runs.local_paths import check_links
 from collm_dist.runs.reuse import find_reusable
-from collm_dist.runs.run_dir import STEPS, RunDir, Step
+from collm_dist.runs.run_dir import CHECKPOINT_PATTERN, STEPS, RunDir, Step
 
 CONFIG_FILE = "config.yaml"
 
@@ -39,9 +39,7 @@ def accept_config(
     own: Collection[Step] = STEPS,
     on_step: Callable[[Step], object] = lambda _: None,
 ) -> None:
-    """Check that what is done was made with these settings, then write the run's ``config.yaml``.
-
-    That is the steps that are done, and the checkpoints of a stage that was interrupted.
+    """Compare finished steps and an interrupted stage's checkpoint with the settings, then write ``config.yaml``.
 
     Steps after one that is not done are checked when their turn comes, but the settings of a report at once. The caller
     holds the run's lock.
@@ -77,6 +75,7 @@ def accept_config(
             if "eval" not in force and run_dir.is_done("eval"):
                 _check_step(config, run_dir, "eval", is_own=False)
             if step in own:
+                on_step(step)
                 _check_checkpoint(config, run_dir, step)
             break
         on_step(step)
@@ -118,7 +117,7 @@ def _check_step(config: Config, run_dir: RunDir, step: Step, *, is_own: bool) ->
 
 def _check_checkpoint(config: Config, run_dir: RunDir, step: Step) -> None:
     """Refuse other settings than those of the newest checkpoint of an interrupted stage, if it is readable."""
-    if not (paths := sorted((run_dir.step_dir(step) / "checkpoints").glob("step-*.safetensors"))):
+    if not (paths := sorted((run_dir.step_dir(step) / "checkpoints").glob(CHECKPOINT_PATTERN))):
         return
     try:
         with safetensors.safe_open(str(paths[-1]), framework="numpy") as file:

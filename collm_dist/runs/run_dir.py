@@ -21,8 +21,10 @@ Step = Literal["data", "cf", "stage1", "stage2", "eval"]
 StageName = Literal["stage1", "stage2"]
 
 STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2", "eval")
-_HASH = "record_hash"
 STAGES: tuple[StageName, ...] = ("stage1", "stage2")
+# Files in a stage's folder ``checkpoints``; the names sort by step.
+CHECKPOINT_PATTERN = "step-*.safetensors"
+_HASH = "record_hash"
 
 
 @dataclass(frozen=True)

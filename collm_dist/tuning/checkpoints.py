@@ -24,12 +24,12 @@ from collm_dist.distributed import run_on_rank_0
 from collm_dist.errors import CheckpointError, DamagedCheckpointError
 from collm_dist.runs.atomic_files import open_atomic
 from collm_dist.runs.fingerprints import check_checkpoint_fingerprint
+from collm_dist.runs.run_dir import CHECKPOINT_PATTERN
 from collm_dist.tuning.engine import TrainingState
 
 logger = logging.getLogger(__name__)
 
 MAX_CHECKPOINTS = 2
-_PATTERN = "step-*.safetensors"
 
 
 @dataclass
@@ -106,7 +106,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, fingerprint: Mapping[s
     path = folder / f"step-{checkpoint.progress.global_step:09d}.safetensors"
     with open_atomic(path, "wb", size_bytes=len(data)) as file:
         file.write(data)
-    for older in sorted(folder.glob(_PATTERN))[:-MAX_CHECKPOINTS]:
+    for older in sorted(folder.glob(CHECKPOINT_PATTERN))[:-MAX_CHECKPOINTS]:
         older.unlink()
     return path
 
@@ -158,10 +158,10 @@ def _to_record(progress: Progress) -> dict[str, Any]:
 
 
 def _find_newest(folder: Path, fingerprint: Mapping[str, Any]) -> Path | None:
-    for unfinished in folder.glob(f".{_PATTERN}.*.tmp"):  # left by a killed process
+    for unfinished in folder.glob(f".{CHECKPOINT_PATTERN}.*.tmp"):  # left by a killed process
         unfinished.unlink()
     damaged = []
-    for path in sorted(folder.glob(_PATTERN), reverse=True):
+    for path in sorted(folder.glob(CHECKPOINT_PATTERN), reverse=True):
         try:
             load_checkpoint(path, fingerprint)
         except DamagedCheckpointError as error:

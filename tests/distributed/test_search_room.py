@@ -99,6 +99,6 @@ def test_an_interrupted_search_stops_although_a_trial_has_no_place(search, tmp_p
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         search("stage_search.parallel_trials=3", *ENDLESS)
-    assert time.monotonic() - times[0] < 150  # 71 s on busy cores
+    assert time.monotonic() - times[0] < 60
     folders = sorted((tmp_path / "searched" / "stage1_search" / "trials").glob("*"))
     assert len([folder for folder in folders if list(folder.glob("run/stage1/checkpoints/*"))]) == 2
