@@ -43,13 +43,16 @@ _COMMON = {
         "cf.cross_fit=8",
         "preprocessing.max_dislikes=25",
         "anchor.kind=blend",
-        "prompt.stage1=configs/prompts/stage1_feedback.txt",
-        "prompt.stage2=configs/prompts/stage2_feedback.txt",
+        "prompt.stage1=configs/prompts/stage1_title.txt",
+        "prompt.stage2=configs/prompts/stage2_title.txt",
         "lora.rank=16",
         "lora.alpha=32",
         f"lora.target_modules={_LINEAR_LAYERS}",
-        *(f"{stage}.learning_rate=5e-4" for stage in _STAGES),
+        "stage1.learning_rate=2e-4",
+        "stage2.learning_rate=5e-4",
+        *(f"{stage}.num_epochs=1" for stage in _STAGES),
         *(f"{stage}.pairwise_weight=0.5" for stage in _STAGES),
+        *(f"{stage}.llm_loss_weight=1.0" for stage in _STAGES),
     ],
     "amazon_industrial": [
         "dataset.row_filter=null",
@@ -71,12 +74,8 @@ _COMMON = {
 }
 CONFIGS = {"ml1m": "ml1m_official", "amazon_industrial": "own_clicks"}
 _GENRES = ["dataset.items_path={data}/items_genres.parquet", "dataset.item_text={title}: {genres}"]
-_LIKES = [
-    "prompt.stage1=configs/prompts/stage1.txt",
-    "prompt.stage2=configs/prompts/stage2.txt",
-    "preprocessing.max_dislikes=1",
-]
-_PAPER = ["anchor.kind=none", *(f"prompt.{stage}=configs/prompts/question_last/{stage}.txt" for stage in _STAGES)]
+_LIKES = ["preprocessing.max_dislikes=1", "anchor.kind=cf"]
+_FEEDBACK = [f"prompt.{stage}=configs/prompts/{stage}_feedback.txt" for stage in _STAGES]
 _NO_PAIRS = [f"{stage}.pairwise_weight=null" for stage in _STAGES]
 _NO_LISTS = [f"{stage}.listwise_weight=null" for stage in _STAGES]
 _YES_NO = ["prompt.score=yes_minus_no", *(f"prompt.{stage}=configs/prompts/{stage}.txt" for stage in _STAGES)]
@@ -86,11 +85,12 @@ VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
     "ml1m": {
         "full": (_GENRES, None),
         "titles": ([], "full"),
-        "likes": ([*_LIKES, "anchor.kind=cf"], "titles"),
-        "text": ([*_LIKES, *_PAPER, "cf.cross_fit=off", *_NO_PAIRS], None),
-        "no_anchor": ([*_GENRES, "anchor.kind=none"], "full"),
+        "likes": (_LIKES, "titles"),
+        "text": ([_LIKES[0], "anchor.kind=none", *_NO_LLM_LOSS, *_NO_PAIRS, "stage1.num_epochs=2"], None),
+        "no_anchor": ([*_GENRES, "anchor.kind=none", *_NO_LLM_LOSS], "full"),
         "no_pairs": ([*_GENRES, *_NO_PAIRS], "full"),
-        "no_dislikes": ([*_GENRES, *_LIKES[:2]], "full"),
+        "no_llm_loss": ([*_GENRES, *_NO_LLM_LOSS], "full"),
+        "feedback": ([*_GENRES, *_FEEDBACK], "full"),
     },
     "amazon_industrial": {
         "full": ([], None),

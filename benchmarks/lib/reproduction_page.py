@@ -31,7 +31,7 @@ PARTS = {
     "yes_no": "scored by Yes and No, not by the title's likelihood",
     "no_anchor": "without the anchor",
     "no_pairs": "without the pairwise loss",
-    "no_dislikes": "without disliked titles in the prompts",
+    "feedback": "with the titles liked and disliked before in the prompts",
     "no_llm_loss": "without the language model's own loss",
     "no_lists": "without the listwise loss",
     "no_cf_text": "without item texts in the collaborative model",
