@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 input: Parquet with user_id, candidates and optionally history, history_labels, disliked, labels, as_of. A
 user_id outside the log is valid. With --candidates cf:N the collaborative model retrieves N items that are new to each
-user.
+user; the column allowed limits them to a list of ids, blocked leaves ids out.
 """
 
 

@@ -36,7 +36,8 @@ _RETRIEVAL = "cf:"
 # Counts of what the run does not know; release 0.1 has not counted it.
 _UNKNOWN = ("unknown_users", "unknown_history_ids", "users_with_unknown_history_ids")
 # Counts of left-out candidates and of their users, for runs with availability windows.
-_LEFT_OUT = ("unavailable_candidates", "users_with_unavailable_candidates", "users_without_candidates")
+_LEFT_OUT = ("unavailable_candidates", "users_with_unavailable_candidates")
+_EMPTY = "users_without_candidates"
 _REMEDY = "set --output to a new folder, or delete this one"
 _MEMORY_REMEDY = "lower --num-actors, so that fewer models are loaded, or use nodes with more memory"
 
@@ -243,7 +244,7 @@ def _score_parts(scorers: Iterable[Any], parts: Sequence[int]) -> Iterator[int]:
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return totals of the parts' records, means over users, and the standard error of the paired gain."""
-    names: tuple[str, ...] = ("users", "rows", "device_seconds", "retrieval_seconds", *_UNKNOWN)
+    names: tuple[str, ...] = ("users", "rows", "device_seconds", "retrieval_seconds", _EMPTY, *_UNKNOWN)
     if any(_LEFT_OUT[0] in record for record in records):
         names += _LEFT_OUT
     total: dict[str, Any] = {name: sum(record.get(name, 0) for record in records) for name in names}
@@ -291,8 +292,8 @@ def describe_summary(summary: Mapping[str, Any], folder: OutputFolder) -> list[s
             f"{summary['users_with_unavailable_candidates']:,} users were not available at as_of, or when the job "
             "began, and are left out"
         )
-    if summary.get("users_without_candidates"):
-        lines.append(f"WARNING: {summary['users_without_candidates']:,} users have no candidates, so no rows")
+    if summary.get(_EMPTY):
+        lines.append(f"WARNING: {summary[_EMPTY]:,} users have no candidates, so no rows")
     if "recall" in summary:
         lines.append(
             f"{summary['judged_users']:,} users with known likes, of which the candidates hold {summary['recall']:.1%}"

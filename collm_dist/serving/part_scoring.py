@@ -90,20 +90,20 @@ def score_part(recommender: Recommender, folder: OutputFolder, part: int, num_re
     retrieved = time.perf_counter()
     filled = [
         index for index, request in enumerate(requests) if len(request.candidates)
-    ]  # some users have seen every item, or none of theirs is available
+    ]  # some users have seen every allowed item, or none of theirs is available
     scored = recommender.score([requests[index] for index in filled])
     record: dict[str, Any] = {
         "users": len(requests),
         "rows": sum(map(len, scored)),
         "device_seconds": time.perf_counter() - started,
         "retrieval_seconds": retrieved - started,
+        "users_without_candidates": len(requests) - len(filled),
         **_count_unknown(recommender, original),
     }
     if recommender.has_windows:
         record |= {
             "unavailable_candidates": sum(map(len, left_out)),
             "users_with_unavailable_candidates": len(left_out),
-            "users_without_candidates": len(requests) - len(filled),
         }
     scores = dict(zip(filled, scored, strict=True))
     labelled = [index for index in range(len(requests)) if any(labels[index] or ())]

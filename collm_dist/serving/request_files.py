@@ -1,7 +1,8 @@
 """Files of ranking requests, checked completely before scoring starts and divided into parts.
 
-A row is ``user_id, candidates[, history, history_labels, disliked, labels, as_of]``: an id, lists of ids, lists of 0
-and 1 for history and candidates, and a time (seconds since 1970, or an Arrow timestamp). Null means not given.
+A row is ``user_id, candidates[, history, history_labels, disliked, allowed, blocked, labels, as_of]``: an id, lists of
+ids, lists of 0 and 1 for history and candidates, and a time (seconds since 1970, or an Arrow timestamp). Null means not
+given.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ REQUEST_SCHEMA = pa.schema(
         ("history", _IDS),
         ("history_labels", _LABELS),
         ("disliked", _IDS),
+        ("allowed", _IDS),
+        ("blocked", _IDS),
         ("labels", _LABELS),
         ("as_of", pa.int64()),
     ]
@@ -113,6 +116,8 @@ def read_part(folder: Path, number: int) -> tuple[list[RankingRequest], list[lis
             row["candidates"] or (),
             row["as_of"],
             row["disliked"],
+            allowed=row.get("allowed"),
+            blocked=row.get("blocked"),
             history_labels=row.get("history_labels"),
         )
         for row in rows
@@ -151,10 +156,13 @@ def _check(table: Any, known: Any, refuse: _Refusal, retrieves: bool, events_end
         column = table.column(field.name).combine_chunks()
         columns[field.name] = _convert(column, field, refuse.path)
     refuse("user_id", columns["user_id"].is_null(), "the id is missing; give every row a user id")
-    for name in ("candidates", "history", "disliked"):
+    for name in ("candidates", "history", "disliked", "allowed", "blocked"):
         rows, values = _flatten(columns[name])
         refuse(name, _mark(rows[values.is_null().to_numpy(zero_copy_only=False)], table.num_rows),
                "an id in the list is null; remove it")  # fmt: skip
+    for name in () if retrieves else ("allowed", "blocked"):
+        refuse(name, columns[name].is_valid(),
+               "it limits what is retrieved; remove it, or retrieve with --candidates cf:N")  # fmt: skip
     if events_end is not None:
         refuse("history", columns["history"].is_null(),
                "this run was exported without users and events; give a history")  # fmt: skip

@@ -144,6 +144,26 @@ def test_the_collaborative_model_finds_the_candidates(finished_run, rows, recomm
     assert summary["ndcg@3"]["users"] <= summary["judged_users"]
 
 
+def test_a_file_limits_what_is_retrieved(finished_run, rows, recommender, tmp_path):
+    allowed = list(recommender.item_ids[:40])
+    limits = [{"allowed": allowed, "blocked": None}, {"allowed": allowed, "blocked": allowed[3:]}, {"allowed": ["no"]}]
+    limited = [{"user_id": row["user_id"], **limit} for row, limit in zip(rows[9:], limits, strict=True)]
+    source = write_requests(tmp_path / "users.parquet", limited)
+    folder, _ = prepare(finished_run, source, tmp_path / "out", num_retrieved=30, rows_per_part=100)
+    record = score_part(recommender, folder, 0, 30)
+    items = pq.read_table(folder.scores(0)).to_pandas().groupby("user_id")["item_id"].agg(list)
+    request = RankingRequest(limited[0]["user_id"], allowed=allowed)
+    assert set(items[limited[0]["user_id"]]) == set(recommender.retrieve([request], 30)[0]) < set(allowed)
+    assert set(items["new-1"]) == set(allowed[:3])
+    assert "new-2" not in items
+    assert (record["users_without_candidates"], record["unknown_history_ids"]) == (1, 1)
+    assert any("1 users have no candidates" in line for line in describe(record, folder))
+
+
+def describe(record, folder):
+    return scoring.describe_summary(scoring._summarize([record]) | {"seconds": 1.0, "actors": 1}, folder)
+
+
 GOOD = {
     "user_id": "1",
     "candidates": ["5", "6"],
@@ -151,6 +171,8 @@ GOOD = {
     "history": ["7"],
     "history_labels": None,
     "disliked": ["7"],
+    "allowed": None,
+    "blocked": None,
     "as_of": 5,
 }
 
@@ -168,6 +190,9 @@ GOOD = {
         ({"user_id": None}, "row 1, field 'user_id': the id is missing"),
         ({"history": [None]}, "row 1, field 'history': an id in the list is null"),
         ({"disliked": [None]}, "row 1, field 'disliked': an id in the list is null"),
+        ({"blocked": [None]}, "row 1, field 'blocked': an id in the list is null"),
+        ({"allowed": []}, "row 1, field 'allowed': it limits what is retrieved; .* --candidates cf:N"),
+        ({"blocked": ["5"]}, "row 1, field 'blocked': it limits what is retrieved; .* --candidates cf:N"),
         ({"history_labels": [1, 0], "disliked": None}, "row 1, field 'history_labels': .* number of items in history"),
         ({"history_labels": [3], "disliked": None}, "row 1, field 'history_labels': a label is not 0 or 1"),
         ({"history_labels": [1], "disliked": None, "history": None}, "row 1, field 'history_labels': the number of"),
@@ -216,6 +241,8 @@ def test_ids_as_numbers_and_times_as_dates(tmp_path):
         "history": None,
         "history_labels": None,
         "disliked": None,
+        "allowed": None,
+        "blocked": None,
         "labels": [1, 0],
         "as_of": 7,
     }
