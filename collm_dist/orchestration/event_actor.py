@@ -79,9 +79,11 @@ class _EventActor:
 
     def _prune(self) -> None:
         # Replicas change over one by one, and may refuse a run after it was loaded.
-        now = time.monotonic()
-        told = [ranges for ranges, at in list(self._told.values()) if now - at < _SILENCE_S]
-        if told:
+        silent_since = time.monotonic() - _SILENCE_S
+        for reader, (_, at) in list(self._told.items()):
+            if at < silent_since:
+                del self._told[reader]
+        if told := [ranges for ranges, _ in list(self._told.values())]:
             self._store.prune(reduce(_intersect, told), int(time.time() - self._keep_s))
 
 

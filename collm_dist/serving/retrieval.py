@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -15,6 +16,8 @@ from collm_dist.serving.offered_items import OfferedItems
 from collm_dist.serving.ranking_comparison import take_turns
 from collm_dist.serving.request_errors import check_count, naming_request
 from collm_dist.serving.requests import RankingRequest, RequestReader, UserContext
+
+logger = logging.getLogger(__name__)
 
 # Items that an index finds beyond those asked for, to be put in order by the model itself.
 _SPARE = 100
@@ -103,4 +106,6 @@ class Retriever:
         queries = self._scorer.compute_queries(block)
         if queries is None:
             return None
-        return ItemIndex(self._scorer.compute_item_vectors(self._reader.compute_item_features()), queries)
+        index = ItemIndex(self._scorer.compute_item_vectors(self._reader.compute_item_features()), queries)
+        logger.info("index of %d items for retrieval, recall %.3f", len(self._item_ids), index.recall)
+        return index

@@ -6,9 +6,11 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from collm_dist.errors import ArtifactError, CollmError
+from collm_dist.errors import ArtifactError, CheckpointError, CollmError, ConfigError, DataError
 from collm_dist.runs.atomic_files import write_json
 from collm_dist.runs.damage import read_json_file
 from collm_dist.runs.run_dir import RunDir, Step
@@ -34,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 _STEPS: tuple[Step, ...] = ("data", "cf", "stage1", "stage2")
 _PROBED = 8
+# Errors that come from a run's files and settings, so they stay until these change.
+_LASTING = (ArtifactError, CheckpointError, ConfigError, DataError)
+# Seconds until a run is tried again that another error has kept out, such as a lack of memory.
+_RETRY_S = 300.0
 # Of absolute paths.
 _FOLDERS = re.compile(r"(?<![\w.~-])/(?:[^\s/'\"]+/)*")
 
@@ -127,11 +133,33 @@ def describe_files(run_dir: RunDir) -> str:
     return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """A run that is not served.
+
+    Attributes:
+        target: the run.
+        state: see ``describe_files``.
+        answer: the refusal in the answer of ``/healthz``.
+        retry_at: monotonic time after which the same files are tried again.
+    """
+
+    target: Path
+    state: str
+    answer: RefusedRun
+    retry_at: float
+
+    def holds(self, target: Path, state: str) -> bool:
+        """Return whether the refusal still holds for these files."""
+        return (self.target, self.state) == (target, state) and time.monotonic() < self.retry_at
+
+
 class RunFollower:
     """The served run. Given a link, it loads the run that the link leads to beside the served one, then changes over.
 
-    A run that cannot be loaded, or does not rank, is refused until its files change, and the served run stays. While a
-    run is loaded, both are in memory.
+    A run that cannot be loaded, or does not rank, is refused, and the served run stays. If its files are the reason, it
+    is refused until they change; anything else, such as too little memory, may pass, so it is tried again after
+    ``_RETRY_S`` seconds. While a run is loaded, both are in memory.
     """
 
     def __init__(
@@ -156,7 +184,7 @@ class RunFollower:
             CollmError: the run cannot be loaded.
         """
         self._load, self._pointer, self._every_s = load, pointer, every_s
-        self._refused: tuple[Path, str, RefusedRun] | None = None
+        self._refused: _Refusal | None = None
         self._served: ServedRun | None = None
         self._stop = threading.Event()
         if pointer is not None:
@@ -181,7 +209,7 @@ class RunFollower:
         refused = self._refused
         pointer = None if self._pointer is None else self._pointer.name
         return self.served.describe().model_copy(
-            update={"follows": pointer, "refused": None if refused is None else refused[2]}
+            update={"follows": pointer, "refused": None if refused is None else refused.answer}
         )
 
     @property
@@ -218,20 +246,22 @@ class RunFollower:
             if self._served is not None and (self._served.run_dir.path, self._served.state) == (target, state):
                 self._refused = None
                 return
-            if self._refused is not None and self._refused[:2] == (target, state):
+            if self._refused is not None and self._refused.holds(target, state):
                 return
             served = load_served_run(run_dir, self._load, state)
             if describe_files(run_dir) != state:
                 raise ArtifactError(f"{target}: its files changed while they were read; it is tried again")
         except Exception as error:  # whatever is wrong with the new run, the old one serves
-            if self._refused is not None and self._refused[:2] == (target, state):
+            if self._refused is not None and self._refused.holds(target, state):
                 return
             name = error.name if isinstance(error, CollmError) else type(error).__name__
             logger.error("%s is not served: %s: %s", target, name, error)
             reason = f"{name}; the service's log has the message"
             if isinstance(error, ArtifactError):  # which file is damaged; anyone may read this, so no settings or paths
                 reason = _FOLDERS.sub("", str(error).partition("\n")[0].replace(f"{target.parent}/", ""))
-            self._refused = target, state, RefusedRun(run=target.name, reason=reason, since=_now())
+            wait = math.inf if isinstance(error, _LASTING) else _RETRY_S
+            answer = RefusedRun(run=target.name, reason=reason, since=_now())
+            self._refused = _Refusal(target, state, answer, time.monotonic() + wait)
         else:
             self._served, self._refused = served, None
             try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 import collm_dist
 from collm_dist import Event, EventStore
+from collm_dist.errors import ArtifactError
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.finished_run import load_recommender
 from collm_dist.serving.requests import RankingQuery
@@ -143,3 +145,31 @@ def test_a_run_that_takes_over_finds_nothing_of_the_run_before(finished_run, tmp
     (tmp_path / "current").unlink()
     (tmp_path / "current").symlink_to(tmp_path / "one")
     assert follow().describe().refused is None
+
+
+@pytest.mark.parametrize(
+    ("error", "retries"), [(MemoryError("no room"), True), (ArtifactError("damaged"), False)], ids=["memory", "files"]
+)
+def test_a_run_kept_out_by_the_machine_is_tried_again(finished_run, tmp_path, monkeypatch, error, retries):
+    """Damage stays until the files change; a lack of memory may pass."""
+    copied = shutil.copytree(finished_run, tmp_path / "copied", ignore=shutil.ignore_patterns("eval"))
+    (tmp_path / "current").symlink_to(finished_run)
+    tries = []
+
+    def load(run):
+        if run.path == copied and not tries.append(run) and len(tries) == 1:
+            raise error
+        return load_recommender(run.path, "cpu")
+
+    follower = RunFollower(RunDir(finished_run), load, tmp_path / "current", every_s=3600)
+    follower.stop()
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(copied)
+    follower.look()
+    assert follower.describe().refused.run == "copied"
+    follower.look()
+    assert len(tries) == 1, "it must not be loaded at each look"
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 3600)
+    follower.look()
+    assert len(tries) == 1 + retries
+    assert (follower.describe().refused is None) == retries
