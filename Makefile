@@ -34,10 +34,10 @@ test-unit: environment
 test: environment
 	$(PYTEST) -m "not slow and not gpu"
 
-# PEFT and DeepSpeed import these two wherever they are installed, which would make each process of the other tests start a
-# quarter later.
+# PEFT and DeepSpeed import the first two wherever they are installed, which would make each process of the other tests start
+# a quarter later.
 test-slow: environment
-	$(PYTHON) -m pip install --quiet --editable ".[mlflow,quantization]"
+	$(PYTHON) -m pip install --quiet --editable ".[mlflow,quantization,docs]"
 	$(PYTHON) -m pytest -q -m "slow and not gpu"
 
 faults: environment

@@ -22,6 +22,7 @@ from collm_dist.serving.service_options import ServiceOptions
 from collm_dist.serving.web_page import add_page
 from tests.integration.test_screenshots import load_script
 
+pytestmark = pytest.mark.slow  # needs a browser
 pytest.importorskip("selenium", reason="needs pip install 'collm-dist[docs]'")
 
 HOSTILE = '<img src=x onerror="document.title=\'owned\'"> & \u202e"quoted"'
@@ -204,6 +205,28 @@ def test_likes_are_found_and_chosen_from_the_keyboard(page):
     assert page.window.get_log("browser") == []
 
 
+def test_lists_are_asked_for_and_explained_from_the_keyboard(page):
+    from selenium.webdriver.common.keys import Keys
+
+    def tab_to(found):
+        for _ in range(80):
+            if found(page.focused()):
+                return
+            page.press(Keys.TAB)
+        raise AssertionError("not reached by TAB")
+
+    page.like("Film 17 ")
+    page.find("#search").click()
+    tab_to(lambda element: element.get_attribute("id") == "ask")
+    page.press(Keys.ENTER)
+    page.await_lists()
+    tab_to(lambda element: "row" in element.get_attribute("class").split())
+    page.press(Keys.ENTER)
+    assert page.focused().get_attribute("aria-expanded") == "true"
+    assert page.find(".why").is_displayed()
+    assert page.window.get_log("browser") == []
+
+
 def test_the_lists_are_those_of_the_service(page, recommender):
     for title in ("Film 17 ", "Film 40 "):
         page.like(title)
@@ -322,9 +345,6 @@ def test_a_token_is_asked_for_and_sent(page, server):
 
 
 def test_a_phone_and_the_dark(page):
-    page.like("Film 17 ")
-    page.compare()
-    page.await_lists()
     window = page.window
     light = page.find("body").value_of_css_property("background-color")
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
@@ -333,6 +353,11 @@ def test_a_phone_and_the_dark(page):
         window.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
         assert page.find("body").value_of_css_property("background-color") != light
         window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        page.like("Film 17 ")
+        page.compare()
+        page.await_lists()
+        page.find("[aria-labelledby=list-language_model] .row").click()
+        assert page.find(".why").is_displayed()
         assert window.execute_script("return document.documentElement.scrollWidth") <= 320
         tops = [one.rect["y"] for one in page.find_all(".list")]
         assert tops == sorted(set(tops))  # below each other

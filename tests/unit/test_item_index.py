@@ -19,11 +19,14 @@ def draw_vectors(num_items=3000, width=8):
     return items.astype(np.float32), queries.astype(np.float32)
 
 
+@pytest.mark.parametrize("has_text", [False, True], ids=["", "text"])
 @pytest.mark.parametrize("name", ["mf", "lightgcn", "sasrec"])
-def test_inner_products_are_the_logits_up_to_a_users_constant(tmp_path, name):
-    """Measured: 2e-7, float32."""
+def test_inner_products_are_the_logits_up_to_a_users_constant(tmp_path, name, has_text):
+    """Measured: 3e-7, float32."""
     model, _ = build(write_data_step(tmp_path), make_cf(name))
     torch.manual_seed(0)
+    if has_text:
+        model.items.add_text(torch.randn(NUM_ITEMS, 3), 100)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.refresh()
