@@ -13,7 +13,8 @@ and ``seed``; ``against``: stage 2 minus that of the variant that has, or lacks,
 
 All settings were chosen on validation rows. A variant trains on all training rows; on CPUs, --overrides with
 llm.dtype=bfloat16, stage1.max_train_contexts, stage2.max_train_contexts and evaluation.max_contexts takes a part of
-them, which the page says.
+them, which the page says. A variant is compared with another of the same overrides only, so an ablation of a smaller
+size has a base of its own: --part NAME keeps records, result and section apart from those without it.
 """
 
 from __future__ import annotations
@@ -148,8 +149,15 @@ def run_cell(cell: Cell, arguments: argparse.Namespace, deadline: float) -> int:
 
 def find_records(arguments: argparse.Namespace) -> Path:
     """Return the folder of the records."""
-    folder: Path = arguments.output / f"reproduce_{arguments.data_set}"
+    folder: Path = arguments.output / find_result(arguments).stem
     return folder
+
+
+def find_result(arguments: argparse.Namespace) -> Path:
+    """Return the path of the result that is made from the records."""
+    names = filter(None, ("reproduce", arguments.data_set, arguments.part))
+    path: Path = arguments.output / f"{'_'.join(names)}.json"
+    return path
 
 
 def list_cells(arguments: argparse.Namespace, seeds: Sequence[int] | None = None) -> list[Cell]:
@@ -181,7 +189,9 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "question": (__doc__ or "").splitlines()[0],
+        "part": arguments.part,
         "command": f"python -m benchmarks.reproduce --data-set {arguments.data_set} --data DIR"
+        + (f" --part {arguments.part}" if arguments.part else "")
         + (f" --seeds {' '.join(map(str, seeds))}" if seeds != [0] else "")
         + (f" --overrides {' '.join(arguments.overrides)}" if arguments.overrides else ""),
         "hardware": records[-1]["hardware"],
@@ -216,7 +226,7 @@ def save_cell(cell: Cell, arguments: argparse.Namespace) -> None:
     settings = list_settings(cell, arguments)
     write_record(cell, find_records(arguments), settings, cell.find_run(arguments.work))
     compare_variants(cell, arguments)
-    write_json(arguments.output / f"reproduce_{arguments.data_set}.json", collect(arguments))
+    write_json(find_result(arguments), collect(arguments))
     write_page(arguments.page, arguments.output)
 
 
@@ -232,6 +242,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these variants")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all variants")
+    parser.add_argument(
+        "--part", metavar="NAME", help="records, result and section of their own, for variants of a smaller size"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md", help="rendered page")
     parser.add_argument("--list", action="store_true", help="print the variants and whether they are done")

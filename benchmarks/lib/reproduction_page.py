@@ -71,12 +71,11 @@ def write_page(path: Path, results: Path) -> None:
         path: the page, Markdown.
         results: folder of the results.
     """
-    by_name = {name: _load(results / f"reproduce_{name}.json") for name in DATA_SETS}
-    found = {name: result for name, result in by_name.items() if result is not None}
+    found = [(name, _load(file)) for name in DATA_SETS for file in _list_files(name, results)]
     parts = ["# Results", ""]
-    for name, result in found.items():
+    for name, result in found:
         parts += [f"- {sentence}" for sentence in summarize(name, result)]
-    missing = [DATA_SETS[name][0] for name in DATA_SETS if name not in found]
+    missing = [title for name, (title, _) in DATA_SETS.items() if name not in dict(found)]
     if missing:
         parts.append(
             f"- No variant of the recipe has been run to its end on {' and '.join(missing)} yet "
@@ -90,7 +89,7 @@ def write_page(path: Path, results: Path) -> None:
         "what a model may see: only rows with equal entries compete. All settings were chosen on validation rows.",
         "",
     ]
-    for name, result in found.items():
+    for name, result in found:
         parts += _render_data_set(name, result, path.parent / "images")
     parts += ["## Without a language model", "", *render_leak(results), *render_tables(results)]
     with open_atomic(path) as file:
@@ -105,7 +104,7 @@ def select(rows: Sequence[Row], variant: str, slices: Sequence[str] = ("all",)) 
 
 def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
     """Return sentences on the whole recipe: the language model's gain over its anchor and over its rivals."""
-    title, metric = DATA_SETS[name]
+    title, metric = _name_data_set(name, result), DATA_SETS[name][1]
     variant = "full" if select(result["rows"], "full") else result["cells"][0]["variant"]
     rows, differences = select(result["rows"], variant), select(result["differences"], variant)
     run = _describe_run(variant, rows, result)
@@ -158,18 +157,34 @@ def _describe_share(result: Mapping[str, Any]) -> str:
     return f"of {total:,} training contexts the language model has seen {' and '.join(parts)}." if parts else ""
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _list_files(name: str, results: Path) -> list[Path]:
+    """Return the results of a data set, those of its parts last."""
+    return [*results.glob(f"reproduce_{name}.json"), *sorted(results.glob(f"reproduce_{name}_*.json"))]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def _name_data_set(name: str, result: Mapping[str, Any]) -> str:
+    return DATA_SETS[name][0] + (f", part {result['part']}" if result["part"] else "")
+
+
+def _name_result(name: str, result: Mapping[str, Any]) -> str:
+    return f"{name}_{result['part']}" if result["part"] else name
 
 
 def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list[str]:
     hardware = result["hardware"]
-    machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
+    machine, file = (
+        hardware.get("gpu") or f"{hardware['cpus']} CPU cores",
+        f"reproduce_{_name_result(name, result)}.json",
+    )
     parts = [
-        f"## {DATA_SETS[name][0]}",
+        f"## {_name_data_set(name, result)}",
         "",
-        f"Made by `{result['command']}` on {machine} (`benchmarks/results/reproduce_{name}.json`). "
-        f"{_describe_size(result)}",
+        f"Made by `{result['command']}` on {machine} (`benchmarks/results/{file}`). {_describe_size(result)}",
         "",
     ]
     for variant in dict.fromkeys(cell["variant"] for cell in result["cells"]):
@@ -178,7 +193,7 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
     if against:
         parts += ["### What each part brings", "", "Stage 2 of a variant minus stage 2 of another, paired:", ""]
         parts += [render_differences([_name_parts(row, with_seed=_has_seeds(result)) for row in against]), ""]
-    if name == "ml1m":
+    if name == "ml1m" and not result["part"]:
         parts += [
             "### Published results, with other backbones",
             "",
@@ -204,7 +219,7 @@ def _name_parts(row: Row, *, with_seed: bool) -> dict[str, Any]:
 
 
 def _render_variant(name: str, variant: str, result: Mapping[str, Any], images: Path) -> list[str]:
-    metric = DATA_SETS[name][1]
+    metric, file = DATA_SETS[name][1], _name_result(name, result)
     rows = select(result["rows"], variant)
     seed = f", seed {rows[0]['seed']}" if rows and _has_seeds(result) else ""
     parts = [f"### {PARTS[variant][0].upper()}{PARTS[variant][1:]}{seed}", "", render_results(rows), ""]
@@ -213,8 +228,8 @@ def _render_variant(name: str, variant: str, result: Mapping[str, Any], images: 
         figure = plot_forest(shown, MODEL_NAMES, metric, f"{metric.upper()} on test, {rows[0]['rows']:,} rows")
         if figure is not None:
             figure.axes[0].set_xlabel(metric.upper())
-            save_figure(figure, images / f"reproduction_{name}.png")
-            parts += [f"![{metric.upper()} of every model](images/reproduction_{name}.png)", ""]
+            save_figure(figure, images / f"reproduction_{file}.png")
+            parts += [f"![{metric.upper()} of every model](images/reproduction_{file}.png)", ""]
         parts += [render_slices(select(result["rows"], variant, ("all", "warm", "cold_user", "cold_item"))), ""]
     return [*parts, render_differences(select(result["differences"], variant)), ""]
 

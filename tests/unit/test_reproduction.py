@@ -158,6 +158,26 @@ def test_results_of_other_seeds_are_kept_and_told_apart(monkeypatch, tmp_path):
         assert f"without the anchor vs the whole recipe, seed {seed} | +0.0{1 + seed}00 [" in page
 
 
+def test_a_part_has_records_result_and_section_of_its_own(monkeypatch, tmp_path):
+    for extra, cell, auc in (
+        ([], FULL, 0.6),
+        (["--part", "small", "--overrides", "evaluation.max_users=7"], OTHER, 0.7),
+    ):
+        arguments = parse(monkeypatch, tmp_path, *extra)
+        write_cell(reproduce.find_records(arguments), cell, reproduce.list_settings(cell, arguments), auc)
+        result = reproduce.collect(arguments)
+        assert [row["variant"] for row in result["cells"]] == [cell.variant]
+        assert ("--part small" in result["command"]) == bool(extra)
+        write_json(reproduce.find_result(arguments), result)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"reproduce_ml1m.json", "reproduce_ml1m_small.json"}
+    page = tmp_path / "docs" / "results.md"
+    write_page(page, tmp_path)
+    sections = [line for line in page.read_text().splitlines() if line.startswith("## MovieLens")]
+    assert sections == ["## MovieLens-1M", "## MovieLens-1M, part small"]
+    assert page.read_text().count("### Published results") == 1
+    assert "- MovieLens-1M, part small (without the anchor): stage 2 (text + slots) (AUC 0.7000)" in page.read_text()
+
+
 def test_a_result_of_one_seed_does_not_name_it(monkeypatch, tmp_path):
     arguments = parse(monkeypatch, tmp_path)
     write_cell(reproduce.find_records(arguments), OTHER, reproduce.list_settings(OTHER, arguments), 0.6)
