@@ -27,7 +27,7 @@ PARTS = {
     "full": "the whole recipe",
     "titles": "titles alone as item text",
     "likes": "likes alone: no dislikes, the collaborative model as the anchor",
-    "text": "text alone, as in the paper: no anchor, no pairwise loss",
+    "text": "text alone: no anchor, no pairwise loss, two epochs",
     "yes_no": "scored by Yes and No, not by the title's likelihood",
     "no_anchor": "without the anchor",
     "no_pairs": "without the pairwise loss",
@@ -177,10 +177,8 @@ def _name_result(name: str, result: Mapping[str, Any]) -> str:
 
 def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list[str]:
     hardware = result["hardware"]
-    machine, file = (
-        hardware.get("gpu") or f"{hardware['cpus']} CPU cores",
-        f"reproduce_{_name_result(name, result)}.json",
-    )
+    machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
+    file = f"reproduce_{_name_result(name, result)}.json"
     parts = [
         f"## {_name_data_set(name, result)}",
         "",
