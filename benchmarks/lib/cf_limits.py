@@ -2,8 +2,8 @@
 
 mf: bytes. Weights and both moments of every distinct table row are read once and written once, in random order.
 lightgcn: bytes. For every edge of the graph, layer and direction of the step (forward, backward) a row is read, in
-random order; weights, gradient and both moments of all rows are streamed once by Adam. This is an estimate, not a limit:
-rows of popular items stay in the cache, so large graphs take less.
+random order; weights, gradient and both moments of all rows are streamed once by Adam. This is an estimate and not a
+limit: rows of popular items stay in the cache, so large graphs take less.
 sasrec, din: operations of the matmuls, forward and backward.
 """
 
