@@ -68,7 +68,7 @@ def test_variants_run_stop_and_are_kept(released, tiny_backbone_dir, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "reproduce_ml1m.json").read_text())
     assert [cell["variant"] for cell in result["cells"]] == ["titles", "likes"]
-    assert len(result["not_run"]) == 5
+    assert len(result["not_run"]) == 6
     assert {(row["variant"], row["versus"]) for row in result["against"]} == {("likes", "titles")}
     models = {(row["variant"], row["model"]) for row in result["rows"]}
     assert {("titles", "blend"), ("likes", "anchor"), ("likes", "stage2")} <= models
