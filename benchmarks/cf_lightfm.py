@@ -16,7 +16,7 @@ rows, and its result is the same with any number of workers. So a second of Ligh
 
 A sample is an epoch. The sides take turns, each in a process of its own and after a warm-up epoch. ``ratios`` are
 LightFM's median over ours: above 1, ours is faster. LightFM has no graphs, sequences or attention, so the other models
-have no counterpart. Nor has ``implicit``: its losses (BPR, ALS, logistic on sampled negatives) know no dislikes.
+have no counterpart. Nor has ``implicit``: none of its losses (BPR, ALS, logistic on sampled negatives) reads dislikes.
 """
 
 from __future__ import annotations
