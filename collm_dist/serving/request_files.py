@@ -162,7 +162,7 @@ def _check(table: Any, known: Any, refuse: _Refusal, retrieves: bool, events_end
                "an id in the list is null; remove it")  # fmt: skip
     for name in () if retrieves else ("allowed", "blocked"):
         refuse(name, columns[name].is_valid(),
-               "the column limits retrieval, but candidates are given; remove it, or set --candidates cf:N")  # fmt: skip
+               "this limits retrieval, but candidates are given; remove it, or set --candidates cf:N")  # fmt: skip
     if events_end is not None:
         refuse("history", columns["history"].is_null(),
                "this run was exported without users and events; give a history")  # fmt: skip
