@@ -122,6 +122,10 @@ def finished_clicks_run(tmp_path_factory: pytest.TempPathFactory, tiny_clicks: P
         "mapping.tokens_per_slot=2",
         "prompt.stage2=Liked: <ItemTitleList> <ItemIDList>. Like <TargetItemTitle> <TargetItemID>? <UserID> Answer:",
         "stage2.train_cf=true",
+        # Of all rows together, unlike the default, which other runs on clicks have.
+        "stage1.select_metric=auc",
+        "stage2.select_metric=auc",
+        "promotion.metric=auc",
     ]
     return build_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
 

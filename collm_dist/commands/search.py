@@ -18,7 +18,8 @@ EXAMPLES = """examples:
   python launch/search.py --config configs/own_ratings.yaml --step cf cf_search.num_trials=60
 
 Run the earlier steps first; trials share them. Trial 0 has the config's own settings; Optuna's sampler draws the others
-from stage_search.space (for --step cf they are random, from cf_search.space), and ASHA stops the worse trials early.
+from stage_search.space (for --step cf, Ray Tune draws them at random from cf_search.space), and ASHA stops the worse
+trials early.
 Trials are compared by select_metric of the step on valid; test is not scored. A trial uses one GPU, and trials run
 side by side on all GPUs of the Ray cluster. After an interruption, the same command resumes.
 <run.dir>/<step>_search has leaderboard.parquet, leaderboard.png, trials/ (curves and output), status.json and
@@ -52,7 +53,7 @@ def _describe(config: Config, run_dir: RunDir, arguments: argparse.Namespace) ->
 
 def main() -> int:
     """Run the command and return its exit code."""
-    return run_command("Search for settings of a step, on Ray Tune.", _run, EXAMPLES, _add_arguments, _describe)
+    return run_command("Search for settings of a step, with trials side by side on Ray.", _run, EXAMPLES, _add_arguments, _describe)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,25 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and processes.")
 
     @model_validator(mode="after")
+    def _select_what_is_reported(self) -> Config:
+        """With implicit feedback, let metrics that are not set be the one that the report ranks by.
+
+        The AUC of all rows compares scores of different users, and can rise while the lists of each get worse.
+        """
+        metric = self.main_metric
+        for section, setting in (("stage1", "select_metric"), ("stage2", "select_metric"), ("promotion", "metric")):
+            values = getattr(self, section)
+            if setting not in values.model_fields_set:
+                self.__dict__[section] = values.model_copy(update={setting: metric})
+        return self
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that the report ranks by: auc, with implicit feedback NDCG at the middle cutoff."""
+        cutoffs = self.evaluation.cutoffs if self.dataset.feedback == "implicit" else ()
+        return f"ndcg@{cutoffs[len(cutoffs) // 2]}" if cutoffs else "auc"
+
+    @model_validator(mode="after")
     def _check(self) -> Config:
         stored, prompted = self.preprocessing.max_history_length, self.prompt.history_length
         if prompted > stored:

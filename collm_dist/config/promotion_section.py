@@ -17,7 +17,12 @@ class PromotionConfig(Section):
         "Minimum for the lower end of the interval of stage 2 minus the baseline, on the same test rows: 0 "
         "demands evidence of a gain, -0.005 tolerates a possible loss of that size. Default: no promotion.",
     )
-    metric: str = operational("auc", "auc, uauc, ndcg@k or hr@k.", pattern=r"^(auc|uauc|(ndcg|hr)@\d+)$")
+    metric: str = operational(
+        "auc",
+        "auc, uauc, ndcg@k or hr@k. Default: auc; dataset.feedback implicit: ndcg@k with the middle one of "
+        "evaluation.cutoffs.",
+        pattern=r"^(auc|uauc|(ndcg|hr)@\d+)$",
+    )
     baseline: Literal[
         "previous",
         "anchor",

@@ -71,7 +71,8 @@ class StageConfig(Section):
     select_metric: ValidMetric = Field(
         "auc",
         description="Validation metric that picks the best checkpoint: auc, uauc or logloss; implicit: also ndcg@K "
-        "or hr@K, of each like among its sampled dislikes.",
+        "or hr@K, of each like among its sampled dislikes. Default: auc; implicit: ndcg@K with the middle one of "
+        "evaluation.cutoffs, as in the report.",
     )
     guard_metric: ValidMetric | None = optional(
         "Only pick checkpoints whose value of this metric is at most guard_margin worse than before training: auc, "

@@ -170,9 +170,8 @@ def build_report(
     report["calibration"] = [
         curve for name in calibrated for curve in list_calibration(splits[name].rows, scores.models[name])
     ]
-    main_metric = f"ndcg@{cutoffs[len(cutoffs) // 2]}" if cutoffs else "auc"
-    report["verdicts"] = list_verdicts(report, main_metric)
-    report["proven_loss"] = describe_proven_loss(report, main_metric) if anchor else None
+    report["verdicts"] = list_verdicts(report, config.main_metric)
+    report["proven_loss"] = describe_proven_loss(report, config.main_metric) if anchor else None
     report["warnings"] = list_warnings(report, evaluation.confidence)
     report["warnings"] += [f"WARNING: {report['proven_loss']}."] if report["proven_loss"] else []
     report["notes"] = list_notes(config, report)

@@ -105,11 +105,13 @@ def _build_textfile(config: Config) -> StateTextfile | None:
 
 
 def _promote(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
-    """Return the promotion decision, or without a rule a proven loss against the anchor, for the status."""
+    """Return the promotion decision if there is a rule, and a proven loss against the anchor, for the status."""
+    loss = run_dir.read_record("eval").get("proven_loss")
     if config.promotion.min_paired_difference is None:
-        loss = run_dir.read_record("eval").get("proven_loss")
         return {"state": "done", "reason": loss} if loss else None
     decision = promote(config, run_dir)
+    if loss:  # which the rule, against another baseline or with a tolerance, may allow
+        decision |= {"reason": f"{decision['reason']}; {loss}"}
     print(f"{decision['state']}: {decision['reason']}", flush=True)
     return decision
 

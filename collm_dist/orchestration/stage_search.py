@@ -92,9 +92,11 @@ def plan_search(config: Config, run_dir: RunDir, stage: StageName) -> TrialConfi
     """Check every setting of the search space and return the configurations of trials.
 
     Raises:
-        ConfigError: a value is invalid, or a setting belongs to an earlier step, changes how trials are compared, or
-            changes nothing.
+        ConfigError: the stage is not enabled; or a value is invalid, or a setting belongs to an earlier step, changes
+            how trials are compared, or changes nothing.
     """
+    if stage not in list_steps(config):
+        raise ConfigError(f"{stage}.enabled is false, so there is nothing to search; set it to true")
     space = config.stage_search.space or {f"{stage}.learning_rate": _DEFAULT_RATES}
     own = compute_fingerprint(config, stage, run_dir, skip_missing=True)
     for name, form in space.items():
@@ -135,7 +137,7 @@ def _check_fraction(config: Config, name: str, kind: str, values: Sequence[float
 def _check_shared(config: Config, variant: Config, run_dir: RunDir, stage: StageName, place: str) -> None:
     """Refuse a value that changes what all trials share: the earlier steps, and the rule that compares trials."""
     steps = list_steps(config)
-    for step in steps[: steps.index(stage)] if stage in steps else ():
+    for step in steps[: steps.index(stage)]:
         # Of the settings alone: the raw logs need not be on this machine.
         fingerprints = [compute_fingerprint(each, step, run_dir, skip_missing=True) for each in (config, variant)]
         if fingerprints[0] != fingerprints[1]:

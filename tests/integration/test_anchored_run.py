@@ -1,6 +1,7 @@
 """A run with an anchor: training starts at the anchor, and every way of scoring adds the same one."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
+from collm_dist.orchestration.pipeline import run_pipeline
 from collm_dist.runs.publish import Publisher
 from collm_dist.runs.run_dir import RunDir
 from collm_dist.serving.export import export_model, import_model
@@ -138,3 +140,16 @@ def test_a_published_run_has_the_anchor(anchored_run, tmp_path):
     ours, theirs = (collm_dist.load_recommender(run, "cpu") for run in (anchored_run, tmp_path / "published"))
     request = RankingRequest(None, ours.item_ids[:3], ours.item_ids)
     assert ours.score([request])[0].tolist() == theirs.score([request])[0].tolist()
+
+
+@pytest.mark.parametrize(("rule", "state"), [([], "done"), (["promotion.min_paired_difference=-1"], "promoted")])
+def test_the_end_of_a_run_says_that_it_is_below_its_anchor(anchored_run, tmp_path, capsys, rule, state):
+    run, loss = tmp_path / "run", "stage 2 is proven worse than its anchor: auc -0.0200 [-0.0300, -0.0100]"
+    shutil.copytree(anchored_run, run, symlinks=True)
+    for is_worse in (False, True):
+        report = RunDir(run).read_record("eval") | {"proven_loss": loss if is_worse else None}
+        RunDir(run).write_record("eval", report)
+        assert run_pipeline(load_config(run / "config.yaml", [f"run.dir={run}", *rule])) == 0
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["message"] == status["message"]
+        assert (status["state"], loss in (status["message"] or "")) == (state, is_worse)

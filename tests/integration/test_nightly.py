@@ -285,6 +285,9 @@ def test_the_rule_reads_the_lower_end(tmp_path, rule, state):
     row |= {"auc": 0.01, "auc_low": -0.01, "auc_high": 0.03, "uauc": -0.1, "uauc_low": -0.2, "uauc_high": 0.1}
     config = make_config(tmp_path, "promotion.baseline=cf", f"promotion.{rule}")
     assert decide(config, {"differences": [row], "left_out": {}})["state"] == state
+    anchored = make_config(tmp_path, "promotion.baseline=anchor", "anchor.kind=as_of", f"promotion.{rule}")
+    report = {"anchor": "cf", "differences": [row, row | {"versus": "anchor", "auc_low": -1}], "left_out": {}}
+    assert decide(anchored, report)["state"] == state
 
 
 def promote_run(folder, name, extends, *overrides, in_use=None):

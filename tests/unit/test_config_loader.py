@@ -256,6 +256,19 @@ def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stag
     load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
 
 
+def test_with_implicit_feedback_the_default_metric_is_what_the_report_ranks_by(write):
+    def get_metrics(*settings):
+        config = load_config(write(GOOD), list(settings))
+        return config.stage1.select_metric, config.stage2.select_metric, config.promotion.metric
+
+    assert get_metrics() == ("auc",) * 3
+    assert get_metrics("dataset.feedback=implicit") == ("ndcg@10",) * 3
+    assert get_metrics("dataset.feedback=implicit", "evaluation.cutoffs=[1, 3]") == ("ndcg@3",) * 3
+    assert get_metrics("dataset.feedback=implicit", "evaluation.cutoffs=[]") == ("auc",) * 3
+    given = ("stage1.select_metric=auc", "stage2.select_metric=uauc", "promotion.metric=hr@5")
+    assert get_metrics("dataset.feedback=implicit", *given) == ("auc", "uauc", "hr@5")
+
+
 @pytest.mark.parametrize(
     ("baseline", "others", "remedy"),
     [

@@ -70,6 +70,11 @@ def test_settings_that_trials_share_are_refused(plan, stage, name, message):
         plan(stage, f"{{{name}}}", "stage2.guard_metric=logloss")
 
 
+def test_a_stage_that_is_left_out_is_not_searched(plan):
+    with pytest.raises(ConfigError, match=r"stage1\.enabled is false, so there is nothing to search"):
+        plan("stage1", "{stage1.learning_rate: {log_uniform: [1e-4, 1e-2]}}", "stage1.enabled=false")
+
+
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
 def test_fractions_of_whole_numbers_are_refused(plan, kind):
     with pytest.raises(ConfigError, match=rf"space\.lora\.rank\.{kind}: .*valid integer.*integer: \[4, 16\]"):
