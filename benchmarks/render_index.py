@@ -1,4 +1,4 @@
-"""Index of the benchmarks: write benchmarks/README.md from the scripts' docstrings and the results.
+"""Index of the benchmarks, benchmarks/README.md, and the page docs/results.md, from docstrings and results.
 
 python -m benchmarks.render_index
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.machine import RESULTS, ROOT
+from benchmarks.lib.reproduction_page import write_page
 
 FOLDER = ROOT / "benchmarks"
 # Names of results that do not begin with the name of their script.
@@ -80,8 +81,9 @@ def render_index() -> str:
 
 
 def main() -> None:
-    """Write the index."""
+    """Write the index and the page of results."""
     (FOLDER / "README.md").write_text(render_index(), encoding="utf-8")
+    write_page(ROOT / "docs" / "results.md", RESULTS)
 
 
 if __name__ == "__main__":

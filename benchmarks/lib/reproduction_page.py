@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.reproduction_parts import render_leak, render_tables
+from benchmarks.lib.reproduction_summary import (
+    DATA_SETS,
+    PARTS,
+    PROMPTS,
+    Row,
+    has_seeds,
+    introduce,
+    name_data_set,
+    select,
+    summarize,
+)
 from collm_dist.evaluation.plots import plot_forest, save_figure
 from collm_dist.evaluation.report_markdown import (
     MODEL_NAMES,
-    format_number,
     render_differences,
     render_results,
     render_slices,
     render_table,
 )
-from collm_dist.evaluation.verdict import judge
 from collm_dist.runs.atomic_files import open_atomic
 
-Row = Mapping[str, Any]
-# Name and main metric of each data set.
-DATA_SETS = {"ml1m": ("MovieLens-1M", "auc"), "amazon_industrial": ("Amazon Industrial", "ndcg@10")}
-PARTS = {
-    "full": "the whole recipe",
-    "titles": "titles alone as item text",
-    "likes": "likes alone: no dislikes, the collaborative model as the anchor",
-    "text": "text alone: no anchor, no pairwise loss, two epochs",
-    "yes_no": "scored by Yes and No, not by the title's likelihood",
-    "no_anchor": "without the anchor",
-    "no_pairs": "without the pairwise loss",
-    "feedback": "with the titles liked and disliked before in the prompts",
-    "no_llm_loss": "without the language model's own loss",
-    "no_lists": "without the listwise loss",
-    "no_cf_text": "without item texts in the collaborative model",
-}
-_VERDICTS = {
-    "better": "is better than",
-    "worse": "is worse than",
-    "open": "cannot be told from",
-    "undefined": "has no defined difference from",
-}
 # AUC / UAUC on the released split as published, with Vicuna-7B unless named otherwise: Zhang et al., arXiv 2310.19488,
 # and for BinLLM, GraphLoRA and SAILRec the papers of these names.
 PUBLISHED = (
@@ -72,9 +59,7 @@ def write_page(path: Path, results: Path) -> None:
         results: folder of the results.
     """
     found = [(name, _load(file)) for name in DATA_SETS for file in _list_files(name, results)]
-    parts = ["# Results", ""]
-    for name, result in found:
-        parts += [f"- {sentence}" for sentence in summarize(name, result)]
+    parts = ["# Results", "", *(f"- {sentence}" for sentence in introduce(found))]
     missing = [title for name, (title, _) in DATA_SETS.items() if name not in dict(found)]
     if missing:
         parts.append(
@@ -86,7 +71,8 @@ def write_page(path: Path, results: Path) -> None:
     parts += [
         "",
         "Intervals are bootstrap intervals over users; differences are paired. `training labels` and `inputs` state "
-        "what a model may see: only rows with equal entries compete. All settings were chosen on validation rows.",
+        "what a model may see: only rows with equal entries compete. All settings were chosen on validation rows. "
+        "[Recipes](recipes.md) explains the parts.",
         "",
     ]
     for name, result in found:
@@ -94,67 +80,6 @@ def write_page(path: Path, results: Path) -> None:
     parts += ["## Without a language model", "", *render_leak(results), *render_tables(results)]
     with open_atomic(path) as file:
         file.write("\n".join(parts).rstrip() + "\n")
-
-
-def select(rows: Sequence[Row], variant: str, slices: Sequence[str] = ("all",)) -> list[Row]:
-    """Return the test rows of a variant on some slices; of several seeds the first."""
-    chosen = [row for row in rows if (row["variant"], row["split"]) == (variant, "test") and row["slice"] in slices]
-    return [row for row in chosen if row["seed"] == chosen[0]["seed"]]
-
-
-def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Return sentences on the whole recipe: the language model's gain over its anchor and over its rivals."""
-    title, metric = _name_data_set(name, result), DATA_SETS[name][1]
-    variant = "full" if select(result["rows"], "full") else result["cells"][0]["variant"]
-    rows, differences = select(result["rows"], variant), select(result["differences"], variant)
-    run = _describe_run(variant, rows, result)
-    stage = "stage2" if any(row["model"] == "stage2" for row in rows) else "stage1"
-    by_model = {row["model"]: row for row in rows}
-    sentences = []
-    for versus in ("anchor", "blend", "as_of_logistic", "cf"):
-        pair = [row for row in differences if (row["model"], row["versus"]) == (stage, versus)]
-        if pair and versus in by_model:
-            sentences.append(
-                f"{title}{run}: {MODEL_NAMES[stage]} ({metric.upper()} {by_model[stage][metric]:.4f}) "
-                f"{_VERDICTS[judge(pair[0], metric)]} {_name_rival(versus)} ({by_model[versus][metric]:.4f}), "
-                f"difference {format_number(pair[0], metric, signed=True)}."
-            )
-    if share := _describe_share(result):
-        sentences.append(f"{title}: {share}")
-    return sentences
-
-
-def _describe_run(variant: str, rows: Sequence[Row], result: Mapping[str, Any]) -> str:
-    """Return variant and seed in parentheses as far as they do not go without saying, else an empty string."""
-    words = [] if variant == "full" else [PARTS[variant]]
-    if rows and _has_seeds(result):
-        words.append(f"seed {rows[0]['seed']}")
-    return f" ({', '.join(words)})" if words else ""
-
-
-def _has_seeds(result: Mapping[str, Any]) -> bool:
-    return len({cell["seed"] for cell in result["cells"]}) > 1
-
-
-def _name_rival(model: str) -> str:
-    names = {
-        "anchor": "its anchor alone",
-        "blend": "the blend of all simple scores",
-        "as_of_logistic": "a logistic regression on earlier counts",
-    }
-    return names.get(model, "the collaborative model")
-
-
-def _describe_share(result: Mapping[str, Any]) -> str:
-    """Return a sentence on the training contexts if the stages saw a part of them, else an empty string."""
-    given = dict(setting.split("=", 1) for setting in result["overrides"])
-    total = result["cells"][-1]["data"]["splits"]["train"]["contexts"]
-    parts = [
-        f"{number:,} ({number / total:.0%}) in {MODEL_NAMES[stage]}"
-        for stage in ("stage1", "stage2")
-        if (number := int(given.get(f"{stage}.max_train_contexts", total))) < total
-    ]
-    return f"of {total:,} training contexts the language model has seen {' and '.join(parts)}." if parts else ""
 
 
 def _list_files(name: str, results: Path) -> list[Path]:
@@ -167,10 +92,6 @@ def _load(path: Path) -> dict[str, Any]:
     return result
 
 
-def _name_data_set(name: str, result: Mapping[str, Any]) -> str:
-    return DATA_SETS[name][0] + (f", part {result['part']}" if result["part"] else "")
-
-
 def _name_result(name: str, result: Mapping[str, Any]) -> str:
     return f"{name}_{result['part']}" if result["part"] else name
 
@@ -180,9 +101,12 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
     machine = hardware.get("gpu") or f"{hardware['cpus']} CPU cores"
     file = f"reproduce_{_name_result(name, result)}.json"
     parts = [
-        f"## {_name_data_set(name, result)}",
+        f"## {name_data_set(name, result)}",
         "",
-        f"Made by `{result['command']}` on {machine} (`benchmarks/results/{file}`). {_describe_size(result)}",
+        *(f"- {sentence}" for sentence in summarize(name, result)),
+        "",
+        f"Made by `{result['command']}` on {machine} (`benchmarks/results/{file}`). {_describe_size(result)} "
+        f"{PROMPTS[name]}",
         "",
     ]
     for variant in dict.fromkeys(cell["variant"] for cell in result["cells"]):
@@ -190,7 +114,7 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
     against = [row for row in result["against"] if row["split"] == "test" and row["slice"] == "all"]
     if against:
         parts += ["### What each part brings", "", "Stage 2 of a variant minus stage 2 of another, paired:", ""]
-        parts += [render_differences([_name_parts(row, with_seed=_has_seeds(result)) for row in against]), ""]
+        parts += [render_differences([_name_parts(row, with_seed=has_seeds(result)) for row in against]), ""]
     if name == "ml1m" and not result["part"]:
         parts += [
             "### Published results, with other backbones",
@@ -206,7 +130,7 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
     ]
     parts += ["### Runs", "", render_table(["variant", "seed", "precision", "minutes"], cells), ""]
     if result["not_run"]:
-        parts += [f"Not run yet: {', '.join(result['not_run'])}.", ""]
+        parts += [f"Not run yet: {'; '.join(_name_cell(cell, result) for cell in result['not_run'])}.", ""]
     return parts
 
 
@@ -216,10 +140,15 @@ def _name_parts(row: Row, *, with_seed: bool) -> dict[str, Any]:
     return {**row, "model": PARTS[row["variant"]], "versus": f"{PARTS[row['versus']]}{seed}"}
 
 
+def _name_cell(cell: str, result: Mapping[str, Any]) -> str:
+    variant, _, seed = cell.rpartition("-")
+    return PARTS[variant] + (f", seed {seed}" if has_seeds(result) else "")
+
+
 def _render_variant(name: str, variant: str, result: Mapping[str, Any], images: Path) -> list[str]:
     metric, file = DATA_SETS[name][1], _name_result(name, result)
     rows = select(result["rows"], variant)
-    seed = f", seed {rows[0]['seed']}" if rows and _has_seeds(result) else ""
+    seed = f", seed {rows[0]['seed']}" if rows and has_seeds(result) else ""
     parts = [f"### {PARTS[variant][0].upper()}{PARTS[variant][1:]}{seed}", "", render_results(rows), ""]
     if variant == "full":
         shown = [row for row in rows if row["model"] != "slots_shuffled"]
@@ -237,5 +166,5 @@ def _describe_size(result: Mapping[str, Any]) -> str:
     train, test = data["splits"]["train"], data["evaluated"]["test"]
     text = f"{train['rows']:,} training rows in {train['contexts']:,} contexts; {test['rows']:,} evaluated test rows."
     if result["overrides"]:
-        text += f" A part of the full size: {', '.join(f'`{setting}`' for setting in result['overrides'])}."
+        text += " The overrides in the command make it a part of the full size."
     return text

@@ -53,7 +53,8 @@ def _describe(config: Config, run_dir: RunDir, arguments: argparse.Namespace) ->
 
 def main() -> int:
     """Run the command and return its exit code."""
-    return run_command("Search for settings of a step, with trials side by side on Ray.", _run, EXAMPLES, _add_arguments, _describe)
+    title = "Search for settings of a step, with trials side by side on Ray."
+    return run_command(title, _run, EXAMPLES, _add_arguments, _describe)
 
 
 if __name__ == "__main__":

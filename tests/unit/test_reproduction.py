@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import reproduce
-from benchmarks.lib.reproduction_page import DATA_SETS, PARTS, summarize, write_page
+from benchmarks.lib.reproduction_page import write_page
 from benchmarks.lib.reproduction_parts import render_leak, render_tables
 from benchmarks.lib.reproduction_records import Cell, compare_cells, read_record
+from benchmarks.lib.reproduction_summary import DATA_SETS, PARTS, introduce, summarize
 from collm_dist.config.loader import dump_config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.evaluation.evaluated_rows import load_splits
@@ -116,19 +117,29 @@ def test_the_page_leads_with_what_the_language_model_adds(monkeypatch, tmp_path)
     write_json(tmp_path / "reproduce_ml1m.json", result)
     page = tmp_path / "docs" / "results.md"
     write_page(page, tmp_path)
-    first = page.read_text().splitlines()[2]
-    assert first == (
-        "- MovieLens-1M: stage 2 (text + slots) (AUC 0.6000) cannot be told from its anchor alone (0.5500), difference "
-        "-0.0100 [-0.0500, +0.0300]."
+    lines = page.read_text().splitlines()
+    assert lines[2] == (
+        "- On MovieLens-1M, the language model is not proven to improve on its anchor alone: of 100 pairs of a like "
+        "and a dislike it puts 60.00 in the right order, that score alone 55.00 "
+        "(AUC, difference -0.0100 [-0.0500, +0.0300])."
     )
-    assert "A part of the full size: `evaluation.max_users=7`." in page.read_text()
-    assert "Not run yet: titles-0" in page.read_text()
+    assert lines[lines.index("## MovieLens-1M") + 2] == (
+        "- The whole recipe: stage 2 (text + slots) (AUC 0.6000) cannot be told from its anchor alone (0.5500), "
+        "difference -0.0100 [-0.0500, +0.0300]."
+    )
+    assert "The overrides in the command make it a part of the full size." in page.read_text()
+    assert "Not run yet: titles alone as item text; " in page.read_text()
     assert (tmp_path / "docs" / "images" / "reproduction_ml1m.png").stat().st_size > 5000
     better = json.loads(json.dumps(result).replace("-0.05,", "0.005,"))
     assert "is better than its anchor alone" in summarize("ml1m", better)[0]
     part = {**result, "overrides": ["evaluation.max_users=7", "stage2.max_train_contexts=1"]}
-    assert " training contexts the language model has seen 1 (" in summarize("ml1m", part)[-1]
-    assert "has seen" not in "".join(summarize("ml1m", result))
+    assert introduce([("ml1m", better)])[0].startswith(
+        "On MovieLens-1M, the language model improves on its anchor alone"
+    )
+    for sentences in (summarize("ml1m", part), introduce([("ml1m", part)])):
+        assert " part of the training contexts: 1 (" in sentences[-1] or "model has seen 1 (" in sentences[-1]
+    assert "has seen" not in "".join([*summarize("ml1m", result), *introduce([("ml1m", result)])])
+    assert introduce([("ml1m", result), ("ml1m", {**better, "part": "small"})]) == [lines[2][2:]]
     write_page(tmp_path / "none.md", tmp_path / "docs")
     text = (tmp_path / "none.md").read_text()
     assert "No variant of the recipe has been run to its end on MovieLens-1M and Amazon Industrial yet" in text
@@ -152,7 +163,8 @@ def test_results_of_other_seeds_are_kept_and_told_apart(monkeypatch, tmp_path):
     write_json(tmp_path / "reproduce_ml1m.json", result)
     write_page(tmp_path / "docs" / "results.md", tmp_path)
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert "- MovieLens-1M (without the anchor, seed 0): stage 2 (text + slots) (AUC 0.6000)" in page
+    assert "- Without the anchor, seed 0: stage 2 (text + slots) (AUC 0.6000)" in page
+    assert "Not run yet: the whole recipe, seed 0; " in page
     assert "### Without the anchor, seed 0" in page
     for seed in (0, 1):
         assert f"without the anchor vs the whole recipe, seed {seed} | +0.0{1 + seed}00 [" in page
@@ -175,7 +187,7 @@ def test_a_part_has_records_result_and_section_of_its_own(monkeypatch, tmp_path)
     sections = [line for line in page.read_text().splitlines() if line.startswith("## MovieLens")]
     assert sections == ["## MovieLens-1M", "## MovieLens-1M, part small"]
     assert page.read_text().count("### Published results") == 1
-    assert "- MovieLens-1M, part small (without the anchor): stage 2 (text + slots) (AUC 0.7000)" in page.read_text()
+    assert "- Without the anchor: stage 2 (text + slots) (AUC 0.7000)" in page.read_text()
 
 
 def test_a_result_of_one_seed_does_not_name_it(monkeypatch, tmp_path):
@@ -183,7 +195,25 @@ def test_a_result_of_one_seed_does_not_name_it(monkeypatch, tmp_path):
     write_cell(reproduce.find_records(arguments), OTHER, reproduce.list_settings(OTHER, arguments), 0.6)
     result = reproduce.collect(arguments)
     assert "--seeds" not in result["command"]
-    assert summarize("ml1m", result)[0].startswith("MovieLens-1M (without the anchor): stage 2 (text + slots) (AUC")
+    assert summarize("ml1m", result)[0].startswith("Without the anchor: stage 2 (text + slots) (AUC")
+
+
+def test_the_page_is_current(repository, tmp_path):
+    write_page(tmp_path / "results.md", repository / "benchmarks" / "results")
+    current = (repository / "docs" / "results.md").read_text(encoding="utf-8")
+    assert current == (tmp_path / "results.md").read_text(encoding="utf-8"), "run python -m benchmarks.render_index"
+
+
+def test_what_may_see_less_is_no_rival(monkeypatch, tmp_path):
+    arguments = parse(monkeypatch, tmp_path)
+    write_cell(reproduce.find_records(arguments), FULL, reproduce.list_settings(FULL, arguments), 0.6)
+    result = reproduce.collect(arguments)
+    row = result["rows"][-1]
+    for inputs, is_shown in ((row["inputs"], True), ("ids alone", False)):
+        pair = {**result["differences"][0], "model": "stage2", "versus": "cf"}
+        rows = [*result["rows"], {**row, "model": "cf", "inputs": inputs}]
+        found = summarize("ml1m", {**result, "rows": rows, "differences": [*result["differences"], pair]})
+        assert any("the collaborative model" in sentence for sentence in found) == is_shown
 
 
 def test_every_variant_has_a_name_and_a_base_that_exists():
