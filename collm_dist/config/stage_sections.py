@@ -41,7 +41,7 @@ class StageConfig(Section):
         "before the first step; on a GPU as many as fit, on a CPU fewer if that is faster.",
     )
     pairwise_weight: float | None = optional(
-        "Weight of a loss on pairs of a like and a dislike among the targets of one context, besides the "
+        "Weight of a loss on pairs of a like and a dislike among up to 16 targets of one context, besides the "
         "cross-entropy of single targets; default: off.",
         gt=0,
     )
@@ -51,7 +51,8 @@ class StageConfig(Section):
     llm_loss_weight: float | None = optional(
         "With an anchor: weight of the same loss of the language model's score alone, besides that of the anchored "
         "score. The gain starts at 0, where the language model has no gradient; with this term it learns from the "
-        "first step. With prompt.score title only its terms that compare targets count; default: off.",
+        "first step. With prompt.score title only its terms that compare targets count, if there are any; "
+        "default: off.",
         gt=0,
     )
     num_epochs: int = Field(10, ge=1, description="Maximum number of passes over the training contexts.")
