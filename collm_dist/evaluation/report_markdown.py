@@ -87,24 +87,67 @@ def render_results(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def render_slices(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return AUC / UAUC by slice, one line per model; a slice's heading says how many users its UAUC is a mean of."""
+    """Return AUC / UAUC by slice, one line per model; with candidate lists NDCG at the middle cutoff before them.
+
+    A slice's heading says how many lists it has, and how many users its UAUC is a mean of.
+    """
+    ndcg = [metric for metric in list_metrics(rows) if metric.startswith("ndcg")]
+    metrics = [*ndcg[len(ndcg) // 2 :][:1], "auc", "uauc"]
     slices = list(dict.fromkeys(row["slice"] for row in rows))
     by_key = {(row["model"], row["slice"]): row for row in rows}
 
     def head(name: str) -> str:
         of_slice = [row for row in rows if row["slice"] == name]
         users = max(row["users_counted"] for row in of_slice)
-        return f"{_SLICE_NAMES[name]} ({of_slice[0]['rows']:,} rows, UAUC of {users:,} users)"
+        lists = f" in {of_slice[0]['lists']:,} lists" if ndcg else ""
+        return f"{_SLICE_NAMES[name]} ({of_slice[0]['rows']:,} rows{lists}, UAUC of {users:,} users)"
 
     def show(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     cells = [
         [MODEL_NAMES.get(model, model)]
-        + [f"{show(by_key[model, name]['auc'])} / {show(by_key[model, name]['uauc'])}" for name in slices]
+        + [" / ".join(show(by_key[model, name][metric]) for metric in metrics) for name in slices]
         for model in dict.fromkeys(row["model"] for row in rows)
     ]
-    return render_table(["AUC / UAUC", *map(head, slices)], cells)
+    return render_table([" / ".join(metric.upper() for metric in metrics), *map(head, slices)], cells)
+
+
+def _render_gains(report: Mapping[str, Any], split: str) -> list[str]:
+    """Return the section on the differences between the stages and the anchor by slice; empty without a stage.
+
+    Without an anchor the rival is the blend.
+    """
+    anchor = report["anchor"]
+    rival = anchor or "blend"
+    gains = [
+        row
+        for stage in ("stage2", "stage1")
+        for row in report["differences"]
+        if (row["split"], row["model"], row["versus"]) == (split, stage, rival)
+    ]
+    if not gains:
+        return []
+    metrics = list_metrics(gains)
+    cells = [
+        [
+            MODEL_NAMES[row["model"]],
+            _SLICE_NAMES[row["slice"]],
+            f"{row['rows']:,}",
+            *(format_number(row, metric, signed=True) for metric in metrics),
+        ]
+        for row in gains
+    ]
+    name = MODEL_NAMES[rival]
+    versus = f"its anchor (row: {name})" if anchor else f"{name}, since the run has no anchor"
+    return [
+        "### What the language model adds",
+        "",
+        f"Each stage minus {versus}; intervals are paired:",
+        "",
+        render_table(["stage", "slice", "rows", *(metric.upper() for metric in metrics)], cells),
+        "",
+    ]
 
 
 def render_differences(differences: Sequence[Mapping[str, Any]]) -> str:
@@ -185,6 +228,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += [render_results(of_all), ""]
         if len(rows) > len(of_all):
             lines += [render_slices(rows), ""]
+        lines += _render_gains(report, split)
         differences = [row for row in report["differences"] if (row["split"], row["slice"]) == (split, "all")]
         if differences:
             lines += [
