@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from collm_dist.anchor import AnchorKind
 from collm_dist.cf.model_files import load_cf_model
 from collm_dist.cf.slot_vectors import SlotVectors
 from collm_dist.config import Config
-from collm_dist.data.prompts.prompt_template import load_prompt_text
+from collm_dist.data.prompts.prompt_template import FIELDS, load_prompt_text
 from collm_dist.data.samples.pair_features import compute_pair_features
 from collm_dist.data.shards.context_block import ContextBlock, concatenate_blocks, pad_histories
 from collm_dist.data.shards.global_order import GlobalOrder
@@ -24,6 +23,13 @@ from collm_dist.data.shards.local_shards import build_local_shards
 from collm_dist.data.shards.manifest import Manifest
 from collm_dist.evaluation.baselines import TRAIN_COLUMNS, Baseline, fit_baselines
 from collm_dist.evaluation.evaluated_rows import BATCH_ROWS, EvaluatedSplit, ScoredModel
+from collm_dist.evaluation.model_inputs import (
+    describe_inputs,
+    describe_labels,
+    list_anchor_inputs,
+    list_cf_inputs,
+    list_field_inputs,
+)
 from collm_dist.evaluation.previous_stage2 import load_previous_config
 from collm_dist.evaluation.ranking_baselines import fit_ranking_baselines
 from collm_dist.evaluation.simple_rivals import fit_simple_rivals
@@ -77,7 +83,7 @@ def collect_models(
     elif config.cf.model == "none":
         collected.left_out["cf"] = "cf.model is none"
     else:
-        scorers.append(_build_cf_scorer(vectors, manifest))
+        scorers.append(_build_cf_scorer(config, vectors, manifest))
     if vectors is not None and run_dir.is_done("stage2"):
         vectors = load_slot_vectors(config, run_dir, manifest)
     with show_phase("eval: fitting slots without the language model"):
@@ -96,7 +102,8 @@ def collect_models(
             models += [_score(scorer, evaluated.block) for scorer in shown]
         for name in _STAGE_MODELS:
             if (name, split) in stage_scores:
-                labels, inputs = _describe_stage(config, name, manifest.feedback)
+                inputs = _describe_stage_inputs(config, name, manifest.feedback)
+                labels = describe_labels(manifest.feedback)
                 models.append(ScoredModel(name, labels, inputs, stage_scores[name, split]))
     return collected
 
@@ -114,33 +121,18 @@ def _fit_trivial(data_dir: Path, manifest: Manifest) -> list[Baseline]:
     return fit_baselines(train, manifest.num_users, manifest.num_items)
 
 
-def _describe_stage(config: Config, name: str, feedback: str) -> tuple[str, str]:
-    """Return what ``_describe_information`` returns, for a tuned stage; ``previous`` has settings of its own."""
+def _describe_stage_inputs(config: Config, name: str, feedback: str) -> str:
+    """Return the inputs of a tuned stage, in words; ``previous`` has settings of its own."""
     if name == "previous":
         previous = find_previous(config)
         assert previous is not None
         config = load_previous_config(previous)
     prompt = load_prompt_text(config.prompt.stage1 if name == "stage1" else config.prompt.stage2)
-    # The anchor is then a collaborative model that reads the counts.
-    reads_counts = config.anchor.kind == "cf" and config.cf.feedback == "all"
-    anchor = "as_of" if reads_counts else config.anchor.kind
-    return _describe_information(name, list_slots(prompt), feedback, anchor, prompt)
+    shown = list_field_inputs((field for field in FIELDS if field in prompt), config.cf)
+    return describe_inputs(shown | list_anchor_inputs(config.anchor.kind, config.cf), feedback)
 
 
-def _describe_information(
-    name: str, slots: frozenset[str], feedback: str, anchor: AnchorKind | None = None, prompt: str = ""
-) -> tuple[str, str]:
-    """Return the training labels that a model was fitted to, and the inputs that it reads, in words."""
-    labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
-    reads_counts = (name != "stage1" and "MatchID" in slots) or anchor in ("as_of", "blend")
-    if reads_counts or "<DislikedTitleList>" in prompt or "<RatedTitleList>" in prompt:
-        inputs = "all earlier feedback" if feedback == "explicit" else "all earlier likes"
-    else:
-        inputs = "ids, earlier likes" if name == "cf" else "earlier likes"
-    return labels, f"{inputs}, user texts" if "<UserText>" in prompt else inputs
-
-
-def _build_cf_scorer(vectors: SlotVectors, manifest: Manifest) -> Baseline:
+def _build_cf_scorer(config: Config, vectors: SlotVectors, manifest: Manifest) -> Baseline:
     """Return the CF model as a scorer."""
 
     @torch.no_grad()
@@ -155,10 +147,8 @@ def _build_cf_scorer(vectors: SlotVectors, manifest: Manifest) -> Baseline:
             parts.append(vectors.score(users, history, items, statistics).double().numpy())
         return np.concatenate(parts)
 
-    # A model with cf.feedback: all reads the statistics that the pair slot carries.
-    slots = frozenset({"MatchID"}) if vectors.final.wide is not None else frozenset()
-    labels, inputs = _describe_information("cf", slots, manifest.feedback)
-    return Baseline("cf", labels, inputs, score)
+    inputs = describe_inputs(list_cf_inputs(config.cf), manifest.feedback)
+    return Baseline("cf", describe_labels(manifest.feedback), inputs, score)
 
 
 def _fit_slots_without_llm(
@@ -214,5 +204,5 @@ def _fit_slots_without_llm(
     )
     valid = concatenate_blocks(list(valid_order.iter_batches(0)))
     model = fit_slots_mlp((build_inputs(train), train.label), (build_inputs(valid), valid.label), seed)
-    labels, inputs = _describe_information(name, slots, manifest.feedback)
-    return Baseline(name, labels, inputs, lambda block: model.score(build_inputs(block)))
+    inputs = describe_inputs(list_field_inputs((f"<{slot}>" for slot in slots), config.cf), manifest.feedback)
+    return Baseline(name, describe_labels(manifest.feedback), inputs, lambda block: model.score(build_inputs(block)))

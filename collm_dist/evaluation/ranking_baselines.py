@@ -63,5 +63,5 @@ def fit_ranking_baselines(train: Columns, num_items: int) -> list[Baseline]:
     cooccurrence = fit_last_item_cooccurrence(train, num_items)
     return [
         Baseline("popularity", "likes", "all earlier likes", score_popularity, has_logits=False),
-        Baseline("last_item_cooccurrence", "likes", "earlier likes", cooccurrence, has_logits=False),
+        Baseline("last_item_cooccurrence", "likes", "all earlier likes", cooccurrence, has_logits=False),
     ]

@@ -9,6 +9,7 @@ from collm_dist.anchor import Anchor, fit_anchor, load_anchor
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import ContextBlock
 from collm_dist.evaluation.baselines import Baseline, Scorer
+from collm_dist.evaluation.model_inputs import Inputs, describe_inputs, describe_labels, list_anchor_inputs
 from collm_dist.metrics import FloatArray
 from collm_dist.runs.run_dir import STAGES, RunDir
 
@@ -30,15 +31,16 @@ def fit_simple_rivals(config: Config, run_dir: RunDir, feedback: str) -> list[Ba
     anchor = load_anchor(config, run_dir) if any(run_dir.is_done(stage) for stage in STAGES) else None
     is_blend = anchor is not None and anchor.source.kind == "blend"
     blend = anchor if anchor is not None and is_blend else fit_anchor(config, run_dir, "blend")
-    labels = "all feedback" if feedback == "explicit" else "likes, sampled dislikes"
-    earlier = "all earlier feedback" if feedback == "explicit" else "all earlier likes"
+    labels = describe_labels(feedback)
+    history = Inputs.LIKES | (Inputs.DISLIKES if config.preprocessing.max_dislikes else Inputs(0))
+    of_texts = describe_inputs(history, feedback)
+    of_blend = describe_inputs(list_anchor_inputs("blend", config.cf), feedback)
     rivals = [
-        Baseline("text_similarity", "none", earlier, _build_text_scorer(blend, feedback), has_logits=False),
-        Baseline("blend", labels, earlier, lambda block: blend.score(block).astype(float)),
+        Baseline("text_similarity", "none", of_texts, _build_text_scorer(blend, feedback), has_logits=False),
+        Baseline("blend", labels, of_blend, lambda block: blend.score(block).astype(float)),
     ]
     if anchor is not None and not is_blend:
-        reads_likes_alone = anchor.source.kind == "cf" and config.cf.feedback != "all"
-        inputs = "ids, earlier likes" if reads_likes_alone else earlier
+        inputs = describe_inputs(list_anchor_inputs(anchor.source.kind, config.cf), feedback)
         rivals.append(Baseline("anchor", labels, inputs, lambda block: anchor.score(block).astype(float)))
     return rivals
 

@@ -55,7 +55,9 @@ def recommender(user_run):
 def test_requests_get_the_scores_of_the_report(user_run, recommender):
     requests, reported = read_reported(user_run, "stage2")
     assert np.abs(np.concatenate(recommender.score(requests)) - reported).max() < TOLERANCE
-    assert "all earlier feedback, user texts" in (user_run / "eval" / "report.md").read_text()
+    report = (user_run / "eval" / "report.md").read_text()
+    assert "| earlier likes, user texts |" in report.replace("  ", "")
+    assert "| ids, earlier likes and dislikes, user texts |" in report
 
 
 def test_a_labelled_history_is_that_of_the_log(user_run, recommender):

@@ -10,16 +10,31 @@ from collm_dist.evaluation.model_scores import collect_models
 from collm_dist.evaluation.report import build_report
 from collm_dist.evaluation.report_markdown import MODEL_NAMES, format_number, render_markdown
 from collm_dist.runs.atomic_files import write_json
+from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import build_config, write_data_step
 
 SLICES = {"all": "all", "warm": "warm", "cold_user": "cold user", "cold_item": "cold item"}
 
 
-def report_stages(path, feedback="explicit", anchor=None):
-    """Return the report of a run whose stages have made-up scores."""
+def report_stages(path, feedback="explicit", anchor=None, cf=None, prompts=None, slots_ablation=False, max_dislikes=10):
+    """Return the report of a run whose stages have made-up scores.
+
+    Args:
+        cf: settings of the collaborative model; None = no CF step.
+        prompts: text by stage.
+        slots_ablation: whether slots without LLM are fitted.
+        max_dislikes: dislikes stored with a row.
+    """
     run_dir = write_data_step(path, feedback)
-    config = build_config(path, feedback=feedback, slots_ablation=False)
-    config = config.model_copy(update={"anchor": config.anchor.model_copy(update={"kind": anchor})})
+    config = build_config(path, feedback=feedback, slots_ablation=slots_ablation)
+    changes = {"anchor": {"kind": anchor}, "prompt": prompts or {}, "preprocessing": {"max_dislikes": max_dislikes}}
+    if cf is not None:
+        changes["cf"] = {"cross_fit": 2, **cf}
+        fit_and_export(run_dir, make_cf("mf", **cf), path / "states")
+        write_json(run_dir.record_path("cf"), {"content_hash": "vectors"})
+    config = config.model_copy(
+        update={name: getattr(config, name).model_copy(update=changed) for name, changed in changes.items()}
+    )
     for stage in ("stage1", "stage2"):
         write_json(run_dir.record_path(stage), {"global_steps": 2, "content_hash": stage, "train_rows": 400,
                                                 "best_valid": {"step": 0}})  # fmt: skip
@@ -94,3 +109,41 @@ def test_slices_of_candidate_lists_show_ndcg(tmp_path):
         assert found[MODEL_NAMES[model]][1:] == [
             f"{row['ndcg@2']:.3f} / {row['auc']:.3f} / {row['uauc']:.3f}" for row in rows
         ]
+
+
+TITLE_PROMPTS = {"stage1": "configs/prompts/stage1_title.txt", "stage2": "configs/prompts/stage2_title.txt"}
+LIKE_PROMPTS = {"stage1": "configs/prompts/stage1.txt", "stage2": "configs/prompts/stage2.txt"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"prompts": TITLE_PROMPTS, "max_dislikes": 0},
+            {"stage1": "item texts", "stage2": "ids, earlier likes", "text_similarity": "earlier likes"},
+        ),
+        (
+            {"prompts": LIKE_PROMPTS, "cf": {}, "slots_ablation": True},
+            {"stage1": "earlier likes"}
+            | dict.fromkeys(("stage2", "slots_without_llm", "cf"), "ids, earlier likes")
+            | {"text_similarity": "earlier likes and dislikes"},
+        ),
+        (
+            {"prompts": TITLE_PROMPTS, "cf": {}, "anchor": "cf"},
+            dict.fromkeys(("stage1", "stage2", "anchor", "cf"), "ids, earlier likes"),
+        ),
+        (
+            {"prompts": LIKE_PROMPTS, "cf": {"feedback": "all"}, "anchor": "cf"},
+            dict.fromkeys(("stage1", "stage2", "anchor", "cf", "as_of_logistic"), "all earlier feedback"),
+        ),
+        (
+            {"prompts": TITLE_PROMPTS, "anchor": "as_of", "feedback": "implicit"},
+            dict.fromkeys(("stage1", "stage2", "anchor", "blend", "last_item_cooccurrence"), "all earlier likes")
+            | {"text_similarity": "earlier likes"},
+        ),
+    ],
+)
+def test_the_table_names_the_inputs_of_each_model(tmp_path, settings, expected):
+    report = report_stages(tmp_path, **settings)
+    found = {row["model"]: row["inputs"] for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")}
+    assert {model: found[model] for model in expected} == expected
