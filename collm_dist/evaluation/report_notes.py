@@ -152,11 +152,23 @@ def list_notes(config: Config, report: Mapping[str, Any]) -> list[str]:
         + f"Models are compared with the trivial baseline {MODEL_NAMES[report['best_trivial']]}, "
         + ("the best on valid." if "valid" in evaluation.splits else "fixed in advance because valid is not evaluated.")
     )
+    notes += _note_blend(config, report)
     if "stage2" not in report["left_out"]:
         notes += _note_slots(config)
     notes += _note_memorization(report)
     notes += [f"Not in the table: {MODEL_NAMES[name]} ({reason})." for name, reason in report["left_out"].items()]
     return notes
+
+
+def _note_blend(config: Config, report: Mapping[str, Any]) -> list[str]:
+    """Return a note if the blend of simple scores has no collaborative score."""
+    if "cf" in report["left_out"]:
+        reason = report["left_out"]["cf"]
+    elif config.cf.cross_fit == "off":
+        reason = "cf.cross_fit is off, so the model has seen the labels of the rows that the blend is fitted to"
+    else:
+        return []
+    return [f"The {MODEL_NAMES['blend']} leaves out the collaborative score: {reason}."]
 
 
 def _note_slots(config: Config) -> list[str]:

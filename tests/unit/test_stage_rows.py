@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from collm_dist.anchor import prepare_anchor
+from collm_dist.anchor import fit_anchor, prepare_anchor
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.evaluation.evaluated_rows import load_splits
 from collm_dist.evaluation.model_scores import collect_models
@@ -16,8 +16,8 @@ from tests.unit.evaluation_run import build_config, write_data_step
 SLICES = {"all": "all", "warm": "warm", "cold_user": "cold user", "cold_item": "cold item"}
 
 
-def report_stages(path, feedback="explicit", anchor=None, cf=None, prompts=None, slots_ablation=False, max_dislikes=10):
-    """Return the report of a run whose stages have made-up scores.
+def write_run(path, feedback="explicit", anchor=None, cf=None, prompts=None, slots_ablation=False, max_dislikes=10):
+    """Write a run whose stages are done but for their weights; return its config and its directory.
 
     Args:
         cf: settings of the collaborative model; None = no CF step.
@@ -39,6 +39,11 @@ def report_stages(path, feedback="explicit", anchor=None, cf=None, prompts=None,
         write_json(run_dir.record_path(stage), {"global_steps": 2, "content_hash": stage, "train_rows": 400,
                                                 "best_valid": {"step": 0}})  # fmt: skip
     prepare_anchor(config, run_dir)
+    return config, run_dir
+
+
+def build_stage_report(config, run_dir):
+    """Return the report of ``write_run``, with made-up scores of the stages."""
     manifest = load_manifest(run_dir.step_dir("data"))
     splits = load_splits(config, run_dir, manifest)
     random = np.random.default_rng(0)
@@ -68,7 +73,7 @@ def read_table(text, begin):
     ],
 )
 def test_what_the_language_model_adds_by_slice(tmp_path, feedback, anchor, rival, metrics):
-    report = report_stages(tmp_path, feedback, anchor)
+    report = build_stage_report(*write_run(tmp_path, feedback, anchor))
     of_test = render_markdown(report).split("\n## test")[1]
     section = of_test[of_test.index("### What the language model adds") :]
     sentence = section.splitlines()[2]
@@ -93,7 +98,7 @@ def test_what_the_language_model_adds_by_slice(tmp_path, feedback, anchor, rival
 
 
 def test_slices_of_candidate_lists_show_ndcg(tmp_path):
-    report = report_stages(tmp_path, "implicit")
+    report = build_stage_report(*write_run(tmp_path, "implicit"))
     by_key = {
         (row["model"], row["slice"]): row for row in report["rows"] if row["split"] == "test" and row["slice"] in SLICES
     }
@@ -144,6 +149,23 @@ LIKE_PROMPTS = {"stage1": "configs/prompts/stage1.txt", "stage2": "configs/promp
     ],
 )
 def test_the_table_names_the_inputs_of_each_model(tmp_path, settings, expected):
-    report = report_stages(tmp_path, **settings)
+    report = build_stage_report(*write_run(tmp_path, **settings))
     found = {row["model"]: row["inputs"] for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")}
     assert {model: found[model] for model in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("cf", "reason"),
+    [
+        ({}, None),
+        ({"cross_fit": "off"}, "cf.cross_fit is off, so the model has seen the labels"),
+        (None, "the step 'cf' has not run"),
+    ],
+)
+def test_a_blend_without_the_collaborative_score_is_noted(tmp_path, cf, reason):
+    config, run_dir = write_run(tmp_path, cf=cf)
+    report = build_stage_report(config, run_dir)
+    notes = [note for note in report["notes"] if note.startswith("The blend of simple scores leaves out")]
+    assert len(notes) == (reason is not None)
+    assert all(f": {reason}" in note and f"- {note}\n" in render_markdown(report) for note in notes)
+    assert (fit_anchor(config, run_dir, "blend").source.cf is None) == (reason is not None)
