@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from collm_dist.anchor import fit_anchor, prepare_anchor
+from collm_dist.anchor import fit_anchor, load_anchor, prepare_anchor
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.evaluation.evaluated_rows import load_splits
 from collm_dist.evaluation.model_scores import collect_models
 from collm_dist.evaluation.report import build_report
 from collm_dist.evaluation.report_markdown import MODEL_NAMES, format_number, render_markdown
+from collm_dist.metrics import compute_auc
 from collm_dist.runs.atomic_files import write_json
 from tests.unit.cf_data import fit_and_export, make_cf
 from tests.unit.evaluation_run import build_config, write_data_step
@@ -169,3 +170,21 @@ def test_a_blend_without_the_collaborative_score_is_noted(tmp_path, cf, reason):
     assert len(notes) == (reason is not None)
     assert all(f": {reason}" in note and f"- {note}\n" in render_markdown(report) for note in notes)
     assert (fit_anchor(config, run_dir, "blend").source.cf is None) == (reason is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "feedback", "metric"),
+    [("as_of", "explicit", "auc"), ("cf", "explicit", "auc"), ("cf", "implicit", "ndcg@2")],
+)
+def test_an_anchor_that_is_not_the_blend_has_its_own_row(tmp_path, kind, feedback, metric):
+    config, run_dir = write_run(tmp_path, feedback, kind, cf={})
+    report = build_stage_report(config, run_dir)
+    assert report["anchor"] == "anchor"
+    rows = {row["model"]: row for row in report["rows"] if (row["split"], row["slice"]) == ("test", "all")}
+    test = load_splits(config, run_dir, load_manifest(run_dir.step_dir("data")))["test"]
+    scores = load_anchor(config, run_dir).score(test.block)
+    assert rows["anchor"]["auc"] == pytest.approx(compute_auc(test.rows.label, scores), abs=1e-12)
+    assert rows["anchor"]["auc"] != rows["blend"]["auc"]
+    values = f"{metric.upper()} on test {rows['stage2'][metric]:.4f} and {rows['anchor'][metric]:.4f}"
+    assert report["verdicts"][0].startswith(f"The language model adds to its anchor (anchor alone): {values}")
+    assert "\n| anchor alone " in render_markdown(report)
