@@ -55,6 +55,7 @@ class Config(Section):
             values = getattr(self, section)
             if setting not in values.model_fields_set:
                 self.__dict__[section] = values.model_copy(update={setting: metric})
+                getattr(self, section).model_fields_set.discard(setting)  # it remains a default
         return self
 
     @property

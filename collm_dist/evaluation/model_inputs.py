@@ -34,7 +34,7 @@ _OF_FIELDS: dict[str, Inputs] = {
     "<RatedTitleList>": Inputs.LIKES | Inputs.DISLIKES,
     "<UserText>": Inputs.USER_TEXTS,
     "<TargetItemTitle>": Inputs.ITEM_TEXTS,
-    "<UserID>": Inputs.IDS | Inputs.LIKES,  # a collaborative model knows at least new users by their likes
+    "<UserID>": Inputs.IDS | Inputs.LIKES,  # vectors of new users come from their likes
     "<ItemIDList>": Inputs.IDS | Inputs.LIKES,
     "<TargetItemID>": Inputs.IDS,
     "<MatchID>": Inputs.COUNTS,

@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PROMISED = {
     "ml100k_demo", "ml1m_official", "own_clicks", "own_ratings", "paper_amazon_book_mf", "paper_ml1m_mf", "tiny_cpu",
 }  # fmt: skip
-MAX_OWN_SETTINGS = {"own_ratings": 7, "own_clicks": 9}  # of the latter, one in both stages
+MAX_OWN_SETTINGS = {"own_ratings": 7, "own_clicks": 7}
 
 
 def test_promised_experiments_exist():
