@@ -189,7 +189,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.output / RESULT
-    done = json.loads(path.read_text(encoding="utf-8"))["ways"] if path.exists() else {}
+    found = json.loads(path.read_text(encoding="utf-8"))["ways"] if path.exists() else []
+    done = {way["name"]: way for way in found}
     rows = pd.read_parquet(arguments.data / "interactions.parquet")
     items = pd.read_parquet(arguments.data / "items.parquet")
     titles = dict(zip(items.item_id.tolist(), items.title.tolist(), strict=True))
@@ -199,9 +200,10 @@ def main() -> None:
         print(f"{name}: {'done' if is_done else 'to do'}", flush=True)
         if is_done or arguments.list:
             continue
-        done[name] = {"settings": settings, "history": tune(WAYS[name], rows, titles)}
+        done[name] = {"name": name, "settings": settings, "history": tune(WAYS[name], rows, titles)}
+        ways = [done[name] for name in WAYS if name in done]
         run = describe_run(*TUNING_PACKAGES)
-        write_json(path, {"question": (__doc__ or "").splitlines()[0], "ways": done, **run})
+        write_json(path, {"question": (__doc__ or "").splitlines()[0], "ways": ways, **run})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.reproduction_parts import render_leak, render_tables
+from benchmarks.lib.reproduction_parts import render_leak, render_tables, render_title_tuning
 from benchmarks.lib.reproduction_summary import (
     DATA_SETS,
     PARTS,
@@ -77,6 +77,7 @@ def write_page(path: Path, results: Path) -> None:
     ]
     for name, result in found:
         parts += _render_data_set(name, result, path.parent / "images")
+    parts += render_title_tuning(results)
     parts += ["## Without a language model", "", *render_leak(results), *render_tables(results)]
     with open_atomic(path) as file:
         file.write("\n".join(parts).rstrip() + "\n")

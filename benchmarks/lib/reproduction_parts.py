@@ -11,6 +11,7 @@ from collm_dist.evaluation.report_markdown import render_table
 
 _LEAK_FILE = "cross_fit_ml1m.json"
 _TABLES_FILE = "tuned_tables_ml1m.json"
+_TITLES_FILE = "title_tuning_ml1m.json"
 _MODES = {
     "frozen": "frozen after the CF step (the paper's recipe)",
     "T1": "trained further (T1)",
@@ -63,6 +64,37 @@ def render_tables(results: Path) -> list[str]:
         render_table(["tables", "AUC on train", "AUC on valid", "AUC on test", "UAUC on test"], cells),
         "",
     ]
+
+
+def render_title_tuning(results: Path) -> list[str]:
+    """Return the section on ways of tuning a small language model on titles, from benchmarks/title_tuning.py."""
+    path = results / _TITLES_FILE
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    cells = []
+    for way in record["ways"]:
+        half, end = way["history"]
+        values = [f"{point[metric]:.3f}" for metric in ("auc", "uauc", "logloss") for point in (half, end)]
+        cells.append([way["name"], _name_way(way["settings"]), *values, f"{end['minutes']:.0f}"])
+    heads = [f"{metric}, {time}" for metric in ("AUC", "UAUC", "log-loss") for time in ("half time", "end")]
+    steps, items = (record["ways"][0]["settings"][key] for key in ("steps", "items_per_step"))
+    return [
+        "## Ways of tuning a small language model",
+        "",
+        "What a language model learns about items from their titles alone, on all validation rows of MovieLens-1M "
+        f"(`benchmarks/results/{_TITLES_FILE}`). Each of {steps} steps reads {items} titles, each with the share of "
+        "likes of all its training rows; one seed, one thread.",
+        "",
+        render_table(["way", "what is trained, learning rate", *heads, "minutes"], cells),
+        "",
+    ]
+
+
+def _name_way(settings: Mapping[str, Any]) -> str:
+    layers = "all linear layers" if len(settings["layers"]) > 2 else "q and v"
+    trained = f"LoRA of rank {settings['rank']} on {layers}" if settings["rank"] else "all weights of the layers"
+    return f"{trained}, {settings['learning_rate']:g}"
 
 
 def _order_mode(name: str) -> tuple[bool, str, int]:

@@ -1,6 +1,7 @@
 """Records of the reproduction's variants, and the page rendered from them."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +10,10 @@ import pytest
 
 from benchmarks import reproduce
 from benchmarks.lib.reproduction_page import write_page
-from benchmarks.lib.reproduction_parts import render_leak, render_tables
+from benchmarks.lib.reproduction_parts import render_leak, render_tables, render_title_tuning
 from benchmarks.lib.reproduction_records import Cell, compare_cells, read_record
 from benchmarks.lib.reproduction_summary import DATA_SETS, PARTS, introduce, summarize
+from benchmarks.title_tuning import WAYS
 from collm_dist.config.loader import dump_config
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.evaluation.evaluated_rows import load_splits
@@ -241,3 +243,20 @@ def test_ways_to_train_the_tables_are_rendered_as_measured(tmp_path):
     text = "\n".join(render_tables(tmp_path))
     assert "| MF, trained from scratch (T2) | 0.7000 ± 0.0010 | 0.7100 ± 0.0010 | 0.7200 ± 0.0010 |" in text
     assert "| id tokens, no CF model        |" in text
+
+
+def test_ways_of_tuning_are_rendered_as_measured(tmp_path):
+    assert render_title_tuning(tmp_path) == []
+    history = [{"step": step, "minutes": step, "auc": 0.5 + step / 100, "uauc": 0.6, "logloss": 0.7} for step in (1, 2)]
+    ways = [
+        {"name": name, "settings": json.loads(json.dumps(asdict(WAYS[name]))), "history": history}
+        for name in ("base", "rank 8, q and v, 1e-3", "full, 2e-5")
+    ]
+    write_json(tmp_path / "title_tuning_ml1m.json", {"ways": ways})
+    lines = render_title_tuning(tmp_path)[4].splitlines()
+    names = [[cell.strip() for cell in line.split("|")[1:5]] for line in lines[2:]]
+    assert names == [
+        ["base", "LoRA of rank 16 on all linear layers, 0.0002", "0.510", "0.520"],
+        ["rank 8, q and v, 1e-3", "LoRA of rank 8 on q and v, 0.001", "0.510", "0.520"],
+        ["full, 2e-5", "all weights of the layers, 2e-05", "0.510", "0.520"],
+    ]
