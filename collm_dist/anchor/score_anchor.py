@@ -31,12 +31,19 @@ from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.errors import ArtifactError
 from collm_dist.metrics import FloatArray
 from collm_dist.phases import follow, show_phase
+from collm_dist.runs.anchor_inputs import (
+    FORMAT_VERSION,
+    check_anchor,
+    find_anchor_record,
+    is_anchor_current,
+    list_anchor_inputs,
+    reads_cf,
+)
 from collm_dist.runs.atomic_files import compute_file_hash, open_atomic, write_json
 from collm_dist.runs.run_dir import RunDir, add_record_hash, check_record_hash
 
 NUM_FOLDS = 16
-FORMAT_VERSION = 2
-_RECORD, _ARRAYS = "anchor.json", "arrays.safetensors"
+_ARRAYS = "arrays.safetensors"
 # The weights are fitted to about this many rows; users beyond them are left out, by hash.
 _MAX_FIT_ROWS = 2_000_000
 # Rows whose features are computed at once.
@@ -75,12 +82,12 @@ def prepare_anchor(config: Config, run_dir: RunDir) -> None:
         ArtifactError: the data step, or a CF step that the anchor reads, is not done.
     """
     kind = config.anchor.kind
-    if kind is None or _read_inputs(run_dir) == _list_inputs(config, run_dir, kind):
+    if kind is None or is_anchor_current(config, run_dir):
         return
     anchor = fit_anchor(config, run_dir, kind)
-    folder = run_dir.anchor_dir
+    folder, path = run_dir.anchor_dir, find_anchor_record(run_dir)
     folder.mkdir(exist_ok=True)
-    (folder / _RECORD).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     parts = {"texts": anchor.source.texts, "cooccurrence": anchor.source.cooccurrence}
     arrays = {
         f"{name}.{key}": np.ascontiguousarray(array)
@@ -93,13 +100,13 @@ def prepare_anchor(config: Config, run_dir: RunDir) -> None:
     record = {
         "format_version": FORMAT_VERSION,
         "arrays_sha256": compute_file_hash(folder / _ARRAYS),
-        "inputs": _list_inputs(config, run_dir, kind),
+        "inputs": list_anchor_inputs(config, run_dir, kind),
         "features": FEATURES[kind],
         "fold_starts": anchor.source.fold_starts,
         "weights": anchor.weights.tolist(),
         "intercepts": anchor.intercepts.tolist(),
     }
-    write_json(folder / _RECORD, add_record_hash(record))
+    write_json(path, add_record_hash(record))
 
 
 def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
@@ -111,9 +118,8 @@ def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
     kind = config.anchor.kind
     if kind is None:
         return None
-    path = run_dir.anchor_dir / _RECORD
-    if _read_inputs(run_dir) != _list_inputs(config, run_dir, kind):
-        raise ArtifactError(f"{path} is missing or belongs to other data; run the stage again, it makes the anchor")
+    check_anchor(config, run_dir)
+    path = find_anchor_record(run_dir)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         check_record_hash(record)
@@ -127,7 +133,10 @@ def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
         texts = TextSimilarity.from_arrays(_take_part(arrays, "texts")) if kind == "blend" else None
         cooccurrence = Cooccurrence.from_arrays(_take_part(arrays, "cooccurrence")) if kind == "blend" else None
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"{path.parent} is damaged ({error}): delete the folder, it is made again") from error
+        raise ArtifactError(
+            f"{path.parent} is damaged ({error}): restore it from a copy, or delete it and run the pipeline or the "
+            "stage again, which makes the anchor"
+        ) from error
     return Anchor(_build_source(config, run_dir, kind, starts, texts, cooccurrence), weights, intercepts)
 
 
@@ -194,36 +203,8 @@ def _build_source(
     cooccurrence: Cooccurrence | None,
 ) -> FeatureSource:
     manifest = load_manifest(run_dir.step_dir("data"))
-    cf = load_cf_model(run_dir, manifest) if _reads_cf(config, run_dir, kind) else None
+    cf = load_cf_model(run_dir, manifest) if reads_cf(config, run_dir, kind) else None
     return FeatureSource(kind, tuple(starts), cf, texts, cooccurrence, manifest.max_history_length)
-
-
-def _reads_cf(config: Config, run_dir: RunDir, kind: AnchorKind) -> bool:
-    """Return whether the anchor reads the CF model.
-
-    The blend of a report leaves out a model that has seen the labels of the training rows, or is not trained yet.
-    """
-    if kind == "blend" and (config.cf.model == "none" or config.cf.cross_fit == "off" or not run_dir.is_done("cf")):
-        return False
-    return kind in ("cf", "blend")
-
-
-def _list_inputs(config: Config, run_dir: RunDir, kind: AnchorKind) -> dict[str, str]:
-    """Return the kind of the anchor, and the content hashes of the data and the CF model that it is made from."""
-    inputs = {"kind": str(kind), "data": load_manifest(run_dir.step_dir("data")).content_hash}
-    if _reads_cf(config, run_dir, kind):
-        inputs["cf"] = run_dir.read_content_hash("cf")
-    return inputs
-
-
-def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
-    """Return the recorded ``_list_inputs`` of the run's anchor; None without a readable record."""
-    try:
-        record = json.loads((run_dir.anchor_dir / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_current = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
-    return record.get("inputs") if is_current else None
 
 
 def _fit_logistic(features: FloatArray, labels: IntArray) -> tuple[FloatArray, float]:

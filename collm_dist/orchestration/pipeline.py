@@ -18,6 +18,7 @@ from collm_dist.data.step_fingerprints import compute_step_fingerprint
 from collm_dist.errors import CollmError, ConfigError, Preempted, StepError, WorkerLostError
 from collm_dist.monitoring import StateTextfile, check_textfile_dir, track_run
 from collm_dist.phases import show_phase
+from collm_dist.runs.anchor_inputs import is_anchor_current
 from collm_dist.runs.atomic_files import clear_unfinished, explain_disk_errors
 from collm_dist.runs.file_hashes import check_files
 from collm_dist.runs.fingerprints import find_changes, is_step_current
@@ -26,7 +27,7 @@ from collm_dist.runs.lock import hold_run_lock
 from collm_dist.runs.promotion import RECORD, pin_previous, promote
 from collm_dist.runs.publish import Publisher, build_publisher
 from collm_dist.runs.reuse import find_reusable, link_step
-from collm_dist.runs.run_dir import STEPS, RunDir, Step
+from collm_dist.runs.run_dir import STAGES, STEPS, RunDir, Step
 from collm_dist.runs.status import RunStatus
 from collm_dist.runs.step_processes import build_command, build_environment, run_child
 from collm_dist.runs.stop_signals import preemptible
@@ -150,8 +151,18 @@ def _run_steps(
                     _run_child(_Child(config, run_dir, step, forced), status)
                 if forced:
                     note_begun(run_dir, step, run_dir.read_record(step).get("fingerprint", {}))
+            if step in STAGES:
+                _make_anchor(config, run_dir)
             if publisher is not None:
                 publisher.publish_step(step)
+
+
+def _make_anchor(config: Config, run_dir: RunDir) -> None:
+    """Make the anchor of a finished stage, unless it is there: a stage that was linked has it in the other run."""
+    if not is_anchor_current(config, run_dir):
+        from collm_dist.anchor import prepare_anchor
+
+        prepare_anchor(config, run_dir)
 
 
 def _list_redone(config: Config, force: Sequence[Step]) -> list[Step]:

@@ -39,7 +39,7 @@ class RunDir:
 
     @property
     def anchor_dir(self) -> Path:
-        """Folder of the anchor, which the first stage that needs it makes from data and CF model."""
+        """Folder of the anchor, which is made from data and CF model before the first stage that needs it."""
         return self.path / "anchor"
 
     def record_path(self, step: Step) -> Path:

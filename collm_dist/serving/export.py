@@ -29,6 +29,7 @@ from collm_dist.config.loader import change_settings, dump_config
 from collm_dist.data.shards.manifest import ITEM_COUNTS, USER_TEXTS, load_manifest
 from collm_dist.errors import ArtifactError, DiskError
 from collm_dist.phases import follow, show_phase
+from collm_dist.runs.anchor_inputs import check_anchor
 from collm_dist.runs.atomic_files import compute_file_hash, explain_disk_errors, sync_files, write_json
 from collm_dist.runs.code_trust import keep_trust_in_all, list_code, refuse_code
 from collm_dist.runs.damage import explain_read_errors, name_damage, read_json_file
@@ -88,6 +89,7 @@ def export_model(
     has_events = load_manifest(run_dir.step_dir("data")).has_events
     removes, with_events = has_events and not with_events, has_events and with_events
     recorded = _list_recorded(run_dir)
+    check_anchor(config, run_dir)
     check_files(run_dir, "eval", "report.md")  # not copied, but part of the card
     with explain_read_errors(run_dir.path), _make_whole(folder) as part:
         sources = [file for file in _list_sources(run_dir) if not (removes and is_of_users(file[1]))]

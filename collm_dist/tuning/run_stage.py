@@ -63,14 +63,15 @@ def run_stage(
     is_fresh = force and not _has_begun(config, run_dir, name, fingerprint)
     if not is_fresh and is_step_current(run_dir, name, fingerprint):
         if get_rank() == 0:
+            prepare_anchor(config, run_dir)  # a stage that was linked from another run has its anchor there
             print(f"{name}: done already ({folder})")
         return run_dir.read_record(name)
     device = init_distributed(config.cluster.collective_timeout_minutes)
+    run_on_rank_0(lambda: prepare_anchor(config, run_dir))
     if not force and stage.take_over(run_dir, fingerprint):
         run_on_rank_0(lambda: keep_trust(config, run_dir, name))
         return run_dir.read_record(name)
     _clear(run_dir, name, fingerprint if is_fresh else None)
-    run_on_rank_0(lambda: prepare_anchor(config, run_dir))
     with show_phase(f"{name}: loading the model"):
         loaded = stage.build(run_dir, device)
         stage.warm_start(loaded)

@@ -16,13 +16,16 @@ from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
 from collm_dist.data.shards.manifest import load_manifest
+from collm_dist.errors import ArtifactError
 from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.orchestration.pipeline import run_pipeline
 from collm_dist.runs.publish import Publisher
-from collm_dist.runs.run_dir import RunDir
+from collm_dist.runs.reuse import link_step
+from collm_dist.runs.run_dir import STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.licences import Licences
 from collm_dist.serving.requests import RankingQuery
+from collm_dist.tuning.run_stage import run_stage
 
 # Float32 sums in another order: the largest measured difference is 1e-6, at scores of about 1.
 TOLERANCE = 1e-5
@@ -153,3 +156,48 @@ def test_the_end_of_a_run_says_that_it_is_below_its_anchor(anchored_run, tmp_pat
         status = json.loads((run / "status.json").read_text(encoding="utf-8"))
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["message"] == status["message"]
         assert (status["state"], loss in (status["message"] or "")) == (state, is_worse)
+
+
+@pytest.fixture
+def linked_run(anchored_run, tmp_path):
+    """Config and directory of a run that takes all steps from the anchored one and is published; not started."""
+    settings = {"run.dir": tmp_path / "linked", "run.reuse": [str(anchored_run)], "run.publish_to": tmp_path / "out"}
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    return load_config(anchored_run / "config.yaml", overrides), RunDir(tmp_path / "linked")
+
+
+def test_a_run_of_linked_steps_has_its_anchor_wherever_it_goes(anchored_run, linked_run, tmp_path):
+    config, run_dir = linked_run
+    assert run_pipeline(config) == 0
+    assert all(run_dir.step_dir(step).is_symlink() for step in STEPS)
+    export_model(config, run_dir, tmp_path / "export", Licences("apache-2.0", "apache-2.0", "made up"))
+    import_model(tmp_path / "export", RunDir(tmp_path / "imported"))
+    request = RankingRequest(None, ["3", "17"], ["5", "6", "40"])
+    expected = collm_dist.load_recommender(anchored_run, device="cpu").score([request])[0].tolist()
+    for folder in (run_dir.path, tmp_path / "out" / "linked", tmp_path / "imported"):
+        assert collm_dist.load_recommender(folder, device="cpu").score([request])[0].tolist() == expected
+
+
+@pytest.mark.parametrize("remedy", ["pipeline", "stage"])
+def test_the_remedies_for_a_lost_anchor_make_it_again(linked_run, tmp_path, remedy):
+    config, run_dir = linked_run
+    assert run_pipeline(config) == 0
+    shutil.rmtree(run_dir.anchor_dir)
+    with pytest.raises(ArtifactError, match="run the pipeline or the stage again"):
+        load_anchor(config, run_dir)
+    with pytest.raises(ArtifactError, match="run the pipeline or the stage again"):
+        export_model(config, run_dir, tmp_path / "export", Licences("apache-2.0", "apache-2.0", "made up"))
+    if remedy == "pipeline":
+        assert run_pipeline(config) == 0
+    else:
+        run_stage(config, run_dir, "stage1")
+    assert load_anchor(config, run_dir) is not None
+
+
+def test_a_stage_that_is_taken_over_has_its_anchor(anchored_run, tmp_path, same_environment):
+    overrides = [f"run.dir={tmp_path}", f"dataset.extend_from={anchored_run}", "stage1.refresh_every_days=60"]
+    config, run_dir = load_config(anchored_run / "config.yaml", overrides), RunDir(tmp_path)
+    for step in ("data", "cf"):
+        link_step(step, RunDir(anchored_run), run_dir)
+    assert run_stage(config, run_dir, "stage1")["taken_from"] == str(anchored_run.resolve())
+    assert load_anchor(config, run_dir) is not None

@@ -1,0 +1,72 @@
+"""What a run's anchor was made from, compared with today's data and collaborative model. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from collm_dist.config import Config
+from collm_dist.errors import ArtifactError
+from collm_dist.runs.run_dir import RunDir
+
+FORMAT_VERSION = 2
+
+
+def find_anchor_record(run_dir: RunDir) -> Path:
+    """Return the path of the record of a run's anchor, which is written last."""
+    return run_dir.anchor_dir / "anchor.json"
+
+
+def reads_cf(config: Config, run_dir: RunDir, kind: str) -> bool:
+    """Return whether an anchor of a kind reads the CF model.
+
+    The blend of a report leaves out a model that has seen the labels of the training rows, or is not trained yet.
+    """
+    if kind == "blend" and (config.cf.model == "none" or config.cf.cross_fit == "off" or not run_dir.is_done("cf")):
+        return False
+    return kind in ("cf", "blend")
+
+
+def list_anchor_inputs(config: Config, run_dir: RunDir, kind: str) -> dict[str, str]:
+    """Return the kind of the anchor, and the content hashes of the data and the CF model that it is made from.
+
+    Raises:
+        ArtifactError: the data step, or a CF step that the anchor reads, is not done or damaged.
+    """
+    inputs = {"kind": kind, "data": run_dir.read_content_hash("data")}
+    if reads_cf(config, run_dir, kind):
+        inputs["cf"] = run_dir.read_content_hash("cf")
+    return inputs
+
+
+def is_anchor_current(config: Config, run_dir: RunDir) -> bool:
+    """Return whether the run has the configured anchor for today's data and CF model; True if it needs none.
+
+    Raises:
+        ArtifactError: see ``list_anchor_inputs``.
+    """
+    kind = config.anchor.kind
+    return kind is None or _read_inputs(run_dir) == list_anchor_inputs(config, run_dir, kind)
+
+
+def check_anchor(config: Config, run_dir: RunDir) -> None:
+    """Check that the run has the configured anchor for today's data and CF model, if it needs one.
+
+    Raises:
+        ArtifactError: it is missing or belongs to other data or another CF model; or see ``list_anchor_inputs``.
+    """
+    if not is_anchor_current(config, run_dir):
+        raise ArtifactError(
+            f"{find_anchor_record(run_dir)} is missing or belongs to other data: restore the folder from a copy, or "
+            "run the pipeline or the stage again, which makes the anchor"
+        )
+
+
+def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
+    """Return the recorded ``list_anchor_inputs`` of the run's anchor; None without a readable record."""
+    try:
+        record = json.loads(find_anchor_record(run_dir).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_current = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
+    return record.get("inputs") if is_current else None
