@@ -16,11 +16,12 @@ needs_ml1m = pytest.mark.skipif(
 )
 
 
-def build_block(user_idx, histories=None, num_likes=None, **targets) -> ContextBlock:
+def build_block(user_idx, histories=None, num_likes=None, dislikes=None, **targets) -> ContextBlock:
     """Return a block with one context per row; missing columns are 0."""
     user_idx = np.asarray(user_idx, dtype=np.int64)
     count = len(user_idx)
     histories = histories if histories is not None else [[]] * count
+    dislikes = dislikes if dislikes is not None else [[]] * count
     flat = {name: np.asarray(targets.pop(name, np.zeros(count)), dtype=np.int64) for name in TARGET_FIELDS}
     assert not targets
     return ContextBlock(
@@ -29,8 +30,8 @@ def build_block(user_idx, histories=None, num_likes=None, **targets) -> ContextB
         history_offsets=np.cumsum([0] + [len(history) for history in histories]),
         history_items=np.array([item for history in histories for item in history], dtype=np.int64),
         target_offsets=np.arange(count + 1),
-        dislike_offsets=np.zeros(count + 1, dtype=np.int64),
-        dislike_items=np.zeros(0, dtype=np.int64),
+        dislike_offsets=np.cumsum([0] + [len(items) for items in dislikes]),
+        dislike_items=np.array([item for items in dislikes for item in items], dtype=np.int64),
         **flat,
     )
 

@@ -60,8 +60,8 @@ def _build_rows(feedback, num_users, num_items, count, rows_per_second, taste):
     return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-def _add_state(rows):
-    """Add as-of counts and train flags to the rows and return their histories."""
+def _add_state(rows, ties):
+    """Add as-of counts and train flags to the rows and return each row's earlier likes and dislikes."""
     real = rows["sampled"] == 0
     for kind in ("user", "item"):
         ids = rows[f"{kind}_idx"]
@@ -74,11 +74,16 @@ def _add_state(rows):
             likes[row], counts[row] = rows["label"][before].sum(), before.sum()
         rows[f"{kind}_likes"], rows[f"{kind}_rows"] = likes, counts
         rows[f"{kind}_in_train"] = np.isin(ids, ids[(rows["split"] == "train") & real]).astype(np.int64)
-    rows["num_likes"] = rows["user_likes"]
-    liked = real & (rows["label"] == 1)
+    liked = _list_before(rows, real & (rows["label"] == 1), rows["row_id" if ties == "order" else "timestamp"])
+    rows["num_likes"] = np.array([len(items) for items in liked])
+    return liked, _list_before(rows, real & (rows["label"] == 0), rows["timestamp"])
+
+
+def _list_before(rows, marked, times):
+    """Return the items of the marked rows of the same user with an earlier time, for each row."""
     return [
-        rows["item_idx"][liked & (rows["user_idx"] == user) & (rows["timestamp"] < time)][-10:].tolist()
-        for user, time in zip(rows["user_idx"], rows["timestamp"], strict=True)
+        rows["item_idx"][marked & (rows["user_idx"] == user) & (times < time)].tolist()
+        for user, time in zip(rows["user_idx"], times, strict=True)
     ]
 
 
@@ -113,11 +118,14 @@ def write_data_step(
     taste=False,
     flip=None,
     num_slices=1,
+    ties="strict",
+    max_dislikes=0,
 ) -> RunDir:
     """Write interactions, tables, shards and manifest below ``path``.
 
     Args:
-        flip: row whose label is inverted.
+        ties, max_dislikes: as in ``PreprocessingConfig``.
+        flip: row, or array of rows, whose label is inverted.
         num_slices: slices of users in each bucket; a run that is extended N times has N + 1.
     """
     run_dir = RunDir(path)
@@ -125,13 +133,14 @@ def write_data_step(
     rows = _build_rows(feedback, num_users, num_items, count, rows_per_second, taste)
     if flip is not None:
         rows["label"][flip] = 1 - rows["label"][flip]
-    histories = _add_state(rows)
+    likes, dislikes = _add_state(rows, ties)
     splits, shards = {}, []
     for split in ("train", "valid", "test"):
         chosen = np.flatnonzero(rows["split"] == split)
         block = build_block(
             rows["user_idx"][chosen],
-            histories=[histories[row] for row in chosen],
+            histories=[likes[row][-10:] for row in chosen],
+            dislikes=[dislikes[row][-max_dislikes:] if max_dislikes else [] for row in chosen],
             num_likes=rows["num_likes"][chosen],
             **{name: rows[name][chosen] for name in TARGET_FIELDS},
         )
@@ -153,7 +162,7 @@ def write_data_step(
         "num_items": num_items,
         "users_hash": "users",
         "items_hash": "items",
-        "ties": "strict",
+        "ties": ties,
         "fingerprint": compute_fingerprint(build_config(path, feedback=feedback), "data", run_dir),
         "feedback": feedback,
         "max_history_length": 10,

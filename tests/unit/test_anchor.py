@@ -8,10 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from collm_dist.anchor import fit_anchor, load_anchor, prepare_anchor
+from collm_dist.anchor import cooccurrence, fit_anchor, load_anchor, prepare_anchor, score_anchor
 from collm_dist.anchor.cooccurrence import WINDOW, Cooccurrence
+from collm_dist.anchor.features import FEATURES
 from collm_dist.anchor.score_anchor import divide_times
-from collm_dist.anchor.text_similarity import LAST_WEIGHT, TextSimilarity
+from collm_dist.anchor.text_similarity import LAST_WEIGHT, TEXT_FEATURES, TextSimilarity
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
@@ -96,18 +97,25 @@ def test_cooccurrence_counts_only_earlier_folds():
         assert table.score(block, np.full(3, fold)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("max_rows", [None, 100], ids=["all users", "some users"])
 @pytest.mark.parametrize("kind", ["as_of", "blend"])
-def test_no_anchor_depends_on_a_label_of_an_equal_or_later_time(tmp_path, kind):
-    config = build_config(tmp_path)
-    scores = {}
-    for flip in (None, 200):
-        run_dir = write_data_step(tmp_path / str(flip), flip=flip, rows_per_second=3)
+def test_no_anchor_depends_on_a_label_of_an_equal_or_later_time(tmp_path, monkeypatch, kind, max_rows):
+    if max_rows is not None:  # of 400 rows: other users are left out
+        monkeypatch.setattr(score_anchor, "_MAX_FIT_ROWS", max_rows)
+        monkeypatch.setattr(cooccurrence, "MAX_LIKES", max_rows)
+    config, scores = build_config(tmp_path), {}
+    for name, flip in {"as it is": None, "one": 200, "all": np.arange(198, 600)}.items():
+        run_dir = write_data_step(tmp_path / name, flip=flip, rows_per_second=3, max_dislikes=5)
         block = read_rows(run_dir, "train")
         order = np.argsort(block.row_id)
-        scores[flip] = fit_anchor(config, run_dir, kind).score(block)[order]
+        anchor = fit_anchor(config, run_dir, kind)
+        scores[name] = anchor.score(block)[order]
+        varied = anchor.source.compute(block).std(axis=0) > 0
+        assert kind == "as_of" or varied[[list(FEATURES[kind]).index(name) for name in TEXT_FEATURES]].all()
     moved = block.timestamp[order] > block.timestamp[order][200]
-    assert np.array_equal(scores[None][~moved], scores[200][~moved])
-    assert not np.array_equal(scores[None][moved], scores[200][moved])
+    for name in ("one", "all"):
+        assert np.array_equal(scores["as it is"][~moved], scores[name][~moved])
+        assert not np.array_equal(scores["as it is"][moved], scores[name][moved])
 
 
 def test_an_anchor_ranks_rows_that_it_was_not_fitted_to(tmp_path):
