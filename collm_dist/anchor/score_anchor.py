@@ -208,11 +208,14 @@ def _build_source(
 
 
 def _fit_logistic(features: FloatArray, labels: IntArray) -> tuple[FloatArray, float]:
-    """Return weights and intercept of a logistic regression on standardized features, for the features as they are."""
+    """Return weights and intercept of a logistic regression on standardized features, for the features as they are.
+
+    Rows of one label, or no rows, give weights of 0. The first folds have no rows if all their users are left out.
+    """
     from sklearn.linear_model import LogisticRegression  # late: the import takes a second
     from sklearn.preprocessing import StandardScaler
 
-    if labels.min() == labels.max():
+    if len(np.unique(labels)) < 2:
         likes, rows = labels.sum(), len(labels)
         return np.zeros(features.shape[1]), float(np.log((likes + 0.5) / (rows - likes + 0.5)))
     scaler = StandardScaler().fit(features)

@@ -118,6 +118,21 @@ def test_no_anchor_depends_on_a_label_of_an_equal_or_later_time(tmp_path, monkey
         assert not np.array_equal(scores["as it is"][moved], scores[name][moved])
 
 
+def test_the_first_folds_may_lack_the_users_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_anchor, "_MAX_FIT_ROWS", 1)
+    run_dir, config = write_data_step(tmp_path), build_config(tmp_path)
+    seed = 20  # the user that it keeps comes after the first fold
+    config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+    manifest = load_manifest(run_dir.step_dir("data"))
+    kept = GlobalOrder(run_dir.step_dir("data"), manifest, "train", seed, 64, max_users=1)
+    anchor = fit_anchor(config, run_dir, "as_of")
+    starts = anchor.source.fold_starts
+    assert starts[0] < min(block.timestamp.min() for block in kept.iter_batches()) < starts[-1]
+    assert not anchor.weights[1].any()
+    assert anchor.intercepts[1] == 0
+    assert anchor.weights[-1].any()
+
+
 def test_an_anchor_ranks_rows_that_it_was_not_fitted_to(tmp_path):
     run_dir, config = write_data_step(tmp_path, count=2000), build_config(tmp_path)
     anchor = fit_anchor(config, run_dir, "as_of")
