@@ -132,7 +132,7 @@ def load_anchor(config: Config, run_dir: RunDir) -> Anchor | None:
             raise ValueError(f"weights of shape {weights.shape}")
         texts = TextSimilarity.from_arrays(_take_part(arrays, "texts")) if kind == "blend" else None
         cooccurrence = Cooccurrence.from_arrays(_take_part(arrays, "cooccurrence")) if kind == "blend" else None
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise ArtifactError(
             f"{path.parent} is damaged ({error}): restore it from a copy, or delete it and run the pipeline or the "
             "stage again, which makes the anchor"

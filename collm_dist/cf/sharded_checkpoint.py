@@ -157,7 +157,7 @@ def read_state(folder: Path, key: str) -> TrainingState | None:
             with safetensors.safe_open(part, "pt"):
                 pass
         return TrainingState(Progress(**record["progress"]), tuple(parts))
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete it and start the step again") from error
 
 

@@ -122,7 +122,7 @@ def _check_checkpoint(config: Config, run_dir: RunDir, step: Step) -> None:
     try:
         with safetensors.safe_open(str(paths[-1]), framework="numpy") as file:
             recorded = json.loads(file.metadata()["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError):
         return  # the stage resumes from the checkpoint before it, or names the damage
     fingerprint = compute_step_fingerprint(config, run_dir, step)
     if find_reusable(step, fingerprint, config.run.reuse) is None:

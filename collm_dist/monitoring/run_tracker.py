@@ -164,7 +164,7 @@ class RunTracker:
     def _read_key(self) -> str:
         """Return the key of this training's MLflow run, which outlives kills; a training from the start has its own."""
         path = self._run_dir.path / KEY_FILE
-        with suppress(OSError, ValueError, LookupError, TypeError):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             key = json.loads(path.read_text(encoding="utf-8"))["key"]
             if not self._is_new and re.fullmatch(r"[0-9a-f]{32}", key):
                 return str(key)

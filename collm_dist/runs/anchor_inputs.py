@@ -66,7 +66,7 @@ def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
     """Return the recorded ``list_anchor_inputs`` of the run's anchor; None without a readable record."""
     try:
         record = json.loads(find_anchor_record(run_dir).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     is_current = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
     return record.get("inputs") if is_current else None

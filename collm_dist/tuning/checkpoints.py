@@ -126,7 +126,9 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint:
             raise ValueError("the checksum does not match")
         progress = Progress(**json.loads(header["progress"]))
         recorded = json.loads(header["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError
+    ) as error:  # fmt: skip
         raise DamagedCheckpointError(f"{path}: the checkpoint is damaged ({error})") from None
     check_checkpoint_fingerprint(path, recorded, fingerprint)
 

@@ -163,6 +163,9 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     arrays.write_bytes(whole)
     record = run_dir.anchor_dir / "anchor.json"
     text = record.read_text()
+    record.write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="is missing or belongs"):
+        load_anchor(config, run_dir)
     record.write_text(text.replace('"format_version": 2', '"format_version": 2, "note": 0'))
     with pytest.raises(ArtifactError, match="is damaged"):  # one changed weight would change all scores
         load_anchor(config, run_dir)

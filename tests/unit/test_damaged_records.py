@@ -5,13 +5,21 @@ import shutil
 
 import pyarrow as pa
 import pytest
+import safetensors.torch
+import torch
 
 from collm_dist.cf.jobs import Job
+from collm_dist.cf.sharded_checkpoint import RECORD, read_state
 from collm_dist.config import CfConfig, Config
+from collm_dist.data.accepted_config import _check_checkpoint
 from collm_dist.data.ingest.shuffle_files import find_finished
-from collm_dist.errors import CollmError, DataError
+from collm_dist.errors import CheckpointError, CollmError, DamagedCheckpointError, DataError
+from collm_dist.monitoring.run_tracker import KEY_FILE, RunTracker
 from collm_dist.runs.promotion import pin_previous
+from collm_dist.runs.run_dir import RunDir
 from collm_dist.runs.user_deletion import choose_runs, find_held_users
+from collm_dist.tuning.checkpoints import _compute_checksum, load_checkpoint
+from tests.unit.evaluation_run import build_config
 
 DAMAGE = {"cut": '{"key": ', "list": "[1]", "text": "3", "junk": "\x00{[", "deep": "[" * 100_000, "folder": None}
 
@@ -40,6 +48,33 @@ def test_a_task_or_job_with_a_damaged_result_runs_again(tmp_path, way):
     marker.unlink(missing_ok=True)
     assert find_finished(marker) is None
     assert job.read_result() is None
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_a_damaged_state_of_a_cf_training_is_named(tmp_path, way):
+    put(tmp_path / RECORD, DAMAGE[way])
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged .*: delete it"):
+        read_state(tmp_path, "key")
+
+
+def test_a_checkpoint_whose_header_is_nested_too_deeply_is_damaged(tmp_path):
+    path = tmp_path / "stage1" / "checkpoints" / "step-000000003.safetensors"
+    path.parent.mkdir(parents=True)
+    tensors = {"weight.a": torch.zeros(1)}
+    header = {"adam_steps": "3", "progress": "{}", "fingerprint": DAMAGE["deep"]}
+    safetensors.torch.save_file(tensors, path, header | {"checksum": _compute_checksum(tensors, header)})
+    _check_checkpoint(build_config(tmp_path), RunDir(tmp_path), "stage1")  # left to the stage
+    with pytest.raises(DamagedCheckpointError, match="the checkpoint is damaged"):
+        load_checkpoint(path, {})
+
+
+@pytest.mark.parametrize("way", [way for way in DAMAGE if way != "folder"])
+def test_a_damaged_key_of_an_mlflow_run_gives_a_new_run(tmp_path, way):
+    tracker = object.__new__(RunTracker)  # without its thread
+    tracker._run_dir, tracker._is_new = RunDir(tmp_path), False
+    put(tmp_path / KEY_FILE, DAMAGE[way])
+    key = tracker._read_key()
+    assert json.loads((tmp_path / KEY_FILE).read_text())["key"] == key == tracker._read_key()
 
 
 @pytest.mark.parametrize("way", ["cut", "list", "junk", "deep", "folder"])
