@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import collm_dist
 from collm_dist import RankingRequest
-from collm_dist.anchor import load_anchor
-from collm_dist.config.loader import load_config
+from collm_dist.anchor import load_anchor, prepare_anchor
+from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.shards.context_block import concatenate_blocks
 from collm_dist.data.shards.global_order import GlobalOrder
 from collm_dist.data.shards.interactions import load_interactions, load_item_table, load_user_ids
@@ -21,11 +22,13 @@ from collm_dist.metrics import compute_auc, compute_logloss, compute_uauc
 from collm_dist.orchestration.pipeline import run_pipeline
 from collm_dist.runs.publish import Publisher
 from collm_dist.runs.reuse import link_step
-from collm_dist.runs.run_dir import STEPS, RunDir
+from collm_dist.runs.run_dir import STAGES, STEPS, RunDir
 from collm_dist.serving.export import export_model, import_model
 from collm_dist.serving.licences import Licences
 from collm_dist.serving.requests import RankingQuery
-from collm_dist.tuning.run_stage import run_stage
+from collm_dist.tuning.run_stage import build_orders, run_stage
+from collm_dist.tuning.stage import get_stage
+from collm_dist.tuning.step_batches import iter_step_batches
 
 # Float32 sums in another order: the largest measured difference is 1e-6, at scores of about 1.
 TOLERANCE = 1e-5
@@ -76,6 +79,45 @@ def test_step_0_is_the_anchor(anchored_run, stage):
     assert first["valid/logloss"] == pytest.approx(compute_logloss(block.label, anchors), abs=1e-6)
     last = [line for line in lines if "valid/logloss" in line][-1]
     assert last["valid/logloss"] != first["valid/logloss"]  # the language model has a share by then
+
+
+@pytest.fixture(scope="module")
+def anchored_clicks(finished_clicks_run, tmp_path_factory):
+    """A run of the clicks before its stages, with an anchor of counts; stage 1 is linked for stage 2 to start from."""
+    run_dir = RunDir(tmp_path_factory.mktemp("anchored-clicks"))
+    config = load_config(finished_clicks_run / "config.yaml", [f"run.dir={run_dir.path}", "anchor.kind=as_of"])
+    (run_dir.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    for step in ("data", "cf", "stage1"):
+        link_step(step, RunDir(finished_clicks_run), run_dir)
+    prepare_anchor(config, run_dir)
+    return run_dir.path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fixture", ["anchored_run", "anchored_clicks"])
+def test_the_untrained_model_scores_as_the_anchor_does(request, fixture, stage):
+    run_dir = RunDir(request.getfixturevalue(fixture))
+    config = load_config_of(run_dir.path)
+    built, anchor = get_stage(config, stage), load_anchor(config, run_dir)
+    loaded = built.build(run_dir, torch.device("cpu"))
+    built.warm_start(loaded)
+    model = loaded.model
+    _, valid_order = build_orders(config, run_dir, built.settings)
+    for collator, is_training in ((loaded.collator, True), (loaded.scoring_collator, False)):
+        model.train(is_training)
+        for step_batch in iter_step_batches(valid_order.iter_batches(), collator, 2048, loaded.device):
+            expected = dict(zip(step_batch.block.row_id.tolist(), anchor.score(step_batch.block), strict=True))
+            for batch in step_batch.micro_batches:
+                with torch.no_grad():
+                    scores = model(batch)
+                    model.anchored_score.gain.fill_(1.0)
+                    others = model(batch)
+                    model.anchored_score.gain.zero_()
+                is_real = batch.weights > 0
+                assert scores.tolist() == batch.anchors.tolist()
+                assert scores[is_real].tolist() == [expected[row] for row in batch.row_ids[is_real].tolist()]
+                assert (others[is_real] != scores[is_real]).all()  # the language model has something to say
+        assert len(set(expected.values())) > 1
 
 
 def test_requests_get_the_scores_of_the_report(anchored_run):
