@@ -14,6 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PROMISED = {
     "ml100k_demo", "ml1m_official", "own_clicks", "own_ratings", "paper_amazon_book_mf", "paper_ml1m_mf", "tiny_cpu",
 }  # fmt: skip
+ANCHORED = {"ml100k_demo", "own_clicks", "own_ratings"}  # the paper has no anchor
 MAX_OWN_SETTINGS = {"own_ratings": 7, "own_clicks": 7}
 
 
@@ -29,6 +30,11 @@ def test_an_experiment_loads_and_its_prompts_parse(path, monkeypatch):
     PromptTemplate.parse(load_prompt_text(config.prompt.stage1), allow_slots=False)
     PromptTemplate.parse(load_prompt_text(config.prompt.stage2), allow_slots=True)
     assert path.read_text(encoding="utf-8").startswith("# "), "the first comment names the experiment"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_own_data_and_the_demo_have_an_anchor(path):
+    assert load_config(path).anchor.kind == ("blend" if path.stem in ANCHORED else None)
 
 
 def test_warm_up_of_the_demo_is_at_most_a_tenth():
