@@ -29,6 +29,7 @@ from collm_dist.serving.requests import RankingQuery
 from collm_dist.tuning.run_stage import build_orders, run_stage
 from collm_dist.tuning.stage import get_stage
 from collm_dist.tuning.step_batches import iter_step_batches
+from tests.integration.ranking_service import serving
 
 # Float32 sums in another order: the largest measured difference is 1e-6, at scores of about 1.
 TOLERANCE = 1e-5
@@ -243,3 +244,20 @@ def test_a_stage_that_is_taken_over_has_its_anchor(anchored_run, tmp_path, same_
         link_step(step, RunDir(anchored_run), run_dir)
     assert run_stage(config, run_dir, "stage1")["taken_from"] == str(anchored_run.resolve())
     assert load_anchor(config, run_dir) is not None
+
+
+def test_the_service_answers_with_anchored_scores(anchored_run):
+    recommender = collm_dist.load_recommender(anchored_run, device="cpu")
+    query = {"user": "7", "candidates": ["3", "17", "40", "5", "61"]}
+    with serving(anchored_run) as service:
+        answers = [service.ask(query, path=path) for path in ("/rank", "/compare")]
+    assert [status for status, *_ in answers] == [200, 200]
+    ranked, compared = (answer for *_, answer in answers)
+    expected = recommender.rank(**query)
+    assert [item["item_id"] for item in ranked["ranked"]] == [item.item_id for item in expected]
+    scores = [item.score for item in expected]
+    assert [item["score"] for item in ranked["ranked"]] == pytest.approx(scores, abs=TOLERANCE)
+    assert [item["language_model"]["score"] for item in compared["items"]] == pytest.approx(scores, abs=TOLERANCE)
+    anchors = [item.anchor.score for item in recommender.compare(RankingQuery(**query)).items]
+    assert [item["anchor"]["score"] for item in compared["items"]] == pytest.approx(anchors, abs=TOLERANCE)
+    assert max(abs(score - anchor) for score, anchor in zip(scores, anchors, strict=True)) > 10 * TOLERANCE
