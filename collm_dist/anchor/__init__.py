@@ -1,6 +1,8 @@
-"""Anchors: a simple, frozen score known strictly before each row, to which the language model adds.
+"""Anchors: a simple, frozen score known before each row, to which the language model adds.
 
 ``score = anchor + gain * LLM + bias``, with gain and bias learned from 0, so training starts at the anchor's ranking.
+An anchor reads events of seconds before the row's, and with ``preprocessing.ties: order`` also the user's likes of the
+same second that stand earlier in the file.
 """
 
 from collm_dist.anchor.features import AnchorKind

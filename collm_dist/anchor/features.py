@@ -1,4 +1,7 @@
-"""Simple scores and statistics of a target known strictly before its row: the inputs of an anchor.
+"""Simple scores and statistics of a target known before its row: the inputs of an anchor.
+
+As-of counts and dislikes are of seconds before the row's. The CF logit, co-occurrence and similarity to likes read the
+likes of the history, where ``preprocessing.ties: order`` puts those of the same second that stand earlier in the file.
 
 Shapes: N targets, X features.
 """

@@ -1,8 +1,8 @@
 """Anchors: logistic regressions on simple scores, fitted by time folds, as files of a run.
 
 A training row of fold k is scored with the weights fitted to the rows of earlier folds, so its anchor depends on no
-label of an equal or later time. Rows of fold 0 have the anchor 0. Rows after the training data are scored with the
-weights fitted to all training rows.
+label of an equal or later time; with ``preprocessing.ties: order``, on none of its own or a later row. Rows of fold 0
+have the anchor 0. Rows after the training data are scored with the weights fitted to all training rows.
 
 Shapes: N targets, F time folds, X features.
 """

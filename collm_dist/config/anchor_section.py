@@ -21,5 +21,7 @@ class AnchorConfig(Section):
         "none: the language model scores alone (the paper's way). cf: the CF model's logit. as_of: how "
         "often user and item occurred and were liked before the row. blend: both, with co-occurrence of items and "
         "similarity of their texts. The scores are combined by a logistic regression, fitted by time folds, so the "
-        "anchor of a training row has not seen its label. cf and blend read the CF model and need cf.cross_fit.",
+        "anchor of a training row has not seen its label or a later one. It reads events of seconds before the row's, "
+        "and with preprocessing.ties order also the user's likes of the same second that stand earlier in the file. cf "
+        "and blend read the CF model and need cf.cross_fit.",
     )

@@ -118,6 +118,25 @@ def test_no_anchor_depends_on_a_label_of_an_equal_or_later_time(tmp_path, monkey
         assert not np.array_equal(scores["as it is"][moved], scores[name][moved])
 
 
+@pytest.mark.parametrize("ties", ["strict", "order"])
+def test_likes_of_the_same_second_count_only_in_the_order_of_the_file(tmp_path, ties):
+    config, scores = build_config(tmp_path), {}
+    for name, flip in {"as it is": None, "flipped": 207}.items():
+        run_dir = write_data_step(tmp_path / name, flip=flip, rows_per_second=20, max_dislikes=5, ties=ties)
+        block = read_rows(run_dir, "train")
+        order = np.argsort(block.row_id)
+        scores[name] = fit_anchor(config, run_dir, "blend").score(block)[order]
+    users, times = block.user_idx[block.target_contexts][order], block.timestamp[order]
+    same = np.flatnonzero((users == users[207]) & (times == times[207]))
+    assert same.tolist() == [203, 207, 210, 212]
+    changed = scores["as it is"] != scores["flipped"]
+    assert not changed[:208].any()
+    assert changed[same].any() == (ties == "order")
+    others = np.setdiff1d(np.flatnonzero(times == times[207]), same)
+    assert not changed[others].any()
+    assert changed[times > times[207]].any()
+
+
 def test_the_first_folds_may_lack_the_users_that_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(score_anchor, "_MAX_FIT_ROWS", 1)
     run_dir, config = write_data_step(tmp_path), build_config(tmp_path)
