@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from collm_dist.config.anchor_section import AnchorConfig
@@ -45,17 +47,25 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Machines and processes.")
 
     @model_validator(mode="after")
-    def _select_what_is_reported(self) -> Config:
-        """With implicit feedback, let metrics that are not set be the one that the report ranks by.
+    def _fill_in_defaults(self) -> Config:
+        """Give settings that are not set the default that follows from other sections.
 
-        The AUC of all rows compares scores of different users, and can rise while the lists of each get worse.
+        With implicit feedback metrics are what the report ranks by: the AUC of all rows compares scores of different
+        users, and can rise while the lists of each get worse. With an anchor the language model's own score is in the
+        loss, unless it is a title's likelihood, of which only comparisons of targets count, and there are none.
         """
-        metric = self.main_metric
-        for section, setting in (("stage1", "select_metric"), ("stage2", "select_metric"), ("promotion", "metric")):
-            values = getattr(self, section)
-            if setting not in values.model_fields_set:
-                self.__dict__[section] = values.model_copy(update={setting: metric})
-                getattr(self, section).model_fields_set.discard(setting)  # it remains a default
+        changes: dict[str, dict[str, Any]] = {"promotion": {"metric": self.main_metric}}
+        for name in ("stage1", "stage2"):
+            stage = getattr(self, name)
+            compares = stage.pairwise_weight is not None or stage.listwise_weight is not None
+            has_own_loss = self.anchor.kind is not None and (self.prompt.score != "title" or compares)
+            changes[name] = {"select_metric": self.main_metric, "llm_loss_weight": 1.0 if has_own_loss else None}
+        for name, values in changes.items():
+            section = getattr(self, name)
+            given = set(section.model_fields_set)
+            section = section.model_copy(update={key: values[key] for key in set(values) - given})
+            section.model_fields_set.intersection_update(given)  # the others remain defaults
+            self.__dict__[name] = section
         return self
 
     @property
@@ -128,7 +138,7 @@ class Config(Section):
             if self.anchor.kind is None and stage.llm_loss_weight is not None:
                 raise ValueError(
                     f"{name}.llm_loss_weight {stage.llm_loss_weight} adds the loss of the language model alone to that "
-                    "of the anchored score, but anchor.kind is none: set it, or leave llm_loss_weight out"
+                    "of the anchored score, but anchor.kind is none: set it, or llm_loss_weight to null"
                 )
         if self.promotion.min_paired_difference is not None:
             self._check_promotion()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,11 +40,13 @@ class LlmConfig(Section):
 class LoraConfig(Section):
     """The low-rank adapter that stage 1 trains."""
 
-    rank: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: int = Field(16, ge=1, description="Scale: the update is multiplied by alpha / rank.")
+    rank: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"), min_length=1, description="Names of the linear layers that are adapted."
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all"] = Field(
+        "all",
+        description="Names of the linear layers that are adapted. all: those of all decoder layers, except in a "
+        "mixture of experts.",
     )
 
 

@@ -51,8 +51,8 @@ class StageConfig(Section):
     llm_loss_weight: float | None = optional(
         "With an anchor: weight of the same loss of the language model's score alone, besides that of the anchored "
         "score. The gain starts at 0, where the language model has no gradient; with this term it learns from the "
-        "first step. With prompt.score title only its terms that compare targets count, if there are any; "
-        "default: off.",
+        "first step. With prompt.score title only its terms that compare targets count. Default: 1 with an anchor, "
+        "unless prompt.score is title and the loss has no such term.",
         gt=0,
     )
     num_epochs: int = Field(10, ge=1, description="Maximum number of passes over the training contexts.")
@@ -99,6 +99,7 @@ class StageConfig(Section):
 class Stage1Config(StageConfig):
     """Stage 1: LoRA on text-only prompts (what TALLRec does)."""
 
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
     enabled: bool = Field(True, description="false: stage 2 trains the mapping on the original backbone.")
     refresh_every_days: float | None = Field(
         None,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from collm_dist.errors import ConfigError
+from collm_dist.llm.packed.decoder import find_decoder, find_layers
+
+TargetModules = tuple[str, ...] | Literal["all"]
 
 
 def add_lora(
-    backbone: Any, *, rank: int, alpha: int, dropout: float, target_modules: tuple[str, ...], seed: int
+    backbone: Any, *, rank: int, alpha: int, dropout: float, target_modules: TargetModules, seed: int
 ) -> PeftModel:
     """Add a new adapter to the backbone's layers, in place; only the adapter is trainable.
 
@@ -31,12 +34,10 @@ def add_lora(
         peft's wrapper around the same backbone, which ``save_adapter`` needs.
 
     Raises:
-        ConfigError: see ``check_target_modules``.
+        ConfigError: see ``find_target_modules``.
     """
-    check_target_modules(backbone, target_modules)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
-    )
+    names = find_target_modules(backbone, target_modules)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), _hide_deprecation():
         torch.manual_seed(seed)
         # In the backbone's precision, which DeepSpeed would give it anyway: trial passes before DeepSpeed then measure
@@ -44,19 +45,22 @@ def add_lora(
         return get_peft_model(backbone, config, autocast_adapter_dtype=False)
 
 
-def check_target_modules(backbone: Any, target_modules: tuple[str, ...]) -> None:
-    """Check that every name stands for linear layers that an adapter can train.
+def find_target_modules(backbone: Any, target_modules: TargetModules) -> list[str]:
+    """Return names of linear layers that an adapter can train, or ends of their full names.
 
     Args:
         backbone: a transformers causal language model; it may be on the meta device.
-        target_modules: names of layers, or ends of their full names.
+        target_modules: names of layers, or ends of their full names; ``all``: the linear layers of all decoder layers.
+            Those of a mixture of experts are left out, since each of them sees a part of the tokens.
 
     Raises:
         ConfigError: no layer has one of the names, or the layers of a name cannot be trained.
     """
     head = backbone.get_output_embeddings()
     layers = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    trainable = sorted({name.rsplit(".", 1)[-1] for name, module in layers.items() if module is not head})
+    if target_modules == "all":
+        return _list_decoder_layers(backbone, layers)
+    trainable = sorted({_get_last(name) for name, module in layers.items() if module is not head})
     for target in target_modules:
         found = [module for name, module in layers.items() if f".{name}".endswith(f".{target}")]
         if not found:
@@ -71,6 +75,36 @@ def check_target_modules(backbone: Any, target_modules: tuple[str, ...]) -> None
                 f"lora.target_modules: {target} is the output head, of which only the two rows of the answers are "
                 f"computed, so its adapter would not be trained; remove it. Other linear layers: {', '.join(trainable)}"
             )
+    return list(target_modules)
+
+
+def _list_decoder_layers(backbone: Any, linear_layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of the linear layers of all decoder layers; a name that other modules share is a full one.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    inside: set[nn.Module] = set()
+    mixed: set[nn.Module] = set()
+    for layer in find_layers(find_decoder(backbone)) or ():
+        inside.update(layer.modules())
+        mixed.update(*(module.modules() for module in layer.modules() if hasattr(module, "experts")))
+    full = [name for name, module in linear_layers.items() if module in inside - mixed]
+    # peft adapts parameters by these names too, such as the fused weights of experts.
+    names = {name for name, _ in (*backbone.named_modules(), *backbone.named_parameters())}
+    shared = {_get_last(name) for name in names.difference(full)}
+    if mixed:  # peft takes even full names of such layers for those of experts
+        full = [name for name in full if _get_last(name) not in shared]
+    if not full:
+        raise ConfigError(
+            "lora.target_modules: all finds no linear layer outside mixtures of experts; name layers, of "
+            f"{', '.join(sorted({_get_last(name) for name in linear_layers}))}"
+        )
+    return sorted({name if _get_last(name) in shared else _get_last(name) for name in full})
+
+
+def _get_last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def save_adapter(

@@ -115,25 +115,26 @@ class DroppedLinear(nn.Module):
         self.register_buffer("site", torch.tensor([site]), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """(1, M, W) -> (1, M, R).
+        """(1, M, W) -> (1, M, R), or (M, W) -> (M, R).
 
         Raises:
-            ConfigError: the layer sees tokens in another arrangement, as an expert of a mixture does.
+            ConfigError: the layer sees other tokens, as an expert of a mixture does.
         """
         if not self.training:
             return linear(values, self.weight)
         windows = self.masks.windows.index_select(0, self.site)[0]
-        if values.shape[:-1] != windows.shape:
+        if values.shape[:-1].numel() != windows.numel():
             raise ConfigError(
                 f"lora.dropout: a layer of lora.target_modules sees tokens in shape {tuple(values.shape[:-1])}, the "
                 f"prompts have {tuple(windows.shape)}; set lora.dropout=0, or remove that layer from "
                 "lora.target_modules"
             )
+        rows = values.view(*windows.shape, -1)
         if torch.compiler.is_compiling():  # the compiler decides itself what to recompute
-            return linear(self.masks.drop(values, windows), self.weight)
-        return _DroppedMatmul.apply(  # type: ignore[no-untyped-call, no-any-return]
-            values, self.weight, windows, self.masks
-        )
+            products = linear(self.masks.drop(rows, windows), self.weight)
+        else:
+            products = _DroppedMatmul.apply(rows, self.weight, windows, self.masks)  # type: ignore[no-untyped-call]
+        return products.view(*values.shape[:-1], -1)
 
 
 def install_keyed_dropout(backbone: nn.Module) -> DropoutMasks | None:

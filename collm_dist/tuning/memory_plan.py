@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from collm_dist.llm.backbone import Quantization
-from collm_dist.llm.lora import add_lora
+from collm_dist.llm.lora import TargetModules, add_lora
 from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.lean_modules import run_rms_norm
@@ -42,7 +42,7 @@ class LoraSettings:
     rank: int
     alpha: int
     dropout: float
-    target_modules: tuple[str, ...]
+    target_modules: TargetModules
 
 
 @dataclass(frozen=True)

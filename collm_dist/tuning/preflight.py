@@ -12,7 +12,7 @@ from collm_dist.config import Config
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.errors import ConfigError
 from collm_dist.llm.backbone import load_backbone_config, load_tokenizer
-from collm_dist.llm.lora import check_target_modules
+from collm_dist.llm.lora import find_target_modules
 from collm_dist.llm.packed.decoder import check_support, find_decoder
 
 # Kinds of rotary embedding whose angles change for a whole batch once one prompt exceeds the original window.
@@ -42,7 +42,7 @@ def _list_problems(config: Config, skeleton: Any, tokenizer: Any) -> Iterator[st
         lambda: resolve_answer_ids(tokenizer, config.prompt.yes, config.prompt.no),
     ]
     if config.stage1.enabled:
-        checks.append(lambda: check_target_modules(skeleton, config.lora.target_modules))
+        checks.append(lambda: find_target_modules(skeleton, config.lora.target_modules))
     for check in checks:
         try:
             check()

@@ -243,6 +243,22 @@ def test_the_language_models_own_loss_needs_an_anchor(write, stage):
     load_config(write(GOOD), [setting, "anchor.kind=as_of"])
 
 
+def test_with_an_anchor_the_language_model_has_a_loss_of_its_own(write):
+    def get_weights(*settings):
+        config = load_config(write(GOOD), list(settings))
+        return config.stage1.llm_loss_weight, config.stage2.llm_loss_weight
+
+    anchor, title = "anchor.kind=as_of", "prompt.score=title"
+    assert get_weights() == (None, None)
+    assert get_weights(anchor) == (1, 1)
+    assert get_weights(anchor, "stage1.llm_loss_weight=null", "stage2.llm_loss_weight=0.5") == (None, 0.5)
+    # A likelihood has no zero between likes and dislikes, so there is no loss of single targets.
+    assert get_weights(anchor, title) == (None, None)
+    assert get_weights(anchor, title, "stage2.pairwise_weight=0.5") == (None, 1)
+    saved = write(dump_config(load_config(write(GOOD), [anchor, "stage1.llm_loss_weight=null"])))
+    assert load_config(saved).stage1.llm_loss_weight is None
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stage):
     setting = f"{stage}.listwise_weight=0.5"

@@ -17,6 +17,7 @@ def _stage(**settings):
     return {
         "warmup_steps": 200,
         "max_grad_norm": 0.0,
+        "learning_rate": 1e-3,
         "early_stop_patience": 20,
         "max_valid_contexts": 2829,
         "num_epochs": 200,
@@ -43,6 +44,7 @@ def _build(**sections):
                 **{stage: f"configs/prompts/question_last/{stage}.txt" for stage in ("stage1", "stage2")},
             },
             "llm": {"backbone": "vicuna-7b", "dtype": "bfloat16"},
+            "lora": {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"]},
             "stage1": _stage(eval_every_steps=50),
             "stage2": _stage(eval_every_steps=50),
             "evaluation": {"recipe": "ML-1M"},

@@ -1,10 +1,22 @@
 """What does not fit a backbone is named before any work, all of it at once."""
 
 import pytest
-from transformers import AutoConfig, BloomConfig, GPT2Config, GptOssConfig, LlamaConfig, MambaConfig
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    CTRLConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+)
 
 from collm_dist.config import Config
 from collm_dist.errors import ConfigError, DataError
+from collm_dist.llm.lora import find_target_modules
 from collm_dist.tuning.preflight import check_backbone
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
 
@@ -51,6 +63,29 @@ def test_each_name_of_an_adapter_must_stand_for_layers_that_can_be_trained(tmp_p
     save(tmp_path, LlamaConfig(**SMALL))
     with pytest.raises(ConfigError, match=message):
         check_backbone(make_config(tmp_path, lora={"target_modules": names}))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_of_all_layers_needs_no_names(tmp_path, architecture):
+    check_backbone(make_config(save(tmp_path, make_model(architecture).config)))
+    attention = ["dense", "query_key_value"] if architecture == "gpt_neox" else ["k_proj", "o_proj", "q_proj", "v_proj"]
+    network = (
+        ["dense_4h_to_h", "dense_h_to_4h"] if architecture == "gpt_neox" else ["down_proj", "gate_proj", "up_proj"]
+    )
+    assert find_target_modules(make_model(architecture), "all") == sorted(attention + network)
+
+
+def test_all_layers_are_those_outside_mixtures_of_experts():
+    mixture = MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    with torch.device("meta"):
+        names = find_target_modules(AutoModelForCausalLM.from_config(mixture), "all")
+    assert names == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with torch.device("meta"):
+        names = find_target_modules(
+            AutoModelForCausalLM.from_config(CTRLConfig(vocab_size=300, n_embd=32, dff=48, n_layer=2, n_head=4)), "all"
+        )
+    # 0 is also the name of the first decoder layer.
+    assert names == ["2", "Wk", "Wq", "Wv", "dense", "transformer.h.0.ffn.0", "transformer.h.1.ffn.0"]
 
 
 def test_an_adapter_may_name_ends_of_full_names(tmp_path):

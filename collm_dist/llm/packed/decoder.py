@@ -88,7 +88,7 @@ class PackedDecoder:
         config: Any = module.config
         self.module, self.config = module, config
         self.attention, self.checkpointing = attention, checkpointing
-        layers = _find_layers(module)
+        layers = find_layers(module)
         assert layers is not None  # checked
         self.layers = layers
         self._replaced: list[tuple[nn.Module, Any]] = []
@@ -258,7 +258,7 @@ def find_decoder(backbone: Any) -> nn.Module:
     return decoder
 
 
-def _find_layers(decoder: nn.Module) -> list[nn.Module] | None:
+def find_layers(decoder: nn.Module) -> list[nn.Module] | None:
     """Return a decoder's layers, by any name; None if there is no list of them."""
     config: Any = decoder.config
     lists = (list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList))
@@ -283,7 +283,7 @@ def check_support(decoder: nn.Module) -> None:
         cause = "has attention sinks"
     elif any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
         cause = "lets tokens attend to later ones"
-    elif _find_layers(decoder) is None:
+    elif find_layers(decoder) is None:
         cause = "has no list of layers"
     else:
         return
