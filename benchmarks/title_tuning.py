@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,7 +139,7 @@ def tune(way: Way, rows: pd.DataFrame, titles: dict[int, str]) -> list[dict[str,
     reader = TitleReader(way, titles)
     likes = rows[rows.split == "train"].groupby("item_id").label.agg(["size", "mean"])
     optimizer = torch.optim.AdamW(reader.weights, lr=way.learning_rate, weight_decay=0.0)
-    batches, history, begun = _draw(likes.index.to_numpy(), way.items_per_step), [], time.monotonic()
+    batches, history = _draw(likes.index.to_numpy(), way.items_per_step), []
     for step in range(1, way.steps + 1):
         warmup = min(1.0, step / way.warmup_steps)
         rest = max(0, step - way.warmup_steps) / (way.steps - way.warmup_steps)
@@ -156,8 +155,7 @@ def tune(way: Way, rows: pd.DataFrame, titles: dict[int, str]) -> list[dict[str,
         optimizer.step()
         reader.take_weights()
         if step in (way.steps // 2, way.steps):
-            minutes = round((time.monotonic() - begun) / 60, 1)
-            history.append({"step": step, "minutes": minutes} | validate(reader, rows[rows.split == "valid"]))
+            history.append({"step": step} | validate(reader, rows[rows.split == "valid"]))
             print(history[-1], flush=True)
     return history
 

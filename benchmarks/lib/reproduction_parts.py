@@ -76,7 +76,7 @@ def render_title_tuning(results: Path) -> list[str]:
     for way in record["ways"]:
         half, end = way["history"]
         values = [f"{point[metric]:.3f}" for metric in ("auc", "uauc", "logloss") for point in (half, end)]
-        cells.append([way["name"], _name_way(way["settings"]), *values, f"{end['minutes']:.0f}"])
+        cells.append([way["name"], _name_way(way["settings"]), *values])
     heads = [f"{metric}, {time}" for metric in ("AUC", "UAUC", "log-loss") for time in ("half time", "end")]
     steps, items = (record["ways"][0]["settings"][key] for key in ("steps", "items_per_step"))
     return [
@@ -86,7 +86,7 @@ def render_title_tuning(results: Path) -> list[str]:
         f"(`benchmarks/results/{_TITLES_FILE}`). Each of {steps} steps reads {items} titles, each with the share of "
         "likes of all its training rows; one seed, one thread.",
         "",
-        render_table(["way", "what is trained, learning rate", *heads, "minutes"], cells),
+        render_table(["way", "what is trained, learning rate", *heads], cells),
         "",
     ]
 

@@ -247,7 +247,7 @@ def test_ways_to_train_the_tables_are_rendered_as_measured(tmp_path):
 
 def test_ways_of_tuning_are_rendered_as_measured(tmp_path):
     assert render_title_tuning(tmp_path) == []
-    history = [{"step": step, "minutes": step, "auc": 0.5 + step / 100, "uauc": 0.6, "logloss": 0.7} for step in (1, 2)]
+    history = [{"step": step, "auc": 0.5 + step / 100, "uauc": 0.6, "logloss": 0.7} for step in (1, 2)]
     ways = [
         {"name": name, "settings": json.loads(json.dumps(asdict(WAYS[name]))), "history": history}
         for name in ("base", "rank 8, q and v, 1e-3", "full, 2e-5")
