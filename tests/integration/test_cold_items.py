@@ -8,15 +8,11 @@ import collm_dist
 from collm_dist import RankingRequest
 from collm_dist.anchor import load_anchor
 from collm_dist.anchor.features import FEATURES
-from collm_dist.config.loader import dump_config, load_config
 from collm_dist.data.shards.interactions import load_interactions
 from collm_dist.data.shards.manifest import load_manifest
-from collm_dist.orchestration.cluster import connect_ray
-from collm_dist.orchestration.preprocess import run_preprocess
-from collm_dist.orchestration.pretrain import run_pretrain
-from collm_dist.runs.run_dir import RunDir
 from collm_dist.tuning.run_stage import run_stage
 from tests.conftest import REPOSITORY
+from tests.integration.finished_run import begin_run
 
 pytestmark = pytest.mark.usefixtures("same_environment")
 
@@ -42,13 +38,7 @@ def cold_run(tmp_path_factory, tiny_ratings, tiny_backbone_dir):
         "stage1.enabled=false",
         "stage2.max_steps=2",
     ]
-    config = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
-    run_dir = RunDir(folder / "run")
-    run_dir.path.mkdir()
-    (run_dir.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    with connect_ray(config.cluster):
-        run_preprocess(config, run_dir, False)
-        run_pretrain(config, run_dir, False)
+    config, run_dir = begin_run(REPOSITORY / "configs" / "tiny_cpu.yaml", overrides)
     run_stage(config, run_dir, "stage2")
     return config, run_dir
 
