@@ -66,6 +66,7 @@ WAYS = {
     "chat template": Way(form="chat template"),
     "question last": Way(form="question last"),
     "5e-4": Way(learning_rate=5e-4),
+    "1e-3": Way(learning_rate=1e-3),
     "rank 64": Way(rank=64),
 }
 
