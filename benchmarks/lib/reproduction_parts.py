@@ -86,7 +86,7 @@ def render_title_tuning(results: Path) -> list[str]:
         f"(`benchmarks/results/{_TITLES_FILE}`). Each of {steps} steps reads {items} titles, each with the share of "
         "likes of all its training rows; one seed, one thread.",
         "",
-        render_table(["way", "what is trained, learning rate", *heads], cells),
+        render_table(["way", "trained weights, learning rate", *heads], cells),
         "",
     ]
 

@@ -99,7 +99,7 @@ def select(rows: Sequence[Row], variant: str, slices: Sequence[str] = ("all",)) 
 def summarize(name: str, result: Mapping[str, Any]) -> list[str]:
     """Return sentences on the last stage of the whole recipe against its anchor, its rivals and its own parts.
 
-    A model that may see less, by the report's column ``inputs``, is no rival.
+    The collaborative model is left out if the report's column ``inputs`` differs, since it then sees less.
     """
     metric, run = DATA_SETS[name][1], _choose_run(result)
     by_model = {row["model"]: row for row in run.rows}

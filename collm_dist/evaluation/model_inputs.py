@@ -1,4 +1,4 @@
-"""What a model was fitted to and what it reads for each row that it scores: two columns of the report's table."""
+"""Training labels and inputs of a model in words: two columns of the report's table."""
 
 from __future__ import annotations
 
