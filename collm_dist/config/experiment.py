@@ -50,9 +50,10 @@ class Config(Section):
     def _fill_in_defaults(self) -> Config:
         """Give settings that are not set the default that follows from other sections.
 
-        With implicit feedback the metric is the one that the report ranks by: the AUC of all rows compares scores of different
-        users, and can rise while the lists of each get worse. With an anchor the language model's own score is in the
-        loss, unless it is a title's likelihood, of which only comparisons of targets count, and there are none.
+        With implicit feedback the metric is the one that the report ranks by: the AUC of all rows compares scores of
+        different users, and can rise while the lists of each get worse. With an anchor the language model's own score
+        is in the loss, unless it is a title's likelihood, of which only comparisons of targets count, and there are
+        none.
         """
         changes: dict[str, dict[str, Any]] = {"promotion": {"metric": self.main_metric}}
         for name in ("stage1", "stage2"):
