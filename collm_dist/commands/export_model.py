@@ -17,9 +17,9 @@ EXAMPLES = """examples:
   HF_TOKEN=... python launch/export_model.py --config C --output exported --push-to-hub OWNER/NAME
   python launch/export_model.py --config C --output exported --without-events --push-to-hub OWNER/NAME --public
 
-The folder has a LoRA adapter for plain peft, the merged model for plain transformers, the mapping and the
-collaborative models (safetensors), ids, titles, the log, prompts and a model card. launch/import_model.py makes a run
-directory from it that gives the same scores.
+The folder has a LoRA adapter for plain peft (not with lora.rank: full), the tuned model for plain transformers, the
+mapping and the collaborative models (safetensors), ids, titles, the log, prompts and a model card.
+launch/import_model.py makes a run directory from it that gives the same scores.
 
 The log contains users' events: consider who receives the folder. With --without-events no user id, event, text or
 vector of a user is in it. It then ranks for new users, whose history the request gives, and refuses others.

@@ -34,7 +34,7 @@ class Config(Section):
     anchor: AnchorConfig = Field(default_factory=AnchorConfig, description="The simple score that the LLM adds to.")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="What the language model reads.")
     llm: LlmConfig = Field(default_factory=LlmConfig, description="The language model.")
-    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter of stage 1.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="What stage 1 trains.")
     mapping: MappingConfig = Field(default_factory=MappingConfig, description="The mapping of stage 2.")
     stage1: Stage1Config = Field(default_factory=Stage1Config, description="LoRA on text-only prompts.")
     stage2: Stage2Config = Field(default_factory=Stage2Config, description="The mapping on prompts with slots.")
@@ -128,7 +128,13 @@ class Config(Section):
                     f"{setting} needs the whole weights of the backbone on each process: set cluster.zero_stage to "
                     "2 or less"
                 )
-        if self.prompt.score == "title" and self.llm.activation_checkpointing and self.lora.dropout:
+        if self.stage1.enabled and self.lora.rank == "full" and self.llm.quantization != "none":
+            raise ValueError(
+                f"lora.rank full trains the weights that llm.quantization {self.llm.quantization} stores in fewer "
+                "bits: set llm.quantization to none, or lora.rank to a number such as 16"
+            )
+        has_dropout = self.lora.rank != "full" and self.lora.dropout > 0
+        if self.prompt.score == "title" and self.llm.activation_checkpointing and has_dropout:
             raise ValueError(
                 "prompt.score title has two passes in a step, and llm.activation_checkpointing would compute one again "
                 f"with the dropout of the other: set lora.dropout to 0 (it is {self.lora.dropout}), or "

@@ -38,9 +38,14 @@ class LlmConfig(Section):
 
 
 class LoraConfig(Section):
-    """The low-rank adapter that stage 1 trains."""
+    """What stage 1 trains: a low-rank adapter, or all weights of the decoder layers."""
 
-    rank: int = Field(16, ge=1, description="Rank of the update.")
+    rank: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
+        16,
+        description="Rank of the update. full: no adapter; all weights of the decoder layers train, at 16 bytes of "
+        "gradients, moments and float32 copies each, which cluster.zero_stage 1 and 2 divide among the processes. The "
+        "other settings of this section then mean nothing.",
+    )
     alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all"] = Field(

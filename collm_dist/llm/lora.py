@@ -1,4 +1,4 @@
-"""LoRA adapters through peft: add, save, load, merge. No other file imports peft."""
+"""The weights that stage 1 trains: LoRA adapters through peft, or all of the layers. No other file imports peft."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ from collm_dist.errors import ConfigError
 from collm_dist.llm.packed.decoder import find_decoder, find_layers
 
 TargetModules = tuple[str, ...] | Literal["all"]
+Rank = int | Literal["full"]
+
+
+def make_trainable(
+    backbone: Any, *, rank: Rank, alpha: int, dropout: float, target_modules: TargetModules, seed: int
+) -> PeftModel | None:
+    """Choose the weights of a frozen backbone that train, in place: those of a new adapter, or of all decoder layers.
+
+    Embeddings and the output head stay frozen: of the head only the two rows of the answers are computed.
+
+    Args:
+        backbone, alpha, dropout, target_modules, seed: as for ``add_lora``, whose errors this raises too.
+        rank: of the adapter; ``full``: all weights of the decoder layers train, and the other arguments mean nothing.
+
+    Returns:
+        peft's wrapper, see ``add_lora``; None if the layers themselves train.
+    """
+    if rank == "full":
+        for layer in find_layers(find_decoder(backbone)) or ():
+            layer.requires_grad_(True)
+        return None
+    return add_lora(backbone, rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, seed=seed)
 
 
 def add_lora(
@@ -140,6 +162,18 @@ def _hide_deprecation() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield
+
+
+def put_weights(backbone: Any, weights: Mapping[str, Tensor]) -> None:
+    """Give some of a backbone's parameters the values of these tensors, rounded to the backbone's precision.
+
+    Raises:
+        KeyError: a name is not one of the backbone's parameters.
+    """
+    parameters = dict(backbone.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
 
 
 def merge_adapter(backbone: Any, folder: Path) -> Any:

@@ -1,8 +1,9 @@
 """Export of a finished run: a folder that plain peft and transformers load, with everything that ranking needs.
 
 README.md             model card: data, metrics with baselines and intervals, settings, licences
-adapter/              LoRA adapter of stage 1, for ``PeftModel.from_pretrained(backbone, "adapter")``
-model/                backbone with the adapter merged, for ``AutoModelForCausalLM.from_pretrained("model")``
+adapter/              LoRA adapter of stage 1, for ``PeftModel.from_pretrained(backbone, "adapter")``; missing if all
+                      weights of the layers were trained
+model/                backbone with what stage 1 trained, for ``AutoModelForCausalLM.from_pretrained("model")``
 mapping.safetensors   stage 2's mapping from collaborative vectors to soft tokens
 cf/                   collaborative models (safetensors)
 anchor/               simple score that the language model adds to; anchored_score.safetensors: its share in stage 1

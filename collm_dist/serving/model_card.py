@@ -16,11 +16,13 @@ from collm_dist.tuning.stage import get_stage
 _USE = """## Use
 
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("model")       # the text model, adapter merged
-
+    model = AutoModelForCausalLM.from_pretrained("model")       # the text model of stage 1
+"""
+_USE_ADAPTER = """
     from peft import PeftModel
     PeftModel.from_pretrained(backbone, "adapter")              # the same as an adapter of the published backbone
-
+"""
+_USE_ALL = """
 collm-dist turns the folder into a run directory, for the whole recommender with collaborative vectors as soft tokens:
 
     python launch/import_model.py --input <this folder> --run-dir runs/imported
@@ -49,12 +51,14 @@ def write_card(
     """
     base = _find_base(config, run_dir)
     contents = "ids, titles and events" if with_events else "item ids, titles and counts; no users and no events"
-    head = ["---", *describe_license(licences.model), f"base_model: {json.dumps(base)}", "library_name: peft",
+    has_adapter = (run_dir.step_dir("stage1") / "adapter").exists()
+    library = "peft" if has_adapter else "transformers"
+    head = ["---", *describe_license(licences.model), f"base_model: {json.dumps(base)}", f"library_name: {library}",
             "tags: [recommendation, collm]", "---", ""]  # fmt: skip
     lines = [
         "# A recommender that reads titles and collaborative vectors",
         "",
-        f"`{base}`, LoRA-tuned on text prompts (stage 1)"
+        f"`{base}`, {'LoRA-tuned' if has_adapter else 'all layers tuned'} on text prompts (stage 1)"
         + (
             ", with a mapping from collaborative vectors to soft tokens (stage 2)"
             if get_stage(config, stage).has_slots
@@ -63,7 +67,7 @@ def write_card(
         + ", after CoLLM (Zhang et al., arXiv 2310.19488). A score is "
         + _SCORES[config.prompt.score],
         "",
-        _USE,
+        _USE + (_USE_ADAPTER if has_adapter else "") + _USE_ALL,
         *_describe_data(run_dir),
         "",
         "## Licences",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -97,7 +98,9 @@ def _describe_stage(
     train, valid = build_orders(config, run_dir, settings)
     steps = count_total_steps(settings, train)
     collator = build_collator(config, run_dir, tokenizer, name)
-    shape, dtype = DecoderShape.from_model(skeleton), _choose_dtype(config)
+    trains_layers = stage.lora is not None and stage.lora.rank == "full"
+    shape = dataclasses.replace(DecoderShape.from_model(skeleton), trains_layers=trains_layers)
+    dtype = _choose_dtype(config)
     tokens = settings.max_tokens_per_micro_batch
     budget = ASSUMED_TOKENS if tokens == "auto" else tokens
     blocks = list(islice(train.iter_batches(), SAMPLED_BATCHES))
@@ -206,7 +209,7 @@ def _describe_memory(
     remedies: dict[str, dict[str, Any]] = {}
     if not config.llm.activation_checkpointing:
         remedies["llm.activation_checkpointing=true"] = {"checkpointing": True}
-    if config.llm.quantization == "none":
+    if config.llm.quantization == "none" and config.lora.rank != "full":
         remedies["llm.quantization=4bit"] = {"weights": count_weight_bytes(skeleton, dtype, "4bit")}
     tokens = len(sample.largest.tree_ids) + len(sample.largest.prefix_ids)
     gigabytes = [
@@ -229,6 +232,8 @@ def _describe_memory(
             fitting = find_fitting_tokens(plan_memory(shape, layers, **{**arguments, **changes}), tokens, gpu * 1e9)
             if fitting >= config.prompt.max_prompt_tokens:
                 advice.append(f"{setting} with up to {fitting:,} tokens")
+        if shape.trains_layers:
+            advice.append("cluster.zero_stage=2 on several GPUs, which share the training state, or lora.rank=16")
         if not advice:
             advice.append("cluster.zero_stage=3 on several GPUs, which share the weights")
         lines.append(f"{name}: does not fit a GPU of {gpu:.0f} GB; it does with {', or '.join(advice)}")

@@ -1,7 +1,7 @@
 """FLOPs of a step with shared contexts, and of padded rows for comparison.
 
 Only matmuls count, with two operations per multiply-add; everything else is small. Backward passes count the gradients
-of activations alone, because the backbone's weights are frozen.
+of activations, and of weights only if the layers themselves train: an adapter is small.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class DecoderShape:
         key_width: key/value heads times head width.
         hidden_size: D.
         vocabulary: rows of the language-modelling head.
+        trains_layers: all weights of the layers train (``lora.rank: full``).
     """
 
     num_layers: int
@@ -35,6 +36,7 @@ class DecoderShape:
     key_width: int
     hidden_size: int
     vocabulary: int
+    trains_layers: bool = False
 
     @classmethod
     def from_model(cls, backbone: Any) -> DecoderShape:
@@ -66,11 +68,13 @@ class DecoderShape:
         return self.num_layers * (2 * self.layer_weights * tokens + 4 * self.attention_width * pairs)
 
     def count_backward(self, tokens: int, pairs: int) -> int:
-        """Return the FLOPs of the backward pass with frozen weights.
+        """Return the FLOPs of the backward pass.
 
-        Each matmul of the forward pass has one in the backward pass; in attention two, as both factors are activations.
+        Each matmul of the forward pass has one in the backward pass, and another if its weights train; in attention
+        two, as both factors are activations.
         """
-        return self.num_layers * (2 * self.layer_weights * tokens + 8 * self.attention_width * pairs)
+        matmuls = 4 if self.trains_layers else 2
+        return self.num_layers * (matmuls * self.layer_weights * tokens + 8 * self.attention_width * pairs)
 
     def count_head(self, tokens: int) -> int:
         """Return the FLOPs of full-vocabulary logits."""

@@ -31,7 +31,7 @@ class LoadedStage:
         model: the module, its weights not yet partitioned.
         collator: lays out the stage's prompts.
         backbone: the language model with its tokenizer and source.
-        adapter: peft's wrapper while LoRA trains, else None.
+        adapter: peft's wrapper while an adapter trains, else None.
         device: the process's device.
     """
 

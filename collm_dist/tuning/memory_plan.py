@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from collm_dist.llm.backbone import Quantization
-from collm_dist.llm.lora import TargetModules, add_lora
+from collm_dist.llm.lora import Rank, TargetModules, make_trainable
 from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.lean_modules import run_rms_norm
@@ -37,9 +37,9 @@ QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapter of stage 1; see the config section ``lora``."""
+    """What stage 1 trains; see the config section ``lora``."""
 
-    rank: int
+    rank: Rank
     alpha: int
     dropout: float
     target_modules: TargetModules
@@ -53,13 +53,13 @@ class LayerMemory:
         per_layer: of each layer.
         outside: before and after the layers.
         inputs: of a layer's input, which is all that a checkpointed layer saves.
-        adapters: trainable parameters of each layer.
+        trainable: trainable parameters of each layer.
     """
 
     per_layer: float
     outside: float
     inputs: float
-    adapters: int
+    trainable: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MemoryPlan:
     """Memory of one process in bytes.
 
     Attributes:
-        weights: frozen backbone.
+        weights: backbone.
         state: gradients, moments and float32 copies of the trainable parameters.
         activations: saved for the backward pass, with the prefixes' keys and values.
         working: extra memory at the peak: gradients of one layer's activations, or one recomputed layer.
@@ -122,25 +122,25 @@ def measure_layers(
         config: the backbone's transformers config.
         dtype: dtype of weights and activations.
         attention: transformers' attention implementation.
-        lora: the adapter that trains; None = only the input embeddings get gradients, as in stage 2.
+        lora: what trains; None = only the input embeddings get gradients, as in stage 2.
         on_gpu: count the norms of a GPU instead of a CPU.
         trust_remote_code: whether code that comes with the backbone may run.
     """
-    saved, adapters = [], []
+    saved, trainable = [], []
     for layers in (1, 2):
         model = _build_layers(config, layers, dtype, attention, trust_remote_code)
         if lora is not None:
-            add_lora(model, **vars(lora), seed=0)
+            make_trainable(model, **vars(lora), seed=0)
             if (masks := install_keyed_dropout(model)) is not None:
                 masks.windows = torch.zeros(len(masks.windows), 1, TRIAL_TOKENS, dtype=torch.int64)
         model.train(lora is not None)
         decoder = PackedDecoder(model.get_decoder(), norm=_run_norm_as_on_gpu if on_gpu else run_rms_norm)
         saved.append(_count_saved(decoder, model.config.get_text_config().hidden_size, dtype))
-        adapters.append(sum(param.numel() for param in model.parameters() if param.requires_grad))
+        trainable.append(sum(param.numel() for param in model.parameters() if param.requires_grad))
     per_layer = saved[1] - saved[0]
     width = config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
     return LayerMemory(
-        per_layer / TRIAL_TOKENS, (saved[0] - per_layer) / TRIAL_TOKENS, float(width), adapters[1] - adapters[0]
+        per_layer / TRIAL_TOKENS, (saved[0] - per_layer) / TRIAL_TOKENS, float(width), trainable[1] - trainable[0]
     )
 
 
@@ -198,13 +198,13 @@ def plan_memory(
         shape: the decoder's sizes.
         layers: result of ``measure_layers``.
         weights: bytes of the whole backbone.
-        other_trainable: trainable parameters besides the adapters.
+        other_trainable: trainable parameters outside the layers.
         tree_tokens, prefix_tokens: tokens of the micro-batch with and without gradients.
         keys: keys that attention lays out, including copies of those before rows or branches.
         element_size: bytes of an element.
         checkpointing: whether activation checkpointing is on.
         logits: bytes of logits over the vocabulary, with their gradients.
-        weight_shards: number of ranks that share the frozen weights (ZeRO-3).
+        weight_shards: number of ranks that share the backbone's weights (ZeRO-3).
     """
     cache = 2 * shape.num_layers * shape.key_width * element_size * prefix_tokens
     layer_activations = layers.per_layer * tree_tokens
@@ -216,7 +216,7 @@ def plan_memory(
         saved, working = shape.num_layers * layer_activations, 0.0
     # In the backward pass the gradients of one layer's activations take about as much again.
     working += layer_working + logits
-    trainable = layers.adapters * shape.num_layers + other_trainable
+    trainable = layers.trainable * shape.num_layers + other_trainable
     return MemoryPlan(
         weights=weights // weight_shards,
         state=BYTES_PER_TRAINABLE * trainable,

@@ -41,7 +41,7 @@ def _list_problems(config: Config, skeleton: Any, tokenizer: Any) -> Iterator[st
         lambda: check_support(find_decoder(skeleton)),
         lambda: resolve_answer_ids(tokenizer, config.prompt.yes, config.prompt.no),
     ]
-    if config.stage1.enabled:
+    if config.stage1.enabled and config.lora.rank != "full":
         checks.append(lambda: find_target_modules(skeleton, config.lora.target_modules))
     for check in checks:
         try:

@@ -37,7 +37,7 @@ class Stage(Protocol):
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapter that trains; None = the backbone is frozen."""
+        """What trains in the backbone; None = it is frozen."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Stage 1: LoRA on text-only prompts."""
+"""Stage 1: LoRA, or all weights of the layers, on text-only prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collm_dist.config import Config, LoraConfig, StageConfig
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.distributed import get_rank, run_on_rank_0
 from collm_dist.llm.anchored_score import load_anchored_score, save_anchored_score
-from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
+from collm_dist.llm.lora import make_trainable, merge_adapter, put_weights, save_adapter
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import sync_files
 from collm_dist.runs.file_hashes import check_files
@@ -34,13 +34,15 @@ from collm_dist.tuning.loaded_stage import (
 DAY_SECONDS = 86_400
 # These differ between two nightly runs although nothing about the training of stage 1 does.
 _NIGHTLY_KEYS = frozenset({"upstream.data", "upstream.cf", "config.stage1.refresh_every_days"})
-_FOLDERS = ("adapter", "merged")
 _ANCHORED_SCORE = "anchored_score.safetensors"
 
 
 @dataclass(frozen=True)
 class Stage1:
-    """LoRA trains on text-only prompts. The product is an adapter, and the backbone with the adapter merged."""
+    """LoRA trains on text-only prompts. The product is an adapter, and the backbone with the adapter merged.
+
+    With ``lora.rank: full`` all weights of the decoder layers train, and the product is the tuned backbone alone.
+    """
 
     config: Config
     name: ClassVar[StageName] = "stage1"
@@ -59,27 +61,20 @@ class Stage1:
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapter that trains."""
+        """The adapter that trains, or rank ``full``."""
         return self.config.lora
 
     def build(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
-        """Build the published backbone with a fresh adapter; see ``Stage.build``."""
+        """Build the published backbone, with a fresh adapter unless its layers train; see ``Stage.build``."""
         backbone = load_llm(self.config.llm)
         answer_ids = resolve_answers(self.config, backbone)
         collator = build_stage_collator(self.config, run_dir, backbone.tokenizer, self.name)
         lora = self.config.lora
-        adapter = add_lora(
-            backbone.model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            seed=self.config.run.seed,
-        )
+        adapter = make_trainable(backbone.model, **lora.model_dump(), seed=self.config.run.seed)
         return assemble_stage(self.config, device, backbone, answer_ids, collator, adapter=adapter)
 
     def warm_start(self, loaded: LoadedStage) -> None:
-        """Start from the fresh adapter: stage 1 is taken over whole or trained from the beginning."""
+        """Start from the published backbone: stage 1 is taken over whole or trained from the beginning."""
 
     def take_over(self, run_dir: RunDir, fingerprint: Mapping[str, Any]) -> bool:
         """Link the previous run's stage 1 while ``stage1.refresh_every_days`` have not passed; see ``Stage``."""
@@ -87,7 +82,7 @@ class Stage1:
         if previous is None or not self._is_fresh(previous, run_dir, fingerprint):
             return False
         anchored = () if self.config.anchor.kind is None else (_ANCHORED_SCORE,)
-        run_on_rank_0(lambda: _link_products((*_FOLDERS, *anchored), previous, run_dir, fingerprint))
+        run_on_rank_0(lambda: _link_products((*self._folders, *anchored), previous, run_dir, fingerprint))
         if get_rank() == 0:
             origin = run_dir.read_record(self.name)["taken_from"]
             print(f"stage1: taken from {origin}, until stage1.refresh_every_days have passed", flush=True)
@@ -109,22 +104,35 @@ class Stage1:
         return bool((newest - record["trained_until"]) / DAY_SECONDS < days)
 
     def save_product(self, run_dir: RunDir, loaded: LoadedStage, weights: dict[str, Tensor]) -> Path:
-        """Write ``adapter/`` (PEFT format) and ``merged/``, each with the tokenizer; see ``Stage.save_product``."""
+        """Write ``adapter/`` (PEFT format) and ``merged/``, each with the tokenizer; see ``Stage.save_product``.
+
+        If the layers themselves were trained, there is no ``adapter/``, and ``merged/`` is the backbone with them.
+        """
         folder, tokenizer, source = run_dir.step_dir(self.name), loaded.backbone.tokenizer, loaded.backbone.source
         prefix = "backbone."
         state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if loaded.model.anchored_score is not None:
             save_anchored_score(folder / _ANCHORED_SCORE, weights)
-        save_adapter(loaded.adapter, folder / "adapter", state, source.public_name, source.revision)
-        tokenizer.save_pretrained(str(folder / "adapter"))
+        adapter, merged = folder / "adapter", folder / "merged"
+        if loaded.adapter is not None:
+            save_adapter(loaded.adapter, adapter, state, source.public_name, source.revision)
         # Merged from the files, on the CPU: the trained model may be partitioned or quantized.
-        with show_phase("stage1: merging the adapter into the backbone"):
-            plain = load_llm(self.config.llm, may_quantize=False)
-            merge_adapter(plain.model, folder / "adapter").save_pretrained(str(folder / "merged"))
-        tokenizer.save_pretrained(str(folder / "merged"))
-        for product in _FOLDERS:
+        with show_phase("stage1: merging what was trained into the backbone"):
+            plain = load_llm(self.config.llm, may_quantize=False).model
+            if loaded.adapter is None:
+                put_weights(plain, state)
+            else:
+                plain = merge_adapter(plain, adapter)
+            plain.save_pretrained(str(merged))
+        for product in self._folders:
+            tokenizer.save_pretrained(str(folder / product))
             sync_files(folder / product)
-        return folder / "adapter" / "adapter_model.safetensors"
+        return min((folder / self._folders[0]).glob("*.safetensors"))
+
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        """Folders of the product; the first one's weights identify it."""
+        return ("merged",) if self.config.lora.rank == "full" else ("adapter", "merged")
 
     def load(self, run_dir: RunDir, device: torch.device) -> LoadedStage:
         """Load the merged backbone; see ``Stage.load``."""

@@ -1,5 +1,7 @@
 """FLOP counts against PyTorch's counter; planned memory against measured memory."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from collm_dist.llm.lora import add_lora
+from collm_dist.llm.lora import make_trainable
 from collm_dist.llm.lora_dropout import install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder
 from collm_dist.llm.packed.passes import run_prefix, run_tree
@@ -20,6 +22,7 @@ from tests.tiny import ARCHITECTURES, make_model
 
 ROWS, WIDTH = 3, 20
 LORA = LoraSettings(4, 8, 0.05, ("q_proj", "v_proj"))
+FULL = LoraSettings("full", 1, 0.0, "all")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -31,6 +34,11 @@ def test_flops_equal_pytorchs_count(architecture):
         logits = model(inputs_embeds=embeds).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
+    make_trainable(model, **vars(FULL), seed=0)
+    with FlopCounterMode(display=False) as with_weights:
+        model(inputs_embeds=embeds).logits.sum().backward()
+    full = count_padded(dataclasses.replace(shape, trains_layers=True), ROWS, WIDTH, training=True, full_head=True)
+    assert with_weights.get_total_flops() == pytest.approx(full.flops, rel=0.01)
     plain = count_padded(shape, ROWS, WIDTH, training=False, full_head=True)
     both = count_padded(shape, ROWS, WIDTH, training=True, full_head=True)
     assert forward.get_total_flops() == pytest.approx(plain.flops, rel=0.01)
@@ -73,15 +81,15 @@ def make_wide(layers=6):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("lora", [LORA, None], ids=["stage1", "stage2"])
+@pytest.mark.parametrize("lora", [LORA, FULL, None], ids=["stage1", "stage1-full", "stage2"])
 def test_planned_memory_equals_a_measured_pass(lora, checkpointing):
     """Measured: the plan is 1 % below to 4 % above."""
     config, tokens, rows = make_wide(), 2400, 12
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
     if lora is not None:
-        add_lora(model, **vars(lora), seed=0)
-        masks = install_keyed_dropout(model)
-        masks.windows = torch.zeros(len(masks.windows), 1, tokens, dtype=torch.int64)
+        make_trainable(model, **vars(lora), seed=0)
+        if (masks := install_keyed_dropout(model)) is not None:
+            masks.windows = torch.zeros(len(masks.windows), 1, tokens, dtype=torch.int64)
     module = model.get_decoder().train(lora is not None)
     decoder = PackedDecoder(module, checkpointing=checkpointing)
     layers = measure_layers(config, torch.float32, "sdpa", lora, on_gpu=False)

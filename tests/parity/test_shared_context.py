@@ -16,7 +16,7 @@ from collm_dist.data.prompts.prompt_template import PromptTemplate, resolve_answ
 from collm_dist.data.samples.pair_features import PAIR_FEATURES
 from collm_dist.data.shards.context_block import TARGET_FIELDS, ContextBlock
 from collm_dist.llm.collm import CollmModel
-from collm_dist.llm.lora import add_lora
+from collm_dist.llm.lora import add_lora, make_trainable
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.packed.prefix_cache import PrefixCache
 from collm_dist.llm.packed.row_blocks import PaddedBlocks
@@ -152,12 +152,20 @@ def _exact_head(monkeypatch):
     )
 
 
+def make_fully_trainable_model(architecture):
+    """Return a backbone in float64 of which all weights of the layers train."""
+    backbone = make_model(architecture)
+    assert make_trainable(backbone, rank="full", alpha=1, dropout=0.0, target_modules="all", seed=1) is None
+    return backbone
+
+
+@pytest.mark.parametrize("make", [make_adapted_model, make_fully_trainable_model], ids=["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_stage1_scores_and_lora_gradients(architecture, checkpointing, attention, tmp_path):
+def test_stage1_scores_and_gradients(architecture, checkpointing, make, attention, tmp_path):
     tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
     block = make_block([1, 3, 9, 2])
-    backbone = make_adapted_model(architecture)
+    backbone = make(architecture)
     answers = resolve_answer_ids(tokenizer, " Yes", " No")
     batch = collator.collate(block, block)
     samples = spell_prompts(block, STAGE1, TEXTS, tokenizer, history_length=4)
