@@ -171,7 +171,7 @@ class TuningEngine:
             lr=learning_rate,
             weight_decay=weight_decay,
             betas=betas,
-            fused=device.type == "cuda",
+            fused=True,
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=dict(deepspeed_config), dist_init_required=False
