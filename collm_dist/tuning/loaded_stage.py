@@ -14,7 +14,7 @@ from collm_dist.config import Config, LlmConfig
 from collm_dist.data.prompts.prompt_layout import PromptCollator
 from collm_dist.data.prompts.prompt_template import resolve_answer_ids
 from collm_dist.data.prompts.stage_prompts import build_collator
-from collm_dist.llm.anchored_score import AnchoredScore
+from collm_dist.llm.anchored_score import GAIN_RATE, AnchoredScore
 from collm_dist.llm.backbone import Backbone, load_backbone
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
@@ -99,6 +99,7 @@ def assemble_stage(
     collator: PromptCollator,
     *,
     adapter: Any = None,
+    gain_rate: float = GAIN_RATE,
     **slot_parts: Any,
 ) -> LoadedStage:
     """Put a stage's parts together on a device, with the configured layer options.
@@ -107,6 +108,7 @@ def assemble_stage(
         config: the experiment.
         device: the process's device.
         backbone, answer_ids, collator, adapter: see ``LoadedStage`` and ``resolve_answers``.
+        gain_rate: see ``AnchoredScore``.
         slot_parts: further arguments of ``CollmModel``.
     """
     decoder = PackedDecoder(
@@ -119,7 +121,7 @@ def assemble_stage(
         answer_ids,
         config.prompt.score,
         decoder=decoder,
-        anchored_score=None if config.anchor.kind is None else AnchoredScore(),
+        anchored_score=None if config.anchor.kind is None else AnchoredScore(gain_rate),
         title_priors=TitlePriors(collator.lay_out_without_history) if config.prompt.score == "title" else None,
         **slot_parts,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from collm_dist.config import Config, LoraConfig, StageConfig
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.distributed import get_rank, run_on_rank_0
-from collm_dist.llm.anchored_score import load_anchored_score, save_anchored_score
+from collm_dist.llm.anchored_score import FULL_GAIN_RATE, GAIN_RATE, load_anchored_score, save_anchored_score
 from collm_dist.llm.lora import make_trainable, merge_adapter, put_weights, save_adapter
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import sync_files
@@ -71,7 +71,8 @@ class Stage1:
         collator = build_stage_collator(self.config, run_dir, backbone.tokenizer, self.name)
         lora = self.config.lora
         adapter = make_trainable(backbone.model, **lora.model_dump(), seed=self.config.run.seed)
-        return assemble_stage(self.config, device, backbone, answer_ids, collator, adapter=adapter)
+        rate = GAIN_RATE if lora.rank != "full" else FULL_GAIN_RATE
+        return assemble_stage(self.config, device, backbone, answer_ids, collator, adapter=adapter, gain_rate=rate)
 
     def warm_start(self, loaded: LoadedStage) -> None:
         """Start from the published backbone: stage 1 is taken over whole or trained from the beginning."""
@@ -112,7 +113,7 @@ class Stage1:
         prefix = "backbone."
         state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if loaded.model.anchored_score is not None:
-            save_anchored_score(folder / _ANCHORED_SCORE, weights)
+            save_anchored_score(folder / _ANCHORED_SCORE, weights, loaded.model.anchored_score.rate)
         adapter, merged = folder / "adapter", folder / "merged"
         if loaded.adapter is not None:
             save_adapter(loaded.adapter, adapter, state, source.public_name, source.revision)
