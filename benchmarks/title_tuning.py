@@ -5,8 +5,7 @@
 Each way tunes a backbone to tell from an item's title alone how much people like the item (cross-entropy of " Yes"
 less " No", AdamW, cosine schedule, bfloat16). The training rows of an item are taken together: the label is their share
 of likes, the weight their number, so a pass sees all training rows in a tenth of the time. Plain transformers and peft
-on one thread, because this project cannot tune all weights yet. Scores are those of the validation rows; test is not
-opened. DIR holds interactions.parquet and items.parquet of MovieLens-1M. Finished ways are kept in
+on one thread: this project trains rows, not items. Scores are those of the validation rows; test is not opened. DIR holds interactions.parquet and items.parquet of MovieLens-1M. Finished ways are kept in
 title_tuning_ml1m.json, so the command resumes after an interruption.
 """
 
