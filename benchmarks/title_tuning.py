@@ -2,11 +2,12 @@
 
     python -m benchmarks.title_tuning --data DIR [--ways NAME ...] [--list]
 
-Each way tunes a backbone to tell from an item's title alone how much people like the item (cross-entropy of " Yes"
-less " No", AdamW, cosine schedule, bfloat16). The training rows of an item are taken together: the label is their share
-of likes, the weight their number, so a pass sees all training rows in a tenth of the time. Plain transformers and peft
-on one thread: this project trains rows, not items. Scores are those of the validation rows; test is not opened. DIR holds interactions.parquet and items.parquet of MovieLens-1M. Finished ways are kept in
-title_tuning_ml1m.json, so the command resumes after an interruption.
+Each way tunes a backbone to tell from an item's title alone how much people like the item (cross-entropy of " Yes" less
+" No", AdamW, cosine schedule, bfloat16). The training rows of an item are taken together: the label is their share of
+likes, the weight their number, so a pass sees all training rows in a tenth of the time. Plain transformers and peft on
+one thread: this project trains rows, not items. Scores are those of the validation rows; test is not opened. DIR holds
+interactions.parquet and items.parquet of MovieLens-1M. Finished ways are kept in title_tuning_ml1m.json, so the command
+resumes after an interruption.
 """
 
 from __future__ import annotations

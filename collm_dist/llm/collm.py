@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collm_dist.llm.anchored_score import AnchoredScore
-from collm_dist.llm.lora_dropout import install_keyed_dropout
+from collm_dist.llm.lora_dropout import DroppedLinear, install_keyed_dropout
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.packed.kept_contexts import KeptContexts
 from collm_dist.llm.packed.passes import Prefix, run_prefix, run_tree
@@ -126,15 +126,26 @@ class CollmModel(nn.Module):
             self._title_priors.drop()
 
     def train(self, mode: bool = True) -> CollmModel:
-        """Switch dropout on or off; it stays off in parts that do not train."""
+        """Switch the adapter's dropout on or off, and that of a collaborative model that trains.
+
+        The backbone's own dropout, which a few families have, stays off: its masks would depend on micro-batches and
+        processes.
+        """
         # Weights may have changed since the header was computed, except between steps of a frozen backbone.
         if mode != self.training or self._backbone_trains:
             self.drop_kept()
         super().train(mode)
-        for part in (self.backbone, self.cf_model):
-            if isinstance(part, nn.Module) and not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
+        self.backbone.eval()
+        self._switch_dropout(mode)
+        cf_model = self.cf_model
+        if isinstance(cf_model, nn.Module) and not any(parameter.requires_grad for parameter in cf_model.parameters()):
+            cf_model.eval()
         return self
+
+    def _switch_dropout(self, is_on: bool) -> None:
+        for module in self.backbone.modules() if self._dropout_masks is not None else ():
+            if isinstance(module, DroppedLinear):
+                module.train(is_on)
 
     def forward(self, batch: PromptBatch, dropout_key: int = 0, with_llm_scores: bool = False) -> Tensor:
         """Return the (N,) float32 scores of a batch's targets.
@@ -180,12 +191,13 @@ class CollmModel(nn.Module):
 
     def _find_title_priors(self, priors: TitlePriors, batch: PromptBatch) -> Tensor:
         """Return the (N,) log-likelihoods of the targets' titles without a history, computed without dropout."""
-        trains = self.training
-        self.backbone.eval()
+        self._switch_dropout(False)
         try:
-            return priors.find(batch, lambda plain: self._sum_title_logs(self._run(plain), plain), keep=not trains)
+            return priors.find(
+                batch, lambda plain: self._sum_title_logs(self._run(plain), plain), keep=not self.training
+            )
         finally:
-            self.backbone.train(trains and self._backbone_trains)
+            self._switch_dropout(self.training)
 
     def _sum_title_logs(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
         return sum_title_logs(self.backbone.get_output_embeddings(), self._finish_logits, hidden, batch)

@@ -180,6 +180,22 @@ def test_stage1_scores_and_gradients(architecture, checkpointing, make, attentio
     assert_gradients_close(collect_gradients(compute_loss(scores, batch), backbone), plain_gradients)
 
 
+@pytest.mark.parametrize("rank", [2, "full"])
+def test_the_backbones_own_dropout_stays_off(rank, tmp_path):
+    """Its masks would follow from the order of calls, so a step would depend on micro-batches and on a resume."""
+    tokenizer, collator = make_collator(STAGE1, tmp_path, stage2=False)
+    block = make_block([1, 3, 2])
+    backbone = make_model("gpt2")
+    assert backbone.config.attn_pdrop > 0
+    assert backbone.config.resid_pdrop > 0
+    make_trainable(backbone, rank=rank, alpha=4, dropout=0.0, target_modules=("c_attn",), seed=1)
+    answers = resolve_answer_ids(tokenizer, " Yes", " No")
+    samples = spell_prompts(block, STAGE1, TEXTS, tokenizer, history_length=4)
+    plain = score_plainly(backbone, samples, block, answers)
+    model = CollmModel(backbone, answers, "yes_minus_no").train()
+    assert (model(collator.collate(block, block)) - plain).abs().max() < SCORE_TOLERANCE
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("template", [STAGE2, LISTS, SLOTS_FIRST], ids=["stage2", "lists", "slots-first"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
