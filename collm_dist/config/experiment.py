@@ -53,7 +53,7 @@ class Config(Section):
         With implicit feedback the metric is the one that the report ranks by: the AUC of all rows compares scores of
         different users, and can rise while the lists of each get worse. With an anchor the language model's own score
         is in the loss, unless it is a title's likelihood, of which only comparisons of targets count, and there are
-        none.
+        none. All weights of the layers take a lower learning rate than an adapter.
         """
         changes: dict[str, dict[str, Any]] = {"promotion": {"metric": self.main_metric}}
         for name in ("stage1", "stage2"):
@@ -61,6 +61,8 @@ class Config(Section):
             compares = stage.pairwise_weight is not None or stage.listwise_weight is not None
             has_own_loss = self.anchor.kind is not None and (self.prompt.score != "title" or compares)
             changes[name] = {"select_metric": self.main_metric, "llm_loss_weight": 1.0 if has_own_loss else None}
+        if self.lora.rank == "full":
+            changes["stage1"]["learning_rate"] = 1e-4
         for name, values in changes.items():
             section = getattr(self, name)
             given = set(section.model_fields_set)

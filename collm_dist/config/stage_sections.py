@@ -99,7 +99,9 @@ class StageConfig(Section):
 class Stage1Config(StageConfig):
     """Stage 1: LoRA on text-only prompts (what TALLRec does)."""
 
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(
+        2e-4, gt=0, description="Peak learning rate of AdamW. Default with lora.rank full: 1e-4."
+    )
     enabled: bool = Field(True, description="false: stage 2 trains the mapping on the original backbone.")
     refresh_every_days: float | None = Field(
         None,

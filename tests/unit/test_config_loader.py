@@ -272,6 +272,18 @@ def test_settings_that_need_sampled_dislikes_are_refused_for_ratings(write, stag
     load_config(write(GOOD), [setting, "dataset.feedback=implicit"])
 
 
+def test_all_weights_have_a_lower_default_rate_and_no_quantization(write):
+    full = load_config(write(GOOD), ["lora.rank=full"])
+    assert full.stage1.learning_rate == 1e-4
+    assert load_config(write(dump_config(full))) == full
+    assert load_config(write(GOOD), ["lora.rank=8"]).stage1.learning_rate == 2e-4
+    assert load_config(write(GOOD), ["lora.rank=full", "stage1.learning_rate=3e-5"]).stage1.learning_rate == 3e-5
+    quantized = ["lora.rank=full", "llm.quantization=4bit"]
+    with pytest.raises(ConfigError, match=r"lora\.rank full trains the weights .*llm\.quantization to none"):
+        load_config(write(GOOD), quantized)
+    assert load_config(write(GOOD), [*quantized, "stage1.enabled=false"]).lora.rank == "full"
+
+
 def test_with_implicit_feedback_the_default_metric_is_what_the_report_ranks_by(write):
     def get_metrics(*settings):
         config = load_config(write(GOOD), list(settings))
