@@ -12,6 +12,7 @@ from collm_dist.llm import title_likelihood
 from collm_dist.llm.anchored_score import AnchoredScore
 from collm_dist.llm.collm import CollmModel
 from collm_dist.llm.lora import add_lora
+from collm_dist.llm.lora_dropout import DroppedLinear
 from collm_dist.llm.packed.decoder import PackedDecoder, find_decoder
 from collm_dist.llm.slot_mapping import SlotMapper
 from collm_dist.llm.title_likelihood import TITLE_SCALE, TitlePriors
@@ -177,7 +178,10 @@ def test_dropout_spares_likelihoods_without_a_history(tmp_path):
     found = [model(batch, dropout_key=key) for key in (1, 2, 1)]
     assert torch.equal(found[0], found[2])
     assert (found[0] - found[1]).abs().max() > 1e-3
-    assert all(module.training for module in backbone.modules())
+    dropping = [module for module in backbone.modules() if isinstance(module, DroppedLinear)]
+    assert len(dropping) == 2
+    assert all(module.training for module in dropping)
+    assert not backbone.training
 
 
 def test_step_0_is_the_anchor(tmp_path):
