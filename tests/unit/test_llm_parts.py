@@ -9,6 +9,12 @@ import torch
 
 from collm_dist import assets
 from collm_dist.errors import ArtifactError, ConfigError, DataError
+from collm_dist.llm.anchored_score import (
+    FULL_GAIN_RATE,
+    AnchoredScore,
+    load_anchored_score,
+    save_anchored_score,
+)
 from collm_dist.llm.backbone import load_backbone
 from collm_dist.llm.lora import add_lora, merge_adapter, save_adapter
 from collm_dist.llm.slot_mapping import SlotMapper, load_mapper, save_mapper
@@ -115,3 +121,17 @@ def test_wrong_content_is_never_used(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="expected 0000"):
         assets.fetch_files("thing", assets.NamedAsset(licence="none", files=(file,)))
     assert not list((tmp_path / "cache" / "thing").iterdir())
+
+
+def test_an_anchored_score_of_another_rate_loads_as_the_same_score(tmp_path):
+    trained = AnchoredScore(FULL_GAIN_RATE)
+    with torch.no_grad():
+        trained.gain.fill_(0.013)
+        trained.bias.fill_(-0.004)
+    weights = {f"anchored_score.{name}": value.detach() for name, value in trained.named_parameters()}
+    save_anchored_score(tmp_path / "score.safetensors", weights | {"backbone.x": torch.ones(1)}, trained.rate)
+    loaded = AnchoredScore().requires_grad_(False)
+    load_anchored_score(loaded, tmp_path / "score.safetensors")
+    anchors, scores = torch.linspace(-3, 3, 7), torch.linspace(4, -4, 7)
+    assert (loaded(anchors, scores) - trained(anchors, scores)).abs().max() < 1e-6  # measured: 2e-7
+    assert loaded.compute_bias() == pytest.approx(-0.2)
