@@ -44,7 +44,7 @@ class LoraConfig(Section):
         16,
         description="Rank of the update. full: no adapter; all weights of the decoder layers train, at 16 bytes of "
         "gradients, moments and float32 copies each, which cluster.zero_stage 1 and 2 divide among the processes. The "
-        "other settings of this section then mean nothing.",
+        "other settings of this section then have no effect.",
     )
     alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")

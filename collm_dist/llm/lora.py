@@ -30,7 +30,7 @@ def make_trainable(
 
     Args:
         backbone, alpha, dropout, target_modules, seed: as for ``add_lora``, whose errors this raises too.
-        rank: of the adapter; ``full``: all weights of the decoder layers train, and the other arguments mean nothing.
+        rank: of the adapter; ``full``: all weights of the decoder layers train, and the other arguments have no effect.
 
     Returns:
         peft's wrapper, see ``add_lora``; None if the layers themselves train.
@@ -162,18 +162,6 @@ def _hide_deprecation() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield
-
-
-def put_weights(backbone: Any, weights: Mapping[str, Tensor]) -> None:
-    """Give some of a backbone's parameters the values of these tensors, rounded to the backbone's precision.
-
-    Raises:
-        KeyError: a name is not one of the backbone's parameters.
-    """
-    parameters = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
 
 
 def merge_adapter(backbone: Any, folder: Path) -> Any:

@@ -295,9 +295,9 @@ class TuningEngine:
     def _get_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         full: Tensor | None = safe_get_full_optimizer_state(parameter, key)
         if full is None:
-            full = self._inner_optimizer.state[parameter].get(key)
-        # A weight of a layer that no pass reads has no gradient, so no moments.
-        return torch.zeros_like(parameter) if full is None else full
+            full = self._inner_optimizer.state[parameter][key]
+        assert full is not None
+        return full
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:

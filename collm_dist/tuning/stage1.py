@@ -16,7 +16,7 @@ from collm_dist.config import Config, LoraConfig, StageConfig
 from collm_dist.data.shards.manifest import load_manifest
 from collm_dist.distributed import get_rank, run_on_rank_0
 from collm_dist.llm.anchored_score import FULL_GAIN_RATE, GAIN_RATE, load_anchored_score, save_anchored_score
-from collm_dist.llm.lora import make_trainable, merge_adapter, put_weights, save_adapter
+from collm_dist.llm.lora import make_trainable, merge_adapter, save_adapter
 from collm_dist.phases import show_phase
 from collm_dist.runs.atomic_files import sync_files
 from collm_dist.runs.file_hashes import check_files
@@ -107,7 +107,7 @@ class Stage1:
     def save_product(self, run_dir: RunDir, loaded: LoadedStage, weights: dict[str, Tensor]) -> Path:
         """Write ``adapter/`` (PEFT format) and ``merged/``, each with the tokenizer; see ``Stage.save_product``.
 
-        If the layers themselves were trained, there is no ``adapter/``, and ``merged/`` is the backbone with them.
+        With ``lora.rank: full`` it writes ``merged/`` alone.
         """
         folder, tokenizer, source = run_dir.step_dir(self.name), loaded.backbone.tokenizer, loaded.backbone.source
         prefix = "backbone."
@@ -121,7 +121,7 @@ class Stage1:
         with show_phase("stage1: merging what was trained into the backbone"):
             plain = load_llm(self.config.llm, may_quantize=False).model
             if loaded.adapter is None:
-                put_weights(plain, state)
+                plain.load_state_dict(state, strict=False)  # embeddings and head stay as published
             else:
                 plain = merge_adapter(plain, adapter)
             plain.save_pretrained(str(merged))
