@@ -25,3 +25,10 @@ class AnchorConfig(Section):
         "and with preprocessing.ties order also the user's likes of the same second that stand earlier in the file. cf "
         "and blend read the CF model and need cf.cross_fit.",
     )
+    recent_share: float | None = optional(
+        "Fit each regression to the newest time folds before its fold, about this share of the training rows. Counts "
+        "grow with the log, and early on nearly every item is new; so weights fitted to all rows distrust new items. "
+        "Default: all rows before the fold.",
+        gt=0,
+        lt=1,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from collm_dist.config import Config
 from collm_dist.errors import ArtifactError
@@ -27,13 +28,15 @@ def reads_cf(config: Config, run_dir: RunDir, kind: str) -> bool:
     return kind in ("cf", "blend")
 
 
-def list_anchor_inputs(config: Config, run_dir: RunDir, kind: str) -> dict[str, str]:
-    """Return the kind of the anchor, and the content hashes of the data and the CF model that it is made from.
+def list_anchor_inputs(config: Config, run_dir: RunDir, kind: str) -> dict[str, Any]:
+    """Return the settings of the anchor, and the content hashes of the data and the CF model that it is made from.
 
     Raises:
         ArtifactError: the data step, or a CF step that the anchor reads, is not done or damaged.
     """
-    inputs = {"kind": kind, "data": run_dir.read_content_hash("data")}
+    inputs: dict[str, Any] = {"kind": kind, "data": run_dir.read_content_hash("data")}
+    if config.anchor.recent_share is not None:  # absent in anchors made before the setting existed
+        inputs["recent_share"] = config.anchor.recent_share
     if reads_cf(config, run_dir, kind):
         inputs["cf"] = run_dir.read_content_hash("cf")
     return inputs
@@ -62,7 +65,7 @@ def check_anchor(config: Config, run_dir: RunDir) -> None:
         )
 
 
-def _read_inputs(run_dir: RunDir) -> dict[str, str] | None:
+def _read_inputs(run_dir: RunDir) -> dict[str, Any] | None:
     """Return the recorded ``list_anchor_inputs`` of the run's anchor; None without a readable record."""
     try:
         record = json.loads(find_anchor_record(run_dir).read_text(encoding="utf-8"))

@@ -7,11 +7,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from collm_dist.anchor import cooccurrence, fit_anchor, load_anchor, prepare_anchor, score_anchor
 from collm_dist.anchor.cooccurrence import WINDOW, Cooccurrence
 from collm_dist.anchor.features import FEATURES
-from collm_dist.anchor.score_anchor import divide_times
+from collm_dist.anchor.score_anchor import count_fitted_folds, divide_times
 from collm_dist.anchor.text_similarity import LAST_WEIGHT, TEXT_FEATURES, TextSimilarity
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import concatenate_blocks
@@ -25,8 +28,9 @@ from tests.unit.evaluation_run import build_config, write_data_step
 TEXTS = ["red shoe", "red shoe", "blue hat", "", "red hat 42"]
 
 
-def anchored(config: Config, kind: str) -> Config:
-    return config.model_copy(update={"anchor": config.anchor.model_copy(update={"kind": kind})})
+def anchored(config: Config, kind: str | None, recent_share: float | None = None) -> Config:
+    settings = {"kind": kind, "recent_share": recent_share}
+    return config.model_copy(update={"anchor": config.anchor.model_copy(update=settings)})
 
 
 def read_rows(run_dir, split):
@@ -162,6 +166,25 @@ def test_an_anchor_ranks_rows_that_it_was_not_fitted_to(tmp_path):
     assert not anchor.score(train)[first].any()
 
 
+def test_a_recent_share_fits_each_fold_to_the_folds_just_before_it(tmp_path):
+    run_dir, config = write_data_step(tmp_path, count=2000), build_config(tmp_path)
+    anchor = fit_anchor(anchored(config, None, 0.5), run_dir, "as_of")
+    train = read_rows(run_dir, "train")
+    features, folds = anchor.source.compute(train), anchor.source.find_folds(train)
+    assert folds.max() == 15
+    for fold, first in ((3, 0), (8, 0), (12, 4), (16, 8)):
+        rows = (folds >= first) & (folds < fold)
+        plain = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        expected = plain.fit(features[rows], train.label[rows]).decision_function(features)
+        # The order of rows differs, which moves the optimizer's end by 1e-6 at most.
+        assert features @ anchor.weights[fold] + anchor.intercepts[fold] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_fold_is_fitted_to_one_fold_at_least():
+    assert [count_fitted_folds(16, share) for share in (None, 0.5, 0.01)] == [16, 8, 1]
+    assert [count_fitted_folds(1, share) for share in (None, 0.5)] == [1, 1]
+
+
 def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     run_dir, config = write_data_step(tmp_path / "run"), anchored(build_config(tmp_path / "run"), "blend")
     with pytest.raises(ArtifactError, match="is missing"):
@@ -195,6 +218,8 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
         load_anchor(other, run_dir)
     prepare_anchor(other, run_dir)
     assert load_anchor(other, run_dir).source.kind == "as_of"
+    with pytest.raises(ArtifactError, match="other data"):
+        load_anchor(anchored(config, "as_of", 0.5), run_dir)
     assert load_anchor(build_config(tmp_path), run_dir) is None
 
 
