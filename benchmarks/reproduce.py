@@ -38,12 +38,13 @@ from collm_dist.runs.stop_signals import preemptible
 
 _LINEAR_LAYERS = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 _STAGES = ("stage1", "stage2")
-# Settings of all variants of a data set.
+# Settings of all variants of a data set. The recorded runs fitted their anchors to all earlier rows.
 _COMMON = {
     "ml1m": [
         "cf.cross_fit=8",
         "preprocessing.max_dislikes=25",
         "anchor.kind=blend",
+        "anchor.recent_share=1",
         "prompt.stage1=configs/prompts/stage1_title.txt",
         "prompt.stage2=configs/prompts/stage2_title.txt",
         "lora.rank=16",
@@ -62,6 +63,7 @@ _COMMON = {
         "preprocessing.num_user_buckets=8",
         "preprocessing.num_shards=2",
         "cf.item_text=64",
+        "anchor.recent_share=1",
         "prompt.score=title",
         "prompt.stage1=configs/prompts/stage1_next.txt",
         "prompt.stage2=configs/prompts/stage2_next.txt",

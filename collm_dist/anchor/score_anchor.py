@@ -35,6 +35,7 @@ from collm_dist.runs.anchor_inputs import (
     FORMAT_VERSION,
     check_anchor,
     find_anchor_record,
+    get_recent_share,
     is_anchor_current,
     list_anchor_inputs,
     reads_cf,
@@ -175,7 +176,7 @@ def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
             phase.advance(block.num_targets)
     features, labels, folds = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     weights, intercepts = np.zeros((len(starts) + 1, features.shape[1])), np.zeros(len(starts) + 1)
-    window = count_fitted_folds(len(starts), config.anchor.recent_share)
+    window = count_fitted_folds(len(starts), get_recent_share(config))
     for fold in follow(range(1, len(starts) + 1), "anchor: regressions of time folds", "folds"):
         is_fitted = (folds < fold) & (folds >= fold - window)
         weights[fold], intercepts[fold] = _fit_logistic(features[is_fitted], labels[is_fitted])
@@ -196,9 +197,9 @@ def divide_times(times: IntArray, last_timestamp: int) -> tuple[int, ...]:
     return (*sorted(start for start in quantiles if start > times[0]), last_timestamp + 1)
 
 
-def count_fitted_folds(num_folds: int, recent_share: float | None) -> int:
+def count_fitted_folds(num_folds: int, recent_share: float) -> int:
     """Return how many folds before its own a fold's weights are fitted to, at least one."""
-    return num_folds if recent_share is None else max(1, round(num_folds * recent_share))
+    return max(1, round(num_folds * recent_share))
 
 
 def _build_source(

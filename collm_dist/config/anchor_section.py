@@ -28,7 +28,7 @@ class AnchorConfig(Section):
     recent_share: float | None = optional(
         "Fit each regression to the newest time folds before its fold, about this share of the training rows. Counts "
         "grow with the log, and early on nearly every item is new; so weights fitted to all rows distrust new items. "
-        "Default: all rows before the fold.",
+        "1: to all rows before the fold. Default: 0.5.",
         gt=0,
-        lt=1,
+        le=1,
     )

@@ -181,8 +181,8 @@ def test_a_recent_share_fits_each_fold_to_the_folds_just_before_it(tmp_path):
 
 
 def test_a_fold_is_fitted_to_one_fold_at_least():
-    assert [count_fitted_folds(16, share) for share in (None, 0.5, 0.01)] == [16, 8, 1]
-    assert [count_fitted_folds(1, share) for share in (None, 0.5)] == [1, 1]
+    assert [count_fitted_folds(16, share) for share in (1.0, 0.5, 0.01)] == [16, 8, 1]
+    assert [count_fitted_folds(1, share) for share in (1.0, 0.5)] == [1, 1]
 
 
 def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
@@ -208,7 +208,7 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     record.write_text("[" * 100_000)
     with pytest.raises(ArtifactError, match="is missing or belongs"):
         load_anchor(config, run_dir)
-    record.write_text(text.replace('"format_version": 2', '"format_version": 2, "note": 0'))
+    record.write_text(text.replace('"format_version": 3', '"format_version": 3, "note": 0'))
     with pytest.raises(ArtifactError, match="is damaged"):  # one changed weight would change all scores
         load_anchor(config, run_dir)
     record.write_text(text)
@@ -219,7 +219,7 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     prepare_anchor(other, run_dir)
     assert load_anchor(other, run_dir).source.kind == "as_of"
     with pytest.raises(ArtifactError, match="other data"):
-        load_anchor(anchored(config, "as_of", 0.5), run_dir)
+        load_anchor(anchored(config, "as_of", 1.0), run_dir)
     assert load_anchor(build_config(tmp_path), run_dir) is None
 
 
