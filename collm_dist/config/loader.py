@@ -44,7 +44,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        details = error.errors()
+        details = _join_kinds(error.errors(), document)
         total += len(details)
         errors += [_describe(detail) for detail in details[:MAX_SHOWN_ERRORS]]
     if errors or config is None:
@@ -181,6 +181,33 @@ def _fill_empty_sections(document: dict[str, Any], model: type[BaseModel]) -> No
                 document[name] = {}
             if isinstance(document[name], dict):
                 _fill_empty_sections(document[name], section)
+
+
+def _join_kinds(details: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Join the errors of a setting of several kinds, such as a number or a word: pydantic gives one for each kind.
+
+    Such an error's place ends with the kind, below which the document has nothing.
+    """
+    joined: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for detail in details:
+        place, value = tuple(detail["loc"]), detail["input"]
+        if detail["type"] == "missing" or _look_up(document, place[:-1]) is not value:
+            joined[place, detail["type"]] = detail
+            continue
+        first = joined.get((place[:-1], "kinds"))
+        message = detail["msg"] if first is None else f"{first['msg']}, or {detail['msg'].replace('Input ', '', 1)}"
+        joined[place[:-1], "kinds"] = {"loc": place[:-1], "input": value, "type": "kinds", "msg": message}
+    return list(joined.values())
+
+
+def _look_up(document: Any, place: Sequence[Any]) -> Any:
+    """Return the value at a place of nested dictionaries and lists; None if there is none."""
+    for part in place:
+        try:
+            document = document[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return document
 
 
 def _describe(detail: Mapping[str, Any]) -> str:

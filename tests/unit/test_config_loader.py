@@ -89,6 +89,15 @@ def test_all_errors_are_reported_at_once(write):
     assert any(line.startswith("  zero_optimization:") and "cluster.zero_stage" in line for line in lines)
 
 
+def test_a_setting_of_several_kinds_gives_one_error(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(GOOD), ["lora.rank=abc", "run.reuse=[1]"])
+    assert sorted(str(caught.value).splitlines()[1:]) == [
+        "  lora.rank: should be a valid integer, unable to parse string as an integer, or should be 'full' ('abc')",
+        "  run.reuse.0: should be a valid string (1)",
+    ]
+
+
 def test_missing_and_conflicting_settings(write):
     with pytest.raises(ConfigError, match=r"run: is required"):
         load_config(write("dataset: {path: a}\n"))
