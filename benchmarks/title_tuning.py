@@ -3,11 +3,11 @@
     python -m benchmarks.title_tuning --data DIR [--ways NAME ...] [--list]
 
 Each way tunes a backbone to tell from an item's title alone how much people like the item (cross-entropy of " Yes" less
-" No", AdamW, cosine schedule, bfloat16). The training rows of an item are taken together: the label is their share of
-likes, the weight their number, so a pass sees all training rows in a tenth of the time. Plain transformers and peft on
-one thread: this project trains rows, not items. Scores are those of the validation rows; test is not opened. DIR holds
-interactions.parquet and items.parquet of MovieLens-1M. Finished ways are kept in title_tuning_ml1m.json, so the command
-resumes after an interruption.
+" No", AdamW, cosine schedule; a way is comparable with those of its precision). The training rows of an item are taken
+together: the label is their share of likes, the weight their number, so a pass sees all training rows in a tenth of the
+time. Plain transformers and peft on one thread: this project trains rows, not items. Scores are those of the validation
+rows; test is not opened. DIR holds interactions.parquet and items.parquet of MovieLens-1M. Finished ways are kept in
+title_tuning_ml1m.json, so the command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Way:
     steps: int = 182
     items_per_step: int = 32
     warmup_steps: int = 30
+    dtype: str = "bfloat16"
 
 
 WAYS = {
@@ -63,11 +64,13 @@ WAYS = {
     "full, 2e-5": Way(rank=0, learning_rate=2e-5),
     "full, 1e-4": Way(rank=0, learning_rate=1e-4),
     "Gemma-3-270M": Way(backbone=GEMMA),
-    "chat template": Way(form="chat template"),
-    "question last": Way(form="question last"),
     "5e-4": Way(learning_rate=5e-4),
     "1e-3": Way(learning_rate=1e-3),
-    "rank 64": Way(rank=64),
+    "base, float32": Way(dtype="float32"),
+    "question last, float32": Way(form="question last", dtype="float32"),
+    "chat template, float32": Way(form="chat template", dtype="float32"),
+    "rank 64, float32": Way(rank=64, dtype="float32"),
+    "Gemma-3-270M, full, 1e-4, float32": Way(rank=0, learning_rate=1e-4, backbone=GEMMA, dtype="float32"),
 }
 
 
@@ -76,7 +79,7 @@ class TitleReader:
 
     def __init__(self, way: Way, titles: dict[int, str]) -> None:
         """Load the backbone and tokenize the prompts of all titles."""
-        backbone = load_backbone(way.backbone, dtype="bfloat16")
+        backbone = load_backbone(way.backbone, dtype=way.dtype)
         tokenizer, model = backbone.tokenizer, backbone.model
         is_chat = way.form == "chat template"
         answers = [tokenizer(word, add_special_tokens=False)["input_ids"][0]

@@ -219,7 +219,7 @@ def prepare_comparison(
         config = prepare_run(arguments.config, arguments.data, arguments.run_dir or folder / "run", arguments.overrides)
         for variant, values in {"config": {}, **(variants or {})}.items():
             changed = config.model_copy(update={"llm": config.llm.model_copy(update=dict(values))})
-            text = yaml.safe_dump(changed.model_dump(mode="json"))
+            text = yaml.safe_dump(changed.to_document())
             (folder / f"{variant}.yaml").write_text(text, encoding="utf-8")
         work = {phase: _write_workload(config, folder, phase, arguments.batches) for phase in arguments.phases}
         yield Comparison(config, folder, work, arguments.batches, arguments.rounds, torch.cuda.is_available())

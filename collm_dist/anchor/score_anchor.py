@@ -1,8 +1,9 @@
 """Anchors: logistic regressions on simple scores, fitted by time folds, as files of a run.
 
-A training row of fold k is scored with the weights fitted to the rows of earlier folds, so its anchor depends on no
-label of an equal or later time; with ``preprocessing.ties: order``, on none of its own or a later row. Rows of fold 0
-have the anchor 0. Rows after the training data are scored with the weights fitted to all training rows.
+A training row of fold k is scored with the weights fitted to the rows of the folds before k, so its anchor depends on
+no label of an equal or later time; with ``preprocessing.ties: order``, on none of its own or a later row. Rows of fold
+0 have the anchor 0. Rows after the training data are scored with the weights fitted to the last folds. Of the folds
+before, the newest are used that hold ``anchor.recent_share`` of the training rows.
 
 Shapes: N targets, F time folds, X features.
 """
@@ -176,9 +177,9 @@ def fit_anchor(config: Config, run_dir: RunDir, kind: AnchorKind) -> Anchor:
             phase.advance(block.num_targets)
     features, labels, folds = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     weights, intercepts = np.zeros((len(starts) + 1, features.shape[1])), np.zeros(len(starts) + 1)
-    window = count_fitted_folds(len(starts), get_recent_share(config))
+    firsts = find_first_folds(np.bincount(folds, minlength=len(starts)), get_recent_share(config))
     for fold in follow(range(1, len(starts) + 1), "anchor: regressions of time folds", "folds"):
-        is_fitted = (folds < fold) & (folds >= fold - window)
+        is_fitted = (folds < fold) & (folds >= firsts[fold])
         weights[fold], intercepts[fold] = _fit_logistic(features[is_fitted], labels[is_fitted])
     return Anchor(source, weights, intercepts)
 
@@ -197,9 +198,20 @@ def divide_times(times: IntArray, last_timestamp: int) -> tuple[int, ...]:
     return (*sorted(start for start in quantiles if start > times[0]), last_timestamp + 1)
 
 
-def count_fitted_folds(num_folds: int, recent_share: float) -> int:
-    """Return how many folds before its own a fold's weights are fitted to, at least one."""
-    return max(1, round(num_folds * recent_share))
+def find_first_folds(rows: IntArray, recent_share: float) -> list[int]:
+    """Return for each fold, and for the time after the training rows, the first of the folds that it is fitted to.
+
+    These are the fewest newest folds before it that hold ``recent_share`` of all training rows or more; as folds of
+    equal size are not exactly equal, half a fold less is enough. All folds before it, if they hold less.
+
+    Args:
+        rows: (F,) training rows of each fold.
+        recent_share: see ``AnchorConfig``.
+    """
+    before = np.concatenate([[0], np.cumsum(rows)])
+    needed = before[-1] * (recent_share - 0.5 / NUM_FOLDS)
+    enough = [np.flatnonzero(before[fold] - before[:fold] >= needed) for fold in range(len(before))]
+    return [int(folds[-1]) if len(folds) else 0 for folds in enough]
 
 
 def _build_source(

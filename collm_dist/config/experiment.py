@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from collm_dist.config.anchor_section import AnchorConfig
+from collm_dist.config.anchor_section import RECENT_SHARE, AnchorConfig
 from collm_dist.config.cf_search_section import CfSearchConfig
 from collm_dist.config.cf_section import CfConfig
 from collm_dist.config.cluster_section import ClusterConfig
@@ -48,28 +48,53 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fill_in_defaults(self) -> Config:
-        """Give settings that are not set the default that follows from other sections.
-
-        With implicit feedback the metric is the one that the report ranks by: the AUC of all rows compares scores of
-        different users, and can rise while the lists of each get worse. With an anchor the language model's own score
-        is in the loss, unless it is a title's likelihood, of which only comparisons of targets count, and there are
-        none. All weights of the layers take a lower learning rate than an adapter.
-        """
-        changes: dict[str, dict[str, Any]] = {"promotion": {"metric": self.main_metric}}
-        for name in ("stage1", "stage2"):
-            stage = getattr(self, name)
-            compares = stage.pairwise_weight is not None or stage.listwise_weight is not None
-            has_own_loss = self.anchor.kind is not None and (self.prompt.score != "title" or compares)
-            changes[name] = {"select_metric": self.main_metric, "llm_loss_weight": 1.0 if has_own_loss else None}
-        if self.lora.rank == "full":
-            changes["stage1"]["learning_rate"] = 1e-4
-        for name, values in changes.items():
+        """Give settings that are not set the default that follows from other sections."""
+        for name, values in self._find_following_defaults().items():
             section = getattr(self, name)
             given = set(section.model_fields_set)
             section = section.model_copy(update={key: values[key] for key in set(values) - given})
             section.model_fields_set.intersection_update(given)  # the others remain defaults
             self.__dict__[name] = section
         return self
+
+    def _find_following_defaults(self) -> dict[str, dict[str, Any]]:
+        """Return the defaults that follow from other settings, by section and name.
+
+        With implicit feedback the metric is the one that the report ranks by: the AUC of all rows compares scores of
+        different users, and can rise while the lists of each get worse. With an anchor the language model's own score
+        is in the loss, unless it is a title's likelihood, of which only comparisons of targets count, and there are
+        none. All weights of the layers take a lower learning rate than an adapter.
+        """
+        has_anchor = self.anchor.kind is not None
+        defaults: dict[str, dict[str, Any]] = {
+            "anchor": {"recent_share": RECENT_SHARE if has_anchor else None},
+            "promotion": {"metric": self.main_metric},
+        }
+        for name in ("stage1", "stage2"):
+            stage = getattr(self, name)
+            compares = stage.pairwise_weight is not None or stage.listwise_weight is not None
+            has_own_loss = has_anchor and (self.prompt.score != "title" or compares)
+            defaults[name] = {"select_metric": self.main_metric, "llm_loss_weight": 1.0 if has_own_loss else None}
+        rate = Stage1Config.model_fields["learning_rate"].default
+        defaults["stage1"]["learning_rate"] = 1e-4 if self.lora.rank == "full" else rate
+        return defaults
+
+    def list_following(self) -> dict[str, Any]:
+        """Return the settings that are not given and follow from others, by dotted name."""
+        return {
+            f"{name}.{key}": getattr(getattr(self, name), key)
+            for name, values in self._find_following_defaults().items()
+            for key in values
+            if key not in getattr(self, name).model_fields_set
+        }
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the settings as plain JSON without those of ``list_following``, which follow from the others again."""
+        document = self.model_dump(mode="json")
+        for dotted in self.list_following():
+            section, key = dotted.split(".")
+            del document[section][key]
+        return document
 
     @property
     def main_metric(self) -> str:

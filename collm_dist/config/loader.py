@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(document)
     except ValidationError as error:
-        details = _join_kinds(error.errors(), document)
-        total += len(details)
-        errors += [_describe(detail) for detail in details[:MAX_SHOWN_ERRORS]]
+        described = _describe_all(error, document)
+        total += len(described)
+        errors += described
     if errors or config is None:
         lines = errors[:MAX_SHOWN_ERRORS]
         if total > len(lines):
@@ -57,8 +58,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Return the whole configuration as YAML that ``load_config`` reads back equal."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """Return the whole configuration as YAML that ``load_config`` reads back equal.
+
+    Defaults that follow from other settings are a comment, so they still follow when one of these is overridden.
+    """
+    following = ", ".join(f"{name} {json.dumps(value)}" for name, value in config.list_following().items())
+    comment = f"# Not set, so they follow from other settings: {following}\n" if following else ""
+    return comment + dump_yaml(config.to_document())
 
 
 def get_setting(config: Config, dotted: str) -> Any:
@@ -81,19 +87,19 @@ def change_settings(config: Config, changes: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: a setting does not exist, or the configuration is invalid with the new values.
     """
-    document = config.model_dump(mode="json")
+    document, following = config.to_document(), config.list_following()
     for dotted, value in changes.items():
         *parents, last = dotted.split(".")
         section: Any = document
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
+        if not isinstance(section, dict) or (last not in section and dotted not in following):
             raise ConfigError(f"{dotted}: no such setting{suggest_name(dotted)}")
         section[last] = value
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(detail) for detail in error.errors()[:MAX_SHOWN_ERRORS])) from None
+        raise ConfigError("; ".join(_describe_all(error, document)[:MAX_SHOWN_ERRORS])) from None
 
 
 def list_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,31 +189,35 @@ def _fill_empty_sections(document: dict[str, Any], model: type[BaseModel]) -> No
                 _fill_empty_sections(document[name], section)
 
 
-def _join_kinds(details: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Join the errors of a setting of several kinds, such as a number or a word: pydantic gives one for each kind.
+def _describe_all(error: ValidationError, document: Mapping[str, Any]) -> list[str]:
+    """Return the lines for pydantic's errors: one for a setting of several kinds, such as a number or a word.
 
-    Such an error's place ends with the kind, below which the document has nothing.
+    Pydantic gives an error for each kind, with the kind in its place, where the document has nothing.
     """
-    joined: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for detail in details:
-        place, value = tuple(detail["loc"]), detail["input"]
-        if detail["type"] == "missing" or _look_up(document, place[:-1]) is not value:
-            joined[place, detail["type"]] = detail
+    lines: dict[Any, str] = {}
+    by_place: dict[tuple[Any, ...], list[str]] = {}
+    for number, detail in enumerate(error.errors()):
+        place = _leave_out_kinds(document, detail["loc"])
+        if detail["type"] in ("missing", "value_error") or place == detail["loc"]:
+            lines[number] = _describe(detail)
             continue
-        first = joined.get((place[:-1], "kinds"))
-        message = detail["msg"] if first is None else f"{first['msg']}, or {detail['msg'].replace('Input ', '', 1)}"
-        joined[place[:-1], "kinds"] = {"loc": place[:-1], "input": value, "type": "kinds", "msg": message}
-    return list(joined.values())
+        messages = by_place.setdefault(place, [])
+        if detail["msg"] not in messages:
+            messages.append(detail["msg"])
+        joined = ", or ".join([messages[0], *(message.replace("Input ", "", 1) for message in messages[1:])])
+        lines[place] = _describe({**detail, "loc": place, "type": "kinds", "msg": joined})
+    return list(lines.values())
 
 
-def _look_up(document: Any, place: Sequence[Any]) -> Any:
-    """Return the value at a place of nested dictionaries and lists; None if there is none."""
+def _leave_out_kinds(document: Any, place: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the parts of a place that lead to a value in nested dictionaries and lists."""
+    parts = []
     for part in place:
-        try:
+        is_key = isinstance(document, dict) and part in document
+        if is_key or (isinstance(document, list | tuple) and isinstance(part, int) and part < len(document)):
             document = document[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return document
+            parts.append(part)
+    return tuple(parts)
 
 
 def _describe(detail: Mapping[str, Any]) -> str:

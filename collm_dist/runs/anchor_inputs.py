@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from collm_dist.config import Config
+from collm_dist.config.anchor_section import RECENT_SHARE
 from collm_dist.errors import ArtifactError
 from collm_dist.runs.run_dir import RunDir
 
 FORMAT_VERSION = 3
-# Chosen on validation rows of three data sets (docs/recipes.md).
-_RECENT_SHARE = 0.5
 
 
 def find_anchor_record(run_dir: RunDir) -> Path:
@@ -21,8 +20,8 @@ def find_anchor_record(run_dir: RunDir) -> Path:
 
 
 def get_recent_share(config: Config) -> float:
-    """Return the share of the training rows, the newest, that the regressions are fitted to."""
-    return _RECENT_SHARE if config.anchor.recent_share is None else config.anchor.recent_share
+    """Return ``anchor.recent_share``; its default too for the blend of a report without an anchor."""
+    return RECENT_SHARE if config.anchor.recent_share is None else config.anchor.recent_share
 
 
 def reads_cf(config: Config, run_dir: RunDir, kind: str) -> bool:
@@ -54,28 +53,30 @@ def is_anchor_current(config: Config, run_dir: RunDir) -> bool:
     Raises:
         ArtifactError: see ``list_anchor_inputs``.
     """
-    kind = config.anchor.kind
-    return kind is None or _read_inputs(run_dir) == list_anchor_inputs(config, run_dir, kind)
+    return _find_difference(config, run_dir) is None
 
 
 def check_anchor(config: Config, run_dir: RunDir) -> None:
     """Check that the run has the configured anchor for today's data and CF model, if it needs one.
 
     Raises:
-        ArtifactError: it is missing or belongs to other data or another CF model; or see ``list_anchor_inputs``.
+        ArtifactError: it is missing or belongs to other data, settings or another CF model; or see
+            ``list_anchor_inputs``.
     """
-    if not is_anchor_current(config, run_dir):
-        raise ArtifactError(
-            f"{find_anchor_record(run_dir)} is missing or belongs to other data: restore the folder from a copy, or "
-            "run the pipeline or the stage again, which makes the anchor"
-        )
+    if difference := _find_difference(config, run_dir):
+        raise ArtifactError(f"{find_anchor_record(run_dir)} {difference}")
 
 
-def _read_inputs(run_dir: RunDir) -> dict[str, Any] | None:
-    """Return the recorded ``list_anchor_inputs`` of the run's anchor; None without a readable record."""
+def _find_difference(config: Config, run_dir: RunDir) -> str | None:
+    """Return why the run's anchor is not the configured one, and the remedy; None if it is, or none is needed."""
+    kind, again = config.anchor.kind, "run the pipeline or the stage again, which makes the anchor"
+    if kind is None:
+        return None
+    wanted = list_anchor_inputs(config, run_dir, kind)
     try:
         record = json.loads(find_anchor_record(run_dir).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    is_current = isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION
-    return record.get("inputs") if is_current else None
+        return f"is missing or damaged: restore the folder from a copy, or {again}"
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        return f"was written by another version of this program: use that version, or {again}"
+    return None if record.get("inputs") == wanted else f"belongs to other data or settings: {again}"

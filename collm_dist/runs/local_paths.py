@@ -109,7 +109,7 @@ class PathRemover:
 
     def clean_config(self, config: Config) -> Config:
         """Return settings without the paths."""
-        return Config.model_validate(self.clean(config.model_dump(mode="json")))
+        return Config.model_validate(self.clean(config.to_document()))
 
     def clean_record(self, record: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
         """Return the record of a step without the paths, with the hash of its content.

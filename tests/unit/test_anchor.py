@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from collm_dist.anchor import cooccurrence, fit_anchor, load_anchor, prepare_anchor, score_anchor
 from collm_dist.anchor.cooccurrence import WINDOW, Cooccurrence
 from collm_dist.anchor.features import FEATURES
-from collm_dist.anchor.score_anchor import count_fitted_folds, divide_times
+from collm_dist.anchor.score_anchor import divide_times, find_first_folds
 from collm_dist.anchor.text_similarity import LAST_WEIGHT, TEXT_FEATURES, TextSimilarity
 from collm_dist.config import Config
 from collm_dist.data.shards.context_block import concatenate_blocks
@@ -180,14 +180,26 @@ def test_a_recent_share_fits_each_fold_to_the_folds_just_before_it(tmp_path):
         assert features @ anchor.weights[fold] + anchor.intercepts[fold] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_fold_is_fitted_to_one_fold_at_least():
-    assert [count_fitted_folds(16, share) for share in (1.0, 0.5, 0.01)] == [16, 8, 1]
-    assert [count_fitted_folds(1, share) for share in (1.0, 0.5)] == [1, 1]
+@pytest.mark.parametrize(
+    ("rows", "share", "firsts"),
+    [
+        ([99, 101] * 8, 0.5, [0] * 9 + list(range(1, 9))),
+        ([100] * 16, 1.0, [0] * 17),
+        ([100] * 16, 0.01, [0, *range(16)]),
+        ([900, 40, 30, 30], 0.5, [0, 0, 0, 0, 0]),  # most rows have the first date
+        ([30, 30, 40, 900], 0.5, [0, 0, 0, 0, 3]),
+        ([20] * 5, 0.5, [0, 0, 0, 0, 1, 2]),
+        ([100], 0.5, [0, 0]),
+        ([0, 0, 50, 50], 0.5, [0, 0, 0, 2, 3]),  # the first folds lack the users that are kept
+    ],
+)
+def test_a_fold_is_fitted_to_the_newest_folds_that_hold_the_share(rows, share, firsts):
+    assert find_first_folds(np.array(rows), share) == firsts
 
 
 def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     run_dir, config = write_data_step(tmp_path / "run"), anchored(build_config(tmp_path / "run"), "blend")
-    with pytest.raises(ArtifactError, match="is missing"):
+    with pytest.raises(ArtifactError, match="is missing or damaged: restore"):
         load_anchor(config, run_dir)
     prepare_anchor(config, run_dir)
     block = read_rows(run_dir, "valid")
@@ -206,10 +218,13 @@ def test_a_written_anchor_is_loaded_and_made_again_for_other_data(tmp_path):
     record = run_dir.anchor_dir / "anchor.json"
     text = record.read_text()
     record.write_text("[" * 100_000)
-    with pytest.raises(ArtifactError, match="is missing or belongs"):
+    with pytest.raises(ArtifactError, match="is missing or damaged"):
         load_anchor(config, run_dir)
     record.write_text(text.replace('"format_version": 3', '"format_version": 3, "note": 0'))
     with pytest.raises(ArtifactError, match="is damaged"):  # one changed weight would change all scores
+        load_anchor(config, run_dir)
+    record.write_text(text.replace('"format_version": 3', '"format_version": 2'))
+    with pytest.raises(ArtifactError, match="was written by another version"):
         load_anchor(config, run_dir)
     record.write_text(text)
     load_anchor(config, run_dir)

@@ -1,11 +1,22 @@
 """Loader of configurations: order of the sources, base files, and all errors at once with the nearest name."""
 
+import json
+import re
+
 import pytest
 
 from collm_dist.config import Config
 from collm_dist.config.foreign_names import FOREIGN_NAMES
-from collm_dist.config.loader import apply_overrides, dump_config, list_fields, load_config
+from collm_dist.config.loader import (
+    apply_overrides,
+    change_settings,
+    dump_config,
+    get_setting,
+    list_fields,
+    load_config,
+)
 from collm_dist.errors import ConfigError
+from collm_dist.runs.fingerprints import flatten_config
 
 GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"
 
@@ -61,6 +72,36 @@ def test_a_dump_loads_equal(write, tmp_path):
     assert load_config(path) == config
 
 
+@pytest.mark.parametrize(
+    ("given", "changes", "expected"),
+    [
+        ({}, {"lora.rank": "full"}, {"stage1.learning_rate": 1e-4}),
+        ({"stage1.learning_rate": 3e-4}, {"lora.rank": "full"}, {"stage1.learning_rate": 3e-4}),
+        (
+            {"anchor.kind": "as_of"},
+            {"anchor.kind": None},
+            {"stage1.llm_loss_weight": None, "anchor.recent_share": None},
+        ),
+        ({}, {"anchor.kind": "as_of"}, {"stage2.llm_loss_weight": 1.0, "anchor.recent_share": 0.5}),
+        ({"anchor.kind": "as_of"}, {"prompt.score": "title"}, {"stage1.llm_loss_weight": None}),
+        (
+            {"dataset.feedback": "implicit", "dataset.columns.rating": None},
+            {"evaluation.cutoffs": [1, 3, 5]},
+            {"stage1.select_metric": "ndcg@3", "promotion.metric": "ndcg@3"},
+        ),
+        ({}, {"stage1.learning_rate": 5e-4}, {"stage1.learning_rate": 5e-4}),
+    ],
+)
+def test_a_default_follows_other_settings_in_a_dumped_config_too(write, tmp_path, given, changes, expected):
+    config = change_settings(load_config(write(GOOD)), given)
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    for changed in (load_config(path, overrides), change_settings(config, changes)):
+        assert {name: get_setting(changed, name) for name in expected} == expected
+        assert flatten_config(load_config(path)) == flatten_config(config)
+
+
 def test_all_errors_are_reported_at_once(write):
     path = write(
         "output_dir: runs/x\nrun: {dir: 5}\ndataset: {path: a.csv, columns: {rating: r}, formatt: table}\n"
@@ -91,11 +132,23 @@ def test_all_errors_are_reported_at_once(write):
 
 def test_a_setting_of_several_kinds_gives_one_error(write):
     with pytest.raises(ConfigError) as caught:
-        load_config(write(GOOD), ["lora.rank=abc", "run.reuse=[1]"])
+        load_config(write(GOOD), ["lora.rank=abc", "lora.target_modules=[null]", "run.reuse=[1]"])
+    rank = "lora.rank: should be a valid integer, unable to parse string as an integer, or should be 'full' ('abc')"
     assert sorted(str(caught.value).splitlines()[1:]) == [
-        "  lora.rank: should be a valid integer, unable to parse string as an integer, or should be 'full' ('abc')",
+        f"  {rank}",
+        "  lora.target_modules.0: should be a valid string (None)",
+        "  lora.target_modules: Tuple should have at least 1 item after validation, not 0, or should be 'all' ([None])",
         "  run.reuse.0: should be a valid string (1)",
     ]
+    with pytest.raises(ConfigError, match=f"^{re.escape(rank)}$"):
+        change_settings(load_config(write(GOOD)), {"lora.rank": "abc"})
+
+
+def test_a_check_across_sections_gives_its_message_alone(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(GOOD), ["anchor.kind=cf", "cf.cross_fit=off"])
+    assert len(str(caught.value).splitlines()) == 2
+    assert str(caught.value).splitlines()[1].startswith("  anchor.kind cf reads a CF model that has not seen")
 
 
 def test_missing_and_conflicting_settings(write):
