@@ -28,7 +28,7 @@ page is rendered by `python -m benchmarks.render_index`.
 ARCHIVE = """
 ## Archive
 
-Results of older engines or of deleted scripts, in `results/archive/`. They are kept as a record and are not cited.
+Results of older engines or of deleted scripts, in `results/archive/`. They are kept as a record.
 """
 
 

@@ -237,7 +237,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-set", choices=list(CONFIGS), required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data set's Parquet files")
-    parser.add_argument("--work", type=Path, help="folder of the runs; default runs/reproduce_<data set>")
+    parser.add_argument("--work", type=Path, help="folder of the runs; default runs/reproduce_<data set>[_<part>]")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after this time; the same command resumes"
     )
@@ -252,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the variants and whether they are done")
     arguments = parser.parse_args()
     arguments.data = arguments.data.resolve()
-    arguments.work = (arguments.work or ROOT / "runs" / f"reproduce_{arguments.data_set}").resolve()
+    arguments.work = (arguments.work or ROOT / "runs" / find_result(arguments).stem).resolve()
     known = VARIANTS[arguments.data_set]
     for name in arguments.variants or []:
         if name not in known:

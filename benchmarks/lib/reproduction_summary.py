@@ -21,8 +21,8 @@ PROMPTS = {
 PARTS = {
     "full": "the whole recipe",
     "titles": "titles alone as item text",
-    "likes": "likes alone: no dislikes, the collaborative model as the anchor",
-    "text": "text alone: no anchor, no pairwise loss, two epochs",
+    "likes": "likes alone: the stages read no dislikes, the collaborative model as the anchor",
+    "text": "text alone: no anchor, no pairwise loss, two epochs in stage 1",
     "yes_no": "scored by Yes and No, not by the title's likelihood",
     "no_anchor": "without the anchor",
     "no_pairs": "without the pairwise loss",
@@ -159,10 +159,11 @@ def _choose_run(result: Mapping[str, Any]) -> _Run:
 def _describe_share(result: Mapping[str, Any]) -> str:
     """Return how many training contexts the stages saw if that is a part of them, else an empty string."""
     given = dict(setting.split("=", 1) for setting in result["overrides"])
+    limits = {name: value for name, value in given.items() if value not in ("null", "~", "")}
     total = result["cells"][-1]["data"]["splits"]["train"]["contexts"]
     parts = [
         f"{number:,} ({number / total:.0%}) in {MODEL_NAMES[stage]}"
         for stage in ("stage1", "stage2")
-        if (number := int(given.get(f"{stage}.max_train_contexts", total))) < total
+        if (number := int(limits.get(f"{stage}.max_train_contexts", total))) < total
     ]
     return f"{' and '.join(parts)} of {total:,} contexts" if parts else ""

@@ -1,7 +1,7 @@
 """Slots without LLM: an MLP on exactly the numbers that the slots of stage 2 carry.
 
-The gain of stage 2 over it is the contribution of the language model and the text. It is trained on the same rows as
-stage 2 and stops early on the same validation rows.
+Without an anchor, the gain of stage 2 over it is the contribution of the language model and the text; the anchor is not
+among its inputs. It is trained on the same rows as stage 2 and stops early on the same validation rows.
 
 Shapes: C contexts, N targets, H history items, E width of a collaborative vector, X inputs.
 """
