@@ -82,7 +82,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, t
 @pytest.fixture(scope="session")
 def anchored_run(tmp_path_factory: pytest.TempPathFactory, tiny_ratings: Path, tiny_backbone_dir: Path) -> Path:
     """Run directory of a complete pipeline on the tiny ratings, with an anchor of all simple scores. Read-only."""
-    # One stage with the language model's own loss and one without; both end with a gain, as this anchor is not too good.
+    # One stage with the language model's own loss and one without; both end with a gain, as this anchor is weak.
     anchor = ("anchor.kind=blend", "anchor.recent_share=1", "promotion.baseline=anchor")
     losses = ("stage1.llm_loss_weight=null", "stage2.llm_loss_weight=0.1")
     return _build_ratings_run(tmp_path_factory.mktemp("anchored"), tiny_ratings, tiny_backbone_dir, *anchor, *losses)

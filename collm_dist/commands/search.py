@@ -17,9 +17,9 @@ EXAMPLES = """examples:
       stage_search.space='{stage2.learning_rate: {log_uniform: [1e-4, 1e-2]}, stage2.warmup_steps: {choice: [0, 50]}}'
   python launch/search.py --config configs/own_ratings.yaml --step cf cf_search.num_trials=60
 
-Run the earlier steps first; trials share them. Trial 0 has the config's own settings if the space holds them; Optuna's sampler draws
-the others from stage_search.space (for --step cf, Ray Tune draws them at random from cf_search.space), and ASHA stops the worse
-trials early.
+Run the earlier steps first; trials share them. Trial 0 has the config's own settings if the space holds them; Optuna's
+sampler draws the others from stage_search.space (for --step cf, Ray Tune draws them at random from cf_search.space),
+and ASHA stops the worse trials early.
 Trials are compared by select_metric of the step on valid; test is not scored. A trial uses one GPU, and trials run
 side by side on all GPUs of the Ray cluster. After an interruption, the same command resumes.
 <run.dir>/<step>_search has leaderboard.parquet, leaderboard.png, trials/ (curves and output), status.json and
