@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,10 @@ def write_page(path: Path, results: Path) -> None:
         "[Recipes](recipes.md) explains the parts.",
         "",
     ]
-    for name, result in found:
+    for number, (name, result) in enumerate(found):
         parts += _render_data_set(name, result, path.parent / "images")
+        if name not in dict(found[number + 1 :]):
+            parts += _list_not_run(name, found)
     parts += render_title_tuning(results)
     parts += ["## Without a language model", "", *render_leak(results), *render_tables(results)]
     with open_atomic(path) as file:
@@ -130,9 +132,15 @@ def _render_data_set(name: str, result: Mapping[str, Any], images: Path) -> list
         for cell in result["cells"]
     ]
     parts += ["### Runs", "", render_table(["variant", "seed", "precision", "minutes"], cells), ""]
-    if result["not_run"]:
-        parts += [f"Not run yet: {'; '.join(_name_cell(cell, result) for cell in result['not_run'])}.", ""]
     return parts
+
+
+def _list_not_run(name: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Return a sentence on the variants of a data set that neither the whole size nor a part has run, if any."""
+    results = [result for other, result in found if other == name]
+    run = {cell["variant"] for result in results for cell in result["cells"]}
+    missing = [cell for cell in results[0]["not_run"] if cell.rpartition("-")[0] not in run]
+    return [f"Not run yet: {'; '.join(_name_cell(cell, results[0]) for cell in missing)}.", ""] if missing else []
 
 
 def _name_parts(row: Row, *, with_seed: bool) -> dict[str, Any]:
