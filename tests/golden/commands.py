@@ -69,9 +69,9 @@ def show_plans(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         lines = replace_paths(output, list_places(run)).splitlines()
         lines = [re.sub(r"about .*(?= on this CPU)|\S+ GFLOP/s on \d+", "<measured>", line) for line in lines]
         plans[script] = {"exit_code": code, "lines": lines}
-    # Both begin with all settings.
+    # Both begin with all settings, after a comment on those that follow from others.
     first, second = plans["train"]["lines"], plans["run_pipeline"]["lines"]
-    shared = next(place for place, line in enumerate(first) if line.startswith("# "))
+    shared = next(place for place, line in enumerate(first) if place and line.startswith("# "))
     assert first[:shared] == second[:shared]
     plans["train"]["lines"] = first[shared:]
     return plans
