@@ -11,14 +11,10 @@ from collm_dist.runs.fingerprints import flatten_config
 GOOD = "run: {dir: runs/x}\ndataset: {path: a.csv, columns: {rating: stars}}\n"
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write_config(text: str):
-        path = tmp_path / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write_config
+def load(folder, settings=(), text=GOOD):
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, list(settings))
 
 
 @pytest.mark.parametrize(
@@ -41,8 +37,8 @@ def write(tmp_path):
         ({}, {"stage1.learning_rate": 5e-4}, {"stage1.learning_rate": 5e-4}),
     ],
 )
-def test_a_default_follows_other_settings_in_a_dumped_config_too(write, tmp_path, given, changes, expected):
-    config = change_settings(load_config(write(GOOD)), given)
+def test_a_default_follows_other_settings_in_a_dumped_config_too(tmp_path, given, changes, expected):
+    config = change_settings(load(tmp_path), given)
     path = tmp_path / "dumped.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
@@ -51,9 +47,9 @@ def test_a_default_follows_other_settings_in_a_dumped_config_too(write, tmp_path
         assert flatten_config(load_config(path)) == flatten_config(config)
 
 
-def test_with_an_anchor_the_language_model_has_a_loss_of_its_own(write):
+def test_with_an_anchor_the_language_model_has_a_loss_of_its_own(tmp_path):
     def get_weights(*settings):
-        config = load_config(write(GOOD), list(settings))
+        config = load(tmp_path, settings)
         return config.stage1.llm_loss_weight, config.stage2.llm_loss_weight
 
     anchor, title = "anchor.kind=as_of", "prompt.score=title"
@@ -63,25 +59,25 @@ def test_with_an_anchor_the_language_model_has_a_loss_of_its_own(write):
     # A likelihood has no zero between likes and dislikes, so there is no loss of single targets.
     assert get_weights(anchor, title) == (None, None)
     assert get_weights(anchor, title, "stage2.pairwise_weight=0.5") == (None, 1)
-    saved = write(dump_config(load_config(write(GOOD), [anchor, "stage1.llm_loss_weight=null"])))
-    assert load_config(saved).stage1.llm_loss_weight is None
+    saved = dump_config(load(tmp_path, [anchor, "stage1.llm_loss_weight=null"]))
+    assert load(tmp_path, text=saved).stage1.llm_loss_weight is None
 
 
-def test_all_weights_have_a_lower_default_rate_and_no_quantization(write):
-    full = load_config(write(GOOD), ["lora.rank=full"])
+def test_all_weights_have_a_lower_default_rate_and_no_quantization(tmp_path):
+    full = load(tmp_path, ["lora.rank=full"])
     assert full.stage1.learning_rate == 1e-4
-    assert load_config(write(dump_config(full))) == full
-    assert load_config(write(GOOD), ["lora.rank=8"]).stage1.learning_rate == 2e-4
-    assert load_config(write(GOOD), ["lora.rank=full", "stage1.learning_rate=3e-5"]).stage1.learning_rate == 3e-5
+    assert load(tmp_path, text=dump_config(full)) == full
+    assert load(tmp_path, ["lora.rank=8"]).stage1.learning_rate == 2e-4
+    assert load(tmp_path, ["lora.rank=full", "stage1.learning_rate=3e-5"]).stage1.learning_rate == 3e-5
     quantized = ["lora.rank=full", "llm.quantization=4bit"]
     with pytest.raises(ConfigError, match=r"lora\.rank full trains the weights .*llm\.quantization to none"):
-        load_config(write(GOOD), quantized)
-    assert load_config(write(GOOD), [*quantized, "stage1.enabled=false"]).lora.rank == "full"
+        load(tmp_path, quantized)
+    assert load(tmp_path, [*quantized, "stage1.enabled=false"]).lora.rank == "full"
 
 
-def test_with_implicit_feedback_the_default_metric_is_what_the_report_ranks_by(write):
+def test_with_implicit_feedback_the_default_metric_is_what_the_report_ranks_by(tmp_path):
     def get_metrics(*settings):
-        config = load_config(write(GOOD), list(settings))
+        config = load(tmp_path, settings)
         return config.stage1.select_metric, config.stage2.select_metric, config.promotion.metric
 
     assert get_metrics() == ("auc",) * 3
