@@ -158,12 +158,11 @@ def _choose_run(result: Mapping[str, Any]) -> _Run:
 
 def _describe_share(result: Mapping[str, Any]) -> str:
     """Return how many training contexts the stages saw if that is a part of them, else an empty string."""
-    given = dict(setting.split("=", 1) for setting in result["overrides"])
-    limits = {name: value for name, value in given.items() if value not in ("null", "~", "")}
+    given = dict(setting.split("=", 1) for setting in result["overrides"] if not setting.endswith("=null"))
     total = result["cells"][-1]["data"]["splits"]["train"]["contexts"]
     parts = [
         f"{number:,} ({number / total:.0%}) in {MODEL_NAMES[stage]}"
         for stage in ("stage1", "stage2")
-        if (number := int(limits.get(f"{stage}.max_train_contexts", total))) < total
+        if (number := int(given.get(f"{stage}.max_train_contexts", total))) < total
     ]
     return f"{' and '.join(parts)} of {total:,} contexts" if parts else ""

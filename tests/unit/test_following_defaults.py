@@ -56,7 +56,7 @@ def test_with_an_anchor_the_language_model_has_a_loss_of_its_own(tmp_path):
     assert get_weights() == (None, None)
     assert get_weights(anchor) == (1, 1)
     assert get_weights(anchor, "stage1.llm_loss_weight=null", "stage2.llm_loss_weight=0.5") == (None, 0.5)
-    # A likelihood has no zero between likes and dislikes, so there is no loss of single targets.
+    # No value of a title's likelihood separates likes from dislikes, so only comparisons of targets count, if any.
     assert get_weights(anchor, title) == (None, None)
     assert get_weights(anchor, title, "stage2.pairwise_weight=0.5") == (None, 1)
     saved = dump_config(load(tmp_path, [anchor, "stage1.llm_loss_weight=null"]))
