@@ -83,14 +83,15 @@ _NO_PAIRS = [f"{stage}.pairwise_weight=null" for stage in _STAGES]
 _NO_LISTS = [f"{stage}.listwise_weight=null" for stage in _STAGES]
 _YES_NO = ["prompt.score=yes_minus_no", *(f"prompt.{stage}=configs/prompts/{stage}.txt" for stage in _STAGES)]
 _NO_LLM_LOSS = [f"{stage}.llm_loss_weight=null" for stage in _STAGES]
+_NO_ANCHOR = ["anchor.kind=none", *_NO_LLM_LOSS]
 # Settings of each variant beyond those of its data set, and the variant that it is compared with.
 VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
     "ml1m": {
         "full": (_GENRES, None),
         "titles": ([], "full"),
         "likes": (_LIKES, "titles"),
-        "text": ([_LIKES[0], "anchor.kind=none", *_NO_LLM_LOSS, *_NO_PAIRS, "stage1.num_epochs=2"], None),
-        "no_anchor": ([*_GENRES, "anchor.kind=none", *_NO_LLM_LOSS], "full"),
+        "text": ([_LIKES[0], *_NO_ANCHOR, *_NO_PAIRS, "stage1.num_epochs=2"], None),
+        "no_anchor": ([*_GENRES, *_NO_ANCHOR], "full"),
         "no_pairs": ([*_GENRES, *_NO_PAIRS], "full"),
         "no_llm_loss": ([*_GENRES, *_NO_LLM_LOSS], "full"),
         "feedback": ([*_GENRES, *_FEEDBACK], "full"),
@@ -98,7 +99,10 @@ VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
     "amazon_industrial": {
         "full": ([], None),
         "yes_no": (_YES_NO, "full"),
-        "no_anchor": (["anchor.kind=none", *_NO_LLM_LOSS], "full"),
+        "no_anchor": (_NO_ANCHOR, "full"),
+        # A stage that keeps its anchor shows nothing of a part, so parts of the stages are left out without one too.
+        "no_anchor_no_lists": ([*_NO_ANCHOR, *_NO_LISTS], "no_anchor"),
+        "no_anchor_yes_no": ([*_NO_ANCHOR, *_YES_NO], "no_anchor"),
         "no_llm_loss": (_NO_LLM_LOSS, "full"),
         "no_lists": (_NO_LISTS, "full"),
         "no_cf_text": (["cf.item_text=null"], "full"),

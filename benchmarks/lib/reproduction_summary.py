@@ -25,6 +25,8 @@ PARTS = {
     "text": "text alone: no anchor, no pairwise loss, two epochs in stage 1",
     "yes_no": "scored by Yes and No, not by the title's likelihood",
     "no_anchor": "without the anchor",
+    "no_anchor_no_lists": "without the anchor and the listwise loss",
+    "no_anchor_yes_no": "without the anchor, scored by Yes and No",
     "no_pairs": "without the pairwise loss",
     "feedback": "with the titles liked and disliked before in the prompts",
     "no_llm_loss": "without the language model's own loss",
