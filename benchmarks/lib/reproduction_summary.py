@@ -163,7 +163,7 @@ def _describe_share(result: Mapping[str, Any]) -> str:
     given = dict(setting.split("=", 1) for setting in result["overrides"] if not setting.endswith("=null"))
     total = result["cells"][-1]["data"]["splits"]["train"]["contexts"]
     parts = [
-        f"{number:,} ({number / total:.0%}) in {MODEL_NAMES[stage]}"
+        f"{number:,} ({number / total:{'.1%' if number < total / 100 else '.0%'}}) in {MODEL_NAMES[stage]}"
         for stage in ("stage1", "stage2")
         if (number := int(given.get(f"{stage}.max_train_contexts", total))) < total
     ]
