@@ -100,7 +100,7 @@ VARIANTS: dict[str, dict[str, tuple[list[str], str | None]]] = {
         "full": ([], None),
         "yes_no": (_YES_NO, "full"),
         "no_anchor": (_NO_ANCHOR, "full"),
-        # A stage that keeps its anchor shows nothing of a part, so parts of the stages are left out without one too.
+        # In short runs the stages keep the checkpoint of step 0, the anchor itself, whatever their loss and score.
         "no_anchor_no_lists": ([*_NO_ANCHOR, *_NO_LISTS], "no_anchor"),
         "no_anchor_yes_no": ([*_NO_ANCHOR, *_YES_NO], "no_anchor"),
         "no_llm_loss": (_NO_LLM_LOSS, "full"),
